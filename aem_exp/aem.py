@@ -1,0 +1,99 @@
+"""The paper: from token entropies to response coefficients to modulated advantages.
+
+"AEM: Adaptive Entropy Modulation for Multi-Turn Agentic Reinforcement Learning", arXiv 2605.00425. A *response* is what
+the policy generated in one turn; it is the unit of credit. A *group* G holds all responses of all trajectories that were
+rolled out for one draw of a task. With H_k the entropy of the old policy at token k (nats, full vocabulary, logits divided
+by the sampling temperature):
+
+    Hbar_r   = mean of H_k over the tokens of response r
+    Htilde_r = (Hbar_r - min_G Hbar) / (max_G Hbar - min_G Hbar)
+    alpha_r  = exp(-lam * Htilde_r) / mean over G of exp(-lam * Htilde)
+    A'_k     = alpha_r * A_k                      for every token k of r, both signs of A, base loss unchanged
+
+Our own choices, where the paper is silent: alpha is a constant for the optimiser and nothing is re-normalised afterwards;
+a group with one response, or without spread, has alpha = 1; fully masked trajectories have no responses.
+
+Shapes: N rows, T tokens of a row, R responses of the batch (row-major). Nothing here knows ranks: hand in whole groups.
+"""
+
+import torch
+from torch import Tensor
+
+
+def responses(mask_NT: Tensor) -> Tensor:
+    """Number the responses of a batch.
+
+    Args:
+        mask_NT: nonzero where the policy generated the token, 0 on observation, template and padding tokens.
+
+    Returns:
+        response_NT (int64): id of the response that owns each token, 0..R-1 in row-major order over the batch; -1 elsewhere.
+        A response is a maximal run of generated tokens: an environment always answers with at least one token.
+    """
+    own_NT = mask_NT.bool()
+    first_NT = own_NT.clone()
+    first_NT[:, 1:] &= ~own_NT[:, :-1]
+    return (first_NT.flatten().cumsum(0).view_as(own_NT) - 1).masked_fill(~own_NT, -1)
+
+
+def response_entropy(entropy_NT: Tensor, response_NT: Tensor) -> Tensor:
+    """Mean token entropy Hbar of each response, in nats.
+
+    The mean takes the response's length out of its (summed) entropy. Values outside responses are never read.
+    """
+    own_NT = response_NT >= 0
+    response_K, entropy_K = response_NT[own_NT], entropy_NT[own_NT].float()
+    tokens_R = torch.bincount(response_K)
+    return torch.zeros_like(tokens_R, dtype=torch.float32).index_add_(0, response_K, entropy_K) / tokens_R
+
+
+def coefficients(entropy_R: Tensor, group_R: Tensor, lam: float = 1.0, gate: float = 0.1) -> Tensor:
+    """The coefficient alpha of each response; its mean over the responses of every group is 1.
+
+    Args:
+        entropy_R: mean token entropy of each response, in nats.
+        group_R: integer id of the rollout group of each response, in any order.
+        lam: strength; 0 is exactly alpha = 1, negative values reverse the modulation. The paper: 1.
+        gate: a group whose entropies span less than this (nats) keeps alpha = 1. The paper (v3): 0.1; 0 switches it off.
+
+    Returns:
+        alpha_R (float32), strictly decreasing in the entropy for lam > 0, with max / min = e^lam in an ungated group.
+    """
+    group_R = torch.unique(group_R, return_inverse=True)[1]
+    entropy_R = entropy_R.detach().float()
+    low_G, span_G = _range(entropy_R, group_R)
+    open_G = (span_G >= gate) & (span_G > 0)
+    unit_R = (entropy_R - low_G[group_R]) / span_G.where(open_G, 1.0)[group_R]
+    weight_R = torch.exp(-lam * unit_R)
+    total_G = torch.zeros_like(low_G).index_add_(0, group_R, weight_R)
+    mean_G = total_G / torch.bincount(group_R, minlength=len(low_G))
+    return torch.where(open_G[group_R], weight_R / mean_G[group_R], 1.0)
+
+
+def gated(entropy_R: Tensor, group_R: Tensor, gate: float = 0.1) -> Tensor:
+    """Which groups (in increasing order of their id) the gate leaves unmodulated: bool per group."""
+    span_G = _range(entropy_R.detach().float(), torch.unique(group_R, return_inverse=True)[1])[1]
+    return (span_G < gate) | (span_G == 0)
+
+
+def modulate(advantage: Tensor, alpha_R: Tensor, response_NT: Tensor) -> Tensor:
+    """Multiply the advantages of a response's tokens by its coefficient.
+
+    Args:
+        advantage: (N,) one per row, or (N, T) one per token.
+        alpha_R: coefficients, indexed by the ids in `response_NT`.
+        response_NT: see `responses`.
+
+    Returns:
+        advantage_NT; tokens that belong to no response keep their advantage (the loss masks them).
+    """
+    advantage_NT = advantage[:, None] if advantage.dim() == 1 else advantage
+    return advantage_NT * torch.cat([alpha_R, alpha_R.new_ones(1)])[response_NT]
+
+
+def _range(entropy_R: Tensor, group_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and span of each group; ids run over 0..G-1."""
+    groups = int(group_R.max()) + 1 if len(group_R) else 0
+    low_G = entropy_R.new_zeros(groups).scatter_reduce(0, group_R, entropy_R, "amin", include_self=False)
+    high_G = entropy_R.new_zeros(groups).scatter_reduce(0, group_R, entropy_R, "amax", include_self=False)
+    return low_G, high_G - low_G

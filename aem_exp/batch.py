@@ -1,0 +1,77 @@
+"""From the rows of a step to the micro-batches of its updates.
+
+Every rank holds all rows and computes the same plan, so the gradient of an update depends on neither the number of ranks
+nor the micro-batch size: which rows share an update follows from the seed alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aem_exp.rollout import Row
+
+DEAD = -1  # a row that fills a rank's share: read like any other, trained on nothing
+
+
+def plan(lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+    """The rows that this rank trains in each update of a step.
+
+    Args:
+        lengths: tokens of each row of the step.
+        mini_batch: rows per update, over all ranks; 0 means all rows in one. The number of updates floats with the number
+            of rows, and their sizes differ by at most one.
+        rng: decides who shares an update; the same on every rank.
+
+    Returns:
+        Row indices per update, longest first, `DEAD` where the rows do not divide by the ranks.
+    """
+    updates = max(1, round(len(lengths) / mini_batch)) if mini_batch else 1
+    shares = []
+    for chosen in np.array_split(rng.permutation(len(lengths)), updates):
+        ordered = sorted(chosen.tolist(), key=lambda i: (-lengths[i], i))
+        share = ordered[rank::ranks]
+        shares.append(share + [DEAD] * (-(-len(ordered) // ranks) - len(share)))
+    return shares
+
+
+def split(share: list[int], device_rows: int) -> list[list[int]]:
+    """Micro-batches of at most `device_rows` rows (0: no limit). Longest first, so that memory fails early or never."""
+    size = device_rows or len(share)
+    return [share[i : i + size] for i in range(0, len(share), size)]
+
+
+def pack(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+    """One micro-batch in the form TRL's loss reads: prompts padded left, completions right.
+
+    `tool_mask` is 1 on the tokens that the policy sampled. A dead row repeats the shortest one with an empty mask: an
+    all-masked attention row could produce NaN.
+    """
+    shortest = min(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].completion))
+    picked = [rows[shortest if i == DEAD else i] for i in chosen]
+    mask = _pad([[0] * len(row.mask) if i == DEAD else row.mask for i, row in zip(chosen, picked, strict=True)])
+    return {
+        "prompt_ids": _pad([row.prompt for row in picked], pad_id, left=True),
+        "prompt_mask": _pad([[1] * len(row.prompt) for row in picked], left=True),
+        "completion_ids": _pad([row.completion for row in picked], pad_id),
+        "completion_mask": _pad([[1] * len(row.completion) for row in picked]),
+        "tool_mask": mask,
+    }
+
+
+def measured(rows: Sequence[Row], chosen: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    """The sampler's own log-probs and entropies of a micro-batch, each (N, width)."""
+    picked = [rows[i] if i != DEAD else None for i in chosen]
+    logps = _pad([row.logps if row else [] for row in picked], 0.0, width=width)
+    entropies = _pad([row.entropies if row else [] for row in picked], 0.0, width=width)
+    return logps, entropies
+
+
+def _pad(values: Sequence[Sequence[float]], fill: float = 0, left: bool = False, width: int = 0) -> Tensor:
+    width = width or max(map(len, values))
+    out = torch.full((len(values), width), fill)
+    for i, row in enumerate(values):
+        start = width - len(row) if left else 0
+        out[i, start : start + len(row)] = torch.tensor(row, dtype=out.dtype)
+    return out

@@ -1,0 +1,78 @@
+"""Worlds: one module each, one contract.
+
+An environment reads and writes text and nothing else: it owns the parsing of the model's words, its own rules and its
+rewards. It takes all its randomness from the task, so that the members of a group play the very same game.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Task:
+    """One game to play. `seed` is the environment's only source of randomness; `kind` names its type in breakdowns."""
+
+    id: str
+    seed: int = 0
+    kind: str = ""
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an environment says after a reset or a step.
+
+    Attributes:
+        observation: text shown to the policy.
+        reward: reward of the step that led here (0.0 after a reset).
+        terminated: the episode ended by the world's own rules (won or lost).
+        truncated: the world cut the episode short.
+        valid: the response could be read as an action of this world.
+        actions: the admissible actions, where the world lists them.
+        metrics: numbers to log; `won` (0 or 1) is the success that evaluation reports.
+    """
+
+    observation: str
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    valid: bool = True
+    actions: tuple[str, ...] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return self.terminated or self.truncated
+
+
+class TextEnv(Protocol):
+    """One world, played one episode at a time; reused by `reset`.
+
+    `goal` is what this episode asks for, in the world's own words (set by `reset`). `parse` is the action a response
+    stands for, as later prompts quote it: thinking and tags stripped, never raising.
+    """
+
+    goal: str
+
+    def parse(self, response: str) -> str: ...
+
+    def reset(self, task: Task) -> Turn: ...
+
+    def step(self, response: str) -> Turn: ...
+
+    def close(self) -> None: ...
+
+
+class World(Protocol):
+    """What a `conf/env/*.yaml` names with `make._target_`: the tasks of each split, and environments to play them in.
+
+    `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
+    fingerprints are never compared.
+    """
+
+    fingerprint: str
+
+    def tasks(self, split: str) -> Sequence[Task]: ...
+
+    def env(self) -> TextEnv: ...

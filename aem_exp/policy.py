@@ -1,0 +1,60 @@
+"""The policy: any causal LM in Hugging Face format, by folder or hub id, optionally under a LoRA adapter.
+
+Nothing is fetched here: weights that are not on this machine are one sentence, before any work.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from aem_exp.config import ConfigError, Model
+
+
+def locate(model: Model) -> str:
+    """Folder of the weights: `model.path` itself, or its snapshot in the local hub cache."""
+    path = model.path or ""
+    if (Path(path) / "config.json").is_file():
+        return path
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError("model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(path, revision=model.revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        revision = f" --revision {model.revision}" if model.revision else ""
+        remedy = f"its weights are not on this machine; fetch them with: hf download {path}{revision}"
+        raise ConfigError("model.path", path, remedy) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError("model.path", path, f"{folder} holds no *.safetensors; fetch it again with: hf download {path}")
+    return folder
+
+
+def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
+    """The model, on the CPU and ready for training, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code = {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    if tokenizer.chat_template is None:
+        raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    attention = {"attn_implementation": model.attention} if model.attention else {}
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype), **attention, **code)
+    if model.lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)  # the adapter starts at random
+        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **model.lora))
+    return policy, tokenizer
+
+
+def save(policy: Any, tokenizer: Any, folder: Path) -> None:
+    """Write `folder` in Hugging Face format; with LoRA the merged weights, and the adapter beside them in `adapter/`."""
+    if hasattr(policy, "merge_and_unload"):
+        policy.save_pretrained(folder / "adapter")
+        policy = policy.merge_and_unload()
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,191 @@
+"""Who generates: the policy itself, here, with its KV cache kept across the turns of an episode.
+
+A sampler hands out sessions; a session continues many conversations at once and returns exact tokens with the log-prob and
+the entropy of each, so that nothing has to be scored again. Sampling takes its randomness from a key per response and from
+nothing else: neither the batch a response happens to be in, nor the rank, changes it (up to floating-point rounding).
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Always explicit: a model's generation_config is never read."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass
+class Sample:
+    """One response: token ids, and per token the log-prob and entropy (nats) of the unfiltered distribution."""
+
+    ids: list[int]
+    logps: list[float]
+    entropies: list[float]
+
+
+class Session(Protocol):
+    def generate(
+        self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
+    ) -> list[Sample]:
+        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens. Slots only ever leave."""
+
+
+class Sampler(Protocol):
+    def session(self) -> Session: ...
+
+
+def generator(key: tuple) -> np.random.Generator:
+    """Random numbers that depend on the key alone: the same on any machine, in any order, after any resume."""
+    digest = blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+class LocalSampler:
+    """Samples from a causal LM of transformers on its own device."""
+
+    def __init__(self, model: Any, end_ids: Sequence[int], sampling: Sampling):
+        self.model, self.end_ids, self.sampling = model, list(end_ids), sampling
+
+    def session(self) -> "LocalSession":
+        return LocalSession(self)
+
+
+class LocalSession:
+    """One rectangle of conversations that share a cache.
+
+    New tokens are left-padded into columns and appended for all at once; the holes are masked. A response's last token is
+    fed with the next turn, not before: most conversations end there.
+    """
+
+    def __init__(self, sampler: LocalSampler):
+        self._sampler = sampler
+        self._slots: list[int] = []
+        self._pending: dict[int, int] = {}
+        self._cache: Any = None
+        self._mask_BL = torch.zeros(0, 0, dtype=torch.long)
+
+    @torch.no_grad()
+    def generate(
+        self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
+    ) -> list[Sample]:
+        with _inference(self._sampler.model):
+            self._keep(list(slots))
+            fed = [
+                [self._pending.pop(slot), *prompt] if slot in self._pending else prompt
+                for slot, prompt in zip(slots, prompts, strict=True)
+            ]
+            scores_BV = self._append(*_left_pad(fed))
+            samples = self._decode(scores_BV, keys, budgets)
+            self._pending.update({slot: sample.ids[-1] for slot, sample in zip(slots, samples, strict=True)})
+        return samples
+
+    def _decode(self, scores_BV: Tensor, keys: Sequence[tuple], budgets: Sequence[int]) -> list[Sample]:
+        longest, device = max(budgets), scores_BV.device
+        draws_BT = torch.from_numpy(np.stack([generator(key).random(longest) for key in keys])).to(device)
+        budget_B = torch.tensor(budgets, device=device)
+        end_E = torch.tensor(self._sampler.end_ids, device=device)
+        live_B = torch.ones(len(keys), dtype=torch.bool, device=device)
+        columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for t in range(longest):
+            token_B, logp_B, entropy_B = _draw(scores_BV, draws_BT[:, t], self._sampler.sampling)
+            columns.append((token_B, logp_B, entropy_B, live_B))
+            live_B = live_B & ~torch.isin(token_B, end_E) & (t + 1 < budget_B)
+            if not live_B.any():
+                break
+            scores_BV = self._append(token_B[:, None], live_B[:, None].long())
+        token_BT, logp_BT, entropy_BT, live_BT = (torch.stack(c, dim=1).cpu() for c in zip(*columns, strict=True))
+        lengths = live_BT.sum(1).tolist()
+        return [
+            Sample(token_BT[i, :n].tolist(), logp_BT[i, :n].tolist(), entropy_BT[i, :n].tolist())
+            for i, n in enumerate(lengths)
+        ]
+
+    def _append(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Feed new columns; the logits (float32) after the last one."""
+        device = self._sampler.model.device
+        ids_BS, mask_BS = ids_BS.to(device), mask_BS.to(device)
+        seen_B = self._mask_BL.sum(1, keepdim=True)
+        self._mask_BL = torch.cat([self._mask_BL, mask_BS], dim=1)
+        out = self._sampler.model(
+            input_ids=ids_BS,
+            attention_mask=self._mask_BL,
+            position_ids=(seen_B + mask_BS.cumsum(1) - 1).clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def _keep(self, slots: list[int]) -> None:
+        """Forget the conversations that are over."""
+        if self._cache is None:
+            self._mask_BL = torch.zeros(len(slots), 0, dtype=torch.long, device=self._sampler.model.device)
+        elif slots != self._slots:
+            index = torch.tensor([self._slots.index(slot) for slot in slots], device=self._mask_BL.device)
+            self._cache.batch_select_indices(index)
+            self._mask_BL = self._mask_BL[index]
+        self._slots = slots
+
+
+def _draw(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by inverting the cumulative distribution: one uniform per token, so batch and device change nothing."""
+    logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
+    prob_BV = logp_BV.exp()
+    entropy_B = -(prob_BV * logp_BV).nan_to_num().sum(-1)  # 0 * -inf is 0
+    kept_BV = _filtered(prob_BV, sampling).double().cumsum(-1)
+    token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)
+    token_B = token_B.clamp(max=scores_BV.shape[-1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
+
+
+def _filtered(prob_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities (unnormalised) after top-k, top-p and min-p, by transformers' own warpers."""
+    from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    if not warpers:
+        return prob_BV
+    scores_BV = prob_BV.log()
+    for warper in warpers:
+        scores_BV = warper(None, scores_BV)
+    return scores_BV.exp()
+
+
+def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    mask_BS = torch.zeros_like(ids_BS)
+    for i, row in enumerate(rows):
+        ids_BS[i, width - len(row) :] = torch.tensor(row)
+        mask_BS[i, width - len(row) :] = 1
+    return ids_BS, mask_BS
+
+
+@contextlib.contextmanager
+def _inference(model: Any):
+    """Dropout off, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,36 @@
+"""The strength lambda as a function of progress.
+
+The paper uses a constant 1; every other shape is this project's extension. A schedule is a frozen callable of progress in
+[0, 1] (0 at the first step, 1 at the last), so it has no state to lose when a run resumes.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float = 1.0
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end`: flat at both ends."""
+
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2

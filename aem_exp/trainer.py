@@ -1,0 +1,450 @@
+"""The only room that speaks TRL: AEM as a seam in front of TRL's own loss.
+
+TRL stays the optimiser, the losses, the sharding and the checkpoints. What changes is the batch: `AEMTrainer` plays
+episodes, assigns credit per response, modulates it, and hands TRL's loss the (N, T) advantages that it accepts.
+
+A *step* is one rollout batch; an *update* is one optimizer step. One item of the data loader is one update: a list of
+micro-batches. So the number of updates in a step may float, and everything that people count (schedules, logs,
+evaluations, saves) counts steps.
+
+Where TRL averages over the rows of a micro-batch, dead ones included, the loss is rescaled: the gradient of an update
+depends on neither padding nor the split into micro-batches and ranks.
+"""
+
+import contextlib
+import json
+import os
+import time as clock_time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from aem_exp import aem
+from aem_exp.batch import DEAD, measured, pack, plan, split
+from aem_exp.config import Experiment
+from aem_exp.credit import Credit, Estimator, assign, describe
+from aem_exp.rollout import Clock, Episode, Rollout, Trajectory
+from aem_exp.sample import Sampler, generator
+
+Batch = dict[str, Tensor]
+STEP_FILE = "step.json"  # written last into a checkpoint: where it is, the checkpoint is complete
+
+_ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over the rows of a micro-batch
+_SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
+_COMPARE_EVERY = 50  # steps
+_LOGGED = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "kl": "train/kl",
+    "clip_ratio/low_mean": "train/clip_low",
+    "clip_ratio/high_mean": "train/clip_high",
+    "aux_loss": "train/aux_loss",
+}
+
+
+@dataclass
+class Time:
+    """Where a run is. The trainer plays steps, the callback ends them."""
+
+    steps: int
+    step: int = 0
+    closing: bool = False  # the update at hand is the last one of its step
+    stop: bool = False  # somebody asked to stop when this step ends
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step, 1 at the last."""
+        return self.step / max(1, self.steps - 1)
+
+
+class AEMCallback(TrainerCallback):
+    """Owns time: lambda at this step, and what happens when a step ends (evaluate, log, save, stop).
+
+    Args:
+        time: shared with the trainer.
+        schedule: lambda as a function of progress; None leaves the advantages alone.
+        gate: nats; see `aem.coefficients`.
+        report: receives the number of finished steps and the metrics of the last one.
+        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: never).
+        save_every: steps between checkpoints (0: only at the end).
+    """
+
+    def __init__(
+        self,
+        time: Time,
+        schedule: Callable[[float], float] | None = None,
+        gate: float = 0.1,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
+        save_every: int = 0,
+    ):
+        self.time, self.schedule, self.gate = time, schedule, gate
+        self.report, self.evaluate = report, evaluate
+        self.evaluate_every, self.save_every = evaluate_every, save_every
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def lam(self) -> float | None:
+        return self.schedule(self.time.progress) if self.schedule else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.time.closing:
+            return
+        self.time.step += 1
+        last = self.time.step >= self.time.steps
+        if self.evaluate and not last and self._due(self.evaluate_every):
+            self.metrics |= self.evaluate()
+        control.should_log = True
+        control.should_save = last or self.time.stop or self._due(self.save_every)
+        control.should_training_stop = last or self.time.stop
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:  # the summary of transformers, after the last step
+            return
+        if self.report and state.is_world_process_zero:
+            ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
+            self.report(self.time.step, {**self.metrics, **ours})
+        self.metrics = {}
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.time.step % every == 0
+
+
+@dataclass
+class Update:
+    """One optimizer step of this rank: its micro-batches, and the sizes of the whole update over all ranks."""
+
+    micros: list[list[int]]
+    live_rows: int
+    tokens: int
+    batches: list[Batch] = field(default_factory=list)
+
+
+class AEMTrainer(GRPOTrainer):
+    """GRPOTrainer whose batches are episodes, with one advantage per response.
+
+    Args:
+        callback: owns lambda and the clock.
+        draw: step -> the episodes of that step; the same on every rank.
+        rollout: plays them.
+        make_sampler: policy -> what generates.
+        estimator: from `advantages`.
+        mini_batch: rows per update; 0: all rows of a step in one update.
+        epochs: how often a step's rows are trained (mu in the GRPO paper).
+        device_rows: rows per micro-batch and device; 0: no limit.
+        trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
+        penalty: subtracted from the score of an invalid turn.
+        keep: receives the step's number and credit, for the record.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: GRPOConfig,
+        processing_class: Any,
+        *,
+        callback: AEMCallback,
+        draw: Callable[[int], list[Episode]],
+        rollout: Rollout,
+        make_sampler: Callable[[Any], Sampler],
+        estimator: Estimator,
+        mini_batch: int = 0,
+        epochs: int = 1,
+        device_rows: int = 0,
+        trust_sampler: bool = True,
+        penalty: float = 0.0,
+        keep: Callable[[int, Credit], None] | None = None,
+        **kwargs: Any,
+    ):
+        from datasets import Dataset
+
+        placeholder = Dataset.from_dict({"prompt": [""] * args.generation_batch_size})  # TRL wants one; nobody reads it
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            reward_funcs=_rewards_come_from_environments,
+            train_dataset=placeholder,
+            callbacks=[callback],
+            **kwargs,
+        )
+        self.remove_callback(PrinterCallback)  # the terminal is the door's
+        self.aem, self.time = callback, callback.time
+        self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self.model), keep
+        self.credit = partial(assign, history=rollout.env.history, estimator=estimator, penalty=penalty)
+        self.mini_batch, self.epochs, self.device_rows = mini_batch, epochs, device_rows
+        self.trust_sampler, self._bonus = trust_sampler, args.entropy_coef
+        self.clock = Clock()
+
+    # The way of the data: episodes -> credit -> updates -> TRL's loss.
+
+    def updates(self) -> Iterator[list[Batch]]:
+        """The updates of all steps that are left. A step is played when its first update is asked for."""
+        while self.time.step < self.time.steps:
+            step = self.time.step
+            credit = self.credit(self.play(step))
+            updates = self.batches(credit, step)
+            self._note(credit, len(updates))
+            for i, batches in enumerate(updates):
+                self.time.closing = i == len(updates) - 1
+                yield batches
+
+    def play(self, step: int) -> list[Trajectory]:
+        """Play the episodes of a step, each rank its share; all ranks get all trajectories."""
+        episodes = self.draw(step)
+        share = -(-len(episodes) // self.accelerator.num_processes)
+        start = self.accelerator.process_index * share
+        mine = self.rollout.play(episodes[start : start + share], self.sampler)
+        return gather_object(mine)
+
+    def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
+        """The updates of a step. Old log-probs, entropies and coefficients are measured once and stay fixed."""
+        updates = self._plan(credit, step)
+        with self.clock("scoring"):
+            for update in updates:
+                update.batches = [self._measure(credit, micro) for micro in update.micros]
+        with self.clock("aem"):
+            credit.entropy_R = self.accelerator.reduce(credit.entropy_R.to(self.accelerator.device), "sum").cpu()
+            if self.aem.lam is not None:
+                credit.alpha_R = aem.coefficients(credit.entropy_R, credit.group_R, self.aem.lam, self.aem.gate)
+            for update in updates:
+                for micro, batch in zip(update.micros, update.batches, strict=True):
+                    batch["advantages"] = _advantages(credit, micro, batch["tool_mask"])
+        for update in updates:
+            for batch in update.batches:
+                self._weigh(batch, update, len(credit.kept) / len(credit.rows))
+        return [update.batches for update in updates] * self.epochs
+
+    def _plan(self, credit: Credit, step: int) -> list[Update]:
+        lengths = [len(row.prompt) + len(row.completion) for row in credit.rows]
+        ranks, me = self.accelerator.num_processes, self.accelerator.process_index
+        shares = [
+            plan(lengths, self.mini_batch, generator((self.args.seed, "updates", step)), rank, ranks)
+            for rank in range(ranks)
+        ]
+        out = []
+        for update in zip(*shares, strict=True):
+            live = [i for share in update for i in share if i != DEAD]
+            tokens = sum(sum(credit.rows[i].mask) for i in live)
+            out.append(Update(split(update[me], self.device_rows), len(live), tokens))
+        return out
+
+    def _measure(self, credit: Credit, micro: list[int]) -> Batch:
+        """Pack a micro-batch with its old log-probs, and note the entropies of its responses.
+
+        Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
+        """
+        batch = pack(credit.rows, micro, self._tokenizer.pad_token_id)
+        if self.trust_sampler:
+            logps, entropies = measured(credit.rows, micro, batch["completion_ids"].shape[1])
+            self._compare(batch, logps)
+        else:
+            logps, entropies = self._score(self.model, batch)
+        if self.mini_batch or self.epochs > 1:
+            batch["old_per_token_logps"] = logps
+        if self.beta:
+            batch["ref_per_token_logps"] = self._reference(batch)
+        credit.entropy_R[credit.owned(micro)] = aem.response_entropy(entropies, aem.responses(batch["tool_mask"]))
+        return batch
+
+    def _weigh(self, batch: Batch, update: Update, trajectories_per_row: float) -> None:
+        """Make the sum over micro-batches, and the mean over ranks, an average over the whole update.
+
+        `loss_weight` multiplies what TRL returns. `bonus_weight` takes that back for the entropy bonus, which TRL averages
+        over the tokens of a micro-batch whatever the loss. Dr. GRPO divides by a constant per trajectory, not per row.
+        """
+        ranks = self.accelerator.num_processes
+        token_share = batch["tool_mask"].sum().item() * ranks / max(1, update.tokens)
+        weight = 1.0
+        if self.loss_type == "bnpo":
+            weight = token_share
+        elif self.loss_type in _ROW_MEANS:
+            rows = update.live_rows * (trajectories_per_row if self.loss_type == "dr_grpo" else 1)
+            weight = len(batch["tool_mask"]) * ranks / rows
+        batch["num_items_in_batch"] = torch.tensor(float(update.tokens))
+        batch["loss_weight"] = torch.tensor(weight)
+        batch["bonus_weight"] = torch.tensor(token_share / weight if weight else 0.0)
+
+    def _note(self, credit: Credit, updates: int) -> None:
+        """Leave the step's numbers where the callback finds them."""
+        seconds = {f"time/{name}": value for name, value in (self.clock.read() | self.rollout.clock.read()).items()}
+        self.aem.metrics |= describe(credit, self.aem.gate) | seconds | {"train/updates": updates, "time/update": 0.0}
+        if self.aem.lam is not None:
+            self.aem.metrics["aem/lam"] = self.aem.lam
+        if self.keep:
+            self.keep(self.time.step, credit)
+
+    # What TRL and transformers call.
+
+    def get_train_dataloader(self) -> Any:
+        return _Updates(self.updates)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One update: all its micro-batches, gradients synchronised with the last."""
+        start = clock_time.perf_counter()
+        every = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, batch in enumerate(inputs):
+            sync = every or i == len(inputs) - 1
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model=model):
+                total += super().training_step(model, batch, num_items_in_batch)
+        self.aem.metrics["time/update"] += clock_time.perf_counter() - start
+        return total
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        self.entropy_coef = self._bonus * inputs["bonus_weight"].item()
+        return super().compute_loss(model, inputs, return_outputs) * inputs["loss_weight"]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate follows steps, like every schedule here: the updates of a step share it."""
+        if not isinstance(self.lr_scheduler, _PerStep):
+            self.lr_scheduler = _PerStep(super().create_scheduler(self.time.steps, optimizer), self.time)
+        return self.lr_scheduler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one with every checkpoint; a run writes one, at its end."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            mark = folder / (STEP_FILE + ".part")
+            mark.write_text(json.dumps({"step": self.time.step, "ranks": self.accelerator.num_processes}))
+            os.replace(mark, folder / STEP_FILE)
+
+    # Scoring.
+
+    @torch.no_grad()
+    def _score(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (nats) of the completion tokens, by one forward pass; on the CPU."""
+        device = self.accelerator.device
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(device)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(device)
+        own = model is self.model
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=own
+            )
+        return logps.float().cpu(), entropies.float().cpu() if own else logps
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Log-probs under the policy that training started from: a frozen copy, or this model without its adapter."""
+        if self.ref_model is not None:
+            return self._score(self.ref_model, batch)[0]
+        with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+            return self._score(self.model, batch)[0]
+
+    def _compare(self, batch: Batch, logps: Tensor) -> None:
+        """Now and then, check that the sampler sampled from the distribution that is trained."""
+        if self.time.step % _COMPARE_EVERY or "train/sampler_gap" in self.aem.metrics:
+            return
+        gap = ((self._score(self.model, batch)[0] - logps).abs() * batch["tool_mask"]).max().item()
+        self.aem.metrics["train/sampler_gap"] = gap
+        if gap > _SAMPLER_GAP:
+            raise RuntimeError(
+                f"the sampler's log-probs are {gap:.2g} nats away from the trainer's (at most {_SAMPLER_GAP} in float32): "
+                "the two do not share weights, temperature or positions"
+            )
+
+
+class _PerStep:
+    """A learning rate scheduler that moves when a step ends, not with each update."""
+
+    def __init__(self, scheduler: Any, time: Time):
+        self._scheduler, self._time = scheduler, time
+
+    def step(self) -> None:
+        if self._time.closing:
+            self._scheduler.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
+class _Updates:
+    """What transformers iterates over in place of a data loader."""
+
+    def __init__(self, updates: Callable[[], Iterator[list[Batch]]]):
+        self._updates = updates
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self._updates()
+
+
+def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor) -> Tensor:
+    """Advantages (N, T): those of the responses, spread over their tokens, times their coefficients."""
+    response_NT, ids = aem.responses(mask_NT), credit.owned(micro)
+    advantage_NT = torch.cat([credit.advantage_R[ids], torch.zeros(1)])[response_NT]
+    return advantage_NT if credit.alpha_R is None else aem.modulate(advantage_NT, credit.alpha_R[ids], response_NT)
+
+
+def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]:
+    raise AssertionError("TRL asks no reward function here")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    complete = [p for p in folder.glob("checkpoint-*") if (p / STEP_FILE).exists()]
+    return max(complete, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
+    """TRL's own arguments. Sizes that only its batch arithmetic needs are derived; what is not named keeps TRL's default.
+
+    One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
+    """
+    settings = dict(experiment.trainer)
+    steps, tasks, group = (settings.pop(k) for k in ("steps", "tasks_per_step", "group_size"))
+    mini_batch, epochs = settings.pop("mini_batch"), settings.pop("num_iterations", 1)
+    rows = tasks * group * (experiment.env.max_turns if experiment.env.history == "window" else 1)
+    per_step = 1 if mini_batch == "all" else rows // mini_batch + 1
+    return GRPOConfig(
+        **{
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "output_dir": str(folder),
+            "seed": experiment.seed,
+            "per_device_train_batch_size": group,
+            "num_generations": group,
+            "gradient_accumulation_steps": 1,
+            "steps_per_generation": 1,
+            "max_steps": steps * epochs * per_step,  # an upper bound: the callback stops after the last step
+            "max_completion_length": episode_tokens(experiment),
+            "ignore_data_skip": True,
+            "remove_unused_columns": False,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "save_total_limit": 2,
+            "logging_nan_inf_filter": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            **settings,
+            **experiment.launch.trainer,
+        }
+    )
+
+
+def episode_tokens(experiment: Experiment) -> int:
+    """The most tokens that an episode can be trained on: Dr. GRPO's constant."""
+    env = experiment.env
+    most = env.max_turns * env.response_tokens
+    return most if env.history == "window" else min(most, env.context_tokens)
