@@ -71,6 +71,14 @@ def assign(played: Sequence[Trajectory], history: str, estimator: Estimator, pen
     )
 
 
+def annotate(credit: Credit) -> None:
+    """Write what a response was given beside it, for the record."""
+    alphas = credit.alpha_R.tolist() if credit.alpha_R is not None else [None] * len(credit.entropy_R)
+    numbers = zip(credit.entropy_R.tolist(), credit.advantage_R.tolist(), alphas, strict=True)
+    for (*_, response), (entropy, advantage, alpha) in zip(credit.responses(), numbers, strict=True):
+        response.entropy, response.advantage, response.alpha = entropy, advantage, alpha
+
+
 def describe(credit: Credit, gate: float) -> dict[str, float]:
     """The numbers of a step that a log shows. Every token that was generated is accounted for."""
     played, flat = credit.played, credit.responses()

@@ -34,7 +34,8 @@ class Response:
     """What the policy said in one turn, and what came of it.
 
     `prompt` holds the tokens in front of it that are not in the row yet: all of them with a window, those since the
-    previous response with full history.
+    previous response with full history. `entropy` is the mean over its tokens, in nats; `advantage` (before modulation)
+    and `alpha` are known once the step's credit is assigned.
     """
 
     prompt: list[int]
@@ -44,6 +45,9 @@ class Response:
     reward: float = 0.0
     valid: bool = True
     metrics: dict[str, float] = field(default_factory=dict)
+    entropy: float = 0.0
+    advantage: float | None = None
+    alpha: float | None = None
 
 
 @dataclass
@@ -165,7 +169,8 @@ class _Game:
     def step(self, sample: Sample) -> bool:
         """Let the environment answer; False when the episode is over."""
         text = self.chat.decode(sample.ids)
-        response = Response(self.prompt, sample, self._observation, text)
+        entropy = sum(sample.entropies) / len(sample.entropies)
+        response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
         self.trajectory.responses.append(response)
         self._used += len(self.prompt) + len(sample.ids)
         turn = self._guard(lambda: self.env.step(text))

@@ -12,8 +12,6 @@ depends on neither padding nor the split into micro-batches and ranks.
 """
 
 import contextlib
-import json
-import os
 import time as clock_time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,15 +27,14 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from aem_exp import aem
+from aem_exp import aem, checkpoints
 from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment
-from aem_exp.credit import Credit, Estimator, assign, describe
+from aem_exp.credit import Credit, Estimator, annotate, assign, describe
 from aem_exp.rollout import Clock, Episode, Rollout, Trajectory
 from aem_exp.sample import Sampler, generator
 
 Batch = dict[str, Tensor]
-STEP_FILE = "step.json"  # written last into a checkpoint: where it is, the checkpoint is complete
 
 _ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over the rows of a micro-batch
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
@@ -76,7 +73,7 @@ class AEMCallback(TrainerCallback):
         schedule: lambda as a function of progress; None leaves the advantages alone.
         gate: nats; see `aem.coefficients`.
         report: receives the number of finished steps and the metrics of the last one.
-        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: never).
+        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
         save_every: steps between checkpoints (0: only at the end).
     """
 
@@ -104,7 +101,7 @@ class AEMCallback(TrainerCallback):
             return
         self.time.step += 1
         last = self.time.step >= self.time.steps
-        if self.evaluate and not last and self._due(self.evaluate_every):
+        if self.evaluate and (last or self._due(self.evaluate_every)):
             self.metrics |= self.evaluate()
         control.should_log = True
         control.should_save = last or self.time.stop or self._due(self.save_every)
@@ -147,7 +144,8 @@ class AEMTrainer(GRPOTrainer):
         device_rows: rows per micro-batch and device; 0: no limit.
         trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
         penalty: subtracted from the score of an invalid turn.
-        keep: receives the step's number and credit, for the record.
+        keep: receives the number of finished steps and the step's credit, for the record.
+        before_save: told before a checkpoint is written: what it counts on must be on disk by then.
     """
 
     def __init__(
@@ -167,6 +165,7 @@ class AEMTrainer(GRPOTrainer):
         trust_sampler: bool = True,
         penalty: float = 0.0,
         keep: Callable[[int, Credit], None] | None = None,
+        before_save: Callable[[int], None] | None = None,
         **kwargs: Any,
     ):
         from datasets import Dataset
@@ -184,6 +183,7 @@ class AEMTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)  # the terminal is the door's
         self.aem, self.time = callback, callback.time
         self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self.model), keep
+        self.before_save = before_save
         self.credit = partial(assign, history=rollout.env.history, estimator=estimator, penalty=penalty)
         self.mini_batch, self.epochs, self.device_rows = mini_batch, epochs, device_rows
         self.trust_sampler, self._bonus = trust_sampler, args.entropy_coef
@@ -285,6 +285,7 @@ class AEMTrainer(GRPOTrainer):
         if self.aem.lam is not None:
             self.aem.metrics["aem/lam"] = self.aem.lam
         if self.keep:
+            annotate(credit)
             self.keep(self.time.step, credit)
 
     # What TRL and transformers call.
@@ -323,13 +324,13 @@ class AEMTrainer(GRPOTrainer):
         """TRL writes one with every checkpoint; a run writes one, at its end."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.before_save:
+            self.before_save(self.time.step)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            mark = folder / (STEP_FILE + ".part")
-            mark.write_text(json.dumps({"step": self.time.step, "ranks": self.accelerator.num_processes}))
-            os.replace(mark, folder / STEP_FILE)
+            checkpoints.mark(folder, self.time.step, self.accelerator.num_processes)
 
     # Scoring.
 
@@ -399,12 +400,6 @@ def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor) -> Tensor
 
 def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]:
     raise AssertionError("TRL asks no reward function here")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    complete = [p for p in folder.glob("checkpoint-*") if (p / STEP_FILE).exists()]
-    return max(complete, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:

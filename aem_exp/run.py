@@ -1,0 +1,295 @@
+"""One experiment, on this machine, to a result. The composition root: here the parts meet.
+
+The run dir is the truth, and asking again is safe: what is finished is left alone, what was interrupted continues from its
+newest complete checkpoint and ends as if it had never stopped.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aem_exp import checkpoints, config, policy
+from aem_exp.config import ConfigError, Experiment
+
+log = logging.getLogger("aem_exp")
+Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
+RESULT = "result.json"
+BEFORE = "before.json"
+_PACKAGES = ("aem_exp", "torch", "trl", "transformers", "accelerate", "peft", "numpy", "hydra-core", "mlflow")
+
+
+class Owned(Exception):
+    """Somebody else is at this run; the message names them."""
+
+
+def run(experiment: Experiment, watch: Watch | None = None) -> Path:
+    """Train and evaluate one experiment; the run dir.
+
+    Returns at once where the result is there. Raises ConfigError before any work, and Owned where another process runs it.
+    """
+    config.check_runnable(experiment)
+    folder = config.run_dir(experiment)
+    _writable(folder)
+    with _owning(folder):
+        if not (folder / RESULT).exists():
+            _run(experiment, folder, watch)
+    return folder
+
+
+def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
+    from aem_exp import show, tracking
+
+    world = config.instantiate(experiment.env.make)
+    weights = policy.locate(experiment.model) if experiment.model.path else _made(experiment, world)
+    _room(folder, weights)
+    _write_json(folder / "experiment.json", config.to_dict(experiment))
+    with tracking.Tracker.open(
+        folder,
+        tracking.resolve_uri(experiment.tracking, folder.parent),
+        experiment=experiment.name,
+        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}",
+        params=config.to_dict(experiment),
+        tags=_tags(experiment, world.fingerprint),
+        resume_step=_resume_step(folder),
+        wait=False,
+    ) as tracker:
+        result = _Experiment(experiment, folder, world, weights, tracker, watch).play()
+        for path in show.artifacts(folder):
+            tracker.artifact(path)
+        _write_json(folder / RESULT, result)
+    if tracker.trouble:
+        log.warning(tracker.trouble)
+
+
+class _Experiment:
+    """The parts of one run, put together."""
+
+    def __init__(
+        self, experiment: Experiment, folder: Path, world: Any, weights: str, tracker: Any, watch: Watch | None
+    ) -> None:
+        import torch
+
+        from aem_exp.episodes import Episodes
+        from aem_exp.render import Chat
+        from aem_exp.rollout import Rollout
+        from aem_exp.trainer import Time
+
+        if experiment.launch.threads:
+            torch.set_num_threads(experiment.launch.threads)
+        self.experiment, self.folder, self.world, self.tracker, self.watch = experiment, folder, world, tracker, watch
+        log.info("loading %s", weights)
+        self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
+        self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
+        self.rollout = Rollout(world, experiment.env, self.chat)
+        self.time = Time(experiment.trainer["steps"], max(0, _resume_step(folder)))
+        self.episodes = Episodes(folder, _resume_step(folder))
+        self.scores: dict[str, Any] = {}
+
+    def play(self) -> dict[str, Any]:
+        """Score the panel, train, score again; what `result.json` says."""
+        how, trainer = self.experiment.evaluation, self._trainer()
+        before = self._before()
+        self.tracker.ready()
+        checkpoint = checkpoints.newest(self.folder)
+        if self.time.step < self.time.steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint:  # stopped between the last step and the result
+            trainer._load_from_checkpoint(str(checkpoint))
+        after = self.scores.get(how.panel) or self._exam(how.panel)
+        final = self._exam(how.final)
+        self._report(self.time.step, final.metrics("test/"))
+        self.episodes.finish(self.time.step)
+        self.rollout.close()
+        policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
+        return {
+            "experiment": self.experiment.name,
+            "signature": config.signature(self.experiment),
+            "steps": self.time.step,
+            "updates": trainer.state.global_step,
+            "before": before,
+            "after": asdict(after),
+            "final": asdict(final),
+            "checkpoint_rule": "last step",
+            "fingerprint": self.world.fingerprint,
+            "packages": {name: version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+        }
+
+    def _trainer(self) -> Any:
+        from aem_exp.sample import LocalSampler, Sampling
+        from aem_exp.trainer import AEMCallback, AEMTrainer, arguments
+
+        experiment, settings = self.experiment, self.experiment.trainer
+        lam = experiment.modulation.lam
+        callback = AEMCallback(
+            self.time,
+            config.instantiate(lam) if lam else None,
+            experiment.modulation.gate,
+            self._report,
+            lambda: self._exam(experiment.evaluation.panel).metrics("eval/"),
+            experiment.evaluation.every,
+            experiment.launch.save_every,
+        )
+        sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
+        return AEMTrainer(
+            self.model,
+            arguments(experiment, self.folder),
+            self.tokenizer,
+            callback=callback,
+            draw=partial(_draw, experiment, self.world.tasks("train")),
+            rollout=self.rollout,
+            make_sampler=lambda policy: LocalSampler(policy, self.chat.end_ids, sampling),
+            estimator=config.instantiate(experiment.baseline.advantage, partial=True),
+            mini_batch=0 if settings["mini_batch"] == "all" else settings["mini_batch"],
+            epochs=settings.get("num_iterations", 1),
+            device_rows=experiment.launch.device_rows,
+            trust_sampler=experiment.model.dtype == "float32" and not settings.get("bf16"),
+            penalty=experiment.env.invalid_penalty,
+            keep=self._keep,
+            before_save=self._before_save,
+        )
+
+    def _before(self) -> dict[str, Any]:
+        """The score of the untrained policy; measured once, also by a run that is resumed."""
+        file = self.folder / BEFORE
+        if not file.exists():
+            score = self._exam(self.experiment.evaluation.panel)
+            self._report(0, score.metrics("eval/"))
+            self.episodes.write(0)
+            _write_json(file, asdict(score))
+        return json.loads(file.read_text())
+
+    def _exam(self, split: str) -> Any:
+        from aem_exp import evaluate
+        from aem_exp.episodes import record
+        from aem_exp.sample import LocalSampler, Sampling
+
+        how = self.experiment.evaluation
+        panel = evaluate.panel(self.world, split, how.tasks)
+        log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
+        sampler = LocalSampler(self.model, self.chat.end_ids, Sampling(how.temperature))
+        played = evaluate.play(panel, self.rollout, sampler, how.repeats)
+        self.rollout.clock.read()  # not part of a step's time
+        self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
+        self.scores[split] = score = evaluate.score(panel, played)
+        return score
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.log(step, metrics)
+        if self.watch:
+            self.watch(step, self.time.steps, metrics)
+
+    def _keep(self, step: int, credit: Any) -> None:
+        from aem_exp.episodes import record
+
+        self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])
+
+    def _before_save(self, step: int) -> None:
+        self.tracker.flush()
+        self.episodes.write(step)
+
+
+def _draw(experiment: Experiment, tasks: Any, step: int) -> list[Any]:
+    """The episodes of a step: tasks drawn without replacement, each played by the whole group."""
+    from aem_exp.rollout import Episode
+    from aem_exp.sample import generator
+
+    seed, group = experiment.seed, experiment.trainer["group_size"]
+    chosen = generator((seed, "tasks", step, 0)).choice(len(tasks), experiment.trainer["tasks_per_step"], replace=False)
+    return [
+        Episode(tasks[int(index)], draw, member, (seed, step, 0, draw, member))
+        for draw, index in enumerate(chosen)
+        for member in range(group)
+    ]
+
+
+def _made(experiment: Experiment, world: Any) -> str:
+    """The folder of a policy that is made here: once, and cached by everything that decides it."""
+    from filelock import FileLock
+
+    recipe = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
+    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
+    folder = cache / f"{experiment.model.name}-{digest}"
+    _writable(cache, "AEM_CACHE")
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.exists():
+            log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
+            with tempfile.TemporaryDirectory(dir=cache) as part:
+                make = config.instantiate(experiment.model.make, partial=True)
+                make(world=world, env=experiment.env, folder=Path(part) / "model")
+                os.replace(Path(part) / "model", folder)
+    return str(folder)
+
+
+def _resume_step(folder: Path) -> int:
+    """Steps that need not be trained again; -1 where not even the untrained policy was scored."""
+    checkpoint = checkpoints.newest(folder)
+    if checkpoint:
+        return checkpoints.steps(checkpoint)
+    return 0 if (folder / BEFORE).exists() else -1
+
+
+def _tags(experiment: Experiment, fingerprint: str) -> dict[str, str]:
+    from aem_exp.tracking import git_commit
+
+    commit = git_commit(Path(__file__).parent)
+    return {
+        "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
+        "aem.seed": str(experiment.seed),
+        "aem.signature": config.signature(experiment),
+        "aem.env_fingerprint": fingerprint,
+        **({"git.commit": commit} if commit else {}),
+    }
+
+
+@contextmanager
+def _owning(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock is the kernel's, so it ends with its holder, however that ends."""
+    from filelock import FileLock, Timeout
+
+    owner = folder / "owner.json"
+    try:
+        with FileLock(folder / "run.lock", timeout=0):
+            _write_json(owner, {"host": platform.node(), "pid": os.getpid()})
+            yield
+    except Timeout as error:
+        who = json.loads(owner.read_text()) if owner.exists() else {"host": "?", "pid": "?"}
+        raise Owned(f"{folder} is being run by process {who['pid']} on {who['host']}") from error
+
+
+def _writable(folder: Path, field: str = "outputs") -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 65536)
+            probe.flush()
+    except OSError as error:
+        raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error
+
+
+def _room(folder: Path, weights: str) -> None:
+    """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
+    size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
+    need, free = 7 * size + 50_000_000, shutil.disk_usage(folder).free
+    if free < need:
+        raise ConfigError(
+            "outputs", str(folder), f"has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f} GB; choose another folder"
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)

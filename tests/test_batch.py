@@ -1,0 +1,51 @@
+"""Which rows share an update, and how they are packed."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aem_exp.batch import DEAD, pack, plan, split
+from aem_exp.rollout import Row
+from aem_exp.sample import generator
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+def shares(lengths, mini_batch, ranks):
+    return [plan(lengths, mini_batch, generator(("test",)), rank, ranks) for rank in range(ranks)]
+
+
+@given(LENGTHS, st.integers(0, 12), st.integers(1, 5))
+def test_every_row_is_trained_once_on_any_number_of_ranks(lengths, mini_batch, ranks):
+    alone, together = shares(lengths, mini_batch, 1)[0], shares(lengths, mini_batch, ranks)
+    assert sorted(i for update in alone for i in update) == list(range(len(lengths)))
+    for u, update in enumerate(alone):
+        parts = [share[u] for share in together]
+        assert sorted(i for part in parts for i in part if i != DEAD) == sorted(update)
+        assert len({len(part) for part in parts}) == 1  # collectives need the same number of rows everywhere
+
+
+@given(LENGTHS, st.integers(1, 12))
+def test_updates_are_of_one_size(lengths, mini_batch):
+    sizes = [len(update) for update in shares(lengths, mini_batch, 1)[0]]
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == max(1, round(len(lengths) / mini_batch))
+
+
+def test_split():
+    assert split([4, 2, 7, 1, 3], 2) == [[4, 2], [7, 1], [3]]
+    assert split([4, 2, 7], 0) == [[4, 2, 7]]
+
+
+def test_pack():
+    rows = [
+        Row([5, 6, 7], [8, 9], [1, 0], [-1.0, 0.0], [0.5, 0.0], 0, [0]),
+        Row([5], [8, 9, 3, 4], [1, 0, 1, 1], [-1.0, 0.0, -2.0, -3.0], [0.5, 0.0, 0.1, 0.2], 1, [0, 1]),
+    ]
+    batch = pack(rows, [1, 0, DEAD], pad_id=0)
+    assert batch["prompt_ids"].tolist() == [[0, 0, 5], [5, 6, 7], [5, 6, 7]]
+    assert batch["prompt_mask"].tolist() == [[0, 0, 1], [1, 1, 1], [1, 1, 1]]
+    assert batch["completion_ids"].tolist() == [[8, 9, 3, 4], [8, 9, 0, 0], [8, 9, 0, 0]]
+    assert batch["completion_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert batch["tool_mask"].tolist() == [[1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert all(value.dtype == torch.long for value in batch.values())
