@@ -169,7 +169,7 @@ class _Game:
     def step(self, sample: Sample) -> bool:
         """Let the environment answer; False when the episode is over."""
         text = self.chat.decode(sample.ids)
-        entropy = sum(sample.entropies) / len(sample.entropies)
+        entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else 0.0
         response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
         self.trajectory.responses.append(response)
         self._used += len(self.prompt) + len(sample.ids)

@@ -1,0 +1,149 @@
+"""Exact tokens: what was sampled is what is trained, for both histories."""
+
+import pytest
+import torch
+import toy
+
+from aem_exp.aem import responses
+from aem_exp.batch import measured, pack
+from aem_exp.render import Chat
+from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, rows
+from aem_exp.sample import LocalSampler, Sampling, generator
+
+HISTORIES = ["full", "window"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+def play(folder, history, episodes=None, sampling=Sampling(), world=toy.ChatterWorld(), **changes):
+    model, tokenizer = toy.policy(folder, history)
+    chat = Chat(tokenizer)
+    rollout = Rollout(world, toy.env(history, **changes), chat)
+    played = rollout.play(episodes or toy.draw(0), LocalSampler(model.eval(), chat.end_ids, sampling))
+    return played, model, tokenizer
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temperature):
+    """Log-probs and entropies of a session that keeps its cache across turns, against one plain forward pass."""
+    played, model, tokenizer = play(folder, history, sampling=Sampling(temperature))
+    packed = rows([t for t in played if t.ended != CRASHED], history)
+    chosen = list(range(len(packed)))
+    batch = pack(packed, chosen, tokenizer.pad_token_id)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits / temperature
+    logp = logits.log_softmax(-1)[:, batch["prompt_ids"].shape[1] - 1 : -1]
+    own = batch["tool_mask"].bool()
+    logps, entropies = measured(packed, chosen, own.shape[1])
+    torch.testing.assert_close(logp.gather(2, batch["completion_ids"][..., None])[..., 0][own], logps[own], atol=2e-5, rtol=0)
+    torch.testing.assert_close(-(logp.exp() * logp).sum(-1)[own], entropies[own], atol=2e-5, rtol=0)
+
+
+def test_full_history_only_appends(folder):
+    """A row is the sampled tokens with the template's tokens between them, once; nothing is rendered anew."""
+    played, _, tokenizer = play(folder, "full")
+    for row in rows(played, "full"):
+        trajectory = played[row.trajectory]
+        sampled = [i for r in trajectory.responses for i in r.sample.ids]
+        assert [i for i, own in zip(row.completion, row.mask, strict=True) if own] == sampled
+        text = tokenizer.decode(row.prompt + row.completion)
+        assert text.count("<|im_start|> user") == len(trajectory.responses)
+        assert text.count("<|im_start|> assistant") == len(trajectory.responses)
+        assert text.count("<|im_end|> <|im_end|>") == 0  # a sampled end token is not followed by a template's
+
+
+def test_a_response_that_was_cut_is_closed_by_a_masked_token(folder):
+    played, _, tokenizer = play(folder, "full")
+    cut = [
+        (row, k) for row in rows(played, "full") for k, r in enumerate(played[row.trajectory].responses[:-1])
+        if r.sample.ids[-1] != tokenizer.eos_token_id
+    ]  # fmt: skip
+    assert cut
+    row, k = cut[0]
+    response_T = responses(torch.tensor([row.mask]))[0]
+    after = int((response_T == k).nonzero()[-1]) + 1
+    assert row.completion[after] == tokenizer.eos_token_id
+    assert row.mask[after] == 0
+
+
+def test_a_window_asks_afresh(folder):
+    played, _, tokenizer = play(folder, "window")
+    long = max(played, key=lambda t: len(t.responses))
+    assert len(long.responses) >= 3
+    last = tokenizer.decode(long.responses[2].prompt)
+    assert last.count("<|im_start|>") == 2  # one user message, and the header of the answer
+    quoted = [long.responses[k].observation for k in range(2)]
+    assert all(text in last for text in quoted)
+    assert [row.turns for row in rows([long], "window")] == [[k] for k in range(len(long.responses))]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_members_of_a_group_differ_and_a_key_repeats_itself(folder, history):
+    played, *_ = play(folder, history)
+    said = [tuple(r.text for r in t.responses) for t in played]
+    assert len(set(said[:4])) > 1
+    again, *_ = play(folder, history)
+    assert [tuple(r.text for r in t.responses) for t in again] == said
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_who_else_is_in_the_batch_changes_nothing(folder, history):
+    played, *_ = play(folder, history)
+    alone, *_ = play(folder, history, [toy.draw(0)[5]])
+    assert [r.sample.ids for r in alone[0].responses] == [r.sample.ids for r in played[5].responses]
+
+
+def test_a_crash_is_marked_and_the_others_go_on(folder):
+    episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, ("crash", m)) for m in range(200)]
+    played, *_ = play(folder, "full", episodes, world=toy.ChatterWorld(breaks=True))
+    crashed = [t for t in played if t.ended == CRASHED]
+    assert crashed
+    assert all("the world broke" in t.error for t in crashed)
+    assert {t.ended for t in played if t not in crashed} == {"over"}
+
+
+def test_a_full_context_ends_the_episode(folder):
+    played, *_ = play(folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25)
+    assert CONTEXT in {t.ended for t in played}
+    assert all(len(row.prompt) + len(row.completion) <= 25 for row in rows(played, "full"))
+
+
+def test_a_window_drops_its_history_before_it_gives_up(folder):
+    episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)]
+    played, *_ = play(folder, "window", episodes, context_tokens=16)
+    assert max(len(t.responses) for t in played) == 4  # the whole episode fits, a turn at a time
+    played, *_ = play(folder, "window", episodes, context_tokens=8)
+    assert {t.ended for t in played} == {CONTEXT}
+
+
+def test_sampling_follows_the_distribution():
+    """Inverse-CDF draws from a known distribution: chi-square over 20,000 draws."""
+    from scipy.stats import chisquare
+
+    from aem_exp.sample import _draw
+
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
+    draws = torch.from_numpy(generator(("chi",)).random(20_000))
+    tokens, logps, entropies = _draw(logits.expand(20_000, 5), draws, Sampling(0.8))
+    expected = (logits.double() / 0.8).softmax(0)
+    assert chisquare(torch.bincount(tokens, minlength=5).numpy(), expected.numpy() * 20_000).pvalue > 1e-3
+    torch.testing.assert_close(logps, expected.log().float()[tokens])
+    torch.testing.assert_close(entropies[0], -(expected * expected.log()).sum().float())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"), [(Sampling(top_k=2), {2, 4}), (Sampling(top_p=0.6), {2, 4}), (Sampling(min_p=0.9), {2})]
+)
+def test_filters_keep_the_likely_tokens(sampling, kept):
+    from aem_exp.sample import _draw
+
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).expand(500, 5)
+    tokens, *_ = _draw(logits, torch.from_numpy(generator(("f",)).random(500)), sampling)
+    assert set(tokens.tolist()) == kept

@@ -1,0 +1,273 @@
+"""The laws that keep the trainer honest. The letters are those of the README's list.
+
+(a) full history: TRL's own trainer, unmodified, sees the same loss and gradients
+(b) windowed: one-turn episodes satisfy (a); longer ones an independent reference loss
+(c) lambda = 0 is no modulation, bit for bit
+(d) the gradient of an update depends on neither padding, micro-batches nor ranks
+(e) every generated token is accounted for
+"""
+
+import subprocess
+import sys
+from functools import partial
+
+import gloo_training
+import pytest
+import torch
+import toy
+
+from aem_exp import advantages
+from aem_exp.rollout import Episode, Rollout
+from aem_exp.trainer import episode_tokens
+
+LOSSES = {
+    "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
+    "rloo": ({"loss_type": "bnpo"}, advantages.leave_one_out, {"scale_rewards": "none", "reward_weights": [4 / 3]}),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, advantages.group_centred, {"scale_rewards": "none"}),
+    "dapo": (
+        {"loss_type": "dapo", "epsilon_high": 0.28},
+        partial(advantages.group_normalised, eps=1e-4),
+        {"scale_rewards": "group"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+def one_turn(step):
+    """Episodes of the toy tasks that last one turn."""
+    tasks = [t for t in toy.ChatterWorld().tasks("train") if t.seed % 4 == 0]
+    return [Episode(task, d, m, (d, m)) for d, task in enumerate(tasks) for m in range(4)]
+
+
+def gradients(trainer, update):
+    """Loss and gradients of one update."""
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.aem.metrics["time/update"] = 0.0
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, update)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def first_step(trainer):
+    credit = trainer.credit(trainer.play(0))
+    return credit, trainer.batches(credit, 0)
+
+
+def close(ours, theirs, atol=1e-6):
+    torch.testing.assert_close(ours[0], theirs[0], atol=atol, rtol=0)
+    for name, grad in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], grad, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def plain_trl(folder, run, credit, changes):
+    """The same trajectories through an unmodified GRPOTrainer: loss and gradients."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from aem_exp.trainer import arguments
+
+    model, tokenizer = toy.policy(folder, run.env.history)
+    rows = credit.rows
+
+    def replay(prompts, trainer):
+        return {
+            "prompt_ids": [row.prompt for row in rows],
+            "completion_ids": [row.completion for row in rows],
+            "env_mask": [row.mask for row in rows],
+            "logprobs": None,
+            "ret": [credit.kept[row.trajectory].ret for row in rows],
+        }
+
+    def returned(prompts, ret, **_):
+        return ret
+
+    args = arguments(run, folder / "plain")
+    for name, value in {"per_device_train_batch_size": len(rows), "generation_batch_size": len(rows), **changes}.items():
+        setattr(args, name, value)
+    data = Dataset.from_dict({"prompt": ["x"] * len(rows)})
+    trainer = GRPOTrainer(model, returned, args, data, processing_class=tokenizer, rollout_func=replay)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    loss = trainer.training_step(trainer.model, [{"prompt": "x"} for _ in rows], None)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_full_history_is_plain_trl(folder, name, beta):
+    settings, estimator, changes = LOSSES[name]
+    run = toy.experiment("full", **settings, beta=beta)
+    trainer = toy.trainer(folder, run, estimator=estimator)
+    credit, (update,) = first_step(trainer)
+    close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_b_one_turn_windows_are_plain_trl(folder, name):
+    settings, estimator, changes = LOSSES[name]
+    run = toy.experiment("window", **settings)
+    trainer = toy.trainer(folder, run, estimator=estimator, draw=one_turn)
+    credit, (update,) = first_step(trainer)
+    assert {len(t.responses) for t in credit.kept} == {1}
+    # TRL's dr_grpo divides by the row's budget, ours by that of the whole episode, of which one turn was played.
+    close(gradients(trainer, update), plain_trl(folder, run, credit, {**changes, "max_completion_length": episode_tokens(run)}))
+
+
+def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
+    """The loss of all rows in one update, row by row and token by token, written from the papers' formulas."""
+    rows_sum, tokens, terms = 0.0, 0, []
+    r = 0
+    for n, row in enumerate(credit.rows):
+        ids = torch.tensor([row.prompt + row.completion])
+        logp = model(input_ids=ids).logits.log_softmax(-1)[0]
+        row_terms = []
+        for t, own in enumerate(row.mask):
+            if not own:
+                r += t > 0 and row.mask[t - 1]  # a response has ended
+                continue
+            at = len(row.prompt) + t
+            ratio = torch.exp(logp[at - 1, ids[0, at]] - old[n][t])
+            advantage = credit.advantage_R[r] * alpha_R[r]
+            row_terms.append(-torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage))
+        r += row.mask[-1]
+        rows_sum = rows_sum + torch.stack(row_terms).mean()
+        tokens += len(row_terms)
+        terms += row_terms
+    total = torch.stack(terms).sum()
+    return {
+        "grpo": rows_sum / len(credit.rows),
+        "dapo": total / tokens,
+        "bnpo": total / tokens,
+        "dr_grpo": total / (len(credit.kept) * length),
+    }[kind]
+
+
+@pytest.mark.parametrize("history", ["window", "full"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_b_an_independent_reference_agrees(folder, history, kind):
+    """With modulation, invalid turns, and a policy that has moved away from the one that sampled, so that clips act."""
+    run = toy.experiment(history, loss_type=kind, epsilon=0.1, epsilon_high=0.15, num_iterations=2)
+    trainer = toy.trainer(folder, run, lam=1.0, penalty=0.3, device_rows=5)
+    credit, updates = first_step(trainer)
+    assert credit.alpha_R is not None
+    assert credit.alpha_R.std() > 0.05
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    ours = gradients(trainer, updates[0])
+    trainer.model.zero_grad()
+    old = [torch.tensor(row.logps) for row in credit.rows]
+    loss = reference_loss(trainer.model, credit, credit.alpha_R, old, kind, 0.1, 0.15, episode_tokens(run))
+    loss.backward()
+    close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
+    weights = []
+    for lam in (None, 0.0, 1.0):
+        trainer = toy.trainer(folder, toy.experiment(history, mini_batch=8), lam=lam)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo"])
+def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
+    results = []
+    for device_rows in (0, 1, 3):
+        trainer = toy.trainer(folder, toy.experiment(history, loss_type=kind, **WHOLE), lam=1.0, device_rows=device_rows)
+        _, updates = first_step(trainer)
+        assert len(updates) >= 2
+        results.append(gradients(trainer, updates[1]))
+    close(results[1], results[0])
+    close(results[2], results[0])
+
+
+def test_d_ranks_change_nothing(folder):
+    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process."""
+    for kind in gloo_training.KINDS:
+        torch.save(gloo_training.weights(kind, folder), folder / f"{kind}-1.pt")
+    script = [gloo_training.__file__, str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in gloo_training.KINDS:
+        one, two = (torch.load(folder / f"{kind}-{ranks}.pt", weights_only=True) for ranks in (1, 2))
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}")
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_e_every_token_is_accounted_for(folder, history):
+    run = toy.experiment(history, steps=3)
+    seen = []
+    rollout = Rollout(toy.ChatterWorld(breaks=True), run.env, toy.Chat(toy.policy(folder, history)[1]))
+    trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout)
+    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert len(seen) == 3
+    for m in seen:
+        assert m["train/tokens_generated"] == m["train/tokens_trained"] + m["train/tokens_crashed"]
+    assert any(m["train/tokens_crashed"] > 0 for m in seen)
+
+
+def test_the_learning_rate_moves_with_steps(folder):
+    run = toy.experiment("window", steps=3, mini_batch=4, lr_scheduler_type="linear", learning_rate=3e-3)
+    seen = []
+    trainer = toy.trainer(folder, run)
+    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert [m["train/updates"] > 1 for m in seen] == [True] * 3
+    assert [m["train/learning_rate"] for m in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
+
+
+def test_a_sampler_that_is_off_is_noticed(folder):
+    trainer = toy.trainer(folder, toy.experiment("full"))
+    play = trainer.play
+
+    def drifted(step):
+        played = play(step)
+        with torch.no_grad():
+            next(trainer.model.parameters()).mul_(1.5)
+        return played
+
+    trainer.play = drifted
+    with pytest.raises(RuntimeError, match="do not share weights"):
+        trainer.train()
+
+
+def test_scored_entropies_equal_sampled_ones(folder):
+    """Where the sampler is not trusted (bf16, vLLM), one scoring pass measures the same log-probs and entropies."""
+    batches = []
+    for trusted in (True, False):
+        trainer = toy.trainer(folder, toy.experiment("full", mini_batch=8), lam=1.0, trust_sampler=trusted)
+        credit, updates = first_step(trainer)
+        batches.append((credit.entropy_R, credit.alpha_R, updates[0][0]["old_per_token_logps"] * updates[0][0]["tool_mask"]))
+    for ours, theirs in zip(*batches, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_lora_trains_the_adapter_alone(folder):
+    from peft import LoraConfig, get_peft_model
+
+    run = toy.experiment("full", beta=0.05)
+    model, _ = toy.policy(folder)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = toy.trainer(folder, run, lam=1.0, model=adapted)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all("lora_" in n for n in changed)

@@ -1,0 +1,122 @@
+"""A toy world for laws: short chatter whose rewards differ whatever a random policy says."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aem_exp import advantages, schedules, tiny
+from aem_exp.config import Env, Experiment, Launch
+from aem_exp.envs import Task, Turn
+from aem_exp.render import Chat
+from aem_exp.rollout import Episode, Rollout
+from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
+
+WORDS = [chr(ord("a") + i) for i in range(12)]
+
+
+class Chatter:
+    """Plays 1 to 4 turns; the reward of a turn follows from the words. A turn that starts with `a` is invalid."""
+
+    goal = "talk"
+
+    def __init__(self, breaks: bool = False) -> None:
+        self.breaks = breaks
+
+    def parse(self, response: str) -> str:
+        return response[:5]
+
+    def reset(self, task: Task) -> Turn:
+        self.left = self.turns = task.seed % 4 + 1
+        return self._turn("hello " + WORDS[task.seed % 12])
+
+    def step(self, response: str) -> Turn:
+        self.left -= 1
+        if self.breaks and response.startswith("b"):
+            raise ValueError("the world broke")
+        return self._turn("go " + (response[:1] or "z"), sum(map(ord, response)) % 7 / 7, self.left == 0, response)
+
+    def close(self) -> None: ...
+
+    def _turn(self, text: str, reward: float = 0.0, over: bool = False, response: str = "z") -> Turn:
+        won = {"won": float(reward > 0.5)}
+        return Turn(text, reward, terminated=over, valid=not response.startswith("a"), actions=("a", "b"), metrics=won)
+
+
+class ChatterWorld:
+    fingerprint = "toy"
+
+    def __init__(self, breaks: bool = False) -> None:
+        self.breaks = breaks
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(f"{split}-{i}", i, kind=f"turns{i % 4 + 1}") for i in range(16)]
+
+    def env(self) -> Chatter:
+        return Chatter(self.breaks)
+
+    def words(self) -> list[str]:
+        return ["hello", "go", "z", *WORDS]
+
+
+def env(history: str, **changes: Any) -> Env:
+    prompt = {"first": "{observation}", "next": "{observation}", "window": "{history} {observation}", "pair": "{observation} {action}"}
+    rules = Env("toy", {}, history, 2 if history == "window" else 0, 4, 5, 120, prompt=prompt)
+    return replace(rules, **changes)
+
+
+def experiment(history: str = "full", **trainer: Any) -> Experiment:
+    settings = {
+        "steps": 2,
+        "tasks_per_step": 4,
+        "group_size": 4,
+        "mini_batch": "all",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "loss_type": "dapo",
+        "epsilon": 0.2,
+        "beta": 0.0,
+        "temperature": 1.0,
+    }
+    return Experiment(name="toy", env=env(history), trainer=settings | trainer, launch=Launch(trainer={"use_cpu": True}))
+
+
+def policy(folder: Path, history: str = "full", seed: int = 0) -> tuple[Any, Any]:
+    """A random tiny Qwen3, saved once per test session and loaded afresh, and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    rules = env(history)
+    tokenizer = tiny.make_tokenizer(ChatterWorld().words(), rules)
+    target = folder / f"policy-{history}-{seed}"
+    if not target.exists():
+        torch.manual_seed(seed)
+        tiny.make_policy(tokenizer, rules, 32, 2, 2, 0.3).save_pretrained(target)
+    return AutoModelForCausalLM.from_pretrained(target), tokenizer
+
+
+def draw(step: int, seed: int = 0, tasks: int = 4, group: int = 4) -> list[Episode]:
+    chosen = ChatterWorld().tasks("train")
+    return [
+        Episode(chosen[(step * tasks + d) % 16], d, m, (seed, step, d, m)) for d in range(tasks) for m in range(group)
+    ]
+
+
+def trainer(folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any) -> AEMTrainer:
+    """An AEMTrainer on the toy world."""
+    loaded, tokenizer = policy(folder, run.env.history)
+    model = changes.pop("model", loaded)
+    chat = Chat(tokenizer)
+    callback = AEMCallback(Time(run.trainer["steps"]), schedules.Constant(lam) if lam is not None else None)
+    settings: dict[str, Any] = {
+        "callback": callback,
+        "draw": draw,
+        "rollout": Rollout(ChatterWorld(), run.env, chat),
+        "make_sampler": lambda policy: LocalSampler(policy, chat.end_ids, Sampling()),
+        "estimator": estimator or advantages.group_normalised,
+        "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],
+        "epochs": run.trainer.get("num_iterations", 1),
+    }
+    return AEMTrainer(model, arguments(run, folder / "out"), tokenizer, **(settings | changes))
