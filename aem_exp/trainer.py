@@ -403,18 +403,18 @@ def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]
 
 
 def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
-    """TRL's own arguments. Sizes that only its batch arithmetic needs are derived; what is not named keeps TRL's default.
+    """TRL's own arguments. Sizes that only its batch arithmetic needs are derived; what is not named is TRL's default.
 
     One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
     """
     settings = dict(experiment.trainer)
     steps, tasks, group = (settings.pop(k) for k in ("steps", "tasks_per_step", "group_size"))
     mini_batch, epochs = settings.pop("mini_batch"), settings.pop("num_iterations", 1)
+    constant = settings.pop("loss_constant", None) or episode_tokens(experiment)
     rows = tasks * group * (experiment.env.max_turns if experiment.env.history == "window" else 1)
     per_step = 1 if mini_batch == "all" else rows // mini_batch + 1
     return GRPOConfig(
         **{
-            "bf16": False,
             "gradient_checkpointing": False,
             "output_dir": str(folder),
             "seed": experiment.seed,
@@ -423,7 +423,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
             "gradient_accumulation_steps": 1,
             "steps_per_generation": 1,
             "max_steps": steps * epochs * per_step,  # an upper bound: the callback stops after the last step
-            "max_completion_length": episode_tokens(experiment),
+            "max_completion_length": constant,  # TRL reads it in Dr. GRPO's loss alone, as we generate ourselves
             "ignore_data_skip": True,
             "remove_unused_columns": False,
             "logging_strategy": "no",
@@ -439,7 +439,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
 
 
 def episode_tokens(experiment: Experiment) -> int:
-    """The most tokens that an episode can be trained on: Dr. GRPO's constant."""
+    """The most tokens that an episode can be trained on: Dr. GRPO's constant, where none is given."""
     env = experiment.env
     most = env.max_turns * env.response_tokens
     return most if env.history == "window" else min(most, env.context_tokens)

@@ -80,6 +80,8 @@ def experiment(history: str = "full", **trainer: Any) -> Experiment:
         "epsilon": 0.2,
         "beta": 0.0,
         "temperature": 1.0,
+        "bf16": False,
+        "use_bias_correction_kl": False,
     }
     return Experiment(name="toy", env=env(history), trainer=settings | trainer, launch=Launch(trainer={"use_cpu": True}))
 

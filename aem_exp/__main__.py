@@ -1,0 +1,201 @@
+"""Door: one experiment, composed, resolved, and run here.
+
+Nothing heavy is imported before the experiment is known to be sound, and `--help` does not even import Hydra. A user's
+mistake is one sentence and exit code 2.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from aem_exp.values import ConfigError
+
+if TYPE_CHECKING:
+    from aem_exp.config import Experiment
+
+USAGE = """\
+usage: python -m aem_exp [+experiment=NAME] [GROUP=CHOICE ...] [KEY=VALUE ...] [options]
+
+Trains one policy in one world by multi-turn RL, evaluates it on tasks it has not seen, and keeps everything in one
+folder. Asked again, it resumes, or shows what is there. Without arguments:
+{default}.
+
+  python -m aem_exp modulation=none seed=1
+  python -m aem_exp trainer.steps=20 env.make.receptacles=6
+  python -m aem_exp +experiment=alfworld_1_5b launch=gpu1 --cfg job
+"""
+OPTIONS = """\
+Options
+  plan=true         show the run's folder, its size and what is odd about it; run nothing
+  --cfg job         print the composed config and stop; --resolve fills in interpolations
+  --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
+  --hydra-help      help of the library that composes the config
+
+Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
+(default ~/.cache/aem_exp)."""
+
+SWITCHES = (("-h", "--help"), ("--hydra-help",), ("-m", "--multirun"), ("--resolve",))
+VALUED = (("-c", "--cfg"), ("--config-dir",))
+RESULT = "result.json"
+MOST_DIFFERENCES = 8  # of a run that is worth comparing with
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    if os.getcwd() not in sys.path:  # the user's own modules, also under the console script
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _act(_read(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        print(f"aem_exp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("command line", " ".join(sys.argv[1:]), f"{message} (see --help)")
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for switch in SWITCHES:
+        parser.add_argument(*switch, action="store_true")
+    for option in VALUED:
+        parser.add_argument(*option)
+    asked, strange = parser.parse_known_intermixed_args(argv)
+    if strange:
+        raise ConfigError("option", strange[0], [name for names in (*SWITCHES, *VALUED) for name in names])
+    plans = [text for text in asked.overrides if text.startswith("plan=")]
+    for text in plans:
+        if text not in ("plan=true", "plan=false"):
+            raise ConfigError("plan", text.removeprefix("plan="), ["true", "false"])
+    asked.overrides = [text for text in asked.overrides if text not in plans]
+    asked.plan = plans[-1:] == ["plan=true"]
+    return asked
+
+
+def _act(asked: argparse.Namespace) -> int:
+    if asked.help:
+        print(_help(asked.config_dir))
+        return 0
+    if asked.hydra_help:
+        return _hydra_help()
+    if asked.multirun:
+        raise ConfigError("option", "-m", "many experiments at once are a sweep, and come with aem_exp.sweep")
+    if asked.cfg not in (None, "job"):
+        raise ConfigError("--cfg", asked.cfg, ["job"])
+    if asked.resolve and not asked.cfg:
+        raise ConfigError("--resolve", True, "only read with --cfg job")
+    from aem_exp.compose import compose, to_yaml
+    from aem_exp.config import resolve
+
+    tree = compose(asked.overrides, asked.config_dir)
+    experiment = resolve(tree)
+    if asked.cfg:
+        print(to_yaml(tree, asked.resolve), end="")
+        return 0
+    return _plan(experiment) if asked.plan else _run(experiment)
+
+
+def _run(experiment: "Experiment") -> int:
+    from aem_exp.config import check_runnable, run_dir
+
+    check_runnable(experiment)
+    if experiment.launch.where == "slurm":
+        remedy = "submitting comes with aem_exp.launch; on a node itself, add launch.where=local"
+        raise ConfigError("launch.where", "slurm", remedy)
+    folder = run_dir(experiment)
+    finished = (folder / RESULT).exists()
+    print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
+    return _show(folder, None if finished else experiment)
+
+
+def _show(folder: Path, experiment: "Experiment | None") -> int:
+    """Run the experiment where there is one, then show what its folder holds."""
+    from aem_exp import show
+
+    show.quiet()
+    if experiment is not None:
+        from aem_exp.run import Owned, run
+
+        try:
+            with show.Progress() as progress:
+                run(experiment, progress)
+        except Owned as owned:
+            print(owned)
+            return 0
+        except KeyboardInterrupt:
+            print(f"\nstopped; to go on from the last checkpoint: {_again()}", file=sys.stderr)
+            return 130
+    show.summary(folder)
+    return 0
+
+
+def _plan(experiment: "Experiment") -> int:
+    """Say what would happen."""
+    from aem_exp.config import run_dir
+
+    folder, t, launch = run_dir(experiment), experiment.trainer, experiment.launch
+    begun = "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
+    print(f"run     {folder}")
+    print(f"state   {'finished: asking shows it' if (folder / RESULT).exists() else begun}")
+    print(f"size    {t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories")
+    print(f"launch  {launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}")
+    for line in _about(experiment):
+        print(line)
+    return 0
+
+
+def _about(experiment: "Experiment") -> list[str]:
+    """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
+    from aem_exp.config import nearest, notes, run_dir
+
+    lines = [f"note    {note}" for note in notes(experiment)]
+    near = None if run_dir(experiment).exists() else nearest(experiment)
+    if near and 0 < len(near[1]) <= MOST_DIFFERENCES:
+        lines += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
+    return lines
+
+
+def _again() -> str:
+    return shlex.join(["python", "-m", "aem_exp", *sys.argv[1:]])
+
+
+def _help(config_dir: str | None) -> str:
+    """The page: every group of `conf/`, every choice, and the first comment of its file."""
+    from aem_exp.config import choices, config_roots
+
+    roots = config_roots(config_dir)
+    default = _description(next(root / "config.yaml" for root in roots if (root / "config.yaml").is_file()))
+    lines = [USAGE.format(default=default.rpartition(": ")[2])]
+    for group, files in choices(roots).items():
+        lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
+        lines += [f"  {name:<16}  {_description(file)}" for name, file in files.items()]
+        lines.append("")
+    return "\n".join([*lines, OPTIONS])
+
+
+def _description(file: Path) -> str:
+    with file.open(encoding="utf-8") as text:
+        comments = (line.lstrip("# ").strip() for line in text if line.startswith("#"))
+        return next((comment for comment in comments if comment and not comment.startswith("@")), "")
+
+
+def _hydra_help() -> int:
+    import hydra
+
+    from aem_exp.config import conf_root
+
+    sys.argv = [sys.argv[0], "--hydra-help"]
+    hydra.main(config_path=str(conf_root()), config_name="config", version_base="1.3")(lambda _: None)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

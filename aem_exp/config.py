@@ -1,0 +1,280 @@
+"""The words of an experiment, and the way from a command line to one frozen, typed value.
+
+Everything that can be wrong with an experiment is found here, before anything heavy is imported. The value is the job:
+written to `experiment.json` it can be run by hand, and the hash of its science names its folder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from aem_exp import keywords, rules, targets
+from aem_exp.targets import instantiate
+from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, build
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["ConfigError", "instantiate"]
+Count = Annotated[int, NOT_NEGATIVE]
+Size = Annotated[int, AT_LEAST_1]
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = ""
+    path: str | None = None  # hub id or local folder, in Hugging Face format
+    revision: str | None = None  # hub commit; resolved and pinned by `prepare`
+    make: dict[str, Any] | None = None  # `_target_` of a policy that is made here instead of loaded (then path is null)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    attention: str | None = None  # attn_implementation; null: what transformers picks
+    lora: dict[str, Any] | None = None  # peft.LoraConfig keywords
+    system: str | None = None  # system message
+    thinking: Literal["on", "off", "template"] = "template"  # template: what the chat template does by itself
+    trust_remote_code: bool = False
+    code_sha256: str | None = None  # required with trust_remote_code: hash of the remote code that was reviewed
+
+
+@dataclass(frozen=True)
+class Env:
+    name: str = ""
+    make: dict[str, Any] = field(default_factory=dict)  # `_target_` of a World, and its keywords
+    history: Literal["full", "window"] = "full"  # full: one row per trajectory | window: every turn is its own row
+    window: Count = 0  # past turns shown in each prompt (history: window)
+    max_turns: Size = 1
+    response_tokens: Size = 1  # budget of one response
+    context_tokens: Size = 1  # budget of a row: prompt and responses
+    invalid_penalty: Annotated[float, NOT_NEGATIVE] = 0.0  # what an invalid turn subtracts from its own score
+    prompt: dict[str, str] = field(default_factory=dict)  # str.format templates, see rules.TEMPLATES
+
+
+@dataclass(frozen=True)
+class Baseline:
+    name: str = ""
+    advantage: dict[str, Any] = field(default_factory=dict)  # `_target_` of a function in advantages.py, and keywords
+
+
+@dataclass(frozen=True)
+class Modulation:
+    name: str = ""
+    lam: dict[str, Any] | None = None  # `_target_` of a schedule; null: no modulation
+    gate: Annotated[float, NOT_NEGATIVE] = 0.0  # nats; 0: every group is modulated
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    panel: str = "dev"  # read while training; tuning reads only this
+    final: str = "test"  # opened once, at the end
+    every: Count = 0  # steps between dev evaluations; 0: only before and after
+    repeats: Size = 1
+    temperature: Annotated[float, POSITIVE] = 1.0
+    tasks: Count = 0  # 0: the full panel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How much machine, for how long. Recorded, never hashed: execution decides no result."""
+
+    name: str = ""
+    where: Literal["local", "slurm"] = "local"
+    nodes: Size = 1
+    gpus_per_node: Count = 0
+    cpus_per_task: Count = 0
+    hours: Annotated[float, NOT_NEGATIVE] = 0.0
+    threads: Count = 0  # torch threads; 0: torch's own choice
+    device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
+    workers: Count = 0  # environment processes; 0: in this process
+    save_every: Count = 0  # steps between checkpoints; 0: only at the end
+    trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str = ""
+    seed: Count = 0
+    model: Model = field(default_factory=Model)
+    env: Env = field(default_factory=Env)
+    baseline: Baseline = field(default_factory=Baseline)
+    modulation: Modulation = field(default_factory=Modulation)
+    trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords that decide results, and keywords.OURS
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    launch: Launch = field(default_factory=Launch)
+    outputs: str | None = None
+    tracking: str | None = None
+
+
+# From a command line to an experiment.
+
+
+def load(overrides: list[str], config_dir: str | Path | None = None) -> Experiment:
+    """What a command line resolves to.
+
+    Args:
+        overrides: as typed: `+experiment=alfworld_1_5b`, `modulation=none`, `trainer.steps=10`.
+        config_dir: a folder laid over `conf/`: its groups add to ours, its files hide ours of the same name.
+
+    Raises:
+        ConfigError: anything that is wrong with it.
+    """
+    from aem_exp.compose import compose
+
+    return resolve(compose(overrides, config_dir))
+
+
+def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
+    """The typed value of a composed config, with every `_target_` bound and every contradiction refused."""
+    from aem_exp.compose import plain
+
+    experiment = _bound(from_dict(plain(cfg)))
+    rules.check(experiment)
+    return experiment
+
+
+def from_dict(data: Mapping[str, Any]) -> Experiment:
+    """The inverse of `to_dict`: typed, complete, and not checked for contradictions again."""
+    e = build(Experiment, data)
+    launch = replace(e.launch, trainer=keywords.execution(e.launch.trainer))
+    return replace(e, trainer=keywords.science(e.trainer), launch=launch)
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """What `experiment.json` holds."""
+    return asdict(experiment)
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """What is allowed and yet does nothing, each in a sentence."""
+    return rules.notes(experiment)
+
+
+def check_runnable(experiment: Experiment) -> None:
+    """Refuse what can be written and not yet run."""
+    if targets.announced(experiment.env.make, experiment.env.name):
+        remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
+        raise ConfigError("env.make._target_", experiment.env.make["_target_"], remedy)
+
+
+def _bound(e: Experiment) -> Experiment:
+    """Every `_target_` checked against its signature, its keywords typed."""
+    model, modulation, make = e.model, e.modulation, e.env.make
+    if model.make is not None:
+        model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
+    if model.lora is not None:
+        lora = targets.bind("model.lora", {"_target_": "peft.LoraConfig", **model.lora}, supplied=("task_type",))
+        model = replace(model, lora={key: value for key, value in lora.items() if key != "_target_"})
+    if modulation.lam is not None:
+        modulation = replace(modulation, lam=targets.bind("modulation.lam", modulation.lam))
+    if not targets.announced(make, e.env.name):
+        make = targets.bind("env.make", make)
+    advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=4)
+    baseline = replace(e.baseline, advantage=advantage)
+    return replace(e, model=model, env=replace(e.env, make=make), baseline=baseline, modulation=modulation)
+
+
+# Identity.
+
+
+def signature(experiment: Experiment) -> str:
+    """Hash of the science. Neutral values are left out, so a new option orphans no run."""
+    text = json.dumps(_science(experiment), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_dir(experiment: Experiment) -> Path:
+    """Where this experiment lives: the same place whenever it is asked for."""
+    return outputs_root(experiment) / f"{experiment.name}-{signature(experiment)}"
+
+
+def outputs_root(experiment: Experiment) -> Path:
+    return Path(os.environ.get("AEM_OUTPUTS") or experiment.outputs or "outputs").expanduser().absolute()
+
+
+def diff(a: Experiment, b: Experiment) -> list[str]:
+    """How the science of `b` differs from that of `a`, a line per dotted key."""
+    old, new = dict(_dotted(_hashed(a))), dict(_dotted(_hashed(b)))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {_worded(old.get(key))} -> {_worded(new.get(key))}" for key in keys]
+
+
+def nearest(experiment: Experiment) -> tuple[Path, list[str]] | None:
+    """The existing run that differs least from this experiment, and how this experiment differs from it."""
+    found = []
+    for file in outputs_root(experiment).glob("*/experiment.json"):
+        try:
+            found.append((file.parent, diff(from_dict(json.loads(file.read_text())), experiment)))
+        except (ConfigError, ValueError, OSError):  # written by another version, or half written
+            continue
+    return min(found, key=lambda pair: len(pair[1]), default=None)
+
+
+def _hashed(e: Experiment) -> dict[str, Any]:
+    """The science, complete: without execution, and without names, which are only read by people."""
+    data = to_dict(e)
+    parts = {key: value for key, value in data.items() if key not in ("name", "launch", "outputs", "tracking")}
+    for part in ("model", "env", "baseline", "modulation"):
+        del parts[part]["name"]
+    return parts
+
+
+def _science(e: Experiment) -> dict[str, Any]:
+    neutral = _hashed(Experiment()) | {"trainer": keywords.NEUTRAL}
+    out = {}
+    for key, value in _hashed(e).items():
+        if isinstance(value, dict):
+            out[key] = {k: v for k, v in value.items() if k not in neutral[key] or neutral[key][k] != v}
+        elif value != neutral[key]:
+            out[key] = value
+    return {key: value for key, value in out.items() if value != {}}
+
+
+def _dotted(data: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
+def _worded(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57].replace("\n", " ") + "..."
+
+
+# Where configs lie.
+
+
+def conf_root() -> Path:
+    """The folder of our configs: $AEM_ROOT/conf, else the wheel's, else the checkout's."""
+    here = Path(__file__).absolute().parent
+    bundled = here / "_bundled" / "conf"
+    root = os.environ.get("AEM_ROOT")
+    return (
+        Path(root).expanduser().absolute() / "conf" if root else bundled if bundled.is_dir() else here.parent / "conf"
+    )
+
+
+def config_roots(config_dir: str | Path | None = None) -> list[Path]:
+    """The folders that configs come from; the first that has a file wins."""
+    roots = [conf_root()]
+    if not (roots[0] / "config.yaml").is_file():
+        raise ConfigError("AEM_ROOT", os.environ.get("AEM_ROOT"), f"there is no {roots[0] / 'config.yaml'}")
+    if config_dir is not None:
+        user = Path(config_dir).expanduser().absolute()
+        if not user.is_dir():
+            raise ConfigError("--config-dir", config_dir, "there is no such folder")
+        roots.insert(0, user)
+    return roots
+
+
+def choices(roots: list[Path]) -> dict[str, dict[str, Path]]:
+    """Group -> choice -> file, over all folders."""
+    out: dict[str, dict[str, Path]] = {}
+    for root in reversed(roots):
+        for file in sorted(root.glob("*/**/*.yaml")):
+            group, *name = file.relative_to(root).with_suffix("").parts
+            out.setdefault(group, {})["/".join(name)] = file
+    return out

@@ -1,0 +1,504 @@
+"""The household: ALFWorld's text style and its six kinds of task, in pure Python.
+
+Decided here: the rules, the wording, which tasks exist and how they are split, and how a scripted player plays. A room
+is a handful of receptacles with objects in them; an episode asks for one errand ("put a clean mug in cabinet"). Goals
+(kind, object, target) and layouts (which receptacles there are and where every object lies) are both disjoint between
+train, dev and test, so held-out success is success at errands never asked in rooms never seen.
+
+Left out of ALFWorld: what fits where (any object goes into any receptacle) and slicing.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+from typing import Any, Final, NamedTuple, overload
+
+from aem_exp.values import ConfigError
+from aem_exp.envs import Task, Turn
+
+RULES: Final = 1  # raise when the same task would play differently: it enters the fingerprint
+OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
+SURFACES: Final = (
+    *("shelf", "countertop", "desk", "sofa", "sinkbasin", "diningtable", "sidetable", "coffeetable"),
+    *("dresser", "bed", "armchair", "garbagecan"),
+)
+KITCHEN: Final = ("mug", "plate", "bowl", "cup", "apple", "tomato", "potato", "bread", "egg", "lettuce")
+OBJECTS: Final = (*KITCHEN, "book", "cd", "pen", "watch", "keychain", "pillow", "vase", "newspaper")
+APPLIANCE: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+STATE: Final = {"clean": "clean", "heat": "hot", "cool": "cool"}
+GOALS: Final = {
+    "pick_and_place": "put a {object} in {target}.",
+    "look_at_obj_in_light": "look at {object} under the desklamp.",
+    "pick_clean_then_place": "put a clean {object} in {target}.",
+    "pick_heat_then_place": "put a hot {object} in {target}.",
+    "pick_cool_then_place": "put a cool {object} in {target}.",
+    "pick_two_obj_and_place": "put two {object} in {target}.",
+}
+SPLITS: Final = {"train": range(0, 6), "dev": range(6, 8), "test": range(8, 10)}  # tenths of goals and of layouts
+LAMP: Final = "desklamp 1"
+NOTHING: Final = "Nothing happens."
+LONGEST_ACTION: Final = 100  # characters; what later prompts quote of a response stays this short
+
+# Wordings that never vary. A word-level tokenizer may take each as one token: shorter rows, same text.
+PHRASES: Final = (
+    "You are in the middle of a room. Looking quickly around you, you see",
+    "Your task is to:",
+    "You arrive at",
+    "You are facing the",
+    "Next to it, you see nothing.",
+    "In it, you see",
+    ", you see",
+    "is closed.",
+    "is open.",
+    "You open the",
+    "You close the",
+    "You pick up the",
+    "You turn on the",
+    "You are carrying:",
+    "go to",
+    "You are not carrying anything.",
+    "There's nothing special about",
+    "under the desklamp",
+    NOTHING,
+)
+WORDS: Final = (
+    *("the", "a", "and", "in", "on", "it", "with", "from", "to", "go", "open", "close", "take", "move", "use", "put", "two"),
+    *("look", "at", "inventory", "examine", "clean", "heat", "cool", "hot", "under", "nothing", "desklamp", "using"),
+    *("You", "On", "The", "This", "is", ",", ".", ":", "'"),
+)
+_NAME = r"[a-z]+ \d+"
+_GRAMMAR = re.compile(
+    rf"look|inventory|(?:go to|open|close|examine|use) {_NAME}|take {_NAME} from {_NAME}"
+    rf"|move {_NAME} to {_NAME}|(?:clean|heat|cool) {_NAME} with {_NAME}"
+)
+_TAGGED = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+class Errand(NamedTuple):
+    """What an episode asks for."""
+
+    kind: str
+    object: str
+    target: str
+
+    @property
+    def text(self) -> str:
+        return GOALS[self.kind].format(object=self.object, target=self.target)
+
+    @property
+    def verb(self) -> str | None:
+        """What must be done to the object before it is placed: clean, heat, cool or nothing."""
+        verb = self.kind.split("_")[1]
+        return verb if verb in APPLIANCE else None
+
+
+def kind_of(name: str) -> str:
+    """The type of a numbered thing: 'mug 1' is a 'mug'."""
+    return name.rsplit(" ", 1)[0]
+
+
+def listed(things: Iterable[str]) -> str:
+    """ALFWorld's list: 'a mug 1, and a book 1', or 'nothing'."""
+    names = [f"a {thing}" for thing in things]
+    if len(names) > 1:
+        names[-1] = f"and {names[-1]}"
+    return ", ".join(names) or "nothing"
+
+
+def read_action(response: str, tags: bool) -> tuple[str, bool]:
+    """What a response asks for, and whether it could be read: with tags as verl-agent reads ALFWorld, else all of it."""
+    if not tags:
+        action = " ".join(response[: 4 * LONGEST_ACTION].lower().split())[:LONGEST_ACTION]
+        return action, len(response) <= 4 * LONGEST_ACTION and _GRAMMAR.fullmatch(action) is not None
+    text = response.lower()
+    found = _TAGGED.search(text)
+    thought = "<think>" in text and "</think>" in text
+    action = " ".join((found.group(1) if found else text[-30:]).split())[:LONGEST_ACTION]
+    return action, found is not None and thought and _CHINESE.search(text) is None
+
+
+class HouseholdEnv:
+    """One room, played by one agent who carries at most one object."""
+
+    def __init__(self, tags: bool = False, reward: float = 1.0) -> None:
+        self.tags = tags
+        self.reward = reward
+        self.goal = ""
+
+    def parse(self, response: str) -> str:
+        return read_action(response, self.tags)[0]
+
+    def close(self) -> None:
+        pass
+
+    def reset(self, task: Task) -> Turn:
+        room = task.payload
+        self.errand = Errand(room["kind"], room["object"], room["target"])
+        self.goal = self.errand.text
+        self.inside: dict[str, list[str]] = {place: list(things) for place, things in room["layout"].items()}
+        self.shut = {place for place in self.inside if kind_of(place) in OPENABLE}
+        self.seen: set[str] = set()  # receptacles whose content the agent has been shown
+        self.here: str | None = None
+        self.held: str | None = None
+        self.state: dict[str, set[str]] = {}  # object -> clean, hot, cool
+        self.lit = False
+        self.won = False
+        self.intro = f"{PHRASES[0]} {listed(self.inside)}."
+        self.journeys = {place: f"go to {place}" for place in self.inside}
+        self.table = self._admissible()
+        return Turn(f"{self.intro} Your task is to: {self.goal}", actions=tuple(self.table), metrics={"won": 0.0})
+
+    def step(self, response: str) -> Turn:
+        action, valid = read_action(response, self.tags)
+        move = self.table.get(action) if not self.won else None
+        observation = NOTHING
+        if move is not None:
+            verb, things = move
+            observation = verb(self, *things)
+            self.won = self._is_won()
+            self.table = self._admissible()
+        metrics = {"won": float(self.won), "format_valid": float(valid), "admissible": float(move is not None)}
+        reward = self.reward if self.won and move is not None else 0.0
+        return Turn(observation, reward, self.won, valid=valid, actions=tuple(self.table), metrics=metrics)
+
+    def _admissible(self) -> dict[str, tuple[Callable[..., str], tuple[str, ...]]]:
+        """Every action that would be answered, with what carries it out."""
+        here, held = self.here, self.held
+        table: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+            journey: (_go, (place,)) for place, journey in self.journeys.items() if place != here
+        }
+        if here is not None:
+            table[f"examine {here}"] = (_examine_place, (here,))
+            if here in self.shut:
+                table[f"open {here}"] = (_open, (here,))
+            else:
+                if kind_of(here) in OPENABLE:
+                    table[f"close {here}"] = (_close, (here,))
+                for thing in self.inside[here]:
+                    if thing == LAMP:
+                        table[f"use {LAMP}"] = (_use, ())
+                    elif held is None:
+                        table[f"take {thing} from {here}"] = (_take, (thing, here))
+                if held is not None:
+                    table[f"move {held} to {here}"] = (_move, (held, here))
+            if held is not None:
+                for verb, appliance in APPLIANCE.items():
+                    if kind_of(here) == appliance and kind_of(held) in KITCHEN:
+                        table[f"{verb} {held} with {here}"] = (_treat, (verb, held, here))
+        if held is not None:
+            table[f"examine {held}"] = (_examine_thing, (held,))
+        table["inventory"] = (_inventory, ())
+        table["look"] = (_look, ())
+        return table
+
+    def _is_won(self) -> bool:
+        if self.errand.kind == "look_at_obj_in_light":
+            lamp_here = self.here is not None and LAMP in self.inside[self.here]
+            return self.lit and lamp_here and self.held is not None and kind_of(self.held) == self.errand.object
+        there = sum(self.is_done(thing, place, self.errand) for place in self.inside for thing in self.inside[place])
+        return there >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
+
+    def is_done(self, thing: str, place: str, errand: Errand) -> bool:
+        """Whether this object lies where the errand wants it, in the state it wants."""
+        if kind_of(place) != errand.target or kind_of(thing) != errand.object:
+            return False
+        return errand.verb is None or STATE[errand.verb] in self.state.get(thing, ())
+
+    def shown(self, place: str) -> str:
+        """What one sees of a receptacle, and remember that it was seen."""
+        if place in self.shut:
+            return f"The {place} is closed."
+        self.seen.add(place)
+        things = listed(self.inside[place])
+        if kind_of(place) in OPENABLE:
+            return f"The {place} is open. In it, you see {things}."
+        return f"On the {place}, you see {things}."
+
+
+def _go(env: HouseholdEnv, place: str) -> str:
+    env.here = place
+    return f"You arrive at {place}. {env.shown(place)}"
+
+
+def _open(env: HouseholdEnv, place: str) -> str:
+    env.shut.discard(place)
+    return f"You open the {place}. {env.shown(place)}"
+
+
+def _close(env: HouseholdEnv, place: str) -> str:
+    env.shut.add(place)
+    return f"You close the {place}."
+
+
+def _take(env: HouseholdEnv, thing: str, place: str) -> str:
+    env.inside[place].remove(thing)
+    env.held = thing
+    return f"You pick up the {thing} from the {place}."
+
+
+def _move(env: HouseholdEnv, thing: str, place: str) -> str:
+    env.inside[place].append(thing)
+    env.held = None
+    return f"You move the {thing} to the {place}."
+
+
+def _treat(env: HouseholdEnv, verb: str, thing: str, place: str) -> str:
+    states = env.state.setdefault(thing, set())
+    if verb != "clean":
+        states -= {"hot", "cool"}  # a thing is never both
+    states.add(STATE[verb])
+    return f"You {verb} the {thing} using the {place}."
+
+
+def _use(env: HouseholdEnv) -> str:
+    env.lit = True
+    return f"You turn on the {LAMP}."
+
+
+def _examine_place(env: HouseholdEnv, place: str) -> str:
+    return env.shown(place)
+
+
+def _examine_thing(env: HouseholdEnv, thing: str) -> str:
+    states = sorted(env.state.get(thing, ()))
+    return f"This is a {' '.join(states)} {thing}." if states else f"There's nothing special about {thing}."
+
+
+def _inventory(env: HouseholdEnv) -> str:
+    return f"You are carrying: a {env.held}." if env.held else "You are not carrying anything."
+
+
+def _look(env: HouseholdEnv) -> str:
+    return f"You are facing the {env.here}. Next to it, you see nothing." if env.here else env.intro
+
+
+def honest_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
+    """The next action of a player who runs this errand and knows only what the episode has shown."""
+    if env.held is None:
+        for place in env.seen:
+            for thing in env.inside[place]:
+                if kind_of(thing) == errand.object and not env.is_done(thing, place, errand):
+                    return _approach(env, place) or f"take {thing} from {place}"
+        return _explore(env, errand, random)
+    if kind_of(env.held) != errand.object:  # picked up by mistake
+        place = env.here or random.choice(list(env.inside))
+        return _approach(env, place) or f"move {env.held} to {place}"
+    if errand.kind == "look_at_obj_in_light":
+        lamps = [place for place in env.seen if LAMP in env.inside[place]]
+        return (_approach(env, lamps[0]) or f"use {LAMP}") if lamps else _explore(env, errand, random)
+    if errand.verb and STATE[errand.verb] not in env.state.get(env.held, ()):
+        place = _nearest(env, APPLIANCE[errand.verb], random)
+        return f"{errand.verb} {env.held} with {place}" if env.here == place else f"go to {place}"
+    place = _nearest(env, errand.target, random)
+    return _approach(env, place) or f"move {env.held} to {place}"
+
+
+def check_action(env: HouseholdEnv) -> str:
+    """What a hesitant player does: look at what is in hand, before it, or around it."""
+    if env.held is not None:
+        return "inventory"
+    return f"examine {env.here}" if env.here else "look"
+
+
+def _nearest(env: HouseholdEnv, kind: str, random: Random) -> str:
+    places = [place for place in env.inside if kind_of(place) == kind]
+    return env.here if env.here in places else random.choice(places)
+
+
+def _approach(env: HouseholdEnv, place: str) -> str | None:
+    """The next step towards standing before an open receptacle; None when there."""
+    if env.here != place:
+        return f"go to {place}"
+    return f"open {place}" if place in env.shut else None
+
+
+def _explore(env: HouseholdEnv, errand: Errand, random: Random) -> str:
+    """Open what is before one, else go where one has not been; the target last, for nothing wanted lies there."""
+    unseen = [place for place in env.inside if place not in env.seen]
+    if env.here in unseen:
+        return f"open {env.here}"
+    elsewhere = [place for place in unseen if kind_of(place) != errand.target]
+    return f"go to {random.choice(elsewhere or unseen or list(env.inside))}"
+
+
+def bucket(thing: Any) -> int:
+    """Which tenth of all goals or layouts this one belongs to; the same on every machine."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).digest()[0] % 10
+
+
+class Draws(Sequence[Task]):
+    """Tasks made when asked for, the same ones every time."""
+
+    def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
+        self.count, self.draw = count, draw
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self.draw(i) for i in range(*index.indices(self.count))]
+        if not -self.count <= index < self.count:
+            raise IndexError(index)
+        return self.draw(index % self.count)
+
+
+class Household:
+    """A world of rooms and errands; the keywords are its difficulty.
+
+    Args:
+        kinds: which of ALFWorld's six kinds of task are asked for.
+        receptacles: how many a room has.
+        openable: how many of them must be opened first (more where the errand itself needs more).
+        copies: how many receptacles of one type a room may have.
+        objects: how many movable objects lie in it.
+        receptacle_types, object_types: what rooms are made of; null: everything.
+        tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
+        reward: paid once, on success.
+        sizes: tasks per split.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str] = tuple(GOALS),
+        receptacles: int = 8,
+        openable: int = 4,
+        copies: int = 2,
+        objects: int = 6,
+        receptacle_types: Sequence[str] | None = None,
+        object_types: Sequence[str] | None = None,
+        tags: bool = False,
+        reward: float = 1.0,
+        sizes: dict[str, int] | None = None,
+    ) -> None:
+        self.kinds, self.receptacles, self.openable, self.copies, self.objects = kinds, receptacles, openable, copies, objects
+        self.receptacle_types = list(receptacle_types or (*OPENABLE, *SURFACES))
+        self.object_types = list(object_types or OBJECTS)
+        self.tags, self.reward = tags, reward
+        self.sizes = {"train": 4096, "dev": 128, "test": 128} | (sizes or {})
+        self._check()
+        self.goals = {split: self._goals(split) for split in SPLITS}
+        knobs = {key: value for key, value in vars(self).items() if key not in ("sizes",)}
+        self.fingerprint = f"household-{RULES}-" + hashlib.sha256(json.dumps(knobs, default=list).encode()).hexdigest()[:12]
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in SPLITS:
+            raise ConfigError("split", split, choices=list(SPLITS))
+        return Draws(self.sizes[split], lambda index: self._draw(split, index))
+
+    def env(self) -> HouseholdEnv:
+        return HouseholdEnv(tags=self.tags, reward=self.reward)
+
+    def words(self) -> tuple[str, ...]:
+        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        numbers = [str(n) for n in range(max(self.copies, self.objects) + 1)]
+        tags = ["<think>", "</think>", "<action>", "</action>"] if self.tags else []
+        kinds = dict.fromkeys([*self.receptacle_types, *self.object_types, *APPLIANCE.values(), kind_of(LAMP)])
+        names = [f"{kind} {number}" for kind in kinds for number in numbers[1:]]
+        return (*PHRASES, *WORDS, *kinds, *names, *numbers, *tags)
+
+    def expert(self, env: HouseholdEnv, random: Random, noise: float = 0.0, hesitation: float = 0.0) -> str:
+        """The response of the scripted player.
+
+        At each turn it does anything admissible with probability `noise`, and else, with probability `hesitation`, checks
+        what it knows already instead of going on.
+        """
+        if random.random() < noise:
+            action = random.choice(list(env.table))
+        elif random.random() < hesitation:
+            action = check_action(env)
+        else:
+            action = honest_action(env, env.errand, random)
+        return f"<think></think><action>{action}</action>" if self.tags else action
+
+    def _goals(self, split: str) -> list[Errand]:
+        """This split's share of all errands, kind by kind, in an order that only their hash decides."""
+        mine: list[Errand] = []
+        for kind in self.kinds:
+            errands = sorted(self._errands(kind), key=lambda errand: hashlib.sha256(repr(tuple(errand)).encode()).digest())
+            share = SPLITS[split]
+            part = errands[len(errands) * share.start // 10 : len(errands) * share.stop // 10]
+            if not part:
+                raise ConfigError("env.make.object_types", self.object_types, remedy=f"{kind} needs more types to split")
+            mine += part
+        return mine
+
+    def _errands(self, kind: str) -> list[Errand]:
+        verb = Errand(kind, "", "").verb
+        objects = [thing for thing in self.object_types if verb is None or thing in KITCHEN]
+        if kind == "look_at_obj_in_light":
+            return [Errand(kind, thing, "desklamp") for thing in objects]
+        targets = [place for place in self.receptacle_types if verb is None or place != APPLIANCE[verb]]
+        return [Errand(kind, thing, target) for thing in objects for target in targets]
+
+    def _draw(self, split: str, index: int) -> Task:
+        """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split."""
+        random = Random(f"{split}-{index}")  # a string seeds alike on every machine and version
+        errand = random.choice(self.goals[split])
+        layout = self._layout(errand, random)
+        while bucket({place: sorted(things) for place, things in layout.items()}) not in SPLITS[split]:
+            layout = self._layout(errand, random)
+        return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload={**errand._asdict(), "layout": layout})
+
+    def _layout(self, errand: Errand, random: Random) -> dict[str, list[str]]:
+        """A room in which the errand can be run and is not yet done."""
+        light = errand.kind == "look_at_obj_in_light"
+        kinds = ([] if light else [errand.target]) + ([APPLIANCE[errand.verb]] if errand.verb else [])
+        for pool, wanted in ((OPENABLE, self.openable), (SURFACES, self.receptacles - self.openable)):
+            spare = [kind for kind in self.receptacle_types if kind in pool] * self.copies
+            for kind in kinds:
+                if kind in spare:
+                    spare.remove(kind)
+            missing = wanted - sum(kind in pool for kind in kinds)
+            kinds = kinds + random.sample(spare, max(0, min(missing, self.receptacles - len(kinds))))
+        random.shuffle(kinds)
+        places = _numbered(kinds)
+        random.shuffle(places)
+        layout: dict[str, list[str]] = {place: [] for place in places}
+        elsewhere = [place for place in places if kind_of(place) != errand.target]
+        own = [errand.object] * (2 if errand.kind == "pick_two_obj_and_place" else 1)
+        others = [kind for kind in self.object_types if kind != errand.object]
+        strangers = random.choices(others, k=self.objects - len(own)) if others else []
+        for thing in _numbered([*own, *strangers]):
+            layout[random.choice(elsewhere if kind_of(thing) == errand.object else places)].append(thing)
+        if light:
+            layout[random.choice(places)].append(LAMP)
+        return layout
+
+    def _check(self) -> None:
+        """Refuse knobs that make no room, before any room is made."""
+        for field, given, choices in (
+            ("kinds", self.kinds, list(GOALS)),
+            ("receptacle_types", self.receptacle_types, [*OPENABLE, *SURFACES]),
+            ("object_types", self.object_types, list(OBJECTS)),
+        ):
+            for value in given:
+                if value not in choices:
+                    raise ConfigError(f"env.make.{field}", value, choices=choices)
+        openable = self.copies * sum(kind in OPENABLE for kind in self.receptacle_types)
+        surfaces = self.copies * len(self.receptacle_types) - openable
+        limits = {
+            "receptacles": (self.receptacles, 3, openable + surfaces),
+            "openable": (self.openable, max(0, self.receptacles - surfaces), min(openable, self.receptacles)),
+            "objects": (self.objects, 2 if "pick_two_obj_and_place" in self.kinds else 1, 99),
+        }
+        for field, (value, least, most) in limits.items():
+            if not least <= value <= most:
+                raise ConfigError(f"env.make.{field}", value, remedy=f"choose {least} to {most}")
+
+
+def _numbered(kinds: Iterable[str]) -> list[str]:
+    """Give each thing its number within its type: mug 1, mug 2, book 1."""
+    count: dict[str, int] = {}
+    names = []
+    for kind in kinds:
+        count[kind] = count.get(kind, 0) + 1
+        names.append(f"{kind} {count[kind]}")
+    return names

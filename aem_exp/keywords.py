@@ -1,0 +1,246 @@
+"""Which of GRPOConfig's keywords an experiment may set, where, and what to use in place of the others.
+
+`trainer` holds the science: it decides results and is hashed. `launch.trainer` holds the execution. Both use TRL's own
+keywords; OURS name what TRL's batch arithmetic hides, and TRL's sizes are derived from them. A keyword whose neutral
+value ("off") is known may be left out, and then it *is* that value, whatever TRL's default.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+from aem_exp.values import (
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    ConfigError,
+    closest,
+    convert,
+    described,
+    unknown,
+)
+
+Count = Annotated[int, AT_LEAST_1]
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, NOT_NEGATIVE]
+Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Shape = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
+]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
+Switch = bool | None
+Text = str | None
+Mapped = dict[str, Any] | None
+
+OURS: Final[dict[str, Any]] = {
+    "steps": Annotated[int, NOT_NEGATIVE],  # rollout batches
+    "tasks_per_step": Count,
+    "group_size": Annotated[int, AT_LEAST_2],  # trajectories per drawn task
+    "mini_batch": Literal["all"] | Count,  # rows per update
+    "loss_constant": Count | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
+}
+SCIENCE: Final[dict[str, Any]] = {
+    "learning_rate": Positive,
+    "lr_scheduler_type": Shape,
+    "lr_scheduler_kwargs": Mapped,
+    "warmup_steps": NotNegative,
+    "optim": Optimizer,
+    "optim_args": Text,
+    "weight_decay": NotNegative,
+    "adam_beta1": Annotated[float, BELOW_1],
+    "adam_beta2": Annotated[float, BELOW_1],
+    "adam_epsilon": Positive,
+    "max_grad_norm": NotNegative,
+    "bf16": bool,
+    "cast_lm_head_to_fp32": bool,
+    "loss_type": Loss,
+    "importance_sampling_level": Literal["token", "sequence"],
+    "epsilon": Positive,
+    "epsilon_high": Positive | None,
+    "delta": Positive | None,
+    "beta": NotNegative,
+    "use_bias_correction_kl": bool,
+    "entropy_coef": NotNegative,
+    "top_entropy_quantile": Annotated[float, SHARE],
+    "off_policy_mask_threshold": Positive | None,
+    "num_iterations": Count,
+    "temperature": Positive,
+    "top_p": Annotated[float, SHARE],
+    "top_k": Annotated[int, NOT_NEGATIVE],
+    "min_p": Annotated[float, BELOW_1] | None,
+    "repetition_penalty": Positive,
+    "sapo_temperature_neg": Positive | None,
+    "sapo_temperature_pos": Positive | None,
+    "vespo_k_pos": Positive | None,
+    "vespo_lambda_pos": Positive | None,
+    "vespo_k_neg": Positive | None,
+    "vespo_lambda_neg": Positive | None,
+}
+NEUTRAL: Final[dict[str, Any]] = {
+    "mini_batch": "all",
+    "warmup_steps": 0.0,
+    "weight_decay": 0.0,
+    "bf16": False,
+    "cast_lm_head_to_fp32": False,
+    "importance_sampling_level": "token",
+    "beta": 0.0,
+    "use_bias_correction_kl": False,
+    "entropy_coef": 0.0,
+    "top_entropy_quantile": 1.0,
+    "num_iterations": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+}
+EXECUTION: Final[dict[str, Any]] = {
+    "use_cpu": Switch,
+    "tf32": Switch,
+    "gradient_checkpointing": Switch,
+    "gradient_checkpointing_kwargs": Mapped,
+    "fsdp": bool | str | None,
+    "fsdp_config": str | dict[str, Any] | None,
+    "deepspeed": str | dict[str, Any] | None,
+    "ds3_gather_for_generation": Switch,
+    "torch_compile": Switch,
+    "torch_compile_backend": Text,
+    "torch_compile_mode": Text,
+    "torch_empty_cache_steps": Count | None,
+    "full_determinism": Switch,
+    "ddp_find_unused_parameters": Switch,
+    "ddp_bucket_cap_mb": Count | None,
+    "ddp_broadcast_buffers": Switch,
+    "ddp_static_graph": Switch,
+    "ddp_backend": Text,
+    "ddp_timeout": Count | None,
+    "use_vllm": Switch,
+    "vllm_mode": Literal["colocate", "server"] | None,
+    "vllm_model_impl": Literal["vllm", "transformers"] | None,
+    "vllm_enable_sleep_mode": Switch,
+    "vllm_server_base_url": Text,
+    "vllm_server_host": Text,
+    "vllm_server_port": Count | None,
+    "vllm_server_timeout": Positive | None,
+    "vllm_group_port": Count | None,
+    "vllm_gpu_memory_utilization": Annotated[float, SHARE] | None,
+    "vllm_max_model_length": Count | None,
+    "vllm_tensor_parallel_size": Count | None,
+    "vllm_importance_sampling_correction": Switch,
+    "vllm_importance_sampling_mode": Literal["token_truncate"]
+    | None,  # a sum over an agent's tokens masks whole episodes
+    "vllm_importance_sampling_clip_max": Positive | None,
+    "vllm_importance_sampling_clip_min": Positive | None,
+}
+INSTEAD: Final[dict[str, str]] = {
+    "per_device_train_batch_size": "launch.device_rows",
+    "gradient_accumulation_steps": "launch.device_rows",
+    "auto_find_batch_size": "launch.device_rows",
+    "generation_batch_size": "trainer.tasks_per_step and trainer.group_size",
+    "steps_per_generation": "trainer.mini_batch",
+    "num_generations": "trainer.group_size",
+    "num_generations_eval": "evaluation.repeats",
+    "max_steps": "trainer.steps",
+    "num_train_epochs": "trainer.steps",
+    "max_completion_length": "env.response_tokens and env.context_tokens",
+    "max_tool_calling_iterations": "env.max_turns",
+    "generation_kwargs": "trainer.temperature, top_p, top_k, min_p",
+    "chat_template_kwargs": "model.thinking",
+    "scale_rewards": "baseline.advantage",
+    "reward_weights": "the rewards of the env",
+    "multi_objective_aggregation": "the rewards of the env",
+    "model_init_kwargs": "model.dtype and model.attention",
+    "trust_remote_code": "model.trust_remote_code",
+    "fp16": "trainer.bf16",
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "outputs",
+    "run_name": "name",
+    "report_to": "tracking",
+    "resume_from_checkpoint": "the same command again: it resumes",
+    "vllm_importance_sampling_cap": "launch.trainer.vllm_importance_sampling_clip_max",
+    **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
+}
+LATER: Final = {"mask_truncated_completions": "masking truncated trajectories comes with a later step"}
+ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
+    "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    "dr_grpo": ("loss_constant",),
+}
+
+
+def science(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The `trainer` block: checked, typed, complete. What is null is not set."""
+    table = OURS | SCIENCE
+    given = _typed("trainer", block, table)
+    loss = given.get("loss_type")
+    for key in table:
+        optional = key in NEUTRAL or type(None) in get_args(table[key])
+        wanted = key in SCIENCE and key in ONLY_WITH.get(str(loss), ())
+        if key not in given and (wanted or not optional):
+            raise ConfigError(f"trainer.{key}", None, f"must be {described(table[key])}; nothing sets it")
+    for other, keys in ONLY_WITH.items():
+        for key in keys:
+            if other != loss and key in given:
+                raise ConfigError(
+                    f"trainer.{key}", given[key], f"only read with trainer.loss_type={other}, here {loss}"
+                )
+    return {key: value for key in table if (value := given.get(key, NEUTRAL.get(key))) is not None}
+
+
+def execution(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The `launch.trainer` block: checked and typed. What is null keeps TRL's default."""
+    return _typed("launch.trainer", block, EXECUTION)
+
+
+def _typed(at: str, block: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in block.items():
+        if key not in table:
+            raise _refusal(at, key, value, table)
+    typed = {key: convert(table[key], value, f"{at}.{key}") for key, value in block.items() if value is not None}
+    return {key: typed[key] for key in table if key in typed}
+
+
+def _refusal(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError:
+    """Why a keyword cannot stand here, and what can."""
+    field = f"{at}.{key}"
+    for home, keys in (("trainer", OURS | SCIENCE), ("launch.trainer", EXECUTION)):
+        if key in keys:
+            return ConfigError(field, value, f"belongs to {home}.{key}")
+    if key in INSTEAD:
+        return ConfigError(field, value, f"this GRPOConfig keyword is derived here; use {INSTEAD[key]}")
+    if key in LATER:
+        return ConfigError(field, value, LATER[key])
+    if key in grpo_keywords():
+        return ConfigError(
+            field, value, "this GRPOConfig keyword has no part in what this trainer does, so it would be ignored"
+        )
+    everywhere = [*OURS, *SCIENCE, *EXECUTION]
+    return unknown(field, value, table if closest(key, table) else everywhere)
+
+
+@cache
+def grpo_keywords() -> frozenset[str]:
+    """The field names of the installed GRPOConfig, read from its source: importing it takes seconds."""
+    sources = (
+        ("trl", "trainer/grpo_config.py"),
+        ("trl", "trainer/base_config.py"),
+        ("transformers", "training_args.py"),
+    )
+    return frozenset(name for package, file in sources for name in _fields(package, file))
+
+
+def _fields(package: str, file: str) -> Iterable[str]:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    fields = [node for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)]
+    return [node.target.id for node in fields if isinstance(node.target, ast.Name)]

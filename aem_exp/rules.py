@@ -1,0 +1,172 @@
+"""What may not stand together in one experiment, and what stands together to no effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from string import Formatter
+from typing import TYPE_CHECKING, Final
+
+from aem_exp.values import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from aem_exp.config import Experiment
+
+_SHOWN: Final = {"task", "observation", "actions", "step"}
+_WINDOW: Final = _SHOWN | {"history", "length"}
+TEMPLATES: Final = {  # history -> template -> what it may quote
+    "full": {"first": _SHOWN, "next": _SHOWN},
+    "window": {"first": _WINDOW, "window": _WINDOW, "pair": {"n", "observation", "action"}},
+}
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
+UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def check(e: Experiment) -> None:
+    """Refuse the first contradiction, by name.
+
+    Raises:
+        ConfigError: field, value, and what they collide with.
+    """
+    for rule in RULES:
+        rule(e)
+
+
+def notes(e: Experiment) -> list[str]:
+    """What is allowed and yet does nothing, or not what its name says."""
+    t, out = e.trainer, []
+    updates = 2 if e.env.history == "window" else t["tasks_per_step"] * t["group_size"] / _rows(e)
+    if t["num_iterations"] == 1 and (t["mini_batch"] == "all" or updates < 1.5):
+        clips = ", ".join(f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if key in t)
+        out.append(f"one update per step (trainer.mini_batch={t['mini_batch']}): the ratio is 1, so {clips} never act")
+    if t["importance_sampling_level"] == "sequence" and t["loss_type"] in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        out.append(
+            f"trainer.loss_type={t['loss_type']} weights a sequence ratio by length; GSPO's own loss_type is grpo"
+        )
+    if e.modulation.lam is not None and e.modulation.gate == 0:
+        out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
+    if e.evaluation.every == 0:
+        out.append("evaluation.every=0: the dev panel is not read while training")
+    return out
+
+
+def _name(e: Experiment) -> None:
+    if not NAME.fullmatch(e.name):
+        raise ConfigError("name", e.name, "must be a file name: letters, digits, and . _ + = - (at most 100)")
+
+
+def _model(e: Experiment) -> None:
+    model = e.model
+    if (model.path is None) == (model.make is None):
+        given = "neither is set" if model.path is None else "both are set"
+        raise ConfigError("model.path", model.path, f"a model is loaded (model.path) or made (model.make): {given}")
+    if model.path is None and model.revision is not None:
+        raise ConfigError("model.revision", model.revision, "only read with model.path")
+    if model.trust_remote_code and not model.code_sha256:
+        remedy = "running code from the hub needs model.code_sha256: the hash of the code that you reviewed"
+        raise ConfigError("model.trust_remote_code", True, remedy)
+    if model.code_sha256 and not model.trust_remote_code:
+        raise ConfigError("model.code_sha256", model.code_sha256, "only read with model.trust_remote_code=true")
+    rank = (model.lora or {}).get("r", 1)
+    if not isinstance(rank, int) or rank < 1:
+        raise ConfigError("model.lora.r", rank, "must be a whole number of at least 1")
+
+
+def _budgets(e: Experiment) -> None:
+    env = e.env
+    if env.response_tokens >= env.context_tokens:
+        remedy = f"must be below env.context_tokens={env.context_tokens}, which also holds the prompt"
+        raise ConfigError("env.response_tokens", env.response_tokens, remedy)
+    if env.history == "full" and env.window:
+        raise ConfigError("env.window", env.window, "only read with env.history=window")
+
+
+def _prompts(e: Experiment) -> None:
+    templates = TEMPLATES[e.env.history]
+    for name in templates:
+        if name not in e.env.prompt:
+            raise ConfigError(f"env.prompt.{name}", None, f"required with env.history={e.env.history}: a template")
+    for name, text in e.env.prompt.items():
+        field = f"env.prompt.{name}"
+        if name not in templates:
+            raise unknown(field, text, templates)
+        try:
+            quoted = {word for _, word, _, _ in Formatter().parse(text) if word is not None}
+        except ValueError as error:
+            raise ConfigError(field, text, f"is not a template ({error}); write {{{{ and }}}} for braces") from error
+        for word in sorted(quoted - templates[name]):
+            raise ConfigError(field, f"{{{word}}}", sorted(f"{{{known}}}" for known in templates[name]))
+
+
+def _sizes(e: Experiment) -> None:
+    t, world = e.trainer, e.launch.nodes * max(1, e.launch.gpus_per_node)
+    episodes = t["tasks_per_step"] * t["group_size"]
+    asked = f"trainer.tasks_per_step={t['tasks_per_step']} x trainer.group_size={t['group_size']} = {episodes}"
+    if e.env.history == "full" and _rows(e) > episodes:
+        raise ConfigError("trainer.mini_batch", t["mini_batch"], f"must be at most the rows of a step: {asked}")
+    if episodes % world:
+        raise ConfigError("launch", f"{world} processes", f"must divide the trajectories of a step: {asked}")
+
+
+def _loss(e: Experiment) -> None:
+    t = e.trainer
+    if t["importance_sampling_level"] == "sequence" and e.env.history == "full" and e.modulation.lam is not None:
+        remedy = (
+            "a sequence ratio averages the advantages of a row, which cancels the modulation; use env.history=window"
+        )
+        raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
+    for loss, level in (("luspo", "sequence"), ("vespo", "token")):
+        if t["loss_type"] == loss and t["importance_sampling_level"] != level:
+            raise ConfigError("trainer.loss_type", loss, f"needs trainer.importance_sampling_level={level}")
+
+
+def _sampling(e: Experiment) -> None:
+    t = e.trainer
+    for key, off in UNFILTERED.items():
+        if t.get(key, off) != off and e.modulation.lam is not None:
+            raise ConfigError(
+                f"trainer.{key}", t[key], f"modulation needs the unfiltered distribution: {off:g}, or modulation=none"
+            )
+    if t["repetition_penalty"] != 1 and not e.launch.trainer.get("use_vllm"):
+        raise ConfigError(
+            "trainer.repetition_penalty", t["repetition_penalty"], "only read with launch.trainer.use_vllm=true"
+        )
+
+
+def _evaluation(e: Experiment) -> None:
+    panels = {"evaluation.panel": e.evaluation.panel, "evaluation.final": e.evaluation.final}
+    for field, panel in panels.items():
+        if not NAME.fullmatch(panel) or panel == "train":
+            raise ConfigError(field, panel, "must name a panel of held-out tasks, such as dev or test")
+    if e.evaluation.panel == e.evaluation.final:
+        raise ConfigError(
+            "evaluation.final", e.evaluation.final, "must differ from evaluation.panel: it is opened once, at the end"
+        )
+
+
+def _launch(e: Experiment) -> None:
+    launch, t = e.launch, e.launch.trainer
+    for key in t:
+        if key.startswith("vllm_") and not t.get("use_vllm"):
+            raise ConfigError(f"launch.trainer.{key}", t[key], "only read with launch.trainer.use_vllm=true")
+    if launch.gpus_per_node == 0 and t.get("use_vllm"):
+        raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
+    if launch.gpus_per_node and t.get("use_cpu"):
+        raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
+    if t.get("fsdp") and t.get("deepspeed"):
+        raise ConfigError("launch.trainer.fsdp", t["fsdp"], "collides with launch.trainer.deepspeed: choose one")
+    if launch.where == "local" and launch.nodes > 1:
+        raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")
+    if launch.where == "slurm" and not launch.hours:
+        raise ConfigError("launch.hours", launch.hours, "launch.where=slurm needs a time limit above 0")
+
+
+def _rows(e: Experiment) -> int:
+    """Rows per update; with `mini_batch: all`, the trajectories of a step."""
+    t = e.trainer
+    return t["tasks_per_step"] * t["group_size"] if t["mini_batch"] == "all" else t["mini_batch"]
+
+
+RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
+    *(_name, _model, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
+)

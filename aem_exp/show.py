@@ -1,0 +1,452 @@
+"""What a person sees of a run: one live line, a summary with a small plot, figures, episodes to read.
+
+The only room that speaks rich and matplotlib. It reads run dirs and decides nothing. While a run lives, what `aem_exp`
+logs is shown here too: INFO as what the live line is waiting for, warnings as lines that stay.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from aem_exp import tracking
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+Rows = Sequence[dict[str, float]]
+
+RECENT = 10  # steps in a moving mean
+EVERY = 10.0  # seconds between lines where there is no terminal
+SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
+
+_ENVIRONMENT = {
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_NOISY = (
+    *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),
+    *("sqlalchemy", "matplotlib", "PIL", "httpx", "urllib3", "filelock", "git", "fsspec"),
+)
+
+
+def quiet() -> None:
+    """Silence the libraries; call it before they are imported. What a user has set in the environment stands."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+
+
+# ---------------------------------------------------------------------------------------------------------- live line
+
+
+class Progress:
+    """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
+
+    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = EVERY) -> None:
+        from rich.console import Console
+
+        self.console = console or Console(quiet=not enabled, highlight=False)
+        self.live: Any = None
+        self.every = every
+        self.step, self.steps = 0, 0
+        self.stage, self.stage_since = "", time.monotonic()
+        self.held_out = math.nan
+        self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
+        self.times = deque[float](maxlen=RECENT + 1)
+        self.printed = -math.inf
+        self.handler = _Handler(self)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal and not self.console.quiet:
+            from rich.live import Live
+
+            self.live = Live(console=self.console, get_renderable=self._line, refresh_per_second=4)
+            self.live.start()
+        log = logging.getLogger("aem_exp")
+        log.addHandler(self.handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log = logging.getLogger("aem_exp")
+        log.removeHandler(self.handler)
+        log.propagate = True
+        if self.live is not None:
+            self.stage = ""
+            self.live.transient = not self.steps
+            self.live.stop()
+
+    def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Show that `step` of `steps` is done."""
+        self.step, self.steps, self.stage = step, steps, ""
+        for name, values in self.recent.items():
+            if not math.isnan(value := metrics.get(name, math.nan)):
+                values.append(value)
+        self.held_out = metrics.get("eval/success", self.held_out)
+        if SUCCESS in metrics:
+            self.times.append(time.monotonic())
+        if self.live is None and (time.monotonic() - self.printed >= self.every or step == steps):
+            self.printed = time.monotonic()
+            self.console.print(self._plain(), soft_wrap=True)
+
+    def say(self, stage: str) -> None:
+        """Show what the run is at between steps."""
+        self.stage, self.stage_since = stage, time.monotonic()
+        if self.live is None:
+            self.console.print(stage, soft_wrap=True, markup=False)
+
+    def warn(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
+
+    def _facts(self) -> list[str]:
+        names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
+        facts = [names[name].format(sum(v) / len(v)) for name, v in self.recent.items() if v]
+        if not math.isnan(self.held_out):
+            facts.append(f"held-out {self.held_out:.0%}")
+        if len(self.times) > 1:
+            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            left = pace * (self.steps - self.step)
+            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{clock(left)} left"] if left else [])]
+        return facts
+
+    def _plain(self) -> str:
+        return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
+
+    def _line(self) -> "RenderableType":
+        from rich.text import Text
+
+        line = Text(no_wrap=True, overflow="ellipsis")
+        if self.steps:
+            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in self._facts())
+            room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
+            full = round(room * self.step / self.steps)
+            line.append("train ", "bold").append("━" * full, "blue").append("━" * (room - full), "bright_black")
+            line.append(count, "bold")
+            line.append("" if self.stage else facts)
+        if self.stage:
+            line.append(f"  {self.stage} …  ").append(clock(time.monotonic() - self.stage_since), "bright_black")
+        return line
+
+
+class _Handler(logging.Handler):
+    """Hands what our rooms log to the live line."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self.progress.say if record.levelno < logging.WARNING else self.progress.warn
+        show(record.getMessage())
+
+
+def clock(seconds: float) -> str:
+    """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+# ------------------------------------------------------------------------------------------------------------ summary
+
+
+def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Return Wilson's interval (95 %) of a share of n tasks."""
+    if n == 0 or math.isnan(share):
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summary(run_dir: Path, console: "Console | None" = None) -> None:
+    """Print what a finished run reached, how it got there, and where to look further; from its run dir alone."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    result, repeats = _json(run_dir / "result.json"), _repeats(run_dir)
+    console.print()
+    console.print("success on tasks never trained on, with the 95 % interval of one run (Wilson)", style="italic")
+    console.print(_scores(result, repeats))
+    if (picture := _charts(tracking.read_metrics(run_dir), console.width)) is not None:
+        console.print()
+        console.print(picture)
+        console.print()
+    page = tracking.page(run_dir)
+    lines = [("run", str(run_dir))]
+    if page is not None:
+        lines += [("serve", page.command)] if page.command else []
+        lines += [("tunnel", f"{page.tunnel}   (on your own machine)")] if page.tunnel else []
+        lines += [("open", page.link)]
+    for name, text in lines:
+        console.print(f"  [bold]{name:<7}[/bold]", end="")
+        console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
+
+
+def _scores(result: dict[str, Any], repeats: int) -> "RenderableType":
+    """Return the table of success before and after, per panel."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 3, 0, 2))
+    for heading in ("held-out panel", "tasks", "before", "after"):
+        table.add_column(heading, header_style="bold", justify="left" if heading.startswith("held") else "right")
+    after, final = result.get("after"), result.get("final")
+    scores = [(result.get("before"), after), (None, final if final != after else None)]
+    for before, then in scores:
+        if (known := then or before) is not None:
+            tasks = known["episodes"] // repeats
+            name = known["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
+            table.add_row(name, str(tasks), _share(before, tasks), _share(then, tasks))
+    return table
+
+
+def _share(score: dict[str, Any] | None, tasks: int) -> "Text":
+    from rich.text import Text
+
+    if score is None:
+        return Text("-", "bright_black")
+    low, high = wilson(score["success"], tasks)
+    return Text.assemble((f"{score['success']:.1%}", "bold"), (f"  [{low:.0%}, {high:.0%}]", "bright_black"))
+
+
+def _charts(rows: Rows, width: int) -> "RenderableType | None":
+    """Return success and response entropy over steps, side by side, or None where nothing was trained."""
+    from rich.columns import Columns
+
+    steps = [row["step"] for row in rows if SUCCESS in row]
+    if not steps:
+        return None
+    columns = max(16, min(44, width // 2 - 12))
+    entropy = _series(rows, ENTROPY)
+    top = max((value for value in entropy if not math.isnan(value)), default=1.0) or 1.0
+    charts = [
+        _titled("success in training", chart(_series(rows, SUCCESS), columns, 1.0, "{:.0%}".format), steps),
+        _titled("response entropy (nats)", chart(entropy, columns, top, "{:.2f}".format), steps),
+    ]
+    return Columns(charts, padding=(1, 3))
+
+
+def _titled(title: str, lines: list[str], steps: list[float]) -> "Text":
+    from rich.text import Text
+
+    inner = len(lines[0]) - 9
+    first, last = f"{steps[0]:.0f}", f"step {steps[-1]:.0f}"
+    foot = " " * 9 + first + last.rjust(inner - len(first))
+    return Text("\n").join(
+        [Text(f"{'':9}{title}", "bold"), *(Text(line) for line in lines), Text(foot, "bright_black")]
+    )
+
+
+def chart(values: Sequence[float], width: int, top: float, spell: Callable[[float], str], height: int = 6) -> list[str]:
+    """Draw values from 0 to `top` as an area of eighth blocks; each column is the mean of its share of the values."""
+    levels = []
+    for column in range(width):
+        start = column * len(values) // width
+        part = [v for v in values[start : max(start + 1, (column + 1) * len(values) // width)] if not math.isnan(v)]
+        levels.append(round(8 * height * min(1.0, max(0.0, sum(part) / len(part) / top))) if part else 0)
+    marks = {height - 1: spell(top), 0: spell(0.0)}
+    rows = []
+    for row in reversed(range(height)):
+        blocks = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, level - 8 * row))] for level in levels)
+        rows.append(f"{marks.get(row, ''):>7} {'┤' if row in marks else '│'}{blocks}")
+    return rows
+
+
+def _series(rows: Rows, name: str) -> list[float]:
+    return [row.get(name, math.nan) for row in rows if SUCCESS in row]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def plots(rows: Rows, folder: Path, repeats: int = 1) -> list[Path]:
+    """Draw success and response entropy over steps, and alpha where there was any, as PNG; return the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    style: Any = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    drawn = {"success_entropy.png": _draw_learning, "alpha.png": _draw_alpha}
+    files = []
+    with pyplot.rc_context(style):
+        for name, draw in drawn.items():
+            figure = draw(pyplot, rows, repeats)
+            if figure is not None:
+                figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+                pyplot.close(figure)
+                files.append(folder / name)
+    return files
+
+
+def _draw_learning(pyplot: Any, rows: Rows, repeats: int) -> Any:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    _draw_curve(left, rows, SUCCESS, BLUE)
+    _draw_curve(right, rows, ENTROPY, BLUE)
+    scored = [row for row in rows if "eval/success" in row]
+    steps, shares = [row["step"] for row in scored], [row["eval/success"] for row in scored]
+    ends = [wilson(row["eval/success"], int(row["eval/episodes"]) // repeats) for row in scored]
+    bars = [
+        [share - low for share, (low, _) in zip(shares, ends, strict=True)],
+        [high - share for share, (_, high) in zip(shares, ends, strict=True)],
+    ]
+    held_out = {"color": ORANGE, "linestyle": "--", "marker": "o", "label": "held-out tasks"}
+    left.errorbar(steps, shares, yerr=bars, capsize=3, **held_out)
+    right.plot(steps, [row.get("eval/response_entropy", math.nan) for row in scored], **held_out)
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    left.set(title="success", xlabel="step", ylim=(0, 1))
+    right.set(title="response entropy (nats)", xlabel="step")
+    right.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    return figure
+
+
+def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
+    """Draw a training curve: its steps faint, its moving mean bold."""
+    known = [(row["step"], row[name]) for row in rows if name in row]
+    if not known:
+        return
+    steps, values = zip(*known, strict=True)
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+    mean = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - RECENT) : i + 1])]
+    axes.plot(steps, mean, color=colour, linewidth=2, label=f"training, mean of {RECENT} steps")
+
+
+def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
+    known = [row for row in rows if "aem/alpha_q50" in row]
+    if not known:
+        return None
+    steps = [row["step"] for row in known]
+    low, middle, high = ([row[f"aem/alpha_q{q}"] for row in known] for q in ("05", "50", "95"))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, width_ratios=(3, 2))
+    left.fill_between(steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="5 % to 95 % of the responses")
+    left.plot(steps, middle, color=BLUE, linewidth=2, label="median")
+    left.axhline(1, color=GREY, linestyle=":", linewidth=1)
+    left.set(
+        title="alpha of a response",
+        xlabel="step",
+        ylim=(min(low) - 0.05, max(high) + 0.25 * (max(high) - min(low)) + 0.05),
+    )
+    left.legend(frameon=False, loc="upper left", ncols=2)
+    _draw_curve(right, rows, GATED, BLUE)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.set(title="groups left unmodulated by the gate", xlabel="step", ylim=(0, 1))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def artifacts(run_dir: Path) -> list[Path]:
+    """Write what is pleasant to open beside a run's numbers: its config as YAML, episodes to read, figures."""
+    import yaml
+
+    files = []
+    if (experiment := run_dir / "experiment.json").exists():
+        (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
+        files.append(config)
+    if rows := sample(run_dir):
+        (episodes := run_dir / "episodes.md").write_text(episodes_markdown(rows))
+        files.append(episodes)
+    return files + plots(tracking.read_metrics(run_dir), run_dir / "plots", _repeats(run_dir))
+
+
+def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
+    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
+    file = run_dir / "episodes.parquet"
+    parts = [file] if file.exists() else sorted((run_dir / "episodes").glob("*.parquet"))
+    if not parts:
+        return []
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    kept = pyarrow.compute.field("responses").is_valid()
+    rows = [row for part in parts for row in pyarrow.parquet.read_table(part, filters=kept).to_pylist()]
+    held_out = [row for row in rows if row["split"] != "train" and row["member"] == 0]
+    trained = [row for row in rows if row["split"] == "train"]
+    first = min((row["step"] for row in held_out), default=0)
+    chosen = list(dict.fromkeys(row["task"] for row in held_out if row["step"] == first))[:tasks]
+    last = max((row["step"] for row in held_out), default=0)
+    pairs = [row for task in chosen for row in held_out if row["task"] == task and row["step"] in (first, last)]
+    newest = max((row["step"] for row in trained), default=0)
+    return pairs + [row for row in trained if row["step"] == newest][:members]
+
+
+def episodes_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Write episodes for reading: what was seen, what was answered, what it earned, how sure the policy was."""
+    about = (
+        "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
+        "multiplied by (absent where nothing was trained on the episode).\n"
+    )
+    return "\n".join(["# Episodes\n", about, *(_episode(row) for row in rows)])
+
+
+def _episode(row: dict[str, Any]) -> str:
+    outcome = "won" if row.get("won") else "not won"
+    ended = {"over": "", "turns": ", out of turns", "context": ", out of context"}.get(
+        row["ended"], f", {row['ended']}"
+    )
+    facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
+    error = f"\n{_fenced(row['error'])}" if row.get("error") else ""
+    turns = (_turn(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
+    return "\n".join([f"## {row['split']}: {row['task']}\n", f"**{facts}**\n{error}", *turns])
+
+
+def _turn(number: int, said: dict[str, Any]) -> str:
+    alpha = said.get("alpha")
+    facts = [
+        f"reward {said['reward']:g}",
+        f"entropy {said['entropy']:.3f}",
+        *([f"alpha {alpha:.3f}"] if alpha is not None else []),
+        *([] if said.get("valid", True) else ["invalid"]),
+    ]
+    return f"### Turn {number}: {', '.join(facts)}\n\n{_quoted(said['observation'])}\n\n{_fenced(said['text'])}\n"
+
+
+def _quoted(text: str, most: int = 2000) -> str:
+    return "\n".join(f"> {line}" for line in _cut(text, most).splitlines())
+
+
+def _fenced(text: str, most: int = 4000) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{_cut(text, most)}\n{fence}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
+
+
+def _repeats(run_dir: Path) -> int:
+    """Return how often the panel plays each task; its episodes are not independent, so intervals count tasks."""
+    path = run_dir / "experiment.json"
+    return int(_json(path).get("evaluation", {}).get("repeats", 1)) if path.exists() else 1
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

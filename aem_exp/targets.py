@@ -1,0 +1,274 @@
+"""`_target_`: bound to its signature without importing it, then called.
+
+A config may name any function or class that Python can import from here, the user's own included. What it takes is read
+from its source, so that a misspelt keyword is refused before torch, or a world, is loaded.
+"""
+
+import ast
+import functools
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Final, Literal
+
+from aem_exp.values import ConfigError, closest, convert, unknown
+
+WORLDS: Final = "aem_exp.envs."
+_TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
+_HOPS: Final = 8  # imports to follow from a package to where a name is defined
+
+
+@dataclass
+class Signature:
+    """What a callable takes. `open`: it also takes what its source does not show."""
+
+    positional: list[str] = field(default_factory=list)
+    hints: dict[str, Any] = field(default_factory=dict)  # keyword -> type, in order
+    required: set[str] = field(default_factory=set)
+    open: bool = False
+
+    def add(self, name: str, annotation: ast.expr | None, has_default: bool) -> None:
+        self.hints[name] = _hint(annotation)
+        (self.required.discard if has_default else self.required.add)(name)
+
+
+def bind(at: str, block: Mapping[str, Any], positional: int = 0, supplied: Sequence[str] = ()) -> dict[str, Any]:
+    """The block with its keywords checked against what the target takes.
+
+    Args:
+        at: the block's dotted key.
+        positional: how many arguments the caller passes by position.
+        supplied: arguments that the caller passes by name.
+
+    Raises:
+        ConfigError: no such target, or keywords that it does not take.
+    """
+    path = _path(at, block)
+    given = {key: value for key, value in block.items() if key != "_target_"}
+    signature = _signature(at, path)
+    if len(signature.positional) < positional and not signature.open:
+        raise ConfigError(f"{at}._target_", path, f"must take {positional} arguments by position")
+    taken = {*signature.positional[:positional], *supplied}
+    keywords = [name for name in signature.hints if name not in taken]
+    for key, value in given.items():
+        if key in taken or (key not in keywords and not signature.open):
+            raise unknown(f"{at}.{key}", value, keywords)
+    missing = next((key for key in keywords if key in signature.required and key not in given), None)
+    if missing:
+        raise ConfigError(f"{at}.{missing}", None, f"required by {path}")
+    return {"_target_": path} | {key: _bound(at, key, value, signature) for key, value in given.items()}
+
+
+def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
+    """Import the target and call it with the block's keywords; `partial` leaves the call to whoever has the rest."""
+    module, _, name = str(block["_target_"]).rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    keywords = {key: _made(value) for key, value in block.items() if key != "_target_"}
+    return functools.partial(target, **keywords) if partial else target(**keywords)
+
+
+def _made(value: Any) -> Any:
+    return instantiate(value) if isinstance(value, Mapping) and "_target_" in value else value
+
+
+def announced(block: Mapping[str, Any], name: str) -> bool:
+    """Whether the target is a world of ours, called `name`, whose module this version does not have yet."""
+    module = str(block.get("_target_", "")).rpartition(".")[0]
+    return module == WORLDS + name and _spec(module) is None
+
+
+def _path(at: str, block: Mapping[str, Any]) -> str:
+    path = block.get("_target_")
+    if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")) or "." not in path:
+        raise ConfigError(f"{at}._target_", path, "must be the dotted name of a function or class, package.module.name")
+    return path
+
+
+def _bound(at: str, key: str, value: Any, signature: Signature) -> Any:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return bind(f"{at}.{key}", value)
+    return convert(signature.hints.get(key, Any), value, f"{at}.{key}")
+
+
+def _signature(at: str, path: str) -> Signature:
+    module, _, name = path.rpartition(".")
+    spec = _spec(module)
+    if spec is None:
+        near = closest(module, _siblings(module))
+        raise ConfigError(
+            f"{at}._target_", path, f"there is no module {module}" + (f"; did you mean {near}?" if near else "")
+        )
+    found = _definition(module, name)
+    if found is None and _tree(module) is not None:
+        raise ConfigError(f"{at}._target_", path, f"{module} has no {name}" + _suggestion(name, _names(module)))
+    return Signature(open=True) if found is None else _read(*found)
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    near = closest(name, names)
+    return f"; did you mean {near}?" if near else ""
+
+
+# Finding source.
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module is, without importing it or its parents."""
+    head, *rest = module.split(".")
+    try:
+        spec = find_spec(head)
+    except ValueError:  # __main__
+        return None
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
+
+
+def _siblings(module: str) -> list[str]:
+    parent = module.rpartition(".")[0]
+    spec = _spec(parent) if parent else None
+    places = spec.submodule_search_locations if spec else None
+    return [f"{parent}.{info.name}" for info in iter_modules(places)] if places else []
+
+
+def _tree(module: str) -> ast.Module | None:
+    """The source of a module, parsed; None where there is none (compiled, or missing)."""
+    spec = _spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return _parsed(spec.origin, Path(spec.origin).stat().st_mtime_ns)
+
+
+@functools.cache
+def _parsed(file: str, changed: int) -> ast.Module:
+    try:
+        return ast.parse(Path(file).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ConfigError("_target_", file, f"is not Python: {error.msg}, line {error.lineno}") from error
+
+
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Top-level statements, those under `if` and `try` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements([*node.body, *node.orelse])
+
+
+def _names(module: str) -> list[str]:
+    tree = _tree(module)
+    nodes = _statements(tree.body) if tree else ()
+    return [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+
+
+def _definition(module: str, name: str, hops: int = _HOPS) -> tuple[str, ast.stmt] | None:
+    """The statement that defines a name, and its module; imports are followed."""
+    tree = _tree(module)
+    for node in _statements(tree.body) if tree and hops else ():
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return module, node
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _definition(_source(module, node), alias.name, hops - 1)
+    return None
+
+
+def _source(module: str, node: ast.ImportFrom) -> str:
+    """The absolute name of the module that `from ... import` reads."""
+    if not node.level:
+        return node.module or ""
+    spec = _spec(module)
+    package = module if spec and spec.submodule_search_locations is not None else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return f"{package}.{node.module}" if node.module else package
+
+
+# Reading signatures.
+
+
+def _read(module: str, node: ast.stmt) -> Signature:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return _function(node.args)
+    return _class(module, node) if isinstance(node, ast.ClassDef) else Signature(open=True)
+
+
+def _function(args: ast.arguments, bound: bool = False) -> Signature:
+    signature = Signature(open=args.kwarg is not None or args.vararg is not None)
+    by_position = [*args.posonlyargs, *args.args]
+    first_default = len(by_position) - len(args.defaults)
+    for i, arg in enumerate(by_position):
+        if not (bound and i == 0):
+            signature.add(arg.arg, arg.annotation, i >= first_default)
+            signature.positional.append(arg.arg)
+    for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        signature.add(arg.arg, arg.annotation, default is not None)
+    return signature
+
+
+def _class(module: str, node: ast.ClassDef) -> Signature:
+    """Of `__init__`, or of the fields of a dataclass; inherited where the class has neither."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _function(item.args, bound=True)
+    signature = Signature()
+    for base in reversed(node.bases):
+        inherited = _base(module, base)
+        signature.hints |= inherited.hints
+        signature.required = signature.required - set(inherited.hints) | inherited.required
+        signature.open |= inherited.open
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                _add_field(signature, item.target.id, item)
+    signature.positional = list(signature.hints)
+    return signature
+
+
+def _base(module: str, base: ast.expr) -> Signature:
+    name = ast.unparse(base).partition("[")[0]
+    if name in ("object", "Protocol", "Generic", "ABC"):
+        return Signature()
+    found = _definition(module, name) if name.isidentifier() else None
+    return _read(*found) if found else Signature(open=True)
+
+
+def _add_field(signature: Signature, name: str, item: ast.AnnAssign) -> None:
+    """A dataclass field. `field(...)` has a default where a keyword says so."""
+    if "ClassVar" in ast.unparse(item.annotation):
+        return
+    options: dict[str | None, ast.expr] = {}
+    is_field = isinstance(item.value, ast.Call) and ast.unparse(item.value.func).endswith("field")
+    if is_field and isinstance(item.value, ast.Call):
+        options = {keyword.arg: keyword.value for keyword in item.value.keywords}
+    init = options.get("init")
+    if not (isinstance(init, ast.Constant) and init.value is False):
+        has_default = bool(options.keys() & {"default", "default_factory"}) if is_field else item.value is not None
+        signature.add(name, item.annotation, has_default)
+
+
+def _hint(annotation: ast.expr | None) -> Any:
+    """The type that an annotation spells, where it is plain enough to check; else Any."""
+    match annotation:
+        case ast.Constant(value=None):
+            return type(None)
+        case ast.Constant(value=str(text)):
+            return _hint(ast.parse(text, mode="eval").body)
+        case ast.Name(id=name):
+            return _TYPES.get(name, Any)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            left_hint, right_hint = _hint(left), _hint(right)
+            return Any if Any in (left_hint, right_hint) else left_hint | right_hint
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            choices = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            return Literal[tuple(ast.literal_eval(choice) for choice in choices)]
+    return Any

@@ -1,0 +1,233 @@
+"""A tiny policy, made here: a word-level tokenizer, a small Qwen3, and a warm start from a scripted player.
+
+Decided here: the tokenizer and its chat template, the shape of the policy, and how it comes to play a little. A policy
+that never wins has nothing to learn from, so it first imitates the world's own scripted player, who now and then does
+something random: what it then knows is incomplete and uncertain, which is where reinforcement learning starts. The
+result is an ordinary Hugging Face folder; everything downstream loads it as it loads any other model.
+
+A world that wants such a policy offers, besides its tasks and environments, `words()` (all it says and understands)
+and `expert(env, random, noise)` (a response of its scripted player).
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, Final, Protocol
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from aem_exp.config import Env
+from aem_exp.envs import TextEnv, World
+from aem_exp.render import Chat
+from aem_exp.rollout import Episode, Rollout, Row, rows
+from aem_exp.sample import Sample
+from aem_exp.values import ConfigError
+
+PAD: Final = "<pad>"
+UNKNOWN: Final = "<unk>"
+START: Final = "<|im_start|>"
+END: Final = "<|im_end|>"
+
+# ChatML. Later turns only append, so the tokens of a conversation are a prefix of the tokens of a longer one; line
+# breaks are white space, which this tokenizer drops.
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, a sign
+_FIELD: Final = r"\{\w*\}"  # of a prompt template
+
+
+class Teachable(World, Protocol):
+    """A world with a vocabulary and a scripted player."""
+
+    def words(self) -> Iterable[str]: ...
+
+    def expert(self, env: TextEnv, random: Random, noise: float, hesitation: float) -> str: ...
+
+
+def make(
+    world: Teachable,
+    env: Env,
+    folder: Path,
+    *,
+    hidden_size: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    initializer_range: float = 0.1,
+    episodes: int = 2048,
+    noise: float = 0.1,
+    hesitation: float = 0.5,
+    steps: int = 400,
+    batch: int = 16,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> None:
+    """Make a policy that plays `world` a little, and write it to `folder` in Hugging Face format.
+
+    Args:
+        env: how episodes become tokens; the warm start sees exactly what a rollout shows.
+        initializer_range: of the random weights; with the usual 0.02 a model this small hardly learns.
+        episodes: demonstrations to play, on training tasks.
+        noise: share of the demonstrator's turns that are random.
+        steps, batch, learning_rate: of the imitation; the rate rises for a tenth of the steps, then falls to zero.
+    """
+    if not (hasattr(world, "words") and hasattr(world, "expert")):
+        remedy = "choose a world that has a scripted player, or load a policy with model.path"
+        raise ConfigError("model.make", f"{__name__}.make", remedy=remedy)
+    tokenizer = make_tokenizer(world.words(), env)
+    with _quiet_torch(seed):
+        model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
+        demonstrations = demonstrate(world, env, tokenizer, episodes, noise, hesitation, seed)
+        imitate(model, demonstrations, steps, batch, learning_rate, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
+    """One token per word, sign and number; a fixed wording of several words is one token too.
+
+    Whatever is not in the vocabulary becomes `<unk>`. Decoding joins tokens by spaces.
+    """
+    lexicon = list(dict.fromkeys(words))
+    phrases = sorted((text for text in lexicon if len(re.findall(_TOKEN, text)) > 1), key=len, reverse=True)
+    prompt = " ".join(re.sub(_FIELD, " ", template) for template in env.prompt.values())
+    numbers = [str(n) for n in range(env.max_turns + 1)]
+    vocabulary = [PAD, UNKNOWN, START, END, "system", "user", "assistant", *lexicon, *re.findall(_TOKEN, prompt), *numbers]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    pattern = Regex("|".join([*(rf"{re.escape(text)}(?!\w)" for text in phrases), _TOKEN]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)  # keep only what matches
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=env.context_tokens,
+    )
+
+
+def make_policy(
+    tokenizer: PreTrainedTokenizerFast, env: Env, hidden_size: int, layers: int, heads: int, initializer_range: float
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights."""
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden_size // heads,
+        max_position_embeddings=env.context_tokens,
+        tie_word_embeddings=True,
+        initializer_range=initializer_range,
+        bos_token_id=None,
+        **ends,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**ends)
+    return model
+
+
+class _ScriptedSampler:
+    """The scripted player in the place of a policy: it looks at the environments and answers in tokens."""
+
+    def __init__(self, world: Teachable, tokenizer: Any, random: Random, *habits: float) -> None:
+        self.world, self.tokenizer, self.random, self.habits = world, tokenizer, random, habits
+        self.fingerprint = world.fingerprint
+        self.envs: list[TextEnv] = []
+
+    def tasks(self, split: str) -> Sequence[Any]:
+        return self.world.tasks(split)
+
+    def env(self) -> TextEnv:
+        self.envs.append(self.world.env())
+        return self.envs[-1]
+
+    def session(self) -> "_ScriptedSampler":
+        return self
+
+    def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
+        responses = [self.world.expert(self.envs[slot], self.random, *self.habits) for slot in slots]
+        encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
+        spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+        return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
+
+
+def demonstrate(
+    world: Teachable, env: Env, tokenizer: PreTrainedTokenizerFast, episodes: int, noise: float, hesitation: float, seed: int
+) -> list[Row]:
+    """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
+    random = Random(seed)
+    player = _ScriptedSampler(world, tokenizer, random, noise, hesitation)
+    rollout = Rollout(player, env, Chat(tokenizer))
+    tasks = world.tasks("train")
+    draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
+    return rows(rollout.play(draws, player), env.history)
+
+
+def imitate(
+    model: Qwen3ForCausalLM, demonstrations: Sequence[Row], steps: int, batch: int, learning_rate: float, seed: int
+) -> None:
+    """Maximise the likelihood of the demonstrator's tokens, end tokens included; nothing else is learned."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    rise = max(1, steps // 10)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / (steps - rise + 1)))
+    model.train()
+    for chosen in _batches(demonstrations, steps, batch, Random(seed)):
+        ids_BT, label_BT = _tensors(chosen, model.config.pad_token_id)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=(ids_BT != model.config.pad_token_id).long()).logits
+        loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), label_BT[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    model.eval()
+
+
+def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
+    """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
+    served = 0
+    while True:
+        order = random.sample(range(len(demonstrations)), len(demonstrations))
+        order.sort(key=lambda i: len(demonstrations[i].prompt) + len(demonstrations[i].completion))
+        groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+        random.shuffle(groups)
+        for group in groups:
+            if served == steps:
+                return
+            served += 1
+            yield [demonstrations[i] for i in group]
+
+
+def _tensors(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids, and as labels those of them that the player said (-100 elsewhere), padded right."""
+    ids = [torch.tensor([*row.prompt, *row.completion]) for row in chosen]
+    labels = [torch.tensor([0] * len(row.prompt) + row.mask) for row in chosen]
+    ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    said_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
+    return ids_BT, ids_BT.masked_fill(said_BT == 0, -100)
+
+
+@contextmanager
+def _quiet_torch(seed: int) -> Iterator[None]:
+    """One thread (several are far slower at this size) and our own random numbers; then all as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,179 @@
+"""What fits where: plain data becomes typed values, or one sentence says why it does not.
+
+The sentence names the field, the value, the choices and the remedy. Types are ordinary annotations; a number with a
+range is `Annotated[float, POSITIVE]`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """A user's mistake, found before any work. `str()` is one sentence; doors print it and exit with code 2.
+
+    Args:
+        field: dotted key, or what was typed.
+        value: what was given.
+        choices: what could have been given; or, in words, what is expected.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, field: str, value: Any, choices: Iterable[Any] | str = (), remedy: str = ""):
+        words = isinstance(choices, str)
+        self.field, self.value = field, value
+        self.choices: list[str] = [] if words else [str(choice) for choice in choices]
+        self.remedy = remedy or (str(choices) if words else "")
+        super().__init__(field, value, self.choices, self.remedy)
+
+    def __str__(self) -> str:
+        close = closest(self.value, self.choices)
+        hint = f"did you mean {close}?" if close else ""
+        choices = f"choose from {', '.join(self.choices)}" if self.choices else ""
+        why = "; ".join(part for part in (choices, self.remedy) if part)
+        return " ".join(f"{self.field}={shown(self.value)}: {hint} {why}".split())
+
+
+def shown(value: Any) -> str:
+    """A value as the command line would write it, cut to a line."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def closest(word: Any, choices: Iterable[str]) -> str | None:
+    """The choice that was probably meant: the nearest spelling, or the initials (`lr`)."""
+    choices = list(choices)
+    initials = [
+        choice for choice in choices if len(str(word)) > 1 and "".join(re.findall("(?<![a-z0-9])[a-z]", choice)) == word
+    ]
+    return next(iter(initials or get_close_matches(str(word), choices, 1)), None)
+
+
+def unknown(field: str, value: Any, keys: Iterable[str], remedy: str = "") -> ConfigError:
+    """The error for a key that does not exist; `keys` are its siblings."""
+    keys = sorted(keys)
+    close = closest(field.rpartition(".")[2], keys)
+    siblings = f"the keys here are {', '.join(keys)}" if keys else "nothing can be set here"
+    return ConfigError(
+        field, value, remedy=remedy or "no such key; " + (f"did you mean {close}?" if close else siblings)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes, and how to say so."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("above 0", lambda x: x > 0)
+NOT_NEGATIVE = Range("of at least 0", lambda x: x >= 0)
+AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
+AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
+SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
+
+
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """`value` as `hint` says.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, field)
+    if origin is Annotated:
+        number = convert(args[0], value, field)
+        if not all(rule.holds(number) for rule in args[1:]):
+            raise ConfigError(field, value, f"must be {described(hint)}")
+        return number
+    if origin in (Union, types.UnionType):
+        return _any_of(hint, args, value, field)
+    if origin is Literal:
+        return _choice(args, value, field)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): convert(args[1], item, f"{field}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return _plain(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    raise ConfigError(field, value, f"must be {described(hint)}")
+
+
+def build(cls: type[T], data: Any, field: str = "") -> T:
+    """A dataclass of ours from a mapping of its fields."""
+    hints = _hints(cls)  # type: ignore[arg-type]
+    if not isinstance(data, Mapping):
+        raise ConfigError(field, data, f"must be a mapping with the keys {', '.join(hints)}")
+    at = f"{field}." if field else ""
+    for key, value in data.items():
+        if key not in hints:
+            raise unknown(f"{at}{key}", value, hints)
+    return cls(**{key: convert(hints[key], value, f"{at}{key}") for key, value in data.items()})
+
+
+def described(hint: Any) -> str:
+    """A hint in words: what a value must be."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{described(args[0])} {' and '.join(rule.words for rule in args[1:])}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(described(arg) for arg in args)
+    if origin is Literal:
+        return " or ".join(str(arg) for arg in args)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+        str: "text (in quotes?)",
+    }
+    return words.get(hint, "a mapping" if origin is dict else "something else")
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _any_of(hint: Any, args: tuple[Any, ...], value: Any, field: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    options = [arg for arg in args if arg is not type(None)]
+    if len(options) == 1:
+        return convert(options[0], value, field)
+    for option in options:
+        try:
+            return convert(option, value, field)
+        except ConfigError:
+            continue
+    raise ConfigError(field, value, f"must be {described(hint)}")
+
+
+def _choice(choices: tuple[Any, ...], value: Any, field: str) -> Any:
+    if isinstance(value, bool) and {"on", "off"} <= set(choices):  # YAML reads an unquoted `on` as true
+        return "on" if value else "off"
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ConfigError(field, value, choices)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Lists, mappings and scalars only, so that JSON brings back the same value."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,237 @@
+"""One experiment from the command line to a result: killed, resumed, asked again, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from aem_exp import checkpoints
+
+SMALL = [
+    "model.make.steps=40",
+    "model.make.episodes=128",
+    "trainer.steps=6",
+    "trainer.tasks_per_step=3",
+    "trainer.group_size=4",
+    "trainer.mini_batch=6",
+    "evaluation.tasks=8",
+    "evaluation.every=3",
+    "launch.save_every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def door(cache, outputs, *words, wait=True):
+    """`python -m aem_exp` in a process of its own."""
+    env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(outputs), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "aem_exp", *words]
+    started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if not wait:
+        return started
+    out, err = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def folder_of(outputs) -> Path:
+    (folder,) = [path.parent for path in Path(outputs).glob("*/experiment.json")]
+    return folder
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(cache, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("unbroken")
+    done = door(cache, outputs, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder_of(outputs), done
+
+
+def wait_for(started, folder_found, reached, timeout=180):
+    """Wait until a live run has reached something."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        assert started.poll() is None, started.stderr.read()
+        if folder_found() and reached():
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run never got there")
+
+
+def test_the_run_dir_holds_the_truth(unbroken):
+    folder, done = unbroken
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 6
+    assert result["updates"] == 12
+    assert [row["step"] for row in metrics(folder) if "train/success" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(folder) if "eval/success" in row] == [0, 3, 6]
+    episodes = pd.read_parquet(folder / "episodes.parquet")
+    assert (episodes.split == "train").sum() == 6 * 3 * 4
+    assert set(episodes.split) == {"train", "dev[:8]", "test[:8]"}
+    said = episodes[(episodes.split == "train") & (episodes.draw == 0)].responses
+    assert all(r["alpha"] > 0 for responses in said for r in responses)
+    assert json.loads((folder / "experiment.json").read_text())["trainer"]["steps"] == 6
+    assert str(folder) in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_model_is_an_ordinary_hugging_face_folder(unbroken):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = unbroken
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_asked_again_it_does_nothing(unbroken, cache):
+    folder, _ = unbroken
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.suffix in (".json", ".jsonl", ".parquet")}
+    again = door(cache, folder.parent, *SMALL)
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    owner = folder / "owner.json"
+    assert {p: t for p, t in before.items() if p != owner} == {p: p.stat().st_mtime_ns for p in before if p != owner}
+
+
+def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
+    """kill -9 before the first checkpoint, then after one, then run to the end: weights, metrics and samples are equal."""
+    reference, _ = unbroken
+
+    def kill_when(reached):
+        started = door(cache, tmp_path, *SMALL, wait=False)
+        wait_for(started, lambda: list(tmp_path.glob("*/experiment.json")), reached)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+
+    def steps():
+        file = folder_of(tmp_path) / "metrics.jsonl"
+        return file.read_text().count("train/success") if file.exists() else 0
+
+    kill_when(lambda: steps() >= 1)
+    kill_when(lambda: steps() >= 3 and checkpoints.newest(folder_of(tmp_path)) is not None)
+    broken = sorted(folder_of(tmp_path).glob("checkpoint-*"))
+    (broken[-1] / "step.json").rename(broken[-1] / "step.json.part")  # as if the save itself had been killed
+    done = door(cache, tmp_path, *SMALL)
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path)
+    assert metrics(folder) == metrics(reference)
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (reference / weights).read_bytes()
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "episodes.parquet"), pd.read_parquet(reference / "episodes.parquet"))
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
+    assert results[0] == results[1]
+    history = tracked(folder)
+    assert history == tracked(reference)
+    assert all(len(steps) == len(set(steps)) for steps in history.values())
+
+
+def tracked(folder):
+    """Steps of each metric in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(json.loads((folder / "tracking.json").read_text())["uri"])
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    names = [name for name in run.data.metrics if not name.startswith("time/")]
+    return {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
+    started = door(cache, tmp_path, *SMALL, wait=False)
+    wait_for(started, lambda: list(tmp_path.glob("*/metrics.jsonl")), lambda: "train/success" in (folder_of(tmp_path) / "metrics.jsonl").read_text())
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "resume" in out + err
+    assert "Traceback" not in out + err
+
+
+def test_two_at_once_share_nothing(cache, tmp_path):
+    first = door(cache, tmp_path, *SMALL, "trainer.steps=50", wait=False)
+    wait_for(first, lambda: list(tmp_path.glob("*/experiment.json")), lambda: True)
+    second = door(cache, tmp_path, *SMALL, "trainer.steps=50")
+    first.kill()
+    first.communicate()
+    assert second.returncode == 0
+    assert f"process {first.pid}" in second.stdout
+
+
+def test_a_model_of_another_family_with_lora_by_path(cache, tmp_path, unbroken):
+    """Qwen2 weights saved locally, loaded by path under an adapter: the way every published model takes."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(unbroken[0] / "model")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen2")
+    tokenizer.save_pretrained(tmp_path / "qwen2")
+    words = ["model=qwen2_5_1_5b", f"model.path={tmp_path / 'qwen2'}", "model.dtype=float32", "env=household"]
+    lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
+    done = door(cache, tmp_path / "out", *SMALL[2:], *words, *lora)
+    assert done.returncode == 0, done.stderr
+    model = folder_of(tmp_path / "out") / "model"
+    assert (model / "adapter" / "adapter_model.safetensors").exists()
+    assert (model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=qwen2_5_1_5b"], ["model.path=Qwen/Qwen2.5-1.5B-Instruct", "hf download"]),
+        (["+experiment=alfworld_1_5b", "launch=local"], ["alfworld"]),
+        (["model=qwen2_5_1_5b", "model.path=/nowhere"], ["model.path=/nowhere", "config.json"]),
+        (["tracking=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),
+        (["outputs=/proc/nowhere"], ["outputs", "/proc/nowhere"]),
+        (["evaluation.tasks=100000"], ["evaluation.tasks=100000"]),
+        (["trainer.tasks_per_step=100000"], ["trainer.tasks_per_step=100000"]),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(cache, tmp_path, words, said):
+    words = [*SMALL, *words] if words[0].split("=")[0] not in ("model", "+experiment") else words
+    env = {**os.environ, "AEM_CACHE": str(cache)}
+    command = [sys.executable, "-m", "aem_exp", *words]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(text in done.stderr for text in said), done.stderr
+
+
+def test_a_full_disk_is_one_sentence_before_any_work(cache, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        done = door(cache, disk, *SMALL)
+        assert done.returncode == 2, done.stderr
+        assert "free" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

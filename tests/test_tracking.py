@@ -1,0 +1,502 @@
+"""A run's numbers: nothing lost, nothing twice, whatever dies. Real sqlite stores, a real server, real kills."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aem_exp import tracking
+from aem_exp.tracking import Tracker
+from aem_exp.values import ConfigError
+
+NAMES = ("train/success", "aem/alpha_q50", "time/update")
+
+
+def numbers(step: int) -> dict[str, float]:
+    return {name: step + index / 10 for index, name in enumerate(NAMES)}
+
+
+def opened(run_dir: Path, uri: str, resume_step: int | None = None, **more: Any) -> Tracker:
+    return Tracker.open(run_dir, uri, "household", "grpo+aem/s0", {"seed": 0}, {"aem.seed": "0"}, resume_step, **more)
+
+
+def store(outputs: Path) -> str:
+    return tracking.resolve_uri(None, outputs)
+
+
+def in_mlflow(uri: str, run_dir: Path) -> Any:
+    """The run as MLflow has it, with `steps`: the steps of each metric, in the order logged."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    run = client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+    run.steps = {
+        name: [point.step for point in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics
+    }
+    return run
+
+
+@pytest.fixture
+def no_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+pytestmark = pytest.mark.usefixtures("no_uri")
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
+    outputs, run_dir = tmp_path / "a folder", tmp_path / "a folder" / "run"
+    uri = store(outputs)
+    params = {
+        "trainer": {"learning_rate": 1e-3, "long": "x" * 9000},
+        "model": {"path": None},
+        "tracking": "http://u:pw@h",
+    }
+    tags = {"aem.group": "grpo+aem", "git.commit": "abc+"}
+    with Tracker.open(run_dir, uri, "house hold/1", "grpo+aem/s0", params, tags) as tracker:
+        tracker.log(0, {"eval/pass@1": 0.25})
+        tracker.log(1, {"train/success": 0.5, "train/loss": math.nan, "train/none": None})
+        tracker.log(1, {"eval/pass@1": 0.5, "train/success": 0.9})
+        (run_dir / "plots").mkdir()
+        (run_dir / "plots" / "a.png").write_bytes(b"png")
+        tracker.artifact(run_dir / "plots" / "a.png")
+        tracker.artifact(run_dir / "tracking.json")
+    assert tracker.trouble is None
+    first, second = tracking.read_metrics(run_dir)
+    assert first.pop(tracking.LOGGED_AT) <= second.pop(tracking.LOGGED_AT)
+    assert first == {"step": 0, "eval/pass_at_1": 0.25}
+    assert math.isnan(second.pop("train/loss"))
+    assert second == {"step": 1, "train/success": 0.5, "eval/pass_at_1": 0.5}, "the first value of a metric stands"
+
+    run = in_mlflow(uri, run_dir)
+    assert run.steps == {"eval/pass_at_1": [0, 1], "train/success": [1], "train/loss": [1]}
+    assert math.isnan(run.data.metrics["train/loss"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "grpo+aem/s0"
+    assert run.data.params["trainer.learning_rate"] == "0.001"
+    assert run.data.params["model.path"] == "null"
+    assert len(run.data.params["trainer.long"]) == tracking.PARAM_CHARS
+    assert run.data.params["tracking"] == "http://***@h"
+    assert run.data.tags.items() >= {*tags.items(), ("mlflow.source.git.commit", "abc"), ("aem.run_dir", str(run_dir))}
+    artifacts = Path(urllib.request.url2pathname(run.info.artifact_uri.removeprefix("file://")))
+    assert artifacts.is_relative_to(outputs / "mlruns")
+    assert sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*.*")) == [
+        "plots/a.png",
+        "tracking.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_run_ends_as_it_ended(tmp_path: Path, error: BaseException | None, status: str) -> None:
+    try:
+        with opened(tmp_path / "run", store(tmp_path)) as tracker:
+            tracker.log(1, numbers(1))
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error  # noqa: PT017
+    run = in_mlflow(store(tmp_path), tmp_path / "run")
+    assert (run.info.status, run.steps["train/success"]) == (status, [1])
+    assert tracking.read_card(tmp_path / "run")["status"] == status
+
+
+def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp_path: Path) -> None:
+    uri, run_dir = store(tmp_path), tmp_path / "run"
+    with opened(run_dir, uri) as tracker:
+        for step in range(1, 8):
+            tracker.log(step, numbers(step))
+        assert tracker.flush(wait=30)
+    with opened(run_dir, uri, resume_step=5) as tracker:
+        assert [row["step"] for row in tracking.read_metrics(run_dir)] == [1, 2, 3, 4, 5]
+        for step in range(6, 11):
+            tracker.log(step, numbers(step) | ({"eval/success": 1.0} if step == 6 else {}))
+    run = in_mlflow(uri, run_dir)
+    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 11))
+    assert {name: run.steps[name] for name in NAMES} == dict.fromkeys(NAMES, list(range(1, 11)))
+    assert run.steps["eval/success"] == [6], "what MLflow lacks of a step it has seen"
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_that_starts_again_without_a_checkpoint_keeps_its_page(tmp_path: Path) -> None:
+    uri, run_dir = store(tmp_path), tmp_path / "run"
+    for _ in range(2):
+        with opened(run_dir, uri) as tracker:
+            tracker.log(1, numbers(1))
+    assert in_mlflow(uri, run_dir).steps["train/success"] == [1]
+    (run_dir / "mlflow_run_id").unlink()  # as if killed just before it was written
+    with opened(run_dir, uri, resume_step=1) as tracker:
+        tracker.log(2, numbers(2))
+    assert in_mlflow(uri, run_dir).steps["train/success"] == [1, 2]
+
+
+def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
+    with opened(tmp_path, tracking.OFF) as tracker:
+        for step in (1, 2):
+            tracker.log(step, numbers(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/succ')
+    assert [row["step"] for row in tracking.read_metrics(tmp_path)] == [1, 2]
+    with opened(tmp_path, tracking.OFF, resume_step=2) as tracker:
+        tracker.log(3, numbers(3))
+        assert tracker.flush()
+    assert [row["step"] for row in tracking.read_metrics(tmp_path)] == [1, 2, 3]
+    assert tracking.page(tmp_path) is None
+
+
+def test_steps_go_forward(tmp_path: Path) -> None:
+    with opened(tmp_path, tracking.OFF) as tracker:
+        tracker.log(2, numbers(2))
+        with pytest.raises(AssertionError, match="step 1 after step 2"):
+            tracker.log(1, numbers(1))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
+    tracker = opened(tmp_path, tracking.OFF)
+    tracker._mirror.file = Path("/dev/full").open("r+b")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        tracker.log(1, numbers(1))
+
+
+# ------------------------------------------------------------------------------------------- many runs, killed runs
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from tests_of_tracking import numbers, opened
+    run_dir, uri = Path(sys.argv[1]), sys.argv[2]
+    tracker = opened(run_dir, uri)
+    for step in range(1, 18):
+        tracker.log(step, numbers(step))
+        if step == 14:
+            assert tracker.flush(wait=60)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+TOGETHER = """
+    import os, sys, time
+    from pathlib import Path
+    from tests_of_tracking import numbers, opened, tracking
+    tracking._mlflow()
+    outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
+    for index in range(8):
+        if not (child := os.fork()):
+            time.sleep(start - time.time())
+            with opened(outputs / f"run{index}", tracking.resolve_uri(None, outputs)) as tracker:
+                for step in range(1, 4):
+                    tracker.log(step, numbers(step))
+            os._exit(0 if tracker.trouble is None else 1)
+        children.append(child)
+    sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
+"""
+
+
+def script(folder: Path, text: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that imports this file."""
+    (folder / "tests_of_tracking.py").symlink_to(__file__)
+    path = os.pathsep.join([str(folder), str(Path(tracking.__file__).parents[1])])
+    words = (sys.executable, "-c", textwrap.dedent(text), *words)
+    return subprocess.run(words, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": path, **environment})
+
+
+def test_kill_9_then_resume(tmp_path: Path) -> None:
+    uri, run_dir = store(tmp_path), tmp_path / "run"
+    killed = script(tmp_path, KILLED, str(run_dir), uri)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 18))
+    left = in_mlflow(uri, run_dir)
+    assert left.info.status == "RUNNING"
+    assert left.steps["train/success"][:14] == list(range(1, 15))
+    with opened(run_dir, uri, resume_step=10) as tracker:
+        for step in range(11, 21):
+            tracker.log(step, numbers(step))
+    run = in_mlflow(uri, run_dir)
+    assert run.info.run_id == left.info.run_id
+    assert run.info.status == "FINISHED"
+    assert run.steps == dict.fromkeys(NAMES, list(range(1, 21)))
+    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 21))
+
+
+def test_8_processes_start_at_once_on_a_new_store(tmp_path: Path) -> None:
+    done = script(tmp_path, TOGETHER, str(tmp_path / "outputs"), AEM_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    runs = [in_mlflow(store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}") for index in range(8)]
+    assert len({run.info.run_id for run in runs}) == 8
+    assert len({run.info.experiment_id for run in runs}) == 1
+    assert all(run.steps == dict.fromkeys(NAMES, [1, 2, 3]) for run in runs)
+    assert all(run.info.status == "FINISHED" for run in runs)
+
+
+class Server:
+    """A real `mlflow server`, by the command that a run prints."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        command, self.uri = tracking.serve_command(uri, tracking._free_port(5200 + os.getpid() % 500))
+        self.log = (folder / "server.log").open("w")
+        self.process = subprocess.Popen(
+            shlex.split(command), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
+        )
+
+    def wait(self, seconds: float = 120) -> None:
+        """Wait until it answers."""
+        for _ in range(int(seconds / 0.1)):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).read()
+                return
+            except OSError:
+                assert self.process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        raise TimeoutError(self.uri)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    uri = store(tmp_path)
+    with opened(tmp_path / "earlier", uri) as tracker:  # makes the store
+        tracker.log(1, numbers(1))
+    server = Server(uri, tmp_path)
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_and_then_dies_loses_nothing(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "PATIENCE", 2.0)
+    direct, run_dir = store(tmp_path), tmp_path / "run"
+    server.wait()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    tracker = opened(run_dir, server.uri)
+    tracker.artifact(run_dir / "tracking.json")
+    for step in range(1, 21):
+        tracker.log(step, numbers(step))
+    assert tracker.flush(wait=60)
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    server.signal(signal.SIGSTOP)
+    for step in range(21, 31):
+        tracker.log(step, numbers(step))
+    assert not tracker.flush(wait=1.5), "requests time out; some will be served when the server wakes, and sent again"
+    server.signal(signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    assert tracker.flush(wait=60)
+    assert in_mlflow(direct, run_dir).steps == dict.fromkeys(NAMES, list(range(1, 31)))
+
+    server.signal(signal.SIGKILL)
+    start = time.monotonic()
+    for step in range(31, 41):
+        tracker.log(step, numbers(step))
+    assert time.monotonic() - start < 1, "training does not wait for a tracker"
+    sentence = tracker.finish()
+    assert sentence is not None
+    assert "\n" not in sentence
+    assert shlex.split(sentence.rpartition(": ")[2])[1:] == ["-m", "aem_exp.tracking", "sync", str(run_dir)]
+    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 41))
+    assert in_mlflow(direct, run_dir).info.status == "RUNNING"
+
+    for _ in range(2):  # the second time there is nothing to send
+        monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(run_dir), "--uri", direct])
+        assert tracking.main() == 0
+        run = in_mlflow(direct, run_dir)
+        assert run.steps == dict.fromkeys(NAMES, list(range(1, 41)))
+        assert run.info.status == "FINISHED"
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" points")[0] for line in said] == ["sent 30 of 120", "sent 0 of 120"]
+
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
+    tracking.sync(run_dir, elsewhere)
+    copy = in_mlflow(elsewhere, run_dir)
+    assert copy.steps == run.steps
+    assert copy.data.params == run.data.params
+    assert copy.info.run_name == run.info.run_name
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def refusal(uri: str, run_dir: Path, seconds: float = 10) -> str:
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        opened(run_dir, uri)
+    assert time.monotonic() - start < seconds
+    sentence = str(caught.value)
+    assert sentence.startswith("tracking=")
+    assert "choose" in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for uri in (f"http://me:secret@127.0.0.1:{port}", f"postgresql://me:secret@127.0.0.1:{port}/db"):
+        sentence = refusal(uri, tmp_path / "run", seconds=2)
+        assert "does not answer" in sentence
+        assert "secret" not in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_refuses_or_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    assert "credentials" in refusal(f"http://127.0.0.1:{http.server_port}", tmp_path / "a")
+    http.shutdown()
+    http.server_close()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        assert "timed out" in refusal(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path / "b")
+
+
+def test_stores_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    assert "not a database" in refusal(f"sqlite:///{tmp_path}/text.db", tmp_path / "a")
+    assert "cannot be written" in refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db", tmp_path / "b")
+    for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "gopher://host", "sqlite://"):
+        with pytest.raises(ConfigError, match="not a store"):
+            tracking.resolve_uri(uri, tmp_path)
+
+
+def test_a_store_of_another_mlflow_is_refused_with_the_way_to_upgrade_it(tmp_path: Path) -> None:
+    import sqlite3
+
+    database = tmp_path / "mlflow.db"
+    tracking.create_sqlite(database)
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
+    assert "db upgrade" in refusal(store(tmp_path), tmp_path / "run")
+
+
+def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    tracker = opened(tmp_path / "a", f"sqlite:///{tmp_path}/text.db", wait=False)
+    tracker.log(0, numbers(0))
+    with pytest.raises(ConfigError, match="not a database"):
+        tracker.ready()
+    with opened(tmp_path / "b", store(tmp_path), wait=False) as tracker:
+        tracker.log(0, numbers(0))
+        tracker.ready()
+    assert in_mlflow(store(tmp_path), tmp_path / "b").steps["train/success"] == [0]
+
+
+def test_sync_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path / "run", tracking.OFF):
+        pass
+    for folder in ("nothing", "run"):
+        monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(tmp_path / folder)])
+        assert tracking.main() == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "name the folder of a run" in first
+    assert "--uri" in second
+
+
+# ----------------------------------------------------------------------------------------------- names and addresses
+
+
+def test_metric_names_are_spelled_as_mlflow_allows() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert tracking.sanitised("eval/pass@1") == "eval/pass_at_1"
+    assert tracking.sanitised("train/success") == "train/success"
+    for name in ("a//b", "/a", "../a", "a/./b", "é", "x<lambda>", "a b:c.d-e", "time/λ", "x" * 400, "a=b;c"):
+        _validate_metric_name(tracking.sanitised(name))
+
+
+def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
+    assert (
+        tracking.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
+        == "postgresql+psycopg2://***@h/db?password=***&x=1"
+    )
+    assert tracking.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter22")
+    assert tracking.redact("error: hunter22") == "error: ***"
+    with opened(tmp_path, tracking.OFF) as tracker:
+        tracker.log(1, numbers(1))
+    tracking.save_card(
+        tmp_path, {**tracking.read_card(tmp_path), "run_id": "r", "experiment_id": "1", "uri": "http://***@h:80"}
+    )
+    page = tracking.page(tmp_path)
+    assert page is not None
+    assert page.link.startswith("http://h:80/#/experiments/1/runs/r/")
+    assert page.command is None
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert tracking.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert tracking.resolve_uri("a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert tracking.resolve_uri("https://host/mlflow", Path("out")) == "https://host/mlflow"
+    assert tracking.resolve_uri("off", Path("out")) == tracking.OFF
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:1")
+    assert tracking.resolve_uri(None, Path("out")) == "http://host:1"
+
+
+def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 2222")
+    card = {"uri": store(tmp_path / "a b"), "run_id": "r", "experiment_id": "1"}
+    (tmp_path / "tracking.json").write_text(json.dumps(card))
+    page = tracking.page(tmp_path)
+    assert page is not None
+    assert page.command is not None
+    words = shlex.split(page.command)
+    assert sys.executable in words
+    assert words[words.index("--backend-store-uri") + 1] == card["uri"]
+    port = words[words.index("--port") + 1]
+    assert page.link.startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs/r/")
+    assert page.tunnel is not None
+    assert page.tunnel.startswith(f"ssh -N -L {port}:127.0.0.1:{port} -p 2222 ")
+    assert page.tunnel.endswith("@10.0.0.1")
+
+
+def test_flattened_config() -> None:
+    nested = {"a": {"b": 1e-3, "c": {}}, "d": [1, None], "e": True, "f@": "x"}
+    assert tracking.flatten(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
+
+
+def test_importing_the_room_does_not_import_mlflow() -> None:
+    code = "import sys, aem_exp.tracking, aem_exp.show; sys.exit(bool({'mlflow', 'matplotlib', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
