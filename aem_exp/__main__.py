@@ -48,17 +48,23 @@ def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # the user's own modules, also under the console script
         sys.path.insert(0, os.getcwd())
     try:
-        return _act(_read(sys.argv[1:] if argv is None else argv))
+        code = _act(_read(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"aem_exp: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("command line", " ".join(sys.argv[1:]), f"{message} (see --help)")
+        subject, _, why = message.partition(": ")
+        raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -77,6 +83,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
             raise ConfigError("plan", text.removeprefix("plan="), ["true", "false"])
     asked.overrides = [text for text in asked.overrides if text not in plans]
     asked.plan = plans[-1:] == ["plan=true"]
+    asked.command = shlex.join(["python", "-m", "aem_exp", *argv])
     return asked
 
 
@@ -100,28 +107,21 @@ def _act(asked: argparse.Namespace) -> int:
     if asked.cfg:
         print(to_yaml(tree, asked.resolve), end="")
         return 0
-    return _plan(experiment) if asked.plan else _run(experiment)
+    return _plan(experiment) if asked.plan else _run(experiment, asked.command)
 
 
-def _run(experiment: "Experiment") -> int:
+def _run(experiment: "Experiment", command: str) -> int:
+    """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
     from aem_exp.config import check_runnable, run_dir
 
     check_runnable(experiment)
-    if experiment.launch.where == "slurm":
-        remedy = "submitting comes with aem_exp.launch; on a node itself, add launch.where=local"
-        raise ConfigError("launch.where", "slurm", remedy)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
-    return _show(folder, None if finished else experiment)
-
-
-def _show(folder: Path, experiment: "Experiment | None") -> int:
-    """Run the experiment where there is one, then show what its folder holds."""
     from aem_exp import show
 
     show.quiet()
-    if experiment is not None:
+    if not finished:
         from aem_exp.run import Owned, run
 
         try:
@@ -131,7 +131,7 @@ def _show(folder: Path, experiment: "Experiment | None") -> int:
             print(owned)
             return 0
         except KeyboardInterrupt:
-            print(f"\nstopped; to go on from the last checkpoint: {_again()}", file=sys.stderr)
+            print(f"\nstopped; to go on from the last checkpoint: {command}", file=sys.stderr)
             return 130
     show.summary(folder)
     return 0
@@ -163,10 +163,6 @@ def _about(experiment: "Experiment") -> list[str]:
     return lines
 
 
-def _again() -> str:
-    return shlex.join(["python", "-m", "aem_exp", *sys.argv[1:]])
-
-
 def _help(config_dir: str | None) -> str:
     """The page: every group of `conf/`, every choice, and the first comment of its file."""
     from aem_exp.config import choices, config_roots
@@ -188,10 +184,13 @@ def _description(file: Path) -> str:
 
 
 def _hydra_help() -> int:
+    import warnings
+
     import hydra
 
     from aem_exp.config import conf_root
 
+    warnings.simplefilter("ignore")
     sys.argv = [sys.argv[0], "--hydra-help"]
     hydra.main(config_path=str(conf_root()), config_name="config", version_base="1.3")(lambda _: None)()
     return 0

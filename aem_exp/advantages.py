@@ -16,14 +16,16 @@ Shapes: M trajectories, R responses (turns), G groups.
 A group with a single survivor, or none, has nothing to compare: its advantage is 0.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-OVER = ("trajectories", "turns")
+Over = Literal["trajectories", "turns"]
 
 
 def group_normalised(
-    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: str = "trajectories", eps: float = 1e-6
+    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: Over = "trajectories", eps: float = 1e-6
 ) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps)."""
     score_R, group_R = return_M[trajectory_R] - penalty_R, group_M[trajectory_R]
@@ -36,7 +38,7 @@ def group_normalised(
 
 
 def group_centred(
-    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: str = "trajectories"
+    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: Over = "trajectories"
 ) -> Tensor:
     """Dr. GRPO (arXiv 2503.20783): score - mean of the group."""
     score_R, group_R = return_M[trajectory_R] - penalty_R, group_M[trajectory_R]
@@ -45,7 +47,7 @@ def group_centred(
 
 
 def leave_one_out(
-    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: str = "trajectories"
+    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: Over = "trajectories"
 ) -> Tensor:
     """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn."""
     score_R, group_R = return_M[trajectory_R] - penalty_R, group_M[trajectory_R]
@@ -56,10 +58,9 @@ def leave_one_out(
 
 
 def _population(
-    return_M: Tensor, score_R: Tensor, group_M: Tensor, group_R: Tensor, over: str
+    return_M: Tensor, score_R: Tensor, group_M: Tensor, group_R: Tensor, over: Over
 ) -> tuple[Tensor, Tensor]:
     """The values that the statistics of each group are taken over, and their groups."""
-    assert over in OVER, over
     return (score_R, group_R) if over == "turns" else (return_M, group_M)
 
 

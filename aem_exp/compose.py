@@ -4,6 +4,7 @@ Hydra's grammar and its groups are kept. Its strictness is not needed: which key
 Hydra is, so that a typo is one sentence with a suggestion (and `+experimnt=x` is not a new key that nobody reads).
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -28,27 +30,39 @@ FIELDS: Final = [item.name for item in fields(Experiment)]
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
     """Merge `conf/`, the user's folder over it, and the overrides; see `config.load`."""
-    first, *rest = roots = config_roots(config_dir)
-    lines = [_line(text, choices(roots)) for text in overrides]
-    if rest:
-        places = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in rest)
-        lines.append(f"hydra.searchpath=[{places}]")
+    roots = config_roots(config_dir)
+    groups = choices(roots)
+    lines = [_line(text, groups) for text in overrides]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
-            with hydra.initialize_config_dir(str(first), job_name="aem_exp", version_base="1.3"):
-                return hydra.compose("config", lines)
+            return _composed(lines, roots)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError("config", " ".join(overrides) or "config.yaml", _sentence(error)) from error
 
 
+def _composed(lines: list[str], roots: list[Path]) -> DictConfig:
+    """Hydra's answer, where an earlier folder hides the files of a later one. The first `config.yaml` is the primary."""
+    main = next(i for i, root in enumerate(roots) if (root / "config.yaml").is_file())
+    below = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in roots[main + 1 :])
+    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"):
+        places = GlobalHydra.instance().config_loader().get_search_path()
+        for root in roots[:main]:
+            places.prepend("config-dir", f"file://{root}", anchor="main")
+        # The search path is given even where it is empty: it makes Hydra look at its places anew.
+        return hydra.compose("config", [*lines, f"hydra.searchpath=[{below}]"])
+
+
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Dicts, lists and scalars, with interpolations resolved."""
+    tree = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     try:
-        tree = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "config"), "???", _sentence(error)) from error
+        missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if missing:
+            raise ConfigError(missing[1], "???", "must be given a value") from error
+        raise ConfigError(str(error.full_key or "config"), "${...}", _sentence(error)) from error
 
 
 def to_yaml(cfg: DictConfig, resolve: bool = False) -> str:
@@ -84,22 +98,18 @@ def _parsed(text: str) -> Override:
 
 def _stranger(key: str, value: str, groups: Choices) -> ConfigError:
     """A key that is neither field nor group: the end of one perhaps, or a typo."""
-    known = [
-        f"{item.name}.{leaf.name}"
-        for item in fields(Experiment)
-        if is_dataclass(item.type)
-        for leaf in fields(item.type)
-    ]
+    parts = {name: part for name, part in vars(Experiment()).items() if is_dataclass(part)}
+    known = [f"{name}.{leaf.name}" for name, part in parts.items() for leaf in fields(part)]
     known += [f"trainer.{name}" for name in keywords.OURS | keywords.SCIENCE]
     known += [f"launch.trainer.{name}" for name in keywords.EXECUTION]
     leaves = {full.rpartition(".")[2]: full for full in reversed(known)}
     heads = list(dict.fromkeys([*FIELDS, *groups]))
     near = leaves.get(key) or keywords.INSTEAD.get(key) or closest(key, known if "." in key else heads)
     near = near or closest(key.partition(".")[0], heads) or leaves.get(closest(key, leaves) or "")
-    return (
-        ConfigError(key, value, f"no such key or group; did you mean {near}?") if near else unknown(key, value, heads)
-    )
+    if near:
+        return ConfigError(key, value, f"no such key or group; did you mean {near}?")
+    return unknown(key, value, heads)
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).partition("\n    full_key")[0].split())

@@ -87,7 +87,6 @@ class Launch:
     hours: Annotated[float, NOT_NEGATIVE] = 0.0
     threads: Count = 0  # torch threads; 0: torch's own choice
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
-    workers: Count = 0  # environment processes; 0: in this process
     save_every: Count = 0  # steps between checkpoints; 0: only at the end
     trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
 
@@ -156,6 +155,17 @@ def check_runnable(experiment: Experiment) -> None:
     if targets.announced(experiment.env.make, experiment.env.name):
         remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
         raise ConfigError("env.make._target_", experiment.env.make["_target_"], remedy)
+    launch, processes = experiment.launch, os.environ.get("WORLD_SIZE", "1")
+    if launch.where == "slurm":
+        remedy = "submitting comes with aem_exp.launch; on a node itself, add launch.where=local"
+        raise ConfigError("launch.where", "slurm", remedy)
+    if launch.gpus_per_node > 1 or processes != "1":
+        remedy = "a run of several processes comes with aem_exp.launch; choose launch=gpu1 or launch=local"
+        raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, remedy)
+    for key in ("use_vllm", "fsdp", "deepspeed"):
+        if launch.trainer.get(key):
+            remedy = "the local sampler needs the whole policy in one process; sharding and vLLM come with a later version"
+            raise ConfigError(f"launch.trainer.{key}", launch.trainer[key], remedy)
 
 
 def _bound(e: Experiment) -> Experiment:
@@ -251,10 +261,9 @@ def conf_root() -> Path:
     """The folder of our configs: $AEM_ROOT/conf, else the wheel's, else the checkout's."""
     here = Path(__file__).absolute().parent
     bundled = here / "_bundled" / "conf"
-    root = os.environ.get("AEM_ROOT")
-    return (
-        Path(root).expanduser().absolute() / "conf" if root else bundled if bundled.is_dir() else here.parent / "conf"
-    )
+    if root := os.environ.get("AEM_ROOT"):
+        return Path(root).expanduser().absolute() / "conf"
+    return bundled if bundled.is_dir() else here.parent / "conf"
 
 
 def config_roots(config_dir: str | Path | None = None) -> list[Path]:

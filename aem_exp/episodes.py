@@ -56,26 +56,29 @@ class Episodes:
 
     def write(self, step: int) -> None:
         """Put what was played up to this step on disk; call it where a checkpoint is saved."""
-        if not self._waiting:
-            return
         import pyarrow.parquet
 
         part = self._parts / f"{step:07d}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._waiting, schema=_schema()), part.with_suffix(".part"))
+        pyarrow.parquet.write_table(self._table(), part.with_suffix(".part"))
         os.replace(part.with_suffix(".part"), part)
-        self._waiting = []
 
-    def finish(self, step: int) -> Path:
-        """Join the parts."""
+    def finish(self) -> Path:
+        """Join the parts, and what was played since the last of them."""
         import pyarrow.parquet
 
-        self.write(step)
         with pyarrow.parquet.ParquetWriter(self.file.with_suffix(".part"), _schema(), compression="zstd") as writer:
             for part in sorted(self._parts.glob("*.parquet")):
                 writer.write_table(pyarrow.parquet.read_table(part, schema=_schema()))
+            writer.write_table(self._table())
         os.replace(self.file.with_suffix(".part"), self.file)
         shutil.rmtree(self._parts)
         return self.file
+
+    def _table(self) -> Any:
+        import pyarrow
+
+        records, self._waiting = self._waiting, []
+        return pyarrow.Table.from_pylist(records, schema=_schema())
 
 
 def _schema() -> Any:

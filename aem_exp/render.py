@@ -4,6 +4,7 @@ A conversation is never re-rendered. Later turns are a suffix to the tokens that
 (Qwen3's strips earlier thinking) would write the past anew and train on tokens that nobody sampled.
 """
 
+from functools import lru_cache
 from typing import Any
 
 _REPLY = "REPLY7F3A"  # stands in for the assistant's words while the template is asked what follows them
@@ -20,8 +21,8 @@ class Chat:
         self.tokenizer = tokenizer
         self._head = [{"role": "system", "content": system}] if system else []
         self._options = {} if thinking == "template" else {"enable_thinking": thinking == "on"}
-        after_reply = self._ids(self._after_reply("x"))
-        self.end_ids = tuple(dict.fromkeys([after_reply[0], tokenizer.eos_token_id]))
+        self._between = lru_cache(4096)(lambda user: self._ids(self._after_reply(user)))  # worlds repeat themselves
+        self.end_ids = tuple(dict.fromkeys([self._between("x")[0], tokenizer.eos_token_id]))
 
     def start(self, user: str) -> list[int]:
         """Tokens of a fresh conversation that waits for its first response."""
@@ -32,8 +33,8 @@ class Chat:
 
         A response that was cut before its end token gets one here: as a template token, which is not trained.
         """
-        ids = self._ids(self._after_reply(user))
-        return ids[1:] if last_id == ids[0] else ids
+        ids = self._between(user)
+        return ids[1:] if last_id == ids[0] else list(ids)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -35,8 +35,8 @@ def check(e: Experiment) -> None:
 def notes(e: Experiment) -> list[str]:
     """What is allowed and yet does nothing, or not what its name says."""
     t, out = e.trainer, []
-    updates = 2 if e.env.history == "window" else t["tasks_per_step"] * t["group_size"] / _rows(e)
-    if t["num_iterations"] == 1 and (t["mini_batch"] == "all" or updates < 1.5):
+    fits = e.env.history == "full" and round(t["tasks_per_step"] * t["group_size"] / _rows(e)) == 1
+    if t["num_iterations"] == 1 and (t["mini_batch"] == "all" or fits):
         clips = ", ".join(f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if key in t)
         out.append(f"one update per step (trainer.mini_batch={t['mini_batch']}): the ratio is 1, so {clips} never act")
     if t["importance_sampling_level"] == "sequence" and t["loss_type"] in ("bnpo", "dr_grpo", "dapo", "cispo"):
@@ -67,9 +67,8 @@ def _model(e: Experiment) -> None:
         raise ConfigError("model.trust_remote_code", True, remedy)
     if model.code_sha256 and not model.trust_remote_code:
         raise ConfigError("model.code_sha256", model.code_sha256, "only read with model.trust_remote_code=true")
-    rank = (model.lora or {}).get("r", 1)
-    if not isinstance(rank, int) or rank < 1:
-        raise ConfigError("model.lora.r", rank, "must be a whole number of at least 1")
+    if model.lora and model.lora.get("r", 1) < 1:
+        raise ConfigError("model.lora.r", model.lora["r"], "must be a whole number of at least 1")
 
 
 def _budgets(e: Experiment) -> None:

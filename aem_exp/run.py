@@ -51,6 +51,7 @@ def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
     from aem_exp import show, tracking
 
     world = config.instantiate(experiment.env.make)
+    _fits(experiment, world)
     weights = policy.locate(experiment.model) if experiment.model.path else _made(experiment, world)
     _room(folder, weights)
     _write_json(folder / "experiment.json", config.to_dict(experiment))
@@ -106,10 +107,10 @@ class _Experiment:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:  # stopped between the last step and the result
             trainer._load_from_checkpoint(str(checkpoint))
-        after = self.scores.get(how.panel) or self._exam(how.panel)
+        after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
         final = self._exam(how.final)
         self._report(self.time.step, final.metrics("test/"))
-        self.episodes.finish(self.time.step)
+        self.episodes.finish()
         self.rollout.close()
         policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
         return {
@@ -170,7 +171,8 @@ class _Experiment:
             _write_json(file, asdict(score))
         return json.loads(file.read_text())
 
-    def _exam(self, split: str) -> Any:
+    def _exam(self, split: str, recorded: bool = False) -> Any:
+        """Score a panel; `recorded`: its episodes stand in the record already."""
         from aem_exp import evaluate
         from aem_exp.episodes import record
         from aem_exp.sample import LocalSampler, Sampling
@@ -181,7 +183,8 @@ class _Experiment:
         sampler = LocalSampler(self.model, self.chat.end_ids, Sampling(how.temperature))
         played = evaluate.play(panel, self.rollout, sampler, how.repeats)
         self.rollout.clock.read()  # not part of a step's time
-        self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
+        if not recorded:
+            self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
         self.scores[split] = score = evaluate.score(panel, played)
         return score
 
@@ -239,6 +242,17 @@ def _resume_step(folder: Path) -> int:
     if checkpoint:
         return checkpoints.steps(checkpoint)
     return 0 if (folder / BEFORE).exists() else -1
+
+
+def _fits(experiment: Experiment, world: Any) -> None:
+    """Refuse more tasks than the world has."""
+    from aem_exp import evaluate
+
+    wanted, there = experiment.trainer["tasks_per_step"], len(world.tasks("train"))
+    if wanted > there:
+        raise ConfigError("trainer.tasks_per_step", wanted, f"env {experiment.env.name} has {there} training tasks")
+    for split in (experiment.evaluation.panel, experiment.evaluation.final):
+        evaluate.panel(world, split, experiment.evaluation.tasks)
 
 
 def _tags(experiment: Experiment, fingerprint: str) -> dict[str, str]:

@@ -68,7 +68,7 @@ class Progress:
         self.live: Any = None
         self.every = every
         self.step, self.steps = 0, 0
-        self.stage, self.stage_since = "", time.monotonic()
+        self.stage, self.stage_since = "starting", time.monotonic()
         self.held_out = math.nan
         self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
         self.times = deque[float](maxlen=RECENT + 1)
@@ -83,6 +83,7 @@ class Progress:
             self.live.start()
         log = logging.getLogger("aem_exp")
         log.addHandler(self.handler)
+        self.level = log.level
         log.setLevel(logging.INFO)
         log.propagate = False
         return self
@@ -90,6 +91,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         log = logging.getLogger("aem_exp")
         log.removeHandler(self.handler)
+        log.setLevel(self.level)
         log.propagate = True
         if self.live is not None:
             self.stage = ""
@@ -141,7 +143,7 @@ class Progress:
             count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in self._facts())
             room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
             full = round(room * self.step / self.steps)
-            line.append("train ", "bold").append("━" * full, "blue").append("━" * (room - full), "bright_black")
+            line.append("train ", "bold").append("━" * full, "blue").append("─" * (room - full), "bright_black")
             line.append(count, "bold")
             line.append("" if self.stage else facts)
         if self.stage:
@@ -309,19 +311,20 @@ def _draw_learning(pyplot: Any, rows: Rows, repeats: int) -> Any:
     _draw_curve(right, rows, ENTROPY, BLUE)
     scored = [row for row in rows if "eval/success" in row]
     steps, shares = [row["step"] for row in scored], [row["eval/success"] for row in scored]
-    ends = [wilson(row["eval/success"], int(row["eval/episodes"]) // repeats) for row in scored]
+    ends = [wilson(row["eval/success"], int(row.get("eval/episodes", 0)) // repeats) for row in scored]
     bars = [
         [share - low for share, (low, _) in zip(shares, ends, strict=True)],
         [high - share for share, (_, high) in zip(shares, ends, strict=True)],
     ]
     held_out = {"color": ORANGE, "linestyle": "--", "marker": "o", "label": "held-out tasks"}
-    left.errorbar(steps, shares, yerr=bars, capsize=3, **held_out)
-    right.plot(steps, [row.get("eval/response_entropy", math.nan) for row in scored], **held_out)
+    if scored:
+        left.errorbar(steps, shares, yerr=bars, capsize=3, **held_out)
+        right.plot(steps, [row.get("eval/response_entropy", math.nan) for row in scored], **held_out)
+        left.legend(frameon=False)
     left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     left.set(title="success", xlabel="step", ylim=(0, 1))
     right.set(title="response entropy (nats)", xlabel="step")
     right.set_ylim(bottom=0)
-    left.legend(frameon=False)
     return figure
 
 
@@ -332,25 +335,24 @@ def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
         return
     steps, values = zip(*known, strict=True)
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    mean = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - RECENT) : i + 1])]
+    windows = [values[max(0, i - RECENT // 2) : i + RECENT // 2] for i in range(1, len(values) + 1)]
+    mean = [sum(window) / len(window) for window in windows]
     axes.plot(steps, mean, color=colour, linewidth=2, label=f"training, mean of {RECENT} steps")
 
 
 def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
-    known = [row for row in rows if "aem/alpha_q50" in row]
+    names = [f"aem/alpha_q{q}" for q in ("05", "50", "95")]
+    known = [row for row in rows if all(name in row for name in names)]
     if not known:
         return None
     steps = [row["step"] for row in known]
-    low, middle, high = ([row[f"aem/alpha_q{q}"] for row in known] for q in ("05", "50", "95"))
+    low, middle, high = ([row[name] for row in known] for name in names)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, width_ratios=(3, 2))
     left.fill_between(steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="5 % to 95 % of the responses")
     left.plot(steps, middle, color=BLUE, linewidth=2, label="median")
     left.axhline(1, color=GREY, linestyle=":", linewidth=1)
-    left.set(
-        title="alpha of a response",
-        xlabel="step",
-        ylim=(min(low) - 0.05, max(high) + 0.25 * (max(high) - min(low)) + 0.05),
-    )
+    left.margins(y=0.25)
+    left.set(title="alpha of a response", xlabel="step")
     left.legend(frameon=False, loc="upper left", ncols=2)
     _draw_curve(right, rows, GATED, BLUE)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

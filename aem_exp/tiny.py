@@ -63,9 +63,10 @@ def make(
     episodes: int = 2048,
     noise: float = 0.1,
     hesitation: float = 0.5,
-    steps: int = 400,
-    batch: int = 16,
-    learning_rate: float = 3e-3,
+    steps: int = 200,
+    habit_steps: int = 80,
+    batch: int = 32,
+    learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> None:
     """Make a policy that plays `world` a little, and write it to `folder` in Hugging Face format.
@@ -83,8 +84,10 @@ def make(
     tokenizer = make_tokenizer(world.words(), env)
     with _quiet_torch(seed):
         model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
-        demonstrations = demonstrate(world, env, tokenizer, episodes, noise, hesitation, seed)
-        imitate(model, demonstrations, steps, batch, learning_rate, seed)
+        random = Random(seed)
+        skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
+        habit = demonstrate(world, env, tokenizer, episodes // 4, noise, hesitation, random) if habit_steps else []
+        imitate(model, [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)], learning_rate)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -165,10 +168,9 @@ class _ScriptedSampler:
 
 
 def demonstrate(
-    world: Teachable, env: Env, tokenizer: PreTrainedTokenizerFast, episodes: int, noise: float, hesitation: float, seed: int
+    world: Teachable, env: Env, tokenizer: PreTrainedTokenizerFast, episodes: int, noise: float, hesitation: float, random: Random
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    random = Random(seed)
     player = _ScriptedSampler(world, tokenizer, random, noise, hesitation)
     rollout = Rollout(player, env, Chat(tokenizer))
     tasks = world.tasks("train")
@@ -177,14 +179,15 @@ def demonstrate(
 
 
 def imitate(
-    model: Qwen3ForCausalLM, demonstrations: Sequence[Row], steps: int, batch: int, learning_rate: float, seed: int
+    model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float
 ) -> None:
     """Maximise the likelihood of the demonstrator's tokens, end tokens included; nothing else is learned."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    steps = len(batches)
     rise = max(1, steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / (steps - rise + 1)))
     model.train()
-    for chosen in _batches(demonstrations, steps, batch, Random(seed)):
+    for chosen in batches:
         ids_BT, label_BT = _tensors(chosen, model.config.pad_token_id)
         logits_BTV = model(input_ids=ids_BT, attention_mask=(ids_BT != model.config.pad_token_id).long()).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), label_BT[:, 1:].flatten())
@@ -199,16 +202,13 @@ def imitate(
 def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
     """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
     served = 0
-    while True:
+    while served < steps:
         order = random.sample(range(len(demonstrations)), len(demonstrations))
         order.sort(key=lambda i: len(demonstrations[i].prompt) + len(demonstrations[i].completion))
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]
-        random.shuffle(groups)
-        for group in groups:
-            if served == steps:
-                return
-            served += 1
+        for group in random.sample(groups, min(len(groups), steps - served)):
             yield [demonstrations[i] for i in group]
+        served += len(groups)
 
 
 def _tensors(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:

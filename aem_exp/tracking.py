@@ -43,6 +43,7 @@ LOGGED_AT = "time/logged_at"  # ms since 1970, in each row; MLflow gets it as th
 EVERY = 2.0  # seconds between batches
 SOON = 500  # points that do not wait for the next batch
 PATIENCE = 10.0  # seconds that `finish` keeps trying while the tracker refuses
+CROWD = 60.0  # seconds that a start waits for a sqlite file that other runs keep busy
 REACH = 3.0  # seconds for a tracker's port to answer at start
 POINTS, PARAMS, PARAM_CHARS, TAG_CHARS, NAME_CHARS = (
     1000,
@@ -228,6 +229,13 @@ def _mlflow() -> Any:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return mlflow
+
+
+def _import(uri: str) -> None:
+    """Import all of MLflow that a store needs, in the caller's thread: two that import can meet half-made modules."""
+    _mlflow()
+    if not _served(uri):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def probe(uri: str) -> None:
@@ -443,7 +451,7 @@ class _Writer(threading.Thread):
         self.pause = 0.0  # seconds before the next try; 0 while the tracker answers
         self.deadline: float | None = None  # of the last try
         self.idle = False  # everything is sent
-        self.tried = threading.Event()  # the first try is over
+        self.tried = threading.Event()  # the first try is over, and was not merely one of too many at once
         self.error: Exception | None = None  # of the newest try
 
     def put(self, points: Iterable[Point] = (), files: Iterable[Path] = (), urgent: bool = False) -> None:
@@ -465,9 +473,11 @@ class _Writer(threading.Thread):
             return self.wake.wait_for(lambda: self.idle, timeout)
 
     def run(self) -> None:
+        crowded = time.monotonic() + CROWD
         while True:
             self._try()
-            self.tried.set()
+            if self.error is None or "is locked" not in str(self.error) or time.monotonic() > crowded:
+                self.tried.set()
             with self.wake:
                 if self.deadline is None:
                     self.wake.wait_for(self._due, self.pause or EVERY)
@@ -556,7 +566,7 @@ class Tracker:
         save_card(run_dir, card)
         writer = None
         if uri != OFF:
-            _mlflow()  # here, not in the thread: two threads that import at once can meet half-made modules
+            _import(uri)
             writer = _Writer(_Run(run_dir, uri, card))
             writer.start()
             if wait or _sqlite(uri) is None:
@@ -601,12 +611,12 @@ class Tracker:
         if self._finished:
             return self.trouble
         self._finished = True
-        self._mirror.sync()
-        self._mirror.file.close()
-        if self._writer is not None:
+        if self._writer is not None:  # first, so that a run that ends because its disk is full is seen to end
             self._writer.close(status, PATIENCE)
             self._writer.join()
             self.trouble = None if self._writer.idle else _trouble(self._writer)
+        self._mirror.sync()
+        self._mirror.file.close()
         self._card["status"] = status
         save_card(self.run_dir, self._card)
         return self.trouble

@@ -49,22 +49,22 @@ def shown(value: Any) -> str:
 
 
 def closest(word: Any, choices: Iterable[str]) -> str | None:
-    """The choice that was probably meant: the nearest spelling, or the initials (`lr`)."""
+    """The choice that was probably meant: the one with these initials (`lr`), or the nearest spelling."""
     choices = list(choices)
-    initials = [
-        choice for choice in choices if len(str(word)) > 1 and "".join(re.findall("(?<![a-z0-9])[a-z]", choice)) == word
-    ]
-    return next(iter(initials or get_close_matches(str(word), choices, 1)), None)
+    meant = [full for full in choices if len(str(word)) > 1 and word == _initials(full.rpartition(".")[2])]
+    return next(iter(meant or get_close_matches(str(word), choices, 1)), None)
 
 
-def unknown(field: str, value: Any, keys: Iterable[str], remedy: str = "") -> ConfigError:
+def _initials(name: str) -> str:
+    return "".join(re.findall("(?<![a-z0-9])[a-z]", name))
+
+
+def unknown(field: str, value: Any, keys: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist; `keys` are its siblings."""
     keys = sorted(keys)
     close = closest(field.rpartition(".")[2], keys)
     siblings = f"the keys here are {', '.join(keys)}" if keys else "nothing can be set here"
-    return ConfigError(
-        field, value, remedy=remedy or "no such key; " + (f"did you mean {close}?" if close else siblings)
-    )
+    return ConfigError(field, value, "no such key; " + (f"did you mean {close}?" if close else siblings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
 AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
 SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes?)", type(None): "null"}
 
 
 def convert(hint: Any, value: Any, field: str) -> Any:
@@ -93,10 +94,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, field)
     if origin is Annotated:
-        number = convert(args[0], value, field)
-        if not all(rule.holds(number) for rule in args[1:]):
+        if not _is_number(value) or not all(rule.holds(value) for rule in args[1:]):
             raise ConfigError(field, value, f"must be {described(hint)}")
-        return number
+        return convert(args[0], value, field)
     if origin in (Union, types.UnionType):
         return _any_of(hint, args, value, field)
     if origin is Literal:
@@ -105,7 +105,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         return {str(key): convert(args[1], item, f"{field}.{key}") for key, item in value.items()}
     if hint is Any:
         return _plain(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and _is_number(value):
         return float(value)
     if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
         return value
@@ -135,14 +135,7 @@ def described(hint: Any) -> str:
         return " or ".join(described(arg) for arg in args)
     if origin is Literal:
         return " or ".join(str(arg) for arg in args)
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        type(None): "null",
-        str: "text (in quotes?)",
-    }
-    return words.get(hint, "a mapping" if origin is dict else "something else")
+    return "a mapping" if origin is dict else _WORDS.get(hint, str(hint))
 
 
 @cache
@@ -170,6 +163,10 @@ def _choice(choices: tuple[Any, ...], value: Any, field: str) -> Any:
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ConfigError(field, value, choices)
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,10 @@ def numbers(step: int) -> dict[str, float]:
     return {name: step + index / 10 for index, name in enumerate(NAMES)}
 
 
+def all_names(steps: list[int]) -> dict[str, list[int]]:
+    return dict.fromkeys(NAMES, steps)
+
+
 def opened(run_dir: Path, uri: str, resume_step: int | None = None, **more: Any) -> Tracker:
     return Tracker.open(run_dir, uri, "household", "grpo+aem/s0", {"seed": 0}, {"aem.seed": "0"}, resume_step, **more)
 
@@ -113,7 +117,7 @@ def test_a_run_ends_as_it_ended(tmp_path: Path, error: BaseException | None, sta
             if error is not None:
                 raise error
     except BaseException as raised:
-        assert raised is error  # noqa: PT017
+        assert raised is error
     run = in_mlflow(store(tmp_path), tmp_path / "run")
     assert (run.info.status, run.steps["train/success"]) == (status, [1])
     assert tracking.read_card(tmp_path / "run")["status"] == status
@@ -131,7 +135,7 @@ def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp
             tracker.log(step, numbers(step) | ({"eval/success": 1.0} if step == 6 else {}))
     run = in_mlflow(uri, run_dir)
     assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 11))
-    assert {name: run.steps[name] for name in NAMES} == dict.fromkeys(NAMES, list(range(1, 11)))
+    assert {name: run.steps[name] for name in NAMES} == all_names(list(range(1, 11)))
     assert run.steps["eval/success"] == [6], "what MLflow lacks of a step it has seen"
     assert run.info.status == "FINISHED"
 
@@ -196,7 +200,7 @@ TOGETHER = """
     import os, sys, time
     from pathlib import Path
     from tests_of_tracking import numbers, opened, tracking
-    tracking._mlflow()
+    tracking._import("sqlite:///x")
     outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
     for index in range(8):
         if not (child := os.fork()):
@@ -232,7 +236,7 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     run = in_mlflow(uri, run_dir)
     assert run.info.run_id == left.info.run_id
     assert run.info.status == "FINISHED"
-    assert run.steps == dict.fromkeys(NAMES, list(range(1, 21)))
+    assert run.steps == all_names(list(range(1, 21)))
     assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 21))
 
 
@@ -242,7 +246,7 @@ def test_8_processes_start_at_once_on_a_new_store(tmp_path: Path) -> None:
     runs = [in_mlflow(store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}") for index in range(8)]
     assert len({run.info.run_id for run in runs}) == 8
     assert len({run.info.experiment_id for run in runs}) == 1
-    assert all(run.steps == dict.fromkeys(NAMES, [1, 2, 3]) for run in runs)
+    assert all(run.steps == all_names([1, 2, 3]) for run in runs)
     assert all(run.info.status == "FINISHED" for run in runs)
 
 
@@ -311,7 +315,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     server.signal(signal.SIGCONT)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     assert tracker.flush(wait=60)
-    assert in_mlflow(direct, run_dir).steps == dict.fromkeys(NAMES, list(range(1, 31)))
+    assert in_mlflow(direct, run_dir).steps == all_names(list(range(1, 31)))
 
     server.signal(signal.SIGKILL)
     start = time.monotonic()
@@ -329,7 +333,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(run_dir), "--uri", direct])
         assert tracking.main() == 0
         run = in_mlflow(direct, run_dir)
-        assert run.steps == dict.fromkeys(NAMES, list(range(1, 41)))
+        assert run.steps == all_names(list(range(1, 41)))
         assert run.info.status == "FINISHED"
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" points")[0] for line in said] == ["sent 30 of 120", "sent 0 of 120"]
@@ -417,6 +421,21 @@ def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
         tracker.log(0, numbers(0))
         tracker.ready()
     assert in_mlflow(store(tmp_path), tmp_path / "b").steps["train/success"] == [0]
+
+
+def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, busy = tracking._Run.connect, ["(sqlite3.OperationalError) database is locked"]
+
+    def crowded(run: tracking._Run) -> None:
+        if busy:
+            raise RuntimeError(busy.pop())
+        connect(run)
+
+    monkeypatch.setattr(tracking._Run, "connect", crowded)
+    with opened(tmp_path / "run", store(tmp_path)) as tracker:
+        tracker.log(1, numbers(1))
+    assert not busy
+    assert in_mlflow(store(tmp_path), tmp_path / "run").steps == all_names([1])
 
 
 def test_sync_says_what_it_needs(

@@ -1,0 +1,147 @@
+"""The page that a run's link opens, in a real browser: the run, its charts, its artifacts.
+
+$AEM_REQUIRE_ALL=1 makes a missing browser a failure; $AEM_SCREENSHOTS names a folder that keeps what the browser saw.
+"""
+
+import base64
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aem_exp import show, tracking
+from aem_exp.tracking import Page, Tracker
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --window-size=1500,1100"
+
+
+class Browser:
+    """Headless Chromium, driven over WebDriver's plain HTTP."""
+
+    def __init__(self, driver: str, profile: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, start_new_session=True)
+        self.address = f"http://127.0.0.1:{port}"
+        answers(f"{self.address}/status", 30)
+        options = {"args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
+        session = self.ask("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
+        self.address += f"/session/{session['sessionId']}"
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        data = json.dumps(body).encode() if method == "POST" else None
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def read(self, script: str) -> Any:
+        return self.ask("POST", "/execute/sync", script=f"return {script}", args=[])
+
+    def open(self, address: str, until: str, seconds: float = 40) -> str:
+        """Open a page, wait until a script finds what it looks for, and return the page's text."""
+        self.ask("POST", "/url", url=address)
+        end = time.monotonic() + seconds
+        while not self.read(until):
+            assert time.monotonic() < end, f"{until} is not on {address}: {self.read('document.body.innerText')}"
+            time.sleep(0.2)
+        return " ".join(self.read("document.body.innerText").split())
+
+    def screenshot(self, name: str) -> bytes:
+        png = base64.b64decode(self.ask("GET", "/screenshot"))
+        if folder := os.environ.get("AEM_SCREENSHOTS"):
+            (Path(folder) / name).write_bytes(png)
+        return png
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def answers(address: str, seconds: float) -> None:
+    """Wait until something answers."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=2).read()
+            return
+        except OSError:
+            assert time.monotonic() < end, f"{address} does not answer"
+            time.sleep(0.1)
+
+
+def driver() -> str:
+    found = shutil.which("chromedriver")
+    if found is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        reason = "no Chromium and its driver (apt-get install chromium chromium-driver)"
+        if os.environ.get("AEM_REQUIRE_ALL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    """A finished run, served by the command that its terminal shows."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    driver()
+    run_dir, uri = tmp_path / "outputs" / "run", tracking.resolve_uri(None, tmp_path / "outputs")
+    tracking.create_sqlite(tmp_path / "outputs" / "mlflow.db")
+    with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
+        words = shlex.split(tracking.serve_command(uri, port := tracking._free_port())[0])
+        server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
+    monkeypatch.setattr(tracking, "_free_port", lambda: port)
+    params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
+    with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
+        for step in range(31):
+            learned = {"train/success": step / 40, "train/response_entropy": 0.6 - step / 100}
+            tracker.log(step, learned | {"aem/alpha_q05": 0.7, "aem/alpha_q50": 1.0, "aem/alpha_q95": 1.4})
+        for path in show.artifacts(run_dir):
+            tracker.artifact(path)
+    page = tracking.page(run_dir)
+    assert page is not None
+    assert page.command == shlex.join(words)
+    yield page
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.fixture
+def browser(page: Page, tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(driver(), tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.machine
+def test_the_link_opens_the_runs_charts(page: Page, browser: Browser) -> None:
+    answers(page.link.split("/#")[0] + "/health", 120)
+    text = browser.open(page.link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 3")
+    for word in ("household", "grpo+aem/s0", "Model metrics", "aem (3)", "train (2)", "response_entropy", "success"):
+        assert word in text, f"{word!r} is not on the page:\n{text}"
+    assert "Evaluation runs" not in text, "the menu is that of trained models"
+    png = browser.screenshot("charts.png")
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 20_000, "an empty page"
+
+    overview = page.link.split("/model-metrics")[0]
+    text = browser.open(overview, "document.body.innerText.includes('trainer.learning_rate')")
+    for word in ("Finished", "aem.seed", "aem.group", "Run dir:", "0.001", "train/success"):
+        assert word in text, f"{word!r} is not on the page:\n{text}"
+    browser.screenshot("overview.png")
+
+    figure = "[...document.images].some(image => image.naturalWidth > 800)"
+    browser.open(f"{overview}/artifacts/plots/success_entropy.png", figure)
+    browser.screenshot("artifacts.png")

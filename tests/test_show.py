@@ -1,0 +1,267 @@
+"""What a person sees: the line, the summary, the figures, the episodes."""
+
+import io
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from aem_exp import show, tracking
+from aem_exp.tracking import Tracker
+
+STEPS = 40
+SAID = {"observation": "You see a box.", "text": "<action>open box</action>", "reward": 0.0, "valid": True}
+
+
+def row(step: int) -> dict[str, float]:
+    trained = {
+        show.SUCCESS: step / STEPS,
+        show.ENTROPY: 0.8 - step / 100,
+        show.GATED: 0.25,
+        "aem/alpha_q05": 0.7,
+        "aem/alpha_q50": 1.0,
+        "aem/alpha_q95": 1.4,
+    }
+    scored = {"eval/success": step / STEPS, "eval/episodes": 120.0, "eval/response_entropy": 0.5}
+    return (trained if step else {}) | (scored if step % 20 == 0 else {})
+
+
+def episode(**more: Any) -> dict[str, Any]:
+    said = [
+        SAID | {"entropy": 0.5, "alpha": None},
+        SAID | {"entropy": 0.25, "alpha": 1.125, "reward": 1.0, "valid": False},
+    ]
+    facts = {
+        "step": 0,
+        "split": "dev",
+        "task": "heat-7",
+        "member": 0,
+        "won": 1.0,
+        "return": 1.0,
+        "ended": "over",
+        "error": "",
+    }
+    return facts | {"responses": said} | more
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run, as `run` leaves it."""
+    folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
+    uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    with Tracker.open(folder, tracking.OFF, "household", "grpo+aem/s0") as tracker:
+        for step in range(STEPS + 1):
+            tracker.log(step, row(step))
+    card = tracking.read_card(folder) | {"uri": uri, "run_id": "abc", "experiment_id": "1"}
+    tracking.save_card(folder, card)
+    dev = {"panel": "dev", "episodes": 120}
+    scores = {"before": dev | {"success": 0.25}, "after": dev | {"success": 0.625}}
+    final = {"panel": "test", "episodes": 140, "success": 0.6}
+    (folder / "result.json").write_text(json.dumps(scores | {"final": final}))
+    (folder / "experiment.json").write_text(json.dumps({"name": "household", "evaluation": {"repeats": 1}}))
+    return folder
+
+
+def terminal(width: int = 120, **more: Any) -> Console:
+    return Console(file=io.StringIO(), width=width, highlight=False, **more)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_wilson_is_scipys() -> None:
+    from scipy.stats import binomtest
+
+    for wins, tasks in [(0, 10), (1, 7), (60, 120), (119, 120), (5, 5)]:
+        theirs = binomtest(wins, tasks).proportion_ci(0.95, "wilson")
+        assert show.wilson(wins / tasks, tasks) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert show.wilson(math.nan, 10) == show.wilson(0.5, 0) == (0.0, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------------- live line
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    console = terminal()
+    with show.Progress(console=console, every=0.0) as progress:
+        logging.getLogger("aem_exp").info("playing the dev panel")
+        for step in range(4):
+            progress(step, 3, row(step) | {show.SUCCESS: 0.5})
+        logging.getLogger("aem_exp").warning("the tracker is gone [0]")
+        logging.getLogger("aem_exp").debug("nobody reads this")
+    lines = printed(console).splitlines()
+    assert lines[0] == "playing the dev panel"
+    assert lines[1] == "step 0/3  success 50%  held-out 0%"
+    assert lines[3].startswith("step 2/3  success 50%  entropy 0.79  gated 25%  held-out 0%  0.00 s/step  0 s left")
+    assert lines[5] == "the tracker is gone [0]"
+    assert len(lines) == 6
+    assert logging.getLogger("aem_exp").propagate
+
+
+def test_few_lines_where_there_is_no_terminal() -> None:
+    console = terminal()
+    with show.Progress(console=console) as progress:
+        for step in range(1001):
+            progress(step, 1000, row(step))
+    first, last = printed(console).splitlines()
+    assert (first.split()[1], last.split()[1]) == ("0/1000", "1000/1000")
+
+
+def test_one_line_on_a_terminal() -> None:
+    console = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
+    with show.Progress(console=console) as progress:
+        progress.say("loading")
+        assert "loading …  0 s" in str(progress._line())
+        for step in range(1, 11):
+            progress(step, 20, row(step))
+            line = str(progress._line())
+            assert len(line) <= 80
+        assert "10/20" in line
+        assert "left" in line
+        progress.say("playing the test panel")
+        assert "10/20  playing the test panel …" in str(progress._line())
+    assert printed(console).count("\n") <= 2, "the line is drawn over itself"
+
+
+def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
+    with show.Progress(enabled=False) as progress:
+        logging.getLogger("aem_exp").warning("x")
+        progress(1, 1, row(1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_durations() -> None:
+    assert [show.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
+        "0 s",
+        "59 s",
+        "1:00 min",
+        "59:59 min",
+        "1:00 h",
+        "2:05 h",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- summary
+
+
+def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
+    console = terminal(100)
+    show.summary(run_dir, console)
+    text = printed(console)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "dev 120 25.0% [18%, 33%] 62.5% [54%, 71%]" in lines
+    assert "test 140 - 60.0% [52%, 68%]" in lines
+    assert f"run {run_dir}" in lines
+    page = tracking.page(run_dir)
+    assert page is not None
+    assert f"serve {page.command}" in lines
+    assert f"open {page.link}" in lines, "whole, on one line"
+    assert "ssh -N -L" in text
+    assert "success in training" in text
+    assert "step 40" in text
+    assert max(len(line) for line in text.splitlines() if "│" in line) <= 100
+
+
+def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
+    (run_dir / "tracking.json").unlink()
+    (run_dir / "metrics.jsonl").write_text("")
+    console = terminal(60)
+    show.summary(run_dir, console)
+    assert "62.5%" in printed(console)
+
+
+def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
+    (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
+    console = terminal(100)
+    show.summary(run_dir, console)
+    low, high = show.wilson(0.625, 30)
+    assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(console)
+    assert "(4 episodes each)" in printed(console)
+
+
+def test_a_chart_of_blocks() -> None:
+    assert show.chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
+        "   100% ┤  █ ",
+        "     0% ┤ ██ ",
+    ]
+    assert show.chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], "fewer values than columns are stretched"
+    assert show.chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
+
+
+# ----------------------------------------------------------------------------------------------- figures and episodes
+
+
+def test_figures(run_dir: Path) -> None:
+    rows = tracking.read_metrics(run_dir)
+    files = show.plots(rows, run_dir / "plots")
+    assert [file.name for file in files] == ["success_entropy.png", "alpha.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    lost = [{"step": 1} | dict.fromkeys([*row(1), *row(0)], math.nan) | {"eval/episodes": 120}]
+    assert len(show.plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
+    assert [file.name for file in show.plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
+
+
+def test_episodes_to_read() -> None:
+    text = show.episodes_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
+    assert "## dev: heat-7" in text
+    assert "**won, return 1, after 0 steps of training**" in text
+    assert "### Turn 1: reward 0, entropy 0.500\n\n> You see a box.\n\n```text\n<action>open box</action>\n```" in text
+    assert "### Turn 2: reward 1, entropy 0.250, alpha 1.125, invalid" in text
+    assert "**not won, crashed, return 1, after 0 steps of training**" in text
+    assert "````text\nBoom: ```\n````" in text, "what a policy says cannot leave its box"
+    long = show.episodes_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
+    assert len(long) < 5000
+    assert "(5000 more characters)" in long
+
+
+def test_artifacts_of_a_run(run_dir: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [episode(step=step, task=f"t{task}") for step in (0, STEPS) for task in range(5)]
+    rows += [episode(step=step, split="train", task="t9", member=m) for step in (3, STEPS) for m in range(8)]
+    rows += [episode(task="hidden", responses=None)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), run_dir / "episodes.parquet")
+    names = [str(path.relative_to(run_dir)) for path in show.artifacts(run_dir)]
+    assert names == ["experiment.yaml", "episodes.md", "plots/success_entropy.png", "plots/alpha.png"]
+    assert (run_dir / "experiment.yaml").read_text().startswith("name: household\nevaluation:\n  repeats: 1\n")
+    heads = [line for line in (run_dir / "episodes.md").read_text().splitlines() if line.startswith("## ")]
+    assert heads == [f"## dev: t{task}" for task in (0, 0, 1, 1, 2, 2)] + ["## train: t9"] * 3
+
+
+def test_quiet_silences_libraries_and_respects_the_user() -> None:
+    code = """
+import os, sys, logging, warnings
+from aem_exp import show
+show.quiet()
+assert not {"torch", "transformers", "trl", "mlflow"} & set(sys.modules)
+assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1" and os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+assert "HF_HUB_OFFLINE" not in os.environ
+warnings.warn_explicit("deprecated", FutureWarning, "x.py", 1, module="anything")
+warnings.warn_explicit("careful", UserWarning, "x.py", 1, module="transformers.modeling")
+logging.getLogger("mlflow.store").warning("wall")
+warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="aem_exp.run")
+"""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRL_", "TOKENIZERS", "MLFLOW"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**kept, "TRANSFORMERS_VERBOSITY": "info"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "Warning" in line] == ["x.py:1: UserWarning: ours"]
+    assert "wall" not in done.stderr
