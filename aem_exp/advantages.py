@@ -25,7 +25,13 @@ Over = Literal["trajectories", "turns"]
 
 
 def group_normalised(
-    return_M: Tensor, penalty_R: Tensor, trajectory_R: Tensor, group_M: Tensor, *, over: Over = "trajectories", eps: float = 1e-6
+    return_M: Tensor,
+    penalty_R: Tensor,
+    trajectory_R: Tensor,
+    group_M: Tensor,
+    *,
+    over: Over = "trajectories",
+    eps: float = 1e-6,
 ) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps)."""
     score_R, group_R = return_M[trajectory_R] - penalty_R, group_M[trajectory_R]

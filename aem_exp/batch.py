@@ -15,7 +15,9 @@ from aem_exp.rollout import Row
 DEAD = -1  # a row that fills a rank's share: read like any other, trained on nothing
 
 
-def plan(lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
     """The rows that this rank trains in each update of a step.
 
     Args:

@@ -164,7 +164,9 @@ def check_runnable(experiment: Experiment) -> None:
         raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, remedy)
     for key in ("use_vllm", "fsdp", "deepspeed"):
         if launch.trainer.get(key):
-            remedy = "the local sampler needs the whole policy in one process; sharding and vLLM come with a later version"
+            remedy = (
+                "the local sampler needs the whole policy in one process; sharding and vLLM come with a later version"
+            )
             raise ConfigError(f"launch.trainer.{key}", launch.trainer[key], remedy)
 
 
@@ -196,7 +198,8 @@ def signature(experiment: Experiment) -> str:
 
 def run_dir(experiment: Experiment) -> Path:
     """Where this experiment lives: the same place whenever it is asked for."""
-    return outputs_root(experiment) / f"{experiment.name}-{signature(experiment)}"
+    e = experiment
+    return outputs_root(e) / f"{e.name}-{e.baseline.name}-{e.modulation.name}-s{e.seed}-{signature(e)}"
 
 
 def outputs_root(experiment: Experiment) -> Path:

@@ -11,7 +11,13 @@ from aem_exp import aem
 
 
 def modulation(
-    alpha_R: Tensor, entropy_R: Tensor, group_R: Tensor, advantage_R: Tensor, tokens_R: Tensor, turn_R: Tensor, gate: float
+    alpha_R: Tensor,
+    entropy_R: Tensor,
+    group_R: Tensor,
+    advantage_R: Tensor,
+    tokens_R: Tensor,
+    turn_R: Tensor,
+    gate: float,
 ) -> dict[str, float]:
     """Statistics of the coefficients of one step (R responses)."""
     if not len(alpha_R):

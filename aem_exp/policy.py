@@ -15,7 +15,9 @@ def locate(model: Model) -> str:
     if (Path(path) / "config.json").is_file():
         return path
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ConfigError("model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct")
+        raise ConfigError(
+            "model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -26,7 +28,9 @@ def locate(model: Model) -> str:
         remedy = f"its weights are not on this machine; fetch them with: hf download {path}{revision}"
         raise ConfigError("model.path", path, remedy) from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError("model.path", path, f"{folder} holds no *.safetensors; fetch it again with: hf download {path}")
+        raise ConfigError(
+            "model.path", path, f"{folder} holds no *.safetensors; fetch it again with: hf download {path}"
+        )
     return folder
 
 

@@ -44,9 +44,7 @@ class Chat:
         return text[text.index(_REPLY) + len(_REPLY) :]
 
     def _text(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._options
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._options)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -121,9 +121,7 @@ class Rollout:
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         """Play all episodes to their end, together."""
         self._envs += [self.world.env() for _ in range(len(episodes) - len(self._envs))]
-        games = [
-            _Game(episode, env, self.env, self.chat) for episode, env in zip(episodes, self._envs, strict=False)
-        ]
+        games = [_Game(episode, env, self.env, self.chat) for episode, env in zip(episodes, self._envs, strict=False)]
         session = sampler.session()
         with self.clock("environment"):
             live = [(slot, game) for slot, game in enumerate(games) if game.reset()]
@@ -190,7 +188,11 @@ class _Game:
         self._observation = turn.observation
         if self.rules.history == "window":
             self.prompt = next(
-                (ids for ids in self._window_prompts(turn) if len(ids) + self.rules.response_tokens <= self.rules.context_tokens),
+                (
+                    ids
+                    for ids in self._window_prompts(turn)
+                    if len(ids) + self.rules.response_tokens <= self.rules.context_tokens
+                ),
                 [],
             )
             self.budget = self.rules.response_tokens

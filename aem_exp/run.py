@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -52,19 +52,21 @@ def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
 
     world = config.instantiate(experiment.env.make)
     _fits(experiment, world)
-    weights = policy.locate(experiment.model) if experiment.model.path else _made(experiment, world)
+    weights = policy.locate(experiment.model) if experiment.model.path else None
     _room(folder, weights)
-    _write_json(folder / "experiment.json", config.to_dict(experiment))
+    resolved = config.to_dict(experiment) | {"tracking": tracking.redact(experiment.tracking or "") or None}
     with tracking.Tracker.open(
         folder,
         tracking.resolve_uri(experiment.tracking, folder.parent),
         experiment=experiment.name,
         run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}",
-        params=config.to_dict(experiment),
+        params=resolved,
         tags=_tags(experiment, world.fingerprint),
         resume_step=_resume_step(folder),
         wait=False,
     ) as tracker:
+        _write_json(folder / "experiment.json", resolved)
+        weights = weights or _made(experiment, world)
         result = _Experiment(experiment, folder, world, weights, tracker, watch).play()
         for path in show.artifacts(folder):
             tracker.artifact(path)
@@ -221,7 +223,7 @@ def _made(experiment: Experiment, world: Any) -> str:
     """The folder of a policy that is made here: once, and cached by everything that decides it."""
     from filelock import FileLock
 
-    recipe = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
+    recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
     folder = cache / f"{experiment.model.name}-{digest}"
@@ -230,7 +232,7 @@ def _made(experiment: Experiment, world: Any) -> str:
         if not folder.exists():
             log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
             with tempfile.TemporaryDirectory(dir=cache) as part:
-                make = config.instantiate(experiment.model.make, partial=True)
+                make = config.instantiate(recipe["make"], partial=True)
                 make(world=world, env=experiment.env, folder=Path(part) / "model")
                 os.replace(Path(part) / "model", folder)
     return str(folder)
@@ -293,9 +295,9 @@ def _writable(folder: Path, field: str = "outputs") -> None:
         raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error
 
 
-def _room(folder: Path, weights: str) -> None:
+def _room(folder: Path, weights: str | None) -> None:
     """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
-    size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
     need, free = 7 * size + 50_000_000, shutil.disk_usage(folder).free
     if free < need:
         raise ConfigError(

@@ -6,7 +6,7 @@ nothing else: neither the batch a response happens to be in, nor the rank, chang
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -181,7 +181,7 @@ def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _inference(model: Any):
+def _inference(model: Any) -> Iterator[None]:
     """Dropout off, and back to what it was."""
     training = model.training
     model.eval()

@@ -87,7 +87,9 @@ def make(
         random = Random(seed)
         skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
         habit = demonstrate(world, env, tokenizer, episodes // 4, noise, hesitation, random) if habit_steps else []
-        imitate(model, [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)], learning_rate)
+        imitate(
+            model, [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)], learning_rate
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -101,7 +103,18 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
     phrases = sorted((text for text in lexicon if len(re.findall(_TOKEN, text)) > 1), key=len, reverse=True)
     prompt = " ".join(re.sub(_FIELD, " ", template) for template in env.prompt.values())
     numbers = [str(n) for n in range(env.max_turns + 1)]
-    vocabulary = [PAD, UNKNOWN, START, END, "system", "user", "assistant", *lexicon, *re.findall(_TOKEN, prompt), *numbers]
+    vocabulary = [
+        PAD,
+        UNKNOWN,
+        START,
+        END,
+        "system",
+        "user",
+        "assistant",
+        *lexicon,
+        *re.findall(_TOKEN, prompt),
+        *numbers,
+    ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     pattern = Regex("|".join([*(rf"{re.escape(text)}(?!\w)" for text in phrases), _TOKEN]))
@@ -168,7 +181,13 @@ class _ScriptedSampler:
 
 
 def demonstrate(
-    world: Teachable, env: Env, tokenizer: PreTrainedTokenizerFast, episodes: int, noise: float, hesitation: float, random: Random
+    world: Teachable,
+    env: Env,
+    tokenizer: PreTrainedTokenizerFast,
+    episodes: int,
+    noise: float,
+    hesitation: float,
+    random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
     player = _ScriptedSampler(world, tokenizer, random, noise, hesitation)
@@ -178,14 +197,14 @@ def demonstrate(
     return rows(rollout.play(draws, player), env.history)
 
 
-def imitate(
-    model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float
-) -> None:
+def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
     """Maximise the likelihood of the demonstrator's tokens, end tokens included; nothing else is learned."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     steps = len(batches)
     rise = max(1, steps // 10)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / (steps - rise + 1)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / rise, (steps - i) / (steps - rise + 1))
+    )
     model.train()
     for chosen in batches:
         ids_BT, label_BT = _tensors(chosen, model.config.pad_token_id)

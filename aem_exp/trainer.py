@@ -316,8 +316,8 @@ class AEMTrainer(GRPOTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate follows steps, like every schedule here: the updates of a step share it."""
-        if not isinstance(self.lr_scheduler, _PerStep):
-            self.lr_scheduler = _PerStep(super().create_scheduler(self.time.steps, optimizer), self.time)
+        scheduler = super().create_scheduler(self.time.steps, optimizer)
+        self.lr_scheduler = scheduler if isinstance(scheduler, _PerStep) else _PerStep(scheduler, self.time)
         return self.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,14 @@ KINDS = ("grpo", "dapo", "dr_grpo")
 
 
 def weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
-    settings = {"loss_type": kind, "beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7, "optim": "sgd", "max_grad_norm": 0.0}
+    settings = {
+        "loss_type": kind,
+        "beta": 0.05,
+        "entropy_coef": 0.01,
+        "mini_batch": 7,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }
     run = toy.experiment("window", learning_rate=0.05, **settings)
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3)
     trainer.train()

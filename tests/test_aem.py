@@ -59,7 +59,9 @@ def test_the_extremes_are_e_to_the_lambda_apart(values, lam):
     assert (alpha_R.max() / alpha_R.min()).item() == pytest.approx(math.exp(lam), rel=1e-5)
 
 
-@given(st.lists(st.integers(0, 1000), min_size=2, max_size=16, unique=True), LAMBDAS, st.floats(0.1, 5), st.floats(0, 10))
+@given(
+    st.lists(st.integers(0, 1000), min_size=2, max_size=16, unique=True), LAMBDAS, st.floats(0.1, 5), st.floats(0, 10)
+)
 def test_an_increasing_affine_change_changes_nothing(values, lam, scale, shift):
     entropy_R, group_R = one_group([v / 100 for v in values])
     moved = aem.coefficients(entropy_R * scale + shift, group_R, lam, 0)
@@ -101,7 +103,13 @@ def test_groups_do_not_see_each_other():
 
 @pytest.mark.parametrize(
     ("values", "gate", "flat"),
-    [((0.5,), 0.0, True), ((0.5, 0.5), 0.0, True), ((0.5, 0.55), 0.1, True), ((0.5, 0.65), 0.1, False), ((0.5, 0.55), 0.0, False)],
+    [
+        ((0.5,), 0.0, True),
+        ((0.5, 0.5), 0.0, True),
+        ((0.5, 0.55), 0.1, True),
+        ((0.5, 0.65), 0.1, False),
+        ((0.5, 0.55), 0.0, False),
+    ],
 )
 def test_the_gate(values, gate, flat):
     alpha_R = aem.coefficients(*one_group(values), 1.0, gate)

@@ -469,8 +469,7 @@ def test_numbers_hash_by_value():
 
 
 def test_run_dir(monkeypatch, tmp_path, default):
-    folder = f"{default.name}-{config.signature(default)}"
-    assert default.name == "tiny-household-grpo-aem-seed0"
+    folder = f"household-tiny-grpo-aem-s0-{config.signature(default)}"
     assert config.run_dir(default) == tmp_path / "outputs" / folder
     assert config.run_dir(dataclasses.replace(default, outputs="there")) == tmp_path / "there" / folder
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "env"))

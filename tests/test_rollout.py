@@ -11,6 +11,7 @@ from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, rows
 from aem_exp.sample import LocalSampler, Sampling, generator
 
 HISTORIES = ["full", "window"]
+PLAIN, SOUND = Sampling(), toy.ChatterWorld()
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("toy")
 
 
-def play(folder, history, episodes=None, sampling=Sampling(), world=toy.ChatterWorld(), **changes):
+def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes):
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
     rollout = Rollout(world, toy.env(history, **changes), chat)
@@ -42,7 +43,9 @@ def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temp
     logp = logits.log_softmax(-1)[:, batch["prompt_ids"].shape[1] - 1 : -1]
     own = batch["tool_mask"].bool()
     logps, entropies = measured(packed, chosen, own.shape[1])
-    torch.testing.assert_close(logp.gather(2, batch["completion_ids"][..., None])[..., 0][own], logps[own], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        logp.gather(2, batch["completion_ids"][..., None])[..., 0][own], logps[own], atol=2e-5, rtol=0
+    )
     torch.testing.assert_close(-(logp.exp() * logp).sum(-1)[own], entropies[own], atol=2e-5, rtol=0)
 
 
@@ -110,7 +113,9 @@ def test_a_crash_is_marked_and_the_others_go_on(folder):
 
 
 def test_a_full_context_ends_the_episode(folder):
-    played, *_ = play(folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25)
+    played, *_ = play(
+        folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25
+    )
     assert CONTEXT in {t.ended for t in played}
     assert all(len(row.prompt) + len(row.completion) <= 25 for row in rows(played, "full"))
 

@@ -100,7 +100,9 @@ def test_the_model_is_an_ordinary_hugging_face_folder(unbroken):
 
 def test_asked_again_it_does_nothing(unbroken, cache):
     folder, _ = unbroken
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.suffix in (".json", ".jsonl", ".parquet")}
+    before = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.suffix in (".json", ".jsonl", ".parquet")
+    }
     again = door(cache, folder.parent, *SMALL)
     assert again.returncode == 0
     assert "finished" in again.stdout
@@ -132,7 +134,9 @@ def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
     assert metrics(folder) == metrics(reference)
     weights = "model/model.safetensors"
     assert (folder / weights).read_bytes() == (reference / weights).read_bytes()
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "episodes.parquet"), pd.read_parquet(reference / "episodes.parquet"))
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "episodes.parquet"), pd.read_parquet(reference / "episodes.parquet")
+    )
     results = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
     assert results[0] == results[1]
     history = tracked(folder)
@@ -153,7 +157,11 @@ def tracked(folder):
 
 def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
     started = door(cache, tmp_path, *SMALL, wait=False)
-    wait_for(started, lambda: list(tmp_path.glob("*/metrics.jsonl")), lambda: "train/success" in (folder_of(tmp_path) / "metrics.jsonl").read_text())
+    wait_for(
+        started,
+        lambda: list(tmp_path.glob("*/metrics.jsonl")),
+        lambda: "train/success" in (folder_of(tmp_path) / "metrics.jsonl").read_text(),
+    )
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == 130

@@ -86,7 +86,11 @@ def plain_trl(folder, run, credit, changes):
         return ret
 
     args = arguments(run, folder / "plain")
-    for name, value in {"per_device_train_batch_size": len(rows), "generation_batch_size": len(rows), **changes}.items():
+    for name, value in {
+        "per_device_train_batch_size": len(rows),
+        "generation_batch_size": len(rows),
+        **changes,
+    }.items():
         setattr(args, name, value)
     data = Dataset.from_dict({"prompt": ["x"] * len(rows)})
     trainer = GRPOTrainer(model, returned, args, data, processing_class=tokenizer, rollout_func=replay)
@@ -114,7 +118,10 @@ def test_b_one_turn_windows_are_plain_trl(folder, name):
     credit, (update,) = first_step(trainer)
     assert {len(t.responses) for t in credit.kept} == {1}
     # TRL's dr_grpo divides by the row's budget, ours by that of the whole episode, of which one turn was played.
-    close(gradients(trainer, update), plain_trl(folder, run, credit, {**changes, "max_completion_length": episode_tokens(run)}))
+    close(
+        gradients(trainer, update),
+        plain_trl(folder, run, credit, {**changes, "max_completion_length": episode_tokens(run)}),
+    )
 
 
 def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
@@ -186,7 +193,9 @@ WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
 def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
     results = []
     for device_rows in (0, 1, 3):
-        trainer = toy.trainer(folder, toy.experiment(history, loss_type=kind, **WHOLE), lam=1.0, device_rows=device_rows)
+        trainer = toy.trainer(
+            folder, toy.experiment(history, loss_type=kind, **WHOLE), lam=1.0, device_rows=device_rows
+        )
         _, updates = first_step(trainer)
         assert len(updates) >= 2
         results.append(gradients(trainer, updates[1]))
@@ -205,7 +214,9 @@ def test_d_ranks_change_nothing(folder):
     for kind in gloo_training.KINDS:
         one, two = (torch.load(folder / f"{kind}-{ranks}.pt", weights_only=True) for ranks in (1, 2))
         for name, weight in one.items():
-            torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}")
+            torch.testing.assert_close(
+                two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
+            )
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
@@ -253,7 +264,9 @@ def test_scored_entropies_equal_sampled_ones(folder):
     for trusted in (True, False):
         trainer = toy.trainer(folder, toy.experiment("full", mini_batch=8), lam=1.0, trust_sampler=trusted)
         credit, updates = first_step(trainer)
-        batches.append((credit.entropy_R, credit.alpha_R, updates[0][0]["old_per_token_logps"] * updates[0][0]["tool_mask"]))
+        batches.append(
+            (credit.entropy_R, credit.alpha_R, updates[0][0]["old_per_token_logps"] * updates[0][0]["tool_mask"])
+        )
     for ours, theirs in zip(*batches, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 

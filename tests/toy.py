@@ -63,7 +63,12 @@ class ChatterWorld:
 
 
 def env(history: str, **changes: Any) -> Env:
-    prompt = {"first": "{observation}", "next": "{observation}", "window": "{history} {observation}", "pair": "{observation} {action}"}
+    prompt = {
+        "first": "{observation}",
+        "next": "{observation}",
+        "window": "{history} {observation}",
+        "pair": "{observation} {action}",
+    }
     rules = Env("toy", {}, history, 2 if history == "window" else 0, 4, 5, 120, prompt=prompt)
     return replace(rules, **changes)
 
@@ -83,7 +88,9 @@ def experiment(history: str = "full", **trainer: Any) -> Experiment:
         "bf16": False,
         "use_bias_correction_kl": False,
     }
-    return Experiment(name="toy", env=env(history), trainer=settings | trainer, launch=Launch(trainer={"use_cpu": True}))
+    return Experiment(
+        name="toy", env=env(history), trainer=settings | trainer, launch=Launch(trainer={"use_cpu": True})
+    )
 
 
 def policy(folder: Path, history: str = "full", seed: int = 0) -> tuple[Any, Any]:
@@ -106,7 +113,9 @@ def draw(step: int, seed: int = 0, tasks: int = 4, group: int = 4) -> list[Episo
     ]
 
 
-def trainer(folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any) -> AEMTrainer:
+def trainer(
+    folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any
+) -> AEMTrainer:
     """An AEMTrainer on the toy world."""
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)

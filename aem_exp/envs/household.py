@@ -64,7 +64,25 @@ PHRASES: Final = (
     NOTHING,
 )
 WORDS: Final = (
-    *("the", "a", "and", "in", "on", "it", "with", "from", "to", "go", "open", "close", "take", "move", "use", "put", "two"),
+    *(
+        "the",
+        "a",
+        "and",
+        "in",
+        "on",
+        "it",
+        "with",
+        "from",
+        "to",
+        "go",
+        "open",
+        "close",
+        "take",
+        "move",
+        "use",
+        "put",
+        "two",
+    ),
     *("look", "at", "inventory", "examine", "clean", "heat", "cool", "hot", "under", "nothing", "desklamp", "using"),
     *("You", "On", "The", "This", "is", ",", ".", ":", "'"),
 )
@@ -378,7 +396,13 @@ class Household:
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
     ) -> None:
-        self.kinds, self.receptacles, self.openable, self.copies, self.objects = kinds, receptacles, openable, copies, objects
+        self.kinds, self.receptacles, self.openable, self.copies, self.objects = (
+            kinds,
+            receptacles,
+            openable,
+            copies,
+            objects,
+        )
         self.receptacle_types = list(receptacle_types or (*OPENABLE, *SURFACES))
         self.object_types = list(object_types or OBJECTS)
         self.tags, self.reward = tags, reward
@@ -386,7 +410,9 @@ class Household:
         self._check()
         self.goals = {split: self._goals(split) for split in SPLITS}
         knobs = {key: value for key, value in vars(self).items() if key not in ("sizes",)}
-        self.fingerprint = f"household-{RULES}-" + hashlib.sha256(json.dumps(knobs, default=list).encode()).hexdigest()[:12]
+        self.fingerprint = (
+            f"household-{RULES}-" + hashlib.sha256(json.dumps(knobs, default=list).encode()).hexdigest()[:12]
+        )
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in SPLITS:
@@ -422,11 +448,15 @@ class Household:
         """This split's share of all errands, kind by kind, in an order that only their hash decides."""
         mine: list[Errand] = []
         for kind in self.kinds:
-            errands = sorted(self._errands(kind), key=lambda errand: hashlib.sha256(repr(tuple(errand)).encode()).digest())
+            errands = sorted(
+                self._errands(kind), key=lambda errand: hashlib.sha256(repr(tuple(errand)).encode()).digest()
+            )
             share = SPLITS[split]
             part = errands[len(errands) * share.start // 10 : len(errands) * share.stop // 10]
             if not part:
-                raise ConfigError("env.make.object_types", self.object_types, remedy=f"{kind} needs more types to split")
+                raise ConfigError(
+                    "env.make.object_types", self.object_types, remedy=f"{kind} needs more types to split"
+                )
             mine += part
         return mine
 

@@ -22,7 +22,13 @@ def main(steps: int = 12) -> None:
     from aem_exp import config, run, tracking
 
     with tempfile.TemporaryDirectory() as outputs:
-        words = [f"trainer.steps={steps}", f"outputs={outputs}", "evaluation.tasks=8", "evaluation.every=0", "tracking=off"]
+        words = [
+            f"trainer.steps={steps}",
+            f"outputs={outputs}",
+            "evaluation.tasks=8",
+            "evaluation.every=0",
+            "tracking=off",
+        ]
         for source, dtype in (("sampler", []), ("scoring", ["trainer.bf16=true"])):
             experiment = config.load([*words, *dtype])
             folder = run.run(replace(experiment, name=source))

@@ -22,7 +22,9 @@ def main(seeds: list[str]) -> None:
         env = {**os.environ, "AEM_OUTPUTS": f"{folder}/outputs", "AEM_CACHE": f"{folder}/cache"}
         for seed in seeds:
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "aem_exp", f"seed={seed}"], env=env, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "aem_exp", f"seed={seed}"], env=env, check=True, stdout=subprocess.DEVNULL
+            )
             seconds = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             (result,) = [json.loads(p.read_text()) for p in Path(folder).glob(f"outputs/*seed{seed}-*/result.json")]

@@ -1,6 +1,6 @@
 """How long a user waits for `--help` and `--cfg job`, against `python -c "import hydra"`. Medians of interleaved runs.
 
-    .venv/bin/python tests/bench/doors.py
+.venv/bin/python tests/bench/doors.py
 """
 
 import statistics
@@ -12,7 +12,14 @@ BASE = [sys.executable, "-c", "import hydra"]
 DOORS = {
     "--help": [sys.executable, "-m", "aem_exp", "--help"],
     "--cfg job": [sys.executable, "-m", "aem_exp", "--cfg", "job"],
-    "+experiment=alfworld_1_5b --cfg job": [sys.executable, "-m", "aem_exp", "+experiment=alfworld_1_5b", "--cfg", "job"],
+    "+experiment=alfworld_1_5b --cfg job": [
+        sys.executable,
+        "-m",
+        "aem_exp",
+        "+experiment=alfworld_1_5b",
+        "--cfg",
+        "job",
+    ],
 }
 
 

@@ -1,0 +1,96 @@
+"""The house in order: rooms, dependency direction, style and types."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "aem_exp"
+# Each room and the rooms of ours that it may know; nothing knows a room that is not named here.
+KNOWS = {
+    "aem": set(),
+    "schedules": set(),
+    "advantages": set(),
+    "checkpoints": set(),
+    "values": set(),
+    "envs": set(),
+    "keywords": {"values"},
+    "targets": {"values"},
+    "rules": {"values", "config"},
+    "config": {"keywords", "rules", "targets", "values", "compose"},
+    "compose": {"keywords", "config", "values"},
+    "diagnostics": {"aem"},
+    "render": set(),
+    "sample": set(),
+    "rollout": {"config", "envs", "render", "sample"},
+    "batch": {"rollout"},
+    "credit": {"diagnostics", "rollout"},
+    "episodes": {"rollout"},
+    "policy": {"config"},
+    "tiny": {"values", "config", "envs", "render", "rollout", "sample"},
+    "evaluate": {"config", "envs", "rollout", "sample"},
+    "tracking": {"values"},
+    "show": {"tracking"},
+    "trainer": {"aem", "batch", "checkpoints", "config", "credit", "rollout", "sample"},
+    "run": {
+        *("checkpoints", "config", "policy", "episodes", "evaluate", "render", "rollout", "sample"),
+        *("show", "tracking", "trainer"),
+    },
+    "__main__": {"compose", "config", "run", "show", "values"},
+    "envs.household": {"values", "envs"},
+}
+# One foreign library, one room.
+SPEAKS = {
+    "hydra": {"compose", "__main__"},
+    "omegaconf": {"compose", "config"},
+    "trl": {"trainer"},
+    "peft": {"policy"},
+    "mlflow": {"tracking"},
+    "rich": {"show"},
+    "matplotlib": {"show"},
+    "pyarrow": {"episodes", "show"},
+}
+
+
+def rooms():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__" and "_bundled" not in path.parts:
+            yield name, ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(name):
+    """The room that an import names, if it is one of ours."""
+    parts = name.split(".")
+    if parts[0] != "aem_exp" or len(parts) == 1:
+        return None
+    inner = ".".join(parts[1:3])
+    return inner if inner in KNOWS else parts[1]
+
+
+@pytest.mark.parametrize(("room", "tree"), list(rooms()), ids=lambda value: value if isinstance(value, str) else "")
+def test_dependencies_point_down(room, tree):
+    known = {ours(name) for name in imported(tree)} - {None, room}
+    assert known <= KNOWS[room], f"{room} must not know {known - KNOWS[room]}"
+    for library, speakers in SPEAKS.items():
+        if room not in speakers:
+            assert not any(name.split(".")[0] == library for name in imported(tree)), f"{room} must not speak {library}"
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_style_and_types(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
