@@ -5,6 +5,7 @@ mistake is one sentence and exit code 2.
 """
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -59,6 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            "aem_exp: the disk is full; free space and ask again: the run goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
 
 
 class _Parser(argparse.ArgumentParser):

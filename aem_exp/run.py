@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from errno import ENOSPC
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,6 +27,7 @@ log = logging.getLogger("aem_exp")
 Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
 RESULT = "result.json"
 BEFORE = "before.json"
+_SPARE = 50_000_000  # bytes for everything but weights
 _PACKAGES = ("aem_exp", "torch", "trl", "transformers", "accelerate", "peft", "numpy", "hydra-core", "mlflow")
 
 
@@ -201,6 +203,9 @@ class _Experiment:
         self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])
 
     def _before_save(self, step: int) -> None:
+        size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())  # weights and two moments
+        if shutil.disk_usage(self.folder).free < size + _SPARE:
+            raise OSError(ENOSPC, "no room for the next checkpoint", str(self.folder))
         self.tracker.flush()
         self.episodes.write(step)
 
@@ -298,7 +303,7 @@ def _writable(folder: Path, field: str = "outputs") -> None:
 def _room(folder: Path, weights: str | None) -> None:
     """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
-    need, free = 7 * size + 50_000_000, shutil.disk_usage(folder).free
+    need, free = 7 * size + _SPARE, shutil.disk_usage(folder).free
     if free < need:
         raise ConfigError(
             "outputs", str(folder), f"has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f} GB; choose another folder"

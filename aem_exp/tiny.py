@@ -9,6 +9,7 @@ A world that wants such a policy offers, besides its tasks and environments, `wo
 and `expert(env, random, noise)` (a response of its scripted player).
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ from aem_exp.values import ConfigError
 
 PAD: Final = "<pad>"
 UNKNOWN: Final = "<unk>"
-START: Final = "<|im_start|>"
 END: Final = "<|im_end|>"
+HEADERS: Final = ("<|im_start|>system", "<|im_start|>user", "<|im_start|>assistant")  # one token each: shorter rows
 
 # ChatML. Later turns only append, so the tokens of a conversation are a prefix of the tokens of a longer one; line
 # breaks are white space, which this tokenizer drops.
@@ -48,7 +49,7 @@ class Teachable(World, Protocol):
 
     def words(self) -> Iterable[str]: ...
 
-    def expert(self, env: TextEnv, random: Random, noise: float, hesitation: float) -> str: ...
+    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, hesitation: float = 0.0) -> str: ...
 
 
 def make(
@@ -104,13 +105,8 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
     prompt = " ".join(re.sub(_FIELD, " ", template) for template in env.prompt.values())
     numbers = [str(n) for n in range(env.max_turns + 1)]
     vocabulary = [
-        PAD,
-        UNKNOWN,
-        START,
-        END,
-        "system",
-        "user",
-        "assistant",
+        *(PAD, UNKNOWN, END),
+        *HEADERS,
         *lexicon,
         *re.findall(_TOKEN, prompt),
         *numbers,
@@ -124,7 +120,7 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
-        additional_special_tokens=[START],
+        additional_special_tokens=list(HEADERS),
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=env.context_tokens,
@@ -153,6 +149,14 @@ def make_policy(
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(**ends)
     return model
+
+
+class _Chat(Chat):
+    """Remembers what it rendered: the scripted player hears the same few sentences over and over."""
+
+    @functools.cache  # noqa: B019 (lives as long as the demonstrations are played)
+    def follow(self, user: str, last_id: int) -> list[int]:
+        return super().follow(user, last_id)
 
 
 class _ScriptedSampler:
@@ -191,7 +195,7 @@ def demonstrate(
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
     player = _ScriptedSampler(world, tokenizer, random, noise, hesitation)
-    rollout = Rollout(player, env, Chat(tokenizer))
+    rollout = Rollout(player, env, _Chat(tokenizer))
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     return rows(rollout.play(draws, player), env.history)

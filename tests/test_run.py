@@ -228,18 +228,36 @@ def test_what_cannot_be_done_is_one_sentence(cache, tmp_path, words, said):
     assert all(text in done.stderr for text in said), done.stderr
 
 
-def test_a_full_disk_is_one_sentence_before_any_work(cache, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 120 MB, mounted for one test."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
-    if mounted.returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        done = door(cache, disk, *SMALL)
-        assert done.returncode == 2, done.stderr
-        assert "free" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_before_any_work(cache, small_disk):
+    (small_disk / "ballast").write_bytes(b"x" * 110_000_000)
+    done = door(cache, small_disk, *SMALL)
+    assert done.returncode == 2, done.stderr
+    assert "0.0 GB free" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_costs_nothing(cache, small_disk, unbroken):
+    """The run stops with a sentence; with room again, it ends like the one that never stopped."""
+    started = door(cache, small_disk, *SMALL, wait=False)
+    wait_for(started, lambda: True, lambda: list(small_disk.glob("*/checkpoint-*/step.json")))
+    (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 1, err
+    assert err.strip().startswith("aem_exp: the disk is full")
+    assert "Traceback" not in err
+    (small_disk / "ballast").unlink()
+    done = door(cache, small_disk, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder_of(small_disk)) == metrics(unbroken[0])

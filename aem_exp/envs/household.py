@@ -38,31 +38,43 @@ GOALS: Final = {
 }
 SPLITS: Final = {"train": range(0, 6), "dev": range(6, 8), "test": range(8, 10)}  # tenths of goals and of layouts
 LAMP: Final = "desklamp 1"
-NOTHING: Final = "Nothing happens."
 LONGEST_ACTION: Final = 100  # characters; what later prompts quote of a response stays this short
 
 # Wordings that never vary. A word-level tokenizer may take each as one token: shorter rows, same text.
 PHRASES: Final = (
     "You are in the middle of a room. Looking quickly around you, you see",
-    "Your task is to:",
+    ". Your task is to:",
     "You arrive at",
     "You are facing the",
-    "Next to it, you see nothing.",
-    "In it, you see",
+    ". Next to it, you see nothing.",
     ", you see",
+    ", you see nothing.",
+    "is open. In it, you see",
+    "is open. In it, you see nothing.",
     "is closed.",
-    "is open.",
     "You open the",
     "You close the",
     "You pick up the",
+    "You move the",
     "You turn on the",
-    "You are carrying:",
-    "go to",
+    "You are carrying: a",
     "You are not carrying anything.",
     "There's nothing special about",
-    "under the desklamp",
-    NOTHING,
+    "This is a",
+    "Nothing happens.",
+    ". On the",
+    ". The",
+    ", a",
+    ", and a",
+    "from the",
+    "to the",
+    "go to",
+    "put a",
+    "put two",
+    "look at",
+    "under the desklamp.",
 )
+NOTHING: Final = "Nothing happens."
 WORDS: Final = (
     *(
         "the",
@@ -437,7 +449,11 @@ class Household:
         what it knows already instead of going on.
         """
         if random.random() < noise:
-            action = random.choice(list(env.table))
+            blunders = [
+                f"go to {random.choice(self.receptacle_types)} 1",
+                f"take {random.choice(self.object_types)} 1 from {env.here}",
+            ]
+            action = random.choice([*env.table, *blunders])
         elif random.random() < hesitation:
             action = check_action(env)
         else:

@@ -1,0 +1,43 @@
+"""The wheel: configs travel inside it, and it works from any folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_configs_travel_inside(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        assert f"aem_exp/_bundled/conf/{file.relative_to(ROOT / 'conf')}" in names
+    assert not any(name.split("/")[0] in ("conf", "tests", "sweeps") for name in names)
+
+
+def test_the_wheel_works_from_anywhere_under_the_users_configs(wheel, tmp_path):
+    site, mine = tmp_path / "site", tmp_path / "mine"
+    zipfile.ZipFile(wheel).extractall(site)
+    (mine / "baseline").mkdir(parents=True)
+    text = "# @package _global_\n# mine\nbaseline:\n  name: wide\n  advantage: {_target_: aem_exp.advantages.leave_one_out}\n"
+    (mine / "baseline" / "wide.yaml").write_text(text + "trainer: {loss_type: dapo, epsilon: 0.2, epsilon_high: 0.4}\n")
+    where = [sys.executable, "-P", "-c", "import aem_exp; print(aem_exp.__file__)"]
+    command = [sys.executable, "-P", "-m", "aem_exp", "--config-dir", str(mine), "baseline=wide", "--cfg", "job"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    outside = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": False}
+    assert subprocess.run(where, **outside).stdout.startswith(str(site))
+    done = subprocess.run(command, **outside)
+    assert done.returncode == 0, done.stderr
+    assert "epsilon_high: 0.4" in done.stdout

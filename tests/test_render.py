@@ -1,0 +1,68 @@
+"""Appending, under the chat templates of real model families (TRL ships their text)."""
+
+from pathlib import Path
+
+import pytest
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aem_exp.render import Chat
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+FAMILIES = {  # template -> (end of a turn, header of a user message)
+    "qwen2_5": ("<|im_end|>", "<|im_start|>user"),
+    "qwen3": ("<|im_end|>", "<|im_start|>user"),
+    "llama3": ("<|eot_id|>", "<|start_header_id|>user"),
+    "gemma": ("<end_of_turn>", "<start_of_turn>user"),
+    "phi3": ("<|end|>", "<|user|>"),
+}
+
+
+def tokenizer(family):
+    """Bytes as tokens, and the family's end token as one."""
+    end, _ = FAMILIES[family]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(sorted(alphabet))}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    core.decoder = decoders.ByteLevel()
+    template = (TEMPLATES / f"{family}.jinja").read_text()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, bos_token="<s>", chat_template=template)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("closed", [True, False], ids=["ended", "cut"])
+def test_turns_are_appended_exactly(family, closed):
+    """Start, reply, follow: the text reads like a conversation, with one end token after the reply, wherever it came from."""
+    tok = tokenizer(family)
+    chat = Chat(tok)
+    end, user = FAMILIES[family]
+    assert tok.eos_token_id in chat.end_ids
+    reply = tok("<think>hm</think>go", add_special_tokens=False)["input_ids"] + ([tok.eos_token_id] if closed else [])
+    head = chat.start("first")
+    follow = chat.follow("second", reply[-1])
+    assert (follow[0] == tok.eos_token_id) is not closed
+    text = tok.decode(head + reply + follow)
+    assert "<think>hm</think>go" + end in text  # earlier thinking stays: nothing is rendered anew
+    assert text.count(user) == 2
+    assert text.index("first") < text.index("go" + end) < text.index("second")
+    assert tok.decode(head)[-20:].split(user)[-1] in text[text.index("second") :]  # the same header before each reply
+
+
+@pytest.mark.parametrize(
+    ("thinking", "opens"), [("on", False), ("off", True), ("template", False)], ids=["on", "off", "template"]
+)
+def test_qwen3_thinks_when_told(thinking, opens):
+    tok = tokenizer("qwen3")
+    chat = Chat(tok, thinking=thinking)
+    for ids in (chat.start("first"), chat.follow("second", tok.eos_token_id)):
+        assert ("<think>\n\n</think>" in tok.decode(ids)) is opens
+
+
+def test_a_system_message_comes_first_and_once():
+    tok = tokenizer("qwen2_5")
+    chat = Chat(tok, system="be brief")
+    assert tok.decode(chat.start("first")).startswith("<|im_start|>system\nbe brief<|im_end|>")
+    assert "be brief" not in tok.decode(chat.follow("second", 0))
