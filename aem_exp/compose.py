@@ -32,7 +32,7 @@ def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictC
     """Merge `conf/`, the user's folder over it, and the overrides; see `config.load`."""
     roots = config_roots(config_dir)
     groups = choices(roots)
-    lines = [_line(text, groups) for text in overrides]
+    lines = [line for text in overrides for line in _lines(text, groups)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
@@ -69,10 +69,11 @@ def to_yaml(cfg: DictConfig, resolve: bool = False) -> str:
     return OmegaConf.to_yaml(cfg, resolve=resolve)
 
 
-def _line(text: str, groups: Choices) -> str:
+def _lines(text: str, groups: Choices) -> list[str]:
     """An override as Hydra wants it.
 
-    Ours need no `+` to set a key that no file sets: the types say which keys exist.
+    Ours need no `+` to set a key that no file sets: the types say which keys exist. A block with a `_target_` replaces the
+    one that stands there: its keywords belong to another function.
     """
     override = _parsed(text)
     key, value = override.key_or_group, text.partition("=")[2]
@@ -83,10 +84,14 @@ def _line(text: str, groups: Choices) -> str:
         for name in chosen if isinstance(chosen, list) else [chosen]:
             if str(name) not in groups[key]:
                 raise ConfigError(key, name, groups[key])
-        return ("" if key in FIELDS else "+") + text.lstrip("+")
+        return [("" if key in FIELDS else "+") + text.lstrip("+")]
     if key.partition(".")[0] not in FIELDS:
         raise _stranger(key, value, groups)
-    return text if override.is_delete() else "++" + text.lstrip("+")
+    if override.is_delete():
+        return [text]
+    block = override.value()
+    cleared = [f"++{key}=null"] if isinstance(block, dict) and "_target_" in block else []
+    return [*cleared, "++" + text.lstrip("+")]
 
 
 def _parsed(text: str) -> Override:

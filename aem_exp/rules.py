@@ -16,7 +16,7 @@ _SHOWN: Final = {"task", "observation", "actions", "step"}
 _WINDOW: Final = _SHOWN | {"history", "length"}
 TEMPLATES: Final = {  # history -> template -> what it may quote
     "full": {"first": _SHOWN, "next": _SHOWN},
-    "window": {"first": _WINDOW, "window": _WINDOW, "pair": {"n", "observation", "action"}},
+    "window": {"first": _SHOWN, "window": _WINDOW, "pair": {"n", "observation", "action"}},
 }
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -81,8 +81,8 @@ def _budgets(e: Experiment) -> None:
 
 
 def _prompts(e: Experiment) -> None:
-    templates = TEMPLATES[e.env.history]
-    for name in templates:
+    templates = {name: words for history in TEMPLATES.values() for name, words in history.items()}
+    for name in TEMPLATES[e.env.history]:
         if name not in e.env.prompt:
             raise ConfigError(f"env.prompt.{name}", None, f"required with env.history={e.env.history}: a template")
     for name, text in e.env.prompt.items():

@@ -62,12 +62,12 @@ def make(
     heads: int = 4,
     initializer_range: float = 0.1,
     episodes: int = 2048,
-    noise: float = 0.1,
+    noise: float = 0.05,
     hesitation: float = 0.5,
-    steps: int = 200,
-    habit_steps: int = 80,
+    steps: int = 300,
+    habit_steps: int = 50,
     batch: int = 32,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 8e-3,
     seed: int = 0,
 ) -> None:
     """Make a policy that plays `world` a little, and write it to `folder` in Hugging Face format.
@@ -148,6 +148,9 @@ def make_policy(
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(**ends)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(weight, 1.5)  # heads this small cannot attend sharply with 1: normed keys are short
     return model
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, Final, NamedTuple, overload
 
-from aem_exp.values import ConfigError
 from aem_exp.envs import Task, Turn
+from aem_exp.values import ConfigError
 
 RULES: Final = 1  # raise when the same task would play differently: it enters the fingerprint
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
@@ -327,10 +327,8 @@ def honest_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
 
 
 def check_action(env: HouseholdEnv) -> str:
-    """What a hesitant player does: look at what is in hand, before it, or around it."""
-    if env.held is not None:
-        return "inventory"
-    return f"examine {env.here}" if env.here else "look"
+    """What a hesitant player does instead of going on: look once more at what is before it, or in its hands."""
+    return f"examine {env.here}" if env.here and env.held is None else "inventory"
 
 
 def _nearest(env: HouseholdEnv, kind: str, random: Random) -> str:
@@ -363,10 +361,10 @@ class Draws(Sequence[Task]):
     """Tasks made when asked for, the same ones every time."""
 
     def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
-        self.count, self.draw = count, draw
+        self._size, self._draw = count, draw
 
     def __len__(self) -> int:
-        return self.count
+        return self._size
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -374,10 +372,10 @@ class Draws(Sequence[Task]):
     def __getitem__(self, index: slice) -> list[Task]: ...
     def __getitem__(self, index: int | slice) -> Task | list[Task]:
         if isinstance(index, slice):
-            return [self.draw(i) for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
+            return [self._draw(i) for i in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
             raise IndexError(index)
-        return self.draw(index % self.count)
+        return self._draw(index % self._size)
 
 
 class Household:
@@ -535,9 +533,9 @@ class Household:
             "openable": (self.openable, max(0, self.receptacles - surfaces), min(openable, self.receptacles)),
             "objects": (self.objects, 2 if "pick_two_obj_and_place" in self.kinds else 1, 99),
         }
-        for field, (value, least, most) in limits.items():
-            if not least <= value <= most:
-                raise ConfigError(f"env.make.{field}", value, remedy=f"choose {least} to {most}")
+        for field, (size, least, most) in limits.items():
+            if not least <= size <= most:
+                raise ConfigError(f"env.make.{field}", size, remedy=f"choose {least} to {most}")
 
 
 def _numbered(kinds: Iterable[str]) -> list[str]:
