@@ -14,7 +14,8 @@ import pytest
 from aem_exp import checkpoints
 
 SMALL = [
-    "model.make.steps=40",
+    "model.make.steps=25",
+    "model.make.habit_steps=5",
     "model.make.episodes=128",
     "trainer.steps=6",
     "trainer.tasks_per_step=3",

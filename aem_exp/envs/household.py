@@ -36,7 +36,7 @@ GOALS: Final = {
     "pick_cool_then_place": "put a cool {object} in {target}.",
     "pick_two_obj_and_place": "put two {object} in {target}.",
 }
-SPLITS: Final = {"train": range(0, 6), "dev": range(6, 8), "test": range(8, 10)}  # tenths of goals and of layouts
+SPLITS: Final = {"train": range(6), "dev": range(6, 8), "test": range(8, 10)}  # tenths of goals and of layouts
 LAMP: Final = "desklamp 1"
 LONGEST_ACTION: Final = 100  # characters; what later prompts quote of a response stays this short
 

@@ -27,7 +27,7 @@ def main(seeds: list[str]) -> None:
             )
             seconds = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            (result,) = [json.loads(p.read_text()) for p in Path(folder).glob(f"outputs/*seed{seed}-*/result.json")]
+            (result,) = [json.loads(p.read_text()) for p in Path(folder).glob(f"outputs/*-s{seed}-*/result.json")]
             scores = "   ".join(f"{name} {result[name]['success']:.3f}" for name in ("before", "after", "final"))
             print(f"seed {seed}   {scores}   {seconds:5.0f} s ({seconds / LIMIT_SECONDS:.2f} of 3 min)", end="   ")
             print(f"{peak / 1e9:.2f} GB ({peak / LIMIT_BYTES:.2f} of 1.5 GB)", flush=True)
