@@ -120,7 +120,7 @@ def _spec(module: str) -> ModuleSpec | None:
     """Where a module is, without importing it or its parents."""
     head, *rest = module.split(".")
     try:
-        spec = find_spec(head)
+        spec = PathFinder.find_spec(head) or find_spec(head)  # on disk first: a lazy module in memory hides its source
     except ValueError:  # __main__
         return None
     for part in rest:

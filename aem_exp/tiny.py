@@ -49,7 +49,7 @@ class Teachable(World, Protocol):
 
     def words(self) -> Iterable[str]: ...
 
-    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, hesitation: float = 0.0) -> str: ...
+    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str: ...
 
 
 def make(
@@ -63,34 +63,40 @@ def make(
     initializer_range: float = 0.1,
     episodes: int = 2048,
     noise: float = 0.05,
-    hesitation: float = 0.5,
-    steps: int = 300,
-    habit_steps: int = 50,
+    shyness: float = 0.9,
+    steps: int = 280,
+    habit_steps: int = 60,
     batch: int = 32,
     learning_rate: float = 8e-3,
     seed: int = 0,
 ) -> None:
     """Make a policy that plays `world` a little, and write it to `folder` in Hugging Face format.
 
+    First it imitates a bold player, and so comes by the skill; then, for a while, a shy one, and so comes by a habit that
+    mostly keeps it from winning. The skill is there to be found again, and no lower temperature finds it.
+
     Args:
         env: how episodes become tokens; the warm start sees exactly what a rollout shows.
         initializer_range: of the random weights; with the usual 0.02 a model this small hardly learns.
         episodes: demonstrations to play, on training tasks.
         noise: share of the demonstrator's turns that are random.
-        steps, batch, learning_rate: of the imitation; the rate rises for a tenth of the steps, then falls to zero.
+        shyness: how often the shy player shuns what it ought to do; what that is, the world says.
+        steps, habit_steps: of imitating the bold player, then the shy one.
+        batch, learning_rate: of the imitation; the rate rises for a tenth of the steps, then falls to zero.
     """
     if not (hasattr(world, "words") and hasattr(world, "expert")):
         remedy = "choose a world that has a scripted player, or load a policy with model.path"
         raise ConfigError("model.make", f"{__name__}.make", remedy=remedy)
+    if episodes < 1:
+        raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
     tokenizer = make_tokenizer(world.words(), env)
     with _quiet_torch(seed):
         model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
         random = Random(seed)
         skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
-        habit = demonstrate(world, env, tokenizer, episodes // 4, noise, hesitation, random) if habit_steps else []
-        imitate(
-            model, [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)], learning_rate
-        )
+        habit = demonstrate(world, env, tokenizer, max(1, episodes // 4), noise, shyness, random)
+        batches = [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)]
+        imitate(model, batches, learning_rate)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -193,11 +199,11 @@ def demonstrate(
     tokenizer: PreTrainedTokenizerFast,
     episodes: int,
     noise: float,
-    hesitation: float,
+    shyness: float,
     random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    player = _ScriptedSampler(world, tokenizer, random, noise, hesitation)
+    player = _ScriptedSampler(world, tokenizer, random, noise, shyness)
     rollout = Rollout(player, env, _Chat(tokenizer))
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
@@ -206,6 +212,8 @@ def demonstrate(
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
     """Maximise the likelihood of the demonstrator's tokens, end tokens included; nothing else is learned."""
+    if not batches:
+        return
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     steps = len(batches)
     rise = max(1, steps // 10)

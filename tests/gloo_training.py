@@ -19,7 +19,7 @@ def weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
         "optim": "sgd",
         "max_grad_norm": 0.0,
     }
-    run = toy.experiment("window", learning_rate=0.05, **settings)
+    run = toy.experiment("window", learning_rate=1e-3, **settings)
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3)
     trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model).state_dict()

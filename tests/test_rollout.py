@@ -57,8 +57,8 @@ def test_full_history_only_appends(folder):
         sampled = [i for r in trajectory.responses for i in r.sample.ids]
         assert [i for i, own in zip(row.completion, row.mask, strict=True) if own] == sampled
         text = tokenizer.decode(row.prompt + row.completion)
-        assert text.count("<|im_start|> user") == len(trajectory.responses)
-        assert text.count("<|im_start|> assistant") == len(trajectory.responses)
+        assert text.count("<|im_start|>user") == len(trajectory.responses)
+        assert text.count("<|im_start|>assistant") == len(trajectory.responses)
         assert text.count("<|im_end|> <|im_end|>") == 0  # a sampled end token is not followed by a template's
 
 

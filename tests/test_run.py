@@ -200,7 +200,7 @@ def test_a_model_of_another_family_with_lora_by_path(cache, tmp_path, unbroken):
     tokenizer.save_pretrained(tmp_path / "qwen2")
     words = ["model=qwen2_5_1_5b", f"model.path={tmp_path / 'qwen2'}", "model.dtype=float32", "env=household"]
     lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
-    done = door(cache, tmp_path / "out", *SMALL[2:], *words, *lora)
+    done = door(cache, tmp_path / "out", *(word for word in SMALL if not word.startswith("model.make")), *words, *lora)
     assert done.returncode == 0, done.stderr
     model = folder_of(tmp_path / "out") / "model"
     assert (model / "adapter" / "adapter_model.safetensors").exists()

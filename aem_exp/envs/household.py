@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, overload
 from aem_exp.envs import Task, Turn
 from aem_exp.values import ConfigError
 
-RULES: Final = 1  # raise when the same task would play differently: it enters the fingerprint
+RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
 SURFACES: Final = (
     *("shelf", "countertop", "desk", "sofa", "sinkbasin", "diningtable", "sidetable", "coffeetable"),
@@ -76,27 +76,9 @@ PHRASES: Final = (
 )
 NOTHING: Final = "Nothing happens."
 WORDS: Final = (
-    *(
-        "the",
-        "a",
-        "and",
-        "in",
-        "on",
-        "it",
-        "with",
-        "from",
-        "to",
-        "go",
-        "open",
-        "close",
-        "take",
-        "move",
-        "use",
-        "put",
-        "two",
-    ),
-    *("look", "at", "inventory", "examine", "clean", "heat", "cool", "hot", "under", "nothing", "desklamp", "using"),
-    *("You", "On", "The", "This", "is", ",", ".", ":", "'"),
+    *("the", "a", "and", "in", "on", "it", "with", "from", "to", "is", "at", "under", "using", "nothing", "two", "hot"),
+    *("go", "open", "close", "take", "move", "use", "put", "look", "inventory", "examine", "clean", "heat", "cool"),
+    *("You", "On", "The", "This", ",", ".", ":", "'"),
 )
 _NAME = r"[a-z]+ \d+"
 _GRAMMAR = re.compile(
@@ -178,6 +160,7 @@ class HouseholdEnv:
         self.won = False
         self.intro = f"{PHRASES[0]} {listed(self.inside)}."
         self.journeys = {place: f"go to {place}" for place in self.inside}
+        self.targets = [place for place in self.inside if kind_of(place) == self.errand.target]
         self.table = self._admissible()
         return Turn(f"{self.intro} Your task is to: {self.goal}", actions=tuple(self.table), metrics={"won": 0.0})
 
@@ -228,7 +211,7 @@ class HouseholdEnv:
         if self.errand.kind == "look_at_obj_in_light":
             lamp_here = self.here is not None and LAMP in self.inside[self.here]
             return self.lit and lamp_here and self.held is not None and kind_of(self.held) == self.errand.object
-        there = sum(self.is_done(thing, place, self.errand) for place in self.inside for thing in self.inside[place])
+        there = sum(self.is_done(thing, place, self.errand) for place in self.targets for thing in self.inside[place])
         return there >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
 
     def is_done(self, thing: str, place: str, errand: Errand) -> bool:
@@ -308,7 +291,7 @@ def _look(env: HouseholdEnv) -> str:
 def honest_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
     """The next action of a player who runs this errand and knows only what the episode has shown."""
     if env.held is None:
-        for place in env.seen:
+        for place in (place for place in env.inside if place in env.seen):  # in an order that hashing does not decide
             for thing in env.inside[place]:
                 if kind_of(thing) == errand.object and not env.is_done(thing, place, errand):
                     return _approach(env, place) or f"take {thing} from {place}"
@@ -324,11 +307,6 @@ def honest_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
         return f"{errand.verb} {env.held} with {place}" if env.here == place else f"go to {place}"
     place = _nearest(env, errand.target, random)
     return _approach(env, place) or f"move {env.held} to {place}"
-
-
-def check_action(env: HouseholdEnv) -> str:
-    """What a hesitant player does instead of going on: look once more at what is before it, or in its hands."""
-    return f"examine {env.here}" if env.here and env.held is None else "inventory"
 
 
 def _nearest(env: HouseholdEnv, kind: str, random: Random) -> str:
@@ -352,9 +330,15 @@ def _explore(env: HouseholdEnv, errand: Errand, random: Random) -> str:
     return f"go to {random.choice(elsewhere or unseen or list(env.inside))}"
 
 
-def bucket(thing: Any) -> int:
-    """Which tenth of all goals or layouts this one belongs to; the same on every machine."""
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).digest()[0] % 10
+def _digest(thing: Any) -> bytes:
+    """A hash that is the same on every machine."""
+    return hashlib.sha256(json.dumps([RULES, thing], sort_keys=True).encode()).digest()
+
+
+def split_of(layout: dict[str, list[str]]) -> str:
+    """The one split that a room belongs to; the order in which its things are listed does not matter."""
+    tenth = _digest({place: sorted(things) for place, things in layout.items()})[0] % 10
+    return next(split for split, share in SPLITS.items() if tenth in share)
 
 
 class Draws(Sequence[Task]):
@@ -384,7 +368,7 @@ class Household:
     Args:
         kinds: which of ALFWorld's six kinds of task are asked for.
         receptacles: how many a room has.
-        openable: how many of them must be opened first (more where the errand itself needs more).
+        openable: how many of them must be opened first (more where the errand itself needs more); the rest are surfaces.
         copies: how many receptacles of one type a room may have.
         objects: how many movable objects lie in it.
         receptacle_types, object_types: what rooms are made of; null: everything.
@@ -406,23 +390,16 @@ class Household:
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
     ) -> None:
-        self.kinds, self.receptacles, self.openable, self.copies, self.objects = (
-            kinds,
-            receptacles,
-            openable,
-            copies,
-            objects,
-        )
+        self.kinds = list(kinds)
+        self.receptacles, self.openable, self.copies, self.objects = receptacles, openable, copies, objects
         self.receptacle_types = list(receptacle_types or (*OPENABLE, *SURFACES))
         self.object_types = list(object_types or OBJECTS)
         self.tags, self.reward = tags, reward
+        digest = hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()[:12]
+        self.fingerprint = f"household-{RULES}-{digest}"
         self.sizes = {"train": 4096, "dev": 128, "test": 128} | (sizes or {})
         self._check()
         self.goals = {split: self._goals(split) for split in SPLITS}
-        knobs = {key: value for key, value in vars(self).items() if key not in ("sizes",)}
-        self.fingerprint = (
-            f"household-{RULES}-" + hashlib.sha256(json.dumps(knobs, default=list).encode()).hexdigest()[:12]
-        )
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in SPLITS:
@@ -440,37 +417,31 @@ class Household:
         names = [f"{kind} {number}" for kind in kinds for number in numbers[1:]]
         return (*PHRASES, *WORDS, *kinds, *names, *numbers, *tags)
 
-    def expert(self, env: HouseholdEnv, random: Random, noise: float = 0.0, hesitation: float = 0.0) -> str:
+    def expert(self, env: HouseholdEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of the scripted player.
 
-        At each turn it does anything admissible with probability `noise`, and else, with probability `hesitation`, checks
-        what it knows already instead of going on.
+        With probability `noise` it does anything, blunders included; and what it ought to open it walks past with
+        probability `shyness`, to anywhere else.
         """
+        action = honest_action(env, env.errand, random)
         if random.random() < noise:
-            blunders = [
-                f"go to {random.choice(self.receptacle_types)} 1",
-                f"take {random.choice(self.object_types)} 1 from {env.here}",
-            ]
+            strange, missing = random.choice(self.receptacle_types), random.choice(self.object_types)
+            blunders = [f"go to {strange} 1", f"take {missing} 1 from {env.here or f'{strange} 1'}"]
             action = random.choice([*env.table, *blunders])
-        elif random.random() < hesitation:
-            action = check_action(env)
-        else:
-            action = honest_action(env, env.errand, random)
+        elif action.startswith("open") and random.random() < shyness:
+            action = random.choice([journey for place, journey in env.journeys.items() if place != env.here])
         return f"<think></think><action>{action}</action>" if self.tags else action
 
     def _goals(self, split: str) -> list[Errand]:
         """This split's share of all errands, kind by kind, in an order that only their hash decides."""
         mine: list[Errand] = []
         for kind in self.kinds:
-            errands = sorted(
-                self._errands(kind), key=lambda errand: hashlib.sha256(repr(tuple(errand)).encode()).digest()
-            )
+            errands = sorted(self._errands(kind), key=_digest)
             share = SPLITS[split]
             part = errands[len(errands) * share.start // 10 : len(errands) * share.stop // 10]
             if not part:
-                raise ConfigError(
-                    "env.make.object_types", self.object_types, remedy=f"{kind} needs more types to split"
-                )
+                remedy = f"{kind} needs more types, so that every split gets a goal"
+                raise ConfigError("env.make.object_types", self.object_types, remedy=remedy)
             mine += part
         return mine
 
@@ -486,10 +457,13 @@ class Household:
         """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split."""
         random = Random(f"{split}-{index}")  # a string seeds alike on every machine and version
         errand = random.choice(self.goals[split])
-        layout = self._layout(errand, random)
-        while bucket({place: sorted(things) for place, things in layout.items()}) not in SPLITS[split]:
+        for _ in range(1000):
             layout = self._layout(errand, random)
-        return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload={**errand._asdict(), "layout": layout})
+            if layout and split_of(layout) == split:
+                payload = {**errand._asdict(), "layout": layout}
+                return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload=payload)
+        remedy = "too few different rooms to split; choose more receptacles, objects or types"
+        raise ConfigError("env.make.receptacles", self.receptacles, remedy=remedy)
 
     def _layout(self, errand: Errand, random: Random) -> dict[str, list[str]]:
         """A room in which the errand can be run and is not yet done."""
@@ -507,6 +481,8 @@ class Household:
         random.shuffle(places)
         layout: dict[str, list[str]] = {place: [] for place in places}
         elsewhere = [place for place in places if kind_of(place) != errand.target]
+        if not elsewhere:
+            return {}  # the object would lie where it is wanted
         own = [errand.object] * (2 if errand.kind == "pick_two_obj_and_place" else 1)
         others = [kind for kind in self.object_types if kind != errand.object]
         strangers = random.choices(others, k=self.objects - len(own)) if others else []
@@ -523,9 +499,14 @@ class Household:
             ("receptacle_types", self.receptacle_types, [*OPENABLE, *SURFACES]),
             ("object_types", self.object_types, list(OBJECTS)),
         ):
-            for value in given:
+            for value in given or [""]:  # an empty list is refused too
                 if value not in choices:
                     raise ConfigError(f"env.make.{field}", value, choices=choices)
+        for split, size in self.sizes.items():
+            if split not in SPLITS or size < 1:
+                raise ConfigError(f"env.make.sizes.{split}", size, remedy=f"give {', '.join(SPLITS)} at least 1 each")
+        if self.copies < 1:
+            raise ConfigError("env.make.copies", self.copies, remedy="choose at least 1")
         openable = self.copies * sum(kind in OPENABLE for kind in self.receptacle_types)
         surfaces = self.copies * len(self.receptacle_types) - openable
         limits = {
@@ -533,9 +514,9 @@ class Household:
             "openable": (self.openable, max(0, self.receptacles - surfaces), min(openable, self.receptacles)),
             "objects": (self.objects, 2 if "pick_two_obj_and_place" in self.kinds else 1, 99),
         }
-        for field, (size, least, most) in limits.items():
-            if not least <= size <= most:
-                raise ConfigError(f"env.make.{field}", size, remedy=f"choose {least} to {most}")
+        for field, (number, least, most) in limits.items():
+            if not least <= number <= most:
+                raise ConfigError(f"env.make.{field}", number, remedy=f"choose {least} to {most}")
 
 
 def _numbered(kinds: Iterable[str]) -> list[str]:

@@ -1,0 +1,388 @@
+"""The laws of the embedded world: held-out means held out, every errand can be run, and the list of actions is the truth."""
+
+import copy
+import itertools
+import re
+import signal
+from functools import cache
+from random import Random
+
+import pytest
+
+from aem_exp.config import instantiate, load
+from aem_exp.envs.household import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, Household, kind_of
+from aem_exp.values import ConfigError
+
+TURNS = 80  # generous: a room has eight receptacles
+TREATED = [kind for kind in GOALS if Errand(kind, "", "").verb]
+THING = r"[a-z]+ \d+"
+LIST = rf"(?:nothing|a {THING}|a {THING}(?:, a {THING})*, and a {THING})"
+INTRO = rf"You are in the middle of a room\. Looking quickly around you, you see {LIST}\."
+SHOWN = rf"(?:The {THING} is closed\.|The {THING} is open\. In it, you see {LIST}\.|On the {THING}, you see {LIST}\.)"
+ANSWERS = {
+    "go": rf"You arrive at {THING}\. {SHOWN}",
+    "open": rf"You open the {THING}\. {SHOWN}",
+    "close": rf"You close the {THING}\.",
+    "take": rf"You pick up the {THING} from the {THING}\.",
+    "move": rf"You move the {THING} to the {THING}\.",
+    "clean": rf"You clean the {THING} using the {THING}\.",
+    "heat": rf"You heat the {THING} using the {THING}\.",
+    "cool": rf"You cool the {THING} using the {THING}\.",
+    "use": rf"You turn on the {LAMP}\.",
+    "examine": rf"{SHOWN}|There's nothing special about {THING}\.|This is a (?:(?:clean|hot|cool) )+{THING}\.",
+    "inventory": rf"You are carrying: a {THING}\.|You are not carrying anything\.",
+    "look": rf"You are facing the {THING}\. Next to it, you see nothing\.|{INTRO}",
+}
+
+
+@cache
+def default():
+    return load(["env=household"]).env
+
+
+@cache
+def world(which="roomy"):
+    return instantiate(default().make) if which == "default" else Household()
+
+
+def win(made, task, **habits):
+    """The rewards of an episode of the scripted player, and its last turn."""
+    env, random, turns = made.env(), Random(task.id), []
+    env.reset(task)
+    while len(turns) < TURNS and not (turns and turns[-1].done):
+        turns.append(env.step(made.expert(env, random, **habits)))
+    return turns
+
+
+def wanders(count, seed=0):
+    """Environments in the midst of things, as many of each kind: after any number of turns, half of them aimless."""
+    random = Random(seed)
+    for made, i in itertools.product([Household(kinds=[kind]) for kind in GOALS], range(count)):
+        task, env = made.tasks("train")[i], made.env()
+        turn = env.reset(task)
+        for _ in range(random.randrange(30)):
+            aimless = random.random() < 0.5
+            after = env.step(random.choice(turn.actions) if aimless else made.expert(env, random))
+            turn = env.reset(task) if after.done else after
+        yield env, turn
+
+
+def goal(task):
+    return task.kind, task.payload["object"], task.payload["target"]
+
+
+def layout(task):
+    return frozenset((place, tuple(sorted(things))) for place, things in task.payload["layout"].items())
+
+
+# What is held out.
+
+
+@pytest.mark.parametrize("which", ["default", "roomy"])
+def test_held_out_is_held_out(which):
+    """Neither an errand nor a room of dev or test is ever met in training, nor one of test in dev."""
+    splits = {split: list(world(which).tasks(split)) for split in ("train", "dev", "test")}
+    assert len(splits["train"]) >= 2000
+    assert min(len(splits["dev"]), len(splits["test"])) >= 100
+    for trait in (goal, layout):
+        seen = {split: {trait(task) for task in tasks} for split, tasks in splits.items()}
+        assert not seen["train"] & (seen["dev"] | seen["test"])
+        assert not seen["dev"] & seen["test"]
+    assert all({task.kind for task in tasks} == set(world(which).kinds) for tasks in splits.values())
+
+
+def test_a_goal_is_not_reached_at_the_start():
+    for task in world().tasks("train")[:300]:
+        env = world().env()
+        env.reset(task)
+        assert not env._is_won()
+        lying = [thing for things in task.payload["layout"].values() for thing in things]
+        assert sum(kind_of(thing) == task.payload["object"] for thing in lying) >= 1 + ("two" in task.kind)
+
+
+# Running errands.
+
+
+@pytest.mark.parametrize("kind", GOALS)
+@pytest.mark.parametrize("tags", [False, True], ids=["plain", "tags"])
+def test_every_errand_can_be_run(kind, tags):
+    made = Household(kinds=[kind], tags=tags)
+    for task in made.tasks("test")[:20]:
+        turns = win(made, task)
+        assert turns[-1].terminated
+        assert turns[-1].metrics["won"] == 1
+        assert [turn.metrics["won"] for turn in turns[:-1]] == [0] * (len(turns) - 1)
+        assert all(turn.valid and turn.metrics["admissible"] for turn in turns)
+
+
+def test_the_default_errands_fit_into_an_episode():
+    for split in ("dev", "test"):
+        for task in world("default").tasks(split):
+            assert len(win(world("default"), task)) <= default().max_turns
+
+
+def test_a_noisy_player_arrives_as_well():
+    tasks = world().tasks("train")[:50]
+    assert sum(win(world(), task, noise=0.3)[-1].done for task in tasks) >= 45
+
+
+def test_the_reward_is_paid_once():
+    made = Household(reward=10.0)
+    task = made.tasks("dev")[0]
+    env, random, rewards = made.env(), Random(0), []
+    env.reset(task)
+    while not env.won:
+        rewards.append(env.step(made.expert(env, random)).reward)
+    assert rewards == [0.0] * (len(rewards) - 1) + [10.0]
+    after = env.step("look")
+    assert (after.reward, after.terminated, after.observation) == (0.0, True, NOTHING)
+
+
+# What the world allows.
+
+
+def test_the_list_of_actions_is_the_truth():
+    """What is listed is answered, in ALFWorld's words; all else that the grammar allows is not, and changes nothing."""
+    answered, refused = set(), set()
+    for env, turn in wanders(40):
+        assert len(set(turn.actions)) == len(turn.actions)
+        for action in turn.actions:
+            after = copy.deepcopy(env).step(action)
+            verb = action.split()[0]
+            answered.add(verb)
+            assert after.valid
+            assert after.metrics["admissible"] == 1
+            assert re.fullmatch(ANSWERS[verb], after.observation), (action, after.observation)
+        for action in grammar(env) - set(turn.actions):
+            after = env.step(action)
+            refused.add(action.split()[0])
+            assert (after.observation, after.valid, after.reward, after.done) == (NOTHING, True, 0.0, False)
+            assert after.metrics["admissible"] == 0
+            assert after.actions == turn.actions
+    assert answered == set(ANSWERS)
+    assert refused == set(ANSWERS) - {"look", "inventory"}
+
+
+def grammar(env):
+    """Everything that can be said about this room, and about one that is not there."""
+    places = [*env.inside, "attic 1"]
+    things = (
+        [thing for inside in env.inside.values() for thing in inside] + ([env.held] if env.held else []) + ["yak 1"]
+    )
+    said = {f"{verb} {name}" for verb in ("open", "close", "examine", "use") for name in [*places, *things]}
+    said |= {f"go to {place}" for place in [*places, *things]}
+    for thing in things:
+        for place in places:
+            said |= {f"take {thing} from {place}", f"move {thing} to {place}"}
+            said |= {f"{verb} {thing} with {place}" for verb in APPLIANCE}
+    return said | {"look", "inventory"}
+
+
+@pytest.mark.parametrize("response", ["", "dance", "go to", "go to cabinet", "take mug 1", "look look", "look " * 200])
+def test_what_is_not_an_action_is_invalid(response):
+    env = world().env()
+    before = env.reset(world().tasks("dev")[0])
+    after = env.step(response)
+    assert (after.observation, after.valid, after.reward) == (NOTHING, False, 0.0)
+    assert (after.metrics["format_valid"], after.metrics["admissible"]) == (0, 0)
+    assert after.actions == before.actions
+
+
+@pytest.mark.parametrize("response", ["LOOK", "  look\n", "Look"])
+def test_case_and_space_do_not_matter(response):
+    env = world().env()
+    env.reset(world().tasks("dev")[0])
+    assert env.parse(response) == "look"
+    assert env.step(response).observation == env.intro
+
+
+def test_nothing_is_lost_and_one_thing_is_carried():
+    for env, turn in wanders(8, seed=1):
+        lying = [thing for things in env.inside.values() for thing in things]
+        assert len(set(lying)) == len(lying)
+        assert len(lying) + (env.held is not None) == world().objects + (LAMP in lying)
+        if env.held:
+            assert not any(action.startswith("take") for action in turn.actions)
+        if env.here in env.shut:
+            assert not any(action.startswith(("take", "move", "close")) for action in turn.actions)
+
+
+def test_what_is_shut_hides_its_content():
+    for task in world().tasks("train")[:50]:
+        env = world().env()
+        env.reset(task)
+        for place, things in task.payload["layout"].items():
+            arrived = env.step(f"go to {place}").observation
+            if kind_of(place) in OPENABLE:
+                assert arrived == f"You arrive at {place}. The {place} is closed."
+                arrived = env.step(f"open {place}").observation
+            assert all(thing in arrived for thing in things)
+
+
+@pytest.mark.parametrize("kind", TREATED)
+def test_a_thing_must_be_treated_first(kind):
+    """Where it lies in the right place untreated, nothing is won; treated otherwise afterwards, neither."""
+    made = Household(kinds=[kind])
+    task = made.tasks("train")[0]
+    env, random = made.env(), Random(0)
+    env.reset(task)
+    plain = Errand("pick_and_place", task.payload["object"], task.payload["target"])
+    env.errand = plain
+    while not env.won:
+        turn = env.step(made.expert(env, random))
+    env.errand, env.won = Errand(kind, plain.object, plain.target), False
+    assert turn.done
+    assert not env._is_won()
+    assert plain.object in KITCHEN
+
+
+def test_hot_and_cool_exclude_each_other():
+    env = world().env()
+    room = {"microwave 1": ["mug 1"], "fridge 1": [], "sinkbasin 1": [], "shelf 1": []}
+    payload = {"kind": "pick_heat_then_place", "object": "mug", "target": "shelf", "layout": room}
+    task = copy.copy(world().tasks("dev")[0])
+    object.__setattr__(task, "payload", payload)
+    env.reset(task)
+    script = ["go to microwave 1", "open microwave 1", "take mug 1 from microwave 1", "heat mug 1 with microwave 1"]
+    script += ["go to sinkbasin 1", "clean mug 1 with sinkbasin 1", "examine mug 1"]
+    assert [env.step(action) for action in script][-1].observation == "This is a clean hot mug 1."
+    for action in ("go to fridge 1", "cool mug 1 with fridge 1", "go to shelf 1"):
+        env.step(action)
+    assert not env.step("move mug 1 to shelf 1").done
+    assert env.step("take mug 1 from shelf 1").observation == "You pick up the mug 1 from the shelf 1."
+    assert env.step("examine mug 1").observation == "This is a clean cool mug 1."
+    for action in ("go to microwave 1", "heat mug 1 with microwave 1", "go to shelf 1"):
+        env.step(action)
+    assert env.step("move mug 1 to shelf 1").metrics["won"] == 1
+
+
+# Words.
+
+
+@pytest.mark.parametrize("which", ["default", "roomy"])
+def test_an_episode_opens_as_in_alfworld(which):
+    for task in world(which).tasks("dev")[:40]:
+        env = world(which).env()
+        turn = env.reset(task)
+        assert re.fullmatch(rf"{INTRO} Your task is to: [^.]*\.", turn.observation)
+        assert turn.observation.endswith(f" Your task is to: {env.goal}")
+        assert env.goal == GOALS[task.kind].format(object=task.payload["object"], target=task.payload["target"])
+        named = re.findall(THING, turn.observation.partition(" Your task")[0])
+        assert named == list(task.payload["layout"])
+
+
+TAGGED = [
+    ("<think>hm</think><action>look</action>", "look", True),
+    ("<think>hm</think>\n<action> LOOK\n</action> then", "look", True),
+    ("<think>hm</think><action>dance</action>", "dance", True),  # as verl-agent counts: the tags are there
+    ("<action>look</action>", "look", False),
+    ("<think>hm<action>look</action>", "look", False),
+    ("<think>嗯</think><action>look</action>", "look", False),
+    ("look", "look", False),
+    ("<think>hm</think>" + "x" * 50 + "look", "x" * 26 + "look", False),
+]
+
+
+@pytest.mark.parametrize(("response", "action", "valid"), TAGGED)
+def test_tags(response, action, valid):
+    made = Household(tags=True)
+    env = made.env()
+    env.reset(made.tasks("dev")[0])
+    assert env.parse(response) == action
+    turn = env.step(response)
+    assert turn.valid is valid
+    assert turn.metrics["admissible"] == (action == "look")
+
+
+def test_without_tags_the_whole_response_is_the_action():
+    env = world().env()
+    env.reset(world().tasks("dev")[0])
+    turn = env.step("<think>hm</think><action>look</action>")
+    assert (turn.valid, turn.observation) == (False, NOTHING)
+
+
+# Knobs.
+
+
+@pytest.mark.parametrize(
+    ("field", "keywords"),
+    [
+        ("kinds", {"kinds": ["juggle"]}),
+        ("kinds", {"kinds": []}),
+        ("receptacle_types", {"receptacle_types": ["attic"]}),
+        ("object_types", {"object_types": ["yak"]}),
+        ("object_types", {"object_types": ["book", "pen"], "kinds": ["pick_heat_then_place"]}),
+        ("receptacles", {"receptacles": 0}),
+        ("receptacles", {"receptacles": 1000}),
+        ("copies", {"copies": 0}),
+        ("sizes.dve", {"sizes": {"dve": 3}}),
+        ("sizes.dev", {"sizes": {"dev": -3}}),
+        ("openable", {"openable": -1}),
+        ("openable", {"openable": 9}),
+        ("openable", {"openable": 0, "receptacle_types": [*OPENABLE, "shelf"]}),
+        ("objects", {"objects": 0}),
+        ("objects", {"objects": 1}),  # two are asked for
+        ("objects", {"objects": 1000}),
+    ],
+)
+def test_a_wrong_knob_is_named(field, keywords):
+    with pytest.raises(ConfigError) as caught:
+        Household(**keywords)
+    assert caught.value.field == f"env.make.{field}"
+    assert caught.value.choices or caught.value.remedy
+
+
+ROOMLESS = {"kinds": ["pick_and_place"], "receptacles": 3, "objects": 1}
+CRAMPED = {
+    "nowhere to look": {"receptacle_types": ["shelf", "desk"], "openable": 0, "copies": 3},
+    "one type": {"receptacle_types": ["cabinet"], "openable": 3, "copies": 4},
+    "one room": {"receptacle_types": ["shelf", "desk", "sofa"], "openable": 0, "copies": 1},
+}
+
+
+@pytest.fixture
+def in_a_second():
+    def out_of_time(*_):
+        raise TimeoutError("drawing does not end")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("in_a_second")
+@pytest.mark.parametrize("keywords", CRAMPED.values(), ids=CRAMPED)
+def test_a_world_is_refused_or_has_all_its_tasks(keywords):
+    """Knobs that leave hardly any room: a ConfigError, or tasks as many as promised; not fewer, and not an endless search."""
+    try:
+        tasks = Household(**ROOMLESS, **keywords).tasks("dev")
+        assert len(list(tasks)) == len(tasks)
+    except ConfigError as error:
+        assert error.field.startswith("env.make.")
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ConfigError):
+        world().tasks("trian")
+
+
+def test_a_list_of_tasks_is_a_sequence():
+    tasks = world().tasks("dev")
+    assert tasks[-1] == tasks[len(tasks) - 1]
+    assert tasks[2:4] == [tasks[2], tasks[3]]
+    with pytest.raises(IndexError):
+        tasks[len(tasks)]
+    assert len(Household(sizes={"dev": 7}).tasks("dev")) == 7
+    assert Household(sizes={"dev": 7}).tasks("dev")[:7] == tasks[:7]
+
+
+def test_difficulty_follows_the_knobs():
+    made = Household(receptacles=5, openable=2, copies=1, objects=3, kinds=["pick_and_place"])
+    for task in made.tasks("train")[:100]:
+        places = task.payload["layout"]
+        assert len(places) == 5
+        assert len({kind_of(place) for place in places}) == 5
+        assert sum(kind_of(place) in OPENABLE for place in places) == 2
+        assert sum(map(len, places.values())) == 3
