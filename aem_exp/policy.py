@@ -3,6 +3,7 @@
 Nothing is fetched here: weights that are not on this machine are one sentence, before any work.
 """
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,22 @@ from aem_exp.config import ConfigError, Model
 
 
 def locate(model: Model) -> str:
-    """Folder of the weights: `model.path` itself, or its snapshot in the local hub cache."""
+    """Folder of the weights: `model.path` itself, or its snapshot in the local hub cache.
+
+    With `trust_remote_code`, only where its code is the one that was reviewed.
+    """
+    folder = _folder(model)
+    if model.trust_remote_code:
+        digest = sha256()
+        for file in sorted(Path(folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+        if digest.hexdigest() != model.code_sha256:
+            remedy = f"the code in {folder} hashes to {digest.hexdigest()}; review it, then set that"
+            raise ConfigError("model.code_sha256", model.code_sha256, remedy)
+    return folder
+
+
+def _folder(model: Model) -> str:
     path = model.path or ""
     if (Path(path) / "config.json").is_file():
         return path
