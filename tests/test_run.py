@@ -157,7 +157,7 @@ def tracked(folder):
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
-    started = door(cache, tmp_path, *SMALL, wait=False)
+    started = door(cache, tmp_path, *SMALL, "trainer.steps=300", wait=False)
     wait_for(
         started,
         lambda: list(tmp_path.glob("*/metrics.jsonl")),
