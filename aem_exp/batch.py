@@ -50,8 +50,8 @@ def pack(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[str, T
     `tool_mask` is 1 on the tokens that the policy sampled. A dead row repeats the shortest one with an empty mask: an
     all-masked attention row could produce NaN.
     """
-    shortest = min(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].completion))
-    picked = [rows[shortest if i == DEAD else i] for i in chosen]
+    filler = min(rows, key=lambda row: len(row.prompt) + len(row.completion)) if DEAD in chosen else None
+    picked = [filler if filler and i == DEAD else rows[i] for i in chosen]
     mask = _pad([[0] * len(row.mask) if i == DEAD else row.mask for i, row in zip(chosen, picked, strict=True)])
     return {
         "prompt_ids": _pad([row.prompt for row in picked], pad_id, left=True),

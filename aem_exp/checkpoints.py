@@ -20,7 +20,12 @@ def mark(checkpoint: Path, step: int, ranks: int) -> None:
 
 def newest(run_dir: Path) -> Path | None:
     complete = [path for path in run_dir.glob("checkpoint-*") if (path / _MARK).exists()]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return max(complete, key=updates, default=None)
+
+
+def updates(checkpoint: Path) -> int:
+    """Optimizer steps taken when it was saved."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def steps(checkpoint: Path) -> int:

@@ -71,8 +71,11 @@ class Episodes:
                 writer.write_table(pyarrow.parquet.read_table(part, schema=_schema()))
             writer.write_table(self._table())
         os.replace(self.file.with_suffix(".part"), self.file)
-        shutil.rmtree(self._parts)
         return self.file
+
+    def forget(self) -> None:
+        """Drop the parts; only once the result is written, or a kill in between would cost them."""
+        shutil.rmtree(self._parts)
 
     def _table(self) -> Any:
         import pyarrow

@@ -69,10 +69,12 @@ def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
     ) as tracker:
         _write_json(folder / "experiment.json", resolved)
         weights = weights or _made(experiment, world)
-        result = _Experiment(experiment, folder, world, weights, tracker, watch).play()
+        parts = _Experiment(experiment, folder, world, weights, tracker, watch)
+        result = parts.play()
         for path in show.artifacts(folder):
             tracker.artifact(path)
         _write_json(folder / RESULT, result)
+        parts.episodes.forget()
     if tracker.trouble:
         log.warning(tracker.trouble)
 
@@ -97,8 +99,9 @@ class _Experiment:
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         self.rollout = Rollout(world, experiment.env, self.chat)
-        self.time = Time(experiment.trainer["steps"], max(0, _resume_step(folder)))
-        self.episodes = Episodes(folder, _resume_step(folder))
+        done = _resume_step(folder)
+        self.time = Time(experiment.trainer["steps"], max(0, done))
+        self.episodes = Episodes(folder, done)
         self.scores: dict[str, Any] = {}
 
     def play(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ class _Experiment:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:  # stopped between the last step and the result
             trainer._load_from_checkpoint(str(checkpoint))
+        last = checkpoints.newest(self.folder)
         after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
         final = self._exam(how.final)
         self._report(self.time.step, final.metrics("test/"))
@@ -121,7 +125,7 @@ class _Experiment:
             "experiment": self.experiment.name,
             "signature": config.signature(self.experiment),
             "steps": self.time.step,
-            "updates": trainer.state.global_step,
+            "updates": checkpoints.updates(last) if last else 0,
             "before": before,
             "after": asdict(after),
             "final": asdict(final),

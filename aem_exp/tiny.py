@@ -9,7 +9,6 @@ A world that wants such a policy offers, besides its tasks and environments, `wo
 and `expert(env, random, noise)` (a response of its scripted player).
 """
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,14 +159,6 @@ def make_policy(
     return model
 
 
-class _Chat(Chat):
-    """Remembers what it rendered: the scripted player hears the same few sentences over and over."""
-
-    @functools.cache  # noqa: B019 (lives as long as the demonstrations are played)
-    def follow(self, user: str, last_id: int) -> list[int]:
-        return super().follow(user, last_id)
-
-
 class _ScriptedSampler:
     """The scripted player in the place of a policy: it looks at the environments and answers in tokens."""
 
@@ -204,7 +195,7 @@ def demonstrate(
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
     player = _ScriptedSampler(world, tokenizer, random, noise, shyness)
-    rollout = Rollout(player, env, _Chat(tokenizer))
+    rollout = Rollout(player, env, Chat(tokenizer))
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     return rows(rollout.play(draws, player), env.history)

@@ -57,7 +57,6 @@ class Time:
     steps: int
     step: int = 0
     closing: bool = False  # the update at hand is the last one of its step
-    stop: bool = False  # somebody asked to stop when this step ends
 
     @property
     def progress(self) -> float:
@@ -104,8 +103,8 @@ class AEMCallback(TrainerCallback):
         if self.evaluate and (last or self._due(self.evaluate_every)):
             self.metrics |= self.evaluate()
         control.should_log = True
-        control.should_save = last or self.time.stop or self._due(self.save_every)
-        control.should_training_stop = last or self.time.stop
+        control.should_save = last or self._due(self.save_every)
+        control.should_training_stop = last
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
