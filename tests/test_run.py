@@ -145,6 +145,23 @@ def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
     assert all(len(steps) == len(set(steps)) for steps in history.values())
 
 
+def test_stopped_before_the_result_it_ends_the_same(unbroken, cache, tmp_path, monkeypatch):
+    """Trained, scored and joined, but not yet a result: asked again, nothing is lost and nothing counted as zero."""
+    from aem_exp import config, run, show
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off"])
+    with monkeypatch.context() as broken:
+        broken.setattr(show, "artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            run.run(experiment)
+    folder = run.run(experiment)
+    assert not (folder / "episodes").exists()
+    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder, unbroken[0]))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert json.loads((folder / "result.json").read_text()) == json.loads((unbroken[0] / "result.json").read_text())
+
+
 def tracked(folder):
     """Steps of each metric in MLflow."""
     from mlflow import MlflowClient
