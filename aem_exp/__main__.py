@@ -5,7 +5,6 @@ mistake is one sentence and exit code 2.
 """
 
 import argparse
-import errno
 import os
 import shlex
 import sys
@@ -30,15 +29,18 @@ folder. Asked again, it resumes, or shows what is there. Without arguments:
 """
 OPTIONS = """\
 Options
+  from=RUN_DIR      begin where a finished run ended, with its settings: from=RUN_DIR trainer.steps=200
+  resume=inexact    go on with a run although code, libraries or machine have changed; the run is marked
   plan=true         show the run's folder, its size and what is odd about it; run nothing
   --cfg job         print the composed config and stop; --resolve fills in interpolations
   --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
+  --trust           continue a run of somebody else's; its config can call any function
   --hydra-help      help of the library that composes the config
 
 Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
 (default ~/.cache/aem_exp)."""
 
-SWITCHES = (("-h", "--help"), ("--hydra-help",), ("-m", "--multirun"), ("--resolve",))
+SWITCHES = (("-h", "--help"), ("--hydra-help",), ("-m", "--multirun"), ("--resolve",), ("--trust",))
 VALUED = (("-c", "--cfg"), ("--config-dir",))
 RESULT = "result.json"
 MOST_DIFFERENCES = 8  # of a run that is worth comparing with
@@ -60,14 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            "aem_exp: the disk is full; free space and ask again: the run goes on from its last checkpoint",
-            file=sys.stderr,
-        )
-        return 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,10 +102,12 @@ def _act(asked: argparse.Namespace) -> int:
         raise ConfigError("--cfg", asked.cfg, ["job"])
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
+    if asked.trust and not any(text.startswith("from=") for text in asked.overrides):
+        raise ConfigError("--trust", True, "only read with from=RUN_DIR")
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 
-    tree = compose(asked.overrides, asked.config_dir)
+    tree = compose(asked.overrides, asked.config_dir, asked.trust)
     experiment = resolve(tree)
     if asked.cfg:
         print(to_yaml(tree, asked.resolve), end="")
@@ -127,23 +123,9 @@ def _run(experiment: "Experiment", command: str) -> int:
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
-    from aem_exp import show
+    from aem_exp.run import at_terminal
 
-    show.quiet()
-    if not finished:
-        from aem_exp.run import Owned, run
-
-        try:
-            with show.Progress() as progress:
-                run(experiment, progress)
-        except Owned as owned:
-            print(owned)
-            return 0
-        except KeyboardInterrupt:
-            print(f"\nstopped; to go on from the last checkpoint: {command}", file=sys.stderr)
-            return 130
-    show.summary(folder)
-    return 0
+    return at_terminal(experiment, folder, command)
 
 
 def _plan(experiment: "Experiment") -> int:

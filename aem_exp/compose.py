@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -21,28 +22,49 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from aem_exp import keywords
-from aem_exp.config import Experiment, choices, config_roots
+from aem_exp.config import Experiment, choices, config_roots, read, signature, to_dict
 from aem_exp.values import ConfigError, closest, unknown
 
 Choices = Mapping[str, Mapping[str, Path]]
+FROM: Final = "from="
+CONTINUED: Final = "continued"
+BRANCHES: Final = ("modulation", "launch")  # groups whose file says all of their block
 FIELDS: Final = [item.name for item in fields(Experiment)]
 
 
-def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
-    """Merge `conf/`, the user's folder over it, and the overrides; see `config.load`."""
+def compose(overrides: list[str], config_dir: str | Path | None = None, trust: bool = False) -> DictConfig:
+    """Merge `conf/`, the user's folder over it, and the overrides; see `config.load`.
+
+    With `from=RUN_DIR` that run's experiment stands in the place of `config.yaml`.
+    """
     roots = config_roots(config_dir)
     groups = choices(roots)
-    lines = [line for text in overrides for line in _lines(text, groups)]
+    parents = [text.removeprefix(FROM) for text in overrides if text.startswith(FROM)]
+    overrides = [text for text in overrides if not text.startswith(FROM)]
+    base = _continued(parents[-1], overrides, trust) if parents else None
+    lines = [line for text in overrides for line in _lines(text, groups, base is not None)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
-            return _composed(lines, roots)
+            return _composed(lines, roots, base)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError("config", " ".join(overrides) or "config.yaml", _sentence(error)) from error
 
 
-def _composed(lines: list[str], roots: list[Path]) -> DictConfig:
+def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:
+    """What a finished run was, without the blocks that are chosen anew."""
+    folder = Path(parent).expanduser().absolute()
+    experiment = read(folder, trust)
+    if not (folder / "result.json").exists():
+        raise ConfigError("from", parent, "is not finished; ask it again to go on, and continue it when it is")
+    tree = to_dict(experiment) | {"parent": signature(experiment), "parent_dir": str(folder), "resume": "exact"}
+    chosen = {text.lstrip("+").partition("=")[0] for text in overrides}
+    return {key: value for key, value in tree.items() if key not in chosen & set(BRANCHES)}
+
+
+def _composed(lines: list[str], roots: list[Path], base: dict[str, Any] | None) -> DictConfig:
     """Hydra's answer, where an earlier folder hides the files of a later one. The first `config.yaml` is the primary."""
+    ConfigStore.instance().store(CONTINUED, OmegaConf.create(base or {}))
     main = next(i for i, root in enumerate(roots) if (root / "config.yaml").is_file())
     below = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in roots[main + 1 :])
     with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"):
@@ -50,7 +72,7 @@ def _composed(lines: list[str], roots: list[Path]) -> DictConfig:
         for root in roots[:main]:
             places.prepend("config-dir", f"file://{root}", anchor="main")
         # The search path is given even where it is empty: it makes Hydra look at its places anew.
-        return hydra.compose("config", [*lines, f"hydra.searchpath=[{below}]"])
+        return hydra.compose(CONTINUED if base else "config", [*lines, f"hydra.searchpath=[{below}]"])
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +91,7 @@ def to_yaml(cfg: DictConfig, resolve: bool = False) -> str:
     return OmegaConf.to_yaml(cfg, resolve=resolve)
 
 
-def _lines(text: str, groups: Choices) -> list[str]:
+def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
     """An override as Hydra wants it.
 
     Ours need no `+` to set a key that no file sets: the types say which keys exist. A block with a `_target_` replaces the
@@ -84,7 +106,12 @@ def _lines(text: str, groups: Choices) -> list[str]:
         for name in chosen if isinstance(chosen, list) else [chosen]:
             if str(name) not in groups[key]:
                 raise ConfigError(key, name, groups[key])
-        return [("" if key in FIELDS else "+") + text.lstrip("+")]
+        if continued and key not in BRANCHES:
+            remedy = f"with from=, {' and '.join(BRANCHES)} can be chosen anew; of the rest, single keys"
+            raise ConfigError(key, value, remedy)
+        return [("" if key in FIELDS and not continued else "+") + text.lstrip("+")]
+    if key in ("parent", "parent_dir"):
+        raise ConfigError(key, value, "is set by from=RUN_DIR")
     if key.partition(".")[0] not in FIELDS:
         raise _stranger(key, value, groups)
     if override.is_delete():

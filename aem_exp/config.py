@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ConfigError", "instantiate"]
 Count = Annotated[int, NOT_NEGATIVE]
 Size = Annotated[int, AT_LEAST_1]
+EXECUTION = ("name", "launch", "outputs", "tracking", "parent_dir", "resume")  # recorded, and not hashed
 
 
 @dataclass(frozen=True)
@@ -104,24 +105,28 @@ class Experiment:
     launch: Launch = field(default_factory=Launch)
     outputs: str | None = None
     tracking: str | None = None
+    parent: str | None = None  # signature of the run at whose end this one begins, by `from=RUN_DIR`
+    parent_dir: str | None = None  # where that one lies
+    resume: Literal["exact", "inexact"] = "exact"  # inexact: go on though code, libraries or machine changed
 
 
 # From a command line to an experiment.
 
 
-def load(overrides: list[str], config_dir: str | Path | None = None) -> Experiment:
+def load(overrides: list[str], config_dir: str | Path | None = None, trust: bool = False) -> Experiment:
     """What a command line resolves to.
 
     Args:
-        overrides: as typed: `+experiment=alfworld_1_5b`, `modulation=none`, `trainer.steps=10`.
+        overrides: as typed: `+experiment=alfworld_1_5b`, `modulation=none`, `trainer.steps=10`, `from=RUN_DIR`.
         config_dir: a folder laid over `conf/`: its groups add to ours, its files hide ours of the same name.
+        trust: continue a run of somebody else's; its config names functions that are called.
 
     Raises:
         ConfigError: anything that is wrong with it.
     """
     from aem_exp.compose import compose
 
-    return resolve(compose(overrides, config_dir))
+    return resolve(compose(overrides, config_dir, trust))
 
 
 def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
@@ -130,6 +135,30 @@ def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
 
     experiment = _bound(from_dict(plain(cfg)))
     rules.check(experiment)
+    if experiment.parent_dir is not None:
+        rules.check_continued(experiment, read(experiment.parent_dir, trust=True))
+    return experiment
+
+
+def read(folder: str | Path, trust: bool = False) -> Experiment:
+    """The experiment of a run dir, as it was resolved.
+
+    Raises:
+        ConfigError: there is none, it was edited, or it is somebody else's and not to be trusted.
+    """
+    folder = Path(folder).expanduser().absolute()
+    file = folder / "experiment.json"
+    try:
+        owner, data = file.stat().st_uid, json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run, with {file.name} ({error})") from error
+    if owner != os.getuid() and not trust:
+        remedy = "belongs to somebody else, and its config can call any function; read it, then add --trust"
+        raise ConfigError("RUN_DIR", str(folder), remedy)
+    experiment = _bound(from_dict(data))
+    if not folder.name.endswith(f"-{signature(experiment)}"):
+        remedy = f"{file.name} hashes to {signature(experiment)}: it was edited, or written by another version"
+        raise ConfigError("RUN_DIR", str(folder), remedy)
     return experiment
 
 
@@ -227,7 +256,7 @@ def nearest(experiment: Experiment) -> tuple[Path, list[str]] | None:
 def _hashed(e: Experiment) -> dict[str, Any]:
     """The science, complete: without execution, and without names, which are only read by people."""
     data = to_dict(e)
-    parts = {key: value for key, value in data.items() if key not in ("name", "launch", "outputs", "tracking")}
+    parts = {key: value for key, value in data.items() if key not in EXECUTION}
     for part in ("model", "env", "baseline", "modulation"):
         del parts[part]["name"]
     return parts

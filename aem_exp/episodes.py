@@ -1,15 +1,19 @@
-"""What was played, on disk: `episodes.parquet`, one row per episode, with every response of those that are kept in full.
+"""What was played, on disk: `episodes.parquet`, one row per episode, with every response of those that are kept in full;
+and a sample of it as a page to read.
 
 While a run lives the rows stand in parts, one per checkpoint, so that a kill costs no more than the steps it costs anyway.
 """
+
+from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aem_exp.rollout import Response, Trajectory
+if TYPE_CHECKING:
+    from aem_exp.rollout import Response, Trajectory
 
 Record = dict[str, Any]
 
@@ -117,3 +121,73 @@ def _schema() -> Any:
             "responses": pa.list_(response),
         }
     )
+
+
+# To read.
+
+
+def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
+    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
+    file = run_dir / "episodes.parquet"
+    parts = [file] if file.exists() else sorted((run_dir / "episodes").glob("*.parquet"))
+    if not parts:
+        return []
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    kept = pyarrow.compute.field("responses").is_valid()
+    rows = [row for part in parts for row in pyarrow.parquet.read_table(part, filters=kept).to_pylist()]
+    held_out = [row for row in rows if row["split"] != "train" and row["member"] == 0]
+    trained = [row for row in rows if row["split"] == "train"]
+    first = min((row["step"] for row in held_out), default=0)
+    chosen = list(dict.fromkeys(row["task"] for row in held_out if row["step"] == first))[:tasks]
+    last = max((row["step"] for row in held_out), default=0)
+    pairs = [row for task in chosen for row in held_out if row["task"] == task and row["step"] in (first, last)]
+    newest = max((row["step"] for row in trained), default=0)
+    return pairs + [row for row in trained if row["step"] == newest][:members]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Write episodes for reading: what was seen, what was answered, what it earned, how sure the policy was."""
+    about = (
+        "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
+        "multiplied by (absent where nothing was trained on the episode).\n"
+    )
+    return "\n".join(["# Episodes\n", about, *(_episode(row) for row in rows)])
+
+
+def _episode(row: dict[str, Any]) -> str:
+    outcome = "won" if row.get("won") else "not won"
+    ended = {"over": "", "turns": ", out of turns", "context": ", out of context"}.get(
+        row["ended"], f", {row['ended']}"
+    )
+    facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
+    error = f"\n{_fenced(row['error'])}" if row.get("error") else ""
+    turns = (_turn(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
+    return "\n".join([f"## {row['split']}: {row['task']}\n", f"**{facts}**\n{error}", *turns])
+
+
+def _turn(number: int, said: dict[str, Any]) -> str:
+    alpha = said.get("alpha")
+    facts = [
+        f"reward {said['reward']:g}",
+        f"entropy {said['entropy']:.3f}",
+        *([f"alpha {alpha:.3f}"] if alpha is not None else []),
+        *([] if said.get("valid", True) else ["invalid"]),
+    ]
+    return f"### Turn {number}: {', '.join(facts)}\n\n{_quoted(said['observation'])}\n\n{_fenced(said['text'])}\n"
+
+
+def _quoted(text: str, most: int = 2000) -> str:
+    return "\n".join(f"> {line}" for line in _cut(text, most).splitlines())
+
+
+def _fenced(text: str, most: int = 4000) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{_cut(text, most)}\n{fence}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.values import ConfigError, unknown
+from aem_exp.values import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -19,6 +19,7 @@ TEMPLATES: Final = {  # history -> template -> what it may quote
     "window": {"first": _SHOWN, "window": _WINDOW, "pair": {"n", "observation", "action"}},
 }
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
+MOMENTS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
 UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -30,6 +31,20 @@ def check(e: Experiment) -> None:
     """
     for rule in RULES:
         rule(e)
+
+
+def check_continued(e: Experiment, parent: Experiment) -> None:
+    """Refuse what a run that begins at another's last checkpoint could not honour: weights and moments are as they are."""
+    kept = {f"trainer.{key}": (parent.trainer.get(key), e.trainer.get(key)) for key in MOMENTS}
+    kept |= {f"model.{key}": (value, getattr(e.model, key)) for key, value in vars(parent.model).items()}
+    for field, (old, new) in kept.items():
+        if old != new:
+            raise ConfigError(field, new, f"must stay {shown(old)}: weights and optimizer are those of {e.parent_dir}")
+    if e.trainer["steps"] <= parent.trainer["steps"]:
+        remedy = (
+            f"must be above {parent.trainer['steps']}, the steps of {e.parent_dir}: steps are counted from its start"
+        )
+        raise ConfigError("trainer.steps", e.trainer["steps"], remedy)
 
 
 def notes(e: Experiment) -> list[str]:
@@ -53,6 +68,14 @@ def notes(e: Experiment) -> list[str]:
 def _name(e: Experiment) -> None:
     if not NAME.fullmatch(e.name):
         raise ConfigError("name", e.name, "must be a file name: letters, digits, and . _ + = - (at most 100)")
+
+
+def _tracking(e: Experiment) -> None:
+    if e.tracking and re.search(r"://[^/\s]*@", e.tracking):
+        remedy = "holds credentials; those come from the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or _TOKEN,"
+        raise ConfigError(
+            "tracking", re.sub("//.*@", "//***@", e.tracking), f"{remedy} or the URI in MLFLOW_TRACKING_URI"
+        )
 
 
 def _model(e: Experiment) -> None:
@@ -167,5 +190,5 @@ def _rows(e: Experiment) -> int:
 
 
 RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
-    *(_name, _model, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
+    *(_name, _tracking, _model, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
 )

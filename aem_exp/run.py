@@ -2,25 +2,29 @@
 
 The run dir is the truth, and asking again is safe: what is finished is left alone, what was interrupted continues from its
 newest complete checkpoint and ends as if it had never stopped.
+
+Also a door: `python -m aem_exp.run RUN_DIR` runs, by hand, the experiment that a run dir holds.
 """
 
+import argparse
+import errno
 import json
 import logging
 import os
 import platform
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from errno import ENOSPC
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, policy
+from aem_exp import checkpoints, config, disk, policy, provenance
 from aem_exp.config import ConfigError, Experiment
 
 log = logging.getLogger("aem_exp")
@@ -28,21 +32,20 @@ Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all step
 RESULT = "result.json"
 BEFORE = "before.json"
 _SPARE = 50_000_000  # bytes for everything but weights
-_PACKAGES = ("aem_exp", "torch", "trl", "transformers", "accelerate", "peft", "numpy", "hydra-core", "mlflow")
 
 
 class Owned(Exception):
     """Somebody else is at this run; the message names them."""
 
 
-def run(experiment: Experiment, watch: Watch | None = None) -> Path:
-    """Train and evaluate one experiment; the run dir.
+def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None = None) -> Path:
+    """Train and evaluate one experiment; the run dir (`folder`: where else than `config.run_dir` says).
 
     Returns at once where the result is there. Raises ConfigError before any work, and Owned where another process runs it.
     """
     config.check_runnable(experiment)
-    folder = config.run_dir(experiment)
-    _writable(folder)
+    folder = folder or config.run_dir(experiment)
+    disk.check_writable(folder, "outputs")
     with _owning(folder):
         if not (folder / RESULT).exists():
             _run(experiment, folder, watch)
@@ -50,30 +53,34 @@ def run(experiment: Experiment, watch: Watch | None = None) -> Path:
 
 
 def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
-    from aem_exp import show, tracking
+    from aem_exp import show, stores, tracking
 
     world = config.instantiate(experiment.env.make)
     _fits(experiment, world)
     weights = policy.locate(experiment.model) if experiment.model.path else None
     _room(folder, weights)
-    resolved = config.to_dict(experiment) | {"tracking": tracking.redact(experiment.tracking or "") or None}
+    if experiment.parent_dir and checkpoints.newest(folder) is None:
+        checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
+    trained = _resume_step(folder)
+    resumed = provenance.begin(folder, experiment, trained if (folder / BEFORE).exists() else None)
+    resolved = config.to_dict(experiment)
     with tracking.Tracker.open(
         folder,
-        tracking.resolve_uri(experiment.tracking, folder.parent),
+        stores.resolve_uri(experiment.tracking, folder.parent),
         experiment=experiment.name,
         run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}",
         params=resolved,
-        tags=_tags(experiment, world.fingerprint),
-        resume_step=_resume_step(folder),
+        tags=_tags(experiment, world.fingerprint, resumed),
+        resume_step=trained,
         wait=False,
     ) as tracker:
-        _write_json(folder / "experiment.json", resolved)
+        disk.write(folder / "experiment.json", json.dumps(resolved, indent=1) + "\n")
         weights = weights or _made(experiment, world)
         parts = _Experiment(experiment, folder, world, weights, tracker, watch)
-        result = parts.play()
+        result = parts.play() | {"resumed": resumed}
         for path in show.artifacts(folder):
             tracker.artifact(path)
-        _write_json(folder / RESULT, result)
+        disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
         parts.episodes.forget()
     if tracker.trouble:
         log.warning(tracker.trouble)
@@ -103,13 +110,14 @@ class _Experiment:
         self.time = Time(experiment.trainer["steps"], max(0, done))
         self.episodes = Episodes(folder, done)
         self.scores: dict[str, Any] = {}
+        self.trainer = self._trainer()
 
     def play(self) -> dict[str, Any]:
         """Score the panel, train, score again; what `result.json` says."""
-        how, trainer = self.experiment.evaluation, self._trainer()
-        before = self._before()
-        self.tracker.ready()
+        how, trainer = self.experiment.evaluation, self.trainer
         checkpoint = checkpoints.newest(self.folder)
+        before = self._before(checkpoint)
+        self.tracker.ready()
         if self.time.step < self.time.steps:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:  # stopped between the last step and the result
@@ -131,8 +139,7 @@ class _Experiment:
             "final": asdict(final),
             "checkpoint_rule": "last step",
             "fingerprint": self.world.fingerprint,
-            "packages": {name: version(name) for name in _PACKAGES},
-            "python": platform.python_version(),
+            "packages": json.loads((self.folder / provenance.FILE).read_text())["packages"],
         }
 
     def _trainer(self) -> Any:
@@ -169,14 +176,16 @@ class _Experiment:
             before_save=self._before_save,
         )
 
-    def _before(self) -> dict[str, Any]:
-        """The score of the untrained policy; measured once, also by a run that is resumed."""
+    def _before(self, parents: Path | None) -> dict[str, Any]:
+        """The score before the first step; measured once, also by a run that is resumed. `parents`: where it begins."""
         file = self.folder / BEFORE
         if not file.exists():
+            if parents:
+                self.trainer._load_from_checkpoint(str(parents))
             score = self._exam(self.experiment.evaluation.panel)
-            self._report(0, score.metrics("eval/"))
-            self.episodes.write(0)
-            _write_json(file, asdict(score))
+            self._report(self.time.step, score.metrics("eval/"))
+            self.episodes.write(self.time.step)
+            disk.write(file, json.dumps(asdict(score), indent=1) + "\n")
         return json.loads(file.read_text())
 
     def _exam(self, split: str, recorded: bool = False) -> Any:
@@ -209,7 +218,7 @@ class _Experiment:
     def _before_save(self, step: int) -> None:
         size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())  # weights and two moments
         if shutil.disk_usage(self.folder).free < size + _SPARE:
-            raise OSError(ENOSPC, "no room for the next checkpoint", str(self.folder))
+            raise OSError(errno.ENOSPC, "no room for the next checkpoint", str(self.folder))
         self.tracker.flush()
         self.episodes.write(step)
 
@@ -234,9 +243,9 @@ def _made(experiment: Experiment, world: Any) -> str:
 
     recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
+    cache = disk.cache()
     folder = cache / f"{experiment.model.name}-{digest}"
-    _writable(cache, "AEM_CACHE")
+    disk.check_writable(cache, "AEM_CACHE")
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.exists():
             log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
@@ -266,15 +275,23 @@ def _fits(experiment: Experiment, world: Any) -> None:
         evaluate.panel(world, split, experiment.evaluation.tasks)
 
 
-def _tags(experiment: Experiment, fingerprint: str) -> dict[str, str]:
-    from aem_exp.tracking import git_commit
+def _end_of(parent: Path) -> Path:
+    """The last checkpoint of a finished run."""
+    checkpoint, steps = checkpoints.newest(parent), config.read(parent, trust=True).trainer["steps"]
+    if checkpoint is None or checkpoints.steps(checkpoint) != steps:
+        raise ConfigError("from", str(parent), f"has no checkpoint of its last step, {steps}; it may have been removed")
+    return checkpoint
 
-    commit = git_commit(Path(__file__).parent)
+
+def _tags(experiment: Experiment, fingerprint: str, resumed: list[str]) -> dict[str, str]:
+    commit = provenance.git_commit(Path(__file__).parent)
     return {
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),
         "aem.signature": config.signature(experiment),
         "aem.env_fingerprint": fingerprint,
+        **({"aem.parent": experiment.parent} if experiment.parent else {}),
+        **({"aem.resumed": "inexact"} if resumed else {}),
         **({"git.commit": commit} if commit else {}),
     }
 
@@ -287,21 +304,11 @@ def _owning(folder: Path) -> Iterator[None]:
     owner = folder / "owner.json"
     try:
         with FileLock(folder / "run.lock", timeout=0):
-            _write_json(owner, {"host": platform.node(), "pid": os.getpid()})
+            disk.write(owner, json.dumps({"host": platform.node(), "pid": os.getpid()}))
             yield
     except Timeout as error:
         who = json.loads(owner.read_text()) if owner.exists() else {"host": "?", "pid": "?"}
         raise Owned(f"{folder} is being run by process {who['pid']} on {who['host']}") from error
-
-
-def _writable(folder: Path, field: str = "outputs") -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x" * 65536)
-            probe.flush()
-    except OSError as error:
-        raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error
 
 
 def _room(folder: Path, weights: str | None) -> None:
@@ -314,7 +321,54 @@ def _room(folder: Path, weights: str | None) -> None:
         )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+# The door.
+
+
+def at_terminal(experiment: Experiment, folder: Path, again: str) -> int:
+    """Run with a live line, and show what there is at the end; the exit code. `again`: the command that goes on."""
+    from aem_exp import progress, show
+
+    progress.quiet()
+    if not (folder / RESULT).exists():
+        try:
+            with progress.Progress() as line:
+                run(experiment, line, folder)
+        except Owned as owned:
+            print(owned)
+            return 0
+        except KeyboardInterrupt:
+            print(f"\nstopped; to go on from the last checkpoint: {again}", file=sys.stderr)
+            return 130
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(
+                f"aem_exp: the disk is full; free space, and to go on from the last checkpoint: {again}",
+                file=sys.stderr,
+            )
+            return 1
+    show.summary(folder)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m aem_exp.run", description="Run, or go on with, what a run dir holds.", allow_abbrev=False
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
+    parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
+    asked = parser.parse_args()
+    try:
+        experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
+        if asked.inexact:
+            experiment = replace(experiment, resume="inexact")
+        print(f"run       {folder}", flush=True)
+        return at_terminal(experiment, folder, shlex.join(["python", "-m", "aem_exp.run", *sys.argv[1:]]))
+    except ConfigError as error:
+        print(f"aem_exp: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,21 +1,16 @@
-"""What a person sees of a run: one live line, a summary with a small plot, figures, episodes to read.
+"""What a person sees of a finished run: a summary with a small plot, figures, episodes to read.
 
-The only room that speaks rich and matplotlib. It reads run dirs and decides nothing. While a run lives, what `aem_exp`
-logs is shown here too: INFO as what the live line is waiting for, warnings as lines that stay.
+It reads run dirs and decides nothing.
 """
 
 import json
-import logging
 import math
-import os
-import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from aem_exp import tracking
+from aem_exp import episodes, metrics, tracking
+from aem_exp.progress import ENTROPY, GATED, RECENT, SUCCESS
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,153 +18,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[dict[str, float]]
 
-RECENT = 10  # steps in a moving mean
-EVERY = 10.0  # seconds between lines where there is no terminal
-SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
-
-_ENVIRONMENT = {
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-_NOISY = (
-    *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),
-    *("sqlalchemy", "matplotlib", "PIL", "httpx", "urllib3", "filelock", "git", "fsspec"),
-)
-
-
-def quiet() -> None:
-    """Silence the libraries; call it before they are imported. What a user has set in the environment stands."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
-    for kind in (DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=kind)
-
-
-# ---------------------------------------------------------------------------------------------------------- live line
-
-
-class Progress:
-    """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
-
-    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = EVERY) -> None:
-        from rich.console import Console
-
-        self.console = console or Console(quiet=not enabled, highlight=False)
-        self.live: Any = None
-        self.every = every
-        self.step, self.steps = 0, 0
-        self.stage, self.stage_since = "starting", time.monotonic()
-        self.held_out = math.nan
-        self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
-        self.times = deque[float](maxlen=RECENT + 1)
-        self.printed = -math.inf
-        self.handler = _Handler(self)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal and not self.console.quiet:
-            from rich.live import Live
-
-            self.live = Live(console=self.console, get_renderable=self._line, refresh_per_second=4)
-            self.live.start()
-        log = logging.getLogger("aem_exp")
-        log.addHandler(self.handler)
-        self.level = log.level
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        log = logging.getLogger("aem_exp")
-        log.removeHandler(self.handler)
-        log.setLevel(self.level)
-        log.propagate = True
-        if self.live is not None:
-            self.stage = ""
-            self.live.transient = not self.steps
-            self.live.stop()
-
-    def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Show that `step` of `steps` is done."""
-        self.step, self.steps, self.stage = step, steps, ""
-        for name, values in self.recent.items():
-            if not math.isnan(value := metrics.get(name, math.nan)):
-                values.append(value)
-        self.held_out = metrics.get("eval/success", self.held_out)
-        if SUCCESS in metrics:
-            self.times.append(time.monotonic())
-        if self.live is None and (time.monotonic() - self.printed >= self.every or step == steps):
-            self.printed = time.monotonic()
-            self.console.print(self._plain(), soft_wrap=True)
-
-    def say(self, stage: str) -> None:
-        """Show what the run is at between steps."""
-        self.stage, self.stage_since = stage, time.monotonic()
-        if self.live is None:
-            self.console.print(stage, soft_wrap=True, markup=False)
-
-    def warn(self, sentence: str) -> None:
-        """Show a sentence that stays."""
-        self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
-
-    def _facts(self) -> list[str]:
-        names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
-        facts = [names[name].format(sum(v) / len(v)) for name, v in self.recent.items() if v]
-        if not math.isnan(self.held_out):
-            facts.append(f"held-out {self.held_out:.0%}")
-        if len(self.times) > 1:
-            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-            left = pace * (self.steps - self.step)
-            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{clock(left)} left"] if left else [])]
-        return facts
-
-    def _plain(self) -> str:
-        return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
-
-    def _line(self) -> "RenderableType":
-        from rich.text import Text
-
-        line = Text(no_wrap=True, overflow="ellipsis")
-        if self.steps:
-            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in self._facts())
-            room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
-            full = round(room * self.step / self.steps)
-            line.append("train ", "bold").append("━" * full, "blue").append("─" * (room - full), "bright_black")
-            line.append(count, "bold")
-            line.append("" if self.stage else facts)
-        if self.stage:
-            line.append(f"  {self.stage} …  ").append(clock(time.monotonic() - self.stage_since), "bright_black")
-        return line
-
-
-class _Handler(logging.Handler):
-    """Hands what our rooms log to the live line."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.INFO)
-        self.progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        show = self.progress.say if record.levelno < logging.WARNING else self.progress.warn
-        show(record.getMessage())
-
-
-def clock(seconds: float) -> str:
-    """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
-
 
 # ------------------------------------------------------------------------------------------------------------ summary
 
@@ -192,7 +41,7 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
     console.print()
     console.print("success on tasks never trained on, with the 95 % interval of one run (Wilson)", style="italic")
     console.print(_scores(result, repeats))
-    if (picture := _charts(tracking.read_metrics(run_dir), console.width)) is not None:
+    if (picture := _charts(metrics.read(run_dir), console.width)) is not None:
         console.print()
         console.print(picture)
         console.print()
@@ -371,77 +220,10 @@ def artifacts(run_dir: Path) -> list[Path]:
     if (experiment := run_dir / "experiment.json").exists():
         (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
         files.append(config)
-    if rows := sample(run_dir):
-        (episodes := run_dir / "episodes.md").write_text(episodes_markdown(rows))
-        files.append(episodes)
-    return files + plots(tracking.read_metrics(run_dir), run_dir / "plots", _repeats(run_dir))
-
-
-def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
-    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
-    file = run_dir / "episodes.parquet"
-    parts = [file] if file.exists() else sorted((run_dir / "episodes").glob("*.parquet"))
-    if not parts:
-        return []
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    kept = pyarrow.compute.field("responses").is_valid()
-    rows = [row for part in parts for row in pyarrow.parquet.read_table(part, filters=kept).to_pylist()]
-    held_out = [row for row in rows if row["split"] != "train" and row["member"] == 0]
-    trained = [row for row in rows if row["split"] == "train"]
-    first = min((row["step"] for row in held_out), default=0)
-    chosen = list(dict.fromkeys(row["task"] for row in held_out if row["step"] == first))[:tasks]
-    last = max((row["step"] for row in held_out), default=0)
-    pairs = [row for task in chosen for row in held_out if row["task"] == task and row["step"] in (first, last)]
-    newest = max((row["step"] for row in trained), default=0)
-    return pairs + [row for row in trained if row["step"] == newest][:members]
-
-
-def episodes_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Write episodes for reading: what was seen, what was answered, what it earned, how sure the policy was."""
-    about = (
-        "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
-        "multiplied by (absent where nothing was trained on the episode).\n"
-    )
-    return "\n".join(["# Episodes\n", about, *(_episode(row) for row in rows)])
-
-
-def _episode(row: dict[str, Any]) -> str:
-    outcome = "won" if row.get("won") else "not won"
-    ended = {"over": "", "turns": ", out of turns", "context": ", out of context"}.get(
-        row["ended"], f", {row['ended']}"
-    )
-    facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
-    error = f"\n{_fenced(row['error'])}" if row.get("error") else ""
-    turns = (_turn(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
-    return "\n".join([f"## {row['split']}: {row['task']}\n", f"**{facts}**\n{error}", *turns])
-
-
-def _turn(number: int, said: dict[str, Any]) -> str:
-    alpha = said.get("alpha")
-    facts = [
-        f"reward {said['reward']:g}",
-        f"entropy {said['entropy']:.3f}",
-        *([f"alpha {alpha:.3f}"] if alpha is not None else []),
-        *([] if said.get("valid", True) else ["invalid"]),
-    ]
-    return f"### Turn {number}: {', '.join(facts)}\n\n{_quoted(said['observation'])}\n\n{_fenced(said['text'])}\n"
-
-
-def _quoted(text: str, most: int = 2000) -> str:
-    return "\n".join(f"> {line}" for line in _cut(text, most).splitlines())
-
-
-def _fenced(text: str, most: int = 4000) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{_cut(text, most)}\n{fence}"
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
+    if rows := episodes.sample(run_dir):
+        (readable := run_dir / "episodes.md").write_text(episodes.markdown(rows))
+        files.append(readable)
+    return files + plots(metrics.read(run_dir), run_dir / "plots", _repeats(run_dir))
 
 
 def _repeats(run_dir: Path) -> int:

@@ -81,6 +81,14 @@ def announced(block: Mapping[str, Any], name: str) -> bool:
     return module == WORLDS + name and _spec(module) is None
 
 
+def location(module: str) -> Path | None:
+    """The file of a module, or the folder of a package, without importing it."""
+    spec = _spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
+
+
 def _path(at: str, block: Mapping[str, Any]) -> str:
     path = block.get("_target_")
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")) or "." not in path:

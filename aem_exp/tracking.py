@@ -18,7 +18,6 @@ import shlex
 import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -28,59 +27,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
 
+from aem_exp import disk, metrics, stores
+from aem_exp.metrics import Mirror, Point
 from aem_exp.values import ConfigError
 
-OFF = "off"
-METRICS = "metrics.jsonl"
 RUN_ID = "mlflow_run_id"
 CARD = "tracking.json"  # what this run is called in MLflow, and where: enough to send it again
-LOGGED_AT = "time/logged_at"  # ms since 1970, in each row; MLflow gets it as the time of the row's points
 
 EVERY = 2.0  # seconds between batches
 SOON = 500  # points that do not wait for the next batch
 PATIENCE = 10.0  # seconds that `finish` keeps trying while the tracker refuses
 CROWD = 60.0  # seconds that a start waits for a sqlite file that other runs keep busy
-REACH = 3.0  # seconds for a tracker's port to answer at start
-POINTS, PARAMS, PARAM_CHARS, TAG_CHARS, NAME_CHARS = (
-    1000,
-    100,
-    6000,
-    8000,
-    250,
-)  # what MLflow takes, per batch and value
+POINTS, PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 8000  # what MLflow takes, per batch and value
 
-CHOICES = "sqlite:////folder/mlflow.db, http://host:port, postgresql://…, mysql://…, databricks, off"
-PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
 KEY = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag that begins with `mlflow.`
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
 CHARTS = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
-
-Point = tuple[str, float, int, int]  # metric, value, ms, step
-Row = dict[str, float]
-
-
-# ------------------------------------------------------------------------------------------------ names and addresses
-
-
-def sanitised(name: str) -> str:
-    """Spell a metric or param as MLflow allows: `pass@1` becomes `pass_at_1`."""
-    name = re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"), flags=re.ASCII)
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))[:NAME_CHARS]
-
-
-def redact(text: str) -> str:
-    """Hide the credentials of any URI in `text`, and those that the environment holds for the tracker."""
-    text = re.sub(r"(\w://)[^\s/]*@", r"\1***@", text)
-    text = re.sub(r"([?&](?:password|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
-    for secret in filter(None, map(os.environ.get, SECRETS)):
-        text = text.replace(secret, "***") if len(secret) > 3 else text
-    return text
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -90,120 +55,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[sanitised(f"{prefix}{key}")] = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[metrics.sanitised(f"{prefix}{key}")] = (
+                value if isinstance(value, str) else json.dumps(value, default=str)
+            )
     return flat
-
-
-def resolve_uri(tracking: str | None, outputs: Path) -> str:
-    """Return an absolute URI: the one asked for, else $MLFLOW_TRACKING_URI, else a sqlite file in `outputs`."""
-    uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs.absolute() / 'mlflow.db'}"
-    if uri.endswith(".db") and "://" not in uri:
-        uri = f"sqlite:///{Path(uri).expanduser()}"
-    if (database := _sqlite(uri)) is not None:
-        return f"sqlite:///{database}"  # relative to where it was asked for, not to where it is read
-    if uri != OFF and _scheme(uri) not in PORTS and not _serverless(uri):
-        _refuse(uri, "is not a store that MLflow 3 writes to")
-    return uri
-
-
-def git_commit(folder: Path) -> str | None:
-    """Return the commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], check=False, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    if shutil.which("git") is None or not (commit := git("rev-parse", "HEAD")):
-        return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _scheme(uri: str) -> str:
-    return urlsplit(uri).scheme.partition("+")[0]
-
-
-def _sqlite(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
-
-
-def _serverless(uri: str) -> bool:
-    return uri == "databricks" or uri.startswith("databricks:")
-
-
-def _served(uri: str) -> bool:
-    return uri.startswith("http") or _serverless(uri)
-
-
-def _refuse(uri: str, problem: str, remedy: str = "") -> NoReturn:
-    other = f"choose from {CHOICES} ({METRICS} alone)"
-    raise ConfigError("tracking", redact(uri), remedy=f"{redact(problem)}; {remedy}{', or ' if remedy else ''}{other}")
-
-
-# -------------------------------------------------------------------------------------------------------- the run dir
-
-
-def read_metrics(run_dir: Path) -> list[Row]:
-    """Return the rows of a run in step order; a last line that a kill cut short is left out."""
-    path = run_dir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-class _Mirror:
-    """`metrics.jsonl`, open for writing: one row per step."""
-
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        """Keep the rows up to `resume_step`; what was measured past a checkpoint will be measured again."""
-        path = run_dir / METRICS
-        self.rows = [row for row in read_metrics(run_dir) if resume_step is not None and row["step"] <= resume_step]
-        lines = [_line(row) for row in self.rows]
-        _write(path, "".join(lines))
-        self.file = path.open("r+b")
-        self.end = self.file.seek(0, os.SEEK_END)
-        self.start = self.end - (len(lines[-1]) if lines else 0)  # of the last row
-
-    def add(self, step: int, metrics: dict[str, float | None]) -> list[Point]:
-        """Write what is new about this step and return it; the first value of a metric stands, here as in MLflow."""
-        fresh = {sanitised(name): float(value) for name, value in metrics.items() if value is not None}
-        if not self.rows or self.rows[-1]["step"] != step:
-            assert not self.rows or self.rows[-1]["step"] < step, f"step {step} after step {self.rows[-1]['step']}"
-            self.rows.append({"step": step, LOGGED_AT: round(time.time() * 1000)})
-            self.start = self.end
-        row = self.rows[-1]
-        fresh = {name: value for name, value in fresh.items() if name not in row}
-        row.update(fresh)
-        self.file.seek(self.start)  # the same row, longer, over the shorter one: there is no moment without it
-        self.file.write(_line(row).encode())
-        self.file.flush()
-        self.end = self.file.tell()
-        return [(name, value, int(row[LOGGED_AT]), step) for name, value in fresh.items()]
-
-    def sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-
-def _points(rows: Iterable[Row]) -> list[Point]:
-    return [
-        (name, value, int(row[LOGGED_AT]), int(row["step"]))
-        for row in rows
-        for name, value in row.items()
-        if name not in ("step", LOGGED_AT)
-    ]
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once, or leave it as it was."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    with half.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
 
 
 def read_card(run_dir: Path) -> dict[str, Any]:
@@ -212,7 +67,7 @@ def read_card(run_dir: Path) -> dict[str, Any]:
 
 
 def save_card(run_dir: Path, card: dict[str, Any]) -> None:
-    _write(run_dir / CARD, json.dumps(card, indent=1) + "\n")
+    disk.write(run_dir / CARD, json.dumps(card, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- the store
@@ -234,21 +89,8 @@ def _mlflow() -> Any:
 def _import(uri: str) -> None:
     """Import all of MLflow that a store needs, in the caller's thread: two that import can meet half-made modules."""
     _mlflow()
-    if not _served(uri):
+    if not stores.served(uri):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-
-def probe(uri: str) -> None:
-    """Refuse a tracker whose port does not answer, within seconds and without importing MLflow."""
-    parts, scheme = urlsplit(uri), _scheme(uri)
-    if scheme not in PORTS or parts.hostname is None:
-        return
-    if scheme in getproxies() and not proxy_bypass(parts.hostname):
-        return  # only the proxy can tell
-    try:
-        socket.create_connection((parts.hostname, parts.port or PORTS[scheme]), timeout=REACH).close()
-    except OSError as error:
-        _refuse(uri, f"does not answer ({error.strerror or error})", "start it, correct the address")
 
 
 def create_sqlite(database: Path) -> None:
@@ -280,7 +122,7 @@ def _made(database: Path) -> bool:
 def _template() -> Path:
     """Return an empty store, made once per machine and MLflow version: migrating takes seconds, copying none."""
     version = _mlflow().__version__
-    cache = Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
+    cache = disk.cache()
     template = cache / f"mlflow-{version}.db"
     if not _made(template):
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -318,9 +160,9 @@ class _Run:
         if self.id:
             return
         mlflow = _mlflow()
-        if (database := _sqlite(self.uri)) is not None:
+        if (database := stores.sqlite_file(self.uri)) is not None:
             create_sqlite(database)
-        if not _served(self.uri):
+        if not stores.served(self.uri):
             _ask_database(self.uri)
         with self._alone():
             self.client = mlflow.MlflowClient(tracking_uri=self.uri)
@@ -335,7 +177,7 @@ class _Run:
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Let one process of ours at a time touch a database server, whose new database MLflow would migrate."""
-        if _served(self.uri) or _sqlite(self.uri) is not None:
+        if stores.served(self.uri) or stores.sqlite_file(self.uri) is not None:
             return nullcontext()
         from filelock import FileLock
 
@@ -358,9 +200,9 @@ class _Run:
 
     def _artifacts(self, experiment: str) -> str | None:
         """Return where artifacts go: near the run dirs; a server knows by itself."""
-        if _served(self.uri):
+        if stores.served(self.uri):
             return None
-        database = _sqlite(self.uri)
+        database = stores.sqlite_file(self.uri)
         root = database.parent if database else self.run_dir.parent
         return (root / "mlruns" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()
 
@@ -382,7 +224,7 @@ class _Run:
             return None
         if run is None or run.info.lifecycle_stage == "deleted":
             return None
-        _write(written, run.info.run_id + "\n")
+        disk.write(written, run.info.run_id + "\n")
         if self.card["status"] is None:
             self.client.update_run(run.info.run_id, status="RUNNING")
         return run
@@ -400,7 +242,7 @@ class _Run:
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"].rstrip("+")
         run = self.client.create_run(experiment, run_name=self.card["run_name"], tags=_fit(tags, TAG_CHARS))
-        _write(self.run_dir / RUN_ID, run.info.run_id + "\n")
+        disk.write(self.run_dir / RUN_ID, run.info.run_id + "\n")
         return run
 
     def _params(self, run: Any) -> None:
@@ -433,7 +275,7 @@ class _Run:
 
 def _fit(values: dict[str, str], chars: int) -> dict[str, str]:
     """Redact values, and cut them to what MLflow stores."""
-    safe = {name: redact(value) for name, value in values.items()}
+    safe = {name: stores.redact(value) for name, value in values.items()}
     return {name: value if len(value) <= chars else value[: chars - 1] + "…" for name, value in safe.items()}
 
 
@@ -524,7 +366,7 @@ class _Writer(threading.Thread):
 class Tracker:
     """A run's metrics and artifacts. A context manager: the run ends in MLflow as it ended."""
 
-    def __init__(self, run_dir: Path, mirror: _Mirror, card: dict[str, Any], writer: _Writer | None) -> None:
+    def __init__(self, run_dir: Path, mirror: Mirror, card: dict[str, Any], writer: _Writer | None) -> None:
         self.run_dir, self._mirror, self._card, self._writer = run_dir, mirror, card, writer
         self._finished = False
         self.trouble: str | None = None  # one sentence at the end of a run that MLflow did not get whole
@@ -547,15 +389,15 @@ class Tracker:
         always waited for. Raises ConfigError where the tracker cannot be used.
         """
         run_dir = run_dir.absolute()
-        if uri != OFF:
-            probe(uri)
+        if uri != stores.OFF:
+            stores.probe(uri)
         run_dir.mkdir(parents=True, exist_ok=True)
         card = {
             "key": uuid4().hex,
             "experiment_id": None,
             "run_id": None,
             **read_card(run_dir),
-            "uri": redact(uri),
+            "uri": stores.redact(uri),
             "experiment": experiment,
             "run_name": run_name,
             "params": _fit(flatten(params or {}), PARAM_CHARS),
@@ -565,15 +407,15 @@ class Tracker:
         }
         save_card(run_dir, card)
         writer = None
-        if uri != OFF:
+        if uri != stores.OFF:
             _import(uri)
             writer = _Writer(_Run(run_dir, uri, card))
             writer.start()
-            if wait or _sqlite(uri) is None:
+            if wait or stores.sqlite_file(uri) is None:
                 _ready(writer)
-        mirror = _Mirror(run_dir, resume_step)
+        mirror = Mirror(run_dir, resume_step)
         if writer is not None:
-            writer.put(_points(mirror.rows))
+            writer.put(metrics.points(mirror.rows))
         return cls(run_dir, mirror, card, writer)
 
     def ready(self) -> None:
@@ -643,7 +485,7 @@ def _ready(writer: _Writer) -> None:
 def _trouble(writer: _Writer) -> str:
     why = "it is slow" if writer.error is None else _reason(writer.error)
     command = shlex.join([sys.executable, "-m", "aem_exp.tracking", "sync", str(writer.remote.run_dir)])
-    store = redact(writer.remote.uri)
+    store = stores.redact(writer.remote.uri)
     return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"
 
 
@@ -651,17 +493,17 @@ def _refused(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
-        _refuse(uri, f"cannot be written ({error.strerror}: {error.filename})", "make room or rights there")
+        stores.refuse(uri, f"cannot be written ({error.strerror}: {error.filename})", "make room or rights there")
     if "out-of-date database schema" in text or "Can't locate revision" in text:
-        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", redact(uri)])
-        _refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
+        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", stores.redact(uri)])
+        stores.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
     if re.search(r"\b40[13]\b", text):
-        _refuse(
+        stores.refuse(
             uri, "refuses these credentials", "set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if isinstance(error, ImportError):
-        _refuse(uri, f"needs a driver: pip install {DRIVERS.get(str(error.name), error.name)}")
-    _refuse(uri, f"cannot be used ({_reason(error)})")
+        stores.refuse(uri, f"needs a driver: pip install {DRIVERS.get(str(error.name), error.name)}")
+    stores.refuse(uri, f"cannot be used ({_reason(error)})")
 
 
 def _reason(error: BaseException) -> str:
@@ -670,7 +512,7 @@ def _reason(error: BaseException) -> str:
     for known in ("Connection refused", "timed out", "database or disk is full", "file is not a database", "is locked"):
         if known in text:
             return known
-    return redact((text.splitlines() or [type(error).__name__])[0])[:200]
+    return stores.redact((text.splitlines() or [type(error).__name__])[0])[:200]
 
 
 # -------------------------------------------------------------------------------------------------- finding it again
@@ -688,42 +530,15 @@ class Page:
 def page(run_dir: Path) -> Page | None:
     """Return where to see a run, from its run dir alone; None if MLflow has no page of it."""
     card = read_card(run_dir)
-    uri = card.get("uri", OFF)
-    if uri == OFF or card["run_id"] is None or _serverless(uri):
+    uri = card.get("uri", stores.OFF)
+    if uri == stores.OFF or card["run_id"] is None or stores.serverless(uri):
         return None
     path = f"#/experiments/{card['experiment_id']}/runs/{card['run_id']}/{CHARTS}"
-    if _served(uri):
+    if stores.served(uri):
         return Page(f"{uri.replace('***@', '').rstrip('/')}/{path}")
-    port = _free_port()
-    command, site = serve_command(uri, port)
-    return Page(f"{site}/{path}", command, _tunnel(port))
-
-
-def serve_command(uri: str, port: int = 5000) -> tuple[str, str]:
-    """Return the command that serves a store on loopback, and the address it serves."""
-    lean = ["MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"]  # starts in half the time
-    words = ["env", *lean, sys.executable, "-m", "mlflow", "server", "--backend-store-uri", redact(uri)]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return shlex.join(words), f"http://127.0.0.1:{port}"
-
-
-def _free_port(first: int = 5000) -> int:
-    """Return the first port that nobody listens on: another store may be served already."""
-    for port in range(first, first + 100):
-        with socket.socket() as door:
-            door.settimeout(0.2)
-            if door.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    return first
-
-
-def _tunnel(port: int) -> str | None:
-    """Return the `ssh -L` line for someone who came here by ssh."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    if len(words) != 4:
-        return None
-    there = [] if words[3] == "22" else ["-p", words[3]]
-    return shlex.join(["ssh", "-N", "-L", f"{port}:127.0.0.1:{port}", *there, f"{getpass.getuser()}@{words[2]}"])
+    port = stores.free_port()
+    command, site = stores.serve_command(uri, port)
+    return Page(f"{site}/{path}", command, stores.tunnel(port))
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -733,11 +548,11 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
     if not card:
         raise ConfigError("RUN_DIR", str(run_dir), remedy=f"name the folder of a run; it has a {CARD}")
     uri = uri or card["uri"]
-    if uri == OFF or "***" in uri:
+    if uri == stores.OFF or "***" in uri:
         raise ConfigError("--uri", None, remedy=f"required: {run_dir.name} was logged to {card['uri']}")
-    probe(uri)
+    stores.probe(uri)
     run = _Run(run_dir, uri, card)
-    points = _points(read_metrics(run_dir))
+    points = metrics.points(metrics.read(run_dir))
     files = [path for name in card["artifacts"] if (path := run_dir / name).exists()]
     try:
         run.connect()
@@ -748,8 +563,8 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
             run.end(card["status"])
     except Exception as error:  # all become a sentence
         _refused(uri, error)
-    save_card(run_dir, {**card, "uri": redact(uri)})
-    return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {redact(uri)}"
+    save_card(run_dir, {**card, "uri": stores.redact(uri)})
+    return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {stores.redact(uri)}"
 
 
 def main() -> int:
@@ -761,9 +576,9 @@ def main() -> int:
     door.add_argument("--uri", help="the store, if not the one that the run was logged to")
     asked = parser.parse_args()
     try:
-        print(sync(asked.run_dir, asked.uri and resolve_uri(asked.uri, Path.cwd())))  # noqa: T201
+        print(sync(asked.run_dir, asked.uri and stores.resolve_uri(asked.uri, Path.cwd())))
     except ConfigError as error:
-        print(f"aem_exp: {error}", file=sys.stderr)  # noqa: T201
+        print(f"aem_exp: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -376,6 +376,16 @@ class _PerStep:
         if self._time.closing:
             self._scheduler.step()
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the place in time alone: rate and shape are the config's, which a continued run may have changed."""
+        scheduler = self._scheduler
+        scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
+        scheduler._last_lr = [
+            base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scheduler, name)
 
@@ -407,11 +417,10 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
     One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
     """
     settings = dict(experiment.trainer)
-    steps, tasks, group = (settings.pop(k) for k in ("steps", "tasks_per_step", "group_size"))
-    mini_batch, epochs = settings.pop("mini_batch"), settings.pop("num_iterations", 1)
+    group = settings.pop("group_size")
+    for ours in ("steps", "tasks_per_step", "mini_batch", "num_iterations"):
+        settings.pop(ours, None)
     constant = settings.pop("loss_constant", None) or episode_tokens(experiment)
-    rows = tasks * group * (experiment.env.max_turns if experiment.env.history == "window" else 1)
-    per_step = 1 if mini_batch == "all" else rows // mini_batch + 1
     return GRPOConfig(
         **{
             "gradient_checkpointing": False,
@@ -421,7 +430,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
             "num_generations": group,
             "gradient_accumulation_steps": 1,
             "steps_per_generation": 1,
-            "max_steps": steps * epochs * per_step,  # an upper bound: the callback stops after the last step
+            "max_steps": 10**9,  # updates; the callback stops after the last step
             "max_completion_length": constant,  # TRL reads it in Dr. GRPO's loss alone, as we generate ourselves
             "ignore_data_skip": True,
             "remove_unused_columns": False,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from aem_exp import tracking
+from aem_exp import metrics
 from aem_exp.config import load
 from aem_exp.run import run
 
@@ -18,7 +18,7 @@ def test_the_default_run_learns_on_tasks_it_never_saw(tmp_path, monkeypatch):
     assert 0.15 <= result["before"]["success"] <= 0.30
     assert result["after"]["success"] >= 0.55
     assert result["final"]["success"] >= 0.55
-    rows = [row for row in tracking.read_metrics(folder) if "aem/gated_share" in row]
+    rows = [row for row in metrics.read(folder) if "aem/gated_share" in row]
     early = rows[: len(rows) // 2]
     assert sum(row["aem/gated_share"] for row in early) / len(early) <= 0.5
     assert all(row["train/updates"] >= 2 for row in rows)
@@ -31,7 +31,7 @@ def test_a_window_learns_through_the_same_code(tmp_path, monkeypatch):
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
     words = ["+experiment=household_window", "trainer.steps=16", "evaluation.tasks=16"]
     folder = run(load([*words, f"outputs={tmp_path}", "tracking=off"]))
-    rows = [row for row in tracking.read_metrics(folder) if "train/success" in row]
+    rows = [row for row in metrics.read(folder) if "train/success" in row]
     assert len({row["train/rows"] for row in rows}) > 1
     assert all(row["train/updates"] == max(1, round(row["train/rows"] / 128)) for row in rows)
     success = [row["train/success"] for row in rows]

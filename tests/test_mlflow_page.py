@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from aem_exp import show, tracking
+from aem_exp import show, stores, tracking
 from aem_exp.tracking import Page, Tracker
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -96,12 +96,12 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     """A finished run, served by the command that its terminal shows."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     driver()
-    run_dir, uri = tmp_path / "outputs" / "run", tracking.resolve_uri(None, tmp_path / "outputs")
+    run_dir, uri = tmp_path / "outputs" / "run", stores.resolve_uri(None, tmp_path / "outputs")
     tracking.create_sqlite(tmp_path / "outputs" / "mlflow.db")
     with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
-        words = shlex.split(tracking.serve_command(uri, port := tracking._free_port())[0])
+        words = shlex.split(stores.serve_command(uri, port := stores.free_port())[0])
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
-    monkeypatch.setattr(tracking, "_free_port", lambda: port)
+    monkeypatch.setattr(stores, "free_port", lambda: port)
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
     with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
         for step in range(31):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import show, tracking
+from aem_exp import episodes, metrics, progress, show, stores, tracking
 from aem_exp.tracking import Tracker
 
 STEPS = 40
@@ -56,7 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A finished run, as `run` leaves it."""
     folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
-    with Tracker.open(folder, tracking.OFF, "household", "grpo+aem/s0") as tracker:
+    with Tracker.open(folder, stores.OFF, "household", "grpo+aem/s0") as tracker:
         for step in range(STEPS + 1):
             tracker.log(step, row(step))
     card = tracking.read_card(folder) | {"uri": uri, "run_id": "abc", "experiment_id": "1"}
@@ -92,10 +92,10 @@ def test_wilson_is_scipys() -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     console = terminal()
-    with show.Progress(console=console, every=0.0) as progress:
+    with progress.Progress(console=console, every=0.0) as line:
         logging.getLogger("aem_exp").info("playing the dev panel")
         for step in range(4):
-            progress(step, 3, row(step) | {show.SUCCESS: 0.5})
+            line(step, 3, row(step) | {show.SUCCESS: 0.5})
         logging.getLogger("aem_exp").warning("the tracker is gone [0]")
         logging.getLogger("aem_exp").debug("nobody reads this")
     lines = printed(console).splitlines()
@@ -109,38 +109,38 @@ def test_lines_where_there_is_no_terminal() -> None:
 
 def test_few_lines_where_there_is_no_terminal() -> None:
     console = terminal()
-    with show.Progress(console=console) as progress:
+    with progress.Progress(console=console) as line:
         for step in range(1001):
-            progress(step, 1000, row(step))
+            line(step, 1000, row(step))
     first, last = printed(console).splitlines()
     assert (first.split()[1], last.split()[1]) == ("0/1000", "1000/1000")
 
 
 def test_one_line_on_a_terminal() -> None:
     console = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
-    with show.Progress(console=console) as progress:
-        progress.say("loading")
-        assert "loading …  0 s" in str(progress._line())
+    with progress.Progress(console=console) as line:
+        line.say("loading")
+        assert "loading …  0 s" in str(line._line())
         for step in range(1, 11):
-            progress(step, 20, row(step))
-            line = str(progress._line())
-            assert len(line) <= 80
-        assert "10/20" in line
-        assert "left" in line
-        progress.say("playing the test panel")
-        assert "10/20  playing the test panel …" in str(progress._line())
+            line(step, 20, row(step))
+            shown = str(line._line())
+            assert len(shown) <= 80
+        assert "10/20" in shown
+        assert "left" in shown
+        line.say("playing the test panel")
+        assert "10/20  playing the test panel …" in str(line._line())
     assert printed(console).count("\n") <= 2, "the line is drawn over itself"
 
 
 def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
-    with show.Progress(enabled=False) as progress:
+    with progress.Progress(enabled=False) as line:
         logging.getLogger("aem_exp").warning("x")
-        progress(1, 1, row(1))
+        line(1, 1, row(1))
     assert capsys.readouterr() == ("", "")
 
 
 def test_durations() -> None:
-    assert [show.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
+    assert [progress.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
         "0 s",
         "59 s",
         "1:00 min",
@@ -202,7 +202,7 @@ def test_a_chart_of_blocks() -> None:
 
 
 def test_figures(run_dir: Path) -> None:
-    rows = tracking.read_metrics(run_dir)
+    rows = metrics.read(run_dir)
     files = show.plots(rows, run_dir / "plots")
     assert [file.name for file in files] == ["success_entropy.png", "alpha.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
@@ -212,14 +212,14 @@ def test_figures(run_dir: Path) -> None:
 
 
 def test_episodes_to_read() -> None:
-    text = show.episodes_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
+    text = episodes.markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
     assert "## dev: heat-7" in text
     assert "**won, return 1, after 0 steps of training**" in text
     assert "### Turn 1: reward 0, entropy 0.500\n\n> You see a box.\n\n```text\n<action>open box</action>\n```" in text
     assert "### Turn 2: reward 1, entropy 0.250, alpha 1.125, invalid" in text
     assert "**not won, crashed, return 1, after 0 steps of training**" in text
     assert "````text\nBoom: ```\n````" in text, "what a policy says cannot leave its box"
-    long = show.episodes_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
+    long = episodes.markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
     assert len(long) < 5000
     assert "(5000 more characters)" in long
 
@@ -242,8 +242,8 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
 def test_quiet_silences_libraries_and_respects_the_user() -> None:
     code = """
 import os, sys, logging, warnings
-from aem_exp import show
-show.quiet()
+from aem_exp import progress, show
+progress.quiet()
 assert not {"torch", "transformers", "trl", "mlflow"} & set(sys.modules)
 assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1" and os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"

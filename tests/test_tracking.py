@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from aem_exp import tracking
+from aem_exp import metrics, stores, tracking
 from aem_exp.tracking import Tracker
 from aem_exp.values import ConfigError
 
@@ -39,7 +39,7 @@ def opened(run_dir: Path, uri: str, resume_step: int | None = None, **more: Any)
 
 
 def store(outputs: Path) -> str:
-    return tracking.resolve_uri(None, outputs)
+    return stores.resolve_uri(None, outputs)
 
 
 def in_mlflow(uri: str, run_dir: Path) -> Any:
@@ -83,8 +83,8 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
         tracker.artifact(run_dir / "plots" / "a.png")
         tracker.artifact(run_dir / "tracking.json")
     assert tracker.trouble is None
-    first, second = tracking.read_metrics(run_dir)
-    assert first.pop(tracking.LOGGED_AT) <= second.pop(tracking.LOGGED_AT)
+    first, second = metrics.read(run_dir)
+    assert first.pop(metrics.LOGGED_AT) <= second.pop(metrics.LOGGED_AT)
     assert first == {"step": 0, "eval/pass_at_1": 0.25}
     assert math.isnan(second.pop("train/loss"))
     assert second == {"step": 1, "train/success": 0.5, "eval/pass_at_1": 0.5}, "the first value of a metric stands"
@@ -130,11 +130,11 @@ def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp
             tracker.log(step, numbers(step))
         assert tracker.flush(wait=30)
     with opened(run_dir, uri, resume_step=5) as tracker:
-        assert [row["step"] for row in tracking.read_metrics(run_dir)] == [1, 2, 3, 4, 5]
+        assert [row["step"] for row in metrics.read(run_dir)] == [1, 2, 3, 4, 5]
         for step in range(6, 11):
             tracker.log(step, numbers(step) | ({"eval/success": 1.0} if step == 6 else {}))
     run = in_mlflow(uri, run_dir)
-    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 11))
+    assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 11))
     assert {name: run.steps[name] for name in NAMES} == all_names(list(range(1, 11)))
     assert run.steps["eval/success"] == [6], "what MLflow lacks of a step it has seen"
     assert run.info.status == "FINISHED"
@@ -153,21 +153,21 @@ def test_a_run_that_starts_again_without_a_checkpoint_keeps_its_page(tmp_path: P
 
 
 def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
-    with opened(tmp_path, tracking.OFF) as tracker:
+    with opened(tmp_path, stores.OFF) as tracker:
         for step in (1, 2):
             tracker.log(step, numbers(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/succ')
-    assert [row["step"] for row in tracking.read_metrics(tmp_path)] == [1, 2]
-    with opened(tmp_path, tracking.OFF, resume_step=2) as tracker:
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    with opened(tmp_path, stores.OFF, resume_step=2) as tracker:
         tracker.log(3, numbers(3))
         assert tracker.flush()
-    assert [row["step"] for row in tracking.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
     assert tracking.page(tmp_path) is None
 
 
 def test_steps_go_forward(tmp_path: Path) -> None:
-    with opened(tmp_path, tracking.OFF) as tracker:
+    with opened(tmp_path, stores.OFF) as tracker:
         tracker.log(2, numbers(2))
         with pytest.raises(AssertionError, match="step 1 after step 2"):
             tracker.log(1, numbers(1))
@@ -175,7 +175,7 @@ def test_steps_go_forward(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
-    tracker = opened(tmp_path, tracking.OFF)
+    tracker = opened(tmp_path, stores.OFF)
     tracker._mirror.file = Path("/dev/full").open("r+b")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         tracker.log(1, numbers(1))
@@ -199,13 +199,13 @@ KILLED = """
 TOGETHER = """
     import os, sys, time
     from pathlib import Path
-    from tests_of_tracking import numbers, opened, tracking
+    from tests_of_tracking import numbers, opened, stores, tracking
     tracking._import("sqlite:///x")
     outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
     for index in range(8):
         if not (child := os.fork()):
             time.sleep(start - time.time())
-            with opened(outputs / f"run{index}", tracking.resolve_uri(None, outputs)) as tracker:
+            with opened(outputs / f"run{index}", stores.resolve_uri(None, outputs)) as tracker:
                 for step in range(1, 4):
                     tracker.log(step, numbers(step))
             os._exit(0 if tracker.trouble is None else 1)
@@ -226,7 +226,7 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     uri, run_dir = store(tmp_path), tmp_path / "run"
     killed = script(tmp_path, KILLED, str(run_dir), uri)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 18))
+    assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 18))
     left = in_mlflow(uri, run_dir)
     assert left.info.status == "RUNNING"
     assert left.steps["train/success"][:14] == list(range(1, 15))
@@ -237,7 +237,7 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     assert run.info.run_id == left.info.run_id
     assert run.info.status == "FINISHED"
     assert run.steps == all_names(list(range(1, 21)))
-    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 21))
+    assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 21))
 
 
 def test_8_processes_start_at_once_on_a_new_store(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ class Server:
     """A real `mlflow server`, by the command that a run prints."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        command, self.uri = tracking.serve_command(uri, tracking._free_port(5200 + os.getpid() % 500))
+        command, self.uri = stores.serve_command(uri, stores.free_port(5200 + os.getpid() % 500))
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             shlex.split(command), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
@@ -326,7 +326,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     assert sentence is not None
     assert "\n" not in sentence
     assert shlex.split(sentence.rpartition(": ")[2])[1:] == ["-m", "aem_exp.tracking", "sync", str(run_dir)]
-    assert [row["step"] for row in tracking.read_metrics(run_dir)] == list(range(1, 41))
+    assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 41))
     assert in_mlflow(direct, run_dir).info.status == "RUNNING"
 
     for _ in range(2):  # the second time there is nothing to send
@@ -398,7 +398,7 @@ def test_stores_that_cannot_be_used(tmp_path: Path) -> None:
     assert "cannot be written" in refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db", tmp_path / "b")
     for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "gopher://host", "sqlite://"):
         with pytest.raises(ConfigError, match="not a store"):
-            tracking.resolve_uri(uri, tmp_path)
+            stores.resolve_uri(uri, tmp_path)
 
 
 def test_a_store_of_another_mlflow_is_refused_with_the_way_to_upgrade_it(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch
 def test_sync_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with opened(tmp_path / "run", tracking.OFF):
+    with opened(tmp_path / "run", stores.OFF):
         pass
     for folder in ("nothing", "run"):
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(tmp_path / folder)])
@@ -457,22 +457,22 @@ def test_sync_says_what_it_needs(
 def test_metric_names_are_spelled_as_mlflow_allows() -> None:
     from mlflow.utils.validation import _validate_metric_name
 
-    assert tracking.sanitised("eval/pass@1") == "eval/pass_at_1"
-    assert tracking.sanitised("train/success") == "train/success"
+    assert metrics.sanitised("eval/pass@1") == "eval/pass_at_1"
+    assert metrics.sanitised("train/success") == "train/success"
     for name in ("a//b", "/a", "../a", "a/./b", "é", "x<lambda>", "a b:c.d-e", "time/λ", "x" * 400, "a=b;c"):
-        _validate_metric_name(tracking.sanitised(name))
+        _validate_metric_name(metrics.sanitised(name))
 
 
 def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
+    assert stores.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
     assert (
-        tracking.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
+        stores.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
         == "postgresql+psycopg2://***@h/db?password=***&x=1"
     )
-    assert tracking.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
+    assert stores.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter22")
-    assert tracking.redact("error: hunter22") == "error: ***"
-    with opened(tmp_path, tracking.OFF) as tracker:
+    assert stores.redact("error: hunter22") == "error: ***"
+    with opened(tmp_path, stores.OFF) as tracker:
         tracker.log(1, numbers(1))
     tracking.save_card(
         tmp_path, {**tracking.read_card(tmp_path), "run_id": "r", "experiment_id": "1", "uri": "http://***@h:80"}
@@ -485,13 +485,13 @@ def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
-    assert tracking.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
-    assert tracking.resolve_uri("a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
-    assert tracking.resolve_uri("https://host/mlflow", Path("out")) == "https://host/mlflow"
-    assert tracking.resolve_uri("off", Path("out")) == tracking.OFF
+    assert stores.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert stores.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert stores.resolve_uri("a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert stores.resolve_uri("https://host/mlflow", Path("out")) == "https://host/mlflow"
+    assert stores.resolve_uri("off", Path("out")) == stores.OFF
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:1")
-    assert tracking.resolve_uri(None, Path("out")) == "http://host:1"
+    assert stores.resolve_uri(None, Path("out")) == "http://host:1"
 
 
 def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

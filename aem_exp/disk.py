@@ -1,0 +1,33 @@
+"""Files that are whole or absent, and folders that can take them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from aem_exp.values import ConfigError
+
+
+def cache() -> Path:
+    """Where what is made once lies: $AEM_CACHE, else ~/.cache/aem_exp."""
+    return Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once, or leave it as it was."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    with half.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """Make the folder, and refuse one that takes no files; `field` is the setting that named it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 65536)
+            probe.flush()
+    except OSError as error:
+        raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error

@@ -1,0 +1,77 @@
+"""`metrics.jsonl`: what a run measured, one row per step. The truth that MLflow is rebuilt from."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from aem_exp import disk
+
+METRICS = "metrics.jsonl"
+LOGGED_AT = "time/logged_at"  # ms since 1970, in each row; MLflow gets it as the time of the row's points
+NAME_CHARS = 250  # of a metric's name, in MLflow
+
+Point = tuple[str, float, int, int]  # metric, value, ms, step
+Row = dict[str, float]
+
+
+def sanitised(name: str) -> str:
+    """Spell a metric or param as MLflow allows: `pass@1` becomes `pass_at_1`."""
+    name = re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"), flags=re.ASCII)
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))[:NAME_CHARS]
+
+
+def read(run_dir: Path) -> list[Row]:
+    """Return the rows of a run in step order; a last line that a kill cut short is left out."""
+    path = run_dir / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Mirror:
+    """`metrics.jsonl`, open for writing: one row per step."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        """Keep the rows up to `resume_step`; what was measured past a checkpoint will be measured again."""
+        path = run_dir / METRICS
+        self.rows = [row for row in read(run_dir) if resume_step is not None and row["step"] <= resume_step]
+        lines = [_line(row) for row in self.rows]
+        disk.write(path, "".join(lines))
+        self.file = path.open("r+b")
+        self.end = self.file.seek(0, os.SEEK_END)
+        self.start = self.end - (len(lines[-1]) if lines else 0)  # of the last row
+
+    def add(self, step: int, metrics: dict[str, float | None]) -> list[Point]:
+        """Write what is new about this step and return it; the first value of a metric stands, here as in MLflow."""
+        fresh = {sanitised(name): float(value) for name, value in metrics.items() if value is not None}
+        if not self.rows or self.rows[-1]["step"] != step:
+            assert not self.rows or self.rows[-1]["step"] < step, f"step {step} after step {self.rows[-1]['step']}"
+            self.rows.append({"step": step, LOGGED_AT: round(time.time() * 1000)})
+            self.start = self.end
+        row = self.rows[-1]
+        fresh = {name: value for name, value in fresh.items() if name not in row}
+        row.update(fresh)
+        self.file.seek(self.start)  # the same row, longer, over the shorter one: there is no moment without it
+        self.file.write(_line(row).encode())
+        self.file.flush()
+        self.end = self.file.tell()
+        return [(name, value, int(row[LOGGED_AT]), step) for name, value in fresh.items()]
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def points(rows: Iterable[Row]) -> list[Point]:
+    return [
+        (name, value, int(row[LOGGED_AT]), int(row["step"]))
+        for row in rows
+        for name, value in row.items()
+        if name not in ("step", LOGGED_AT)
+    ]
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"

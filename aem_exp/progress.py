@@ -1,0 +1,158 @@
+"""What a person sees while a run lives: one line with an ETA, and no walls of library warnings.
+
+What `aem_exp` logs is shown here too: INFO as what the live line is waiting for, warnings as lines that stay.
+"""
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+RECENT = 10  # steps in a moving mean
+EVERY = 10.0  # seconds between lines where there is no terminal
+SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
+
+_ENVIRONMENT = {
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_NOISY = (
+    *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),
+    *("sqlalchemy", "matplotlib", "PIL", "httpx", "urllib3", "filelock", "git", "fsspec"),
+)
+
+
+def quiet() -> None:
+    """Silence the libraries; call it before they are imported. What a user has set in the environment stands."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+
+
+class Progress:
+    """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
+
+    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = EVERY) -> None:
+        from rich.console import Console
+
+        self.console = console or Console(quiet=not enabled, highlight=False)
+        self.live: Any = None
+        self.every = every
+        self.step, self.steps = 0, 0
+        self.stage, self.stage_since = "starting", time.monotonic()
+        self.held_out = math.nan
+        self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
+        self.times = deque[float](maxlen=RECENT + 1)
+        self.printed = -math.inf
+        self.handler = _Handler(self)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal and not self.console.quiet:
+            from rich.live import Live
+
+            self.live = Live(console=self.console, get_renderable=self._line, refresh_per_second=4)
+            self.live.start()
+        log = logging.getLogger("aem_exp")
+        log.addHandler(self.handler)
+        self.level = log.level
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log = logging.getLogger("aem_exp")
+        log.removeHandler(self.handler)
+        log.setLevel(self.level)
+        log.propagate = True
+        if self.live is not None:
+            self.stage = ""
+            self.live.transient = not self.steps
+            self.live.stop()
+
+    def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Show that `step` of `steps` is done."""
+        self.step, self.steps, self.stage = step, steps, ""
+        for name, values in self.recent.items():
+            if not math.isnan(value := metrics.get(name, math.nan)):
+                values.append(value)
+        self.held_out = metrics.get("eval/success", self.held_out)
+        if SUCCESS in metrics:
+            self.times.append(time.monotonic())
+        if self.live is None and (time.monotonic() - self.printed >= self.every or step == steps):
+            self.printed = time.monotonic()
+            self.console.print(self._plain(), soft_wrap=True)
+
+    def say(self, stage: str) -> None:
+        """Show what the run is at between steps."""
+        self.stage, self.stage_since = stage, time.monotonic()
+        if self.live is None:
+            self.console.print(stage, soft_wrap=True, markup=False)
+
+    def warn(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
+
+    def _facts(self) -> list[str]:
+        names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
+        facts = [names[name].format(sum(v) / len(v)) for name, v in self.recent.items() if v]
+        if not math.isnan(self.held_out):
+            facts.append(f"held-out {self.held_out:.0%}")
+        if len(self.times) > 1:
+            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            left = pace * (self.steps - self.step)
+            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{clock(left)} left"] if left else [])]
+        return facts
+
+    def _plain(self) -> str:
+        return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
+
+    def _line(self) -> "RenderableType":
+        from rich.text import Text
+
+        line = Text(no_wrap=True, overflow="ellipsis")
+        if self.steps:
+            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in self._facts())
+            room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
+            full = round(room * self.step / self.steps)
+            line.append("train ", "bold").append("━" * full, "blue").append("─" * (room - full), "bright_black")
+            line.append(count, "bold")
+            line.append("" if self.stage else facts)
+        if self.stage:
+            line.append(f"  {self.stage} …  ").append(clock(time.monotonic() - self.stage_since), "bright_black")
+        return line
+
+
+class _Handler(logging.Handler):
+    """Hands what our rooms log to the live line."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self.progress.say if record.levelno < logging.WARNING else self.progress.warn
+        show(record.getMessage())
+
+
+def clock(seconds: float) -> str:
+    """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"

@@ -1,0 +1,133 @@
+"""What ran: the code, frozen in the run dir; the libraries and the kind of machine under it.
+
+A resumed run ends as if it had never stopped, as long as all of these are what they were. Where they are not, going on is a
+decision, and the run carries a mark of it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aem_exp import config, disk, targets
+from aem_exp.config import ConfigError, Experiment
+
+FILE, CODE = "provenance.json", "code"
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
+_HERE = Path(__file__).resolve().parent
+
+
+def begin(run_dir: Path, experiment: Experiment, step: int | None, ranks: int = 1) -> list[str]:
+    """Freeze what runs now; how it differs from what ran when `step` was saved (None: nothing was trained yet).
+
+    Raises:
+        ConfigError: it differs, and `resume` is exact.
+    """
+    now, code = _now(experiment, ranks), _code(experiment)
+    before = json.loads((run_dir / FILE).read_text()) if (run_dir / FILE).exists() else {}
+    changes = [] if step is None else [*_changes(before, now), *_edited(run_dir / CODE, code)]
+    if changes and experiment.resume == "exact":
+        remedy = (
+            f"would not end as it began ({'; '.join(changes)}); resume=inexact goes on all the same, and marks the run"
+        )
+        raise ConfigError("resume", "exact", remedy)
+    marks = before.get("resumed", []) if step is not None else []
+    if changes:
+        marks = [*marks, {"step": step, "changes": changes}]
+        if (run_dir / CODE).exists():
+            (run_dir / CODE).rename(run_dir / f"{CODE}-to-step-{step}-{len(marks)}")
+    _freeze(run_dir / CODE, code)
+    disk.write(run_dir / FILE, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
+    return [change for mark in marks for change in mark["changes"]]
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
+    commit = _git(folder, "rev-parse", "HEAD").strip()
+    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
+
+
+def _now(experiment: Experiment, ranks: int) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": "gpu" if experiment.launch.gpus_per_node else "cpu",
+        "processes": ranks,
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": git_commit(_HERE),
+    }
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences that may change a result; the minor version of Python and the commit are only recorded."""
+    old, new = ({**data.get("packages", {}), **data} for data in (before, now))
+    keys = ("processes", "device", "machine", *PACKAGES)
+    return [f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and old[key] != new[key]]
+
+
+# Code: file in the frozen copy -> where it lies now.
+
+
+def _code(experiment: Experiment) -> dict[str, Path]:
+    code = {f"aem_exp/{file.relative_to(_HERE)}": file for file in _files(_HERE)}
+    if not (root := config.conf_root()).is_relative_to(_HERE):
+        code |= {f"conf/{file.relative_to(root)}": file for file in _files(root)}
+    installed = tuple(sysconfig.get_paths().values())
+    for module in {target.partition(".")[0] for target in _targets(config.to_dict(experiment))} - {"aem_exp"}:
+        where = targets.location(module)
+        if where is not None and not str(where).startswith(installed):
+            here = where.parent
+            near = _files(where) if where.is_dir() else [file for file in _files(here) if file.parent == here]
+            code |= {str(file.relative_to(here)): file for file in near if file.suffix == ".py" or where.is_dir()}
+    return code
+
+
+def _targets(data: Any) -> Iterator[str]:
+    if isinstance(data, dict):
+        if "_target_" in data:
+            yield data["_target_"]
+        for value in data.values():
+            yield from _targets(value)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What git tracks, or would; all but caches where there is no git."""
+    known = _git(folder, "ls-files", "-coz", "--exclude-standard").split("\0")
+    files = [folder / name for name in known if name]
+    files = files or [file for file in folder.rglob("*") if not {"__pycache__", ".git"} & set(file.parts)]
+    return sorted(file for file in files if file.is_file())
+
+
+def _edited(frozen: Path, code: Mapping[str, Path]) -> list[str]:
+    """Python files that are not what they were."""
+    names = {str(file.relative_to(frozen)) for file in frozen.rglob("*.py")} if frozen.exists() else set()
+    ours = {name for name in code if name.endswith(".py")} if names else set()
+    return [
+        f"{name} was edited"
+        for name in sorted(names | ours)
+        if name not in names or name not in ours or (frozen / name).read_bytes() != code[name].read_bytes()
+    ]
+
+
+def _freeze(frozen: Path, code: Mapping[str, Path]) -> None:
+    if _HERE.is_relative_to(frozen.resolve()):  # this is the frozen copy, at work
+        return
+    part = frozen.with_name(f".{CODE}.{os.getpid()}")
+    for name, file in code.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, part / name)
+    shutil.rmtree(frozen, ignore_errors=True)
+    part.replace(frozen)
+
+
+def _git(folder: Path, *words: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", "-C", str(folder), *words], check=False, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,106 @@
+"""Which MLflow store: its URI made absolute, its credentials hidden, its port tried, and the command that serves it.
+
+Standard library only, so that a tracker that cannot be used is refused before MLflow is imported.
+"""
+
+import getpass
+import os
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from aem_exp.metrics import METRICS
+from aem_exp.values import ConfigError
+
+OFF = "off"
+REACH = 3.0  # seconds for a tracker's port to answer at start
+CHOICES = "sqlite:////folder/mlflow.db, http://host:port, postgresql://…, mysql://…, databricks, off"
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
+
+
+def redact(text: str) -> str:
+    """Hide the credentials of any URI in `text`, and those that the environment holds for the tracker."""
+    text = re.sub(r"(\w://)[^\s/]*@", r"\1***@", text)
+    text = re.sub(r"([?&](?:password|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
+    for secret in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(secret, "***") if len(secret) > 3 else text
+    return text
+
+
+def resolve_uri(tracking: str | None, outputs: Path) -> str:
+    """Return an absolute URI: the one asked for, else $MLFLOW_TRACKING_URI, else a sqlite file in `outputs`."""
+    uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs.absolute() / 'mlflow.db'}"
+    if uri.endswith(".db") and "://" not in uri:
+        uri = f"sqlite:///{Path(uri).expanduser()}"
+    if (database := sqlite_file(uri)) is not None:
+        return f"sqlite:///{database}"  # relative to where it was asked for, not to where it is read
+    if uri != OFF and _scheme(uri) not in PORTS and not serverless(uri):
+        refuse(uri, "is not a store that MLflow 3 writes to")
+    return uri
+
+
+def _scheme(uri: str) -> str:
+    return urlsplit(uri).scheme.partition("+")[0]
+
+
+def sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def serverless(uri: str) -> bool:
+    return uri == "databricks" or uri.startswith("databricks:")
+
+
+def served(uri: str) -> bool:
+    return uri.startswith("http") or serverless(uri)
+
+
+def refuse(uri: str, problem: str, remedy: str = "") -> NoReturn:
+    other = f"choose from {CHOICES} ({METRICS} alone)"
+    raise ConfigError("tracking", redact(uri), remedy=f"{redact(problem)}; {remedy}{', or ' if remedy else ''}{other}")
+
+
+def probe(uri: str) -> None:
+    """Refuse a tracker whose port does not answer, within seconds and without importing MLflow."""
+    parts, scheme = urlsplit(uri), _scheme(uri)
+    if scheme not in PORTS or parts.hostname is None:
+        return
+    if scheme in getproxies() and not proxy_bypass(parts.hostname):
+        return  # only the proxy can tell
+    try:
+        socket.create_connection((parts.hostname, parts.port or PORTS[scheme]), timeout=REACH).close()
+    except OSError as error:
+        refuse(uri, f"does not answer ({error.strerror or error})", "start it, correct the address")
+
+
+def serve_command(uri: str, port: int = 5000) -> tuple[str, str]:
+    """Return the command that serves a store on loopback, and the address it serves."""
+    lean = ["MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"]  # starts in half the time
+    words = ["env", *lean, sys.executable, "-m", "mlflow", "server", "--backend-store-uri", redact(uri)]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return shlex.join(words), f"http://127.0.0.1:{port}"
+
+
+def free_port(first: int = 5000) -> int:
+    """Return the first port that nobody listens on: another store may be served already."""
+    for port in range(first, first + 100):
+        with socket.socket() as door:
+            door.settimeout(0.2)
+            if door.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    return first
+
+
+def tunnel(port: int) -> str | None:
+    """Return the `ssh -L` line for someone who came here by ssh."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    if len(words) != 4:
+        return None
+    there = [] if words[3] == "22" else ["-p", words[3]]
+    return shlex.join(["ssh", "-N", "-L", f"{port}:127.0.0.1:{port}", *there, f"{getpass.getuser()}@{words[2]}"])
