@@ -151,7 +151,8 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
     try:
         owner, data = file.stat().st_uid, json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run, with {file.name} ({error})") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name}: {why}") from error
     if owner != os.getuid() and not trust:
         remedy = "belongs to somebody else, and its config can call any function; read it, then add --trust"
         raise ConfigError("RUN_DIR", str(folder), remedy)

@@ -55,6 +55,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
 def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
     from aem_exp import show, stores, tracking
 
+    _on_a_gpu(experiment)
     world = config.instantiate(experiment.env.make)
     _fits(experiment, world)
     weights = policy.locate(experiment.model) if experiment.model.path else None
@@ -262,6 +263,15 @@ def _resume_step(folder: Path) -> int:
     if checkpoint:
         return checkpoints.steps(checkpoint)
     return 0 if (folder / BEFORE).exists() else -1
+
+
+def _on_a_gpu(experiment: Experiment) -> None:
+    """Refuse a machine without the GPU that is asked for, rather than train for weeks on its CPU."""
+    import torch
+
+    if experiment.launch.gpus_per_node and not torch.accelerator.is_available():
+        remedy = "this machine has no GPU that torch can use; choose launch=local"
+        raise ConfigError("launch.gpus_per_node", experiment.launch.gpus_per_node, remedy)
 
 
 def _fits(experiment: Experiment, world: Any) -> None:

@@ -31,8 +31,8 @@ class Signature:
     required: set[str] = field(default_factory=set)
     open: bool = False
 
-    def add(self, name: str, annotation: ast.expr | None, has_default: bool) -> None:
-        self.hints[name] = _hint(annotation)
+    def add(self, name: str, hint: Any, has_default: bool) -> None:
+        self.hints[name] = hint
         (self.required.discard if has_default else self.required.add)(name)
 
 
@@ -206,20 +206,20 @@ def _source(module: str, node: ast.ImportFrom) -> str:
 
 def _read(module: str, node: ast.stmt) -> Signature:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return _function(node.args)
+        return _function(module, node.args)
     return _class(module, node) if isinstance(node, ast.ClassDef) else Signature(open=True)
 
 
-def _function(args: ast.arguments, bound: bool = False) -> Signature:
+def _function(module: str, args: ast.arguments, bound: bool = False) -> Signature:
     signature = Signature(open=args.kwarg is not None or args.vararg is not None)
     by_position = [*args.posonlyargs, *args.args]
     first_default = len(by_position) - len(args.defaults)
     for i, arg in enumerate(by_position):
         if not (bound and i == 0):
-            signature.add(arg.arg, arg.annotation, i >= first_default)
+            signature.add(arg.arg, _hint(module, arg.annotation), i >= first_default)
             signature.positional.append(arg.arg)
     for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        signature.add(arg.arg, arg.annotation, default is not None)
+        signature.add(arg.arg, _hint(module, arg.annotation), default is not None)
     return signature
 
 
@@ -227,7 +227,7 @@ def _class(module: str, node: ast.ClassDef) -> Signature:
     """Of `__init__`, or of the fields of a dataclass; inherited where the class has neither."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _function(item.args, bound=True)
+            return _function(module, item.args, bound=True)
     signature = Signature()
     for base in reversed(node.bases):
         inherited = _base(module, base)
@@ -237,7 +237,7 @@ def _class(module: str, node: ast.ClassDef) -> Signature:
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                _add_field(signature, item.target.id, item)
+                _add_field(module, signature, item.target.id, item)
     signature.positional = list(signature.hints)
     return signature
 
@@ -250,7 +250,7 @@ def _base(module: str, base: ast.expr) -> Signature:
     return _read(*found) if found else Signature(open=True)
 
 
-def _add_field(signature: Signature, name: str, item: ast.AnnAssign) -> None:
+def _add_field(module: str, signature: Signature, name: str, item: ast.AnnAssign) -> None:
     """A dataclass field. `field(...)` has a default where a keyword says so."""
     if "ClassVar" in ast.unparse(item.annotation):
         return
@@ -261,22 +261,28 @@ def _add_field(signature: Signature, name: str, item: ast.AnnAssign) -> None:
     init = options.get("init")
     if not (isinstance(init, ast.Constant) and init.value is False):
         has_default = bool(options.keys() & {"default", "default_factory"}) if is_field else item.value is not None
-        signature.add(name, item.annotation, has_default)
+        signature.add(name, _hint(module, item.annotation), has_default)
 
 
-def _hint(annotation: ast.expr | None) -> Any:
+def _hint(module: str, annotation: ast.expr | None) -> Any:
     """The type that an annotation spells, where it is plain enough to check; else Any."""
     match annotation:
         case ast.Constant(value=None):
             return type(None)
         case ast.Constant(value=str(text)):
-            return _hint(ast.parse(text, mode="eval").body)
+            return _hint(module, ast.parse(text, mode="eval").body)
         case ast.Name(id=name):
-            return _TYPES.get(name, Any)
+            return _TYPES.get(name) or _alias(module, name)
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            left_hint, right_hint = _hint(left), _hint(right)
+            left_hint, right_hint = _hint(module, left), _hint(module, right)
             return Any if Any in (left_hint, right_hint) else left_hint | right_hint
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             choices = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             return Literal[tuple(ast.literal_eval(choice) for choice in choices)]
     return Any
+
+
+def _alias(module: str, name: str) -> Any:
+    """What a name stands for that a module gives to a type: `Over = Literal["trajectories", "turns"]`."""
+    found = _definition(module, name)
+    return _hint(found[0], found[1].value) if found and isinstance(found[1], ast.Assign) else Any

@@ -240,6 +240,8 @@ AT_RESOLVING = [
     ("modulation.lam={_target_:aem_exp.schedules.Linear,end:0}", "modulation.lam.start", "required by"),
     ("baseline.advantage.return_M=1", "baseline.advantage.return_M", "no such key"),
     ("baseline.advantage._target_=aem_exp.schedules.Linear", "baseline.advantage._target_", "4 arguments"),
+    ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
+    ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
     ("model.make.folder=x", "model.make.folder", "no such key"),
     ("model.lora={rr:4}", "model.lora.rr", "did you mean r?"),
     # Contradictions.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from aem_exp import checkpoints
 
@@ -25,6 +26,7 @@ SMALL = [
     "evaluation.every=3",
     "launch.save_every=2",
 ]
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +373,7 @@ def test_a_model_of_another_family_with_lora_by_path(cache, tmp_path, unbroken):
         (["tracking=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),
         (["outputs=/proc/nowhere"], ["outputs", "/proc/nowhere"]),
         (["evaluation.tasks=100000"], ["evaluation.tasks=100000"]),
+        pytest.param(["launch=gpu1"], ["launch.gpus_per_node=1", "no GPU"], marks=NO_GPU),
         (["trainer.tasks_per_step=100000"], ["trainer.tasks_per_step=100000"]),
     ],
 )
