@@ -6,7 +6,6 @@ mistake is one sentence and exit code 2.
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -86,7 +85,6 @@ def _read(argv: list[str]) -> argparse.Namespace:
             raise ConfigError("plan", text.removeprefix("plan="), ["true", "false"])
     asked.overrides = [text for text in asked.overrides if text not in plans]
     asked.plan = plans[-1:] == ["plan=true"]
-    asked.command = shlex.join(["python", "-m", "aem_exp", *argv])
     return asked
 
 
@@ -104,6 +102,8 @@ def _act(asked: argparse.Namespace) -> int:
         raise ConfigError("--resolve", True, "only read with --cfg job")
     if asked.trust and not any(text.startswith("from=") for text in asked.overrides):
         raise ConfigError("--trust", True, "only read with from=RUN_DIR")
+    if asked.config_dir is not None:
+        sys.path.append(os.path.abspath(asked.config_dir))  # a user's functions may lie beside their configs
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 
@@ -112,10 +112,10 @@ def _act(asked: argparse.Namespace) -> int:
     if asked.cfg:
         print(to_yaml(tree, asked.resolve), end="")
         return 0
-    return _plan(experiment) if asked.plan else _run(experiment, asked.command)
+    return _plan(experiment) if asked.plan else _run(experiment)
 
 
-def _run(experiment: "Experiment", command: str) -> int:
+def _run(experiment: "Experiment") -> int:
     """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
     from aem_exp.config import check_runnable, run_dir
 
@@ -125,7 +125,7 @@ def _run(experiment: "Experiment", command: str) -> int:
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
     from aem_exp.run import at_terminal
 
-    return at_terminal(experiment, folder, command)
+    return at_terminal(experiment, folder)
 
 
 def _plan(experiment: "Experiment") -> int:
@@ -133,14 +133,31 @@ def _plan(experiment: "Experiment") -> int:
     from aem_exp.config import run_dir
 
     folder, t, launch = run_dir(experiment), experiment.trainer, experiment.launch
-    begun = "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
     print(f"run     {folder}")
-    print(f"state   {'finished: asking shows it' if (folder / RESULT).exists() else begun}")
+    print(f"state   {_state(folder)}")
     print(f"size    {t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories")
     print(f"launch  {launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}")
-    for line in _about(experiment):
-        print(line)
+    print(*_about(experiment), sep="\n", end="\n" if _about(experiment) else "")
+    from aem_exp.config import check_runnable
+    from aem_exp.run import world_of
+
+    try:
+        check_runnable(experiment)
+    except ConfigError as error:
+        print(f"note    not here: {error}")
+    else:
+        world_of(experiment)
     return 0
+
+
+def _state(folder: Path) -> str:
+    from aem_exp.run import owner
+
+    if (folder / RESULT).exists():
+        return "finished: asking shows it"
+    if by := owner(folder):
+        return f"running: {by}"
+    return "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
 
 
 def _about(experiment: "Experiment") -> list[str]:

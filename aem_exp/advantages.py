@@ -33,14 +33,18 @@ def group_normalised(
     over: Over = "trajectories",
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps)."""
+    """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
+
+    A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
+    """
     score_R, group_R = return_M[trajectory_R] - penalty_R, group_M[trajectory_R]
     value, group = _population(return_M, score_R, group_M, group_R, over)
     total_G, count_G = _sums(value, group)
     mean_G = total_G / count_G.clamp(min=1)
     squares_G, _ = _sums((value - mean_G[group]) ** 2, group)
     std_G = (squares_G / (count_G - 1).clamp(min=1)).sqrt()
-    return _alone_is_zero((score_R - mean_G[group_R]) / (std_G[group_R] + eps), count_G[group_R])
+    scale_G = torch.where(std_G > eps, std_G + eps, 1.0)
+    return _alone_is_zero((score_R - mean_G[group_R]) / scale_G[group_R], count_G[group_R])
 
 
 def group_centred(

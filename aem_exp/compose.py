@@ -101,7 +101,9 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
     key, value = override.key_or_group, text.partition("=")[2]
     if override.is_sweep_override():
         raise ConfigError(key, value, "one value per experiment; several are a sweep, and come with aem_exp.sweep")
-    if key in groups and override.package is None and not override.is_delete():
+    if key in groups and override.is_delete():
+        raise ConfigError(key, "~", groups[key])
+    if key in groups and override.package is None:
         chosen = override.value()
         for name in chosen if isinstance(chosen, list) else [chosen]:
             if str(name) not in groups[key]:

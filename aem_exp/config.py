@@ -165,6 +165,10 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
 
 def from_dict(data: Mapping[str, Any]) -> Experiment:
     """The inverse of `to_dict`: typed, complete, and not checked for contradictions again."""
+    for group, block in data.items():
+        if isinstance(block, Mapping) and (group in block or ("trainer" in block and group != "launch")):
+            header = "a file that sets more than its own block begins with the line `# @package _global_`"
+            raise ConfigError(group, f"{{{', '.join(block)}}}", f"{header}: does the one in conf/{group}/?")
     e = build(Experiment, data)
     launch = replace(e.launch, trainer=keywords.execution(e.launch.trainer))
     return replace(e, trainer=keywords.science(e.trainer), launch=launch)
@@ -203,6 +207,8 @@ def check_runnable(experiment: Experiment) -> None:
 def _bound(e: Experiment) -> Experiment:
     """Every `_target_` checked against its signature, its keywords typed."""
     model, modulation, make = e.model, e.modulation, e.env.make
+    if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
+        model = replace(model, path=str(Path(model.path).expanduser().resolve()))
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
@@ -226,6 +232,11 @@ def signature(experiment: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def arm(experiment: Experiment) -> str:
+    """Hash of the science without the seed: the runs that answer one question."""
+    return signature(replace(experiment, seed=0))
+
+
 def run_dir(experiment: Experiment) -> Path:
     """Where this experiment lives: the same place whenever it is asked for."""
     e = experiment
@@ -233,7 +244,7 @@ def run_dir(experiment: Experiment) -> Path:
 
 
 def outputs_root(experiment: Experiment) -> Path:
-    return Path(os.environ.get("AEM_OUTPUTS") or experiment.outputs or "outputs").expanduser().absolute()
+    return Path(experiment.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
 
 
 def diff(a: Experiment, b: Experiment) -> list[str]:
@@ -313,10 +324,11 @@ def config_roots(config_dir: str | Path | None = None) -> list[Path]:
 
 
 def choices(roots: list[Path]) -> dict[str, dict[str, Path]]:
-    """Group -> choice -> file, over all folders."""
-    out: dict[str, dict[str, Path]] = {}
+    """Group -> choice -> file, over all folders. The groups are ours: a user's folder may hold other things beside."""
+    groups = sorted(folder.name for folder in roots[-1].iterdir() if folder.is_dir())
+    out: dict[str, dict[str, Path]] = {group: {} for group in groups}
     for root in reversed(roots):
-        for file in sorted(root.glob("*/**/*.yaml")):
-            group, *name = file.relative_to(root).with_suffix("").parts
-            out.setdefault(group, {})["/".join(name)] = file
+        for group in groups:
+            for file in sorted((root / group).glob("**/*.yaml")):
+                out[group][str(file.relative_to(root / group).with_suffix(""))] = file
     return out

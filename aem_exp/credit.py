@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aem_exp import diagnostics
 from aem_exp.rollout import CRASHED, Response, Row, Trajectory, rows
+from aem_exp.values import Stop
 
 Estimator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `advantages`
 
@@ -59,6 +60,8 @@ def assign(played: Sequence[Trajectory], history: str, estimator: Estimator, pen
     trajectory_R = torch.tensor([m for m, t in enumerate(kept) for _ in t.responses], dtype=torch.long)
     penalty_R = torch.tensor([0.0 if r.valid else penalty for t in kept for r in t.responses])
     ends = accumulate((len(row.turns) for row in all_rows), initial=0)
+    advantage_R = estimator(return_M, penalty_R, trajectory_R, group_M)
+    _check(advantage_R, estimator, len(trajectory_R))
     return Credit(
         played=list(played),
         kept=kept,
@@ -66,9 +69,22 @@ def assign(played: Sequence[Trajectory], history: str, estimator: Estimator, pen
         owned_N=[range(a, b) for a, b in pairwise(ends)],
         group_M=group_M,
         trajectory_R=trajectory_R,
-        advantage_R=estimator(return_M, penalty_R, trajectory_R, group_M),
+        advantage_R=advantage_R,
         entropy_R=torch.zeros(len(trajectory_R)),
     )
+
+
+def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
+    function = getattr(estimator, "func", estimator)
+    name = f"{function.__module__}.{getattr(function, '__name__', function)}"
+    if advantage_R.shape != (responses,):
+        raise Stop(
+            f"{name} returned advantages of shape {tuple(advantage_R.shape)} for {responses} responses: one each"
+        )
+    if not advantage_R.isfinite().all():
+        raise Stop(
+            f"{name} returned {int((~advantage_R.isfinite()).sum())} of {responses} advantages that are not finite"
+        )
 
 
 def annotate(credit: Credit) -> None:

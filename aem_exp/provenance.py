@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,31 @@ PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # wh
 _HERE = Path(__file__).resolve().parent
 
 
-def begin(run_dir: Path, experiment: Experiment, step: int | None, ranks: int = 1) -> list[str]:
+def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int = 1) -> list[str]:
+    """How what would run now differs from what ran in this folder."""
+    file = run_dir / FILE
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return [*_changes(before, _now(experiment, weights, ranks)), *_edited(run_dir / CODE, _code(experiment))]
+
+
+def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int | None, ranks: int = 1) -> list[str]:
     """Freeze what runs now; how it differs from what ran when `step` was saved (None: nothing was trained yet).
 
     Raises:
         ConfigError: it differs, and `resume` is exact.
     """
-    now, code = _now(experiment, ranks), _code(experiment)
-    before = json.loads((run_dir / FILE).read_text()) if (run_dir / FILE).exists() else {}
-    changes = [] if step is None else [*_changes(before, now), *_edited(run_dir / CODE, code)]
-    if changes and experiment.resume == "exact":
-        remedy = (
-            f"would not end as it began ({'; '.join(changes)}); resume=inexact goes on all the same, and marks the run"
-        )
+    new = [] if step is None else changes(run_dir, experiment, weights, ranks)
+    if new and experiment.resume == "exact":
+        remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
         raise ConfigError("resume", "exact", remedy)
-    marks = before.get("resumed", []) if step is not None else []
-    if changes:
-        marks = [*marks, {"step": step, "changes": changes}]
+    file = run_dir / FILE
+    marks = json.loads(file.read_text())["resumed"] if step is not None and file.exists() else []
+    if new:
+        marks = [*marks, {"step": step, "changes": new}]
         if (run_dir / CODE).exists():
             (run_dir / CODE).rename(run_dir / f"{CODE}-to-step-{step}-{len(marks)}")
-    _freeze(run_dir / CODE, code)
-    disk.write(run_dir / FILE, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
+    _freeze(run_dir / CODE, _code(experiment))
+    disk.write(file, json.dumps({**_now(experiment, weights, ranks), "resumed": marks}, indent=1) + "\n")
     return [change for mark in marks for change in mark["changes"]]
 
 
@@ -53,21 +58,33 @@ def git_commit(folder: Path) -> str | None:
     return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
 
 
-def _now(experiment: Experiment, ranks: int) -> dict[str, Any]:
+def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": "gpu" if experiment.launch.gpus_per_node else "cpu",
         "processes": ranks,
         "packages": {name: version(name) for name in PACKAGES},
+        "weights": _fingerprint(Path(weights)) if weights else None,
         "commit": git_commit(_HERE),
     }
+
+
+def _fingerprint(weights: Path, ends: int = 1 << 20) -> str:
+    """Hash of the sizes and both ends of the weight files: new weights differ there, and 64 GB are not read."""
+    digest = sha256()
+    for file in sorted(weights.glob("*.safetensors")):
+        with file.open("rb") as data:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode() + data.read(ends))
+            data.seek(max(0, file.stat().st_size - ends))
+            digest.update(data.read())
+    return digest.hexdigest()[:12]
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences that may change a result; the minor version of Python and the commit are only recorded."""
     old, new = ({**data.get("packages", {}), **data} for data in (before, now))
-    keys = ("processes", "device", "machine", *PACKAGES)
+    keys = ("processes", "device", "machine", "weights", *PACKAGES)
     return [f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and old[key] != new[key]]
 
 

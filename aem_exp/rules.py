@@ -60,6 +60,8 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
+    if e.env.history == "window" and e.env.window == 0:
+        out.append("env.window=0: the policy is shown nothing of the past turns")
     if e.evaluation.every == 0:
         out.append("evaluation.every=0: the dev panel is not read while training")
     return out
@@ -92,6 +94,13 @@ def _model(e: Experiment) -> None:
         raise ConfigError("model.code_sha256", model.code_sha256, "only read with model.trust_remote_code=true")
     if model.lora and model.lora.get("r", 1) < 1:
         raise ConfigError("model.lora.r", model.lora["r"], "must be a whole number of at least 1")
+
+
+def _modulation(e: Experiment) -> None:
+    if e.modulation.lam is None and e.modulation.gate:
+        raise ConfigError(
+            "modulation.gate", e.modulation.gate, "only read with modulation.lam; to switch off: modulation=none"
+        )
 
 
 def _budgets(e: Experiment) -> None:
@@ -190,5 +199,5 @@ def _rows(e: Experiment) -> int:
 
 
 RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
-    *(_name, _tracking, _model, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
+    *(_name, _tracking, _model, _modulation, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
 )

@@ -24,13 +24,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, disk, policy, provenance
+from aem_exp import checkpoints, config, disk, policy, progress, provenance, stores, targets
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.values import Stop
 
 log = logging.getLogger("aem_exp")
 Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
 RESULT = "result.json"
 BEFORE = "before.json"
+_LOCK, _OWNER = "run.lock", "owner.json"
 _SPARE = 50_000_000  # bytes for everything but weights
 
 
@@ -45,31 +47,43 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     """
     config.check_runnable(experiment)
     folder = folder or config.run_dir(experiment)
+    if (folder / RESULT).exists():
+        return folder
+    _on_a_gpu(experiment)
+    progress.quiet()
+    world = world_of(experiment)
+    weights = policy.locate(experiment.model) if experiment.model.path else None
+    stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
     disk.check_writable(folder, "outputs")
     with _owning(folder):
         if not (folder / RESULT).exists():
-            _run(experiment, folder, watch)
+            _run(experiment, folder, world, weights, watch)
     return folder
 
 
-def _run(experiment: Experiment, folder: Path, watch: Watch | None) -> None:
-    from aem_exp import show, stores, tracking
-
-    _on_a_gpu(experiment)
+def world_of(experiment: Experiment) -> Any:
+    """The world of the experiment; refuses what it cannot give."""
     world = config.instantiate(experiment.env.make)
     _fits(experiment, world)
-    weights = policy.locate(experiment.model) if experiment.model.path else None
+    return world
+
+
+def _run(experiment: Experiment, folder: Path, world: Any, weights: str | None, watch: Watch | None) -> None:
+    from aem_exp import show, tracking
+
     _room(folder, weights)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
         checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
     trained = _resume_step(folder)
-    resumed = provenance.begin(folder, experiment, trained if (folder / BEFORE).exists() else None)
+    resumed = provenance.begin(folder, experiment, weights, trained if (folder / BEFORE).exists() else None)
+    if trained > 0:
+        log.info("going on from step %d", trained)
     resolved = config.to_dict(experiment)
     with tracking.Tracker.open(
         folder,
         stores.resolve_uri(experiment.tracking, folder.parent),
         experiment=experiment.name,
-        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}",
+        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{folder.name[-12:-6]}",
         params=resolved,
         tags=_tags(experiment, world.fingerprint, resumed),
         resume_step=trained,
@@ -111,6 +125,7 @@ class _Experiment:
         self.time = Time(experiment.trainer["steps"], max(0, done))
         self.episodes = Episodes(folder, done)
         self.scores: dict[str, Any] = {}
+        self.crashes = 0
         self.trainer = self._trainer()
 
     def play(self) -> dict[str, Any]:
@@ -193,6 +208,7 @@ class _Experiment:
         """Score a panel; `recorded`: its episodes stand in the record already."""
         from aem_exp import evaluate
         from aem_exp.episodes import record
+        from aem_exp.rollout import CRASHED
         from aem_exp.sample import LocalSampler, Sampling
 
         how = self.experiment.evaluation
@@ -204,6 +220,13 @@ class _Experiment:
         if not recorded:
             self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
         self.scores[split] = score = evaluate.score(panel, played)
+        if score.crashed:
+            first = next(t for t in played if t.ended == CRASHED)
+            how_many = f"{score.crashed} of {score.episodes} episodes of the {panel.name} panel crashed"
+            told = f"{how_many}; task {first.task.id}: {first.error}"
+            if score.crashed == score.episodes:
+                raise Stop(told)
+            log.warning("%s (each counts as a failure)", told)
         return score
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
@@ -215,6 +238,10 @@ class _Experiment:
         from aem_exp.episodes import record
 
         self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])
+        errors = [f"task {t.task.id}: {t.error}" for t in credit.played if t.error]
+        if errors and not self.crashes:
+            log.warning("%d episodes of step %d crashed and are left out; %s", len(errors), step + 1, errors[0])
+        self.crashes += len(errors)
 
     def _before_save(self, step: int) -> None:
         size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())  # weights and two moments
@@ -243,6 +270,8 @@ def _made(experiment: Experiment, world: Any) -> str:
     from filelock import FileLock
 
     recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
+    maker = targets.location(str(recipe["make"]["_target_"]).rpartition(".")[0])
+    recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     cache = disk.cache()
     folder = cache / f"{experiment.model.name}-{digest}"
@@ -299,6 +328,7 @@ def _tags(experiment: Experiment, fingerprint: str, resumed: list[str]) -> dict[
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),
         "aem.signature": config.signature(experiment),
+        "aem.arm": config.arm(experiment),
         "aem.env_fingerprint": fingerprint,
         **({"aem.parent": experiment.parent} if experiment.parent else {}),
         **({"aem.resumed": "inexact"} if resumed else {}),
@@ -311,14 +341,30 @@ def _owning(folder: Path) -> Iterator[None]:
     """One process at a time; the lock is the kernel's, so it ends with its holder, however that ends."""
     from filelock import FileLock, Timeout
 
-    owner = folder / "owner.json"
     try:
-        with FileLock(folder / "run.lock", timeout=0):
-            disk.write(owner, json.dumps({"host": platform.node(), "pid": os.getpid()}))
+        with FileLock(folder / _LOCK, timeout=0):
+            disk.write(folder / _OWNER, json.dumps({"host": platform.node(), "pid": os.getpid()}))
             yield
     except Timeout as error:
-        who = json.loads(owner.read_text()) if owner.exists() else {"host": "?", "pid": "?"}
-        raise Owned(f"{folder} is being run by process {who['pid']} on {who['host']}") from error
+        raise Owned(f"{folder} is being run by {_named(folder)}") from error
+
+
+def owner(folder: Path) -> str | None:
+    """Who is at this run now, if anybody is."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / _LOCK).exists():
+        return None
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            return None
+    except Timeout:
+        return _named(folder)
+
+
+def _named(folder: Path) -> str:
+    who = json.loads((folder / _OWNER).read_text()) if (folder / _OWNER).exists() else {"host": "?", "pid": "?"}
+    return f"process {who['pid']} on {who['host']}"
 
 
 def _room(folder: Path, weights: str | None) -> None:
@@ -334,31 +380,50 @@ def _room(folder: Path, weights: str | None) -> None:
 # The door.
 
 
-def at_terminal(experiment: Experiment, folder: Path, again: str) -> int:
-    """Run with a live line, and show what there is at the end; the exit code. `again`: the command that goes on."""
-    from aem_exp import progress, show
+def at_terminal(experiment: Experiment, folder: Path) -> int:
+    """Run with a live line, and show what there is at the end; the exit code."""
+    from aem_exp import show
 
     progress.quiet()
-    if not (folder / RESULT).exists():
+    again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
+    if (folder / RESULT).exists():
+        for change in _since(experiment, folder):
+            print(f"note      since this run, {change}; to run again, move its folder away")
+    else:
         try:
             with progress.Progress() as line:
                 run(experiment, line, folder)
         except Owned as owned:
             print(owned)
             return 0
+        except Stop as stop:
+            print(
+                f"aem_exp: {stop}. The run dir has all up to step {max(0, _resume_step(folder))}: {folder}",
+                file=sys.stderr,
+            )
+            return 1
         except KeyboardInterrupt:
-            print(f"\nstopped; to go on from the last checkpoint: {again}", file=sys.stderr)
+            print(f"\nstopped; to go on from step {max(0, _resume_step(folder))}: {again}", file=sys.stderr)
             return 130
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             print(
-                f"aem_exp: the disk is full; free space, and to go on from the last checkpoint: {again}",
+                f"aem_exp: the disk is full; free space, and to go on from step {max(0, _resume_step(folder))}: {again}",
                 file=sys.stderr,
             )
             return 1
     show.summary(folder)
     return 0
+
+
+def _since(experiment: Experiment, folder: Path) -> list[str]:
+    """What has changed since a finished run ran: its result stands for what it was."""
+    try:
+        weights = policy.locate(experiment.model) if experiment.model.path else None
+    except ConfigError:  # moved away since
+        weights = None
+    return provenance.changes(folder, experiment, weights)
 
 
 def main() -> int:
@@ -369,12 +434,13 @@ def main() -> int:
     parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
     parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
     asked = parser.parse_args()
+    sys.path += [os.getcwd(), str(asked.run_dir / provenance.CODE)]  # where a user's functions are
     try:
         experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
         if asked.inexact:
             experiment = replace(experiment, resume="inexact")
         print(f"run       {folder}", flush=True)
-        return at_terminal(experiment, folder, shlex.join(["python", "-m", "aem_exp.run", *sys.argv[1:]]))
+        return at_terminal(experiment, folder)
     except ConfigError as error:
         print(f"aem_exp: {error}", file=sys.stderr)
         return 2

@@ -270,7 +270,8 @@ class _Run:
         self.client.log_artifact(self.id, str(path), folder.as_posix() if folder.parts else None)
 
     def end(self, status: str) -> None:
-        self.client.set_terminated(self.id, status)
+        if self.client.get_run(self.id).info.status != status:  # or its end would move
+            self.client.set_terminated(self.id, status)
 
 
 def _fit(values: dict[str, str], chars: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ depends on neither padding nor the split into micro-batches and ranks.
 """
 
 import contextlib
+import math
 import time as clock_time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ from aem_exp import aem, checkpoints
 from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment
 from aem_exp.credit import Credit, Estimator, annotate, assign, describe
-from aem_exp.rollout import Clock, Episode, Rollout, Trajectory
+from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Trajectory
 from aem_exp.sample import Sampler, generator
+from aem_exp.values import Stop
 
 Batch = dict[str, Tensor]
 
@@ -207,7 +209,10 @@ class AEMTrainer(GRPOTrainer):
         share = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * share
         mine = self.rollout.play(episodes[start : start + share], self.sampler)
-        return gather_object(mine)
+        played = gather_object(mine)
+        if all(t.ended == CRASHED for t in played):
+            raise Stop(f"every environment crashed in step {step + 1}; the first: {played[0].error}")
+        return played
 
     def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
         """The updates of a step. Old log-probs, entropies and coefficients are measured once and stay fixed."""
@@ -303,6 +308,16 @@ class AEMTrainer(GRPOTrainer):
                 total += super().training_step(model, batch, num_items_in_batch)
         self.aem.metrics["time/update"] += clock_time.perf_counter() - start
         return total
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """What transformers asks between the backward pass and the optimizer: the last moment to stop."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm):
+            what = f"the norm of the gradient is {norm} in step {self.time.step + 1}, with loss_type={self.loss_type}"
+            raise Stop(
+                f"{what}; nothing was updated with it. A lower trainer.learning_rate or trainer.max_grad_norm may help"
+            )
+        return norm
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return {name: value.to(self.accelerator.device) for name, value in inputs.items()}

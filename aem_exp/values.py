@@ -42,6 +42,10 @@ class ConfigError(Exception):
         return " ".join(f"{self.field}={shown(self.value)}: {hint} {why}".split())
 
 
+class Stop(Exception):
+    """A run that cannot go on; `str()` says why in a sentence. What was saved stays, and is good."""
+
+
 def shown(value: Any) -> str:
     """A value as the command line would write it, cut to a line."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -40,6 +40,14 @@ def test_rloo_is_grpo_without_std_times_a_constant():
     torch.testing.assert_close(leave_one_out(*each) * 3 / 4, group_centred(*each))
 
 
+def test_a_penalty_in_a_group_without_spread_stays_what_it_is():
+    """Both won, one turn was invalid: there is no standard deviation to divide by, and none of the penalty is blown up."""
+    advantage_R = group_normalised(
+        torch.ones(2), torch.tensor([0.0, 0.1, 0.0]), torch.tensor([0, 0, 1]), torch.zeros(2).long()
+    )
+    torch.testing.assert_close(advantage_R, torch.tensor([0.0, -0.1, 0.0]))
+
+
 def test_equal_returns_teach_nothing():
     for estimator in (group_normalised, group_centred, leave_one_out):
         advantage_R = estimator(torch.ones(4), torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.long))

@@ -183,6 +183,7 @@ AT_COMPOSING = [
     ("seed=0,1", "seed", "aem_exp.sweep"),
     ("seed=range(3)", "seed", "aem_exp.sweep"),
     ("~trainer.beta", "config", "trainer.beta"),
+    ("~modulation", "modulation", "choose from aem"),
 ]
 AT_RESOLVING = [
     ("tracking=${nothing}", "tracking", "'nothing' not found"),
@@ -242,6 +243,7 @@ AT_RESOLVING = [
     ("baseline.advantage._target_=aem_exp.schedules.Linear", "baseline.advantage._target_", "4 arguments"),
     ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
     ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
+    ("modulation.lam=null", "modulation.gate", "only read with modulation.lam"),
     ("model.make.folder=x", "model.make.folder", "no such key"),
     ("model.lora={rr:4}", "model.lora.rr", "did you mean r?"),
     # Contradictions.
@@ -264,7 +266,7 @@ AT_RESOLVING = [
     ("trainer.top_k=50", "trainer.top_k", "unfiltered"),
     ("trainer.min_p=0.1", "trainer.min_p", "unfiltered"),
     ("trainer.repetition_penalty=1.1", "trainer.repetition_penalty", "unfiltered"),
-    ("modulation.lam=null | trainer.repetition_penalty=1.1", "trainer.repetition_penalty", "use_vllm"),
+    ("modulation={} | trainer.repetition_penalty=1.1", "trainer.repetition_penalty", "use_vllm"),
     ("model.path=x", "model.path", "both are set"),
     ("model.make=null", "model.path", "neither is set"),
     ("model.revision=main", "model.revision", "model.path"),
@@ -477,7 +479,8 @@ def test_run_dir(monkeypatch, tmp_path, default):
     assert config.run_dir(default) == tmp_path / "outputs" / folder
     assert config.run_dir(dataclasses.replace(default, outputs="there")) == tmp_path / "there" / folder
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "env"))
-    assert config.run_dir(dataclasses.replace(default, outputs="there")) == tmp_path / "env" / folder
+    assert config.run_dir(dataclasses.replace(default, outputs="there")) == tmp_path / "there" / folder
+    assert config.run_dir(default) == tmp_path / "env" / folder
 
 
 def test_diff_and_nearest(default, tmp_path):
@@ -730,7 +733,10 @@ def test_nothing_heavy_is_imported_before_a_run(tmp_path):
 
 
 def test_works_from_any_folder(tmp_path):
-    (tmp_path / "own_world.py").write_text("import torch\nclass World:\n    def __init__(self, size: int = 1): ...\n")
+    (tmp_path / "own_world.py").write_text(
+        "import torch\nfrom aem_exp.envs import Task\nclass World:\n    def __init__(self, size: int = 1): ...\n"
+        "    def tasks(self, split): return [Task(str(i)) for i in range(9)]\n"
+    )
     argv = [sys.executable, "-m", "aem_exp", "env.make={_target_: own_world.World, size: 3}", "plan=true"]
     done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert str(tmp_path / "outputs") in done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -302,6 +303,60 @@ def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
     assert not (older / "mine.py").read_text().endswith("# edited\n")
 
 
+MISTAKES = """
+import torch
+from aem_exp.envs.household import Household
+
+def nothing(a, b, c, d): return a
+def nan(a, b, c, d): return torch.full(c.shape, torch.nan)
+def huge(a, b, c, d): return torch.full(c.shape, 3e38)
+
+class Broken(Household):
+    def env(self):
+        env = super().env()
+        env.step = None
+        return env
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("baseline.advantage={_target_: mistakes.nothing}", "mistakes.nothing returned advantages of shape"),
+        ("baseline.advantage={_target_: mistakes.nan}", "advantages that are not finite"),
+        ("baseline.advantage={_target_: mistakes.huge}", "the norm of the gradient is"),
+        ("env.make._target_=mistakes.Broken", "8 of 8 episodes of the dev[:8] panel crashed; task "),
+    ],
+)
+def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
+    """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
+    from aem_exp import config, run
+    from aem_exp.values import Stop
+
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off", word])
+    with pytest.raises(Stop) as stopped:
+        run.run(experiment)
+    assert said in str(stopped.value)
+    assert not (config.run_dir(experiment) / "result.json").exists()
+    assert run.at_terminal(experiment, config.run_dir(experiment)) == 1
+
+
+def test_asked_after_the_end_it_says_what_changed_since(unbroken, cache, tmp_path):
+    source, _ = unbroken
+    copy = tmp_path / source.name
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
+    file = copy / "code" / "aem_exp" / "advantages.py"
+    file.write_text(file.read_text() + "# as it was\n")
+    env = {**os.environ, "AEM_CACHE": str(cache)}
+    command = [sys.executable, "-m", "aem_exp.run", str(copy)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "since this run, aem_exp/advantages.py was edited" in done.stdout
+
+
 def tracked(folder):
     """Steps of each metric in MLflow."""
     from mlflow import MlflowClient
@@ -323,7 +378,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert "to go on from the last checkpoint: python -m aem_exp" in err
+    assert re.search(rf"to go on from step \d+: {sys.executable} -m aem_exp.run {folder_of(tmp_path)}", err)
     assert "Traceback" not in out + err
 
 
