@@ -180,7 +180,7 @@ def _help(config_dir: str | None) -> str:
     lines = [USAGE.format(default=default.rpartition(": ")[2])]
     for group, files in choices(roots).items():
         lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
-        lines += [f"  {name:<16}  {_description(file)}" for name, file in files.items()]
+        lines += [f"  {name:<22} {_description(file)}" for name, file in files.items()]
         lines.append("")
     return "\n".join([*lines, OPTIONS])
 

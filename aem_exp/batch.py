@@ -38,10 +38,22 @@ def plan(
     return shares
 
 
-def split(share: list[int], device_rows: int) -> list[list[int]]:
-    """Micro-batches of at most `device_rows` rows (0: no limit). Longest first, so that memory fails early or never."""
-    size = device_rows or len(share)
-    return [share[i : i + size] for i in range(0, len(share), size)]
+def split(share: list[int], lengths: Sequence[int], device_rows: int, device_tokens: int = 0) -> list[list[int]]:
+    """Micro-batches of at most so many rows, and so many tokens with padding (0: no limit; one row always fits).
+
+    A share comes longest first, so memory fails early or never, and rows that share a micro-batch are of similar length.
+    """
+    micros: list[list[int]] = []
+    widest = 0
+    for i in share:
+        length = lengths[i] if i != DEAD else 0
+        full = micros and device_rows and len(micros[-1]) >= device_rows
+        wide = micros and device_tokens and (len(micros[-1]) + 1) * max(widest, length) > device_tokens
+        if not micros or full or wide:
+            micros.append([])
+            widest = length
+        micros[-1].append(i)
+    return micros
 
 
 def pack(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[str, Tensor]:

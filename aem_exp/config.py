@@ -64,6 +64,14 @@ class Modulation:
     name: str = ""
     lam: dict[str, Any] | None = None  # `_target_` of a schedule; null: no modulation
     gate: Annotated[float, NOT_NEGATIVE] = 0.0  # nats; 0: every group is modulated
+    # Departures from the paper; see arms.Arm.
+    scope: Literal["group", "trajectory", "batch"] = "group"
+    signal: Literal["entropy", "surprisal"] = "entropy"
+    unit: Literal["response", "token"] = "response"
+    shuffle: bool = False
+    bonus: Annotated[float, NOT_NEGATIVE] = 0.0
+    bonus_lam: float = 1.0
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,12 @@ class Launch:
     hours: Annotated[float, NOT_NEGATIVE] = 0.0
     threads: Count = 0  # torch threads; 0: torch's own choice
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
+    device_tokens: Count = 0  # tokens per micro-batch and device, padding included; 0: no limit
+    device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
+    workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
+    env_seconds: Annotated[float, POSITIVE] = (
+        120.0  # an environment that answers later than this has hung (workers > 0)
+    )
     save_every: Count = 0  # steps between checkpoints; 0: only at the end
     trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
 
@@ -218,7 +232,7 @@ def _bound(e: Experiment) -> Experiment:
         modulation = replace(modulation, lam=targets.bind("modulation.lam", modulation.lam))
     if not targets.announced(make, e.env.name):
         make = targets.bind("env.make", make)
-    advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=4)
+    advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=1)
     baseline = replace(e.baseline, advantage=advantage)
     return replace(e, model=model, env=replace(e.env, make=make), baseline=baseline, modulation=modulation)
 

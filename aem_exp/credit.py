@@ -1,77 +1,164 @@
 """The credit of one step: from what was played to one advantage, one entropy and one coefficient per response.
 
-Shapes: M trajectories that count, R responses and N rows, each in the order of the other: trajectory by trajectory, turn by
-turn. All ranks hold all of it.
+Shapes: M trajectories that are trained, R responses and N rows, each in the order of the other: trajectory by trajectory,
+turn by turn. U units: the responses, or their tokens, whichever get coefficients. All ranks hold all of it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aem_exp import diagnostics
-from aem_exp.rollout import CRASHED, Response, Row, Trajectory, rows
+from aem_exp.advantages import Played
+from aem_exp.rollout import CONTEXT, CRASHED, TURNS, Response, Row, Trajectory, rows
 from aem_exp.values import Stop
 
-Estimator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `advantages`
+Estimator = Callable[[Played], Tensor]  # see `advantages`
+CUT = (CONTEXT, TURNS)  # endings that the world did not choose
 
 
 @dataclass
 class Credit:
-    """What a step's rows are trained with. `owned_N`: ids of the responses of each row."""
+    """What a step's rows are trained with.
+
+    Attributes:
+        played: everything; `dropped` of it teaches nothing (a group of equal returns), `filtered` is masked though it counts
+            in its group's mean, `kept` is trained.
+        owned_N: ids of the responses of each row.
+        units_N: ids of the units of each row.
+        signal_U: what the coefficients are made of; filled as the rows are measured, like `entropy_R`.
+        addition_U: what is added to the modulated advantages, if anything is.
+    """
 
     played: list[Trajectory]
+    dropped: list[Trajectory]
+    filtered: list[Trajectory]
     kept: list[Trajectory]
     rows: list[Row]
     owned_N: list[range]
+    units_N: list[range]
     group_M: Tensor
     trajectory_R: Tensor
     advantage_R: Tensor
+    response_U: Tensor
     entropy_R: Tensor
-    alpha_R: Tensor | None = None
+    signal_U: Tensor
+    alpha_U: Tensor | None = None
+    addition_U: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def group_R(self) -> Tensor:
         return self.group_M[self.trajectory_R]
 
+    @property
+    def alpha_R(self) -> Tensor | None:
+        """The coefficient of each response: the mean over its units."""
+        if self.alpha_U is None:
+            return None
+        sums_R = torch.zeros_like(self.entropy_R).index_add_(0, self.response_U, self.alpha_U)
+        return sums_R / torch.bincount(self.response_U, minlength=len(sums_R)).clamp(min=1)
+
     def owned(self, chosen: Sequence[int]) -> Tensor:
         """Ids of the responses of the chosen rows; a negative index is a dead row, which has none."""
-        return torch.tensor([r for i in chosen if i >= 0 for r in self.owned_N[i]], dtype=torch.long)
+        return _ids(self.owned_N, chosen)
+
+    def units(self, chosen: Sequence[int]) -> Tensor:
+        """Ids of the units of the chosen rows."""
+        return _ids(self.units_N, chosen)
 
     def responses(self) -> list[tuple[int, int, Response]]:
         """(trajectory, turn, response) in the order of R."""
         return [(m, k, r) for m, t in enumerate(self.kept) for k, r in enumerate(t.responses)]
 
 
-def assign(played: Sequence[Trajectory], history: str, estimator: Estimator, penalty: float = 0.0) -> Credit:
+def _ids(ranges: Sequence[range], chosen: Sequence[int]) -> Tensor:
+    return torch.tensor([u for i in chosen if i >= 0 for u in ranges[i]], dtype=torch.long)
+
+
+def sift(played: Sequence[Trajectory], mask_cut: bool = False) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Part groups that can teach from those that cannot: equal returns, or fewer than two survivors."""
+    returns: dict[int, list[float]] = {}
+    for t in played:
+        returns.setdefault(t.draw, []).extend([_return(t, mask_cut)] if t.ended != CRASHED and t.responses else [])
+    useful = {draw for draw, values in returns.items() if len(set(values)) > 1}
+    return [t for t in played if t.draw in useful], [t for t in played if t.draw not in useful]
+
+
+def _return(trajectory: Trajectory, mask_cut: bool) -> float:
+    """The return that a group's mean sees: 0 for a trajectory that was cut, where those are masked."""
+    return 0.0 if mask_cut and trajectory.ended in CUT else trajectory.ret
+
+
+def assign(
+    played: Sequence[Trajectory],
+    history: str,
+    estimator: Estimator,
+    penalty: float = 0.0,
+    mask_cut: bool = False,
+    dropped: Sequence[Trajectory] = (),
+    unit: Literal["response", "token"] = "response",
+) -> Credit:
     """Compare every response with its group. A trajectory whose environment crashed counts nowhere.
 
     Args:
         penalty: what an invalid turn subtracts from its own score; the episode's return does not see it.
+        mask_cut: trajectories that the world did not end count in their group's mean with return 0, and are not trained.
+        dropped: also played, and left out of this step.
+        unit: what gets a coefficient.
     """
-    kept = [t for t in played if t.ended != CRASHED and t.responses]
+    counted = [t for t in played if t.ended != CRASHED and t.responses]
+    seen = _seen(counted, penalty, mask_cut)
+    advantage_R = estimator(seen)
+    _check(advantage_R, estimator, len(seen.trajectory_R))
+    stays_M = torch.tensor([not (mask_cut and t.ended in CUT) for t in counted], dtype=torch.bool)
+    kept = [t for t, stays in zip(counted, stays_M.tolist(), strict=True) if stays]
     all_rows = rows(kept, history)
-    group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in kept))}
-    group_M = torch.tensor([group[t.draw] for t in kept], dtype=torch.long)
-    return_M = torch.tensor([t.ret for t in kept])
-    trajectory_R = torch.tensor([m for m, t in enumerate(kept) for _ in t.responses], dtype=torch.long)
-    penalty_R = torch.tensor([0.0 if r.valid else penalty for t in kept for r in t.responses])
-    ends = accumulate((len(row.turns) for row in all_rows), initial=0)
-    advantage_R = estimator(return_M, penalty_R, trajectory_R, group_M)
-    _check(advantage_R, estimator, len(trajectory_R))
+    tokens_R = [len(r.sample.ids) for t in kept for r in t.responses]
+    responses = torch.arange(len(tokens_R))
+    response_U = responses.repeat_interleave(torch.tensor(tokens_R, dtype=torch.long)) if unit == "token" else responses
+    owned_N = _ranges([len(row.turns) for row in all_rows])
     return Credit(
-        played=list(played),
+        played=[*played, *dropped],
+        dropped=list(dropped),
+        filtered=[t for t, stays in zip(counted, stays_M.tolist(), strict=True) if not stays],
         kept=kept,
         rows=all_rows,
-        owned_N=[range(a, b) for a, b in pairwise(ends)],
-        group_M=group_M,
-        trajectory_R=trajectory_R,
-        advantage_R=advantage_R,
-        entropy_R=torch.zeros(len(trajectory_R)),
+        owned_N=owned_N,
+        units_N=_ranges([sum(row.mask) for row in all_rows]) if unit == "token" else owned_N,
+        group_M=seen.group_M[stays_M],
+        trajectory_R=torch.tensor([m for m, t in enumerate(kept) for _ in t.responses], dtype=torch.long),
+        advantage_R=advantage_R[stays_M[seen.trajectory_R]],
+        response_U=response_U,
+        entropy_R=torch.zeros(len(tokens_R)),
+        signal_U=torch.zeros(len(response_U)),
     )
+
+
+def _seen(counted: Sequence[Trajectory], penalty: float, mask_cut: bool) -> Played:
+    """What the estimator is shown."""
+    group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in counted))}
+    turns = [(m, t, r) for m, t in enumerate(counted) for r in t.responses]
+    states: dict[tuple[int, str], int] = {}
+    cut = [mask_cut and t.ended in CUT for t in counted]
+    return Played(
+        return_M=torch.tensor([_return(t, mask_cut) for t in counted]),
+        group_M=torch.tensor([group[t.draw] for t in counted], dtype=torch.long),
+        trajectory_R=torch.tensor([m for m, *_ in turns], dtype=torch.long),
+        reward_R=torch.tensor([0.0 if cut[m] else r.reward for m, _, r in turns]),
+        penalty_R=torch.tensor([0.0 if r.valid or cut[m] else penalty for m, _, r in turns]),
+        state_R=torch.tensor(
+            [states.setdefault((t.draw, r.observation), len(states)) for _, t, r in turns], dtype=torch.long
+        ),
+    )
+
+
+def _ranges(sizes: Sequence[int]) -> list[range]:
+    return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
 def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
@@ -89,50 +176,63 @@ def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
 
 def annotate(credit: Credit) -> None:
     """Write what a response was given beside it, for the record."""
-    alphas = credit.alpha_R.tolist() if credit.alpha_R is not None else [None] * len(credit.entropy_R)
+    alpha_R = credit.alpha_R
+    alphas = alpha_R.tolist() if alpha_R is not None else [None] * len(credit.entropy_R)
     numbers = zip(credit.entropy_R.tolist(), credit.advantage_R.tolist(), alphas, strict=True)
     for (*_, response), (entropy, advantage, alpha) in zip(credit.responses(), numbers, strict=True):
         response.entropy, response.advantage, response.alpha = entropy, advantage, alpha
 
 
-def describe(credit: Credit, gate: float) -> dict[str, float]:
+def describe(credit: Credit) -> dict[str, float]:
     """The numbers of a step that a log shows. Every token that was generated is accounted for."""
-    played, flat = credit.played, credit.responses()
+    flat, counted = credit.responses(), [t for t in credit.played if t.ended != CRASHED]
+    turns = [r for t in counted for r in t.responses]
     tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in flat])
     turn_R = torch.tensor([float(turn) for _, turn, _ in flat])
-    generated = sum(t.tokens for t in played)
-    still_G = _still(credit)
     out = {
-        "train/success": _mean([t.won for t in credit.kept]),
-        "train/return": _mean([t.ret for t in credit.kept]),
-        "train/turns": _mean([len(t.responses) for t in credit.kept]),
-        "train/invalid_share": _mean([not r.valid for *_, r in flat]),
-        "train/response_entropy": credit.entropy_R.mean().item(),
-        "train/response_tokens": tokens_R.mean().item(),
-        "train/positive_share": (credit.advantage_R > 0).float().mean().item(),
-        "train/negative_share": (credit.advantage_R < 0).float().mean().item(),
-        "train/zero_advantage_groups": still_G.float().mean().item(),
+        "train/success": mean([t.won for t in counted]),
+        "train/return": mean([t.ret for t in counted]),
+        "train/turns": mean([len(t.responses) for t in counted]),
+        "train/invalid_share": mean([not r.valid for r in turns]),
+        "train/response_entropy": mean(credit.entropy_R.tolist()),
+        "train/response_tokens": mean(tokens_R.tolist()),
+        "train/positive_share": mean((credit.advantage_R > 0).tolist()),
+        "train/negative_share": mean((credit.advantage_R < 0).tolist()),
+        "train/zero_advantage_groups": _still(credit),
         "train/rows": len(credit.rows),
-        "train/tokens_generated": generated,
-        "train/tokens_trained": sum(sum(row.mask) for row in credit.rows),
-        "train/tokens_crashed": sum(t.tokens for t in played if t.ended == CRASHED),
+        "train/episodes": len(credit.played),
     }
-    for how in sorted({t.ended for t in played}):
-        out[f"train/ended_{how}"] = _mean([t.ended == how for t in played])
-    if credit.alpha_R is not None:
-        numbers = diagnostics.modulation(
-            credit.alpha_R, credit.entropy_R, credit.group_R, credit.advantage_R, tokens_R, turn_R, gate
-        )
+    for how in sorted({t.ended for t in credit.played}):
+        out[f"train/ended_{how}"] = mean([t.ended == how for t in credit.played])
+    alpha_R = credit.alpha_R
+    if alpha_R is not None:
+        numbers = diagnostics.modulation(alpha_R, credit.entropy_R, credit.advantage_R, tokens_R, turn_R)
         out |= {f"aem/{name}": value for name, value in numbers.items()}
-    return out
+    return out | credit.metrics | _tokens(credit)
 
 
-def _still(credit: Credit) -> Tensor:
-    """Groups in which no response has an advantage."""
-    groups = int(credit.group_M.max()) + 1
-    mass_G = torch.zeros(groups).index_add_(0, credit.group_R, credit.advantage_R.abs())
-    return mass_G == 0
+def _tokens(credit: Credit) -> dict[str, float]:
+    """Where the generated tokens went: trained, filtered or crashed; nothing is lost."""
+    generated = sum(t.tokens for t in credit.played)
+    trained = sum(sum(row.mask) for row in credit.rows)
+    gone = {id(t) for t in (*credit.dropped, *credit.filtered)}
+    crashed = sum(t.tokens for t in credit.played if t.ended == CRASHED and id(t) not in gone)
+    return {
+        "train/tokens_generated": generated,
+        "train/tokens_trained": trained,
+        "train/tokens_filtered": sum(t.tokens for t in (*credit.dropped, *credit.filtered)),
+        "train/tokens_crashed": crashed,
+        "train/useful_share": trained / max(1, generated),
+    }
 
 
-def _mean(values: Sequence[float]) -> float:
+def _still(credit: Credit) -> float:
+    """Share of the groups in which no response has an advantage."""
+    if not len(credit.group_M):
+        return 1.0
+    mass_G = torch.zeros(int(credit.group_M.max()) + 1).index_add_(0, credit.group_R, credit.advantage_R.abs())
+    return (mass_G[credit.group_M.unique()] == 0).float().mean().item()
+
+
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")

@@ -7,17 +7,13 @@ change of the step size, and its correlation with length and turn a hidden prefe
 import torch
 from torch import Tensor
 
-from aem_exp import aem
-
 
 def modulation(
     alpha_R: Tensor,
     entropy_R: Tensor,
-    group_R: Tensor,
     advantage_R: Tensor,
     tokens_R: Tensor,
     turn_R: Tensor,
-    gate: float,
 ) -> dict[str, float]:
     """Statistics of the coefficients of one step (R responses)."""
     if not len(alpha_R):
@@ -29,7 +25,6 @@ def modulation(
         "alpha_q05": low,
         "alpha_q50": median,
         "alpha_q95": high,
-        "gated_share": aem.gated(entropy_R, group_R, gate).float().mean().item(),
         "entropy_std": entropy_R.std(correction=0).item(),
         "alpha_token_mean": ((alpha_R * tokens_R).sum() / tokens_R.sum()).item(),
         "alpha_advantage_mean": ((alpha_R * weight_R).sum() / mass).item() if mass > 0 else 1.0,

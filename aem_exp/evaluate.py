@@ -1,99 +1,275 @@
-"""A policy on a panel: a fixed, hashed list of held-out tasks, every one scored exactly `repeats` times.
+"""Door: a policy on a panel, beside the policy that its training started from and one that acts at random.
 
-Sampling depends on (panel, task, repeat) alone, so a policy has one score on a panel, on any machine and in any order.
+`python -m aem_exp.evaluate RUN_DIR`, or a model. What is played is on disk part by part, and decided by neither their size nor
+the moment: asked again it goes on, or shows what is there.
 """
 
+import argparse
+import errno
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+import math
+import os
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from aem_exp.config import ConfigError
-from aem_exp.envs import Task, World
-from aem_exp.rollout import CRASHED, Episode, Rollout, Trajectory
-from aem_exp.sample import Sampler
+from aem_exp import config
+from aem_exp.config import ConfigError, Experiment
+from aem_exp.envs import World
+from aem_exp.exam import RESULT, Exam, Panel, digest, panel, play, rules, score, sit
 
+if TYPE_CHECKING:
+    from aem_exp.players import Player
 
-@dataclass(frozen=True)
-class Panel:
-    """`hash` covers ids, seeds and payloads of the tasks, in order."""
+__all__ = ["Panel", "panel", "play", "score"]
+POLICY, UNTRAINED, RANDOM = PLAYERS = ("policy", "untrained", "random")
 
-    name: str
-    tasks: Sequence[Task]
-    hash: str
+ABOUT = """\
+Score a policy on tasks it was not trained on, every task the same number of times, beside the policy that its training
+started from and one that acts at random. Asked again it goes on, or shows what is there.
 
-
-@dataclass(frozen=True)
-class Score:
-    """What a policy reached on a panel. Crashed episodes count as failures, and are counted."""
-
-    panel: str
-    panel_hash: str
-    episodes: int
-    success: float
-    returns: float
-    turns: float
-    tokens: float
-    invalid_share: float
-    response_entropy: float
-    crashed: int
-    by_kind: dict[str, float]
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Flat numbers for the log: `eval/...`."""
-        numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int | float)}
-        kinds = {f"success_{kind}": value for kind, value in self.by_kind.items() if kind}
-        return {f"{prefix}{name}": value for name, value in (numbers | kinds).items()}
+  python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
+  python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
+  python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
+"""
+KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
 
 
-def panel(world: World, name: str, tasks: int = 0) -> Panel:
-    """The panel of a split; `tasks` > 0 takes its first ones only, under a name that says so."""
-    full = world.tasks(name)
-    if tasks > len(full):
-        raise ConfigError("evaluation.tasks", tasks, f"the panel {name!r} has {len(full)} tasks")
-    chosen = list(full[:tasks] if tasks else full)
-    text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
-    return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        subject, _, why = message.partition(": ")
+        raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
 
 
-def play(panel: Panel, rollout: Rollout, sampler: Sampler, repeats: int = 1, at_once: int = 256) -> list[Trajectory]:
-    """Play every task of the panel `repeats` times, `at_once` episodes at a time (this bounds memory)."""
-    episodes = [
-        Episode(task, draw, repeat, ("panel", panel.name, task.id, repeat))
-        for draw, task in enumerate(panel.tasks)
-        for repeat in range(repeats)
-    ]
-    played: list[Trajectory] = []
-    for start in range(0, len(episodes), at_once):
-        played += rollout.play(episodes[start : start + at_once], sampler)
-    return played
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
+    try:
+        return _act(_read(argv))
+    except ConfigError as error:
+        sys.stderr.write(f"aem_exp: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nstopped; to go on: {again}\n")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"aem_exp: the disk is full; free space, and to go on: {again}\n")
+        return 1
 
 
-def score(panel: Panel, played: Sequence[Trajectory]) -> Score:
-    """Summarise; a partial panel is refused, not averaged."""
-    repeats, rest = divmod(len(played), len(panel.tasks))
-    assert not rest, f"{len(played)} episodes are not a whole number of passes over {len(panel.tasks)} tasks"
-    assert repeats, "the panel was not played"
-    responses = [r for t in played for r in t.responses]
-    kinds = sorted({t.task.kind for t in played})
-    return Score(
-        panel=panel.name,
-        panel_hash=panel.hash,
-        episodes=len(played),
-        success=_mean([_won(t) for t in played]),
-        returns=_mean([t.ret for t in played]),
-        turns=_mean([len(t.responses) for t in played]),
-        tokens=_mean([t.tokens for t in played]),
-        invalid_share=_mean([not r.valid for r in responses]),
-        response_entropy=_mean([r.entropy for r in responses]),
-        crashed=sum(t.ended == CRASHED for t in played),
-        by_kind={kind: _mean([_won(t) for t in played if t.task.kind == kind]) for kind in kinds},
+def _read(argv: list[str]) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python -m aem_exp.evaluate", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument(
+        "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run; or a hub id, or a folder of weights"
     )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="other settings of env, model, launch, outputs"
+    )
+    parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
+    parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
+    parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
+    parser.add_argument("--only", action="append", choices=PLAYERS, help="leave the other rows out (may be repeated)")
+    parser.add_argument("--at-once", type=int, default=128, help="episodes in memory together (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
+    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    parser.add_argument(
+        "--trust", action="store_true", help="read somebody else's run; its config can call any function"
+    )
+    asked = parser.parse_intermixed_args(argv)
+    if asked.target is None or "=" in asked.target:
+        raise ConfigError("RUN_DIR|MODEL", asked.target, "a run dir, a hub id or a folder of weights comes first")
+    for option in ("repeats", "tasks", "at_once"):
+        if (value := getattr(asked, option)) is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", value, "must be a whole number of at least 1")
+    if asked.temperature is not None and not 0 < asked.temperature < math.inf:
+        remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
+        raise ConfigError("--temperature", asked.temperature, remedy)
+    return asked
 
 
-def _won(trajectory: Trajectory) -> float:
-    return 0.0 if trajectory.ended == CRASHED else trajectory.won
+def _act(asked: argparse.Namespace) -> int:
+    from aem_exp import progress
+
+    progress.quiet()
+    if os.getcwd() not in sys.path:  # the user's own worlds
+        sys.path.insert(0, os.getcwd())
+    if asked.config_dir is not None:
+        sys.path.append(os.path.abspath(asked.config_dir))
+    from aem_exp.scoreboard import Line, show
+
+    with Line() as line:
+        exam, players, left_out = _setting(asked)
+        found = {player.name: sit(exam, player, line) for player in players}
+    results = {name: result for name, (_, result) in found.items()}
+    if asked.json:
+        sys.stdout.write(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False) + "\n")
+        return 0
+    tasks = f"{len(exam.panel.tasks)} tasks x {exam.repeats}, temperature {exam.temperature:g}"
+    title = f"success on the panel {exam.panel.name} ({exam.panel.hash}) of {exam.experiment.env.name}: {tasks}"
+    facts = [("result", str(folder / RESULT)) for folder, _ in found.values()][:1]
+    show(title, results, left_out, [*facts, ("next", _next(asked, exam))])
+    return 0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _next(asked: argparse.Namespace, exam: Exam) -> str:
+    """The command that most likely comes next."""
+    if exam.repeats == 1:
+        same = ["--panel", asked.panel] if asked.panel else []
+        return shlex.join(["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, "--repeats", "4"])
+    if _is_run(asked.target):
+        steps = 2 * exam.experiment.trainer["steps"]
+        return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}"])
+    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target)])
+
+
+def _at_path(target: str) -> list[str]:
+    """Overrides that name a model by its path, as Hydra reads them."""
+    plain = re.fullmatch(r"[\w./-]+", target) is not None
+    quoted = target if plain else "'" + target.replace("'", r"\'") + "'"
+    return [f"model.path={quoted}", "model.make=null"]
+
+
+# What is asked for.
+
+
+def _setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, str]]:
+    """The exam, who sits it, and why some do not."""
+    is_run = _is_run(asked.target)
+    keys = KEYS["run" if is_run else "model"]
+    for text in asked.overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if re.split(r"[.@]", key)[0] not in keys:
+            raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
+    experiment, original = _of_run(asked) if is_run else (_of_model(asked), None)
+    config.check_runnable(experiment)
+    world = config.instantiate(experiment.env.make)
+    if original and experiment.env.make == original.env.make:
+        _check_same(world.fingerprint, _path(asked.target))
+    chosen = panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, ("--panel", "--tasks"))
+    policy = _policy(asked, experiment, original)
+    heat = asked.temperature or experiment.evaluation.temperature
+    home = _home(asked, experiment, world, policy)
+    exam = Exam(experiment, world, chosen, asked.repeats, heat, asked.at_once, home)
+    return exam, *_beside(asked.only, policy, original, exam)
+
+
+def _path(target: str) -> Path:
+    return Path(target).expanduser().absolute()
+
+
+def _is_run(target: str) -> bool:
+    return (_path(target) / "experiment.json").exists()
+
+
+def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
+    """The experiment of a run dir under the overrides, on one process; and as it was."""
+    folder = _path(asked.target)
+    original = experiment = config.read(folder, asked.trust)
+    if not (folder / RESULT).exists():
+        raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
+    if asked.overrides:
+        from aem_exp import compose
+
+        tree = compose.plain(compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust))
+        experiment = config.resolve({**tree, "parent": original.parent, "parent_dir": None})
+    for key in ("path", "make", "revision", "lora"):
+        if (value := getattr(experiment.model, key)) != getattr(original.model, key):
+            raise ConfigError(f"model.{key}", value, "a run is evaluated with the weights that it holds")
+    return _on_one_process(experiment), original
+
+
+def _of_model(asked: argparse.Namespace) -> Experiment:
+    """The experiment that a model would train in under the overrides."""
+    path = _path(asked.target)
+    if asked.trust:
+        raise ConfigError("--trust", True, "only read with a run dir")
+    if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.target)):
+        why = "holds neither a run nor a model" if path.exists() else "there is no such folder"
+        raise ConfigError("RUN_DIR|MODEL", asked.target, f"{why}; give a run dir, a hub id or a folder of weights")
+    name = f"{path.parent.name}-model" if path.name == "model" else path.name
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
+    own = [*_at_path(asked.target), f"model.name='{name}'"]
+    return _on_one_process(config.load([*asked.overrides, *own], asked.config_dir))
+
+
+def _on_one_process(experiment: Experiment) -> Experiment:
+    """Training may take a cluster; an evaluation is one process and at most one GPU."""
+    gpus = min(1, experiment.launch.gpus_per_node)
+    launch = replace(experiment.launch, where="local", nodes=1, gpus_per_node=gpus, trainer={})
+    return replace(experiment, launch=launch)
+
+
+def _check_same(fingerprint: str, folder: Path) -> None:
+    """Refuse a world whose rules have changed since the run: its numbers would stand beside those of another game."""
+    trained = json.loads((folder / RESULT).read_text())["fingerprint"]
+    if fingerprint != trained:
+        remedy = f"was trained in the world {trained}, and this version plays {fingerprint}; with the code that it ran:"
+        command = f"PYTHONPATH={folder / 'code'} python -m aem_exp.evaluate {folder}"
+        raise ConfigError("RUN_DIR", str(folder), f"{remedy} {command}")
+
+
+def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Player":
+    from aem_exp import policy
+    from aem_exp.players import Player
+
+    model = replace(experiment.model, make=None, lora=None)
+    if original is None:
+        return Player(POLICY, model, policy.locate(model))
+    model = replace(model, path=str(_path(asked.target) / "model"), revision=None)
+    return Player(POLICY, model, policy.locate(model), original.trainer["steps"])
+
+
+def _beside(
+    only: list[str] | None, policy: "Player", original: Experiment | None, exam: Exam
+) -> tuple[list["Player"], dict[str, str]]:
+    """Who plays, and why others who were asked for do not."""
+    from aem_exp.players import Player, why_not_random
+
+    wanted, players, left_out = only or PLAYERS, [], {}
+    if POLICY in wanted:
+        players.append(policy)
+    if UNTRAINED in wanted and original:
+        players.append(Player(UNTRAINED, policy.model, _start(original)))
+    elif UNTRAINED in wanted and only:
+        raise ConfigError("--only", UNTRAINED, "only a run dir knows what its training started from")
+    if RANDOM in wanted:
+        if why := why_not_random(exam.world, exam.panel.tasks[0]):
+            left_out[RANDOM] = why
+        else:
+            players.append(Player(RANDOM))
+    if not players:
+        raise ConfigError("--only", RANDOM, left_out[RANDOM])
+    return players, left_out
+
+
+def _start(original: Experiment) -> str:
+    """The folder of the weights that training started from."""
+    from aem_exp import policy
+    from aem_exp.policy import made
+
+    if original.model.path:
+        return policy.locate(original.model)
+    return made(original, config.instantiate(original.env.make))
+
+
+def _home(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Player") -> Path:
+    """The folder that keeps the evaluations: the run dir, or for a model one named by its weights and its world."""
+    if _is_run(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
+        return _path(asked.target)
+    root = config.outputs_root(experiment)
+    if _is_run(asked.target):
+        return root / _path(asked.target).name
+    identity = {"env": rules(experiment), "world": world.fingerprint, **policy.identity()}
+    return root / f"{experiment.model.name}-{digest(identity)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

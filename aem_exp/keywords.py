@@ -43,6 +43,9 @@ OURS: Final[dict[str, Any]] = {
     "tasks_per_step": Count,
     "group_size": Annotated[int, AT_LEAST_2],  # trajectories per drawn task
     "mini_batch": Literal["all"] | Count,  # rows per update
+    "oversample": Count,  # tasks drawn per round, as a multiple of tasks_per_step
+    "rounds": Count,  # rounds of play until tasks_per_step groups have unequal returns (DAPO's dynamic sampling)
+    "drop_equal": bool,  # groups of equal returns leave the step
     "loss_constant": Count | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
 }
 SCIENCE: Final[dict[str, Any]] = {
@@ -64,6 +67,7 @@ SCIENCE: Final[dict[str, Any]] = {
     "epsilon": Positive,
     "epsilon_high": Positive | None,
     "delta": Positive | None,
+    "mask_truncated_completions": bool,  # episodes cut by turns or context leave the loss, and count as 0 in their group
     "beta": NotNegative,
     "use_bias_correction_kl": bool,
     "entropy_coef": NotNegative,
@@ -84,6 +88,10 @@ SCIENCE: Final[dict[str, Any]] = {
 }
 NEUTRAL: Final[dict[str, Any]] = {
     "mini_batch": "all",
+    "oversample": 1,
+    "rounds": 1,
+    "drop_equal": False,
+    "mask_truncated_completions": False,
     "warmup_steps": 0.0,
     "weight_decay": 0.0,
     "bf16": False,
@@ -167,7 +175,6 @@ INSTEAD: Final[dict[str, str]] = {
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
 }
-LATER: Final = {"mask_truncated_completions": "masking truncated trajectories comes with a later step"}
 ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
     "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
@@ -215,8 +222,6 @@ def _refusal(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError
             return ConfigError(field, value, f"belongs to {home}.{key}")
     if key in INSTEAD:
         return ConfigError(field, value, f"this GRPOConfig keyword is derived here; use {INSTEAD[key]}")
-    if key in LATER:
-        return ConfigError(field, value, LATER[key])
     if key in grpo_keywords():
         return ConfigError(
             field, value, "this GRPOConfig keyword has no part in what this trainer does, so it would be ignored"

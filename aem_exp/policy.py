@@ -1,13 +1,24 @@
-"""The policy: any causal LM in Hugging Face format, by folder or hub id, optionally under a LoRA adapter.
+"""The policy: any causal LM in Hugging Face format, by folder or hub id, or made here; optionally under a LoRA adapter.
 
 Nothing is fetched here: weights that are not on this machine are one sentence, before any work.
 """
 
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from aem_exp.config import ConfigError, Model
+from filelock import FileLock
+
+from aem_exp import disk, targets
+from aem_exp.config import ConfigError, Experiment, Model, instantiate
+from aem_exp.envs import World
+
+log = logging.getLogger("aem_exp")
 
 
 def locate(model: Model) -> str:
@@ -48,6 +59,25 @@ def _folder(model: Model) -> str:
             "model.path", path, f"{folder} holds no *.safetensors; fetch it again with: hf download {path}"
         )
     return folder
+
+
+def made(experiment: Experiment, world: World) -> str:
+    """The folder of a policy that is made here: once, and cached by everything that decides it."""
+    recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
+    maker = targets.location(str(recipe["make"]["_target_"]).rpartition(".")[0])
+    recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
+    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    cache = disk.cache()
+    folder = cache / f"{experiment.model.name}-{digest}"
+    disk.check_writable(cache, "AEM_CACHE")
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.exists():
+            log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
+            with tempfile.TemporaryDirectory(dir=cache) as part:
+                make = instantiate(recipe["make"], partial=True)
+                make(world=world, env=experiment.env, folder=Path(part) / "model")
+                os.replace(Path(part) / "model", folder)
+    return str(folder)
 
 
 def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:

@@ -6,15 +6,16 @@ of its own. Only live episodes are generated.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aem_exp.config import Env
-from aem_exp.envs import Task, TextEnv, Turn, World
+from aem_exp.envs import Task, Turn
 from aem_exp.render import Chat
 from aem_exp.sample import Sample, Sampler, Session
+from aem_exp.stage import Reply, Stage
 
 CRASHED, CONTEXT, TURNS, OVER = "crashed", "context", "turns", "over"
 
@@ -111,76 +112,91 @@ class Clock:
 
 
 class Rollout:
-    """Plays episodes of one world with one sampler. Environments are built once and reused."""
+    """Plays episodes on a stage with one sampler.
 
-    def __init__(self, world: World, env: Env, chat: Chat):
-        self.world, self.env, self.chat = world, env, chat
+    Args:
+        stage: steps the environments.
+        at_once: episodes that are live at a time, which bounds memory; 0: all.
+    """
+
+    def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0):
+        self.stage, self.env, self.chat, self.at_once = stage, env, chat, at_once
         self.clock = Clock()
-        self._envs: list[TextEnv] = []
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        """Play all episodes to their end, together."""
-        self._envs += [self.world.env() for _ in range(len(episodes) - len(self._envs))]
-        games = [_Game(episode, env, self.env, self.chat) for episode, env in zip(episodes, self._envs, strict=False)]
+        """Play all episodes to their end, together, or `at_once` at a time."""
+        size = self.at_once or len(episodes)
+        starts = range(0, len(episodes), size) if size else ()
+        return [t for start in starts for t in self._play(episodes[start : start + size], sampler)]
+
+    def _play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
+        games = {slot: _Game(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
         session = sampler.session()
         with self.clock("environment"):
-            live = [(slot, game) for slot, game in enumerate(games) if game.reset()]
+            replies = self.stage.reset({slot: game.episode.task for slot, game in games.items()})
+        live = {slot: game for slot, game in games.items() if game.begin(replies[slot])}
         while live:
             with self.clock("generation"):
                 if self.env.history == "window":
                     session = sampler.session()
                 samples = _ask(session, live)
+            said = {slot: game.say(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)}
             with self.clock("environment"):
-                live = [pair for pair, sample in zip(live, samples, strict=True) if pair[1].step(sample)]
-        return [game.trajectory for game in games]
+                replies = self.stage.step(said)
+            live = {slot: game for slot, game in live.items() if game.hear(replies[slot])}
+        return [game.trajectory for game in games.values()]
 
     def close(self) -> None:
-        for env in self._envs:
-            env.close()
+        self.stage.close()
 
 
-def _ask(session: Session, live: Sequence[tuple[int, "_Game"]]) -> list[Sample]:
+def _ask(session: Session, live: Mapping[int, "_Game"]) -> list[Sample]:
     return session.generate(
-        [slot for slot, _ in live],
-        [game.prompt for _, game in live],
-        [(*game.episode.key, len(game.trajectory.responses)) for _, game in live],
-        [game.budget for _, game in live],
+        list(live),
+        [game.prompt for game in live.values()],
+        [(*game.episode.key, len(game.trajectory.responses)) for game in live.values()],
+        [game.budget for game in live.values()],
     )
 
 
 class _Game:
-    """One episode in play: the environment, the trajectory so far, and the prompt of the next response."""
+    """One episode in play: the trajectory so far, and the prompt of the next response."""
 
-    def __init__(self, episode: Episode, env: TextEnv, rules: Env, chat: Chat):
-        self.episode, self.env, self.rules, self.chat = episode, env, rules, chat
+    def __init__(self, episode: Episode, rules: Env, chat: Chat):
+        self.episode, self.rules, self.chat = episode, rules, chat
         self.trajectory = Trajectory(episode.task, episode.draw, episode.member)
         self.prompt: list[int] = []
         self.budget = 0
         self._used = 0  # tokens of the row so far (full history)
         self._pairs: list[tuple[str, str]] = []  # observation and parsed action of past turns (window)
 
-    def reset(self) -> bool:
+    def begin(self, reply: Reply) -> bool:
         """Start; False when there is nothing to generate."""
-        turn = self._guard(lambda: self.env.reset(self.episode.task))
-        return turn is not None and self._next(turn)
+        self.goal = reply.goal
+        return self._crashed(reply) if reply.turn is None else self._next(reply.turn)
 
-    def step(self, sample: Sample) -> bool:
-        """Let the environment answer; False when the episode is over."""
+    def say(self, sample: Sample) -> str:
+        """Take a response into the trajectory; its text is for the environment."""
         text = self.chat.decode(sample.ids)
         entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else 0.0
         response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
         self.trajectory.responses.append(response)
         self._used += len(self.prompt) + len(sample.ids)
-        turn = self._guard(lambda: self.env.step(text))
+        return text
+
+    def hear(self, reply: Reply) -> bool:
+        """Take the environment's answer; False when the episode is over."""
+        turn, response = reply.turn, self.trajectory.responses[-1]
         if turn is None:
-            return False
+            return self._crashed(reply)
+        self.goal = reply.goal
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
         if turn.done:
             return self._end(OVER)
         if len(self.trajectory.responses) >= self.rules.max_turns:
             return self._end(TURNS)
         if self.rules.history == "window":
-            self._pairs.append((self._observation, self.env.parse(text)))
+            self._pairs.append((self._observation, reply.action))
         return self._next(turn)
 
     def _next(self, turn: Turn) -> bool:
@@ -220,20 +236,16 @@ class _Game:
 
     def _words(self, turn: Turn) -> dict[str, Any]:
         return {
-            "task": self.env.goal,
+            "task": self.goal,
             "observation": turn.observation,
             "actions": ", ".join(f"'{action}'" for action in turn.actions or ()),
             "step": len(self.trajectory.responses),
         }
 
-    def _guard(self, call: Any) -> Turn | None:
+    def _crashed(self, reply: Reply) -> bool:
         """A crash of the environment ends this episode and no other."""
-        try:
-            return call()
-        except Exception as error:
-            self.trajectory.error = f"{type(error).__name__}: {error}"
-            self._end(CRASHED)
-            return None
+        self.trajectory.error = reply.error
+        return self._end(CRASHED)
 
     def _end(self, how: str) -> bool:
         self.trajectory.ended = how

@@ -97,10 +97,16 @@ def _model(e: Experiment) -> None:
 
 
 def _modulation(e: Experiment) -> None:
-    if e.modulation.lam is None and e.modulation.gate:
-        raise ConfigError(
-            "modulation.gate", e.modulation.gate, "only read with modulation.lam; to switch off: modulation=none"
-        )
+    m, neutral = e.modulation, type(e.modulation)()
+    for key, value in vars(m).items():
+        if m.lam is None and key not in ("name", "lam") and value != getattr(neutral, key):
+            raise ConfigError(
+                f"modulation.{key}", value, "only read with modulation.lam; to switch off: modulation=none"
+            )
+    if m.bonus_lam != neutral.bonus_lam and not m.bonus:
+        raise ConfigError("modulation.bonus_lam", m.bonus_lam, "only read with modulation.bonus above 0")
+    if m.bonus and m.unit == "token":
+        raise ConfigError("modulation.bonus", m.bonus, "is paid for the next response; needs modulation.unit=response")
 
 
 def _budgets(e: Experiment) -> None:
@@ -139,12 +145,20 @@ def _sizes(e: Experiment) -> None:
         raise ConfigError("launch", f"{world} processes", f"must divide the trajectories of a step: {asked}")
 
 
+def _sampled_again(e: Experiment) -> None:
+    for key in ("rounds", "oversample"):
+        if e.trainer[key] > 1 and not e.trainer["drop_equal"]:
+            raise ConfigError(f"trainer.{key}", e.trainer[key], "only read with trainer.drop_equal=true")
+
+
 def _loss(e: Experiment) -> None:
     t = e.trainer
-    if t["importance_sampling_level"] == "sequence" and e.env.history == "full" and e.modulation.lam is not None:
+    averaged = e.env.history == "full" or e.modulation.unit == "token"
+    if t["importance_sampling_level"] == "sequence" and averaged and e.modulation.lam is not None:
         remedy = (
             "a sequence ratio averages the advantages of a row, which cancels the modulation; use env.history=window"
         )
+        remedy += " and modulation.unit=response" if e.modulation.unit == "token" else ""
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t["loss_type"] == loss and t["importance_sampling_level"] != level:
@@ -199,5 +213,18 @@ def _rows(e: Experiment) -> int:
 
 
 RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
-    *(_name, _tracking, _model, _modulation, _budgets, _prompts, _sizes, _loss, _sampling, _evaluation, _launch),
+    *(
+        _name,
+        _tracking,
+        _model,
+        _modulation,
+        _budgets,
+        _prompts,
+        _sizes,
+        _sampled_again,
+        _loss,
+        _sampling,
+        _evaluation,
+        _launch,
+    ),
 )

@@ -15,16 +15,14 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, disk, policy, progress, provenance, stores, targets
+from aem_exp import checkpoints, config, disk, policy, progress, provenance, stores
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.values import Stop
 
@@ -90,7 +88,7 @@ def _run(experiment: Experiment, folder: Path, world: Any, weights: str | None, 
         wait=False,
     ) as tracker:
         disk.write(folder / "experiment.json", json.dumps(resolved, indent=1) + "\n")
-        weights = weights or _made(experiment, world)
+        weights = weights or policy.made(experiment, world)
         parts = _Experiment(experiment, folder, world, weights, tracker, watch)
         result = parts.play() | {"resumed": resumed}
         for path in show.artifacts(folder):
@@ -113,6 +111,7 @@ class _Experiment:
         from aem_exp.render import Chat
         from aem_exp.rollout import Rollout
         from aem_exp.trainer import Time
+        from aem_exp.workers import stage_of
 
         if experiment.launch.threads:
             torch.set_num_threads(experiment.launch.threads)
@@ -120,7 +119,9 @@ class _Experiment:
         log.info("loading %s", weights)
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
-        self.rollout = Rollout(world, experiment.env, self.chat)
+        launch = experiment.launch
+        stage = stage_of(world, experiment.env.make, launch.workers, launch.env_seconds)
+        self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
         done = _resume_step(folder)
         self.time = Time(experiment.trainer["steps"], max(0, done))
         self.episodes = Episodes(folder, done)
@@ -160,7 +161,7 @@ class _Experiment:
 
     def _trainer(self) -> Any:
         from aem_exp.sample import LocalSampler, Sampling
-        from aem_exp.trainer import AEMCallback, AEMTrainer, arguments
+        from aem_exp.trainer import AEMCallback, build
 
         experiment, settings = self.experiment, self.experiment.trainer
         lam = experiment.modulation.lam
@@ -174,20 +175,15 @@ class _Experiment:
             experiment.launch.save_every,
         )
         sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
-        return AEMTrainer(
+        return build(
+            experiment,
+            self.folder,
             self.model,
-            arguments(experiment, self.folder),
             self.tokenizer,
-            callback=callback,
-            draw=partial(_draw, experiment, self.world.tasks("train")),
-            rollout=self.rollout,
-            make_sampler=lambda policy: LocalSampler(policy, self.chat.end_ids, sampling),
-            estimator=config.instantiate(experiment.baseline.advantage, partial=True),
-            mini_batch=0 if settings["mini_batch"] == "all" else settings["mini_batch"],
-            epochs=settings.get("num_iterations", 1),
-            device_rows=experiment.launch.device_rows,
-            trust_sampler=experiment.model.dtype == "float32" and not settings.get("bf16"),
-            penalty=experiment.env.invalid_penalty,
+            callback,
+            partial(_draw, experiment, self.world.tasks("train")),
+            self.rollout,
+            lambda policy: LocalSampler(policy, self.chat.end_ids, sampling),
             keep=self._keep,
             before_save=self._before_save,
         )
@@ -206,20 +202,20 @@ class _Experiment:
 
     def _exam(self, split: str, recorded: bool = False) -> Any:
         """Score a panel; `recorded`: its episodes stand in the record already."""
-        from aem_exp import evaluate
+        from aem_exp import exam
         from aem_exp.episodes import record
         from aem_exp.rollout import CRASHED
         from aem_exp.sample import LocalSampler, Sampling
 
         how = self.experiment.evaluation
-        panel = evaluate.panel(self.world, split, how.tasks)
+        panel = exam.panel(self.world, split, how.tasks)
         log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
         sampler = LocalSampler(self.model, self.chat.end_ids, Sampling(how.temperature))
-        played = evaluate.play(panel, self.rollout, sampler, how.repeats)
+        played = exam.play(panel, self.rollout, sampler, how.repeats)
         self.rollout.clock.read()  # not part of a step's time
         if not recorded:
             self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
-        self.scores[split] = score = evaluate.score(panel, played)
+        self.scores[split] = score = exam.score(panel, played)
         if score.crashed:
             first = next(t for t in played if t.ended == CRASHED)
             how_many = f"{score.crashed} of {score.episodes} episodes of the {panel.name} panel crashed"
@@ -251,39 +247,19 @@ class _Experiment:
         self.episodes.write(step)
 
 
-def _draw(experiment: Experiment, tasks: Any, step: int) -> list[Any]:
-    """The episodes of a step: tasks drawn without replacement, each played by the whole group."""
+def _draw(experiment: Experiment, tasks: Any, step: int, number: int) -> list[Any]:
+    """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
     from aem_exp.rollout import Episode
     from aem_exp.sample import generator
 
-    seed, group = experiment.seed, experiment.trainer["group_size"]
-    chosen = generator((seed, "tasks", step, 0)).choice(len(tasks), experiment.trainer["tasks_per_step"], replace=False)
+    settings, seed = experiment.trainer, experiment.seed
+    count = settings["tasks_per_step"] * settings["oversample"]
+    chosen = generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)
     return [
-        Episode(tasks[int(index)], draw, member, (seed, step, 0, draw, member))
-        for draw, index in enumerate(chosen)
-        for member in range(group)
+        Episode(tasks[int(index)], draw, member, (seed, step, number, draw, member))
+        for draw, index in enumerate(chosen, start=number * count)
+        for member in range(settings["group_size"])
     ]
-
-
-def _made(experiment: Experiment, world: Any) -> str:
-    """The folder of a policy that is made here: once, and cached by everything that decides it."""
-    from filelock import FileLock
-
-    recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
-    maker = targets.location(str(recipe["make"]["_target_"]).rpartition(".")[0])
-    recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
-    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    cache = disk.cache()
-    folder = cache / f"{experiment.model.name}-{digest}"
-    disk.check_writable(cache, "AEM_CACHE")
-    with FileLock(cache / f"{folder.name}.lock"):
-        if not folder.exists():
-            log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
-            with tempfile.TemporaryDirectory(dir=cache) as part:
-                make = config.instantiate(recipe["make"], partial=True)
-                make(world=world, env=experiment.env, folder=Path(part) / "model")
-                os.replace(Path(part) / "model", folder)
-    return str(folder)
 
 
 def _resume_step(folder: Path) -> int:
@@ -305,13 +281,14 @@ def _on_a_gpu(experiment: Experiment) -> None:
 
 def _fits(experiment: Experiment, world: Any) -> None:
     """Refuse more tasks than the world has."""
-    from aem_exp import evaluate
+    from aem_exp import exam
 
-    wanted, there = experiment.trainer["tasks_per_step"], len(world.tasks("train"))
-    if wanted > there:
-        raise ConfigError("trainer.tasks_per_step", wanted, f"env {experiment.env.name} has {there} training tasks")
+    settings, there = experiment.trainer, len(world.tasks("train"))
+    if settings["tasks_per_step"] * settings["oversample"] > there:
+        remedy = f"env {experiment.env.name} has {there} training tasks"
+        raise ConfigError("trainer.tasks_per_step", settings["tasks_per_step"], remedy)
     for split in (experiment.evaluation.panel, experiment.evaluation.final):
-        evaluate.panel(world, split, experiment.evaluation.tasks)
+        exam.panel(world, split, experiment.evaluation.tasks)
 
 
 def _end_of(parent: Path) -> Path:

@@ -51,7 +51,9 @@ def bind(at: str, block: Mapping[str, Any], positional: int = 0, supplied: Seque
     given = {key: value for key, value in block.items() if key != "_target_"}
     signature = _signature(at, path)
     if len(signature.positional) < positional and not signature.open:
-        raise ConfigError(f"{at}._target_", path, f"must take {positional} arguments by position")
+        raise ConfigError(
+            f"{at}._target_", path, f"must take {positional} argument{'s' * (positional > 1)} by position"
+        )
     taken = {*signature.positional[:positional], *supplied}
     keywords = [name for name in signature.hints if name not in taken]
     for key, value in given.items():

@@ -26,6 +26,7 @@ from aem_exp.envs import TextEnv, World
 from aem_exp.render import Chat
 from aem_exp.rollout import Episode, Rollout, Row, rows
 from aem_exp.sample import Sample
+from aem_exp.stage import Serial
 from aem_exp.values import ConfigError
 
 PAD: Final = "<pad>"
@@ -195,7 +196,7 @@ def demonstrate(
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
     player = _ScriptedSampler(world, tokenizer, random, noise, shyness)
-    rollout = Rollout(player, env, Chat(tokenizer))
+    rollout = Rollout(Serial(player), env, Chat(tokenizer))
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     return rows(rollout.play(draws, player), env.history)

@@ -13,9 +13,11 @@ depends on neither padding nor the split into micro-batches and ranks.
 
 import contextlib
 import math
+import resource
+import sys
 import time as clock_time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,18 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from aem_exp import aem, checkpoints
+from aem_exp import aem, arms, checkpoints
+from aem_exp.arms import Arm
 from aem_exp.batch import DEAD, measured, pack, plan, split
-from aem_exp.config import Experiment
-from aem_exp.credit import Credit, Estimator, annotate, assign, describe
+from aem_exp.config import Experiment, instantiate
+from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
+from aem_exp.keywords import OURS
 from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Trajectory
 from aem_exp.sample import Sampler, generator
 from aem_exp.values import Stop
 
 Batch = dict[str, Tensor]
+PAPER = Arm()
 
 _ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over the rows of a micro-batch
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
@@ -113,12 +118,31 @@ class AEMCallback(TrainerCallback):
         if "train_runtime" in logs:  # the summary of transformers, after the last step
             return
         if self.report and state.is_world_process_zero:
+            self.metrics |= _shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
             ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
             self.report(self.time.step, {**self.metrics, **ours})
         self.metrics = {}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.time.step % every == 0
+
+
+def _shares(metrics: dict[str, float]) -> dict[str, float]:
+    """What a step's time went into. While environments answer, nothing is generated: that share is idle."""
+    names = ("generation", "environment", "scoring", "aem", "update")
+    seconds = {name: metrics.get(f"time/{name}", 0.0) for name in names}
+    total = sum(seconds.values())
+    return {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
+
+
+def _peak_gb() -> float:
+    """The most memory held: on a GPU since the last step, on a CPU since the process began."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
 @dataclass
@@ -136,13 +160,19 @@ class AEMTrainer(GRPOTrainer):
 
     Args:
         callback: owns lambda and the clock.
-        draw: step -> the episodes of that step; the same on every rank.
+        draw: (step, round) -> the episodes of one round of a step; the same on every rank.
         rollout: plays them.
         make_sampler: policy -> what generates.
         estimator: from `advantages`.
         mini_batch: rows per update; 0: all rows of a step in one update.
         epochs: how often a step's rows are trained (mu in the GRPO paper).
         device_rows: rows per micro-batch and device; 0: no limit.
+        device_tokens: tokens per micro-batch and device, padding included; 0: no limit.
+        arm: where modulation departs from the paper.
+        groups: how many a step should train on.
+        drop_equal: groups of equal returns leave the step.
+        rounds: rounds of play per step, at most: more are played until there are enough groups (DAPO's dynamic sampling).
+        mask_cut: trajectories that the world did not end are not trained; see `credit.assign`.
         trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
         penalty: subtracted from the score of an invalid turn.
         keep: receives the number of finished steps and the step's credit, for the record.
@@ -156,13 +186,19 @@ class AEMTrainer(GRPOTrainer):
         processing_class: Any,
         *,
         callback: AEMCallback,
-        draw: Callable[[int], list[Episode]],
+        draw: Callable[[int, int], list[Episode]],
         rollout: Rollout,
         make_sampler: Callable[[Any], Sampler],
         estimator: Estimator,
         mini_batch: int = 0,
         epochs: int = 1,
         device_rows: int = 0,
+        device_tokens: int = 0,
+        arm: Arm = PAPER,
+        groups: int = 0,
+        drop_equal: bool = False,
+        rounds: int = 1,
+        mask_cut: bool = False,
         trust_sampler: bool = True,
         penalty: float = 0.0,
         keep: Callable[[int, Credit], None] | None = None,
@@ -185,7 +221,17 @@ class AEMTrainer(GRPOTrainer):
         self.aem, self.time = callback, callback.time
         self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self.model), keep
         self.before_save = before_save
-        self.credit = partial(assign, history=rollout.env.history, estimator=estimator, penalty=penalty)
+        self.credit = partial(
+            assign,
+            history=rollout.env.history,
+            estimator=estimator,
+            penalty=penalty,
+            mask_cut=mask_cut,
+            unit=arm.unit,
+        )
+        self.arm, self.mask_cut = arm, mask_cut
+        self.groups, self.drop_equal, self.rounds = groups, drop_equal, rounds
+        self.device_tokens = device_tokens
         self.mini_batch, self.epochs, self.device_rows = mini_batch, epochs, device_rows
         self.trust_sampler, self._bonus = trust_sampler, args.entropy_coef
         self.clock = Clock()
@@ -196,16 +242,32 @@ class AEMTrainer(GRPOTrainer):
         """The updates of all steps that are left. A step is played when its first update is asked for."""
         while self.time.step < self.time.steps:
             step = self.time.step
-            credit = self.credit(self.play(step))
+            played, dropped = self.play(step)
+            credit = self.credit(played, dropped=dropped)
             updates = self.batches(credit, step)
             self._note(credit, len(updates))
             for i, batches in enumerate(updates):
                 self.time.closing = i == len(updates) - 1
                 yield batches
 
-    def play(self, step: int) -> list[Trajectory]:
-        """Play the episodes of a step, each rank its share; all ranks get all trajectories."""
-        episodes = self.draw(step)
+    def play(self, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Play until there are enough groups that can teach: those, and what was played besides (DAPO, arXiv 2503.14476)."""
+        kept: list[Trajectory] = []
+        dropped: list[Trajectory] = []
+        for number in range(self.rounds):
+            played = self._play(self.draw(step, number), step)
+            useful, equal = sift(played, self.mask_cut) if self.drop_equal else (played, [])
+            kept, dropped = kept + useful, dropped + equal
+            if len({t.draw for t in kept}) >= self.groups:
+                break
+        else:
+            if self.rounds > 1 or not kept:  # the cap: as the reference, keep the last round whole
+                kept, dropped = kept + equal, dropped[: len(dropped) - len(equal)]
+        self.aem.metrics["train/rounds"] = number + 1
+        return kept, dropped
+
+    def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
+        """Each rank its share; all ranks get all trajectories."""
         share = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * share
         mine = self.rollout.play(episodes[start : start + share], self.sampler)
@@ -223,7 +285,7 @@ class AEMTrainer(GRPOTrainer):
         with self.clock("aem"):
             credit.entropy_R = self.accelerator.reduce(credit.entropy_R.to(self.accelerator.device), "sum").cpu()
             if self.aem.lam is not None:
-                credit.alpha_R = aem.coefficients(credit.entropy_R, credit.group_R, self.aem.lam, self.aem.gate)
+                self._modulate(credit, step)
             for update in updates:
                 for micro, batch in zip(update.micros, update.batches, strict=True):
                     batch["advantages"] = _advantages(credit, micro, batch["tool_mask"])
@@ -243,7 +305,7 @@ class AEMTrainer(GRPOTrainer):
         for update in zip(*shares, strict=True):
             live = [i for share in update for i in share if i != DEAD]
             tokens = sum(sum(credit.rows[i].mask) for i in live)
-            out.append(Update(split(update[me], self.device_rows), len(live), tokens))
+            out.append(Update(split(update[me], lengths, self.device_rows, self.device_tokens), len(live), tokens))
         return out
 
     def _measure(self, credit: Credit, micro: list[int]) -> Batch:
@@ -261,8 +323,26 @@ class AEMTrainer(GRPOTrainer):
             batch["old_per_token_logps"] = logps
         if self.beta:
             batch["ref_per_token_logps"] = self._reference(batch)
-        credit.entropy_R[credit.owned(micro)] = aem.response_entropy(entropies, aem.responses(batch["tool_mask"]))
+        response_NT = aem.responses(batch["tool_mask"])
+        credit.entropy_R[credit.owned(micro)] = aem.response_entropy(entropies, response_NT)
+        signal_NT = entropies if self.arm.signal == "entropy" else -logps
+        if self.arm.unit == "token":
+            credit.signal_U[credit.units(micro)] = signal_NT[batch["tool_mask"].bool()]
+        else:
+            credit.signal_U[credit.units(micro)] = aem.response_entropy(signal_NT, response_NT)
         return batch
+
+    def _modulate(self, credit: Credit, step: int) -> None:
+        """Give each unit its coefficient; all ranks compute the same."""
+        credit.signal_U = self.accelerator.reduce(credit.signal_U.to(self.accelerator.device), "sum").cpu()
+        trajectory_U = credit.trajectory_R[credit.response_U]
+        group_U, advantage_U = credit.group_M[trajectory_U], credit.advantage_R[credit.response_U]
+        rng = generator((self.args.seed, "shuffle", step))
+        lam = self.aem.lam or 0.0
+        scope_U = arms.scoped(self.arm, group_U, trajectory_U)
+        credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
+        credit.alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        credit.addition_U = arms.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
 
     def _weigh(self, batch: Batch, update: Update, trajectories_per_row: float) -> None:
         """Make the sum over micro-batches, and the mean over ranks, an average over the whole update.
@@ -284,8 +364,9 @@ class AEMTrainer(GRPOTrainer):
 
     def _note(self, credit: Credit, updates: int) -> None:
         """Leave the step's numbers where the callback finds them."""
-        seconds = {f"time/{name}": value for name, value in (self.clock.read() | self.rollout.clock.read()).items()}
-        self.aem.metrics |= describe(credit, self.aem.gate) | seconds | {"train/updates": updates, "time/update": 0.0}
+        spent = self.clock.read() | self.rollout.clock.read()
+        self.aem.metrics |= {f"time/{name}": value for name, value in spent.items()} | describe(credit)
+        self.aem.metrics |= {"train/updates": updates, "time/update": 0.0}
         if self.aem.lam is not None:
             self.aem.metrics["aem/lam"] = self.aem.lam
         if self.keep:
@@ -416,14 +497,61 @@ class _Updates:
 
 
 def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor) -> Tensor:
-    """Advantages (N, T): those of the responses, spread over their tokens, times their coefficients."""
-    response_NT, ids = aem.responses(mask_NT), credit.owned(micro)
-    advantage_NT = torch.cat([credit.advantage_R[ids], torch.zeros(1)])[response_NT]
-    return advantage_NT if credit.alpha_R is None else aem.modulate(advantage_NT, credit.alpha_R[ids], response_NT)
+    """Advantages (N, T): those of the responses, spread over their tokens, times the coefficients of their units."""
+    advantage_NT = _spread(credit.advantage_R[credit.owned(micro)], aem.responses(mask_NT))
+    if credit.alpha_U is None:
+        return advantage_NT
+    ids, unit_NT = credit.units(micro), aem.responses(mask_NT)
+    if len(credit.response_U) != len(credit.advantage_R):  # each token is a unit
+        unit_NT = (mask_NT.flatten().cumsum(0).view_as(mask_NT) - 1).masked_fill(mask_NT == 0, -1)
+    advantage_NT = aem.modulate(advantage_NT, credit.alpha_U[ids], unit_NT)
+    return advantage_NT if credit.addition_U is None else advantage_NT + _spread(credit.addition_U[ids], unit_NT)
+
+
+def _spread(value_U: Tensor, unit_NT: Tensor) -> Tensor:
+    """The value of its unit at each token; 0 where there is none."""
+    return torch.cat([value_U, value_U.new_zeros(1)])[unit_NT]
 
 
 def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]:
     raise AssertionError("TRL asks no reward function here")
+
+
+def build(
+    experiment: Experiment,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    callback: AEMCallback,
+    draw: Callable[[int, int], list[Episode]],
+    rollout: Rollout,
+    make_sampler: Callable[[Any], Sampler],
+    **recorders: Any,
+) -> AEMTrainer:
+    """The trainer of an experiment; `recorders` are AEMTrainer's `keep` and `before_save`."""
+    settings, launch = experiment.trainer, experiment.launch
+    return AEMTrainer(
+        model,
+        arguments(experiment, folder),
+        tokenizer,
+        callback=callback,
+        draw=draw,
+        rollout=rollout,
+        make_sampler=make_sampler,
+        estimator=instantiate(experiment.baseline.advantage, partial=True),
+        mini_batch=0 if settings["mini_batch"] == "all" else settings["mini_batch"],
+        epochs=settings.get("num_iterations", 1),
+        device_rows=launch.device_rows,
+        device_tokens=launch.device_tokens,
+        arm=Arm(**{f.name: getattr(experiment.modulation, f.name) for f in fields(Arm)}),
+        groups=settings["tasks_per_step"],
+        drop_equal=settings.get("drop_equal", False),
+        rounds=settings.get("rounds", 1),
+        mask_cut=settings.get("mask_truncated_completions", False),
+        trust_sampler=experiment.model.dtype == "float32" and not settings.get("bf16"),
+        penalty=experiment.env.invalid_penalty,
+        **recorders,
+    )
 
 
 def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
@@ -432,10 +560,8 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
     One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
     """
     settings = dict(experiment.trainer)
-    group = settings.pop("group_size")
-    for ours in ("steps", "tasks_per_step", "mini_batch", "num_iterations"):
-        settings.pop(ours, None)
-    constant = settings.pop("loss_constant", None) or episode_tokens(experiment)
+    group = settings["group_size"]
+    constant = settings.get("loss_constant") or episode_tokens(experiment)
     return GRPOConfig(
         **{
             "gradient_checkpointing": False,
@@ -455,7 +581,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
             "logging_nan_inf_filter": False,
             "report_to": [],
             "disable_tqdm": True,
-            **settings,
+            **{key: value for key, value in settings.items() if key not in (*OURS, "num_iterations")},
             **experiment.launch.trainer,
         }
     )

@@ -1,9 +1,19 @@
 """Credit assignment against numbers made by hand."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from aem_exp.advantages import group_centred, group_normalised, leave_one_out
+from aem_exp.advantages import (
+    Played,
+    batch_whitened,
+    discounted,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    step_compared,
+)
 
 # Two groups: {A, B} and {C}. A won in 3 turns, B lost in 1 turn, C is alone with 2 turns. A's second turn was invalid.
 RETURN_M = torch.tensor([1.0, 0.0, 1.0])
@@ -11,6 +21,17 @@ GROUP_M = torch.tensor([0, 0, 1])
 TRAJECTORY_R = torch.tensor([0, 0, 0, 1, 2, 2])
 FREE_R = torch.zeros(6)
 PENALTY_R = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.0, 0.0])
+
+
+def played(return_M, penalty_R, trajectory_R, group_M, reward_R=None, state_R=None):
+    """A step in which rewards come with the last turn, and no state is met twice, unless told."""
+    last_R = torch.cat([trajectory_R[1:] != trajectory_R[:-1], torch.tensor([True])])
+    reward_R = return_M[trajectory_R] * last_R if reward_R is None else reward_R
+    state_R = torch.arange(len(trajectory_R)) if state_R is None else state_R
+    return Played(return_M, group_M, trajectory_R, reward_R, penalty_R, state_R)
+
+
+whitened_in_group = partial(batch_whitened, group_baseline=True)
 
 
 @pytest.mark.parametrize(
@@ -26,29 +47,70 @@ PENALTY_R = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.0, 0.0])
         # A trajectory alone in its group has no other to be compared with, but its turns have each other: both won.
         (group_normalised, "trajectories", FREE_R, [0.70710, 0.70710, 0.70710, -0.70710, 0, 0]),
         (group_normalised, "turns", FREE_R, [0.5, 0.5, 0.5, -1.5, 0, 0]),  # mean 3/4, sample std 1/2
+        # REINFORCE++ whitens over the batch: returns (1, 0, 1), mean 2/3, sample std sqrt(1/3); turns (1, 1, 1, 0, 1, 1).
+        (batch_whitened, "trajectories", FREE_R, [0.57735, 0.57735, 0.57735, -1.15470, 0.57735, 0.57735]),
+        (batch_whitened, "trajectories", PENALTY_R, [0.57735, 0.40415, 0.57735, -1.15470, 0.57735, 0.57735]),
+        (batch_whitened, "turns", FREE_R, [0.40825, 0.40825, 0.40825, -2.04124, 0.40825, 0.40825]),
+        # ... of returns minus their group's mean: (1/2, -1/2, 0), mean 0, sample std 1/2. C is alone in its group.
+        (whitened_in_group, "trajectories", FREE_R, [1, 1, 1, -1, 0, 0]),
+        # GiGPO where no state is met twice is its episode term.
+        (step_compared, "turns", FREE_R, [0.5, 0.5, 0.5, -1.5, 0, 0]),
     ],
 )
 def test_by_hand(estimator, over, penalty_R, expected):
-    advantage_R = estimator(RETURN_M, penalty_R, TRAJECTORY_R, GROUP_M, over=over)
+    advantage_R = estimator(played(RETURN_M, penalty_R, TRAJECTORY_R, GROUP_M), over=over)
     torch.testing.assert_close(advantage_R, torch.tensor(expected, dtype=torch.float32), atol=2e-5, rtol=0)
 
 
 def test_rloo_is_grpo_without_std_times_a_constant():
     """r_i - mean = (G - 1) / G * (r_i - mean of the others)."""
     return_M, group_M = torch.rand(12), torch.arange(12) // 4
-    each = (return_M, torch.zeros(12), torch.arange(12), group_M)
-    torch.testing.assert_close(leave_one_out(*each) * 3 / 4, group_centred(*each))
+    each = played(return_M, torch.zeros(12), torch.arange(12), group_M)
+    torch.testing.assert_close(leave_one_out(each) * 3 / 4, group_centred(each))
+
+
+def test_gigpo_by_hand():
+    """Two trajectories that share their first state, and again a later one; gamma 1/2.
+
+    A: states x, y, x; rewards 0, 0, 1 -> returns 1/4, 1/2, 1.    B: states x, z; rewards 0, 0 -> returns 0, 0.
+    State x holds (1/4, 1, 0): mean 5/12, sample std 0.520416. States y and z were met once.
+    """
+    seen = played(
+        torch.tensor([1.0, 0.0]),
+        torch.zeros(5),
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.zeros(2, dtype=torch.long),
+        reward_R=torch.tensor([0.0, 0, 1, 0, 0]),
+        state_R=torch.tensor([0, 1, 0, 0, 2]),
+    )
+    assert discounted(seen.reward_R, seen.trajectory_R, 0.5).tolist() == [0.25, 0.5, 1, 0, 0]
+    by_mean = step_compared(seen, norm="mean", gamma=0.5, omega=2.0)
+    torch.testing.assert_close(by_mean, torch.tensor([0.5 - 1 / 3, 0.5, 0.5 + 7 / 6, -0.5 - 5 / 6, -0.5]))
+    step = torch.tensor([-1 / 6, 0, 7 / 12, -5 / 12, 0]) / 0.520416
+    episode = torch.tensor([1.0, 1, 1, -1, -1]) * 0.707107
+    torch.testing.assert_close(step_compared(seen, gamma=0.5), episode + step, atol=2e-5, rtol=0)
+
+
+def test_gigpo_takes_a_penalty_off_the_turns_own_step_return():
+    seen = played(
+        torch.zeros(2), torch.tensor([0.1, 0.0]), torch.arange(2), torch.zeros(2).long(), state_R=torch.zeros(2).long()
+    )
+    torch.testing.assert_close(step_compared(seen, norm="mean"), torch.tensor([-0.15, 0.05]))
 
 
 def test_a_penalty_in_a_group_without_spread_stays_what_it_is():
     """Both won, one turn was invalid: there is no standard deviation to divide by, and none of the penalty is blown up."""
-    advantage_R = group_normalised(
-        torch.ones(2), torch.tensor([0.0, 0.1, 0.0]), torch.tensor([0, 0, 1]), torch.zeros(2).long()
-    )
-    torch.testing.assert_close(advantage_R, torch.tensor([0.0, -0.1, 0.0]))
+    seen = played(torch.ones(2), torch.tensor([0.0, 0.1, 0.0]), torch.tensor([0, 0, 1]), torch.zeros(2).long())
+    torch.testing.assert_close(group_normalised(seen), torch.tensor([0.0, -0.1, 0.0]))
 
 
 def test_equal_returns_teach_nothing():
-    for estimator in (group_normalised, group_centred, leave_one_out):
-        advantage_R = estimator(torch.ones(4), torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.long))
-        assert torch.equal(advantage_R, torch.zeros(4))
+    seen = played(torch.ones(4), torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.long))
+    for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
+        assert torch.equal(estimator(seen), torch.zeros(4))
+
+
+def test_nothing_was_played():
+    nothing, none = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
+        assert len(estimator(Played(nothing, none, none, nothing, nothing, none))) == 0

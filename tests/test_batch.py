@@ -33,8 +33,21 @@ def test_updates_are_of_one_size(lengths, mini_batch):
 
 
 def test_split():
-    assert split([4, 2, 7, 1, 3], 2) == [[4, 2], [7, 1], [3]]
-    assert split([4, 2, 7], 0) == [[4, 2, 7]]
+    lengths = [10, 30, 90, 20, 100, 5, 5, 40]
+    assert split([4, 2, 7, 1, 3], lengths, 2) == [[4, 2], [7, 1], [3]]
+    assert split([4, 2, 7], lengths, 0) == [[4, 2, 7]]
+    assert split([], lengths, 2) == []
+
+
+@given(LENGTHS, st.integers(1, 400), st.integers(0, 5))
+def test_no_micro_batch_exceeds_its_budget(lengths, tokens, rows):
+    """Of tokens with padding, unless it is one row alone; every row is in one, in order."""
+    share = [*sorted(range(len(lengths)), key=lambda i: -lengths[i]), DEAD]
+    micros = split(share, lengths, rows, tokens)
+    assert [i for micro in micros for i in micro] == share
+    for micro in micros:
+        assert len(micro) == 1 or len(micro) * max(lengths[i] if i != DEAD else 0 for i in micro) <= tokens
+        assert not rows or len(micro) <= rows
 
 
 def test_pack():

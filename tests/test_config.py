@@ -64,7 +64,8 @@ def with_trainer(experiment: Experiment, **changes: Any) -> Experiment:
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, files in GROUPS.items() for name in files])
 def test_every_file_resolves_and_says_what_it_is(choice):
     group, _, name = choice.partition("=")
-    experiment = load([f"+{choice}" if group == "experiment" else choice])
+    alone = ["modulation=none"] if name == "gspo" else []  # which takes modulation where each turn is its own row
+    experiment = load([f"+{choice}" if group == "experiment" else choice, *alone])
     if group != "experiment":
         assert at(experiment, f"{group}.name") == name
     text = GROUPS[group][name].read_text()
@@ -220,7 +221,11 @@ AT_RESOLVING = [
     ("trainer.max_steps=4", "trainer.max_steps", "trainer.steps"),
     ("trainer.max_completion_length=4", "trainer.max_completion_length", "env.response_tokens"),
     ("trainer.scale_rewards=none", "trainer.scale_rewards", "baseline.advantage"),
-    ("trainer.mask_truncated_completions=true", "trainer.mask_truncated_completions", "later step"),
+    ("trainer.rounds=3", "trainer.rounds", "only read with trainer.drop_equal=true"),
+    ("trainer.oversample=2", "trainer.oversample", "only read with trainer.drop_equal=true"),
+    ("modulation.bonus=0.05 | modulation.unit=token", "modulation.bonus", "modulation.unit=response"),
+    ("modulation.bonus_lam=2", "modulation.bonus_lam", "modulation.bonus above 0"),
+    ("modulation.scope=groups", "modulation.scope", "did you mean group?"),
     (
         "launch.trainer.per_device_train_batch_size=1",
         "launch.trainer.per_device_train_batch_size",
@@ -239,8 +244,8 @@ AT_RESOLVING = [
     ("modulation.lam._target_=aem_exp.schedules.Linear", "modulation.lam.value", "end, start"),
     ("modulation.lam.valu=1", "modulation.lam.valu", "did you mean value?"),
     ("modulation.lam={_target_:aem_exp.schedules.Linear,end:0}", "modulation.lam.start", "required by"),
-    ("baseline.advantage.return_M=1", "baseline.advantage.return_M", "no such key"),
-    ("baseline.advantage._target_=aem_exp.schedules.Linear", "baseline.advantage._target_", "4 arguments"),
+    ("baseline.advantage.played=1", "baseline.advantage.played", "no such key"),
+    ("baseline.advantage._target_=aem_exp.disk.cache", "baseline.advantage._target_", "1 argument by"),
     ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
     ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
     ("modulation.lam=null", "modulation.gate", "only read with modulation.lam"),
@@ -501,10 +506,10 @@ def test_diff_and_nearest(default, tmp_path):
 def test_tables_are_grpo_keywords():
     known = keywords.grpo_keywords()
     assert len(known) > 150
-    for table in (keywords.SCIENCE, keywords.EXECUTION, keywords.INSTEAD, keywords.LATER):
+    for table in (keywords.SCIENCE, keywords.EXECUTION, keywords.INSTEAD):
         assert set(table) <= known
     assert not known & set(keywords.OURS)
-    tables = [set(keywords.SCIENCE), set(keywords.EXECUTION), set(keywords.INSTEAD), set(keywords.LATER)]
+    tables = [set(keywords.SCIENCE), set(keywords.EXECUTION), set(keywords.INSTEAD)]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(keywords.NEUTRAL) <= set(keywords.SCIENCE | keywords.OURS)
     assert {key for keys in keywords.ONLY_WITH.values() for key in keys} <= set(keywords.SCIENCE | keywords.OURS)
@@ -565,7 +570,7 @@ class Plain(Unknown): ...
 class Init:
     def __init__(self, width: float, /, *, deep: "bool | None" = None): ...
 
-def estimate(a, b, c, d, *, gamma: float = 0.5): ...
+def estimate(played, *, gamma: float = 0.5): ...
 def anything(**options): ...
 alias = estimate
 """

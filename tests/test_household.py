@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import signal
+from collections import Counter
 from functools import cache
 from random import Random
 
@@ -11,6 +12,7 @@ import pytest
 
 from aem_exp.config import instantiate, load
 from aem_exp.envs.household import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, Household, kind_of
+from aem_exp.evaluate import panel
 from aem_exp.values import ConfigError
 
 TURNS = 80  # generous: a room has eight receptacles
@@ -91,6 +93,28 @@ def test_held_out_is_held_out(which):
     assert all({task.kind for task in tasks} == set(world(which).kinds) for tasks in splits.values())
 
 
+def test_every_kind_is_asked_for_alike():
+    """However few goals a kind has: a sixth each, give or take four standard deviations."""
+    for split in ("train", "dev", "test"):
+        tasks = world().tasks(split)
+        asked = Counter(task.kind for task in tasks)
+        slack = 4 * (len(tasks) * 5 / 36) ** 0.5
+        assert {kind: pytest.approx(len(tasks) / 6, abs=slack) for kind in GOALS} == asked
+
+
+PANELS = {  # fingerprint, hashes of dev and test
+    "default": ("household-3-0bc6e6e3b45c", "6ed69e4783bf", "78347b47a5cf"),  # published numbers rest on these
+    "roomy": ("household-3-c6d3c006cd3f", "a61b0ce47429", "1450809d78dc"),
+}
+
+
+@pytest.mark.parametrize("which", PANELS)
+def test_a_fingerprint_names_its_tasks(which):
+    """Other tasks ask for another fingerprint: where one of these moves, so must the other."""
+    made = world(which)
+    assert (made.fingerprint, panel(made, "dev").hash, panel(made, "test").hash) == PANELS[which]
+
+
 def test_a_goal_is_not_reached_at_the_start():
     for task in world().tasks("train")[:300]:
         env = world().env()
@@ -115,10 +139,16 @@ def test_every_errand_can_be_run(kind, tags):
         assert all(turn.valid and turn.metrics["admissible"] for turn in turns)
 
 
-def test_the_default_errands_fit_into_an_episode():
+@pytest.mark.parametrize("words", ["env=household", "env=household_chat", "+experiment=household_long"])
+def test_the_errands_fit_into_an_episode(words):
+    """As configured, for a player who makes no mistakes."""
+    rules = load([words]).env
+    made = instantiate(rules.make)
     for split in ("dev", "test"):
-        for task in world("default").tasks(split):
-            assert len(win(world("default"), task)) <= default().max_turns
+        for task in made.tasks(split):
+            turns = win(made, task)
+            assert turns[-1].metrics["won"] == 1
+            assert len(turns) <= rules.max_turns
 
 
 def test_a_noisy_player_arrives_as_well():

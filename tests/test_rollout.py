@@ -11,6 +11,7 @@ from aem_exp.batch import measured, pack
 from aem_exp.render import Chat
 from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, rows
 from aem_exp.sample import LocalSampler, Sampling, generator
+from aem_exp.stage import Serial
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = Sampling(), toy.ChatterWorld()
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes):
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
-    rollout = Rollout(world, toy.env(history, **changes), chat)
+    rollout = Rollout(Serial(world), toy.env(history, **changes), chat)
     played = rollout.play(episodes or toy.draw(0), LocalSampler(model.eval(), chat.end_ids, sampling))
     return played, model, tokenizer
 

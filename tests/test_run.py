@@ -53,7 +53,7 @@ def folder_of(outputs) -> Path:
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
     """Killed, then asked again with an edited estimator: refused by name; `resume=inexact` goes on and leaves a mark."""
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "def centred(a, b, c, d):\n    from aem_exp.advantages import group_centred\n    return group_centred(a, b, c, d)\n"
+        "def centred(played):\n    from aem_exp.advantages import group_centred\n    return group_centred(played)\n"
     )
     words = [*SMALL, "tracking=off", "+baseline.advantage={_target_: mine.centred}"]
     env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(tmp_path / "out")}
@@ -307,9 +307,9 @@ MISTAKES = """
 import torch
 from aem_exp.envs.household import Household
 
-def nothing(a, b, c, d): return a
-def nan(a, b, c, d): return torch.full(c.shape, torch.nan)
-def huge(a, b, c, d): return torch.full(c.shape, 3e38)
+def nothing(played): return played.return_M
+def nan(played): return torch.full(played.trajectory_R.shape, torch.nan)
+def huge(played): return torch.full(played.trajectory_R.shape, 3e38)
 
 class Broken(Household):
     def env(self):
@@ -364,7 +364,7 @@ def tracked(folder):
     client = MlflowClient(json.loads((folder / "tracking.json").read_text())["uri"])
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert run.info.status == "FINISHED"
-    names = [name for name in run.data.metrics if not name.startswith("time/")]
+    names = [name for name in run.data.metrics if not name.startswith(("time/", "memory/"))]
     return {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in names}
 
 

@@ -18,6 +18,7 @@ import toy
 
 from aem_exp import advantages
 from aem_exp.rollout import Episode, Rollout
+from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
 
 LOSSES = {
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("toy")
 
 
-def one_turn(step):
+def one_turn(step, number=0):
     """Episodes of the toy tasks that last one turn."""
     tasks = [t for t in toy.ChatterWorld().tasks("train") if t.seed % 4 == 0]
     return [Episode(task, d, m, (d, m)) for d, task in enumerate(tasks) for m in range(4)]
@@ -53,7 +54,7 @@ def gradients(trainer, update):
 
 
 def first_step(trainer):
-    credit = trainer.credit(trainer.play(0))
+    credit = trainer.credit(trainer.play(0)[0])
     return credit, trainer.batches(credit, 0)
 
 
@@ -223,7 +224,7 @@ def test_d_ranks_change_nothing(folder):
 def test_e_every_token_is_accounted_for(folder, history):
     run = toy.experiment(history, steps=3)
     seen = []
-    rollout = Rollout(toy.ChatterWorld(breaks=True), run.env, toy.Chat(toy.policy(folder, history)[1]))
+    rollout = Rollout(Serial(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
     trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout)
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()

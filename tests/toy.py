@@ -13,6 +13,7 @@ from aem_exp.envs import Task, Turn
 from aem_exp.render import Chat
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.stage import Serial
 from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
@@ -106,10 +107,14 @@ def policy(folder: Path, history: str = "full", seed: int = 0) -> tuple[Any, Any
     return AutoModelForCausalLM.from_pretrained(target), tokenizer
 
 
-def draw(step: int, seed: int = 0, tasks: int = 4, group: int = 4) -> list[Episode]:
+def draw(step: int, number: int = 0, seed: int = 0, tasks: int = 4, group: int = 4) -> list[Episode]:
     chosen = ChatterWorld().tasks("train")
     return [
-        Episode(chosen[(step * tasks + d) % 16], d, m, (seed, step, d, m)) for d in range(tasks) for m in range(group)
+        Episode(
+            chosen[((step + 7 * number) * tasks + d) % 16], d + number * tasks, m, (seed, step, d + number * tasks, m)
+        )
+        for d in range(tasks)
+        for m in range(group)
     ]
 
 
@@ -124,7 +129,7 @@ def trainer(
     settings: dict[str, Any] = {
         "callback": callback,
         "draw": draw,
-        "rollout": Rollout(ChatterWorld(), run.env, chat),
+        "rollout": Rollout(Serial(ChatterWorld()), run.env, chat),
         "make_sampler": lambda policy: LocalSampler(policy, chat.end_ids, Sampling()),
         "estimator": estimator or advantages.group_normalised,
         "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],

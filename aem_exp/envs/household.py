@@ -366,7 +366,7 @@ class Household:
     """A world of rooms and errands; the keywords are its difficulty.
 
     Args:
-        kinds: which of ALFWorld's six kinds of task are asked for.
+        kinds: which of ALFWorld's six kinds of task are asked for, each as often as any other.
         receptacles: how many a room has.
         openable: how many of them must be opened first (more where the errand itself needs more); the rest are surfaces.
         copies: how many receptacles of one type a room may have.
@@ -395,7 +395,8 @@ class Household:
         self.receptacle_types = list(receptacle_types or (*OPENABLE, *SURFACES))
         self.object_types = list(object_types or OBJECTS)
         self.tags, self.reward = tags, reward
-        digest = hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()[:12]
+        rules = vars(self) | ({"draw": "a kind, then a goal"} if len(self.kinds) > 1 else {})
+        digest = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
         self.fingerprint = f"household-{RULES}-{digest}"
         self.sizes = {"train": 4096, "dev": 128, "test": 128} | (sizes or {})
         self._check()
@@ -432,9 +433,9 @@ class Household:
             action = random.choice([journey for place, journey in env.journeys.items() if place != env.here])
         return f"<think></think><action>{action}</action>" if self.tags else action
 
-    def _goals(self, split: str) -> list[Errand]:
-        """This split's share of all errands, kind by kind, in an order that only their hash decides."""
-        mine: list[Errand] = []
+    def _goals(self, split: str) -> dict[str, list[Errand]]:
+        """This split's share of the errands of each kind, in an order that only their hash decides."""
+        mine: dict[str, list[Errand]] = {}
         for kind in self.kinds:
             errands = sorted(self._errands(kind), key=_digest)
             share = SPLITS[split]
@@ -442,7 +443,7 @@ class Household:
             if not part:
                 remedy = f"{kind} needs more types, so that every split gets a goal"
                 raise ConfigError("env.make.object_types", self.object_types, remedy=remedy)
-            mine += part
+            mine[kind] = part
         return mine
 
     def _errands(self, kind: str) -> list[Errand]:
@@ -454,9 +455,15 @@ class Household:
         return [Errand(kind, thing, target) for thing in objects for target in targets]
 
     def _draw(self, split: str, index: int) -> Task:
-        """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split."""
+        """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split.
+
+        The kind comes first: kinds differ widely in how many goals they have, and the rare are not to be drawn rarely.
+        """
         random = Random(f"{split}-{index}")  # a string seeds alike on every machine and version
-        errand = random.choice(self.goals[split])
+        kind, *others = self.kinds
+        if others:  # a choice among one would use up a draw
+            kind = random.choice(self.kinds)
+        errand = random.choice(self.goals[split][kind])
         for _ in range(1000):
             layout = self._layout(errand, random)
             if layout and split_of(layout) == split:

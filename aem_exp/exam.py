@@ -1,0 +1,241 @@
+"""A policy on a panel: a fixed, hashed list of held-out tasks, every one scored exactly `repeats` times.
+
+Sampling depends on (panel, task, repeat) alone, so a policy has one score on a panel, on any machine and in any order.
+An exam is on disk part by part: killed and asked again it goes on, and ends with the same numbers.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aem_exp import disk, scores
+from aem_exp.config import ConfigError, Env, Experiment
+from aem_exp.envs import Task, World
+from aem_exp.scores import Outcome, Score
+
+if TYPE_CHECKING:
+    from aem_exp.players import Player
+    from aem_exp.rollout import Episode, Rollout, Trajectory
+    from aem_exp.sample import Sampler
+    from aem_exp.scoreboard import Line
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`hash` covers ids, seeds and payloads of the tasks, in order."""
+
+    name: str
+    tasks: Sequence[Task]
+    hash: str
+
+
+def panel(
+    world: World, name: str, tasks: int = 0, fields: Sequence[str] = ("evaluation.panel", "evaluation.tasks")
+) -> Panel:
+    """The panel of a split; `tasks` > 0 takes its first ones only, under a name that says so.
+
+    Raises:
+        ConfigError: there is no such panel, or not so many tasks in it; `fields` are the settings that asked.
+    """
+    if name == "train":
+        raise ConfigError(fields[0], name, "must name a panel of held-out tasks, such as dev or test")
+    try:
+        full = world.tasks(name)
+    except ConfigError as error:
+        if error.field != "split":
+            raise
+        raise ConfigError(fields[0], name, [c for c in error.choices if c != "train"], error.remedy) from error
+    if tasks > len(full) or not len(full):
+        raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
+    chosen = list(full[:tasks] if tasks else full)
+    text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
+    return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
+
+
+def play(
+    panel: Panel, rollout: "Rollout", sampler: "Sampler", repeats: int = 1, at_once: int = 256
+) -> list["Trajectory"]:
+    """Play every task of the panel `repeats` times, `at_once` episodes at a time (this bounds memory)."""
+    wanted = episodes(panel, repeats)
+    played: list[Trajectory] = []
+    for start in range(0, len(wanted), at_once):
+        played += rollout.play(wanted[start : start + at_once], sampler)
+    return played
+
+
+def episodes(panel: Panel, repeats: int) -> list["Episode"]:
+    """What is to be played, in the order of the panel."""
+    from aem_exp.rollout import Episode
+
+    return [
+        Episode(task, draw, repeat, ("panel", panel.name, task.id, repeat))
+        for draw, task in enumerate(panel.tasks)
+        for repeat in range(repeats)
+    ]
+
+
+def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
+    """Summarise; a partial panel is refused, not averaged."""
+    from aem_exp.rollout import CRASHED
+
+    assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
+    outcomes = [
+        Outcome(
+            task=t.draw,
+            kind=t.task.kind,
+            won=t.won,
+            ret=t.ret,
+            ended=t.ended,
+            crashed=t.ended == CRASHED,
+            valid=[r.valid for r in t.responses],
+            entropies=[r.entropy for r in t.responses],
+            tokens=t.tokens,
+        )
+        for t in played
+    ]
+    return scores.score(panel.name, panel.hash, outcomes)
+
+
+# One player on one panel, on disk.
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What the players of an evaluation share. `out`: the folder that keeps their `evaluations/`."""
+
+    experiment: Experiment
+    world: World
+    panel: Panel
+    repeats: int
+    temperature: float
+    at_once: int
+    out: Path
+
+
+def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any]]:
+    """The folder of a player's exam and what its `result.json` says; what is not played yet is played first."""
+    identity = {
+        "player": player.name,
+        "env": rules(exam.experiment),
+        "world": exam.world.fingerprint,
+        "panel": [exam.panel.name, exam.panel.hash],
+        "repeats": exam.repeats,
+        **player.identity(),
+        **({"temperature": exam.temperature} if player.model else {}),
+        **({"bf16": True} if player.model and exam.experiment.trainer.get("bf16") else {}),
+    }
+    heat = f"-T{exam.temperature:g}" if player.model else ""
+    name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{digest(identity)}-k{exam.repeats}{heat}-{player.name}"
+    folder = exam.out / "evaluations" / name
+    if not (folder / RESULT).exists():
+        disk.check_writable(folder, "outputs")
+        with _alone(folder, line):
+            if not (folder / RESULT).exists():
+                _play(exam, player, folder, identity, line)
+    return folder, json.loads((folder / RESULT).read_text())
+
+
+def rules(experiment: Experiment) -> dict[str, Any]:
+    """The rules of play; neutral ones are left out, so that a new rule orphans no result."""
+    neutral = asdict(Env())
+    return {key: value for key, value in asdict(experiment.env).items() if key != "name" and value != neutral[key]}
+
+
+def digest(identity: dict[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _alone(folder: Path, line: "Line") -> Iterator[None]:
+    """One process at a time; whoever comes second waits, and finds the result."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        line.say(f"another process is at {folder.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], line: "Line") -> None:
+    """Play what is not on disk yet, part by part; then join the parts, write the result, and forget them, in this order."""
+    import pyarrow.parquet
+
+    from aem_exp import players
+    from aem_exp.episodes import Episodes, record
+
+    wanted = episodes(exam.panel, exam.repeats)
+    kept = Episodes(folder, len(wanted))  # a part is named by how many episodes come before it
+    done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
+    if done < len(wanted):
+        line.say(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
+        with players.at(player, exam.experiment, exam.world, exam.temperature, line.turn) as plays:
+            line.begin(player.name, done, len(wanted), exam.experiment.env.max_turns)
+            for start in range(done, len(wanted), exam.at_once):
+                part = wanted[start : start + exam.at_once]
+                line.part(start, len(part))
+                kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in plays(part)])
+                kept.write(start)
+            line.part(len(wanted), 0)
+    result = _result(exam, player, kept.finish()) | {"identity": identity}
+    disk.write(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    kept.forget()
+
+
+def _known(record: dict[str, Any], player: "Player") -> dict[str, Any]:
+    """A record without the tokens and entropies that only a model has."""
+    return record if player.model else record | {"tokens": None, "response_entropy": None}
+
+
+def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
+    """What the episodes of a player add up to."""
+    import pyarrow.parquet
+
+    from aem_exp import provenance, show
+
+    columns = ["draw", "kind", "won", "return", "ended", "error", "tokens"]
+    said = ["responses.list.element.valid", "responses.list.element.entropy"]
+    rows = pyarrow.parquet.ParquetFile(file).read([*columns, *said]).to_pylist()
+    outcomes = [_outcome(row) for row in rows]
+    found = scores.statistics(outcomes, exam.repeats)
+    total = scores.score(exam.panel.name, exam.panel.hash, outcomes)
+    return {
+        "player": player.name,
+        **asdict(total),
+        "interval": show.wilson(total.success, found["effective_episodes"]),
+        **found,
+        "errors": sorted({row["error"] for row in rows if row["error"]})[:10],
+        "temperature": exam.temperature if player.model else None,
+        "steps": player.steps,
+        "weights": player.folder or None,
+        "fingerprint": exam.world.fingerprint,
+        "packages": {name: version(name) for name in provenance.PACKAGES},
+    }
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    from aem_exp.rollout import CRASHED
+
+    return Outcome(
+        task=row["draw"],
+        kind=row["kind"],
+        won=row["won"],
+        ret=row["return"],
+        ended=row["ended"],
+        crashed=row["ended"] == CRASHED,
+        valid=[response["valid"] for response in row["responses"]],
+        entropies=[response["entropy"] for response in row["responses"] if row["tokens"] is not None],
+        tokens=row["tokens"],
+    )

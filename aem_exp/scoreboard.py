@@ -1,0 +1,154 @@
+"""What a person sees of an evaluation: a live line with what is left, and the tables at the end. It decides nothing."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from aem_exp.progress import EVERY, clock
+
+Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says
+
+
+class Line:
+    """Where the playing is, on stderr: a live line, or plain lines where there is no terminal. A context manager."""
+
+    def __init__(self, console: Console | None = None, every: float = EVERY) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        what = TextColumn("{task.description}", markup=False)
+        count = TextColumn("{task.fields[count]}", markup=False)
+        self.bar = Progress(what, BarColumn(30), count, TimeRemainingColumn(), console=self.console, transient=True)
+        self.every, self.said = every, time.monotonic()
+        self.task: Any = None
+        self.handler = _Handler(self)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.bar.start()
+        log = logging.getLogger("aem_exp")
+        log.addHandler(self.handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log = logging.getLogger("aem_exp")
+        log.removeHandler(self.handler)
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def say(self, stage: str) -> None:
+        """Show what is at work before episodes are played."""
+        self._forget()
+        if self.console.is_terminal:
+            self.task = self.bar.add_task(f"{stage} …", total=None, count="")
+        else:
+            self.console.print(stage, soft_wrap=True, markup=False)
+
+    def begin(self, player: str, done: int, episodes: int, max_turns: int) -> None:
+        """Show that a player has played `done` of its episodes."""
+        self._forget()
+        self.task = self.bar.add_task(player, total=episodes, completed=done, count="")
+        self.max_turns = max_turns
+        self.part(done, 0)
+
+    def part(self, done: int, size: int) -> None:
+        """Show that the `size` episodes after `done` are being played."""
+        self.done, self.size, self.turns = done, size, 0
+        self._show(done)
+
+    def turn(self, live: int) -> None:
+        """Show that `live` episodes of the part have played another turn; none of them needs more than all the rest."""
+        self.turns += 1
+        self._show(self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns)))
+
+    def _show(self, done: float) -> None:
+        task = self.bar.tasks[-1]
+        count = f"{int(done)}/{task.total} episodes"
+        self.bar.update(self.task, completed=done, count=count)
+        if not self.console.is_terminal and time.monotonic() - self.said >= self.every:
+            self.said = time.monotonic()
+            left = f"  {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
+            self.console.print(f"{task.description} {count}{left}", markup=False)
+
+    def _forget(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+class _Handler(logging.Handler):
+    """Shows what our rooms log: what is at work, and warnings, which stay."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(logging.INFO)
+        self.line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            self.line.say(record.getMessage())
+        else:
+            self.line.console.print(record.getMessage(), soft_wrap=True, markup=False, style="yellow")
+
+
+def show(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
+    """Print who reached what, per kind too where there are several, why a player is missing, and where it is kept."""
+    console = Console(highlight=False)
+    console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
+    console.print(_scores(results))
+    if len(kinds := next(iter(results.values()))["by_kind"]) > 1:
+        console.print()
+        console.print(_kinds(kinds, results))
+    console.print()
+    for name, text in [*_notes(results), *((f"no {player}", why) for player, why in left_out.items()), *facts]:
+        console.print(f"  [bold]{name:<10}[/bold]", end="")
+        console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
+
+
+def _notes(results: Results) -> list[tuple[str, str]]:
+    """How the episodes of each player ended, and what crashed them."""
+    ended = []
+    for player, result in results.items():
+        shares = [f"{how} {count / result['episodes']:.1%}" for how, count in result["endings"].items()]
+        ended.append(f"{player} {', '.join(shares)}")
+    crashed = [("crashed", f"{player}: {r['errors'][0]}") for player, r in results.items() if r["errors"]]
+    return [("ended", "; ".join(ended)), *crashed]
+
+
+def _scores(results: Results) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    k = next(iter(results.values()))["repeats"]
+    several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
+    for heading in ("", "success [95%]", *several, "turns", "tokens", "invalid", "entropy", "crashed"):
+        table.add_column(heading, header_style="bold", justify="right" if heading else "left", no_wrap=True)
+    for player, r in results.items():
+        low, high = r["interval"]
+        share = Text.assemble(
+            (f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black")
+        )
+        tries = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
+        said = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
+        crashed = Text(str(r["crashed"]), "red" if r["crashed"] else "")
+        table.add_row(player, share, *tries, *said, _number(r["response_entropy"], ".3f"), crashed)
+    return table
+
+
+def _kinds(kinds: Mapping[str, float], results: Results) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("success by kind", "tasks", *results):
+        table.add_column(heading, header_style="bold", justify="left" if heading.startswith("success") else "right")
+    tasks = next(iter(results.values()))["tasks_by_kind"]
+    for kind in kinds:
+        table.add_row(kind or "-", str(tasks[kind]), *(f"{r['by_kind'][kind]:.1%}" for r in results.values()))
+    return table
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

@@ -1,0 +1,140 @@
+"""What episodes add up to: success and how sure it is, pass@k and pass^k, how it went per kind and how it ended.
+
+Pure. What is not known (nothing was said, so nothing was invalid) is None and never 0.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one episode went. `task` is its place in the panel; `tokens` and `entropies` (nats) are those of a model."""
+
+    task: int
+    kind: str
+    won: float
+    ret: float
+    ended: str
+    crashed: bool
+    valid: Sequence[bool]  # one per response
+    entropies: Sequence[float]  # one per response
+    tokens: int | None
+
+    @property
+    def success(self) -> float:
+        return 0.0 if self.crashed else self.won
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a policy reached on a panel. Crashed episodes count as failures, and are counted."""
+
+    panel: str
+    panel_hash: str
+    episodes: int
+    success: float
+    returns: float | None
+    turns: float
+    tokens: float | None
+    invalid_share: float | None
+    response_entropy: float | None
+    crashed: int
+    by_kind: dict[str, float]
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Flat numbers for the log: `eval/...`."""
+        numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int | float)}
+        kinds = {f"success_{kind}": value for kind, value in self.by_kind.items() if kind}
+        return {f"{prefix}{name}": value for name, value in (numbers | kinds).items()}
+
+
+def score(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
+    """Means over the episodes of whole passes over a panel; invalid share and entropy are means over responses."""
+    assert outcomes, "the panel was not played"
+    return Score(
+        panel=panel,
+        panel_hash=panel_hash,
+        episodes=len(outcomes),
+        success=_sure(_mean([o.success for o in outcomes])),
+        returns=_mean([o.ret for o in outcomes]),
+        turns=_sure(_mean([len(o.valid) for o in outcomes])),
+        tokens=_mean([o.tokens for o in outcomes if o.tokens is not None]),
+        invalid_share=_mean([not valid for o in outcomes for valid in o.valid]),
+        response_entropy=_mean([entropy for o in outcomes for entropy in o.entropies]),
+        crashed=sum(o.crashed for o in outcomes),
+        by_kind={
+            kind: _sure(_mean([o.success for o in outcomes if o.kind == kind]))
+            for kind in sorted({o.kind for o in outcomes})
+        },
+    )
+
+
+def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:
+    """What `repeats` episodes per task say beyond a mean.
+
+    `standard_error` is the cluster-robust one: the tasks are the sample, the repeats of a task are not independent.
+    `pass_at[j]`: at least one of j episodes of a task is won; `pass_hat[j]`: all of them are; both unbiased.
+    """
+    by_task: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_task.setdefault(outcome.task, []).append(outcome)
+    assert all(len(played) == repeats for played in by_task.values()), "every task is scored exactly `repeats` times"
+    means = [sum(o.success for o in played) / repeats for played in by_task.values()]
+    wins = [sum(o.success >= 1 for o in played) for played in by_task.values()]
+    sizes = range(1, repeats + 1)
+    kinds = Counter(played[0].kind for played in by_task.values())
+    return {
+        "tasks": len(by_task),
+        "repeats": repeats,
+        "standard_error": standard_error(means),
+        "effective_episodes": effective(means, repeats),
+        "pass_at": {str(j): _mean([pass_at(repeats, c, j) for c in wins]) for j in sizes},
+        "pass_hat": {str(j): _mean([pass_hat(repeats, c, j) for c in wins]) for j in sizes},
+        "tasks_by_kind": dict(sorted(kinds.items())),
+        "endings": dict(sorted(Counter(o.ended for o in outcomes).items())),
+    }
+
+
+def pass_at(n: int, c: int, j: int) -> float:
+    """Chance that at least one of j episodes is won, from c won of n: 1 - C(n-c, j) / C(n, j) (arXiv 2107.03374)."""
+    return 1 - math.comb(n - c, j) / math.comb(n, j)
+
+
+def pass_hat(n: int, c: int, j: int) -> float:
+    """Chance that all of j episodes are won, from c won of n: C(c, j) / C(n, j) (arXiv 2406.12045)."""
+    return math.comb(c, j) / math.comb(n, j)
+
+
+def standard_error(task_means: Sequence[float]) -> float | None:
+    """Standard error of the mean over tasks; None for a single one."""
+    n = len(task_means)
+    if n < 2:
+        return None
+    mean = sum(task_means) / n
+    return math.sqrt(sum((x - mean) ** 2 for x in task_means) / (n - 1) / n)
+
+
+def effective(task_means: Sequence[float], repeats: int) -> int:
+    """How many independent episodes would be as sure: p (1 - p) / SE^2, from the number of tasks to that of episodes.
+
+    With it, Wilson's interval holds for repeated tasks too, stays within [0, 1], and never shrinks to a point.
+    """
+    n, error = len(task_means), standard_error(task_means)
+    share = sum(task_means) / n
+    if repeats == 1 or not error:
+        return n
+    return min(n * repeats, max(n, int(share * (1 - share) / error**2)))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    mean = sum(values) / len(values) if values else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+def _sure(value: float | None) -> float:
+    assert value is not None, "an episode without a finite outcome"
+    return value

@@ -1,0 +1,140 @@
+"""The stage: where environments are stepped, and what counts as an answer.
+
+An environment that raises or talks nonsense fails in its own slot, and the others go on. `Serial` is this process;
+`workers.Workers` are others.
+"""
+
+import json
+import math
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any, Final, Protocol
+
+from aem_exp.envs import Task, TextEnv, Turn, World
+
+LARGEST: Final = 1 << 24  # bytes of one text that an environment may return
+LINE: Final = 300  # characters of an error
+TRACE: Final = 10_000  # characters of its trace
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one reset or step."""
+
+    turn: Turn | None  # None where the environment failed
+    goal: str = ""  # the environment's, after the call
+    action: str = ""  # what it read in the response, after a step
+    error: str = ""  # how it failed, in one line
+    trace: str = ""  # the traceback, or what a lost process last wrote to stderr
+
+
+class Stage(Protocol):
+    """Plays episodes in slots, which are small numbers used again and again.
+
+    A slot that got an error must be reset before its next step, and then works again. `close` may be called twice.
+    """
+
+    def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]: ...
+
+    def step(self, responses: Mapping[int, str]) -> dict[int, Reply]: ...
+
+    def close(self) -> None: ...
+
+
+class Serial:
+    """Environments in this process, one after another. A slot's is made once and reused until it fails."""
+
+    def __init__(self, world: World):
+        self._world = world
+        self._envs: dict[int, TextEnv] = {}
+
+    def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
+        return {slot: self._reply(slot, task) for slot, task in tasks.items()}
+
+    def step(self, responses: Mapping[int, str]) -> dict[int, Reply]:
+        assert responses.keys() <= self._envs.keys(), "a step without a reset"
+        return {slot: self._reply(slot, response) for slot, response in responses.items()}
+
+    def close(self) -> None:
+        with ExitStack() as closing:  # all of them, though one may raise
+            while self._envs:
+                closing.callback(self._envs.popitem()[1].close)
+
+    def _reply(self, slot: int, asked: Task | str) -> Reply:
+        try:
+            if isinstance(asked, str):
+                env = self._envs[slot]
+                turn, action = _checked("step", env.step(asked)), _text("parse()", env.parse(asked))
+            else:
+                plain(asked)
+                if slot not in self._envs:
+                    self._envs[slot] = self._world.env()
+                env = self._envs[slot]
+                turn, action = _checked("reset", env.reset(asked)), ""
+            return Reply(turn, _text("goal", env.goal), action)
+        except Exception as error:
+            with suppress(Exception):  # KeyError: it was not even made
+                self._envs.pop(slot).close()
+            return failed(error)
+
+
+def _checked(call: str, turn: Any) -> Turn:
+    """What an environment returned, as the plain Turn that its contract promises.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if not isinstance(turn, Turn):
+        raise TypeError(f"{call} must return a Turn, not {type(turn).__name__}")
+    for name in ("terminated", "truncated", "valid"):
+        if not isinstance(getattr(turn, name), bool):
+            raise TypeError(f"Turn.{name} must be a bool, not {type(getattr(turn, name)).__name__}")
+    if not isinstance(turn.actions, tuple | list | None):
+        raise TypeError(f"Turn.actions must be a tuple of str or None, not {type(turn.actions).__name__}")
+    if not isinstance(turn.metrics, dict):
+        raise TypeError(f"Turn.metrics must be a dict, not {type(turn.metrics).__name__}")
+    observation, reward = _text("Turn.observation", turn.observation), _number("Turn.reward", turn.reward)
+    actions = None if turn.actions is None else tuple(_text("Turn.actions", action) for action in turn.actions)
+    metrics = {_text("Turn.metrics", key): _number(f"Turn.metrics[{key!r}]", n) for key, n in turn.metrics.items()}
+    return Turn(observation, reward, turn.terminated, turn.truncated, turn.valid, actions, metrics)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:  # no tokenizer and no file would take it
+        raise ValueError(f"{name} is not Unicode text: {error.reason} at character {error.start}") from None
+    if size > LARGEST:
+        raise ValueError(f"{name} has {size:,} bytes, more than the {LARGEST:,} that are allowed")
+    return str(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def plain(task: Task) -> dict[str, Any]:
+    """The task as JSON carries it, so that it plays alike here and in a worker.
+
+    Raises:
+        TypeError, ValueError: its payload would not come out the same.
+    """
+    if json.loads(json.dumps(task.payload, allow_nan=False)) != task.payload:
+        raise TypeError("Task.payload must be plain: dicts with str keys, lists (no tuples), str, numbers, bools, None")
+    return asdict(task)
+
+
+def failed(error: str | Exception, trace: str = "") -> Reply:
+    """A reply whose error is one line, and which any file can hold."""
+    if isinstance(error, Exception):
+        trace = "".join(traceback.format_exception(error))
+        error = "".join(traceback.format_exception_only(error))
+    line, trace = (text.encode(errors="backslashreplace").decode() for text in (error, trace[-TRACE:]))
+    return Reply(None, error=" ".join(line.split())[:LINE], trace=trace)

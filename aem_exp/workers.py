@@ -1,0 +1,369 @@
+"""Environments in worker processes: concurrent, and replaced where one hangs or dies.
+
+Its slot gets an error and the others go on. A worker is this module run as a child, with a `Serial` stage inside, and
+speaks JSON through a socket; it ends when that socket closes, whatever became of its parent.
+"""
+
+import faulthandler
+import json
+import os
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from aem_exp.envs import Task, Turn, World
+from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
+from aem_exp.targets import instantiate
+from aem_exp.values import ConfigError
+
+START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
+GRACE: Final = 10.0  # seconds for environments to close before their process is killed
+LOG: Final = 1 << 20  # bytes of stderr that are kept between requests
+HEADER: Final = 8  # bytes in front of a message that hold its length
+THREADS: Final = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
+
+
+def stage_of(world: World, make: Mapping[str, Any], workers: int, seconds: float) -> Stage:
+    """Where the environments of a world are stepped: in so many processes, or here."""
+    return Workers(make, workers, seconds) if workers else Serial(world)
+
+
+class _Lost(Exception):
+    """A process hung or died at a request; `reply` is what the slot gets that had asked."""
+
+    def __init__(self, reply: Reply):
+        super().__init__(reply.error)
+        self.reply = reply
+
+
+class _Process:
+    """A child, and the request that it is working on."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self.child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "aem_exp.workers", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C is the parent's affair, and the environment's own children die with it
+                env={"PYTHONHASHSEED": "0"}  # a replay comes out the same where a world leans on the order of a set
+                | os.environ
+                | {f"{library}_NUM_THREADS": "1" for library in THREADS}
+                | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            )
+        self._buffer = bytearray()
+        self._seconds = self.deadline = 0.0
+        self._mark = 0  # where in the log this request began
+
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        """Ask it something, to be answered within so many seconds."""
+        self._mark = os.fstat(self._log.fileno()).st_size
+        if self._mark > LOG:
+            os.ftruncate(self._log.fileno(), 0)
+            self._mark = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the child's too: the offset is shared
+        self._seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.socket.settimeout(seconds)
+        with suppress(OSError):  # dead or stuck: waiting for its answer tells which
+            self.socket.sendall(_frame(message))
+
+    def answer(self) -> Reply | _Lost | None:
+        """Read on. What it said, once all of it is there; or that it died."""
+        try:
+            chunk = self.socket.recv(1 << 20)
+        except OSError:
+            chunk = b""
+        if not chunk:
+            return self._died()
+        self._buffer += chunk
+        end = HEADER + int.from_bytes(self._buffer[:HEADER])
+        if len(self._buffer) < max(end, HEADER):
+            return None
+        reply = json.loads(self._buffer[HEADER:end])
+        del self._buffer[:end]
+        turn = reply["turn"]
+        if turn and turn["actions"] is not None:
+            turn["actions"] = tuple(turn["actions"])
+        return Reply(**reply | {"turn": turn and Turn(**turn)})
+
+    def late(self) -> _Lost:
+        """It did not answer in time; the trace shows where its threads are."""
+        if self.child.poll() is not None:  # dead, but a child of its own holds the socket
+            return self._died()
+        self.child.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)  # for faulthandler to write
+        return _Lost(failed(f"hung: no answer within {self._seconds:g} s", self._tail()))
+
+    def _died(self) -> _Lost:
+        with suppress(subprocess.TimeoutExpired):
+            self.child.wait(GRACE)
+        code, tail = self.child.returncode, self._tail()
+        if code is None:
+            return _Lost(failed("its process closed its connection", tail))
+        if code < 0:
+            return _Lost(failed(f"its process died (signal {-code})", tail))
+        last = (tail.splitlines() or [""])[-1]
+        return _Lost(failed(f"its process died (exit code {code}) {last}", tail))
+
+    def _tail(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), TRACE, max(self._mark, size - TRACE)).decode(errors="replace")
+
+    def end(self, grace: float = 0.0) -> None:
+        """Make sure that it and its own children are gone, in so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self.child.wait(grace)
+        with suppress(OSError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # what is stuck in the kernel (a dead disk) cannot be killed
+            self.child.wait(GRACE)
+        self.socket.close()
+        self._log.close()
+
+
+@dataclass
+class _Episode:
+    """What was said in a slot since its reset, and the process that knows of it: enough to play it again elsewhere."""
+
+    process: _Process
+    said: list[tuple[dict[str, Any], Reply]] = field(default_factory=list)
+
+
+# Requests to one process, one after another: it yields (process, message, seconds) and is sent the reply, or thrown _Lost.
+_Shift = Generator[tuple[_Process, dict[str, Any], float], Reply, Any]
+
+
+class Workers:
+    """Environments in worker processes, which play at the same time; slot n lives in worker n modulo `workers`.
+
+    Args:
+        make: the `env.make` block, which every worker calls to make its own world.
+        workers: how many processes; each is started when a slot first needs it.
+        seconds: how long a reset or step may take. A worker that takes longer, or dies, is replaced; its other slots are
+            played again from their recorded responses, and must say the same again.
+    """
+
+    def __init__(self, make: Mapping[str, Any], workers: int, seconds: float):
+        self._make, self._workers, self._seconds = dict(make), workers, seconds
+        self._start_seconds = START * max(1.0, workers / (os.cpu_count() or 1))
+        self._processes: dict[int, _Process] = {}
+        self._proven: set[int] = set()  # workers whose world could be made once
+        self._episodes: dict[int, _Episode] = {}
+        weakref.finalize(self, _close, self._processes, os.getpid())  # at exit, too
+
+    def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
+        """Start episodes.
+
+        Raises:
+            ConfigError: a worker could not make the world.
+        """
+        return self._play(tasks)
+
+    def step(self, responses: Mapping[int, str]) -> dict[int, Reply]:
+        assert responses.keys() <= self._episodes.keys(), "a step without a reset"
+        return self._play(responses)
+
+    def close(self) -> None:
+        self._episodes.clear()
+        _close(self._processes, os.getpid())
+
+    def _play(self, asked: Mapping[int, Task | str]) -> dict[int, Reply]:
+        """Have everything answered; each worker takes its own slots one by one and waits for no other."""
+        replies: dict[int, Reply] = {}
+        seats: dict[int, dict[int, Task | str]] = {}
+        for slot in asked:
+            seats.setdefault(slot % self._workers, {})[slot] = asked[slot]
+        try:
+            _drive([self._shift(seat, mine, replies) for seat, mine in seats.items()])
+        except BaseException:  # Ctrl-C, say: answers still to come would be taken for those of later requests
+            self.close()
+            raise
+        return {slot: replies[slot] for slot in asked}
+
+    def _shift(self, seat: int, asked: Mapping[int, Task | str], replies: dict[int, Reply]) -> _Shift:
+        """All that one worker has to do in one call."""
+        for slot in asked:
+            try:
+                process = yield from self._running(seat)
+                replies[slot] = yield from self._turn(process, slot, asked[slot])
+            except _Lost as lost:
+                replies[slot] = lost.reply
+                if seat in self._processes:
+                    self._processes.pop(seat).end()
+            if replies[slot].error:
+                self._episodes.pop(slot, None)
+
+    def _running(self, seat: int) -> _Shift:
+        """The worker's process: the one there is, or a new one."""
+        process = self._processes.get(seat)
+        if process is not None and process.child.poll() is None:
+            return process
+        if process is not None:  # it died between two calls, which is no slot's fault
+            process.end()
+        process = self._processes[seat] = _Process()
+        path = [os.path.abspath(entry) for entry in sys.path]  # where modules are found here, the user's own included
+        hello = {"make": self._make, "path": path, "PYTHONPATH": os.environ.get("PYTHONPATH")}
+        try:
+            reply = yield process, hello, self._start_seconds
+        except _Lost as lost:
+            reply = lost.reply
+        if not reply.error:
+            self._proven.add(seat)
+            return process
+        self._processes.pop(seat).end()
+        if seat in self._proven:
+            raise _Lost(replace(reply, error=f"its process could not be replaced: {reply.error}"))
+        error = ConfigError("env.make", self._make.get("_target_"), f"a worker could not make it: {reply.error}")
+        error.add_note(reply.trace)
+        raise error
+
+    def _turn(self, process: _Process, slot: int, asked: Task | str) -> _Shift:
+        """One reset or step, after all that was said before where the process does not know it."""
+        if isinstance(asked, str):
+            message = {"slot": slot, "response": asked}
+        else:
+            self._episodes[slot] = _Episode(process)
+            try:
+                message = {"slot": slot, "task": plain(asked)}
+            except Exception as error:
+                return failed(error)
+        episode = self._episodes[slot]
+        if episode.process is not process:
+            for number, (past, said) in enumerate(episode.said):
+                again = yield process, past, self._seconds
+                if again != said:
+                    why = again.error or "it is not deterministic"
+                    return failed(f"turn {number} came out different when played again: {why}", again.trace)
+        reply = yield process, message, self._seconds
+        episode.process = process
+        episode.said.append((message, reply))
+        return reply
+
+
+def _drive(shifts: list[_Shift]) -> None:
+    """Work off all shifts at the same time."""
+    waiting: dict[_Process, _Shift] = {}
+    with selectors.DefaultSelector() as selector:
+
+        def go_on(shift: _Shift, answer: Reply | _Lost | None) -> None:
+            try:
+                asked = shift.throw(answer) if isinstance(answer, _Lost) else shift.send(answer)  # type: ignore[arg-type]
+            except StopIteration:
+                return
+            process, message, seconds = asked
+            process.send(message, seconds)
+            selector.register(process.socket, selectors.EVENT_READ, process)
+            waiting[process] = shift
+
+        for shift in shifts:
+            go_on(shift, None)
+        while waiting:
+            soonest = min(process.deadline for process in waiting)
+            readable = {key.data for key, _ in selector.select(max(0.0, soonest - time.monotonic()))}
+            now = time.monotonic()  # what answers while others are ended is not late
+            for process in list(waiting):
+                answer = process.answer() if process in readable else None
+                if answer is None and process.deadline <= now:
+                    answer = process.late()
+                if answer is not None:
+                    selector.unregister(process.socket)
+                    go_on(waiting.pop(process), answer)
+
+
+def _close(processes: dict[int, _Process], owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the owner has no say
+        return
+    for process in processes.values():
+        with suppress(OSError):
+            process.socket.shutdown(socket.SHUT_RDWR)  # it sees its end
+    deadline = time.monotonic() + GRACE
+    while processes:
+        seat, process = next(iter(processes.items()))
+        process.end(max(0.0, deadline - time.monotonic()))
+        del processes[seat]
+
+
+def _frame(message: Mapping[str, Any]) -> bytes:
+    body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return len(body).to_bytes(HEADER) + body
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message; None when the socket has closed."""
+    header = stream.read(HEADER)
+    body = stream.read(int.from_bytes(header)) if len(header) == HEADER else b""
+    return json.loads(body) if body else None
+
+
+def _leash(connection: socket.socket) -> None:
+    """Wait for the socket to close. An environment that then takes too long to end is killed with all its children."""
+    hung_up = select.poll()
+    hung_up.register(connection, 0)  # nothing to read: closing is reported anyway
+    hung_up.poll()
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _listen_to_nobody() -> None:
+    """A scheduler signals every process of a job, but only the parent decides when to end. (SIGUSR1 shows the stacks.)"""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that the environment starts would inherit
+    os.register_at_fork(  # forks of the environment can be ended as ever, from their first moment
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]),
+        after_in_child=lambda: (
+            signal.signal(signal.SIGTERM, signal.SIG_DFL),
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]),
+        ),
+    )
+
+
+def main(descriptor: int) -> None:
+    """A worker's life: make the world, play what is asked, end when the socket closes."""
+    _listen_to_nobody()
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    threading.Thread(target=_leash, args=[connection], daemon=True).start()
+    with connection, connection.makefile("rb") as stream, suppress(ConnectionError):
+        hello = _receive(stream)
+        if hello is None:
+            return
+        sys.path[:] = hello["path"]
+        del os.environ["PYTHONPATH"]  # it led here; programs that the environment starts get the user's
+        os.environ |= {"PYTHONPATH": hello["PYTHONPATH"]} if hello["PYTHONPATH"] else {}
+        try:
+            stage = Serial(instantiate(hello["make"]))
+        except Exception as error:
+            connection.sendall(_frame(asdict(failed(error))))
+            return
+        connection.sendall(_frame(asdict(Reply(None))))
+        with ExitStack() as closing:
+            closing.callback(stage.close)
+            while message := _receive(stream):
+                slot = message["slot"]
+                if "task" in message:
+                    replies = stage.reset({slot: Task(**message["task"])})
+                else:
+                    replies = stage.step({slot: message["response"]})
+                connection.sendall(_frame(asdict(replies[slot])))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

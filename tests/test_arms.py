@@ -1,0 +1,104 @@
+"""Each arm and its law; the paper's own laws are in test_aem."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from aem_exp import aem, arms
+from aem_exp.arms import Arm
+from aem_exp.config import load
+from aem_exp.sample import generator
+
+ENTROPY_R = torch.tensor([0.2, 0.5, 0.8, 1.1, 0.3, 0.9, 0.4])
+GROUP_R = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+TRAJECTORY_R = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+ADVANTAGE_R = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, 0.5, 0.0])
+
+
+@cache
+def modulation(name):
+    return load([f"modulation={name}"]).modulation
+
+
+def alphas(name, seed=0):
+    """The coefficients that a config of `conf/modulation` gives, and what it adds."""
+    block = modulation(name)
+    lam = torch.tensor(block.lam["value"]).item()
+    arm = Arm(**{key: getattr(block, key) for key in vars(Arm())})
+    scope_R = arms.scoped(arm, GROUP_R, TRAJECTORY_R)
+    alpha_R = arms.coefficients(arm, ENTROPY_R, scope_R, lam, block.gate, generator((seed,)))
+    return alpha_R, arms.addition(arm, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
+
+
+def test_the_paper_is_the_arm_without_departures():
+    alpha_R, added = alphas("aem")
+    assert torch.equal(alpha_R, aem.coefficients(ENTROPY_R, GROUP_R))
+    assert added is None
+
+
+def test_reversed_gives_high_entropy_the_weight():
+    alpha_R, _ = alphas("reversed")
+    assert torch.equal(alpha_R[:4].argsort(), ENTROPY_R[:4].argsort())
+    torch.testing.assert_close(alpha_R[:4].max() / alpha_R[:4].min(), torch.tensor(1.0).exp())
+
+
+@pytest.mark.parametrize(("name", "lam"), [("lam_half", 0.5), ("aem", 1.0), ("lam_2", 2.0), ("lam_4", 4.0)])
+def test_lambda_is_the_logarithm_of_the_range(name, lam):
+    alpha_R, _ = alphas(name)
+    torch.testing.assert_close((alpha_R[:4].max() / alpha_R[:4].min()).log(), torch.tensor(lam))
+
+
+def test_shuffled_keeps_the_coefficients_of_each_group_and_loses_their_order():
+    alpha_R, paper_R = alphas("shuffled")[0], alphas("aem")[0]
+    for group in (0, 1):
+        mine, theirs = alpha_R[group == GROUP_R], paper_R[group == GROUP_R]
+        assert torch.equal(mine.sort().values, theirs.sort().values)
+    assert not torch.equal(alpha_R, paper_R)
+    assert torch.equal(alpha_R, alphas("shuffled")[0])
+    assert len({tuple(alphas("shuffled", seed)[0].tolist()) for seed in range(20)}) > 5
+
+
+def test_shuffled_is_uncorrelated_with_entropy_over_many_seeds():
+    every = torch.stack([alphas("shuffled", seed)[0][:4] for seed in range(4000)])
+    torch.testing.assert_close(every.mean(0), torch.ones(4), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "scope_R"), [("trajectory", TRAJECTORY_R), ("batch", torch.zeros(7).long())])
+def test_a_scope_has_its_own_range_and_mean(name, scope_R):
+    alpha_R, _ = alphas(name)
+    assert torch.equal(alpha_R, aem.coefficients(ENTROPY_R, scope_R))
+    for scope in scope_R.unique():
+        torch.testing.assert_close(alpha_R[scope_R == scope].mean(), torch.tensor(1.0))
+
+
+def test_ungated_modulates_what_differs_by_noise():
+    close = torch.tensor([0.5, 0.5001])
+    arm, both = Arm(), torch.zeros(2).long()
+    assert torch.equal(arms.coefficients(arm, close, both, 1.0, 0.1, generator(())), torch.ones(2))
+    assert modulation("ungated").gate == 0
+    assert not torch.equal(arms.coefficients(arm, close, both, 1.0, 0.0, generator(())), torch.ones(2))
+
+
+def test_empg_by_hand():
+    """Htilde over the batch: ((0.2 .. 1.1) - 0.2) / 0.9; g = exp(-Htilde) / mean; the bonus looks one turn ahead."""
+    alpha_R, added_R = alphas("empg")
+    scaled = [0.0, 1 / 3, 2 / 3, 1.0, 1 / 9, 7 / 9, 2 / 9]
+    clear = torch.exp(-torch.tensor(scaled))
+    torch.testing.assert_close(alpha_R, clear / clear.mean())
+    bonus = 0.05 * torch.tensor([clear[1], 0, clear[3], 0, clear[5], 0, 0])
+    expected = ADVANTAGE_R * alpha_R + bonus
+    torch.testing.assert_close(ADVANTAGE_R * alpha_R + added_R, expected - expected.mean())
+
+
+@pytest.mark.parametrize("name", ["empg", "empg_scaling"])
+def test_empg_is_centred_and_may_change_signs(name):
+    alpha_R, added_R = alphas(name)
+    total = ADVANTAGE_R * alpha_R + added_R
+    torch.testing.assert_close(total.mean(), torch.tensor(0.0), atol=1e-7, rtol=0)
+    assert total[6] != 0  # it had no advantage
+
+
+def test_empg_scaling_has_no_bonus():
+    alpha_R, added_R = alphas("empg_scaling")
+    torch.testing.assert_close(added_R, -(ADVANTAGE_R * alpha_R).mean().expand(7))
