@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -98,6 +99,9 @@ class Launch:
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
     device_tokens: Count = 0  # tokens per micro-batch and device, padding included; 0: no limit
     device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
+    sampler: Literal["local", "engine"] = (
+        "local"  # who generates: the policy itself, or TRL's engine (HF generate, vLLM)
+    )
     workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
     env_seconds: Annotated[float, POSITIVE] = (
         120.0  # an environment that answers later than this has hung (workers > 0)
@@ -210,12 +214,13 @@ def check_runnable(experiment: Experiment) -> None:
     if launch.gpus_per_node > 1 or processes != "1":
         remedy = "a run of several processes comes with aem_exp.launch; choose launch=gpu1 or launch=local"
         raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, remedy)
-    for key in ("use_vllm", "fsdp", "deepspeed"):
+    for key in ("fsdp", "deepspeed"):
         if launch.trainer.get(key):
-            remedy = (
-                "the local sampler needs the whole policy in one process; sharding and vLLM come with a later version"
-            )
+            remedy = "the policy must be whole in one process; sharding comes with a later version"
             raise ConfigError(f"launch.trainer.{key}", launch.trainer[key], remedy)
+    if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
+        remedy = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or false"
+        raise ConfigError("launch.trainer.use_vllm", True, remedy)
 
 
 def _bound(e: Experiment) -> Experiment:

@@ -21,6 +21,7 @@ Record = dict[str, Any]
 def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
     """One episode; `in_full` keeps what was said, not only how it went. `step`: steps trained before it was played."""
     turns = trajectory.responses
+    known = [r.entropy for r in turns if r.entropy is not None]
     return {
         "step": step,
         "split": split,
@@ -34,7 +35,7 @@ def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Reco
         "error": trajectory.error,
         "turns": len(turns),
         "tokens": trajectory.tokens,
-        "response_entropy": sum(r.entropy for r in turns) / len(turns) if turns else None,
+        "response_entropy": sum(known) / len(known) if known else None,
         "responses": [_said(r) for r in turns] if in_full else None,
     }
 
@@ -171,7 +172,7 @@ def _turn(number: int, said: dict[str, Any]) -> str:
     alpha = said.get("alpha")
     facts = [
         f"reward {said['reward']:g}",
-        f"entropy {said['entropy']:.3f}",
+        *([f"entropy {said['entropy']:.3f}"] if said["entropy"] is not None else []),
         *([f"alpha {alpha:.3f}"] if alpha is not None else []),
         *([] if said.get("valid", True) else ["invalid"]),
     ]

@@ -95,7 +95,7 @@ def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
             ended=t.ended,
             crashed=t.ended == CRASHED,
             valid=[r.valid for r in t.responses],
-            entropies=[r.entropy for r in t.responses],
+            entropies=[r.entropy for r in t.responses if r.entropy is not None],
             tokens=t.tokens,
         )
         for t in played

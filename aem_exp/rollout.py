@@ -35,8 +35,8 @@ class Response:
     """What the policy said in one turn, and what came of it.
 
     `prompt` holds the tokens in front of it that are not in the row yet: all of them with a window, those since the
-    previous response with full history. `entropy` is the mean over its tokens, in nats; `advantage` (before modulation)
-    and `alpha` are known once the step's credit is assigned.
+    previous response with full history. `entropy` is the mean over its tokens, in nats, where the sampler knows it;
+    `advantage` (before modulation) and `alpha` are known once the step's credit is assigned.
     """
 
     prompt: list[int]
@@ -46,7 +46,7 @@ class Response:
     reward: float = 0.0
     valid: bool = True
     metrics: dict[str, float] = field(default_factory=dict)
-    entropy: float = 0.0
+    entropy: float | None = None
     advantage: float | None = None
     alpha: float | None = None
 
@@ -178,7 +178,7 @@ class _Game:
     def say(self, sample: Sample) -> str:
         """Take a response into the trajectory; its text is for the environment."""
         text = self.chat.decode(sample.ids)
-        entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else 0.0
+        entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else None
         response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
         self.trajectory.responses.append(response)
         self._used += len(self.prompt) + len(sample.ids)
@@ -275,6 +275,8 @@ def _joined(turns: list[Row]) -> Row:
         gap = [0] * len(turn.prompt)
         row.completion = row.completion + turn.prompt + turn.completion
         row.mask = row.mask + gap + turn.mask
-        row.logps = row.logps + [0.0 for _ in gap] + turn.logps
-        row.entropies = row.entropies + [0.0 for _ in gap] + turn.entropies
+        if turn.logps:
+            row.logps = row.logps + [0.0 for _ in gap] + turn.logps
+        if turn.entropies:
+            row.entropies = row.entropies + [0.0 for _ in gap] + turn.entropies
     return row

@@ -194,12 +194,19 @@ def _launch(e: Experiment) -> None:
     for key in t:
         if key.startswith("vllm_") and not t.get("use_vllm"):
             raise ConfigError(f"launch.trainer.{key}", t[key], "only read with launch.trainer.use_vllm=true")
+    if t.get("use_vllm") and launch.sampler != "engine":
+        raise ConfigError("launch.trainer.use_vllm", True, "only read with launch.sampler=engine")
+    if t.get("use_vllm") and t.get("vllm_mode", "colocate") != "colocate":
+        remedy = "a server of its own comes with a later version: colocate"
+        raise ConfigError("launch.trainer.vllm_mode", t["vllm_mode"], remedy)
     if launch.gpus_per_node == 0 and t.get("use_vllm"):
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
     if t.get("fsdp") and t.get("deepspeed"):
         raise ConfigError("launch.trainer.fsdp", t["fsdp"], "collides with launch.trainer.deepspeed: choose one")
+    if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
+        raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
     if launch.where == "local" and launch.nodes > 1:
         raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")
     if launch.where == "slurm" and not launch.hours:

@@ -160,7 +160,7 @@ class _Experiment:
         }
 
     def _trainer(self) -> Any:
-        from aem_exp.sample import LocalSampler, Sampling
+        from aem_exp.sample import Sampling
         from aem_exp.trainer import AEMCallback, build
 
         experiment, settings = self.experiment, self.experiment.trainer
@@ -183,10 +183,19 @@ class _Experiment:
             callback,
             partial(_draw, experiment, self.world.tasks("train")),
             self.rollout,
-            lambda policy: LocalSampler(policy, self.chat.end_ids, sampling),
+            partial(self._sampler, sampling=sampling),
             keep=self._keep,
             before_save=self._before_save,
         )
+
+    def _sampler(self, trainer: Any, sampling: Any) -> Any:
+        if self.experiment.launch.sampler == "engine":
+            from aem_exp.engine import EngineSampler
+
+            return EngineSampler(trainer, self.chat.end_ids, sampling)
+        from aem_exp.sample import LocalSampler
+
+        return LocalSampler(self.model, self.chat.end_ids, sampling)
 
     def _before(self, parents: Path | None) -> dict[str, Any]:
         """The score before the first step; measured once, also by a run that is resumed. `parents`: where it begins."""
@@ -205,12 +214,12 @@ class _Experiment:
         from aem_exp import exam
         from aem_exp.episodes import record
         from aem_exp.rollout import CRASHED
-        from aem_exp.sample import LocalSampler, Sampling
+        from aem_exp.sample import Sampling
 
         how = self.experiment.evaluation
         panel = exam.panel(self.world, split, how.tasks)
         log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
-        sampler = LocalSampler(self.model, self.chat.end_ids, Sampling(how.temperature))
+        sampler = self._sampler(self.trainer, Sampling(how.temperature))
         played = exam.play(panel, self.rollout, sampler, how.repeats)
         self.rollout.clock.read()  # not part of a step's time
         if not recorded:

@@ -36,7 +36,7 @@ from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment, instantiate
 from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
 from aem_exp.keywords import OURS
-from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Trajectory
+from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Row, Trajectory
 from aem_exp.sample import Sampler, generator
 from aem_exp.values import Stop
 
@@ -45,6 +45,7 @@ PAPER = Arm()
 
 _ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over the rows of a micro-batch
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
+_ENGINE_GAP = 0.1  # nats that another engine may differ on average, by its own arithmetic
 _COMPARE_EVERY = 50  # steps
 _LOGGED = {
     "loss": "train/loss",
@@ -162,7 +163,7 @@ class AEMTrainer(GRPOTrainer):
         callback: owns lambda and the clock.
         draw: (step, round) -> the episodes of one round of a step; the same on every rank.
         rollout: plays them.
-        make_sampler: policy -> what generates.
+        make_sampler: this trainer -> what generates.
         estimator: from `advantages`.
         mini_batch: rows per update; 0: all rows of a step in one update.
         epochs: how often a step's rows are trained (mu in the GRPO paper).
@@ -219,7 +220,7 @@ class AEMTrainer(GRPOTrainer):
         )
         self.remove_callback(PrinterCallback)  # the terminal is the door's
         self.aem, self.time = callback, callback.time
-        self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self.model), keep
+        self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self), keep
         self.before_save = before_save
         self.credit = partial(
             assign,
@@ -319,6 +320,8 @@ class AEMTrainer(GRPOTrainer):
             self._compare(batch, logps)
         else:
             logps, entropies = self._score(self.model, batch)
+            if all(row.logps for row in credit.rows):
+                self._correct(batch, credit.rows, micro, logps)
         if self.mini_batch or self.epochs > 1:
             batch["old_per_token_logps"] = logps
         if self.beta:
@@ -331,6 +334,21 @@ class AEMTrainer(GRPOTrainer):
         else:
             credit.signal_U[credit.units(micro)] = aem.response_entropy(signal_NT, response_NT)
         return batch
+
+    def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor) -> None:
+        """Weigh each token by how much likelier the policy finds it than the engine that sampled it did, up to a cap."""
+        sampled, _ = measured(rows, micro, batch["completion_ids"].shape[1])
+        apart = (logps - sampled) * batch["tool_mask"]
+        gap = (apart.abs().sum() / batch["tool_mask"].sum().clamp(min=1)).item()
+        self.aem.metrics["train/sampler_gap"] = gap
+        if gap > _ENGINE_GAP:
+            raise Stop(
+                f"the engine's log-probs are {gap:.2g} nats away from the policy's on average (at most {_ENGINE_GAP}): "
+                "it does not sample from these weights, or at another temperature"
+            )
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
+            batch["importance_sampling_ratio"] = apart.exp().clamp(min=low, max=high)
 
     def _modulate(self, credit: Credit, step: int) -> None:
         """Give each unit its coefficient; all ranks compute the same."""
@@ -548,7 +566,7 @@ def build(
         drop_equal=settings.get("drop_equal", False),
         rounds=settings.get("rounds", 1),
         mask_cut=settings.get("mask_truncated_completions", False),
-        trust_sampler=experiment.model.dtype == "float32" and not settings.get("bf16"),
+        trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.get("bf16"),
         penalty=experiment.env.invalid_penalty,
         **recorders,
     )

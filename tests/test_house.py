@@ -30,6 +30,7 @@ KNOWS = {
     "diagnostics": set(),
     "render": set(),
     "sample": set(),
+    "engine": {"sample"},
     "stage": {"envs"},
     "workers": {"envs", "stage", "targets", "values"},
     "rollout": {"config", "envs", "render", "sample", "stage"},
@@ -60,7 +61,7 @@ KNOWS = {
     "provenance": {"config", "disk", "targets"},
     "trainer": {"aem", "arms", "batch", "checkpoints", "config", "credit", "keywords", "rollout", "sample", "values"},
     "run": {
-        *("checkpoints", "config", "disk", "policy", "provenance", "episodes", "exam", "render", "rollout"),
+        *("checkpoints", "config", "disk", "engine", "policy", "provenance", "episodes", "exam", "render", "rollout"),
         *("sample", "workers", "progress", "show", "stores", "targets", "tracking", "trainer", "values"),
     },
     "__main__": {"compose", "config", "run", "values"},

@@ -50,7 +50,7 @@ def train(e, folder):
     schedule = instantiate(e.modulation.lam) if e.modulation.lam else None
     callback = AEMCallback(Time(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
     rollout = Rollout(Serial(toy.ChatterWorld()), e.env, chat)
-    sampler = lambda policy: LocalSampler(policy, chat.end_ids, Sampling())  # noqa: E731
+    sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling())  # noqa: E731
     build(e, folder / "out", model, tokenizer, callback, toy.draw, rollout, sampler).train()
     return rows, max((p - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True))
 
@@ -95,7 +95,7 @@ def test_lambda_zero_is_the_baseline_bit_for_bit(baseline, folder):
         chat = Chat(tokenizer)
         callback = AEMCallback(Time(3), Constant(0.0) if e is zero else None, 0.1)
         rollout = Rollout(Serial(toy.ChatterWorld()), e.env, chat)
-        sampler = lambda policy, chat=chat: LocalSampler(policy, chat.end_ids, Sampling())  # noqa: E731
+        sampler = lambda trainer, chat=chat: LocalSampler(trainer.model, chat.end_ids, Sampling())  # noqa: E731
         build(e, folder / "out", model, tokenizer, callback, toy.draw, rollout, sampler).train()
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

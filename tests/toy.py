@@ -130,7 +130,7 @@ def trainer(
         "callback": callback,
         "draw": draw,
         "rollout": Rollout(Serial(ChatterWorld()), run.env, chat),
-        "make_sampler": lambda policy: LocalSampler(policy, chat.end_ids, Sampling()),
+        "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling()),
         "estimator": estimator or advantages.group_normalised,
         "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],
         "epochs": run.trainer.get("num_iterations", 1),

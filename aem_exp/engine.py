@@ -1,0 +1,83 @@
+"""Who generates, where the policy does not sample by itself: TRL's own engine, HF `generate` or vLLM in this process.
+
+The same contract as `sample.LocalSampler`, so a GPU user switches config and nothing else. What the engine does not tell
+is measured by the trainer: entropies, and log-probs that can serve as *old* ones. Its own log-probs, where it has any, enter
+the correction for the difference between the two, and nothing else.
+
+HF `generate` draws a whole batch from one seed, which follows from the keys of all its responses. vLLM draws as it likes: a
+resumed run is then not the same run.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from aem_exp.sample import Sample, Sampling
+
+VLLM = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "generation_kwargs")  # of its VLLMGeneration
+
+
+class EngineSampler:
+    """Samples with the engine of a trainer of TRL's."""
+
+    def __init__(self, trainer: Any, end_ids: Sequence[int], sampling: Sampling):
+        self.trainer, self.end_ids, self.sampling = trainer, list(end_ids), sampling
+
+    def session(self) -> "EngineSession":
+        return EngineSession(self)
+
+
+class EngineSession:
+    """Conversations by their exact tokens; the engine is handed all of them each turn (vLLM keeps their prefixes)."""
+
+    def __init__(self, sampler: EngineSampler):
+        self._sampler = sampler
+        self._ids: dict[int, list[int]] = {}
+
+    def generate(
+        self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
+    ) -> list[Sample]:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._ids[slot] = [*self._ids.get(slot, []), *prompt]
+        trainer, rng = self._sampler.trainer, torch.get_rng_state()
+        with _told(trainer, self._sampler, max(budgets)):
+            torch.manual_seed(int.from_bytes(blake2b(repr(list(keys)).encode(), digest_size=8).digest()) >> 1)
+            ids, logps = trainer._generate_single_turn([self._ids[slot] for slot in slots], None, {}, 1)
+        torch.set_rng_state(rng)
+        logps = logps or [[] for _ in slots]
+        samples = [Sample(list(i[:n]), list(p[:n]), []) for i, p, n in zip(ids, logps, budgets, strict=True)]
+        for slot, sample in zip(slots, samples, strict=True):
+            self._ids[slot] += sample.ids
+        return samples
+
+
+@contextmanager
+def _told(trainer: Any, sampler: EngineSampler, budget: int) -> Iterator[None]:
+    """Tell the engine how to draw, for one turn: it was built for one length, one temperature and one set of end tokens."""
+    how, ends = sampler.sampling, sampler.end_ids
+    drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
+    if trainer.use_vllm:
+        more = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": ends}
+        told = {**drawn, "max_completion_length": budget, "generation_kwargs": more}
+        with _set(trainer.vllm_generation, told):
+            yield
+        return
+    told = {**drawn, "min_p": how.min_p or None, "max_new_tokens": budget, "eos_token_id": ends}
+    kwargs = {**trainer.generation_kwargs, **told}
+    with _set(trainer.generation_config, told), _set(trainer, {"eos_token_ids": ends, "generation_kwargs": kwargs}):
+        yield
+
+
+@contextmanager
+def _set(target: Any, values: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
