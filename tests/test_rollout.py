@@ -10,7 +10,7 @@ from aem_exp.aem import responses
 from aem_exp.batch import measured, pack
 from aem_exp.render import Chat
 from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, rows
-from aem_exp.sample import LocalSampler, Sampling, generator
+from aem_exp.sample import LocalSampler, Sample, Sampling, generator
 from aem_exp.stage import Serial
 
 HISTORIES = ["full", "window"]
@@ -157,3 +157,34 @@ def test_filters_keep_the_likely_tokens(sampling, kept):
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).expand(500, 5)
     tokens, *_ = _draw(logits, torch.from_numpy(generator(("f",)).random(500)), sampling)
     assert set(tokens.tolist()) == kept
+
+
+class Stubborn:
+    """A policy that always says the same tokens: a sampler like any other."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def session(self):
+        return self
+
+    def generate(self, slots, prompts, keys, budgets):
+        said = [self.ids[:n] for n in budgets]
+        return [Sample(list(ids), [], []) for ids in said]
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("what", ["only the end", "never the end", "bytes that are no text"])
+def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, history, what):
+    """Every episode ends, every token is accounted for, and a step trains on it without a number that is not finite."""
+    run = toy.experiment(history, steps=1)
+    trainer = toy.trainer(folder, run, lam=1.0)
+    chat = trainer.rollout.chat
+    end, word = chat.end_ids[0], chat.tokenizer.convert_tokens_to_ids("c")
+    unknown = chat.tokenizer.convert_tokens_to_ids(chat.tokenizer.unk_token or "z")
+    said = {"only the end": [end], "never the end": [word] * 5, "bytes that are no text": [unknown] * 3 + [end]}[what]
+    trainer.sampler, rows = Stubborn(said), []
+    trainer.trust_sampler, trainer.aem.report = False, lambda step, row: rows.append(row)
+    trainer.train()
+    assert rows[0]["train/tokens_generated"] == rows[0]["train/tokens_trained"] > 0
+    assert all(value == value for value in rows[0].values())

@@ -303,6 +303,59 @@ def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
     assert not (older / "mine.py").read_text().endswith("# edited\n")
 
 
+def test_worker_processes_change_nothing(unbroken, cache, tmp_path):
+    """Environments in two processes, episodes and tokens in small portions: the same words, the same account."""
+    words = ["launch.workers=2", "launch.device_episodes=5", "tracking=off"]
+    done = door(cache, tmp_path, *SMALL, *words)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder_of(tmp_path), unbroken[0]))
+    first = [frame[frame.step == 0][["task", "won", "turns", "tokens", "ended"]] for frame in (ours, theirs)]
+    pd.testing.assert_frame_equal(*first)
+    assert folder_of(tmp_path).name == unbroken[0].name
+
+
+HANGS = """
+import os, sys, time
+from aem_exp.envs.household import Household, HouseholdEnv
+
+class Moody(HouseholdEnv):
+    def step(self, response):
+        if self.task_id % 5 == 1:
+            time.sleep(60)
+        if self.task_id % 5 == 2:
+            os._exit(7)
+        return super().step(response)
+
+    def reset(self, task):
+        at_work = "aem_exp.workers" in sys.orig_argv  # the warm start plays in this process
+        self.task_id = int(task.id.rsplit("-", 1)[-1]) if at_work else 0
+        return super().reset(task)
+
+class World(Household):
+    def env(self):
+        return Moody()
+"""
+
+
+def test_environments_that_hang_or_die_leave_the_loss_and_the_run_goes_on(cache, tmp_path, monkeypatch):
+    from aem_exp import config, run
+
+    (tmp_path / "moody.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    words = ["env.make._target_=moody.World", "launch.workers=4", "launch.env_seconds=1", "trainer.steps=2"]
+    folder = run.run(config.load([*SMALL, *words, f"outputs={tmp_path}", "tracking=off", "evaluation.tasks=5"]))
+    episodes = pd.read_parquet(folder / "episodes.parquet")
+    errors = " ".join(episodes[episodes.ended == "crashed"].error)
+    assert "hung: no answer within 1 s" in errors
+    assert "its process died (exit code 7)" in errors
+    assert json.loads((folder / "result.json").read_text())["after"]["crashed"] > 0
+    for row in metrics(folder):
+        if "train/loss" in row:
+            parts = ("trained", "filtered", "crashed")
+            assert row["train/tokens_generated"] == sum(row[f"train/tokens_{part}"] for part in parts)
+
+
 MISTAKES = """
 import torch
 from aem_exp.envs.household import Household

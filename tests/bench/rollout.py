@@ -4,7 +4,8 @@
 
     ours                    Rollout with LocalSampler: one KV cache for the whole episode
     rollout_func            what such a function is usually: each turn, TRL's `generate` reads the whole history again
-    environment_factory     TRL's tool loop: the same, and a chat template and a parser for each turn of each episode
+    environment_factory     TRL's tool loop: the same, and a chat template and a parser for each turn of each episode;
+                            with Qwen3's template, which puts the tools into the prompt, and with the barest one there can be
 
 What is the same for all:
     policy      equal weights (a random Qwen3 of two layers), temperature 1, no filters
@@ -15,12 +16,13 @@ What is the same for all:
     history     full: what a turn reads are all tokens so far
 
 What is timed: from the tasks to the exact tokens of all finished episodes; resets, rendering, generation, parsing and steps.
-TRL's padding and rewards afterwards are not. Whatever is not equal helps the alternatives: the tool schema is left out of the
-prompt, a tool call is the whole response instead of JSON in tags, TRL's last response is never played, its turns lack the end
-token that ours gets when it is cut, and neither alternative measures log-probs and entropies, which ours does.
+TRL's padding and rewards afterwards are not. Whatever is not equal helps the alternatives: a tool call is the whole response
+instead of JSON in tags, the last response in the tool loop is never played, its turns lack the end token that ours get
+where they are cut, the tokenizer splits at words, and no alternative measures log-probs and entropies, which ours does.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -38,8 +40,8 @@ EPISODES, GROUP = 32, 8
 TOKENS = 8  # of a response, as in conf/env/household.yaml
 OBSERVATION = 24  # words
 WORDS = [a + b for a in "bdfgklmnpr" for b in "aeiou"]
-ENVIRONMENT, FUNCTION = "TRL environment_factory", "TRL rollout_func + generate"
-WANTED = {(ENVIRONMENT, 6): 3.0, (ENVIRONMENT, 30): 3.0, (FUNCTION, 6): 1.5, (FUNCTION, 30): 3.0}
+FUNCTION, TOOLS, BARE = "rollout_func", "environment_factory", "environment_factory, bare"
+WANTED = {(FUNCTION, 6): 1.5, (FUNCTION, 30): 3.0, (TOOLS, 6): 3.0, (TOOLS, 30): 3.0}
 
 # tiny's ChatML, and what TRL asks of a template with tools: calls and answers are shown. An answer looks like a user's message.
 TEMPLATE = (
@@ -106,7 +108,7 @@ class TalkByTools:
         return 0.0
 
 
-Contender = Callable[[], tuple[float, int]]  # plays all episodes: seconds, and tokens that were sampled
+Contender = Callable[[], tuple[float, int, int]]  # plays all episodes: seconds, tokens sampled, tokens of all rows
 
 
 def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
@@ -119,10 +121,15 @@ def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     rollout, sampler = Rollout(Serial(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())
     episodes = [Episode(task, task.seed // GROUP, task.seed % GROUP, (task.seed,)) for task in world.tasks("train")]
 
-    def play() -> tuple[float, int]:
+    def play() -> tuple[float, int, int]:
         start = time.perf_counter()
         played = rollout.play(episodes, sampler)
-        return time.perf_counter() - start, sum(t.tokens for t in played)
+        seconds = time.perf_counter() - start
+        return (
+            seconds,
+            sum(t.tokens for t in played),
+            sum(len(r.prompt) + len(r.sample.ids) for t in played for r in t.responses),
+        )
 
     return play
 
@@ -161,16 +168,27 @@ def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     trainer = trl_trainer(policy, tokenizer, rules, reward_funcs=_no_reward, rollout_func=rollout_func)
     prompts = [str(seed) for seed in range(EPISODES)]
 
-    def play() -> tuple[float, int]:
+    def play() -> tuple[float, int, int]:
         start = time.perf_counter()
         out = trainer.rollout_func(prompts, trainer)
-        return time.perf_counter() - start, sum(map(sum, out["env_mask"]))
+        seconds = time.perf_counter() - start
+        return seconds, sum(map(sum, out["env_mask"])), sum(map(len, out["prompt_ids"] + out["completion_ids"]))
 
     return play
 
 
-def by_environment(policy: Any, tokenizer: Any, rules: Any) -> Contender:
+def by_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
+    """TRL's tool loop under the template that TRL trains Qwen3 with."""
+    from trl.chat_template_utils import qwen3_training_chat_template
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = qwen3_training_chat_template
+    return by_bare_tools(policy, tokenizer, rules)
+
+
+def by_bare_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     """TRL's tool loop, with as many responses as the others have."""
+    tokenizer.response_template = PARSER
     trainer = trl_trainer(policy, tokenizer, rules, environment_factory=TalkByTools)
     generate, done = trainer._generate, []
 
@@ -182,10 +200,14 @@ def by_environment(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     trainer._generate = timed
     inputs = [{"prompt": [{"role": "user", "content": ""}], "seed": seed} for seed in range(EPISODES)]
 
-    def play() -> tuple[float, int]:
+    def play() -> tuple[float, int, int]:
         start = time.perf_counter()
         out = trainer._generate_and_score_completions(inputs)
-        return done.pop() - start, int((out["tool_mask"] * out["completion_mask"]).sum())
+        sampled, length = (
+            out["tool_mask"] * out["completion_mask"],
+            out["prompt_mask"].sum() + out["completion_mask"].sum(),
+        )
+        return done.pop() - start, int(sampled.sum()), int(length)
 
     return play
 
@@ -219,7 +241,7 @@ def _no_reward(prompts: list[Any], **_: Any) -> list[float]:
     return [0.0] * len(prompts)
 
 
-CONTENDERS = {"ours": ours, FUNCTION: by_function, ENVIRONMENT: by_environment}
+CONTENDERS = {"ours": ours, FUNCTION: by_function, TOOLS: by_tools, BARE: by_bare_tools}
 
 
 def contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
@@ -230,10 +252,10 @@ def contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
     from aem_exp.config import Env
 
     prompt = dict.fromkeys(("first", "next", "window"), "{observation}") | {"pair": "{observation} {action}"}
-    context = turns * (OBSERVATION + TOKENS + 8)
+    context = turns * (OBSERVATION + TOKENS + 12) + 300  # enough for all: tags of tools, and their schema
     rules = Env("talk", {}, "full", 0, turns, TOKENS, context, prompt=prompt)
     tokenizer = tiny.make_tokenizer(WORDS, rules)
-    tokenizer.chat_template, tokenizer.response_template = TEMPLATE, PARSER
+    tokenizer.chat_template = TEMPLATE
     special = torch.tensor(tokenizer.all_special_ids)
     out: dict[str, Contender] = {}
     for name, make in CONTENDERS.items():
@@ -244,14 +266,17 @@ def contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
     return out, sum(p.numel() for p in policy.parameters())
 
 
-def measure(competing: dict[str, Contender], turns: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in competing}
+def measure(competing: dict[str, Contender], turns: int, rounds: int) -> dict[str, tuple[list[float], float]]:
+    """Seconds of each, round by round, and the tokens of an episode; the first round warms up."""
+    times: dict[str, tuple[list[float], float]] = {}
     for number in range(rounds + 1):
         for name, play in competing.items():
-            seconds, tokens = play()
-            assert tokens == EPISODES * turns * TOKENS, f"{name} sampled {tokens} tokens"
-            times[name] += [seconds] if number else []
+            seconds, sampled, length = play()
+            assert sampled == EPISODES * turns * TOKENS, f"{name} sampled {sampled} tokens"
+            if number == 0:
+                times[name] = [], length / EPISODES
+            else:
+                times[name][0].append(seconds)
     return times
 
 
@@ -268,15 +293,18 @@ def main() -> None:
     for turns in asked.turns:
         competing, size = contenders(turns, asked.hidden)
         times = measure(competing, turns, asked.rounds)
-        base = statistics.median(times["ours"])
+        ours_median = statistics.median(times["ours"][0])
         policy = f"hidden {asked.hidden} ({size / 1e6:.2f} M parameters)"
         print(f"{turns} turns of {TOKENS} tokens, {EPISODES} episodes, {policy}, medians of {asked.rounds} rounds")
-        for name, values in times.items():
+        for name, (values, length) in times.items():
             median = statistics.median(values)
-            wanted = f"   wanted {WANTED[name, turns]:.1f} x" if (name, turns) in WANTED else ""
-            spread = f"[{min(values):.2f}, {max(values):.2f}]"
-            ratio = f"{median / base:5.2f} x the time of ours" if name != "ours" else ""
-            print(f"  {name:<28} {median:7.2f} s {spread:<14} {EPISODES / median:7.1f} episodes/s   {ratio}{wanted}")
+            speed = f"{EPISODES / median:6.1f} episodes/s"
+            line = (
+                f"{name:<26} {median:6.2f} s [{min(values):.2f}, {max(values):.2f}] {speed}, {length:6.1f} tokens each"
+            )
+            ratio = f"   ours is {median / ours_median:5.2f} x as fast" if name != "ours" else ""
+            wanted = f" (wanted: {WANTED[name, turns]})" if (name, turns) in WANTED else ""
+            print(f"  {line}{ratio}{wanted}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""One training step without its rollout: AEMTrainer against TRL's unmodified GRPOTrainer on the very same rows.
+
+    .venv/bin/python tests/bench/train_step.py [--device-rows 0 16] [--rounds 15]
+
+The rows are the first step of the default experiment (64 episodes, full history, the warm-started tiny policy), played once.
+All arms start from the same weights and make the same update again and again, interleaved, one thread: medians.
+
+    AEM             AEMTrainer with modulation=aem; entropies are the sampler's
+    no modulation   AEMTrainer with modulation=none
+    TRL             GRPOTrainer(rollout_func=...), whose function returns the rows at once, and whose reward is their return
+
+Timed, ours: `updates()` from the played trajectories to the micro-batches (credit, rows, packing, the sampler's log-probs and
+entropies, coefficients, advantages, weights, the step's metrics), then `training_step` (forward and backward of each
+micro-batch). Timed, TRL's: `training_step` of each micro-batch, of which the first makes the batch (collecting rows, padding,
+rewards, advantages, its own metrics, shuffling). Both: clipping, AdamW, zeroing the gradients.
+Not timed: transformers' loop around that, logging and saving, which are the same; the comparison of sampler and trainer,
+which is one forward pass of one micro-batch every 50 steps.
+
+Neither arm scores old log-probs: all rows are one update, as TRL has it by default. Loss, clips, group size, optimizer and
+rows per micro-batch are equal; the bench asserts that without modulation the norm of the first gradient is too. Only the
+micro-batches differ, if there are several: TRL shuffles the rows and pads all to the longest, we sort them by length.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+WANTED = 1.05
+Arm = Callable[[], tuple[float, float]]  # makes one step: seconds, and the norm of its gradient
+
+
+def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any, list[Any]]:
+    """The default experiment with one update per step, a loader of its policy, its rollout, and the episodes it played."""
+    from aem_exp import config, policy, run
+    from aem_exp.render import Chat
+    from aem_exp.rollout import Rollout
+    from aem_exp.sample import LocalSampler, Sampling
+    from aem_exp.stage import Serial
+
+    # TRL adds 1e-4 to the standard deviation, and we 1e-6
+    words = [
+        "trainer.mini_batch=all",
+        f"launch.device_rows={device_rows}",
+        "baseline.advantage.eps=1e-4",
+        "tracking=off",
+    ]
+    experiment = config.load(words)
+    world = run.world_of(experiment)
+    load = partial(policy.load, experiment.model, policy.made(experiment, world), experiment.seed)
+    model, tokenizer = load()
+    chat = Chat(tokenizer)
+    rollout = Rollout(Serial(world), experiment.env, chat)
+    episodes = run._draw(experiment, world.tasks("train"), 0, 0)
+    return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, Sampling()))
+
+
+def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Path, modulated: bool) -> Arm:
+    from aem_exp import config
+    from aem_exp.sample import LocalSampler, Sampling
+    from aem_exp.trainer import AEMCallback, Time, build
+
+    model, tokenizer = load()
+    modulation = experiment.modulation if modulated else config.load(["modulation=none"]).modulation
+    lam = config.instantiate(modulation.lam) if modulated else None
+    clock = Time(10**6, step=1)  # not step 0, at which sampler and trainer are compared
+    trainer = build(
+        replace(experiment, modulation=modulation),
+        folder,
+        model,
+        tokenizer,
+        AEMCallback(clock, lam, modulation.gate),
+        lambda step, number: [],
+        rollout,
+        lambda policy: LocalSampler(policy, rollout.chat.end_ids, Sampling()),
+    )
+    trainer.play = lambda step: (played, [])
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    updates = trainer.updates()
+
+    def step() -> tuple[float, float]:
+        start = time.perf_counter()
+        trainer.training_step(trainer.model, next(updates))
+        norm = finish(trainer)
+        seconds = time.perf_counter() - start
+        assert ("aem/lam" in trainer.aem.metrics) == modulated
+        clock.step = clock.step % 49 + 1  # never a multiple of 50
+        forget(trainer)
+        return seconds, norm
+
+    return step
+
+
+def plain(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Path) -> Arm:
+    """TRL as it comes: one generation batch per optimizer step, in as many micro-batches as ours."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from aem_exp import rollout as episodes
+    from aem_exp.trainer import arguments
+
+    model, tokenizer = load()
+    rows = episodes.rows(played, "full")
+    micro = experiment.launch.device_rows or len(rows)
+    micros, odd = divmod(len(rows), micro)
+    assert not odd, f"{len(rows)} rows do not divide by {micro}"
+    answer = {
+        "prompt_ids": [row.prompt for row in rows],
+        "completion_ids": [row.completion for row in rows],
+        "env_mask": [row.mask for row in rows],
+        "logprobs": None,
+        "ret": [played[row.trajectory].ret for row in rows],
+    }
+
+    def replay(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        return dict(answer)
+
+    def returned(prompts: list[str], ret: list[float], **_: Any) -> list[float]:
+        return ret
+
+    args = arguments(experiment, folder)
+    args.per_device_train_batch_size, args.generation_batch_size = micro, len(rows)
+    args.gradient_accumulation_steps = args.steps_per_generation = micros
+    data = Dataset.from_dict({"prompt": ["x"] * len(rows)})
+    trainer = GRPOTrainer(model, returned, args, data, processing_class=tokenizer, rollout_func=replay)
+    trainer.current_gradient_accumulation_steps = micros
+    trainer.model.train()
+    trainer.create_optimizer()
+
+    def step() -> tuple[float, float]:
+        inputs = [{"prompt": "x"} for _ in rows]
+        start = time.perf_counter()
+        for _ in range(micros):
+            trainer.training_step(trainer.model, inputs, None)
+        norm = finish(trainer)
+        seconds = time.perf_counter() - start
+        forget(trainer)
+        return seconds, norm
+
+    return step
+
+
+def finish(trainer: Any) -> float:
+    """What follows the backward pass."""
+    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+    return float(norm)
+
+
+def forget(trainer: Any) -> None:
+    """Drop what logging would have taken away."""
+    for metrics in trainer._metrics.values():
+        metrics.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device-rows", type=int, nargs="+", default=[0, 16], help="rows per micro-batch; 0: all")
+    parser.add_argument("--rounds", type=int, default=15)
+    asked = parser.parse_args()
+    import conftest  # noqa: F401  (environment first)
+    import torch
+
+    torch.set_num_threads(1)
+    for device_rows in asked.device_rows:
+        experiment, *parts = prepared(device_rows)
+        with tempfile.TemporaryDirectory() as folder:
+            arms = {
+                "TRL": plain(experiment, *parts, Path(folder) / "trl"),
+                "no modulation": ours(experiment, *parts, Path(folder) / "none", modulated=False),
+                "AEM": ours(experiment, *parts, Path(folder) / "aem", modulated=True),
+            }
+            first = {name: step()[1] for name, step in arms.items()}
+            assert abs(first["no modulation"] / first["TRL"] - 1) < 1e-4, f"not the same update: {first}"
+            times: dict[str, list[float]] = {name: [] for name in arms}
+            for number in range(asked.rounds):
+                names = list(arms) if number % 2 else list(arms)[::-1]
+                for name in names:
+                    times[name].append(arms[name]()[0])
+        lengths = [sum(len(r.prompt) + len(r.sample.ids) for r in t.responses) for t in parts[2]]
+        size = f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens"
+        print(f"{size}, {device_rows or 'all'} per micro-batch, medians of {asked.rounds} rounds")
+        base = statistics.median(times["TRL"])
+        for name, values in times.items():
+            median = statistics.median(values)
+            wanted = f" (wanted: at most {WANTED})" if name == "AEM" else ""
+            spread = f"[{min(values) * 1e3:.0f}, {max(values) * 1e3:.0f}]"
+            print(f"  {name:<14} {median * 1e3:7.1f} ms {spread:<12} {median / base:5.3f} x TRL{wanted}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
