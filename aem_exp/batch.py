@@ -84,8 +84,8 @@ def measured(rows: Sequence[Row], chosen: Sequence[int], width: int) -> tuple[Te
 
 def _pad(values: Sequence[Sequence[float]], fill: float = 0, left: bool = False, width: int = 0) -> Tensor:
     width = width or max(map(len, values))
-    out = torch.full((len(values), width), fill)
+    out = np.full((len(values), width), fill, dtype=np.float32 if isinstance(fill, float) else np.int64)
     for i, row in enumerate(values):
         start = width - len(row) if left else 0
-        out[i, start : start + len(row)] = torch.tensor(row, dtype=out.dtype)
-    return out
+        out[i, start : start + len(row)] = row
+    return torch.from_numpy(out)
