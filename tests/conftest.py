@@ -9,3 +9,19 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )
+
+import pytest
+from doors import SMALL, door, folder_of
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def unbroken(cache, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("unbroken")
+    done = door(cache, outputs, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder_of(outputs), done

@@ -1,0 +1,53 @@
+"""Runs through the door in processes of their own, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SMALL = [
+    "model.make.steps=25",
+    "model.make.habit_steps=5",
+    "model.make.episodes=128",
+    "trainer.steps=6",
+    "trainer.tasks_per_step=3",
+    "trainer.group_size=4",
+    "trainer.mini_batch=6",
+    "evaluation.tasks=8",
+    "evaluation.every=3",
+    "launch.save_every=2",
+]
+
+
+def door(cache, outputs, *words, wait=True):
+    """`python -m aem_exp` in a process of its own."""
+    env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(outputs), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "aem_exp", *words]
+    started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if not wait:
+        return started
+    out, err = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def folder_of(outputs) -> Path:
+    (folder,) = [path.parent for path in Path(outputs).glob("*/experiment.json")]
+    return folder
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def wait_for(started, folder_found, reached, timeout=180):
+    """Wait until a live run has reached something."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        assert started.poll() is None, started.stderr.read()
+        if folder_found() and reached():
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run never got there")

@@ -1,0 +1,258 @@
+"""Beyond one run: continued with `from=`, run again by hand, with other code, with workers; and what stops it for good."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from doors import SMALL, door, folder_of, metrics, wait_for
+
+from aem_exp import checkpoints
+
+
+def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
+    """6 steps, then `from=` to 10, killed on the way: the weights, rows and samples of 10 steps at once. The parent stays."""
+    parent, _ = unbroken
+    checkpoint = checkpoints.newest(parent)
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    words = [f"from={parent}", "trainer.steps=10"]
+    outputs = tmp_path / "continued"
+    first = door(cache, outputs, *words, wait=False)
+    wait_for(first, lambda: list(outputs.glob("*/before.json")), lambda: (folder_of(outputs) / "before.json").exists())
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = door(cache, outputs, *words)
+    assert done.returncode == 0, done.stderr
+    straight = door(cache, tmp_path / "straight", *SMALL, "trainer.steps=10")
+    assert straight.returncode == 0, straight.stderr
+    child, whole = folder_of(outputs), folder_of(tmp_path / "straight")
+    assert child.name != whole.name  # the one knows its parent
+    weights = "model/model.safetensors"
+    assert (child / weights).read_bytes() == (whole / weights).read_bytes()
+    assert [row["step"] for row in metrics(child)] == [6, 7, 8, 9, 10]
+    straight_rows = {row["step"]: row for row in metrics(whole)}
+    assert [row for row in metrics(child) if row["step"] > 6] == [straight_rows[step] for step in (7, 8, 9, 10)]
+    result = json.loads((child / "result.json").read_text())
+    assert result["before"] == json.loads((parent / "result.json").read_text())["after"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_continued_with_other_settings_they_count(unbroken, cache, tmp_path):
+    """A learning rate that the checkpoint's optimizer and scheduler remember otherwise; another modulation."""
+    words = [f"from={unbroken[0]}", "trainer.steps=7", "trainer.learning_rate=1e-6", "modulation=none"]
+    done = door(cache, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    (row,) = [row for row in metrics(folder_of(tmp_path)) if "train/loss" in row]
+    assert row["train/learning_rate"] == 1e-6
+    assert not any(key.startswith("aem/") for key in row)
+    assert "-none-" in folder_of(tmp_path).name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainer.steps=6"], ["trainer.steps=6", "above 6"]),
+        (["trainer.steps=9", "trainer.weight_decay=0.1"], ["trainer.weight_decay=0.1", "must stay 0"]),
+        (["trainer.steps=9", "model.dtype=bfloat16"], ["model.dtype=bfloat16", "must stay float32"]),
+        (["trainer.steps=9", "baseline=rloo"], ["baseline=rloo", "modulation and launch"]),
+        (["parent=abc"], ["parent=abc", "from=RUN_DIR"]),
+    ],
+)
+def test_what_a_continued_run_could_not_honour_is_refused(unbroken, words, said):
+    from aem_exp.config import ConfigError, load
+
+    with pytest.raises(ConfigError) as refused:
+        load([f"from={unbroken[0]}", *words])
+    assert all(text in str(refused.value) for text in said), refused.value
+
+
+def test_a_run_dir_that_is_none_or_was_edited_is_refused(unbroken, tmp_path):
+    from aem_exp.config import ConfigError, load, read
+
+    with pytest.raises(ConfigError, match="must be the folder of a run"):
+        load([f"from={tmp_path}"])
+    copy = tmp_path / unbroken[0].name
+    copy.mkdir()
+    text = (unbroken[0] / "experiment.json").read_text()
+    (copy / "experiment.json").write_text(text)
+    assert read(copy).trainer["steps"] == 6
+    with pytest.raises(ConfigError, match="is not finished"):
+        load([f"from={copy}", "trainer.steps=9"])
+    (copy / "experiment.json").write_text(text.replace('"steps": 6', '"steps": 7'))
+    with pytest.raises(ConfigError, match="it was edited"):
+        read(copy)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
+def test_somebody_elses_config_runs_only_when_trusted(unbroken, tmp_path):
+    from aem_exp.config import ConfigError, read
+
+    copy = tmp_path / unbroken[0].name
+    copy.mkdir()
+    (copy / "experiment.json").write_text((unbroken[0] / "experiment.json").read_text())
+    os.chown(copy / "experiment.json", 12345, 12345)
+    with pytest.raises(ConfigError, match="--trust"):
+        read(copy)
+    assert read(copy, trust=True).trainer["steps"] == 6
+
+
+def test_the_run_dir_is_the_job(unbroken, cache, tmp_path):
+    """Elsewhere, from nothing but a run dir and the code frozen in it, `python -m aem_exp.run` makes the same result."""
+    source, _ = unbroken
+    folder = tmp_path / source.name
+    folder.mkdir()
+    for part in ("experiment.json", "code"):
+        subprocess.run(["cp", "-r", str(source / part), str(folder)], check=True)
+    env = {**os.environ, "AEM_CACHE": str(cache), "PYTHONPATH": str(folder / "code"), "MLFLOW_TRACKING_URI": "off"}
+    command = [sys.executable, "-m", "aem_exp.run", str(folder)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, source)]
+    assert results[0] == results[1]
+    assert "success on tasks never trained on" in done.stdout
+    assert json.loads((source / "provenance.json").read_text())["packages"]["torch"]
+
+
+def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
+    """Killed, then asked again with an edited estimator: refused by name; `resume=inexact` goes on and leaves a mark."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def centred(played):\n    from aem_exp.advantages import group_centred\n    return group_centred(played)\n"
+    )
+    words = [*SMALL, "tracking=off", "+baseline.advantage={_target_: mine.centred}"]
+    env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(tmp_path / "out")}
+
+    def ask(*more, until=None):
+        command = [sys.executable, "-m", "aem_exp", *words, *more]
+        started = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if until:
+            wait_for(started, lambda: True, until)
+            started.send_signal(signal.SIGKILL)
+        return started, *started.communicate(timeout=200)
+
+    ask(until=lambda: list((tmp_path / "out").glob("*/checkpoint-*/step.json")))
+    mine.write_text(mine.read_text() + "# edited\n")
+    refused, _, err = ask()
+    assert refused.returncode == 2
+    assert "mine.py was edited" in err
+    assert "resume=inexact" in err
+    assert len(err.strip().splitlines()) == 1
+    done, _, err = ask("resume=inexact")
+    assert done.returncode == 0, err
+    folder = folder_of(tmp_path / "out")
+    assert json.loads((folder / "result.json").read_text())["resumed"] == ["mine.py was edited"]
+    assert (folder / "code" / "mine.py").read_text().endswith("# edited\n")
+    (older,) = folder.glob("code-to-step-*")
+    assert not (older / "mine.py").read_text().endswith("# edited\n")
+
+
+def test_worker_processes_change_nothing(unbroken, cache, tmp_path):
+    """Environments in two processes, episodes and tokens in small portions: the same words, the same account."""
+    words = ["launch.workers=2", "launch.device_episodes=5", "tracking=off"]
+    done = door(cache, tmp_path, *SMALL, *words)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder_of(tmp_path), unbroken[0]))
+    first = [frame[frame.step == 0][["task", "won", "turns", "tokens", "ended"]] for frame in (ours, theirs)]
+    pd.testing.assert_frame_equal(*first)
+    assert folder_of(tmp_path).name == unbroken[0].name
+
+
+HANGS = """
+import os, sys, time
+from aem_exp.envs.household import Household, HouseholdEnv
+
+class Moody(HouseholdEnv):
+    def step(self, response):
+        if self.task_id % 5 == 1:
+            time.sleep(60)
+        if self.task_id % 5 == 2:
+            os._exit(7)
+        return super().step(response)
+
+    def reset(self, task):
+        at_work = "aem_exp.workers" in sys.orig_argv  # the warm start plays in this process
+        self.task_id = int(task.id.rsplit("-", 1)[-1]) if at_work else 0
+        return super().reset(task)
+
+class World(Household):
+    def env(self):
+        return Moody()
+"""
+
+
+def test_environments_that_hang_or_die_leave_the_loss_and_the_run_goes_on(cache, tmp_path, monkeypatch):
+    from aem_exp import config, run
+
+    (tmp_path / "moody.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    words = ["env.make._target_=moody.World", "launch.workers=4", "launch.env_seconds=1", "trainer.steps=2"]
+    folder = run.run(config.load([*SMALL, *words, f"outputs={tmp_path}", "tracking=off", "evaluation.tasks=5"]))
+    episodes = pd.read_parquet(folder / "episodes.parquet")
+    errors = " ".join(episodes[episodes.ended == "crashed"].error)
+    assert "hung: no answer within 1 s" in errors
+    assert "its process died (exit code 7)" in errors
+    assert json.loads((folder / "result.json").read_text())["after"]["crashed"] > 0
+    for row in metrics(folder):
+        if "train/loss" in row:
+            parts = ("trained", "filtered", "crashed")
+            assert row["train/tokens_generated"] == sum(row[f"train/tokens_{part}"] for part in parts)
+
+
+MISTAKES = """
+import torch
+from aem_exp.envs.household import Household
+
+def nothing(played): return played.return_M
+def nan(played): return torch.full(played.trajectory_R.shape, torch.nan)
+def huge(played): return torch.full(played.trajectory_R.shape, 3e38)
+
+class Broken(Household):
+    def env(self):
+        env = super().env()
+        env.step = None
+        return env
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("baseline.advantage={_target_: mistakes.nothing}", "mistakes.nothing returned advantages of shape"),
+        ("baseline.advantage={_target_: mistakes.nan}", "advantages that are not finite"),
+        ("baseline.advantage={_target_: mistakes.huge}", "the norm of the gradient is"),
+        ("env.make._target_=mistakes.Broken", "8 of 8 episodes of the dev[:8] panel crashed; task "),
+    ],
+)
+def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
+    """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
+    from aem_exp import config, run
+    from aem_exp.values import Stop
+
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off", word])
+    with pytest.raises(Stop) as stopped:
+        run.run(experiment)
+    assert said in str(stopped.value)
+    assert not (config.run_dir(experiment) / "result.json").exists()
+    assert run.at_terminal(experiment, config.run_dir(experiment)) == 1
+
+
+def test_asked_after_the_end_it_says_what_changed_since(unbroken, cache, tmp_path):
+    source, _ = unbroken
+    copy = tmp_path / source.name
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
+    file = copy / "code" / "aem_exp" / "advantages.py"
+    file.write_text(file.read_text() + "# as it was\n")
+    env = {**os.environ, "AEM_CACHE": str(cache)}
+    command = [sys.executable, "-m", "aem_exp.run", str(copy)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "since this run, aem_exp/advantages.py was edited" in done.stdout
