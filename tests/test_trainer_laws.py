@@ -30,6 +30,11 @@ LOSSES = {
         partial(advantages.group_normalised, eps=1e-4),
         {"scale_rewards": "group"},
     ),
+    "gspo": (
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        partial(advantages.group_normalised, eps=1e-4),
+        {"scale_rewards": "group"},
+    ),
 }
 
 
