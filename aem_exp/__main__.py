@@ -5,11 +5,11 @@ mistake is one sentence and exit code 2.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from aem_exp import door
 from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
@@ -47,30 +47,11 @@ MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    if os.getcwd() not in sys.path:  # the user's own modules, also under the console script
-        sys.path.insert(0, os.getcwd())
-    try:
-        code = _act(_read(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
-    except ConfigError as error:
-        print(f"aem_exp: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        subject, _, why = message.partition(": ")
-        raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
+    return door.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)))
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = door.Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     for switch in SWITCHES:
         parser.add_argument(*switch, action="store_true")
@@ -100,10 +81,7 @@ def _act(asked: argparse.Namespace) -> int:
         raise ConfigError("--cfg", asked.cfg, ["job"])
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
-    if asked.trust and not any(text.startswith("from=") for text in asked.overrides):
-        raise ConfigError("--trust", True, "only read with from=RUN_DIR")
-    if asked.config_dir is not None:
-        sys.path.append(os.path.abspath(asked.config_dir))  # a user's functions may lie beside their configs
+    door.reach(asked.config_dir)
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 
@@ -137,7 +115,8 @@ def _plan(experiment: "Experiment") -> int:
     print(f"state   {_state(folder)}")
     print(f"size    {t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories")
     print(f"launch  {launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}")
-    print(*_about(experiment), sep="\n", end="\n" if _about(experiment) else "")
+    for line in _about(experiment):
+        print(line)
     from aem_exp.config import check_runnable
     from aem_exp.run import world_of
 

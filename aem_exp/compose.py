@@ -40,6 +40,8 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
     roots = config_roots(config_dir)
     groups = choices(roots)
     parents = [text.removeprefix(FROM) for text in overrides if text.startswith(FROM)]
+    if trust and not parents:
+        raise ConfigError("--trust", True, f"only read with {FROM}RUN_DIR")
     overrides = [text for text in overrides if not text.startswith(FROM)]
     base = _continued(parents[-1], overrides, trust) if parents else None
     lines = [line for text in overrides for line in _lines(text, groups, base is not None)]

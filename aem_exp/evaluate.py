@@ -5,26 +5,23 @@ the moment: asked again it goes on, or shows what is there.
 """
 
 import argparse
-import errno
 import json
 import math
-import os
 import re
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from aem_exp import config
+from aem_exp import config, door
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.envs import World
-from aem_exp.exam import RESULT, Exam, Panel, digest, panel, play, rules, score, sit
+from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
 
-__all__ = ["Panel", "panel", "play", "score"]
 POLICY, UNTRAINED, RANDOM = PLAYERS = ("policy", "untrained", "random")
 
 ABOUT = """\
@@ -38,34 +35,16 @@ started from and one that acts at random. Asked again it goes on, or shows what 
 KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        subject, _, why = message.partition(": ")
-        raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
-    try:
-        return _act(_read(argv))
-    except ConfigError as error:
-        sys.stderr.write(f"aem_exp: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\nstopped; to go on: {again}\n")
-        return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.stderr.write(f"aem_exp: the disk is full; free space, and to go on: {again}\n")
-        return 1
+    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m aem_exp.evaluate", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = door.Parser("python -m aem_exp.evaluate", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run; or a hub id, or a folder of weights"
     )
@@ -99,10 +78,7 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp import progress
 
     progress.quiet()
-    if os.getcwd() not in sys.path:  # the user's own worlds
-        sys.path.insert(0, os.getcwd())
-    if asked.config_dir is not None:
-        sys.path.append(os.path.abspath(asked.config_dir))
+    door.reach(asked.config_dir)
     from aem_exp.scoreboard import Line, show
 
     with Line() as line:
@@ -110,7 +86,7 @@ def _act(asked: argparse.Namespace) -> int:
         found = {player.name: sit(exam, player, line) for player in players}
     results = {name: result for name, (_, result) in found.items()}
     if asked.json:
-        sys.stdout.write(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False) + "\n")
+        print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
         return 0
     tasks = f"{len(exam.panel.tasks)} tasks x {exam.repeats}, temperature {exam.temperature:g}"
     title = f"success on the panel {exam.panel.name} ({exam.panel.hash}) of {exam.experiment.env.name}: {tasks}"

@@ -83,24 +83,10 @@ def episodes(panel: Panel, repeats: int) -> list["Episode"]:
 
 def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
     """Summarise; a partial panel is refused, not averaged."""
-    from aem_exp.rollout import CRASHED
+    from aem_exp.episodes import record
 
     assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
-    outcomes = [
-        Outcome(
-            task=t.draw,
-            kind=t.task.kind,
-            won=t.won,
-            ret=t.ret,
-            ended=t.ended,
-            crashed=t.ended == CRASHED,
-            valid=[r.valid for r in t.responses],
-            entropies=[r.entropy for r in t.responses if r.entropy is not None],
-            tokens=t.tokens,
-        )
-        for t in played
-    ]
-    return scores.score(panel.name, panel.hash, outcomes)
+    return scores.score(panel.name, panel.hash, [_outcome(record(0, panel.name, t, True)) for t in played])
 
 
 # One player on one panel, on disk.
@@ -203,7 +189,7 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
     """What the episodes of a player add up to."""
     import pyarrow.parquet
 
-    from aem_exp import provenance, show
+    from aem_exp import provenance
 
     columns = ["draw", "kind", "won", "return", "ended", "error", "tokens"]
     said = ["responses.list.element.valid", "responses.list.element.entropy"]
@@ -214,7 +200,7 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
     return {
         "player": player.name,
         **asdict(total),
-        "interval": show.wilson(total.success, found["effective_episodes"]),
+        "interval": scores.wilson(total.success, found["effective_episodes"]),
         **found,
         "errors": sorted({row["error"] for row in rows if row["error"]})[:10],
         "temperature": exam.temperature if player.model else None,
@@ -228,6 +214,7 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
 def _outcome(row: dict[str, Any]) -> Outcome:
     from aem_exp.rollout import CRASHED
 
+    said = row["responses"]
     return Outcome(
         task=row["draw"],
         kind=row["kind"],
@@ -235,7 +222,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
         ret=row["return"],
         ended=row["ended"],
         crashed=row["ended"] == CRASHED,
-        valid=[response["valid"] for response in row["responses"]],
-        entropies=[response["entropy"] for response in row["responses"] if row["tokens"] is not None],
+        valid=[response["valid"] for response in said],
+        entropies=[response["entropy"] for response in said if response["entropy"] is not None],
         tokens=row["tokens"],
     )

@@ -8,17 +8,18 @@ import logging
 import os
 import tempfile
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from aem_exp import disk, targets
-from aem_exp.config import ConfigError, Experiment, Model, instantiate
+from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files of a model's folder
 
 
 def locate(model: Model) -> str:
@@ -78,6 +79,36 @@ def made(experiment: Experiment, world: World) -> str:
                 make(world=world, env=experiment.env, folder=Path(part) / "model")
                 os.replace(Path(part) / "model", folder)
     return str(folder)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash of all that is loaded from a model's folder. The hub's cache names its files by their hash; those are not read."""
+    digest = sha256()
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in LOADED):
+        blob = file.resolve()
+        if blob.parent.name == "blobs":
+            content = blob.name
+        else:
+            with file.open("rb") as data:
+                content = file_digest(data, "sha256").hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def device(launch: Launch) -> Any:
+    """The torch device that is asked for: a GPU, or the CPU.
+
+    Raises:
+        ConfigError: there is no GPU here; better refused than trained for weeks on its CPU.
+    """
+    import torch
+
+    if not launch.gpus_per_node:
+        return torch.device("cpu")
+    if not torch.accelerator.is_available():
+        remedy = "this machine has no GPU that torch can use; choose launch=local"
+        raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, remedy)
+    return torch.accelerator.current_accelerator()
 
 
 def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:

@@ -9,6 +9,8 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Progress:
         self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
         self.times = deque[float](maxlen=RECENT + 1)
         self.printed = -math.inf
-        self.handler = _Handler(self)
+        self.open = ExitStack()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.quiet:
@@ -68,18 +70,11 @@ class Progress:
 
             self.live = Live(console=self.console, get_renderable=self._line, refresh_per_second=4)
             self.live.start()
-        log = logging.getLogger("aem_exp")
-        log.addHandler(self.handler)
-        self.level = log.level
-        log.setLevel(logging.INFO)
-        log.propagate = False
+        self.open.enter_context(heard(self.say, self.warn))
         return self
 
     def __exit__(self, *_: object) -> None:
-        log = logging.getLogger("aem_exp")
-        log.removeHandler(self.handler)
-        log.setLevel(self.level)
-        log.propagate = True
+        self.open.close()
         if self.live is not None:
             self.stage = ""
             self.live.transient = not self.steps
@@ -138,16 +133,21 @@ class Progress:
         return line
 
 
-class _Handler(logging.Handler):
-    """Hands what our rooms log to the live line."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.INFO)
-        self.progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        show = self.progress.say if record.levelno < logging.WARNING else self.progress.warn
-        show(record.getMessage())
+@contextmanager
+def heard(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
+    """Hand what our rooms log to a person, and to nobody else: what is being waited for to `say`, warnings to `warn`."""
+    log, handler = logging.getLogger("aem_exp"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else say)(record.getMessage())  # type: ignore[method-assign]
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def clock(seconds: float) -> str:

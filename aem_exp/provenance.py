@@ -11,12 +11,11 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import config, disk, targets
+from aem_exp import config, disk, policy, targets
 from aem_exp.config import ConfigError, Experiment
 
 FILE, CODE = "provenance.json", "code"
@@ -26,9 +25,7 @@ _HERE = Path(__file__).resolve().parent
 
 def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int = 1) -> list[str]:
     """How what would run now differs from what ran in this folder."""
-    file = run_dir / FILE
-    before = json.loads(file.read_text()) if file.exists() else {}
-    return [*_changes(before, _now(experiment, weights, ranks)), *_edited(run_dir / CODE, _code(experiment))]
+    return _against(run_dir, _now(experiment, weights, ranks), _code(experiment))
 
 
 def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int | None, ranks: int = 1) -> list[str]:
@@ -37,25 +34,30 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
     Raises:
         ConfigError: it differs, and `resume` is exact.
     """
-    new = [] if step is None else changes(run_dir, experiment, weights, ranks)
+    now, code = _now(experiment, weights, ranks), _code(experiment)
+    new = [] if step is None else _against(run_dir, now, code)
     if new and experiment.resume == "exact":
         remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
         raise ConfigError("resume", "exact", remedy)
     file = run_dir / FILE
-    marks = json.loads(file.read_text())["resumed"] if step is not None and file.exists() else []
+    marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
     if new:
         marks = [*marks, {"step": step, "changes": new}]
         if (run_dir / CODE).exists():
             (run_dir / CODE).rename(run_dir / f"{CODE}-to-step-{step}-{len(marks)}")
-    _freeze(run_dir / CODE, _code(experiment))
-    disk.write(file, json.dumps({**_now(experiment, weights, ranks), "resumed": marks}, indent=1) + "\n")
+    _freeze(run_dir / CODE, code)
+    disk.write(file, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
     return [change for mark in marks for change in mark["changes"]]
 
 
-def git_commit(folder: Path) -> str | None:
-    """The commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
-    commit = _git(folder, "rev-parse", "HEAD").strip()
-    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
+def read(run_dir: Path) -> dict[str, Any]:
+    """What `begin` wrote."""
+    return json.loads((run_dir / FILE).read_text())
+
+
+def _against(run_dir: Path, now: Mapping[str, Any], code: Mapping[str, Path]) -> list[str]:
+    before = read(run_dir) if (run_dir / FILE).exists() else {}
+    return [*_changes(before, now), *_edited(run_dir / CODE, code)]
 
 
 def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, Any]:
@@ -65,20 +67,9 @@ def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, A
         "device": "gpu" if experiment.launch.gpus_per_node else "cpu",
         "processes": ranks,
         "packages": {name: version(name) for name in PACKAGES},
-        "weights": _fingerprint(Path(weights)) if weights else None,
-        "commit": git_commit(_HERE),
+        "weights": policy.fingerprint(weights) if weights else None,
+        "commit": _commit(_HERE),
     }
-
-
-def _fingerprint(weights: Path, ends: int = 1 << 20) -> str:
-    """Hash of the sizes and both ends of the weight files: new weights differ there, and 64 GB are not read."""
-    digest = sha256()
-    for file in sorted(weights.glob("*.safetensors")):
-        with file.open("rb") as data:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode() + data.read(ends))
-            data.seek(max(0, file.stat().st_size - ends))
-            digest.update(data.read())
-    return digest.hexdigest()[:12]
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -141,6 +132,12 @@ def _freeze(frozen: Path, code: Mapping[str, Path]) -> None:
         shutil.copy2(file, part / name)
     shutil.rmtree(frozen, ignore_errors=True)
     part.replace(frozen)
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
+    commit = _git(folder, "rev-parse", "HEAD").strip()
+    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
 
 
 def _git(folder: Path, *words: str) -> str:

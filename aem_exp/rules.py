@@ -73,11 +73,13 @@ def _name(e: Experiment) -> None:
 
 
 def _tracking(e: Experiment) -> None:
-    if e.tracking and re.search(r"://[^/\s]*@", e.tracking):
+    if not e.tracking:
+        return
+    from aem_exp.stores import redact
+
+    if (safe := redact(e.tracking)) != e.tracking:
         remedy = "holds credentials; those come from the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or _TOKEN,"
-        raise ConfigError(
-            "tracking", re.sub("//.*@", "//***@", e.tracking), f"{remedy} or the URI in MLFLOW_TRACKING_URI"
-        )
+        raise ConfigError("tracking", safe, f"{remedy} or the URI in MLFLOW_TRACKING_URI")
 
 
 def _model(e: Experiment) -> None:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, disk, policy, progress, provenance, stores
+from aem_exp import checkpoints, config, disk, door, policy, progress, provenance, stores
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.values import Stop
 
@@ -47,8 +47,8 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     folder = folder or config.run_dir(experiment)
     if (folder / RESULT).exists():
         return folder
-    _on_a_gpu(experiment)
     progress.quiet()
+    policy.device(experiment.launch)
     world = world_of(experiment)
     weights = policy.locate(experiment.model) if experiment.model.path else None
     stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
@@ -81,16 +81,19 @@ def _run(experiment: Experiment, folder: Path, world: Any, weights: str | None, 
         folder,
         stores.resolve_uri(experiment.tracking, folder.parent),
         experiment=experiment.name,
-        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{folder.name[-12:-6]}",
+        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
         params=resolved,
-        tags=_tags(experiment, world.fingerprint, resumed),
+        tags=_tags(experiment, world.fingerprint, provenance.read(folder)["commit"], resumed),
         resume_step=trained,
         wait=False,
     ) as tracker:
         disk.write(folder / "experiment.json", json.dumps(resolved, indent=1) + "\n")
         weights = weights or policy.made(experiment, world)
         parts = _Experiment(experiment, folder, world, weights, tracker, watch)
-        result = parts.play() | {"resumed": resumed}
+        try:
+            result = parts.play() | {"resumed": resumed}
+        finally:
+            parts.rollout.close()
         for path in show.artifacts(folder):
             tracker.artifact(path)
         disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
@@ -144,7 +147,6 @@ class _Experiment:
         final = self._exam(how.final)
         self._report(self.time.step, final.metrics("test/"))
         self.episodes.finish()
-        self.rollout.close()
         policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
         return {
             "experiment": self.experiment.name,
@@ -156,7 +158,7 @@ class _Experiment:
             "final": asdict(final),
             "checkpoint_rule": "last step",
             "fingerprint": self.world.fingerprint,
-            "packages": json.loads((self.folder / provenance.FILE).read_text())["packages"],
+            "packages": provenance.read(self.folder)["packages"],
         }
 
     def _trainer(self) -> Any:
@@ -279,15 +281,6 @@ def _resume_step(folder: Path) -> int:
     return 0 if (folder / BEFORE).exists() else -1
 
 
-def _on_a_gpu(experiment: Experiment) -> None:
-    """Refuse a machine without the GPU that is asked for, rather than train for weeks on its CPU."""
-    import torch
-
-    if experiment.launch.gpus_per_node and not torch.accelerator.is_available():
-        remedy = "this machine has no GPU that torch can use; choose launch=local"
-        raise ConfigError("launch.gpus_per_node", experiment.launch.gpus_per_node, remedy)
-
-
 def _fits(experiment: Experiment, world: Any) -> None:
     """Refuse more tasks than the world has."""
     from aem_exp import exam
@@ -308,8 +301,7 @@ def _end_of(parent: Path) -> Path:
     return checkpoint
 
 
-def _tags(experiment: Experiment, fingerprint: str, resumed: list[str]) -> dict[str, str]:
-    commit = provenance.git_commit(Path(__file__).parent)
+def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed: list[str]) -> dict[str, str]:
     return {
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),
@@ -368,10 +360,16 @@ def _room(folder: Path, weights: str | None) -> None:
 
 def at_terminal(experiment: Experiment, folder: Path) -> int:
     """Run with a live line, and show what there is at the end; the exit code."""
-    from aem_exp import show
-
     progress.quiet()
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
+    return door.answer(
+        lambda: _shown(experiment, folder), lambda: f"to go on from step {max(0, _resume_step(folder))}: {again}"
+    )
+
+
+def _shown(experiment: Experiment, folder: Path) -> int:
+    from aem_exp import show
+
     if (folder / RESULT).exists():
         for change in _since(experiment, folder):
             print(f"note      since this run, {change}; to run again, move its folder away")
@@ -383,22 +381,7 @@ def at_terminal(experiment: Experiment, folder: Path) -> int:
             print(owned)
             return 0
         except Stop as stop:
-            print(
-                f"aem_exp: {stop}. The run dir has all up to step {max(0, _resume_step(folder))}: {folder}",
-                file=sys.stderr,
-            )
-            return 1
-        except KeyboardInterrupt:
-            print(f"\nstopped; to go on from step {max(0, _resume_step(folder))}: {again}", file=sys.stderr)
-            return 130
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            print(
-                f"aem_exp: the disk is full; free space, and to go on from step {max(0, _resume_step(folder))}: {again}",
-                file=sys.stderr,
-            )
-            return 1
+            raise Stop(f"{stop}. The run dir has all up to step {max(0, _resume_step(folder))}: {folder}") from stop
     show.summary(folder)
     return 0
 
@@ -413,23 +396,25 @@ def _since(experiment: Experiment, folder: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m aem_exp.run", description="Run, or go on with, what a run dir holds.", allow_abbrev=False
-    )
+    return door.answer(lambda: _act(_read()))
+
+
+def _read() -> argparse.Namespace:
+    what = "Run, or go on with, what a run dir holds."
+    parser = door.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
     parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
-    asked = parser.parse_args()
-    sys.path += [os.getcwd(), str(asked.run_dir / provenance.CODE)]  # where a user's functions are
-    try:
-        experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
-        if asked.inexact:
-            experiment = replace(experiment, resume="inexact")
-        print(f"run       {folder}", flush=True)
-        return at_terminal(experiment, folder)
-    except ConfigError as error:
-        print(f"aem_exp: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args()
+
+
+def _act(asked: argparse.Namespace) -> int:
+    door.reach(asked.run_dir / provenance.CODE)
+    experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
+    if asked.inexact:
+        experiment = replace(experiment, resume="inexact")
+    print(f"run       {folder}", flush=True)
+    return at_terminal(experiment, folder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a person sees of an evaluation: a live line with what is left, and the tables at the end. It decides nothing."""
 
-import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Self
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from aem_exp.progress import EVERY, clock
+from aem_exp.progress import EVERY, clock, heard
 
 Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says
 
@@ -25,22 +25,16 @@ class Line:
         self.bar = Progress(what, BarColumn(30), count, TimeRemainingColumn(), console=self.console, transient=True)
         self.every, self.said = every, time.monotonic()
         self.task: Any = None
-        self.handler = _Handler(self)
+        self.open = ExitStack()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
-        log = logging.getLogger("aem_exp")
-        log.addHandler(self.handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+        self.open.enter_context(heard(self.say, self.warn))
         return self
 
     def __exit__(self, *_: object) -> None:
-        log = logging.getLogger("aem_exp")
-        log.removeHandler(self.handler)
-        log.setLevel(logging.NOTSET)
-        log.propagate = True
+        self.open.close()
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -51,6 +45,10 @@ class Line:
             self.task = self.bar.add_task(f"{stage} …", total=None, count="")
         else:
             self.console.print(stage, soft_wrap=True, markup=False)
+
+    def warn(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
 
     def begin(self, player: str, done: int, episodes: int, max_turns: int) -> None:
         """Show that a player has played `done` of its episodes."""
@@ -82,20 +80,6 @@ class Line:
         if self.task is not None:
             self.bar.remove_task(self.task)
             self.task = None
-
-
-class _Handler(logging.Handler):
-    """Shows what our rooms log: what is at work, and warnings, which stay."""
-
-    def __init__(self, line: Line) -> None:
-        super().__init__(logging.INFO)
-        self.line = line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING:
-            self.line.say(record.getMessage())
-        else:
-            self.line.console.print(record.getMessage(), soft_wrap=True, markup=False, style="yellow")
 
 
 def show(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:

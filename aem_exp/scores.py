@@ -99,6 +99,15 @@ def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:
     }
 
 
+def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's interval (95 %) of a share of n tasks."""
+    if n == 0 or math.isnan(share):
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def pass_at(n: int, c: int, j: int) -> float:
     """Chance that at least one of j episodes is won, from c won of n: 1 - C(n-c, j) / C(n, j) (arXiv 2107.03374)."""
     return 1 - math.comb(n - c, j) / math.comb(n, j)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aem_exp import episodes, metrics, tracking
 from aem_exp.progress import ENTROPY, GATED, RECENT, SUCCESS
+from aem_exp.scores import wilson
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -21,15 +22,6 @@ Rows = Sequence[dict[str, float]]
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
 
 # ------------------------------------------------------------------------------------------------------------ summary
-
-
-def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return Wilson's interval (95 %) of a share of n tasks."""
-    if n == 0 or math.isnan(share):
-        return 0.0, 1.0
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def summary(run_dir: Path, console: "Console | None" = None) -> None:

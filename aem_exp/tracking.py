@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 from uuid import uuid4
 
-from aem_exp import disk, metrics, stores
+from aem_exp import disk, door, metrics, stores
 from aem_exp.metrics import Mirror, Point
 from aem_exp.values import ConfigError
 
@@ -569,18 +569,19 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m aem_exp.tracking", description="Send MLflow what it lacks of a run."
-    )
-    door = parser.add_subparsers(dest="door", required=True).add_parser("sync", help="rebuild a run in MLflow")
-    door.add_argument("run_dir", type=Path)
-    door.add_argument("--uri", help="the store, if not the one that the run was logged to")
-    asked = parser.parse_args()
-    try:
-        print(sync(asked.run_dir, asked.uri and stores.resolve_uri(asked.uri, Path.cwd())))
-    except ConfigError as error:
-        print(f"aem_exp: {error}", file=sys.stderr)
-        return 2
+    return door.answer(lambda: _act(_read()))
+
+
+def _read() -> argparse.Namespace:
+    parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of a run.")
+    verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild a run in MLflow")
+    verb.add_argument("run_dir", type=Path)
+    verb.add_argument("--uri", help="the store, if not the one that the run was logged to")
+    return parser.parse_args()
+
+
+def _act(asked: argparse.Namespace) -> int:
+    print(sync(asked.run_dir, asked.uri and stores.resolve_uri(asked.uri, Path.cwd())))
     return 0
 
 

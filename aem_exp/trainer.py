@@ -280,16 +280,17 @@ class AEMTrainer(GRPOTrainer):
     def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
         """The updates of a step. Old log-probs, entropies and coefficients are measured once and stay fixed."""
         updates = self._plan(credit, step)
+        told = all(row.logps for row in credit.rows)
         with self.clock("scoring"):
             for update in updates:
-                update.batches = [self._measure(credit, micro) for micro in update.micros]
+                update.batches = [self._measure(credit, micro, told) for micro in update.micros]
         with self.clock("aem"):
-            credit.entropy_R = self.accelerator.reduce(credit.entropy_R.to(self.accelerator.device), "sum").cpu()
+            credit.entropy_R = self._gathered(credit.entropy_R)
             if self.aem.lam is not None:
                 self._modulate(credit, step)
             for update in updates:
                 for micro, batch in zip(update.micros, update.batches, strict=True):
-                    batch["advantages"] = _advantages(credit, micro, batch["tool_mask"])
+                    batch["advantages"] = _advantages(credit, micro, batch["tool_mask"], self.arm.unit)
         for update in updates:
             for batch in update.batches:
                 self._weigh(batch, update, len(credit.kept) / len(credit.rows))
@@ -309,9 +310,10 @@ class AEMTrainer(GRPOTrainer):
             out.append(Update(split(update[me], lengths, self.device_rows, self.device_tokens), len(live), tokens))
         return out
 
-    def _measure(self, credit: Credit, micro: list[int]) -> Batch:
+    def _measure(self, credit: Credit, micro: list[int], told: bool) -> Batch:
         """Pack a micro-batch with its old log-probs, and note the entropies of its responses.
 
+        `told`: the sampler gave log-probs; another engine's are its own, and are corrected for.
         Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
         """
         batch = pack(credit.rows, micro, self._tokenizer.pad_token_id)
@@ -320,7 +322,7 @@ class AEMTrainer(GRPOTrainer):
             self._compare(batch, logps)
         else:
             logps, entropies = self._score(self.model, batch)
-            if all(row.logps for row in credit.rows):
+            if told:
                 self._correct(batch, credit.rows, micro, logps)
         if self.mini_batch or self.epochs > 1:
             batch["old_per_token_logps"] = logps
@@ -328,11 +330,11 @@ class AEMTrainer(GRPOTrainer):
             batch["ref_per_token_logps"] = self._reference(batch)
         response_NT = aem.responses(batch["tool_mask"])
         credit.entropy_R[credit.owned(micro)] = aem.response_entropy(entropies, response_NT)
-        signal_NT = entropies if self.arm.signal == "entropy" else -logps
-        if self.arm.unit == "token":
-            credit.signal_U[credit.units(micro)] = signal_NT[batch["tool_mask"].bool()]
-        else:
-            credit.signal_U[credit.units(micro)] = aem.response_entropy(signal_NT, response_NT)
+        if self.arm.own_signal:
+            signal_NT = entropies if self.arm.signal == "entropy" else -logps
+            one_each = self.arm.unit == "token"
+            signal_U = signal_NT[response_NT >= 0] if one_each else aem.response_entropy(signal_NT, response_NT)
+            credit.signal_U[credit.units(micro)] = signal_U
         return batch
 
     def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor) -> None:
@@ -352,7 +354,7 @@ class AEMTrainer(GRPOTrainer):
 
     def _modulate(self, credit: Credit, step: int) -> None:
         """Give each unit its coefficient; all ranks compute the same."""
-        credit.signal_U = self.accelerator.reduce(credit.signal_U.to(self.accelerator.device), "sum").cpu()
+        credit.signal_U = self._gathered(credit.signal_U) if self.arm.own_signal else credit.entropy_R
         trajectory_U = credit.trajectory_R[credit.response_U]
         group_U, advantage_U = credit.group_M[trajectory_U], credit.advantage_R[credit.response_U]
         rng = generator((self.args.seed, "shuffle", step))
@@ -361,6 +363,10 @@ class AEMTrainer(GRPOTrainer):
         credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
         credit.alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
         credit.addition_U = arms.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
+
+    def _gathered(self, value_U: Tensor) -> Tensor:
+        """What each rank measured of its own rows, on all of them."""
+        return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
     def _weigh(self, batch: Batch, update: Update, trajectories_per_row: float) -> None:
         """Make the sum over micro-batches, and the mean over ranks, an average over the whole update.
@@ -514,13 +520,14 @@ class _Updates:
         return self._updates()
 
 
-def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor) -> Tensor:
+def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor, unit: str) -> Tensor:
     """Advantages (N, T): those of the responses, spread over their tokens, times the coefficients of their units."""
-    advantage_NT = _spread(credit.advantage_R[credit.owned(micro)], aem.responses(mask_NT))
+    unit_NT = aem.responses(mask_NT)
+    advantage_NT = _spread(credit.advantage_R[credit.owned(micro)], unit_NT)
     if credit.alpha_U is None:
         return advantage_NT
-    ids, unit_NT = credit.units(micro), aem.responses(mask_NT)
-    if len(credit.response_U) != len(credit.advantage_R):  # each token is a unit
+    ids = credit.units(micro)
+    if unit == "token":
         unit_NT = (mask_NT.flatten().cumsum(0).view_as(mask_NT) - 1).masked_fill(mask_NT == 0, -1)
     advantage_NT = aem.modulate(advantage_NT, credit.alpha_U[ids], unit_NT)
     return advantage_NT if credit.addition_U is None else advantage_NT + _spread(credit.addition_U[ids], unit_NT)
@@ -563,8 +570,8 @@ def build(
         device_tokens=launch.device_tokens,
         arm=Arm(**{f.name: getattr(experiment.modulation, f.name) for f in fields(Arm)}),
         groups=settings["tasks_per_step"],
-        drop_equal=settings.get("drop_equal", False),
-        rounds=settings.get("rounds", 1),
+        drop_equal=settings["drop_equal"],
+        rounds=settings["rounds"],
         mask_cut=settings.get("mask_truncated_completions", False),
         trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.get("bf16"),
         penalty=experiment.env.invalid_penalty,

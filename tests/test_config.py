@@ -248,6 +248,7 @@ AT_RESOLVING = [
     ("baseline.advantage._target_=aem_exp.disk.cache", "baseline.advantage._target_", "1 argument by"),
     ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
     ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
+    ("tracking='postgresql://host/db?password=pw'", "tracking", "password=***"),
     ("modulation.lam=null", "modulation.gate", "only read with modulation.lam"),
     ("model.make.folder=x", "model.make.folder", "no such key"),
     ("model.lora={rr:4}", "model.lora.rr", "did you mean r?"),

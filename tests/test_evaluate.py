@@ -188,10 +188,12 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 def test_a_random_player_speaks_as_the_world_listens():
     from aem_exp.players import wander
     from aem_exp.rollout import Episode
+    from aem_exp.stage import Serial
 
     for tags in (False, True):
         world = Household(tags=tags)
-        played = [wander(Episode(task, 0, 0, (task.id,)), world.env(), 10) for task in world.tasks("dev")[:10]]
+        episodes = [Episode(task, 0, 0, (task.id,)) for task in world.tasks("dev")[:10]]
+        played = wander(episodes, Serial(world), world.env().parse, 10)
         said = [response for trajectory in played for response in trajectory.responses]
         assert len(said) > 50
         assert all(response.valid and response.metrics["admissible"] for response in said)
@@ -323,7 +325,7 @@ def test_what_cannot_be_done_is_one_sentence(trained, capsys, words, said):
 def test_a_panel_that_a_config_asks_for_is_named_as_the_config_does():
     for name in ("nope", "train"):
         with pytest.raises(ConfigError, match=f"^evaluation.panel={name}: "):
-            evaluate.panel(Household(), name)
+            exam.panel(Household(), name)
 
 
 @pytest.fixture

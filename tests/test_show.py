@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import episodes, metrics, progress, show, stores, tracking
+from aem_exp import episodes, metrics, progress, scores, show, stores, tracking
 from aem_exp.tracking import Tracker
 
 STEPS = 40
@@ -83,8 +83,8 @@ def test_wilson_is_scipys() -> None:
 
     for wins, tasks in [(0, 10), (1, 7), (60, 120), (119, 120), (5, 5)]:
         theirs = binomtest(wins, tasks).proportion_ci(0.95, "wilson")
-        assert show.wilson(wins / tasks, tasks) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert show.wilson(math.nan, 10) == show.wilson(0.5, 0) == (0.0, 1.0)
+        assert scores.wilson(wins / tasks, tasks) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert scores.wilson(math.nan, 10) == scores.wilson(0.5, 0) == (0.0, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------- live line
@@ -184,7 +184,7 @@ def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
     (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
     console = terminal(100)
     show.summary(run_dir, console)
-    low, high = show.wilson(0.625, 30)
+    low, high = scores.wilson(0.625, 30)
     assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(console)
     assert "(4 episodes each)" in printed(console)
 
