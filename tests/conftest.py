@@ -1,5 +1,6 @@
 """One thread (two are up to 15 times slower on a busy machine), no network, and a toy world whose returns always differ."""
 
+import gc
 import os
 
 os.environ.update(
@@ -12,6 +13,11 @@ os.environ.update(
 
 import pytest
 from doors import SMALL, door, folder_of
+
+
+def pytest_collection_finish():
+    """accelerate collects garbage after each training: a third of a second if it looks through all of torch and TRL."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
