@@ -9,11 +9,14 @@ survivor, or none, has nothing to compare: its advantage is 0.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from aem_exp.values import NOT_NEGATIVE, SHARE
+
+Eps = Annotated[float, NOT_NEGATIVE]
 Over = Literal["trajectories", "turns"]
 
 
@@ -50,7 +53,7 @@ class Played:
         return (self.score_R, self.group_R) if over == "turns" else (self.return_M, self.group_M)
 
 
-def group_normalised(played: Played, *, over: Over = "trajectories", eps: float = 1e-6) -> Tensor:
+def group_normalised(played: Played, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
 
     A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
@@ -76,7 +79,7 @@ def leave_one_out(played: Played, *, over: Over = "trajectories") -> Tensor:
 
 
 def batch_whitened(
-    played: Played, *, over: Over = "trajectories", eps: float = 1e-6, group_baseline: bool = False
+    played: Played, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
 ) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): scores whitened over the whole batch.
 
@@ -95,10 +98,10 @@ def step_compared(
     played: Played,
     *,
     over: Over = "trajectories",
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
     norm: Literal["std", "mean"] = "std",
-    gamma: float = 0.95,
-    omega: float = 1.0,
+    gamma: Annotated[float, SHARE] = 0.95,
+    omega: Annotated[float, NOT_NEGATIVE] = 1.0,
 ) -> Tensor:
     """GiGPO (arXiv 2505.10978): the episode's advantage, plus omega times that of the step among steps at the same state.
 

@@ -4,6 +4,7 @@ Shapes: M trajectories that are trained, R responses and N rows, each in the ord
 turn by turn. U units: the responses, or their tokens, whichever get coefficients. All ranks hold all of it.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -113,7 +114,7 @@ def assign(
     """
     counted = [t for t in played if t.ended != CRASHED and t.responses]
     seen = _seen(counted, penalty, mask_cut)
-    advantage_R = estimator(seen)
+    advantage_R = _asked(estimator, seen)
     _check(advantage_R, estimator, len(seen.trajectory_R))
     stays_M = torch.tensor([not (mask_cut and t.ended in CUT) for t in counted], dtype=torch.bool)
     kept = [t for t, stays in zip(counted, stays_M.tolist(), strict=True) if stays]
@@ -161,16 +162,31 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
-def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
+def _asked(estimator: Estimator, seen: Played) -> Tensor:
+    """The advantages; an estimator, which may be a user's, that fails is told with its line."""
+    try:
+        return estimator(seen)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{where.filename}, line {where.lineno}"
+        raise Stop(f"{_name(estimator)} failed: {type(error).__name__}: {error} ({at})") from error
+
+
+def _name(estimator: Estimator) -> str:
     function = getattr(estimator, "func", estimator)
-    name = f"{function.__module__}.{getattr(function, '__name__', function)}"
+    return f"{function.__module__}.{getattr(function, '__name__', function)}"
+
+
+def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
+    name = _name(estimator)
     if advantage_R.shape != (responses,):
         raise Stop(
             f"{name} returned advantages of shape {tuple(advantage_R.shape)} for {responses} responses: one each"
         )
     if not advantage_R.isfinite().all():
         raise Stop(
-            f"{name} returned {int((~advantage_R.isfinite()).sum())} of {responses} advantages that are not finite"
+            f"{name} returned {int((~advantage_R.isfinite()).sum())} of {responses} advantages that are not finite",
+            "nan",
         )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RECENT = 10  # steps in a moving mean
 EVERY = 10.0  # seconds between lines where there is no terminal
 SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
+CRASHED = "train/ended_crashed"
 
 _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -61,7 +62,8 @@ class Progress:
         self.held_out = math.nan
         self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
         self.times = deque[float](maxlen=RECENT + 1)
-        self.printed = -math.inf
+        self.crashed = deque[float](maxlen=RECENT)
+        self.printed, self.ended = -math.inf, False
         self.open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,8 +91,10 @@ class Progress:
         self.held_out = metrics.get("eval/success", self.held_out)
         if SUCCESS in metrics:
             self.times.append(time.monotonic())
-        if self.live is None and (time.monotonic() - self.printed >= self.every or step == steps):
-            self.printed = time.monotonic()
+            self.crashed.append(metrics.get(CRASHED, 0.0))
+        last = step == steps and not self.ended
+        if self.live is None and (time.monotonic() - self.printed >= self.every or last):
+            self.printed, self.ended = time.monotonic(), last
             self.console.print(self._plain(), soft_wrap=True)
 
     def say(self, stage: str) -> None:
@@ -106,6 +110,8 @@ class Progress:
     def _facts(self) -> list[str]:
         names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
         facts = [names[name].format(sum(v) / len(v)) for name, v in self.recent.items() if v]
+        if any(self.crashed):
+            facts.append(f"crashed {sum(self.crashed) / len(self.crashed):.0%}")
         if not math.isnan(self.held_out):
             facts.append(f"held-out {self.held_out:.0%}")
         if len(self.times) > 1:

@@ -60,6 +60,18 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
+    if e.modulation.lam is not None and not any(v for k, v in e.modulation.lam.items() if k != "_target_"):
+        out.append(f"modulation={e.modulation.name} with lambda 0: this is the baseline alone, under another name")
+    if t.get("mask_truncated_completions"):
+        out.append("trainer.mask_truncated_completions=true: where failures run out of turns, only wins are trained")
+    if e.env.history == "full" and e.env.max_turns * e.env.response_tokens > e.env.context_tokens:
+        out.append(
+            f"env.context_tokens={e.env.context_tokens}: too few for env.max_turns={e.env.max_turns} full responses"
+        )
+    if 0 < e.launch.device_tokens < e.env.context_tokens:
+        out.append(
+            f"launch.device_tokens={e.launch.device_tokens}: longer rows are trained one by one, whatever they need"
+        )
     if e.env.history == "window" and e.env.window == 0:
         out.append("env.window=0: the policy is shown nothing of the past turns")
     if e.evaluation.every == 0:
@@ -157,9 +169,8 @@ def _loss(e: Experiment) -> None:
     t = e.trainer
     averaged = e.env.history == "full" or e.modulation.unit == "token"
     if t["importance_sampling_level"] == "sequence" and averaged and e.modulation.lam is not None:
-        remedy = (
-            "a sequence ratio averages the advantages of a row, which cancels the modulation; use env.history=window"
-        )
+        remedy = "a sequence ratio averages the advantages of a row, which cancels the modulation; "
+        remedy += "use env.history=window and env.window=N"
         remedy += " and modulation.unit=response" if e.modulation.unit == "token" else ""
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):

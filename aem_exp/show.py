@@ -37,6 +37,10 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
         console.print()
         console.print(picture)
         console.print()
+    if crashed := result.get("crashed_in_training"):
+        console.print(
+            f"{crashed} episodes crashed in training and were left out; episodes.parquet says how", style="yellow"
+        )
     page = tracking.page(run_dir)
     lines = [("run", str(run_dir))]
     if page is not None:

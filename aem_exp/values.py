@@ -43,7 +43,11 @@ class ConfigError(Exception):
 
 
 class Stop(Exception):
-    """A run that cannot go on; `str()` says why in a sentence. What was saved stays, and is good."""
+    """A run that cannot go on; `str()` says why in a sentence, `kind` in a word. What was saved stays, and is good."""
+
+    def __init__(self, sentence: str, kind: str = "crash"):
+        super().__init__(sentence)
+        self.kind = kind
 
 
 def shown(value: Any) -> str:
@@ -107,6 +111,8 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         return _choice(args, value, field)
     if origin is dict and isinstance(value, Mapping):
         return {str(key): convert(args[1], item, f"{field}.{key}") for key, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [convert(args[0], item, f"{field}[{i}]") for i, item in enumerate(value)]
     if hint is Any:
         return _plain(value)
     if hint is float and _is_number(value):
@@ -139,6 +145,8 @@ def described(hint: Any) -> str:
         return " or ".join(described(arg) for arg in args)
     if origin is Literal:
         return " or ".join(str(arg) for arg in args)
+    if origin is list:
+        return f"a list, each item {described(args[0])}"
     return "a mapping" if origin is dict else _WORDS.get(hint, str(hint))
 
 
