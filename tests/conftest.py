@@ -26,6 +26,18 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A real SLURM, for the tests of one worker; $AEM_REQUIRE_ALL=1 makes a missing one a failure."""
+    from cluster import Cluster, missing
+
+    if why := missing():
+        (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
+    started = Cluster.start(tmp_path_factory.mktemp("slurm") / "c")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
 def unbroken(cache, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("unbroken")
     done = door(cache, outputs, *SMALL)
