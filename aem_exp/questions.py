@@ -1,0 +1,392 @@
+"""What a sweep asks: a file of `sweeps/`, or a grid of the command line, becomes cells, each one experiment.
+
+A sweep is one question. Its cells are arms x points x seeds. An *arm* is a named difference against the base, and the
+first one is the reference; a *point* is a choice out of one of the products; overrides are Hydra's, several values too:
+
+    question: Does AEM help GRPO, and RLOO too?
+    base: +experiment=household_window trainer.steps=40  # of every cell, as on the command line
+    arms:
+      none: modulation=none
+      aem: modulation=aem
+    products:                                            # optional
+      - baseline=grpo,rloo
+    seeds: 0,1,2                                         # or range(0,3)
+    launch: launch=local                                 # optional: how much machine
+
+What stands later in a cell wins: base, launch, arm, point, what was typed, seed. Everything that is wrong with a cell is
+said here, before any of them begins.
+"""
+
+import shlex
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
+
+from aem_exp import config, rules
+from aem_exp.values import ConfigError, convert, unknown
+
+if TYPE_CHECKING:
+    from aem_exp.compose import Composer
+
+Point = tuple[str, ...]
+KEYS: Final = ("question", "base", "arms", "products", "seeds", "launch")
+COMMON: Final = {  # what no arm and no point may set
+    "seed": "seeds stand under seeds:, the same for every arm",
+    "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
+    "tracking": "one sweep has one MLflow store; set it in base: or on the command line",
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where in the question a cell stands; `group` says it in short."""
+
+    arm: str
+    point: Point
+    group: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a sweep. Where several arms or products meet in it, it has all of their labels."""
+
+    labels: tuple[Label, ...]
+    seed: int
+    overrides: tuple[str, ...]  # `config.load` makes the same experiment of them
+    experiment: config.Experiment
+    folder: Path
+
+    @property
+    def arm(self) -> str:
+        return self.labels[0].arm
+
+    @property
+    def point(self) -> Point:
+        return self.labels[0].point
+
+    @property
+    def group(self) -> str:
+        """Arm and point without the seed."""
+        return self.labels[0].group
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    question: str
+    file: Path | None  # null: a grid of the command line
+    arms: Mapping[str, Point]  # name -> how it differs from the base; the first is the reference
+    points: tuple[Point, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A sweep as it was asked, before anything is resolved."""
+
+    name: str
+    text: str
+    file: Path | None
+    base: list[str]
+    arms: dict[str, Point]
+    products: list[list[Point]]  # the points of each
+    seeds: list[str]  # as overrides
+    typed: list[str]
+
+
+def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Sweep:
+    """The sweep of a file, or of that name in `sweeps/`.
+
+    Args:
+        overrides: over every cell, as typed; `seed=0,1` stands in the place of the file's seeds.
+        config_dir: a folder laid over `conf/`, as in `config.load`.
+
+    Raises:
+        ConfigError: anything that is wrong with it, or with a cell of it, which is named.
+    """
+    from aem_exp.compose import Composer, key_of
+
+    file = _file(file_or_name)
+    data, composer, name = _read(file), Composer(config_dir), file.stem
+    typed = [text for text in overrides if key_of(text) != "seed"]
+    seeds = [text.partition("=")[2] for text in overrides if key_of(text) == "seed"]
+    given = seeds[-1] if seeds else data["seeds"]
+    arms = {arm: tuple(_words(f"{name}.arms.{arm}", words)) for arm, words in data["arms"].items()}
+    base = [word for key in ("base", "launch") for word in _words(f"{name}.{key}", data.get(key))]
+    products = [_words(f"{name}.products", words) for words in data.get("products", ())]
+    for at, words in {
+        "base": base,
+        **{f"arms.{arm}": words for arm, words in arms.items()},
+        "overrides": typed,
+    }.items():
+        _check_single(f"{name}.{at}", words, composer)
+    return _sweep(
+        _Question(
+            name=name,
+            text=data["question"].strip(),
+            file=file,
+            base=base,
+            arms=arms,
+            products=[_spread(f"{name}.products", words, composer) for words in products] or [[()]],
+            seeds=[words[-1] for words in _spread(f"{name}.seeds", [f"seed={_seeds(name, given)}"], composer)],
+            typed=typed,
+        ),
+        composer,
+    )
+
+
+def grid(overrides: Sequence[str], config_dir: str | Path | None = None) -> Sweep:
+    """The sweep of a command line, `-m seed=0,1,2 modulation=none,aem`: the first key of several values names the arms.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    from aem_exp.compose import Composer, key_of
+
+    composer = Composer(config_dir)
+    spread = {text: composer.spread(text) for text in overrides}
+    single = [text for text, each in spread.items() if each == [text]]
+    swept = [each for text, each in spread.items() if each != [text]]
+    if not swept:
+        raise ConfigError("-m", " ".join(overrides), "needs an override of several values, such as seed=0,1,2")
+    varied = [each for each in swept if key_of(each[0]) != "seed"]
+    seeds = [each for each in spread.values() if key_of(each[0]) == "seed"]
+    base = [text for text in single if key_of(text) != "seed"]
+    names = [_short(text) for text in varied[0]] if varied else ["base"]
+    for i, arm in enumerate(names):
+        if arm in names[:i]:
+            raise ConfigError("-m", varied[0][i], "stands twice")
+    arms: dict[str, Point] = dict(zip(names, ((text,) for text in varied[0]), strict=True)) if varied else {"base": ()}
+    first = [*base, *(each[0] for each in varied)]
+    return _sweep(
+        _Question(
+            name="-".join(["grid", *(key_of(each[0]).rpartition(".")[2] for each in varied or seeds)]),
+            text=f"-m {shlex.join(overrides)}",
+            file=None,
+            base=base,
+            arms=arms,
+            products=[list(product(*varied[1:]))],
+            seeds=seeds[-1] if seeds else [f"seed={config.load(first, config_dir).seed}"],
+            typed=[],
+        ),
+        composer,
+    )
+
+
+def sweeps() -> dict[str, str]:
+    """The sweeps that come with the package: name -> question."""
+    return {file.stem: _read(file)["question"].strip() for file in sorted(_root().glob("*.yaml"))}
+
+
+# Files.
+
+
+def _root() -> Path:
+    """The folder of our sweeps, beside that of our configs."""
+    return config.conf_root().parent / "sweeps"
+
+
+def _file(asked: str | Path) -> Path:
+    name = Path(asked).expanduser()
+    places = [name, _root() / f"{name}.yaml", _root().parent / name]
+    if found := next((place for place in places if place.is_file()), None):
+        return found.absolute()
+    names = [file.stem for file in sorted(_root().glob("*.yaml"))]
+    raise ConfigError("sweep", asked, names, "or the path of a file of yours")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML, in which a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise ConfigError(f"{Path(self.name).stem}.{twice}", None, "stands twice in one block; names differ")
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The file's keys, each of the right kind and none of them empty."""
+    name = file.stem
+    try:
+        with file.open(encoding="utf-8") as text:
+            data = yaml.load(text, _Yaml)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("sweep", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError("sweep", str(file), f"must hold the keys {', '.join(KEYS)}")
+    for key, value in data.items():
+        if key not in KEYS:
+            raise unknown(f"{name}.{key}", value, KEYS)
+    for key in ("question", "arms", "seeds", *(key for key in ("products",) if key in data)):
+        if data.get(key) in (None, "", [], {}):
+            raise ConfigError(f"{name}.{key}", data.get(key), "must hold something")
+    kinds = {"question": (str, "a sentence"), "products": (list, "a list, one product to an item")}
+    for key, (kind, words) in (kinds | {"arms": (dict, "a mapping, name: overrides")}).items():
+        if key in data and not isinstance(data[key], kind):
+            raise ConfigError(f"{name}.{key}", data[key], f"must be {words}")
+    for arm in data["arms"]:
+        if not isinstance(arm, str) or not rules.NAME.fullmatch(arm):
+            raise ConfigError(f"{name}.arms", arm, "must be named with letters, digits, and . _ + = -")
+    return data
+
+
+def _words(at: str, given: Any) -> list[str]:
+    """Overrides: a line as on the command line, or a list of them."""
+    if isinstance(given, list) and all(isinstance(word, str) for word in given):
+        for word in given:
+            if "=" not in word and not word.startswith("~"):
+                remedy = "must read key=value; within [] a comma ends an item, so write the line without brackets"
+                raise ConfigError(at, word, remedy)
+        return given
+    if given is None or isinstance(given, str):
+        try:
+            return shlex.split(given or "")
+        except ValueError as error:
+            raise ConfigError(at, given, f"is not a command line: {error}") from error
+    raise ConfigError(at, given, "must be overrides as on the command line, such as baseline=grpo trainer.steps=40")
+
+
+def _seeds(name: str, given: Any) -> str:
+    seeds = ",".join(map(str, given)) if isinstance(given, list) else str(given)
+    if not seeds.strip():
+        raise ConfigError(f"{name}.seeds", given, "must hold something")
+    return seeds
+
+
+# From a question to cells.
+
+
+def _check_single(at: str, words: Iterable[str], composer: "Composer") -> None:
+    for word in words:
+        try:
+            single = composer.spread(word) == [word]
+        except ConfigError as error:
+            raise _within(at, error) from error
+        if not single:
+            raise ConfigError(at, word, "one value here; several belong in products:, or in seeds:")
+
+
+def _spread(at: str, words: Sequence[str], composer: "Composer") -> list[Point]:
+    """The points of one product."""
+    if not words:
+        raise ConfigError(at, None, "an empty product; its overrides are missing")
+    try:
+        points = list(product(*map(composer.spread, words)))
+    except ConfigError as error:
+        raise _within(at, error) from error
+    for i, point in enumerate(points):
+        if point in points[:i]:
+            raise ConfigError(at, " ".join(point), "stands twice")
+    return points
+
+
+def _sweep(asked: _Question, composer: "Composer") -> Sweep:
+    _check_common(asked)
+    points = list(dict.fromkeys(point for points in asked.products for point in points))
+    labels = _labels(asked.arms, points)
+    cells: dict[str, Cell] = {}
+    reached: dict[tuple[str, Point], str] = {}  # with the first seed
+    for label in labels:
+        settled = composer.settled([*asked.base, *asked.arms[label.arm], *label.point, *asked.typed])
+        experiments = _resolved(settled, asked.seeds, composer)
+        for seed in asked.seeds:
+            try:
+                experiment = next(experiments)
+            except ConfigError as error:
+                raise _within(f"{asked.name}: {' '.join((label.arm, *label.point, seed))}", error) from error
+            folder = config.run_dir(experiment)
+            signature = folder.name.rpartition("-")[2]  # with which the name ends; hashed once
+            new = Cell((label,), experiment.seed, (*settled, seed), experiment, folder)
+            old = cells.get(signature)
+            cells[signature] = replace(old, labels=(*old.labels, label)) if old else new
+            reached.setdefault((label.arm, label.point), signature)
+    _check_different(asked, points, reached)
+    seeds = tuple(dict.fromkeys(cell.seed for cell in cells.values()))
+    return Sweep(asked.name, asked.text, asked.file, asked.arms, tuple(points), seeds, tuple(cells.values()))
+
+
+def _resolved(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:
+    """What `config.load` makes of the overrides with each seed. Where only the seed differs, one is resolved for all."""
+    from aem_exp.compose import quotes, value_of
+
+    tree = composer.compose([*overrides, seeds[0]])
+    yield (first := config.resolve(tree))
+    alike = first.parent is None and not quotes(tree, "seed")
+    for seed in seeds[1:]:
+        if alike and isinstance(value_of(seed), int):
+            experiment = replace(first, seed=convert(config.Count, value_of(seed), "seed"))
+            rules.check(experiment)
+            yield experiment
+        else:
+            yield config.resolve(composer.compose([*overrides, seed]))
+
+
+def _check_common(asked: _Question) -> None:
+    """Refuse what is one for all cells and was set for some."""
+    from aem_exp.compose import key_of
+
+    places = {f"arms.{arm}": words for arm, words in asked.arms.items()}
+    places |= {"products": tuple(word for points in asked.products for point in points for word in point)}
+    places |= {"base": tuple(word for word in asked.base if key_of(word) == "seed")}
+    for at, words in places.items():
+        for word in words:
+            if key_of(word) in COMMON:
+                raise ConfigError(f"{asked.name}.{at}", word, COMMON[key_of(word)])
+
+
+def _check_different(asked: _Question, points: list[Point], reached: Mapping[tuple[str, Point], str]) -> None:
+    """Refuse two arms, or two points of a product, that are the same experiments."""
+    decides = "the same experiments (name, launch and outputs decide no result)"
+    for point in points:
+        here = {arm: reached[arm, point] for arm in asked.arms}
+        if twins := _twins(here, here.__getitem__):
+            at, words = f" at {' '.join(point)}" if point else "", " ".join(asked.arms[twins[1]])
+            why = f"changes nothing against {twins[0]}{at}: {decides}"
+            raise ConfigError(f"{asked.name}.arms.{twins[1]}", words, why)
+    for of_product in asked.products:
+        if same := _twins(of_product, lambda point: tuple(reached[arm, point] for arm in asked.arms)):
+            first, second = (" ".join(point) for point in same)
+            raise ConfigError(f"{asked.name}.products", second, f"changes nothing against {first}: {decides}")
+
+
+def _twins(items: Iterable[Any], of: Callable[[Any], Hashable]) -> tuple[Any, Any] | None:
+    """The first two items that are equal in something."""
+    seen: dict[Hashable, Any] = {}
+    for item in items:
+        if of(item) in seen:
+            return seen[of(item)], item
+        seen[of(item)] = item
+    return None
+
+
+def _labels(arms: Iterable[str], points: list[Point]) -> list[Label]:
+    """Arm by arm, each point; the group is as short as it can be and still says which."""
+    everywhere = set(points[0]).intersection(*points[1:])
+    for word in (_short, lambda text: text.lstrip("+")):
+        told = {point: [word(text) for text in point if text not in everywhere and _shown(text)] for point in points}
+        if len({tuple(words) for words in told.values()}) == len(points):
+            break
+    return [Label(arm, point, "/".join((arm, *told[point]))) for arm in arms for point in points]
+
+
+def _shown(text: str) -> bool:
+    """A name is for people, and says what the rest of the point says."""
+    return not text.startswith("name=")
+
+
+def _short(text: str) -> str:
+    """`baseline=rloo` as rloo, `trainer.learning_rate=1e-3` as learning_rate=1e-3."""
+    key, is_set, value = text.lstrip("+").partition("=")
+    last = key.rpartition(".")[2]
+    return f"{last}={value}" if is_set and "." in key else value or text
+
+
+def _within(at: str, error: ConfigError) -> ConfigError:
+    """The same mistake, and where it was made."""
+    return ConfigError(f"{at}: {error.field}", error.value, error.choices, error.remedy)

@@ -1,0 +1,165 @@
+"""How a sweep is looked at in MLflow: two saved views of its runs, made from code, each behind one link.
+
+`SWEEP: curves` shows a mean line per arm and the band between its lowest and highest seed; `SWEEP: table` shows the
+runs, best first. A run belongs to as many sweeps as it has tags `aem.sweep.NAME`. MLflow takes an arm's colour from the
+group's tag and value, and two arms may get the same one.
+
+MLflow documents neither the tag that holds a view nor the state in it; both were seen with 3.17.2, whose page loads
+100 runs, and more when asked. So this is a comfort: a store that refuses a view costs nothing else, and a page that
+does not know one opens its experiment.
+"""
+
+import base64
+import json
+import re
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote
+
+from aem_exp.values import ConfigError
+
+VIEW = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
+OURS = f"{VIEW}aem."
+MOST = 30  # of our views in an experiment: at 40 in all, MLflow's page lets nobody save another
+KINDS = {"curves": "CHART", "table": "TABLE"}  # and the page's modes; a view does not hold its mode, its link does
+MENU = "workflowType=machine_learning"  # that for trained models
+
+GROUP = "aem.group"
+CURVES = ("train/success", "eval/success", "train/response_entropy", "aem/alpha_q50")
+FOLDED = ("train", "eval", "test", "aem", "time")  # sections that MLflow fills with all other metrics
+RESULTS = {"test/success": 130, "eval/success": 130, "train/response_entropy": 190}  # columns of the table, in pixels
+
+
+def tag(sweep: str) -> str:
+    """Name the tag that puts a run into a sweep; any text but none will do as its value, the arm's name best."""
+    if not re.fullmatch(r"[\w.\-]{1,100}", sweep, re.ASCII):
+        raise ConfigError("sweep", sweep, "must be a name of letters, digits, _ - and .")
+    return f"aem.sweep.{sweep}"
+
+
+def save(client: Any, experiment_id: str, sweep: str, group: str = GROUP) -> dict[str, str]:
+    """Write or refresh a sweep's views, with an `MlflowClient`; return the name and key of those that were taken.
+
+    `group` is the tag that tells the arms apart. Asking twice changes nothing but the time of the last update.
+    """
+    states = {"curves": _curves(sweep, group), "table": _table(sweep, group)}
+    saved: dict[str, str] = {}
+    with suppress(Exception):  # MLflow's, of many kinds: nothing depends on a view
+        tags = client.get_experiment(experiment_id).tags
+        for kind, state in states.items():
+            name, key = _name(sweep, kind), _key(sweep, kind)
+            client.set_experiment_tag(experiment_id, VIEW + key, _envelope(name, state, tags.get(VIEW + key)))
+            saved[name] = key
+        for surplus in _surplus({**tags, **{VIEW + key: "" for key in saved.values()}}):
+            client.delete_experiment_tag(experiment_id, surplus)
+    return saved
+
+
+def links(site: str, experiment_id: str, sweep: str) -> dict[str, str]:
+    """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served."""
+    return {
+        _name(sweep, kind): f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        f"?viewStateShareKey={quote(_key(sweep, kind))}&compareRunsMode={mode}&{MENU}"
+        for kind, mode in KINDS.items()
+    }
+
+
+def encode(state: Mapping[str, Any]) -> str:
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+
+
+def decode(text: str) -> dict[str, Any]:
+    return json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
+
+
+def _name(sweep: str, kind: str) -> str:
+    return f"{sweep}: {kind}"
+
+
+def _key(sweep: str, kind: str) -> str:
+    return f"aem.{sweep}.{kind}"
+
+
+def _envelope(name: str, state: Mapping[str, Any], old: str | None) -> str:
+    now = round(time.time() * 1000)
+    created = json.loads(old)["createdAt"] if old else now
+    return json.dumps({"name": name, "createdAt": created, "updatedAt": now, "state": encode(state)})
+
+
+def _surplus(tags: Mapping[str, str]) -> list[str]:
+    """Name our views that were saved the longest ago; `save` brings any of them back under its old link."""
+    ours = [key for key in tags if key.startswith(OURS)]
+    fresh_last = sorted(ours, key=lambda key: json.loads(tags[key])["updatedAt"] if tags[key] else float("inf"))
+    return fresh_last[: max(0, len(ours) - MOST)]
+
+
+# ------------------------------------------------------------------------------------------------- the page's state
+
+
+def _state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
+    """Return what both views share; the page fills in its own defaults for all that is not named."""
+    return {
+        "searchFilter": f"tags.`{tag(sweep)}` != ''",
+        "orderByKey": order,
+        "orderByAsc": ascending,
+        "startTime": "ALL",
+        "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
+    }
+
+
+def _curves(sweep: str, group: str) -> dict[str, Any]:
+    keys = [{"mode": "tag", "groupByData": group}]
+    return {
+        **_state(sweep, f"tags.`{group}`", ascending=True),
+        **_columns({}),  # MLflow's list of views opens this one as a table, with a row per arm
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,  # a sweep without AEM has no alpha
+        "compareRunCharts": list(_charts()),
+        "compareRunSections": [_section("curves", display=True), *(_section(name, display=False) for name in FOLDED)],
+        "isAccordionReordered": True,  # or the sections are sorted by name
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+
+
+def _charts() -> Iterator[dict[str, Any]]:
+    for metric in CURVES:
+        yield {
+            "uuid": f"aem.{metric}",
+            "type": "LINE",
+            "metricKey": metric,
+            "metricSectionId": "aem.curves",
+            "isGenerated": False,
+            "deleted": False,
+            "xAxisKey": "step",
+            "selectedXAxisMetricKey": "",
+            "xAxisScaleType": "linear",
+            "scaleType": "linear",
+            "range": {},
+            "yAxisKey": "metric",
+            "yAxisExpressions": [],
+            "lineSmoothness": 0,
+            "useGlobalXaxisKey": True,
+            "useGlobalLineSmoothing": True,
+        }
+
+
+def _section(name: str, display: bool) -> dict[str, Any]:
+    size = {"columns": 2, "cardHeight": 300} if display else {}
+    return {"uuid": f"aem.{name}", "name": name, "display": display, "isReordered": False, "deleted": False, **size}
+
+
+def _table(sweep: str, group: str) -> dict[str, Any]:
+    return {
+        **_state(sweep, "metrics.`test/success`", ascending=False),  # MLflow puts runs without it last
+        **_columns({f"tags.`{group}`": 180, "tags.`aem.seed`": 90}),
+        "groupBy": None,
+    }
+
+
+def _columns(first: Mapping[str, int]) -> dict[str, Any]:
+    widths = {**first, **{f"metrics.`{metric}`": pixels for metric, pixels in RESULTS.items()}}
+    return {"selectedColumns": list(widths), "columnOrder": [*widths, "duration"], "columnWidths": widths}

@@ -1,0 +1,242 @@
+"""The saved views of a sweep: what is written into MLflow, and what its page shows, in a real browser.
+
+$AEM_REQUIRE_ALL=1 makes a missing browser a failure; $AEM_SCREENSHOTS names a folder that keeps what the browser saw.
+"""
+
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_mlflow_page import Browser, answers, driver
+
+from aem_exp import stores, tracking, views
+from aem_exp.tracking import Tracker
+from aem_exp.values import ConfigError
+
+ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # success at the end, entropy lost
+STEPS = 60
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Any:
+    """A client of a new sqlite store, as `tracking` makes it."""
+    tracking.create_sqlite(tmp_path / "mlflow.db")
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def held(client: Any, experiment: str) -> dict[str, dict[str, Any]]:
+    """The views in the store: key to envelope, its state decoded."""
+    tags = client.get_experiment(experiment).tags.items()
+    envelopes = {key.removeprefix(views.VIEW): json.loads(text) for key, text in tags if key.startswith(views.VIEW)}
+    return {key: {**envelope, "state": views.decode(envelope["state"])} for key, envelope in envelopes.items()}
+
+
+def test_a_state_survives_the_tag() -> None:
+    state = {"searchFilter": "tags.`aem.sweep.é` != ''", "orderByAsc": False, "groupBy": None, "columnWidths": {"a": 1}}
+    assert views.encode(state).startswith("deflate;")
+    assert views.decode(views.encode(state)) == state
+
+
+def test_asking_twice_changes_only_the_time_of_the_update(client: Any) -> None:
+    experiment = client.create_experiment("household")
+    saved = views.save(client, experiment, "main")
+    first = held(client, experiment)
+    assert set(saved) == {"main: curves", "main: table"} == {view["name"] for view in first.values()}
+    assert set(saved.values()) == set(first)
+
+    time.sleep(0.01)
+    assert views.save(client, experiment, "main") == saved
+    second = held(client, experiment)
+    for key, view in first.items():
+        assert second[key]["updatedAt"] > view["updatedAt"]
+        assert second[key] | {"updatedAt": 0} == view | {"updatedAt": 0}
+    sizes = [len(text) for key, text in client.get_experiment(experiment).tags.items() if key.startswith(views.VIEW)]
+    assert max(sizes) < 5000, "MLflow takes tags of 20000, once of 5000"
+
+
+def test_the_filter_finds_a_sweeps_runs_and_orders_them(client: Any) -> None:
+    experiment = client.create_experiment("household")
+    for success, sweeps in (
+        (0.3, ("main",)),
+        (None, ("main",)),
+        (0.8, ("main", "main.2")),
+        (0.9, ("main.2",)),
+        (1, ()),
+    ):
+        run = client.create_run(experiment, tags={views.tag(sweep): "arm" for sweep in sweeps})
+        if success is not None:
+            client.log_metric(run.info.run_id, "test/success", success)
+    views.save(client, experiment, "main")
+    state = held(client, experiment)["aem.main.table"]["state"]
+    assert state["orderByAsc"] is False
+    found = client.search_runs([experiment], state["searchFilter"], order_by=[f"{state['orderByKey']} DESC"])
+    assert [run.data.metrics.get("test/success") for run in found] == [0.8, 0.3, None]
+
+
+def test_the_arms_may_be_told_apart_by_another_tag(client: Any) -> None:
+    experiment = client.create_experiment("household")
+    views.save(client, experiment, "main", group=views.tag("main"))
+    states = {key: view["state"] for key, view in held(client, experiment).items()}
+    keys = [{"mode": "tag", "groupByData": "aem.sweep.main"}]
+    assert states["aem.main.curves"]["groupBy"] == {"aggregateFunction": "average", "groupByKeys": keys}
+    assert states["aem.main.table"]["columnOrder"][0] == "tags.`aem.sweep.main`"
+
+
+def test_many_sweeps_leave_room_for_other_peoples_views(client: Any) -> None:
+    experiment = client.create_experiment("household")
+    theirs = views.VIEW + "3fd2"
+    client.set_experiment_tag(experiment, theirs, json.dumps({"name": "mine", "createdAt": 1, "state": "{}"}))
+    sweeps = [f"sweep{index}" for index in range(views.MOST // 2)]
+    for sweep in sweeps:
+        views.save(client, experiment, sweep)
+    views.save(client, experiment, sweeps[0])
+    views.save(client, experiment, "one_more")
+    kept = {key for key in client.get_experiment(experiment).tags if key.startswith(views.VIEW)}
+    expected = {f"{views.OURS}{sweep}.{kind}" for sweep in (*sweeps, "one_more") for kind in ("curves", "table")}
+    assert kept == {theirs} | expected - {f"{views.OURS}sweep1.curves", f"{views.OURS}sweep1.table"}
+
+
+def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
+    assert views.save(client, "4711", "main") == {}
+    experiment = client.create_experiment("household")
+    client.delete_experiment(experiment)
+    assert views.save(client, experiment, "main") == {}
+
+
+@pytest.mark.parametrize("sweep", ["", "a b", "it's", "a`b", "a/b", "x" * 101])
+def test_a_name_that_no_filter_can_hold_is_refused(sweep: str) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep="):
+        views.tag(sweep)
+
+
+def test_links_name_the_page_of_each_view() -> None:
+    assert views.links("http://127.0.0.1:5000/", "7", "main") == {
+        "main: curves": "http://127.0.0.1:5000/#/experiments/7/runs?viewStateShareKey=aem.main.curves"
+        "&compareRunsMode=CHART&workflowType=machine_learning",
+        "main: table": "http://127.0.0.1:5000/#/experiments/7/runs?viewStateShareKey=aem.main.table"
+        "&compareRunsMode=TABLE&workflowType=machine_learning",
+    }
+
+
+def train(outputs: Path, uri: str, arm: str, seed: int) -> None:
+    """Log a made-up run of the sweeps `main`, `all` (an arm for each run) and `plain` (no AEM); grpo/s1 has no test."""
+    noise, (top, fall) = random.Random(f"{arm}{seed}"), ARMS[arm]
+    luck = noise.gauss(0, 0.03)
+    tags = {"aem.group": arm, "aem.seed": str(seed), views.tag("main"): "true", views.tag("all"): f"{arm} {seed}"}
+    tags |= {views.tag("plain"): "true"} if arm == "grpo" else {}
+    with Tracker.open(outputs / f"{arm}-s{seed}", uri, "household", f"{arm}/s{seed}", tags=tags) as tracker:
+        for step in range(1, STEPS + 1):
+            success = top / (1 + math.exp((22 - step) / 8)) + luck
+            row = {"train/success": max(0, success + noise.gauss(0, 0.03)), "time/step": 30 + noise.random()}
+            row["train/response_entropy"] = 0.9 - fall * step / STEPS + noise.gauss(0, 0.02)
+            if step % 5 == 0:
+                row |= {"eval/success": max(0, success), "eval/response_entropy": 0.8 - fall * step / STEPS}
+            if arm == "grpo+aem":
+                row["aem/alpha_q50"] = 1 + 0.1 * math.sin(step / 9)
+            tracker.log(step, row)
+        if (arm, seed) != ("grpo", 1):
+            tracker.log(STEPS, {"test/success": top + luck})
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Twelve runs, six of them in sweep `main`, and the server that shows them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    driver()
+    outputs = tmp_path / "outputs"
+    uri = stores.resolve_uri(None, outputs)
+    tracking.create_sqlite(outputs / "mlflow.db")
+    command, site = stores.serve_command(uri, stores.free_port(5100))
+    with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
+        server = subprocess.Popen(
+            shlex.split(command), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
+        )
+    for arm in ARMS:
+        for seed in range(3):
+            train(outputs, uri, arm, seed)
+    for seed in range(6):  # newer than those of `main`: what a view that does not filter would draw
+        tags = {"aem.group": "rloo", views.tag("all"): f"rloo {seed}"}
+        with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
+            for step in range(1, 4):
+                run.log(step, {"train/success": (step + seed) / 100, "test/success": 0.99})
+    yield site
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.fixture
+def browser(site: str, tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(driver(), tmp_path / "profile")
+    browser.ask("POST", "/window/rect", width=1900, height=1100)  # columns out of sight are not on the page
+    yield browser
+    browser.close()
+
+
+# Of each chart: its title, the lines that are drawn (one behind each takes the mouse), the bands that hold something.
+CHARTS = """[...document.querySelectorAll('.js-plotly-plot')].map(plot => [
+    plot.closest('[data-testid="experiment-view-compare-runs-card"]')?.innerText.split('\\n')[0],
+    new Set(plot.data.filter(trace => trace.mode).map(trace => JSON.stringify([...trace.y]))).size,
+    plot.data.filter(trace => trace.fill && trace.x.length > 1).length])"""
+CELLS = """[...document.querySelectorAll('[role=gridcell]')].map(cell => [
+    Number(cell.parentElement.getAttribute('row-index')), cell.getAttribute('col-id'), cell.innerText])"""
+HEADERS = """[...document.querySelectorAll('.ag-header-cell[col-id]')].filter(cell => cell.innerText)
+    .sort((a, b) => a.getBoundingClientRect().x - b.getBoundingClientRect().x).map(cell => cell.innerText)"""
+
+
+@pytest.mark.slow
+@pytest.mark.machine
+def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: str, browser: Browser) -> None:
+    answers(f"{site}/health", 120)
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=site)
+    experiment = client.get_experiment_by_name("household").experiment_id
+    saved = views.save(client, experiment, "main")
+    links = views.links(site, experiment, "main")
+    assert set(saved) == set(links)
+
+    text = browser.open(links["main: curves"], "document.querySelectorAll('.js-plotly-plot .trace').length >= 20")
+    for word in ("main: curves", "Group by: aem.group", "Group: grpo 3", "Group: grpo+aem 3", "6 matching runs"):
+        assert word in text, f"{word!r} is not on the page:\n{text}"
+    for word in ("grpo (train/success)", "grpo+aem (train/success)", "curves (4)", "train (", "Model registry"):
+        assert word in text, f"{word!r} is not on the page:\n{text}"
+    assert "rloo" not in text
+    drawn = {title: (lines, bands) for title, lines, bands in browser.read(CHARTS)}
+    browser.screenshot("curves.png")
+    assert drawn == {metric: (1, 1) if metric == "aem/alpha_q50" else (2, 2) for metric in views.CURVES}
+
+    text = browser.open(links["main: table"], "document.querySelectorAll('[role=gridcell]').length >= 42")
+    assert "6 matching runs" in text
+    cells = {(row, column): value for row, column, value in browser.read(CELLS)}
+    browser.screenshot("table.png")
+    column = {name: [cells[row, name] for row in range(6)] for name in ("tags.`aem.group`", "metrics.`test/success`")}
+    assert column["tags.`aem.group`"] == ["grpo+aem"] * 3 + ["grpo"] * 3
+    *tested, untested = column["metrics.`test/success`"]
+    assert untested == "-"
+    assert [float(value) for value in tested] == sorted(map(float, tested), reverse=True)
+    metrics = ["test/success", "eval/success", "train/response_entropy"]
+    assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
+
+    views.save(client, experiment, "all", group=views.tag("all"))
+    link = views.links(site, experiment, "all")["all: curves"]
+    browser.open(link, "document.body.innerText.includes('rloo 5 (train/success)')")
+    assert {title: lines for title, lines, _ in browser.read(CHARTS)}["train/success"] == 12, (
+        "MLflow draws ten by itself"
+    )
+    browser.screenshot("all.png")
+
+    views.save(client, experiment, "plain")
+    link = views.links(site, experiment, "plain")["plain: curves"]
+    text = browser.open(link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 9")
+    assert "curves (3)" in text, "no alpha, no chart of it"
