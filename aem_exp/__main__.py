@@ -31,6 +31,7 @@ Options
   from=RUN_DIR      begin where a finished run ended, with its settings: from=RUN_DIR trainer.steps=200
   resume=inexact    go on with a run although code, libraries or machine have changed; the run is marked
   plan=true         show the run's folder, its size and what is odd about it; run nothing
+  -m                several values (seed=0,1,2 modulation=none,aem): a sweep; --submit or --local carries it out
   --cfg job         print the composed config and stop; --resolve fills in interpolations
   --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
   --trust           continue a run of somebody else's; its config can call any function
@@ -39,7 +40,15 @@ Options
 Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
 (default ~/.cache/aem_exp)."""
 
-SWITCHES = (("-h", "--help"), ("--hydra-help",), ("-m", "--multirun"), ("--resolve",), ("--trust",))
+SWITCHES = (
+    ("-h", "--help"),
+    ("--hydra-help",),
+    ("-m", "--multirun"),
+    ("--submit",),
+    ("--local",),
+    ("--resolve",),
+    ("--trust",),
+)
 VALUED = (("-c", "--cfg"), ("--config-dir",))
 RESULT = "result.json"
 MOST_DIFFERENCES = 8  # of a run that is worth comparing with
@@ -47,7 +56,8 @@ MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return door.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)))
+    words = sys.argv[1:] if argv is None else argv
+    return door.answer(lambda: _act(_read(words), words))
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -69,14 +79,17 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return asked
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.help:
         print(_help(asked.config_dir))
         return 0
     if asked.hydra_help:
         return _hydra_help()
     if asked.multirun:
-        raise ConfigError("option", "-m", "many experiments at once are a sweep, and come with aem_exp.sweep")
+        return _grid(asked, argv)
+    for option in ("submit", "local"):
+        if getattr(asked, option):
+            raise ConfigError(f"--{option}", True, "only read with -m; one experiment runs where its launch says")
     if asked.cfg not in (None, "job"):
         raise ConfigError("--cfg", asked.cfg, ["job"])
     if asked.resolve and not asked.cfg:
@@ -93,35 +106,75 @@ def _act(asked: argparse.Namespace) -> int:
     return _plan(experiment) if asked.plan else _run(experiment)
 
 
+def _grid(asked: argparse.Namespace, argv: list[str]) -> int:
+    """A grid of the command line is a sweep without a file."""
+    import shlex
+
+    from aem_exp import questions, sweep
+
+    door.reach(asked.config_dir)
+    how = argparse.Namespace(submit=asked.submit, local=asked.local, at_once=0, retry=[], json=False)
+    typed = shlex.join(["python", "-m", "aem_exp", *argv])
+    return sweep.carry_out(questions.grid(asked.overrides, asked.config_dir), how, typed)
+
+
 def _run(experiment: "Experiment") -> int:
     """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
-    from aem_exp.config import check_runnable, run_dir
+    from aem_exp.config import check_here, check_runnable, run_dir
 
-    check_runnable(experiment)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
+    submitted = experiment.launch.where == "slurm" and not finished
+    (check_runnable if submitted else check_here)(experiment)
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
+    if submitted:
+        return _submit(experiment, folder)
     from aem_exp.run import at_terminal
 
     return at_terminal(experiment, folder)
+
+
+def _submit(experiment: "Experiment", folder: Path) -> int:
+    """Send the run to the cluster and return; asked twice, it is not sent again."""
+    from aem_exp import dispatch, launch
+
+    if by := dispatch.on_its_way(folder):
+        print(f"state   already on its way: {by}; python -m aem_exp.status shows it")
+        return 0
+    ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
+    print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
+    print(f"log     {launch.card(folder)['log']}")
+    print("next    python -m aem_exp.status")
+    return 0
+
+
+def _size(experiment: "Experiment") -> str:
+    t = experiment.trainer
+    return f"{t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories"
+
+
+def _machine(experiment: "Experiment") -> str:
+    launch = experiment.launch
+    hours = f", at most {launch.hours:g} h" if launch.hours else ""
+    return f"{launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}{hours}"
 
 
 def _plan(experiment: "Experiment") -> int:
     """Say what would happen."""
     from aem_exp.config import run_dir
 
-    folder, t, launch = run_dir(experiment), experiment.trainer, experiment.launch
+    folder = run_dir(experiment)
     print(f"run     {folder}")
     print(f"state   {_state(folder)}")
-    print(f"size    {t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories")
-    print(f"launch  {launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}")
+    print(f"size    {_size(experiment)}")
+    print(f"launch  {_machine(experiment)}")
     for line in _about(experiment):
         print(line)
-    from aem_exp.config import check_runnable
+    from aem_exp.config import check_here, check_runnable
     from aem_exp.run import world_of
 
     try:
-        check_runnable(experiment)
+        (check_runnable if experiment.launch.where == "slurm" else check_here)(experiment)
     except ConfigError as error:
         print(f"note    not here: {error}")
     else:
@@ -130,19 +183,27 @@ def _plan(experiment: "Experiment") -> int:
 
 
 def _state(folder: Path) -> str:
-    from aem_exp.run import owner
+    from aem_exp.dispatch import on_its_way
 
     if (folder / RESULT).exists():
         return "finished: asking shows it"
-    if by := owner(folder):
-        return f"running: {by}"
+    if by := on_its_way(folder):
+        return f"on its way: {by}"
     return "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
 
 
 def _about(experiment: "Experiment") -> list[str]:
     """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
-    from aem_exp.config import nearest, notes, run_dir
+    from aem_exp.config import diff, nearest, notes, read, run_dir
 
+    if experiment.parent_dir and not run_dir(experiment).exists():
+        parent = read(experiment.parent_dir, trust=True)
+        begun = f"from    {Path(experiment.parent_dir).name}, at step {parent.trainer['steps']}"
+        return [
+            *(f"note    {n}" for n in notes(experiment)),
+            begun,
+            *(f"        {x}" for x in diff(parent, experiment)),
+        ]
     lines = [f"note    {note}" for note in notes(experiment)]
     near = None if run_dir(experiment).exists() else nearest(experiment)
     if near and 0 < len(near[1]) <= MOST_DIFFERENCES:
@@ -159,7 +220,8 @@ def _help(config_dir: str | None) -> str:
     lines = [USAGE.format(default=default.rpartition(": ")[2])]
     for group, files in choices(roots).items():
         lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
-        lines += [f"  {name:<22} {_description(file)}" for name, file in files.items()]
+        width = max(22, *map(len, files))
+        lines += [f"  {name:<{width}} {_description(file)}" for name, file in files.items()]
         lines.append("")
     return "\n".join([*lines, OPTIONS])
 

@@ -107,6 +107,8 @@ class Launch:
         120.0  # an environment that answers later than this has hung (workers > 0)
     )
     save_every: Count = 0  # steps between checkpoints; 0: only at the end
+    warn_seconds: Count = 0  # before the time limit of a job: it saves and is requeued; longer than a step and a save
+    requeues: Count = 0  # starts of a job after its first, at most; 0: no limit
     trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
 
 
@@ -207,17 +209,22 @@ def check_runnable(experiment: Experiment) -> None:
     if targets.announced(experiment.env.make, experiment.env.name):
         remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
         raise ConfigError("env.make._target_", experiment.env.make["_target_"], remedy)
-    launch, processes = experiment.launch, os.environ.get("WORLD_SIZE", "1")
-    if launch.where == "slurm":
-        remedy = "submitting comes with aem_exp.launch; on a node itself, add launch.where=local"
-        raise ConfigError("launch.where", "slurm", remedy)
-    if launch.gpus_per_node > 1 or processes != "1":
-        remedy = "a run of several processes comes with aem_exp.launch; choose launch=gpu1 or launch=local"
-        raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, remedy)
+    launch = experiment.launch
     for key in ("fsdp", "deepspeed"):
         if launch.trainer.get(key):
-            remedy = "the policy must be whole in one process; sharding comes with a later version"
+            remedy = "the policy must be whole in each process; sharding comes with a later version: false"
             raise ConfigError(f"launch.trainer.{key}", launch.trainer[key], remedy)
+
+
+def check_here(experiment: Experiment) -> None:
+    """Refuse what another machine, or another number of processes, would have to run."""
+    check_runnable(experiment)
+    launch, here = experiment.launch, int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launch.nodes * max(1, launch.gpus_per_node)
+    if here != wanted:
+        asked = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
+        remedy = f"is a run of {wanted} processes, and here are {here}: choose launch=gpu1 or launch=local, submit it"
+        raise ConfigError("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
         remedy = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or false"
         raise ConfigError("launch.trainer.use_vllm", True, remedy)

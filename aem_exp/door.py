@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,10 @@ def answer(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
         return _told(2, f"aem_exp: {error}")
     except Stop as stop:
         return _told(1, f"aem_exp: {stop}")
-    except KeyboardInterrupt:
-        return _told(130, "\n" + "; ".join(filter(None, ("stopped", onward()))))
+    except KeyboardInterrupt as stop:
+        return _told(
+            128 + getattr(stop, "signal", signal.SIGINT), "\n" + "; ".join(filter(None, ("stopped", onward())))
+        )
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

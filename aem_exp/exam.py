@@ -5,7 +5,7 @@ An exam is on disk part by part: killed and asked again it goes on, and ends wit
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -20,8 +20,7 @@ from aem_exp.scores import Outcome, Score
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
-    from aem_exp.rollout import Episode, Rollout, Trajectory
-    from aem_exp.sample import Sampler
+    from aem_exp.rollout import Episode, Trajectory
     from aem_exp.scoreboard import Line
 
 RESULT = "result.json"
@@ -60,14 +59,11 @@ def panel(
 
 
 def play(
-    panel: Panel, rollout: "Rollout", sampler: "Sampler", repeats: int = 1, at_once: int = 256
+    panel: Panel, play: Callable[[Sequence["Episode"]], list["Trajectory"]], repeats: int = 1, at_once: int = 256
 ) -> list["Trajectory"]:
     """Play every task of the panel `repeats` times, `at_once` episodes at a time (this bounds memory)."""
     wanted = episodes(panel, repeats)
-    played: list[Trajectory] = []
-    for start in range(0, len(wanted), at_once):
-        played += rollout.play(wanted[start : start + at_once], sampler)
-    return played
+    return [t for start in range(0, len(wanted), at_once) for t in play(wanted[start : start + at_once])]
 
 
 def episodes(panel: Panel, repeats: int) -> list["Episode"]:

@@ -19,6 +19,7 @@ from aem_exp import config, disk, policy, targets
 from aem_exp.config import ConfigError, Experiment
 
 FILE, CODE = "provenance.json", "code"
+COMMIT = ".commit"  # of code that was frozen before its run began
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
 _HERE = Path(__file__).resolve().parent
 
@@ -39,6 +40,8 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
     if new and experiment.resume == "exact":
         remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
         raise ConfigError("resume", "exact", remedy)
+    if _HERE.is_relative_to((run_dir / CODE).resolve()) and (run_dir / COMMIT).exists():
+        now["commit"] = (run_dir / COMMIT).read_text().strip() or None
     file = run_dir / FILE
     marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
     if new:
@@ -48,6 +51,13 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
     _freeze(run_dir / CODE, code)
     disk.write(file, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
     return [change for mark in marks for change in mark["changes"]]
+
+
+def freeze(run_dir: Path, experiment: Experiment) -> None:
+    """Freeze the code for a run that a job will start; a run that has begun keeps the code that it began with."""
+    if not (run_dir / FILE).exists():
+        _freeze(run_dir / CODE, _code(experiment))
+        disk.write(run_dir / COMMIT, (_commit(_HERE) or "") + "\n")
 
 
 def read(run_dir: Path) -> dict[str, Any]:

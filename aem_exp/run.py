@@ -7,43 +7,44 @@ Also a door: `python -m aem_exp.run RUN_DIR` runs, by hand, the experiment that 
 """
 
 import argparse
-import errno
 import json
 import logging
 import os
-import platform
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aem_exp import checkpoints, config, disk, door, policy, progress, provenance, stores
+from aem_exp import checkpoints, config, disk, door, launch, members, parts, policy, progress, provenance, ranks, stores
+from aem_exp.attempts import attempt
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.interrupt import Interrupted, Signals
+from aem_exp.ownership import Owned, owning
+from aem_exp.parts import Start, Watch
 from aem_exp.values import Stop
 
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
 log = logging.getLogger("aem_exp")
-Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
 RESULT = "result.json"
-BEFORE = "before.json"
-_LOCK, _OWNER = "run.lock", "owner.json"
-_SPARE = 50_000_000  # bytes for everything but weights
-
-
-class Owned(Exception):
-    """Somebody else is at this run; the message names them."""
 
 
 def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None = None) -> Path:
     """Train and evaluate one experiment; the run dir (`folder`: where else than `config.run_dir` says).
 
-    Returns at once where the result is there. Raises ConfigError before any work, and Owned where another process runs it.
+    Returns at once where the result is there. Where several processes share the run (see `ranks`), each calls this.
+
+    Raises:
+        ConfigError: before any work.
+        Owned: another process runs it.
+        Interrupted: by TERM or USR2, at the end of a step, all of which is saved.
+        Stop: it cannot go on.
     """
-    config.check_runnable(experiment)
+    config.check_here(experiment)
     folder = folder or config.run_dir(experiment)
     if (folder / RESULT).exists():
         return folder
@@ -51,11 +52,18 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     policy.device(experiment.launch)
     world = world_of(experiment)
     weights = policy.locate(experiment.model) if experiment.model.path else None
-    stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
-    disk.check_writable(folder, "outputs")
-    with _owning(folder):
-        if not (folder / RESULT).exists():
-            _run(experiment, folder, world, weights, watch)
+    ranks.meet(cpu=not experiment.launch.gpus_per_node)
+    with Signals() as signals:
+        if not ranks.first():
+            _play(experiment, folder, world, weights, None, signals)
+            return folder
+        stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
+        disk.check_writable(folder, "outputs")
+        with owning(folder):
+            if not (folder / RESULT).exists():
+                saved = parts.found(folder).step
+                with attempt(folder, saved, lambda: parts.found(folder).step, experiment.launch.requeues):
+                    _play(experiment, folder, world, weights, watch, signals)
     return folder
 
 
@@ -66,219 +74,65 @@ def world_of(experiment: Experiment) -> Any:
     return world
 
 
-def _run(experiment: Experiment, folder: Path, world: Any, weights: str | None, watch: Watch | None) -> None:
-    from aem_exp import show, tracking
+def _play(
+    experiment: Experiment, folder: Path, world: Any, weights: str | None, watch: Watch | None, signals: Signals
+) -> None:
+    """A start of the run, in each of its processes, to its result."""
+    from aem_exp import show
 
-    _room(folder, weights)
-    if experiment.parent_dir and checkpoints.newest(folder) is None:
-        checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
-    trained = _resume_step(folder)
-    resumed = provenance.begin(folder, experiment, weights, trained if (folder / BEFORE).exists() else None)
-    if trained > 0:
-        log.info("going on from step %d", trained)
-    resolved = config.to_dict(experiment)
-    with tracking.Tracker.open(
-        folder,
-        stores.resolve_uri(experiment.tracking, folder.parent),
-        experiment=experiment.name,
-        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
-        params=resolved,
-        tags=_tags(experiment, world.fingerprint, provenance.read(folder)["commit"], resumed),
-        resume_step=trained,
-        wait=False,
-    ) as tracker:
-        disk.write(folder / "experiment.json", json.dumps(resolved, indent=1) + "\n")
-        weights = weights or policy.made(experiment, world)
-        parts = _Experiment(experiment, folder, world, weights, tracker, watch)
+    start = ranks.shared(lambda: _begin(experiment, folder, weights))
+    if start.step > 0:
+        log.info("going on from step %d", start.step)
+    with _tracker(experiment, folder, world.fingerprint, start) as tracker:
+        weights = weights or ranks.shared(lambda: policy.made(experiment, world))
+        playing = parts.Parts(experiment, folder, world, weights, start, tracker, watch, signals)
         try:
-            result = parts.play() | {"resumed": resumed}
+            result = playing.play() | {"resumed": start.changes}
         finally:
-            parts.rollout.close()
-        for path in show.artifacts(folder):
-            tracker.artifact(path)
-        disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
-        parts.episodes.forget()
+            playing.rollout.close()
+        if playing.episodes:
+            for path in show.artifacts(folder):
+                tracker.artifact(path)
+            disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
+            playing.episodes.forget()
+        ranks.part()
     if tracker.trouble:
         log.warning(tracker.trouble)
 
 
-class _Experiment:
-    """The parts of one run, put together."""
-
-    def __init__(
-        self, experiment: Experiment, folder: Path, world: Any, weights: str, tracker: Any, watch: Watch | None
-    ) -> None:
-        import torch
-
-        from aem_exp.episodes import Episodes
-        from aem_exp.render import Chat
-        from aem_exp.rollout import Rollout
-        from aem_exp.trainer import Time
-        from aem_exp.workers import stage_of
-
-        if experiment.launch.threads:
-            torch.set_num_threads(experiment.launch.threads)
-        self.experiment, self.folder, self.world, self.tracker, self.watch = experiment, folder, world, tracker, watch
-        log.info("loading %s", weights)
-        self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
-        self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
-        launch = experiment.launch
-        stage = stage_of(world, experiment.env.make, launch.workers, launch.env_seconds)
-        self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
-        done = _resume_step(folder)
-        self.time = Time(experiment.trainer["steps"], max(0, done))
-        self.episodes = Episodes(folder, done)
-        self.scores: dict[str, Any] = {}
-        self.crashes = 0
-        self.trainer = self._trainer()
-
-    def play(self) -> dict[str, Any]:
-        """Score the panel, train, score again; what `result.json` says."""
-        how, trainer = self.experiment.evaluation, self.trainer
-        checkpoint = checkpoints.newest(self.folder)
-        before = self._before(checkpoint)
-        self.tracker.ready()
-        if self.time.step < self.time.steps:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        elif checkpoint:  # stopped between the last step and the result
-            trainer._load_from_checkpoint(str(checkpoint))
-        last = checkpoints.newest(self.folder)
-        after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
-        final = self._exam(how.final)
-        self._report(self.time.step, final.metrics("test/"))
-        self.episodes.finish()
-        policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
-        return {
-            "experiment": self.experiment.name,
-            "signature": config.signature(self.experiment),
-            "steps": self.time.step,
-            "updates": checkpoints.updates(last) if last else 0,
-            "before": before,
-            "after": asdict(after),
-            "final": asdict(final),
-            "checkpoint_rule": "last step",
-            "fingerprint": self.world.fingerprint,
-            "packages": provenance.read(self.folder)["packages"],
-        }
-
-    def _trainer(self) -> Any:
-        from aem_exp.sample import Sampling
-        from aem_exp.trainer import AEMCallback, build
-
-        experiment, settings = self.experiment, self.experiment.trainer
-        lam = experiment.modulation.lam
-        callback = AEMCallback(
-            self.time,
-            config.instantiate(lam) if lam else None,
-            experiment.modulation.gate,
-            self._report,
-            lambda: self._exam(experiment.evaluation.panel).metrics("eval/"),
-            experiment.evaluation.every,
-            experiment.launch.save_every,
-        )
-        sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
-        return build(
-            experiment,
-            self.folder,
-            self.model,
-            self.tokenizer,
-            callback,
-            partial(_draw, experiment, self.world.tasks("train")),
-            self.rollout,
-            partial(self._sampler, sampling=sampling),
-            keep=self._keep,
-            before_save=self._before_save,
-        )
-
-    def _sampler(self, trainer: Any, sampling: Any) -> Any:
-        if self.experiment.launch.sampler == "engine":
-            from aem_exp.engine import EngineSampler
-
-            return EngineSampler(trainer, self.chat.end_ids, sampling)
-        from aem_exp.sample import LocalSampler
-
-        return LocalSampler(self.model, self.chat.end_ids, sampling)
-
-    def _before(self, parents: Path | None) -> dict[str, Any]:
-        """The score before the first step; measured once, also by a run that is resumed. `parents`: where it begins."""
-        file = self.folder / BEFORE
-        if not file.exists():
-            if parents:
-                self.trainer._load_from_checkpoint(str(parents))
-            score = self._exam(self.experiment.evaluation.panel)
-            self._report(self.time.step, score.metrics("eval/"))
-            self.episodes.write(self.time.step)
-            disk.write(file, json.dumps(asdict(score), indent=1) + "\n")
-        return json.loads(file.read_text())
-
-    def _exam(self, split: str, recorded: bool = False) -> Any:
-        """Score a panel; `recorded`: its episodes stand in the record already."""
-        from aem_exp import exam
-        from aem_exp.episodes import record
-        from aem_exp.rollout import CRASHED
-        from aem_exp.sample import Sampling
-
-        how = self.experiment.evaluation
-        panel = exam.panel(self.world, split, how.tasks)
-        log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
-        sampler = self._sampler(self.trainer, Sampling(how.temperature))
-        played = exam.play(panel, self.rollout, sampler, how.repeats)
-        self.rollout.clock.read()  # not part of a step's time
-        if not recorded:
-            self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
-        self.scores[split] = score = exam.score(panel, played)
-        if score.crashed:
-            first = next(t for t in played if t.ended == CRASHED)
-            how_many = f"{score.crashed} of {score.episodes} episodes of the {panel.name} panel crashed"
-            told = f"{how_many}; task {first.task.id}: {first.error}"
-            if score.crashed == score.episodes:
-                raise Stop(told)
-            log.warning("%s (each counts as a failure)", told)
-        return score
-
-    def _report(self, step: int, metrics: dict[str, float]) -> None:
-        self.tracker.log(step, metrics)
-        if self.watch:
-            self.watch(step, self.time.steps, metrics)
-
-    def _keep(self, step: int, credit: Any) -> None:
-        from aem_exp.episodes import record
-
-        self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])
-        errors = [f"task {t.task.id}: {t.error}" for t in credit.played if t.error]
-        if errors and not self.crashes:
-            log.warning("%d episodes of step %d crashed and are left out; %s", len(errors), step + 1, errors[0])
-        self.crashes += len(errors)
-
-    def _before_save(self, step: int) -> None:
-        size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())  # weights and two moments
-        if shutil.disk_usage(self.folder).free < size + _SPARE:
-            raise OSError(errno.ENOSPC, "no room for the next checkpoint", str(self.folder))
-        self.tracker.flush()
-        self.episodes.write(step)
+def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
+    """Make the run dir what this start needs; where it begins."""
+    _room(folder, weights)
+    if experiment.parent_dir and checkpoints.newest(folder) is None:
+        checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
+    start = parts.found(folder)
+    if start.scored and start.checkpoint is None and provenance.changes(folder, experiment, weights, ranks.count()):
+        (folder / parts.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
+        start = parts.found(folder)
+    changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, ranks.count())
+    disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+    return replace(start, changes=changes)
 
 
-def _draw(experiment: Experiment, tasks: Any, step: int, number: int) -> list[Any]:
-    """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
-    from aem_exp.rollout import Episode
-    from aem_exp.sample import generator
+def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Start) -> "AbstractContextManager[Any]":
+    """What the first process logs to; the others log nothing."""
+    from aem_exp import tracking
 
-    settings, seed = experiment.trainer, experiment.seed
-    count = settings["tasks_per_step"] * settings["oversample"]
-    chosen = generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)
-    return [
-        Episode(tasks[int(index)], draw, member, (seed, step, number, draw, member))
-        for draw, index in enumerate(chosen, start=number * count)
-        for member in range(settings["group_size"])
-    ]
-
-
-def _resume_step(folder: Path) -> int:
-    """Steps that need not be trained again; -1 where not even the untrained policy was scored."""
-    checkpoint = checkpoints.newest(folder)
-    if checkpoint:
-        return checkpoints.steps(checkpoint)
-    return 0 if (folder / BEFORE).exists() else -1
+    if not ranks.first():
+        return tracking.Silent()
+    commit, uri = provenance.read(folder)["commit"], stores.resolve_uri(experiment.tracking, folder.parent)
+    return tracking.Tracker.open(
+        folder,
+        uri,
+        experiment=experiment.name,
+        run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
+        params=config.to_dict(experiment),
+        tags=_tags(experiment, fingerprint, commit, start.changes)
+        | {f"aem.sweep.{sweep}": group for sweep, group in members.labels(folder).items()},
+        resume_step=start.measured,
+        wait=False,
+        live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
+    )
 
 
 def _fits(experiment: Experiment, world: Any) -> None:
@@ -314,41 +168,10 @@ def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed:
     }
 
 
-@contextmanager
-def _owning(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock is the kernel's, so it ends with its holder, however that ends."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            disk.write(folder / _OWNER, json.dumps({"host": platform.node(), "pid": os.getpid()}))
-            yield
-    except Timeout as error:
-        raise Owned(f"{folder} is being run by {_named(folder)}") from error
-
-
-def owner(folder: Path) -> str | None:
-    """Who is at this run now, if anybody is."""
-    from filelock import FileLock, Timeout
-
-    if not (folder / _LOCK).exists():
-        return None
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            return None
-    except Timeout:
-        return _named(folder)
-
-
-def _named(folder: Path) -> str:
-    who = json.loads((folder / _OWNER).read_text()) if (folder / _OWNER).exists() else {"host": "?", "pid": "?"}
-    return f"process {who['pid']} on {who['host']}"
-
-
 def _room(folder: Path, weights: str | None) -> None:
     """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
-    need, free = 7 * size + _SPARE, shutil.disk_usage(folder).free
+    need, free = 7 * size + parts.SPARE, shutil.disk_usage(folder).free
     if free < need:
         raise ConfigError(
             "outputs", str(folder), f"has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f} GB; choose another folder"
@@ -363,7 +186,7 @@ def at_terminal(experiment: Experiment, folder: Path) -> int:
     progress.quiet()
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
     return door.answer(
-        lambda: _shown(experiment, folder), lambda: f"to go on from step {max(0, _resume_step(folder))}: {again}"
+        lambda: _shown(experiment, folder), lambda: f"to go on from step {parts.found(folder).step}: {again}"
     )
 
 
@@ -375,15 +198,30 @@ def _shown(experiment: Experiment, folder: Path) -> int:
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
-            with progress.Progress() as line:
+            with progress.Progress(enabled=ranks.first()) as line:
                 run(experiment, line, folder)
         except Owned as owned:
             print(owned)
             return 0
         except Stop as stop:
-            raise Stop(f"{stop}. The run dir has all up to step {max(0, _resume_step(folder))}: {folder}") from stop
-    show.summary(folder)
+            raise Stop(
+                f"{stop}. The run dir has all up to step {parts.found(folder).step}: {folder}", stop.kind
+            ) from stop
+        except Interrupted as stop:
+            _leave(stop, folder)
+            raise
+    if ranks.first():
+        show.summary(folder)
     return 0
+
+
+def _leave(stop: Interrupted, folder: Path) -> None:
+    """Make way in a job: ask to be started again where its time is up; where it is preempted, SLURM does that itself."""
+    if ranks.first():
+        print(f"{stop}; step {parts.found(folder).step} is saved", flush=True)
+    if stop.signal == signal.SIGUSR2 and ranks.first():
+        launch.again()
+    launch.linger()
 
 
 def _since(experiment: Experiment, folder: Path) -> list[str]:
@@ -413,7 +251,8 @@ def _act(asked: argparse.Namespace) -> int:
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
-    print(f"run       {folder}", flush=True)
+    if ranks.first():
+        print(f"run       {folder}", flush=True)
     return at_terminal(experiment, folder)
 
 

@@ -159,14 +159,7 @@ class _Run:
         """Reach the store, and this run in it."""
         if self.id:
             return
-        mlflow = _mlflow()
-        if (database := stores.sqlite_file(self.uri)) is not None:
-            create_sqlite(database)
-        if not stores.served(self.uri):
-            _ask_database(self.uri)
-        with self._alone():
-            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
-            experiment = self._experiment()
+        experiment = self.reach()
         run = self._found() or self._made(experiment)
         name = run.info.run_id
         self.held = {
@@ -174,6 +167,17 @@ class _Run:
         }
         self._params(run)
         self.card["experiment_id"], self.card["run_id"], self.id = run.info.experiment_id, name, name
+
+    def reach(self) -> str:
+        """Reach the store, made where it is not there yet, and the experiment in it; its id."""
+        mlflow = _mlflow()
+        if (database := stores.sqlite_file(self.uri)) is not None:
+            create_sqlite(database)
+        if not stores.served(self.uri):
+            _ask_database(self.uri)
+        with self._alone():
+            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+            return self._experiment()
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Let one process of ours at a time touch a database server, whose new database MLflow would migrate."""
@@ -367,7 +371,10 @@ class _Writer(threading.Thread):
 class Tracker:
     """A run's metrics and artifacts. A context manager: the run ends in MLflow as it ended."""
 
-    def __init__(self, run_dir: Path, mirror: Mirror, card: dict[str, Any], writer: _Writer | None) -> None:
+    def __init__(
+        self, run_dir: Path, mirror: Mirror, card: dict[str, Any], writer: _Writer | None, later: bool = False
+    ) -> None:
+        self._later = later
         self.run_dir, self._mirror, self._card, self._writer = run_dir, mirror, card, writer
         self._finished = False
         self.trouble: str | None = None  # one sentence at the end of a run that MLflow did not get whole
@@ -383,9 +390,12 @@ class Tracker:
         tags: dict[str, str] | None = None,
         resume_step: int | None = None,
         wait: bool = True,
+        live: bool = True,
     ) -> Self:
         """Start or continue a run's log; rows past `resume_step` (None: all rows) are dropped, to be measured again.
 
+        `live=False` leaves the store alone until the run ends, and then sends all at once, one process at a time: many
+        machines do not write to one sqlite file.
         `wait=False` makes a local store while the caller goes on, who calls `ready` before the first step; a server is
         always waited for. Raises ConfigError where the tracker cannot be used.
         """
@@ -408,7 +418,7 @@ class Tracker:
         }
         save_card(run_dir, card)
         writer = None
-        if uri != stores.OFF:
+        if uri != stores.OFF and live:
             _import(uri)
             writer = _Writer(_Run(run_dir, uri, card))
             writer.start()
@@ -417,7 +427,7 @@ class Tracker:
         mirror = Mirror(run_dir, resume_step)
         if writer is not None:
             writer.put(metrics.points(mirror.rows))
-        return cls(run_dir, mirror, card, writer)
+        return cls(run_dir, mirror, card, writer, later=uri != stores.OFF and not live)
 
     def ready(self) -> None:
         """Wait until MLflow has the run; a ConfigError says why it cannot."""
@@ -462,6 +472,8 @@ class Tracker:
         self._mirror.file.close()
         self._card["status"] = status
         save_card(self.run_dir, self._card)
+        if self._later and status != "KILLED":  # who is killed has no time, and will go on
+            self.trouble = _sent(self.run_dir)
         return self.trouble
 
     def __enter__(self) -> Self:
@@ -476,6 +488,26 @@ class Tracker:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
+class Silent:
+    """The tracker of all processes of a run but the first, which speaks for them."""
+
+    trouble: str | None = None
+
+    def ready(self) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def flush(self, wait: float = 0.0) -> bool:
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def _ready(writer: _Writer) -> None:
     writer.tried.wait()
     if writer.error is not None and not writer.remote.id:
@@ -483,10 +515,22 @@ def _ready(writer: _Writer) -> None:
         _refused(writer.remote.uri, writer.error)
 
 
+def _sent(run_dir: Path) -> str | None:
+    """Send a whole run; one sentence where that fails."""
+    try:
+        sync(run_dir)
+    except ConfigError as error:
+        return _lacking(run_dir, read_card(run_dir)["uri"], str(error))
+    return None
+
+
 def _trouble(writer: _Writer) -> str:
     why = "it is slow" if writer.error is None else _reason(writer.error)
-    command = shlex.join([sys.executable, "-m", "aem_exp.tracking", "sync", str(writer.remote.run_dir)])
-    store = stores.redact(writer.remote.uri)
+    return _lacking(writer.remote.run_dir, stores.redact(writer.remote.uri), why)
+
+
+def _lacking(run_dir: Path, store: str, why: str) -> str:
+    command = shlex.join([sys.executable, "-m", "aem_exp.tracking", "sync", str(run_dir)])
     return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"
 
 
@@ -556,16 +600,79 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
     points = metrics.points(metrics.read(run_dir))
     files = [path for name in card["artifacts"] if (path := run_dir / name).exists()]
     try:
-        run.connect()
-        sent = run.send(points)
-        for path in files:
-            run.send_file(path)
-        if card["status"] is not None:
-            run.end(card["status"])
+        with _turn(uri):
+            run.connect()
+            sent = run.send(points)
+            for path in files:
+                run.send_file(path)
+            if card["status"] is not None:
+                run.end(card["status"])
     except Exception as error:  # all become a sentence
         _refused(uri, error)
     save_card(run_dir, {**card, "uri": stores.redact(uri)})
     return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {stores.redact(uri)}"
+
+
+def _turn(uri: str) -> AbstractContextManager[Any]:
+    """Wait for one's turn at a sqlite file, which takes one writer at a time."""
+    database = stores.sqlite_file(uri)
+    if database is None:
+        return nullcontext()
+    from filelock import FileLock
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(database.with_name(f".{database.name}.sync.lock"), timeout=600)
+
+
+def mark(run_dir: Path, tags: dict[str, str]) -> None:
+    """Give a run more tags: in its card, and in MLflow where it is there already."""
+    card = read_card(run_dir)
+    new = {name: value for name, value in tags.items() if card.get("tags", {}).get(name) != value}
+    if not card or not new:
+        return
+    save_card(run_dir, {**card, "tags": {**card["tags"], **new}})
+    if card["run_id"] and (client := _client(card["uri"])):
+        for name, value in new.items():
+            client.set_tag(card["run_id"], name, value)
+
+
+def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> list[tuple[str, str]]:
+    """Save a sweep's views, and tell how to open them: a command that serves the store, if none does, and links.
+
+    The store and its experiments are made where they are not there yet, once and before any run writes to them.
+    Best effort: a store that is away costs nothing but the links.
+    """
+    from aem_exp import views as saved
+
+    if uri == stores.OFF:
+        return []
+    lines, site = [], stores.redact(uri)
+    if not stores.served(uri):
+        command, site = stores.serve_command(uri, stores.free_port())
+        lines = [("serve", command)]
+    try:
+        stores.probe(uri)
+        for experiment in experiments:
+            store = _Run(outputs / experiment, uri, {"experiment": experiment})
+            number = store.reach()
+            saved.save(store.client, number, sweep, saved.tag(sweep))
+            lines += [("open", link) for link in saved.links(site, number, sweep).values()]
+    except Exception as error:  # of many kinds; nothing depends on it
+        return [("mlflow", f"no links: {_reason(error)}")]
+    return lines
+
+
+def _client(uri: str) -> Any:
+    """A client of a store that answers; None where it does not, or its credentials were not kept."""
+    if uri == stores.OFF or "***" in uri:
+        return None
+    try:
+        stores.probe(uri)
+        client = _mlflow().MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception:  # of many kinds; nothing depends on it
+        return None
+    return client
 
 
 def main() -> int:

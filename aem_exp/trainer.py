@@ -82,6 +82,7 @@ class AEMCallback(TrainerCallback):
         report: receives the number of finished steps and the metrics of the last one.
         evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
         save_every: steps between checkpoints (0: only at the end).
+        asked_to_stop: asked at the end of a step; where any rank says yes, all save and stop.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class AEMCallback(TrainerCallback):
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
         save_every: int = 0,
+        asked_to_stop: Callable[[], bool] | None = None,
     ):
+        self.asked_to_stop = asked_to_stop
         self.time, self.schedule, self.gate = time, schedule, gate
         self.report, self.evaluate = report, evaluate
         self.evaluate_every, self.save_every = evaluate_every, save_every
@@ -110,9 +113,10 @@ class AEMCallback(TrainerCallback):
         last = self.time.step >= self.time.steps
         if self.evaluate and (last or self._due(self.evaluate_every)):
             self.metrics |= self.evaluate()
+        stop = last or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
         control.should_log = True
-        control.should_save = last or self._due(self.save_every)
-        control.should_training_stop = last
+        control.should_save = stop or self._due(self.save_every)
+        control.should_training_stop = stop
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -267,14 +271,16 @@ class AEMTrainer(GRPOTrainer):
         self.aem.metrics["train/rounds"] = number + 1
         return kept, dropped
 
+    def share(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
+        """Play: each rank its part. All ranks get all trajectories."""
+        size = -(-len(episodes) // self.accelerator.num_processes)
+        start = self.accelerator.process_index * size
+        return gather_object(self.rollout.play(episodes[start : start + size], sampler))
+
     def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
-        """Each rank its share; all ranks get all trajectories."""
-        share = -(-len(episodes) // self.accelerator.num_processes)
-        start = self.accelerator.process_index * share
-        mine = self.rollout.play(episodes[start : start + share], self.sampler)
-        played = gather_object(mine)
+        played = self.share(episodes, self.sampler)
         if all(t.ended == CRASHED for t in played):
-            raise Stop(f"every environment crashed in step {step + 1}; the first: {played[0].error}")
+            raise Stop(f"every environment crashed in step {step + 1}; the first: {played[0].error}", "env")
         return played
 
     def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
@@ -420,7 +426,8 @@ class AEMTrainer(GRPOTrainer):
         if not math.isfinite(norm):
             what = f"the norm of the gradient is {norm} in step {self.time.step + 1}, with loss_type={self.loss_type}"
             raise Stop(
-                f"{what}; nothing was updated with it. A lower trainer.learning_rate or trainer.max_grad_norm may help"
+                f"{what}; nothing was updated with it. A lower trainer.learning_rate or trainer.max_grad_norm may help",
+                "nan",
             )
         return norm
 
@@ -590,6 +597,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
     return GRPOConfig(
         **{
             "gradient_checkpointing": False,
+            "ddp_find_unused_parameters": False,
             "output_dir": str(folder),
             "seed": experiment.seed,
             "per_device_train_batch_size": group,

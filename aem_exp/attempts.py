@@ -1,0 +1,97 @@
+"""How often a run was started, from which step, and how each start ended: `attempts.jsonl`, an event per line.
+
+A start without an end was killed: then only the scheduler knows why.
+"""
+
+import errno
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from aem_exp.values import ConfigError, Stop
+
+FILE = "attempts.jsonl"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+IDLE = 2  # starts of a job in a row that may get nowhere
+
+
+@contextmanager
+def attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0) -> Iterator[None]:
+    """Record a start at `step`, and how it ends; `at`: the step that is saved by then; `most`: starts of a job (0: no limit).
+
+    Raises:
+        Stop: the job is started again and again, and gets nowhere.
+    """
+    job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    _add(
+        folder,
+        {"event": "start", "step": step, "host": platform.node(), "pid": os.getpid(), "job": job, "start": start},
+    )
+    try:
+        if job and start:
+            _check(folder, job, start, most)
+        yield
+    except Exception as error:
+        _add(folder, {"event": FAILED, "class": kind(error), "sentence": sentence(error), "step": at()})
+        raise
+    except BaseException as stop:
+        _add(folder, {"event": STOPPED, "sentence": sentence(stop), "step": at()})
+        raise
+    _add(folder, {"event": DONE, "step": at()})
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; a last line that a kill cut short is left out."""
+    file = folder / FILE
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def seconds(folder: Path) -> float | None:
+    """How long a finished run ran, over all of its starts whose end is known; None where it is not finished."""
+    events = read(folder)
+    if not events or events[-1]["event"] != DONE:
+        return None
+    return sum(b["at"] - a["at"] for a, b in pairwise(events) if a["event"] == "start" != b["event"])
+
+
+def kind(error: BaseException) -> str:
+    """The class of a failure, which decides what helps: config, nan, env, oom, disk, hang, or crash for the unforeseen."""
+    if isinstance(error, ConfigError):
+        return "config"
+    if isinstance(error, Stop):
+        return error.kind
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return "oom"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk"
+    return "crash"
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    told = isinstance(error, ConfigError | Stop | KeyboardInterrupt)
+    return (text if told and text else f"{type(error).__name__}: {text}")[:500]
+
+
+def _check(folder: Path, job: str, start: int, most: int) -> None:
+    """Stop a job that SLURM or we requeue for ever."""
+    if most and start > most:
+        raise Stop(f"job {job} was requeued {start} times, and launch.requeues={most}", "hang")
+    steps = [event["step"] for event in read(folder) if event["event"] == "start" and event["job"] == job]
+    if len(steps) > IDLE and len(set(steps[-IDLE - 1 :])) == 1:
+        raise Stop(f"job {job} got nowhere in {IDLE} starts, which both began and ended at step {steps[-1]}", "hang")
+
+
+def _add(folder: Path, event: dict[str, Any]) -> None:
+    with (folder / FILE).open("a") as file:
+        file.write(json.dumps({"at": round(time.time(), 3), **event}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

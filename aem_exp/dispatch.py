@@ -1,0 +1,109 @@
+"""From experiments to jobs: what was asked for is written down, its code frozen beside it, and sent; what is there already,
+or on its way, is not sent again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aem_exp import config, disk, launch, provenance
+from aem_exp.config import Experiment
+from aem_exp.ownership import owner
+
+RESULT = "result.json"
+LOG = "local.log"  # of a run that a sweep runs here
+
+
+def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
+    """Submit experiments of one size as one array; the run dirs and their jobs.
+
+    Raises:
+        ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
+    """
+    launch.check()
+    for experiment in experiments:
+        check_prepared(experiment)
+    folders = [_written(experiment) for experiment in experiments]
+    ids = launch.submit(folders, experiments[0].launch, name, logs, at_once)
+    return list(zip(folders, ids, strict=True))
+
+
+def run_here(experiments: Sequence[Experiment], at_once: int, say: Callable[[str], None]) -> int:
+    """Run experiments on this machine, each in a process of its own and with the code as it is now; how many failed.
+
+    Stopped, it asks those that run to save and end, and waits for them.
+    """
+    for experiment in experiments:
+        config.check_here(experiment)
+    waiting = [_written(experiment) for experiment in experiments]
+    live: dict[subprocess.Popen[bytes], Path] = {}
+    total, failed = len(waiting), 0
+    try:
+        while waiting or live:
+            while waiting and len(live) < at_once:
+                folder = waiting.pop(0)
+                say(f"[{total - len(waiting)}/{total}] {folder.name}; log in {folder / LOG}")
+                live[_started(folder)] = folder
+            time.sleep(0.2)
+            for process in [process for process in live if process.poll() is not None]:
+                folder = live.pop(process)
+                if not (folder / RESULT).exists():
+                    failed += 1
+                    say(f"failed: {folder.name}: {_last_line(folder / LOG)}")
+    finally:
+        for process in live:
+            process.terminate()
+        for process in live:
+            process.wait()
+    return failed
+
+
+def _started(folder: Path) -> "subprocess.Popen[bytes]":
+    """A process that runs a run dir with the code that lies in it; Ctrl-C is for its parent."""
+    path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-u", "-m", "aem_exp.run", str(folder)]
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _last_line(log: Path) -> str:
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
+
+
+def check_prepared(experiment: Experiment) -> None:
+    """Refuse what a job would refuse, or would have to fetch.
+
+    Raises:
+        ConfigError: with the command that helps.
+    """
+    from aem_exp import policy, stores
+
+    config.check_runnable(experiment)
+    if experiment.model.path:
+        policy.locate(experiment.model)
+    folder = config.run_dir(experiment)
+    stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
+    disk.check_writable(folder.parent, "outputs")
+
+
+def on_its_way(folder: Path) -> str | None:
+    """Who has this run, or will have it: a live process, or a job in the queue."""
+    if by := owner(folder):
+        return by
+    job = launch.card(folder).get("job")
+    known = launch.jobs([job]).get(job) if job else None
+    return f"job {known.id}, {known.state.lower()}" if known and known.live else None
+
+
+def _written(experiment: Experiment) -> Path:
+    """The run dir, with what the job needs: the experiment, and the code that runs it."""
+    folder = config.run_dir(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance.freeze(folder, experiment)
+    disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+    return folder

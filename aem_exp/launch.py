@@ -1,0 +1,228 @@
+"""The only room that speaks submitit: run dirs become SLURM jobs.
+
+A job is the command that a person would type: `python -m aem_exp.run RUN_DIR`, with the code that was frozen in the run dir
+when it was submitted. submitit writes the batch script, makes one array of many jobs and starts a task per process; what it
+starts is pickled whole and needs none of our files. `slurm/site.yaml` and `slurm/setup.sh` say what is particular to a cluster.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from aem_exp import config, disk
+from aem_exp.config import Launch
+from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
+
+JOB = "job.json"  # in a run dir: which job has it
+OURS = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
+LIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What `slurm/site.yaml` may say. Whatever is left out is the cluster's own default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    mem_gb: Annotated[int, AT_LEAST_1] | None = None  # of a node
+    at_once: Annotated[int, AT_LEAST_1] = 32  # jobs of one array that run at a time
+    sbatch: dict[str, str] = field(default_factory=dict)  # other options of sbatch: `exclude: node[3-4]`
+    srun: list[str] = field(default_factory=list)  # other arguments of srun
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the scheduler knows it. `state` in its words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
+
+    id: str
+    state: str
+    why: str = ""  # it waits, or its exit code
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+
+def site() -> tuple[Site, Path]:
+    """The cluster's settings, and the folder that they come from: $AEM_SITE, else `slurm/` beside `conf/`."""
+    import yaml
+
+    folder = Path(os.environ.get("AEM_SITE") or config.conf_root().parent / "slurm").expanduser().absolute()
+    file = folder / "site.yaml"
+    if not file.is_file():
+        if "AEM_SITE" in os.environ:
+            raise ConfigError("AEM_SITE", str(folder), "must be a folder with site.yaml")
+        return Site(), folder
+    try:
+        return build(Site, yaml.safe_load(file.read_text()) or {}, str(file)), folder
+    except yaml.YAMLError as error:
+        raise ConfigError(str(file), "not YAML", " ".join(str(error).split())) from error
+
+
+def submit(folders: Sequence[Path], launch: Launch, name: str, logs: Path, at_once: int = 0) -> list[str]:
+    """Send run dirs, which hold experiments and code, to the queue: one array, `at_once` of it at a time; the ids.
+
+    Raises:
+        ConfigError: there is no SLURM here, or it refuses the job; in its own words.
+    """
+    check()
+    import cloudpickle
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    here, place = site()
+    executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
+    executor.update_parameters(**_asked(here, place, launch, name, at_once))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
+    try:
+        with executor.batch():
+            jobs = [executor.submit(_start, str(folder)) for folder in folders]
+    except FailedJobError as error:
+        _refused(error, here, launch)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    for folder, job in zip(folders, jobs, strict=True):
+        card = {"job": job.job_id, "at": time.time(), "log": str(job.paths.stdout)}
+        disk.write(folder / JOB, json.dumps(card, indent=1) + "\n")
+    return [job.job_id for job in jobs]
+
+
+def check() -> None:
+    """Refuse to submit where nothing can be submitted, or the site's settings are wrong."""
+    site()
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            remedy = f"{program} is not on the PATH; submit from a login node of your cluster, or choose launch=local"
+            raise ConfigError("launch.where", "slurm", remedy)
+
+
+def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
+    """The options of sbatch, as submitit calls them."""
+    tasks = max(1, launch.gpus_per_node)
+    setup = place / "setup.sh"
+    asked = {
+        "job_name": name,
+        "nodes": launch.nodes,
+        "ntasks_per_node": tasks,
+        "cpus_per_task": launch.cpus_per_task or None,
+        "gpus_per_node": launch.gpus_per_node or None,
+        "time": max(1, round(60 * launch.hours)),
+        "signal_delay_s": launch.warn_seconds,
+        "array_parallelism": at_once or here.at_once,
+        "partition": here.partition,
+        "account": here.account,
+        "qos": here.qos,
+        "constraint": here.constraint,
+        "mem": f"{here.mem_gb}GB" if here.mem_gb else None,
+        "setup": [f"source {setup}"] if setup.is_file() else None,
+        "stderr_to_stdout": True,
+        # One process that fails ends all; and newer SLURMs hand --cpus-per-task to srun only where told.
+        "srun_args": ["--kill-on-bad-exit=1", *_cpus(launch), *here.srun],
+        "additional_parameters": {"requeue": True, **here.sbatch},
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _cpus(launch: Launch) -> list[str]:
+    return [f"--cpus-per-task={launch.cpus_per_task}"] if launch.cpus_per_task else []
+
+
+def _start(folder: str) -> None:
+    """What each task of a job does: become the command that a person would type. Pickled whole."""
+    import os
+    import sys
+
+    from submitit.helpers import TorchDistributedEnvironment
+
+    found = TorchDistributedEnvironment()
+    if found.world_size > 1:
+        os.environ.setdefault("MASTER_ADDR", found.master_addr)
+        os.environ |= {
+            "MASTER_PORT": str(found.master_port),
+            "RANK": str(found.rank),
+            "WORLD_SIZE": str(found.world_size),
+            "LOCAL_RANK": str(found.local_rank),
+            "LOCAL_WORLD_SIZE": str(found.local_world_size),
+        }
+    before = os.environ.get("PYTHONPATH")
+    code = os.path.join(folder, "code")
+    os.environ |= {
+        "PYTHONPATH": f"{code}{os.pathsep}{before}" if before else code,
+        "PYTHONSAFEPATH": "1",  # not the folder that the job was submitted from
+        "AEM_JOB": os.environ["SLURM_JOB_ID"],
+        "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
+        "COLUMNS": "120",
+    }
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "aem_exp.run", folder])
+
+
+def again() -> None:
+    """In a job of ours whose time is nearly up: have it start again, and wait for the end of this start."""
+    job = os.environ.get(OURS)
+    if job is None:
+        return
+    done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Stop(f"its time is up, and scontrol does not requeue job {job}: {done.stderr.strip()}", "time")
+    linger()
+
+
+def linger() -> None:
+    """In a job of ours that is being preempted: wait to be killed. A job that ends by itself is not requeued."""
+    while os.environ.get(OURS) is not None:
+        time.sleep(1)
+
+
+def card(folder: Path) -> dict[str, Any]:
+    """Which job had a run dir last; empty where none did."""
+    file = folder / JOB
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def jobs(ids: Iterable[str]) -> Mapping[str, Job]:
+    """What the scheduler knows of these jobs; those that it has forgotten are left out."""
+    wanted = sorted(set(ids))
+    if not wanted or shutil.which("squeue") is None:
+        return {}
+    parents = ",".join(sorted({job.partition("_")[0] for job in wanted}))
+    found = {job.id: job for job in _ended(parents)} | {job.id: job for job in _waiting()}
+    return {job: found[job] for job in wanted if job in found}
+
+
+def _waiting() -> Iterable[Job]:
+    """Jobs in the queue, array tasks one by one."""
+    for line in _lines("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r"):
+        job, state, why = line.split("|", 2)
+        yield Job(job, state, "" if why == "None" else why)
+
+
+def _ended(parents: str) -> Iterable[Job]:
+    """Jobs that accounting has a last word on."""
+    words = ("--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "--jobs", parents)
+    for line in _lines("sacct", *words):
+        job, state, code = line.split("|")
+        yield Job(job, state.split()[0] if state else "", "" if code == "0:0" else f"exit code {code}")
+
+
+def _lines(*words: str) -> list[str]:
+    """What a client of SLURM prints; nothing where it fails: a site may keep no accounts."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _refused(error: Exception, here: Site, launch: Launch) -> NoReturn:
+    """sbatch's own words, as a sentence."""
+    lines = [line for line in str(error).splitlines() if "error:" in line]
+    said = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
+    known = " ".join(sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%R")}))
+    asked = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
+    raise ConfigError("launch", asked, f"sbatch refuses: {said}; partitions here: {known}; see site.yaml and launch.*")

@@ -1,0 +1,50 @@
+"""Which runs a sweep is made of: `sweeps/NAME.json` beside the run dirs, and `sweeps.json` in each of them.
+
+A run may belong to several sweeps, and knows by which label each of them calls it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aem_exp import disk
+from aem_exp.values import ConfigError
+
+FOLDER = "sweeps"  # of the outputs
+LABELS = "sweeps.json"  # of a run dir: sweep -> its label there
+
+
+def write(outputs: Path, name: str, question: str, members: Sequence[dict[str, Any]]) -> None:
+    """Record a sweep. `members`: run (the name of its dir), arm, group and seed of each."""
+    (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
+    whole = {"question": question, "members": list(members)}
+    disk.write(outputs / FOLDER / f"{name}.json", json.dumps(whole, indent=1) + "\n")
+
+
+def read(outputs: Path, name: str) -> list[dict[str, Any]]:
+    """The members of a sweep that was recorded.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    file = outputs / FOLDER / f"{name}.json"
+    if not file.exists():
+        known = sorted(path.stem for path in (outputs / FOLDER).glob("*.json"))
+        remedy = f"no sweep of that name was begun in {outputs}; begin it with: python -m aem_exp.sweep {name} --submit"
+        raise ConfigError("sweep", name, known, remedy)
+    return json.loads(file.read_text())["members"]
+
+
+def label(folder: Path, sweep: str, group: str) -> bool:
+    """Tell a run that a sweep calls it so; whether that was news."""
+    known = labels(folder)
+    if known.get(sweep) == group:
+        return False
+    disk.write(folder / LABELS, json.dumps({**known, sweep: group}) + "\n")
+    return True
+
+
+def labels(folder: Path) -> dict[str, str]:
+    file = folder / LABELS
+    return json.loads(file.read_text()) if file.exists() else {}

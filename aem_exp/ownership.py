@@ -1,0 +1,111 @@
+"""Whose a run dir is: one process, or one job of several, at a time.
+
+`run.lock` exists while somebody is at it and is touched every half minute. It is nobody's when its process is gone from this
+host, when nobody has touched it for five minutes, or when it was held by an earlier start of the job that comes: SLURM starts no
+job anew before all of it is gone.
+"""
+
+import getpass
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from aem_exp import disk
+
+LOCK, OWNER = "run.lock", "owner.json"
+BEAT = 30.0  # seconds between touches
+STALE = 300.0  # seconds without one
+
+
+class Owned(Exception):
+    """Somebody else is at this run; the message names them."""
+
+
+@contextmanager
+def owning(folder: Path) -> Iterator[None]:
+    """Be the only one at a run dir.
+
+    Raises:
+        Owned: somebody is.
+    """
+    lock = _lock(folder)
+    if lock is None:
+        raise Owned(f"{folder} is being run by {_named(folder)}")
+    stop = threading.Event()
+    beating = threading.Thread(target=_beat, args=[folder / LOCK, stop], name="aem_exp.ownership", daemon=True)
+    try:
+        disk.write(folder / OWNER, json.dumps(_me()))
+        beating.start()
+        yield
+    finally:
+        stop.set()
+        lock.release()
+
+
+def owner(folder: Path) -> str | None:
+    """Who is at this run now, if anybody is."""
+    if not (folder / LOCK).exists():
+        return None
+    lock = _lock(folder)
+    if lock is None:
+        return _named(folder)
+    lock.release()
+    return None
+
+
+def _lock(folder: Path) -> Any:
+    """The lock, taken; or None where somebody holds it."""
+    from filelock import SoftFileLock, Timeout
+
+    lock = SoftFileLock(folder / LOCK, timeout=0)  # breaks by itself what a dead process of this host left behind
+    for _ in range(2):
+        with suppress(Timeout):
+            lock.acquire()
+            return lock
+        if not _left_behind(folder):
+            return None
+        lock.break_lock()
+    return None
+
+
+def _left_behind(folder: Path) -> bool:
+    """Whether a lock of another host is nobody's any more."""
+    try:
+        silent = time.time() - (folder / LOCK).stat().st_mtime
+    except FileNotFoundError:  # just released, or broken by the attempt
+        return True
+    me, them = _me(), _who(folder)
+    return silent > STALE or (me["job"] is not None and me["job"] == them.get("job") and me["start"] > them["start"])
+
+
+def _beat(lock: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        with suppress(OSError):  # a disk that hiccups does not end a run
+            os.utime(lock)
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "user": getpass.getuser(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "start": int(os.environ.get("SLURM_RESTART_COUNT", "0")),  # of the job
+    }
+
+
+def _who(folder: Path) -> dict[str, Any]:
+    file = folder / OWNER
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _named(folder: Path) -> str:
+    who = _who(folder)
+    job = f", job {who['job']}" if who.get("job") else ""
+    return f"process {who.get('pid', '?')} of {who.get('user', '?')} on {who.get('host', '?')}{job}"

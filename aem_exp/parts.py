@@ -1,0 +1,256 @@
+"""The parts of one run, put together: score the panel, train, score again.
+
+Where several processes share a run, all of them play and train; the first one alone keeps records.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from aem_exp import checkpoints, config, disk, metrics, policy, provenance, ranks
+from aem_exp.config import Experiment
+from aem_exp.interrupt import Interrupted, Signals
+from aem_exp.values import Stop
+
+log = logging.getLogger("aem_exp")
+Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
+BEFORE = "before.json"
+SPARE = 50_000_000  # bytes for everything but weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a start of a run begins, as its first process found it."""
+
+    step: int  # steps that need not be trained again
+    checkpoint: Path | None
+    scored: bool  # the policy was scored before the first step
+    changes: list[str] = field(default_factory=list)  # of code, libraries or machine since its first start
+
+    @property
+    def measured(self) -> int:
+        """The last step whose measurements stand; -1 where not even the untrained policy was scored."""
+        return self.step if self.checkpoint or self.scored else -1
+
+
+def found(folder: Path) -> Start:
+    """What a run dir holds to go on from."""
+    checkpoint = checkpoints.newest(folder)
+    return Start(checkpoints.steps(checkpoint) if checkpoint else 0, checkpoint, (folder / BEFORE).exists())
+
+
+class Parts:
+    """The parts of one run in one of its processes. All play and train; the first keeps records."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        world: Any,
+        weights: str,
+        start: Start,
+        tracker: Any,
+        watch: Watch | None,
+        signals: Signals,
+    ) -> None:
+        import torch
+
+        from aem_exp.episodes import Episodes
+        from aem_exp.render import Chat
+        from aem_exp.rollout import Rollout
+        from aem_exp.trainer import Time
+        from aem_exp.workers import stage_of
+
+        if experiment.launch.threads:
+            torch.set_num_threads(experiment.launch.threads)
+        self.experiment, self.folder, self.world, self.start = experiment, folder, world, start
+        self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, ranks.first()
+        log.info("loading %s", weights)
+        self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
+        self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
+        launch = experiment.launch
+        stage = stage_of(world, experiment.env.make, launch.workers, launch.env_seconds)
+        self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
+        self.time = Time(experiment.trainer["steps"], start.step)
+        self.episodes = Episodes(folder, start.measured) if self.first else None
+        self.scores: dict[str, Any] = {}
+        self.crashes: set[str] = set()  # kinds that were told
+        self.trainer = self._trainer()
+
+    def play(self) -> dict[str, Any]:
+        """Score the panel, train, score again; what `result.json` says.
+
+        Raises:
+            Interrupted: by a signal; a checkpoint has the last finished step.
+        """
+        how, trainer = self.experiment.evaluation, self.trainer
+        before = self._before()
+        self.tracker.ready()
+        self._train()
+        last = checkpoints.newest(self.folder)
+        after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
+        final = self._exam(how.final)
+        self._report(self.time.step, final.metrics("test/"))
+        if self.episodes:
+            self.episodes.finish()
+            policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
+        return {
+            "experiment": self.experiment.name,
+            "signature": config.signature(self.experiment),
+            "steps": self.time.step,
+            "updates": checkpoints.updates(last) if last else 0,
+            "before": before,
+            "after": asdict(after),
+            "final": asdict(final),
+            "checkpoint_rule": "last step",
+            "crashed_in_training": crashed(self.folder),
+            "fingerprint": self.world.fingerprint,
+            "packages": provenance.read(self.folder)["packages"],
+        }
+
+    def _train(self) -> None:
+        """All steps that are left."""
+        checkpoint = str(self.start.checkpoint) if self.start.checkpoint else None
+        if self.time.step < self.time.steps:
+            with self.signals.deferred():
+                self.trainer.train(resume_from_checkpoint=checkpoint)
+        elif checkpoint:  # stopped between the last step and the result
+            self.trainer._load_from_checkpoint(checkpoint)
+        if self.time.step < self.time.steps:
+            raise Interrupted(self.signals.heard or signal.SIGTERM)  # another process may have heard it
+
+    def _trainer(self) -> Any:
+        from aem_exp.sample import Sampling
+        from aem_exp.trainer import AEMCallback, build
+
+        experiment, settings = self.experiment, self.experiment.trainer
+        lam = experiment.modulation.lam
+        callback = AEMCallback(
+            self.time,
+            config.instantiate(lam) if lam else None,
+            experiment.modulation.gate,
+            self._report,
+            lambda: self._exam(experiment.evaluation.panel).metrics("eval/"),
+            experiment.evaluation.every,
+            experiment.launch.save_every,
+            lambda: self.signals.heard is not None,
+        )
+        sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
+        return build(
+            experiment,
+            self.folder,
+            self.model,
+            self.tokenizer,
+            callback,
+            partial(_draw, experiment, self.world.tasks("train")),
+            self.rollout,
+            partial(self._sampler, sampling=sampling),
+            keep=self._keep if self.first else None,
+            before_save=self._before_save if self.first else None,
+        )
+
+    def _sampler(self, trainer: Any, sampling: Any) -> Any:
+        if self.experiment.launch.sampler == "engine":
+            from aem_exp.engine import EngineSampler
+
+            return EngineSampler(trainer, self.chat.end_ids, sampling)
+        from aem_exp.sample import LocalSampler
+
+        return LocalSampler(self.model, self.chat.end_ids, sampling)
+
+    def _before(self) -> dict[str, Any]:
+        """The score before the first step; measured once, also by a run that is resumed."""
+        file = self.folder / BEFORE
+        if self.start.scored:
+            return json.loads(file.read_text())
+        if self.start.checkpoint:  # the parent's
+            self.trainer._load_from_checkpoint(str(self.start.checkpoint))
+        score = self._exam(self.experiment.evaluation.panel)
+        self._report(self.time.step, score.metrics("eval/"))
+        if self.episodes:
+            self.episodes.write(self.time.step)
+            disk.write(file, json.dumps(asdict(score), indent=1) + "\n")
+        return asdict(score)
+
+    def _exam(self, split: str, recorded: bool = False) -> Any:
+        """Score a panel; `recorded`: its episodes stand in the record already."""
+        from aem_exp import exam
+        from aem_exp.episodes import record
+        from aem_exp.rollout import CRASHED
+        from aem_exp.sample import Sampling
+
+        how = self.experiment.evaluation
+        panel = exam.panel(self.world, split, how.tasks)
+        log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
+        sampler = self._sampler(self.trainer, Sampling(how.temperature))
+        played = exam.play(panel, partial(self.trainer.share, sampler=sampler), how.repeats)
+        self.rollout.clock.read()  # not part of a step's time
+        if self.episodes and not recorded:
+            self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
+        self.scores[split] = score = exam.score(panel, played)
+        if score.crashed:
+            first = next(t for t in played if t.ended == CRASHED)
+            how_many = f"{score.crashed} of {score.episodes} episodes of the {panel.name} panel crashed"
+            told = f"{how_many}; task {first.task.id}: {first.error}"
+            if score.crashed == score.episodes:
+                raise Stop(told, "env")
+            log.warning("%s (each counts as a failure)", told)
+        return score
+
+    def _report(self, step: int, row: dict[str, float]) -> None:
+        self.tracker.log(step, row)
+        if self.watch:
+            self.watch(step, self.time.steps, row)
+
+    def _keep(self, step: int, credit: Any) -> None:
+        from aem_exp.episodes import record
+
+        assert self.episodes
+        self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])
+        for kind, crashed in groupby(sorted(_crashes(credit.played)), lambda pair: pair[0]):
+            told = list(crashed)
+            if kind not in self.crashes:
+                log.warning("%d episodes of step %d crashed and are left out; %s", len(told), step + 1, told[0][1])
+            self.crashes.add(kind)
+
+    def _before_save(self, step: int) -> None:
+        size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())  # weights and two moments
+        if shutil.disk_usage(self.folder).free < size + SPARE:
+            raise OSError(errno.ENOSPC, "no room for the next checkpoint", str(self.folder))
+        self.tracker.flush()
+        assert self.episodes
+        self.episodes.write(step)
+
+
+def _crashes(played: Sequence[Any]) -> list[tuple[str, str]]:
+    """The kind of each crash, and a sentence."""
+    return [(t.error.partition(":")[0], f"task {t.task.id}: {t.error}") for t in played if t.error]
+
+
+def crashed(folder: Path) -> int:
+    """How many episodes crashed in training, over all starts of a run."""
+    rows = metrics.read(folder)
+    return round(sum(row.get("train/ended_crashed", 0.0) * row.get("train/episodes", 0.0) for row in rows))
+
+
+def _draw(experiment: Experiment, tasks: Any, step: int, number: int) -> list[Any]:
+    """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
+    from aem_exp.rollout import Episode
+    from aem_exp.sample import generator
+
+    settings, seed = experiment.trainer, experiment.seed
+    count = settings["tasks_per_step"] * settings["oversample"]
+    chosen = generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)
+    return [
+        Episode(tasks[int(index)], draw, member, (seed, step, number, draw, member))
+        for draw, index in enumerate(chosen, start=number * count)
+        for member in range(settings["group_size"])
+    ]

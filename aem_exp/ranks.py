@@ -1,0 +1,53 @@
+"""One run, several processes: what the first of them does alone, and what all of them must know.
+
+Each is started with RANK, WORLD_SIZE and the first one's address in its environment, by `launch` or by torchrun.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def meet(cpu: bool) -> None:
+    """Let the processes of a run find each other."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=cpu)
+
+
+def shared(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, on all of them. Where it raises there, the others end without a word."""
+    if count() == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    answer: list[T | None] = [None, False]  # type: ignore[list-item]
+    try:
+        if first():
+            answer = [work(), True]  # type: ignore[list-item]
+    finally:
+        broadcast_object_list(answer)
+    if not answer[1]:
+        sys.exit(1)
+    return answer[0]  # type: ignore[return-value]
+
+
+def part() -> None:
+    """Leave each other, when all have come this far."""
+    if count() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,136 @@
+"""How far a run is, and what ails it: read from its run dir and from the scheduler, changing neither."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from aem_exp import attempts, launch, metrics, ownership
+from aem_exp.launch import Job
+
+RESULT: Final = "result.json"
+DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
+SUCCESS: Final = ("test/success", "eval/success", "train/success")
+ENDS: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
+    "OUT_OF_MEMORY": ("oom", "the node ran out of memory: raise mem_gb in site.yaml or lower launch.device_episodes"),
+    "NODE_FAIL": ("node", "its node failed"),
+    "BOOT_FAIL": ("node", "its node did not come up"),
+    "TIMEOUT": ("time", "its time limit came before it could save: raise launch.warn_seconds"),
+    "CANCELLED": ("user", "its job was cancelled"),
+    "PREEMPTED": ("node", "its job was preempted and not requeued"),
+    "DEADLINE": ("time", "its job's deadline passed"),
+}
+UNSEEN: Final = "its job ended before the run began; if there is no log either, the node does not see the run dir"
+AGAIN: Final = (
+    "node",
+    "time",
+    "user",
+    "killed",
+    "unseen",
+)  # classes that say nothing about the experiment: send it again
+
+
+@dataclass(frozen=True)
+class State:
+    """One run. `left`: seconds, nan where unknown; `score`: the newest success, and which one; `kind`: a failure's class."""
+
+    what: str
+    step: int = 0
+    steps: int = 0
+    left: float = math.nan
+    score: tuple[str, float] | None = None
+    starts: int = 0
+    kind: str = ""
+    sentence: str = ""
+    job: str = ""
+    log: str = ""
+
+    @property
+    def missing(self) -> bool:
+        """Nobody is at it, and nothing about the experiment says that it cannot be finished."""
+        return self.what in (NEW, STOPPED) or (self.what == FAILED and self.kind in AGAIN)
+
+
+def read(folders: Sequence[Path]) -> dict[Path, State]:
+    """The state of each run; the scheduler is asked once."""
+    cards = {folder: launch.card(folder) for folder in folders}
+    jobs = launch.jobs(card["job"] for card in cards.values() if card)
+    return {folder: _state(folder, cards[folder], jobs) for folder in folders}
+
+
+def _state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:
+    events = attempts.read(folder)
+    starts = [event for event in events if event["event"] == "start"]
+    rows = metrics.read(folder)
+    steps = _steps(folder)
+    known: dict[str, Any] = {
+        "step": int(rows[-1]["step"]) if rows else 0,
+        "steps": steps,
+        "score": _score(rows),
+        "starts": len(starts),
+        "job": card.get("job", ""),
+        "log": card.get("log", ""),
+    }
+    if (folder / RESULT).exists():
+        return State(DONE, **known)
+    if owner := ownership.owner(folder):
+        return State(RUNNING, left=_left(rows, steps), sentence=owner, **known)
+    job = jobs.get(card.get("job", ""))
+    if job is not None and job.live:
+        words = "starting" if job.state == "RUNNING" else f"{job.state.lower()} {job.why}".strip()
+        return State(QUEUED, sentence=words, **known)
+    return _ended(events, starts, job, card, known)
+
+
+def _ended(
+    events: Sequence[dict[str, Any]],
+    starts: Sequence[dict[str, Any]],
+    job: Job | None,
+    card: Mapping[str, Any],
+    known: dict[str, Any],
+) -> State:
+    """A run that nobody is at, and which is not done."""
+    began = starts and starts[-1]["at"] >= card.get("at", 0)  # since it was last submitted
+    last = events[-1] if events else {}
+    if card and not began:
+        if job is not None and job.state in ENDS:
+            kind, sentence = ENDS[job.state]
+            return State(FAILED, kind=kind, sentence=sentence, **known)
+        return State(FAILED, kind="unseen", sentence=UNSEEN, **known)
+    if last.get("event") == attempts.FAILED:
+        return State(FAILED, kind=last["class"], sentence=last["sentence"], **known)
+    if last.get("event") == attempts.STOPPED:
+        if job is not None and job.state == "CANCELLED":
+            return State(FAILED, kind="user", sentence=ENDS[job.state][1], **known)
+        return State(STOPPED, sentence=last["sentence"], **known)
+    if last.get("event") == "start":  # and no end: killed
+        kind, sentence = ENDS.get(job.state if job else "", ("killed", "its process was killed"))
+        return State(FAILED, kind=kind, sentence=sentence, **known)
+    return State(NEW, **known)
+
+
+def _steps(folder: Path) -> int:
+    file = folder / "experiment.json"
+    return int(json.loads(file.read_text())["trainer"]["steps"]) if file.exists() else 0
+
+
+def _score(rows: Sequence[metrics.Row]) -> tuple[str, float] | None:
+    """The newest success of the most telling kind."""
+    for name in SUCCESS:
+        for row in reversed(rows):
+            if name in row:
+                return name, row[name]
+    return None
+
+
+def _left(rows: Sequence[metrics.Row], steps: int, recent: int = 10) -> float:
+    """Seconds to the last step, at the pace of the recent ones."""
+    times = [(row["step"], row[metrics.LOGGED_AT] / 1000) for row in rows if "train/success" in row][-recent:]
+    if len(times) < 2:
+        return math.nan
+    (first, begun), (last, at) = times[0], times[-1]
+    pace = (at - begun) / (last - first)
+    return max(0.0, pace * (steps - last) - (time.time() - at))

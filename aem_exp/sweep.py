@@ -1,0 +1,268 @@
+"""Door: many experiments that answer one question. It shows a plan, and sends or runs what is missing of it.
+
+`python -m aem_exp.sweep household_quick --submit`. Asked again, it sends what is missing by then, which may be nothing.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aem_exp import door
+from aem_exp.values import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aem_exp.questions import Cell, Sweep
+    from aem_exp.state import State
+
+ABOUT = """\
+Plan the experiments of a question, and send or run those that are missing.
+
+  python -m aem_exp.sweep household_quick                          the plan; nothing is run
+  python -m aem_exp.sweep household_quick --local                  here, one after another
+  python -m aem_exp.sweep household_quick launch=slurm_cpu --submit   to SLURM, as one array
+  python -m aem_exp.sweep household_quick --retry oom --submit     once more, also what failed with `oom`
+"""
+FOLDER = "sweeps"  # of the outputs: logs of arrays
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
+    return door.answer(lambda: _act(_read(argv), argv), lambda: f"to go on: {again}")
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = door.Parser("python -m aem_exp.sweep", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/; none: list them")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell")
+    parser.add_argument("--submit", action="store_true", help="send what is missing to SLURM, as one array")
+    parser.add_argument("--local", action="store_true", help="run what is missing here")
+    parser.add_argument("--at-once", type=int, default=0, help="cells that run at a time")
+    parser.add_argument(
+        "--retry", metavar="CLASS", action="append", default=[], help="also cells that failed so; or: all"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    asked = parser.parse_intermixed_args(argv)
+    if asked.submit and asked.local:
+        raise ConfigError("--submit", True, "or --local, not both")
+    if asked.at_once < 0:
+        raise ConfigError("--at-once", asked.at_once, "must be a whole number of at least 1")
+    return asked
+
+
+def _act(asked: argparse.Namespace, argv: list[str]) -> int:
+    from aem_exp import questions
+
+    if asked.sweep is None:
+        for name, question in questions.sweeps().items():
+            print(f"{name:<22} {question}")
+        return 0
+    door.reach(asked.config_dir)
+    typed = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
+    return carry_out(questions.load(asked.sweep, asked.overrides, asked.config_dir), asked, typed)
+
+
+def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
+    """Show the plan of a sweep, and do what `asked` says with it; `typed`: the command that asked."""
+    from aem_exp import state
+
+    states = state.read([cell.folder for cell in sweep.cells])
+    todo = [cell for cell in sweep.cells if _wanted(states[cell.folder], asked.retry)]
+    if asked.json:
+        print(json.dumps(_as_json(sweep, states, todo), indent=1))
+        return 0
+    _show(sweep, states, todo)
+    if not (asked.submit or asked.local):
+        print(f"\nnext    {_next(sweep, todo, typed)}")
+        return 0
+    _record(sweep)
+    _views(sweep)
+    code = 0
+    if not todo:
+        print("\nnothing is missing")
+    elif asked.submit:
+        _submit(sweep, todo, asked.at_once)
+    else:
+        code = _run_here(todo, asked.at_once)
+    print(f"next    python -m aem_exp.status {sweep.name}")
+    return code
+
+
+def _wanted(state: "State", retry: Sequence[str]) -> bool:
+    return state.missing or (state.what == "failed" and (state.kind in retry or "all" in retry))
+
+
+def _record(sweep: "Sweep") -> None:
+    """Write down who belongs to the sweep, where status, MLflow and the report look."""
+    from aem_exp import members, tracking, views
+
+    rows = [
+        {"run": cell.folder.name, "arm": label.arm, "group": label.group, "seed": cell.seed}
+        for cell in sweep.cells
+        for label in cell.labels
+    ]
+    members.write(_outputs(sweep), sweep.name, sweep.question, rows)
+    for cell in sweep.cells:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        if members.label(cell.folder, sweep.name, cell.group):
+            tracking.mark(cell.folder, {views.tag(sweep.name): cell.group})
+
+
+def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
+    """One array for all cells of one size."""
+    from aem_exp import dispatch
+
+    sizes: dict[str, list[Cell]] = {}
+    for cell in todo:
+        if cell.experiment.launch.where != "slurm":
+            name = cell.experiment.launch.name
+            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
+            raise ConfigError("launch", name, remedy)
+        sizes.setdefault(repr(cell.experiment.launch), []).append(cell)
+    for cells in sizes.values():
+        logs = _outputs(sweep) / FOLDER / sweep.name
+        sent = dispatch.send([cell.experiment for cell in cells], sweep.name, logs, at_once)
+        print(f"sent    {len(sent)} cells as job {sent[0][1].partition('_')[0]}; logs in {logs}")
+
+
+def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
+    """Each cell in a process of its own; one that fails stops no other. How many failed decides the exit code."""
+    from aem_exp import dispatch
+
+    failed = dispatch.run_here([cell.experiment for cell in todo], max(1, at_once), print)
+    if failed:
+        print(f"\n{failed} of {len(todo)} cells did not finish; python -m aem_exp.status says why")
+    return 1 if failed else 0
+
+
+def _views(sweep: "Sweep") -> None:
+    """Save views of the sweep in MLflow, and print their links; a tracker that is down costs nothing but them."""
+    from aem_exp import stores, tracking
+
+    experiments = dict.fromkeys(cell.experiment.name for cell in sweep.cells)
+    uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, _outputs(sweep))
+    for name, text in tracking.views(_outputs(sweep), uri, experiments, sweep.name):
+        print(f"{name:<7} {text}")
+
+
+def _outputs(sweep: "Sweep") -> Path:
+    return sweep.cells[0].folder.parent
+
+
+# The plan, for people and for programs.
+
+
+def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("arm", "cells", "done", "on the way", "missing", "failed"):
+        table.add_column(column, header_style="bold", justify="left" if column == "arm" else "right")
+    for group in dict.fromkeys(label.group for cell in sweep.cells for label in cell.labels):
+        mine = [states[c.folder] for c in sweep.cells if any(label.group == group for label in c.labels)]
+        counts = [sum(state.what in what for state in mine) for what in (("done",), ("running", "queued"))]
+        missing = sum(state.missing for state in mine)
+        table.add_row(group, str(len(mine)), *map(str, counts), str(missing), str(len(mine) - sum(counts) - missing))
+    console.print(table)
+    for cell in sweep.cells:
+        state = states[cell.folder]
+        if state.what in ("failed", "stopped"):
+            console.print(
+                f"  {cell.group} seed {cell.seed}: {state.kind or state.what}: {state.sentence}", soft_wrap=True
+            )
+    facts = (("to run", f"{len(todo)} of {len(sweep.cells)} cells"), *_cost(sweep, todo), *_power(sweep))
+    for heading, text in facts:
+        console.print(f"[bold]{heading:<7}[/bold] {text}", soft_wrap=True)
+
+
+def _cost(sweep: "Sweep", todo: Sequence["Cell"]) -> list[tuple[str, str]]:
+    """What the missing cells will take: at most, and as those took that are done."""
+    from aem_exp import attempts
+    from aem_exp.progress import clock
+
+    seconds = [took for cell in sweep.cells if (took := attempts.seconds(cell.folder)) is not None]
+    gpus = [c.experiment.launch.nodes * c.experiment.launch.gpus_per_node for c in todo]
+    most = sum(n * c.experiment.launch.hours for n, c in zip(gpus, todo, strict=True))
+    out = [("budget", f"at most {most:,.0f} GPU-hours, by the time limits")] if most else []
+    if not todo:
+        return out
+    if not seconds:
+        return [*out, ("time", "unknown until a cell is done")]
+    each = sum(seconds) / len(seconds)
+    hours = f", {sum(gpus) * each / 3600:,.1f} GPU-hours" if any(gpus) else ""
+    return [*out, ("time", f"about {clock(each)} a cell, {clock(each * len(todo))} one after another{hours}")]
+
+
+def _power(sweep: "Sweep") -> list[tuple[str, str]]:
+    """What the sweep will be able to show."""
+    from aem_exp import power
+
+    how, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
+    if len(sweep.arms) < 2:
+        return []
+    if seeds < 2:
+        return [("power", "one seed an arm shows no difference between arms, whatever it is")]
+    tasks = how.tasks or _tasks(sweep.cells[0])
+    if tasks is None:
+        return []
+    arms = len(sweep.arms) - 1
+    points = [power.detectable(seeds, tasks, how.repeats, sd, comparisons=arms) for sd in power.SEED_SDS]
+    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
+    found = " and ".join(f"{value:.0f}" for value in points)
+    text = f"{seeds} seeds x {tasks} tasks find differences of {found} points (4 times in 5, where seeds spread by {spread})"
+    return [("power", text)]
+
+
+def _tasks(cell: "Cell") -> int | None:
+    """The size of the panel that is read at the end, where its world is at hand."""
+    from aem_exp import config
+
+    try:
+        config.check_runnable(cell.experiment)
+        return len(config.instantiate(cell.experiment.env.make).tasks(cell.experiment.evaluation.final))
+    except ConfigError:
+        return None
+
+
+def _next(sweep: "Sweep", todo: Sequence["Cell"], typed: str) -> str:
+    """The command that most likely comes next."""
+    if not todo:
+        return f"python -m aem_exp.status {sweep.name}"
+    return f"{typed} {'--submit' if todo[0].experiment.launch.where == 'slurm' else '--local'}"
+
+
+def _as_json(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]) -> dict[str, object]:
+    wanted = {cell.folder for cell in todo}
+    return {
+        "sweep": sweep.name,
+        "question": sweep.question,
+        "cells": [
+            {
+                "groups": [label.group for label in cell.labels],
+                "seed": cell.seed,
+                "run": str(cell.folder),
+                "state": states[cell.folder].what,
+                "class": states[cell.folder].kind,
+                "why": states[cell.folder].sentence,
+                "to_run": cell.folder in wanted,
+                "overrides": list(cell.overrides),
+            }
+            for cell in sweep.cells
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Runs on a real SLURM cluster: submitted, preempted, requeued, killed, cancelled, out of time; and nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from doors import SMALL, metrics
+
+from aem_exp import attempts, state
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+HERE = Path(__file__).parent
+CELL = [*SMALL, "launch=slurm_cpu", "env.make._target_=slow.Slow", "tracking=off", "launch.save_every=2"]
+
+
+class Site:
+    """A user's desk: a folder with a module of their own, the outputs, and the cluster's settings."""
+
+    def __init__(self, cluster, cache, folder, **site):
+        self.cluster, self.folder, self.outputs = cluster, folder, folder / "out"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(HERE / "slow.py", folder)
+        (folder / "site").mkdir()
+        (folder / "site" / "site.yaml").write_text(json.dumps(site))  # YAML, too
+        self.env = cluster.env | {
+            "AEM_CACHE": str(cache),
+            "AEM_OUTPUTS": str(self.outputs),
+            "AEM_SITE": str(folder / "site"),
+            "MASTER_ADDR": "127.0.0.1",  # the nodes are virtual, and have no addresses
+            "COLUMNS": "160",
+        }
+
+    def door(self, room, *words, code=0, **env):
+        command = [sys.executable, "-m", room, *map(str, words)]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    def submit(self, *words, **env):
+        """Submit one run; its folder and its job."""
+        out = self.door("aem_exp", *CELL, *words, **env)
+        lines = dict(line.split(maxsplit=1) for line in out.splitlines() if " " in line)
+        return Path(lines["run"]), lines["job"]
+
+    def here(self, *words):
+        """The same run on this machine, undisturbed."""
+        out = self.door("aem_exp", *CELL, *words, "launch=local", f"outputs={self.folder / 'here'}")
+        return Path(out.splitlines()[0].split()[1])
+
+    def states(self, *folders):
+        before = dict(os.environ)
+        os.environ.update(self.env)
+        try:
+            return [state.read(folders)[folder] for folder in folders]
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def until(seen, what, seconds=90):
+    end = time.monotonic() + seconds
+    while not (value := seen()):
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.1)
+    return value
+
+
+def steps(folder):
+    return sum("train/success" in row for row in metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def begun(folder, starts):
+    return sum(event["event"] == "start" for event in attempts.read(folder)) >= starts
+
+
+def log(folder):
+    return "\n".join(path.read_text() for path in (folder / "slurm").glob("*.out"))
+
+
+def finished(folder, seconds=120):
+    until(lambda: (folder / "result.json").exists(), f"the result in {folder}: {log(folder)}", seconds)
+
+
+def same(run, reference):
+    """Metrics, weights and episodes of two runs are equal."""
+    import pandas as pd
+    from safetensors.torch import load_file
+
+    assert metrics(run) == metrics(reference)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, reference))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "episodes.parquet") for folder in (run, reference)))
+
+
+@pytest.fixture
+def desk(cluster, cache, tmp_path):
+    return Site(cluster, cache, tmp_path)
+
+
+def test_preempted_requeued_and_robbed_of_its_node_it_ends_the_same(cluster, cache, tmp_path):
+    """One run, three blows: preemption (TERM, then KILL), a bare requeue, a node that dies."""
+    desk = Site(cluster, cache, tmp_path, partition="preempt")
+    reference = desk.here()
+    folder, job = desk.submit(SLOW="0.05")
+    assert "already on its way" in desk.door("aem_exp", *CELL)
+
+    until(lambda: steps(folder) >= 1, f"a step: {log(folder)}")
+    saved = list(folder.glob("checkpoint-*"))
+    assert not saved  # it saves every two steps
+    hog = cluster.sbatch("-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+    until(lambda: "asked to stop (SIGTERM)" in log(folder), "the end of the step")
+    assert list(folder.glob("checkpoint-*"))  # at the end of the step
+    until(lambda: begun(folder, 2), "a second start")
+    cluster.wait(hog, {"COMPLETED"})
+
+    until(lambda: steps(folder) >= 3, f"another step: {log(folder)}")
+    cluster.scontrol("requeue", job)
+    until(lambda: begun(folder, 3), "a third start")
+    (found,) = desk.states(folder)
+    assert (found.what, found.starts) == ("running", 3)
+
+    until(lambda: steps(folder) >= 4, f"another step: {log(folder)}")
+    node = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
+    cluster.kill_node(node)
+    finished(folder)
+    cluster.revive_node(node)
+    same(folder, reference)
+    assert begun(folder, 4)
+    assert "finished" in desk.door("aem_exp", *CELL)
+
+
+def test_two_nodes_agree_save_and_go_on(desk):
+    """USR2, which comes before a time limit, at one process of two: both stop at the same step, and end as if undisturbed."""
+    two = ["launch.nodes=2", "seed=2"]
+    reference = desk.folder / "reference"
+    calm, _ = desk.submit(*two, f"outputs={reference}")
+    folder, job = desk.submit(*two, SLOW="0.05")
+    until(lambda: steps(folder) >= 1, f"a step: {log(folder)}")
+    pid = attempts.read(folder)[0]["pid"]
+    os.kill(pid, signal.SIGUSR2)
+    until(lambda: begun(folder, 2), f"a second start: {log(folder)}")
+    finished(folder)
+    finished(calm)
+    same(folder, calm)
+    assert "asked to stop (SIGUSR2); step" in log(folder)
+    assert desk.cluster.history(job)[0] == "REQUEUED"
+
+
+def test_a_time_limit_costs_nothing(desk):
+    """SLURM itself says when time is up: a minute, with its first word 45 s before the end."""
+    folder, job = desk.submit("seed=3", "launch.hours=0.016", "launch.warn_seconds=45", SLOW="0.4")
+    until(lambda: begun(folder, 2), f"a second start: {log(folder)}", 150)
+    assert "asked to stop (SIGUSR2)" in log(folder)
+    assert steps(folder) >= 1
+    first = [event for event in attempts.read(folder) if event["event"] == "start"]
+    assert first[1]["step"] > 0
+    desk.cluster.run("scancel", job)
+    until(lambda: desk.states(folder)[0].kind == "user", "the cancelled state")
+    assert "cancelled" in desk.states(folder)[0].sentence
+
+
+def test_what_is_edited_while_a_job_waits_does_not_reach_it(desk):
+    folder, job = desk.submit("seed=4", SLOW="0")
+    desk.cluster.scontrol("hold", job)
+    if begun(folder, 1):
+        pytest.fail("it began before it could be held")
+    (desk.folder / "slow.py").write_text("raise RuntimeError('edited')")
+    desk.cluster.scontrol("release", job)
+    finished(folder)
+
+
+def test_what_slurm_refuses_is_one_sentence(desk):
+    (desk.folder / "site" / "site.yaml").write_text("partition: nowhere")
+    err = desk.door("aem_exp", *CELL, code=2)
+    assert "invalid partition" in err and "partitions here: gpu preempt" in err
+    (desk.folder / "site" / "site.yaml").write_text("partitoin: gpu")
+    assert "did you mean" in desk.door("aem_exp", *CELL, code=2)
+    (desk.folder / "site" / "site.yaml").write_text("")
+    err = desk.door("aem_exp", *CELL, "launch.gpus_per_node=16", "launch.trainer={}", code=2)
+    assert "16 GPUs" in err and len(err.splitlines()) == 1
+    nowhere = {"PATH": "/nowhere"}
+    assert "sbatch is not on the PATH" in desk.door("aem_exp", *CELL, code=2, **nowhere)
