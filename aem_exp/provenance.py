@@ -24,8 +24,10 @@ PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # wh
 _HERE = Path(__file__).resolve().parent
 
 
-def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int = 1) -> list[str]:
-    """How what would run now differs from what ran in this folder."""
+def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
+    """How what would run now differs from what ran in this folder, in as many processes (or `ranks`)."""
+    if ranks is None:
+        ranks = read(run_dir)["processes"] if (run_dir / FILE).exists() else 1
     return _against(run_dir, _now(experiment, weights, ranks), _code(experiment))
 
 
