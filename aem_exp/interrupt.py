@@ -20,6 +20,10 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
 
+class Enough(KeyboardInterrupt):
+    """Whoever watches the run has seen enough of it (a pruned trial); all up to here is saved."""
+
+
 class Signals:
     """Listens while the context lives, in the main thread; elsewhere it hears nothing."""
 

@@ -68,8 +68,12 @@ def site() -> tuple[Site, Path]:
         raise ConfigError(str(file), "not YAML", " ".join(str(error).split())) from error
 
 
-def submit(folders: Sequence[Path], launch: Launch, name: str, logs: Path, at_once: int = 0) -> list[str]:
+def submit(
+    folders: Sequence[Path], launch: Launch, name: str, logs: Path, at_once: int = 0, room: str = "aem_exp.run"
+) -> list[str]:
     """Send run dirs, which hold experiments and code, to the queue: one array, `at_once` of it at a time; the ids.
+
+    A job is `python -m ROOM FOLDER`.
 
     Raises:
         ConfigError: there is no SLURM here, or it refuses the job; in its own words.
@@ -85,7 +89,7 @@ def submit(folders: Sequence[Path], launch: Launch, name: str, logs: Path, at_on
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with executor.batch():
-            jobs = [executor.submit(_start, str(folder)) for folder in folders]
+            jobs = [executor.submit(_start, str(folder), room) for folder in folders]
     except FailedJobError as error:
         _refused(error, here, launch)
     finally:
@@ -136,7 +140,7 @@ def _cpus(launch: Launch) -> list[str]:
     return [f"--cpus-per-task={launch.cpus_per_task}"] if launch.cpus_per_task else []
 
 
-def _start(folder: str) -> None:
+def _start(folder: str, room: str) -> None:
     """What each task of a job does: become the command that a person would type. Pickled whole."""
     import os
     import sys
@@ -162,7 +166,7 @@ def _start(folder: str) -> None:
         "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
         "COLUMNS": "120",
     }
-    os.execv(sys.executable, [sys.executable, "-u", "-m", "aem_exp.run", folder])
+    os.execv(sys.executable, [sys.executable, "-u", "-m", room, folder])
 
 
 def again() -> None:

@@ -17,11 +17,13 @@ from typing import Any
 
 from aem_exp import checkpoints, config, disk, metrics, policy, provenance, ranks
 from aem_exp.config import Experiment
-from aem_exp.interrupt import Interrupted, Signals
+from aem_exp.interrupt import Enough, Interrupted, Signals
 from aem_exp.values import Stop
 
 log = logging.getLogger("aem_exp")
-Watch = Callable[[int, int, dict[str, float]], None]  # finished steps, all steps, metrics of the last one
+Watch = Callable[
+    [int, int, dict[str, float]], bool | None
+]  # finished steps, all steps, the last one's metrics -> enough?
 BEFORE = "before.json"
 SPARE = 50_000_000  # bytes for everything but weights
 
@@ -83,6 +85,7 @@ class Parts:
         self.episodes = Episodes(folder, start.measured) if self.first else None
         self.scores: dict[str, Any] = {}
         self.crashes: set[str] = set()  # kinds that were told
+        self.enough = False  # the watcher has seen enough
         self.trainer = self._trainer()
 
     def play(self) -> dict[str, Any]:
@@ -125,6 +128,8 @@ class Parts:
         elif checkpoint:  # stopped between the last step and the result
             self.trainer._load_from_checkpoint(checkpoint)
         if self.time.step < self.time.steps:
+            if ranks.shared(lambda: self.enough):
+                raise Enough(f"enough was seen at step {self.time.step}")
             raise Interrupted(self.signals.heard or signal.SIGTERM)  # another process may have heard it
 
     def _trainer(self) -> Any:
@@ -141,7 +146,7 @@ class Parts:
             lambda: self._exam(experiment.evaluation.panel).metrics("eval/"),
             experiment.evaluation.every,
             experiment.launch.save_every,
-            lambda: self.signals.heard is not None,
+            lambda: self.enough or self.signals.heard is not None,
         )
         sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
         return build(
@@ -207,8 +212,8 @@ class Parts:
 
     def _report(self, step: int, row: dict[str, float]) -> None:
         self.tracker.log(step, row)
-        if self.watch:
-            self.watch(step, self.time.steps, row)
+        if self.watch and self.watch(step, self.time.steps, row):
+            self.enough = True
 
     def _keep(self, step: int, credit: Any) -> None:
         from aem_exp.episodes import record

@@ -680,16 +680,39 @@ def main() -> int:
 
 
 def _read() -> argparse.Namespace:
-    parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of a run.")
-    verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild a run in MLflow")
-    verb.add_argument("run_dir", type=Path)
+    parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
+    verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
+    verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
     verb.add_argument("--uri", help="the store, if not the one that the run was logged to")
+    verb.add_argument("--reconcile", action="store_true", help="also end runs there that nobody is at any more")
     return parser.parse_args()
 
 
 def _act(asked: argparse.Namespace) -> int:
-    print(sync(asked.run_dir, asked.uri and stores.resolve_uri(asked.uri, Path.cwd())))
+    uri = asked.uri and stores.resolve_uri(asked.uri, Path.cwd())
+    runs = [run for folder in asked.run_dir for run in _runs(folder)]
+    if asked.reconcile:
+        _reconcile(runs)
+    for run_dir in runs:
+        print(sync(run_dir, uri), flush=True)
     return 0
+
+
+def _runs(folder: Path) -> list[Path]:
+    """A run dir, or those that lie in a folder."""
+    inside = sorted(card.parent for card in folder.glob(f"*/{CARD}"))
+    return inside if inside and not (folder / CARD).exists() else [folder]
+
+
+def _reconcile(runs: Iterable[Path]) -> None:
+    """Note the end of runs that were killed before they could: MLflow would show them as running for ever."""
+    from aem_exp import state
+
+    ends = {state.DONE: "FINISHED", state.FAILED: "FAILED", state.STOPPED: "KILLED"}
+    for run_dir, found in state.read([run for run in runs if (run / CARD).exists()]).items():
+        card = read_card(run_dir)
+        if card["status"] is None and found.what in ends:
+            save_card(run_dir, {**card, "status": ends[found.what]})
 
 
 if __name__ == "__main__":

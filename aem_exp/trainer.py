@@ -222,7 +222,9 @@ class AEMTrainer(GRPOTrainer):
             callbacks=[callback],
             **kwargs,
         )
-        if args.device.type == "cpu":  # several processes on CPUs are told "cpu:0", to which torch restores no checkpoint
+        if (
+            args.device.type == "cpu"
+        ):  # several processes on CPUs are told "cpu:0", to which torch restores no checkpoint
             args.__dict__["_setup_devices"] = torch.device("cpu")
         self.remove_callback(PrinterCallback)  # the terminal is the door's
         self.aem, self.time = callback, callback.time

@@ -1,0 +1,106 @@
+"""Door: everything a job needs that a compute node cannot fetch, made or fetched here, where there is a network.
+
+`python -m aem_exp.prepare +experiment=X`, or the name of a sweep. Asked again, it only checks.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aem_exp import door
+from aem_exp.values import ConfigError
+
+if TYPE_CHECKING:
+    from aem_exp.config import Experiment
+
+ABOUT = """\
+Fetch weights, make small policies, open worlds: whatever a job needs and could not get on a compute node.
+
+  python -m aem_exp.prepare +experiment=alfworld_1_5b
+  python -m aem_exp.prepare household_quick            all cells of a sweep
+"""
+WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    return door.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)), lambda: "asked again, it goes on")
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = door.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("asked", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
+    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    return parser.parse_intermixed_args(argv)
+
+
+def _act(asked: argparse.Namespace) -> int:
+    door.reach(asked.config_dir)
+    for experiment in _different(_experiments(asked)):
+        _prepare(experiment)
+    print("next    the same words after python -m aem_exp (an experiment), or aem_exp.sweep (a sweep)")
+    return 0
+
+
+def _experiments(asked: argparse.Namespace) -> list["Experiment"]:
+    from aem_exp import config, questions
+
+    if asked.asked and "=" not in asked.asked[0]:
+        sweep = questions.load(asked.asked[0], asked.asked[1:], asked.config_dir)
+        return [cell.experiment for cell in sweep.cells]
+    return [config.load(asked.asked, asked.config_dir)]
+
+
+def _different(experiments: Sequence["Experiment"]) -> list["Experiment"]:
+    """One of each model and world."""
+    return list({repr((e.model, e.env)): e for e in experiments}.values())
+
+
+def _prepare(experiment: "Experiment") -> None:
+    from aem_exp import config, policy, progress
+
+    progress.quiet()
+    config.check_runnable(experiment)
+    world = config.instantiate(experiment.env.make)
+    panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
+    sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
+    print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)
+    if experiment.model.path is None:
+        print(f"policy  {experiment.model.name}: {policy.made(experiment, world)}", flush=True)
+        return
+    try:
+        folder = policy.locate(experiment.model)
+    except ConfigError:
+        _fetch(experiment)
+        folder = policy.locate(experiment.model)
+    print(f"policy  {experiment.model.name}: {folder}", flush=True)
+
+
+def _fetch(experiment: "Experiment") -> None:
+    """The model's files from the hub, at the revision that is asked for; resumable, and checked by its hashes."""
+    import os
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    model = experiment.model
+    assert model.path
+    if (os.path.sep in model.path and model.path.count("/") != 1) or model.path.startswith((".", "/")):
+        raise ConfigError("model.path", model.path, "there is no such folder, and it is no hub id")
+    print(f"fetch   {model.path}{f' at {model.revision}' if model.revision else ''}", flush=True)
+    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    try:
+        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=WEIGHTS)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            "model.path", model.path, f"the hub does not give it ({why}); is there a network here?"
+        ) from error
+    if not model.revision:
+        print(f"pin     model.revision={os.path.basename(folder)}   (or a later fetch may be of other weights)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
