@@ -84,6 +84,8 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     if not (asked.submit or asked.local):
         print(f"\nnext    {_next(sweep, todo, typed)}")
         return 0
+    if asked.submit:
+        _check_submits(todo)
     _record(sweep)
     _views(sweep)
     code = 0
@@ -123,15 +125,18 @@ def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
 
     sizes: dict[str, list[Cell]] = {}
     for cell in todo:
-        if cell.experiment.launch.where != "slurm":
-            name = cell.experiment.launch.name
-            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
-            raise ConfigError("launch", name, remedy)
         sizes.setdefault(repr(cell.experiment.launch), []).append(cell)
     for cells in sizes.values():
         logs = _outputs(sweep) / FOLDER / sweep.name
         sent = dispatch.send([cell.experiment for cell in cells], sweep.name, logs, at_once)
         print(f"sent    {len(sent)} cells as job {sent[0][1].partition('_')[0]}; logs in {logs}")
+
+
+def _check_submits(todo: Sequence["Cell"]) -> None:
+    for cell in todo:
+        if cell.experiment.launch.where != "slurm":
+            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
+            raise ConfigError("launch", cell.experiment.launch.name, remedy)
 
 
 def _run_here(todo: Sequence["Cell"], at_once: int) -> int:

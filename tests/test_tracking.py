@@ -202,10 +202,11 @@ TOGETHER = """
     from tests_of_tracking import numbers, opened, stores, tracking
     tracking._import("sqlite:///x")
     outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
-    for index in range(8):
+    count, live = int(sys.argv[2]), sys.argv[3] == "live"
+    for index in range(count):
         if not (child := os.fork()):
-            time.sleep(start - time.time())
-            with opened(outputs / f"run{index}", stores.resolve_uri(None, outputs)) as tracker:
+            time.sleep(max(0.0, start - time.time()))
+            with opened(outputs / f"run{index}", stores.resolve_uri(None, outputs), live=live) as tracker:
                 for step in range(1, 4):
                     tracker.log(step, numbers(step))
             os._exit(0 if tracker.trouble is None else 1)
@@ -240,11 +241,14 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 21))
 
 
-def test_8_processes_start_at_once_on_a_new_store(tmp_path: Path) -> None:
-    done = script(tmp_path, TOGETHER, str(tmp_path / "outputs"), AEM_CACHE=str(tmp_path / "cache"))
+@pytest.mark.parametrize(("count", "how"), [(8, "live"), (50, "later")])
+def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str) -> None:
+    """Jobs send a sqlite store everything at their end, one after another: fifty at a time lose nothing."""
+    done = script(tmp_path, TOGETHER, str(tmp_path / "outputs"), str(count), how, AEM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    runs = [in_mlflow(store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}") for index in range(8)]
-    assert len({run.info.run_id for run in runs}) == 8
+    runs = [in_mlflow(store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}") for index in range(count)]
+    assert len({run.info.run_id for run in runs}) == count
+    assert all(run.data.params == {"seed": "0"} for run in runs)
     assert len({run.info.experiment_id for run in runs}) == 1
     assert all(run.steps == all_names([1, 2, 3]) for run in runs)
     assert all(run.info.status == "FINISHED" for run in runs)

@@ -1,0 +1,155 @@
+"""A sweep as a user runs it: planned, carried out here, one cell broken, asked again, and seen in MLflow."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlflow
+import pytest
+from doors import SMALL
+
+from aem_exp import members, state, status, sweep
+
+TINY = [word for word in SMALL if not word.startswith(("trainer.steps", "evaluation.every"))] + ["trainer.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "quick.yaml").write_text(
+        f"question: Does it work?\nbase: {' '.join(TINY)}\n"
+        "arms:\n  none: modulation=none\n  aem: modulation=aem\nseeds: 0,1\n"
+    )
+    env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(folder / "out"), "COLUMNS": "160"}
+
+    def ask(room, *words, code=0):
+        command = [sys.executable, "-m", room, *words]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return folder, ask
+
+
+@pytest.fixture(scope="module")
+def carried_out(desk):
+    """The plan before, what the door said, and the sweep when it was first carried out, with one cell that cannot run."""
+    folder, ask = desk
+    plan = ask("aem_exp.sweep", "quick.yaml")
+    rows = json.loads(ask("aem_exp.sweep", "quick.yaml", "--json"))["cells"]
+    broken = next(row for row in rows if row["groups"] == ["aem"] and row["seed"] == 1)
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "out" / os.path.basename(broken["run"])).mkdir()
+    (folder / "out" / os.path.basename(broken["run"]) / "before.json").write_text("{}")  # of another, half-written run
+    (folder / "out" / os.path.basename(broken["run"]) / "provenance.json").write_text("not JSON")
+    said = ask("aem_exp.sweep", "quick.yaml", "--local", "--at-once", "2", code=1)
+    return plan, said, rows
+
+
+def test_a_plan_runs_nothing(desk, carried_out):
+    plan, _, rows = carried_out
+    assert "to run  4 of 4 cells" in plan
+    assert "power" in plan and "--local" in plan
+    assert {row["state"] for row in rows} == {"new"}
+
+
+def test_a_cell_that_fails_stops_no_other(desk, carried_out):
+    _, ask = desk
+    _, said, _ = carried_out
+    assert "1 of 4 cells did not finish" in said
+    table = ask("aem_exp.status", "quick")
+    assert "3 done, 1 failed" in table
+    rows = json.loads(ask("aem_exp.status", "quick", "--json"))
+    (failed,) = [row for row in rows if row["what"] == "failed"]
+    assert (failed["kind"], failed["missing"], failed["seed"]) == ("crash", False, "1")
+    assert "JSONDecodeError" in failed["sentence"]
+
+
+def test_asked_again_only_what_is_missing_runs(desk, carried_out):
+    folder, ask = desk
+    assert "to run  0 of 4 cells" in ask("aem_exp.sweep", "quick.yaml")
+    (broken,) = [path for path in (folder / "out").glob("*/before.json") if path.read_text() == "{}"]
+    broken.unlink()
+    (broken.parent / "provenance.json").unlink()
+    assert "to run  1 of 4 cells" in ask("aem_exp.sweep", "quick.yaml", "--retry", "crash", "--local")
+    assert "nothing is missing" in ask("aem_exp.sweep", "quick.yaml", "--local")
+    assert "4 done" in ask("aem_exp.status", "--once")
+
+
+def test_the_sweep_can_be_found_in_mlflow(desk, carried_out):
+    folder, _ = desk
+    _, said, _ = carried_out
+    assert "viewStateShareKey=aem.quick.curves" in said
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
+    runs = client.search_runs([experiment.experiment_id], "tags.`aem.sweep.quick` != ''")
+    assert sorted(run.data.tags["aem.sweep.quick"] for run in runs if run.info.status == "FINISHED")[:1] == ["aem"]
+    assert len({run.data.tags["aem.signature"] for run in runs}) == len(runs) >= 3
+    assert any(tag.startswith("mlflow.sharedViewState.aem.quick") for tag in experiment.tags)
+
+
+def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
+    """The second finds it done, and MLflow shows it under both."""
+    folder, ask = desk
+    (folder / "other.yaml").write_text(
+        f"question: Another?\nbase: {' '.join(TINY)}\narms:\n  base: modulation=none\n  half: modulation=lam_half\nseeds: 0\n"
+    )
+    rows = json.loads(ask("aem_exp.sweep", "other.yaml", "--json"))["cells"]
+    assert [row["state"] for row in rows] == ["done", "new"]
+    ask("aem_exp.sweep", "other.yaml", "--local")
+    assert members.labels(folder / "out" / os.path.basename(rows[0]["run"])) == {"quick": "none", "other": "base"}
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
+    runs = client.search_runs([experiment.experiment_id], "tags.`aem.sweep.other` = 'base'")
+    assert [run.data.tags["aem.sweep.quick"] for run in runs] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (sweep.main, ["nowhere"], "sweep=nowhere: choose from"),
+        (sweep.main, ["household_quick", "--submit", "--local"], "not both"),
+        (sweep.main, ["household_quick", "--submit"], "such as launch=slurm_cpu"),
+        (sweep.main, ["household_quick", "trainer.stps=1"], "did you mean"),
+        (status.main, ["nosuch"], "no sweep of that name"),
+        (status.main, ["--outputs", "/nowhere"], "there is no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, main, words, said):
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("*/experiment.json"))
+
+
+def test_a_state_is_read_from_what_a_kill_left(tmp_path):
+    def run(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "experiment.json").write_text('{"trainer": {"steps": 9}}')
+        for name, lines in files.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    start = {"event": "start", "at": 1.0, "step": 0, "job": None, "start": 0}
+    new, killed = run(), run(attempts=[start])
+    stopped = run(attempts=[start, {"event": "stopped", "at": 2.0, "sentence": "asked to stop (SIGTERM)", "step": 3}])
+    nan = run(
+        attempts=[start, {"event": "failed", "at": 2.0, "class": "nan", "sentence": "the norm is nan", "step": 3}]
+    )
+    row = {"step": 4, "time/logged_at": 1, "train/success": 0.5}
+    half = run(attempts=[start], metrics=[row])
+    (half / "attempts.jsonl").open("a").write('{"event": "sto')
+    found = state.read([new, killed, stopped, nan, half])
+    seen = {folder: (s.what, s.kind, s.missing) for folder, s in found.items()}
+    assert seen == {
+        new: ("new", "", True),
+        killed: ("failed", "killed", True),
+        stopped: ("stopped", "", True),
+        nan: ("failed", "nan", False),
+        half: ("failed", "killed", True),
+    }
+    assert (found[half].step, found[half].steps, found[half].score) == (4, 9, ("train/success", 0.5))
