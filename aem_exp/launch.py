@@ -5,6 +5,7 @@ when it was submitted. submitit writes the batch script, makes one array of many
 starts is pickled whole and needs none of our files. `slurm/site.yaml` and `slurm/setup.sh` say what is particular to a cluster.
 """
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -88,7 +90,7 @@ def submit(
     executor.update_parameters(**_asked(here, place, launch, name, at_once))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
-        with executor.batch():
+        with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
             jobs = [executor.submit(_start, str(folder), room) for folder in folders]
     except FailedJobError as error:
         _refused(error, here, launch)

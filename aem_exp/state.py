@@ -99,7 +99,8 @@ def _ended(
         if job is not None and job.state in ENDS:
             kind, sentence = ENDS[job.state]
             return State(FAILED, kind=kind, sentence=sentence, **known)
-        return State(FAILED, kind="unseen", sentence=UNSEEN, **known)
+        said = _refusal(Path(card["log"]))
+        return State(FAILED, kind="config" if said else "unseen", sentence=said or UNSEEN, **known)
     if last.get("event") == attempts.FAILED:
         return State(FAILED, kind=last["class"], sentence=last["sentence"], **known)
     if last.get("event") == attempts.STOPPED:
@@ -110,6 +111,12 @@ def _ended(
         kind, sentence = ENDS.get(job.state if job else "", ("killed", "its process was killed"))
         return State(FAILED, kind=kind, sentence=sentence, **known)
     return State(NEW, **known)
+
+
+def _refusal(log: Path) -> str:
+    """The sentence with which a job refused to begin, if it did."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line.removeprefix("aem_exp: ") for line in reversed(lines) if line.startswith("aem_exp: ")), "")
 
 
 def _steps(folder: Path) -> int:

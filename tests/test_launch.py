@@ -200,7 +200,7 @@ def test_what_slurm_refuses_is_one_sentence(desk):
     (desk.folder / "site" / "site.yaml").write_text("partitoin: gpu")
     assert "did you mean" in desk.door("aem_exp", *CELL, code=2)
     (desk.folder / "site" / "site.yaml").write_text("")
-    err = desk.door("aem_exp", *CELL, "launch.gpus_per_node=12", "launch.trainer={}", code=2)
+    err = desk.door("aem_exp", *CELL, "launch.gpus_per_node=12", "launch.trainer.use_cpu=false", code=2)
     assert "12 GPUs" in err and len(err.splitlines()) == 1
     nowhere = {"PATH": "/nowhere"}
     assert "sbatch is not on the PATH" in desk.door("aem_exp", *CELL, code=2, **nowhere)
