@@ -27,7 +27,7 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
     launch.check()
     for experiment in experiments:
         check_prepared(experiment)
-    folders = [_written(experiment) for experiment in experiments]
+    folders = _written(experiments)
     ids = launch.submit(folders, experiments[0].launch, name, logs, at_once)
     return list(zip(folders, ids, strict=True))
 
@@ -39,7 +39,7 @@ def run_here(experiments: Sequence[Experiment], at_once: int, say: Callable[[str
     """
     for experiment in experiments:
         config.check_here(experiment)
-    waiting = [_written(experiment) for experiment in experiments]
+    waiting = _written(experiments)
     live: dict[subprocess.Popen[bytes], Path] = {}
     total, failed = len(waiting), 0
     try:
@@ -100,10 +100,10 @@ def on_its_way(folder: Path) -> str | None:
     return f"job {known.id}, {known.state.lower()}" if known and known.live else None
 
 
-def _written(experiment: Experiment) -> Path:
-    """The run dir, with what the job needs: the experiment, and the code that runs it."""
-    folder = config.run_dir(experiment)
-    folder.mkdir(parents=True, exist_ok=True)
-    provenance.freeze(folder, experiment)
-    disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
-    return folder
+def _written(experiments: Sequence[Experiment]) -> list[Path]:
+    """The run dirs, with what the jobs need: the experiment, and the code that runs it."""
+    runs = {config.run_dir(experiment): experiment for experiment in experiments}
+    provenance.freeze(runs)
+    for folder, experiment in runs.items():
+        disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+    return list(runs)

@@ -55,11 +55,17 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
     return [change for mark in marks for change in mark["changes"]]
 
 
-def freeze(run_dir: Path, experiment: Experiment) -> None:
-    """Freeze the code for a run that a job will start; a run that has begun keeps the code that it began with."""
-    if not (run_dir / FILE).exists():
-        _freeze(run_dir / CODE, _code(experiment))
-        disk.write(run_dir / COMMIT, (_commit(_HERE) or "") + "\n")
+def freeze(runs: Mapping[Path, Experiment]) -> None:
+    """Freeze the code for runs that jobs will start; a run that has begun keeps the code that it began with."""
+    commit, codes = _commit(_HERE) or "", dict[frozenset[str], dict[str, Path]]()
+    for run_dir, experiment in runs.items():
+        if not (run_dir / FILE).exists():
+            modules = _modules(experiment)
+            if modules not in codes:
+                codes[modules] = _code(experiment)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _freeze(run_dir / CODE, codes[modules])
+            (run_dir / COMMIT).write_text(commit + "\n")
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -99,13 +105,18 @@ def _code(experiment: Experiment) -> dict[str, Path]:
     if not (root := config.conf_root()).is_relative_to(_HERE):
         code |= {f"conf/{file.relative_to(root)}": file for file in _files(root)}
     installed = tuple(sysconfig.get_paths().values())
-    for module in {target.partition(".")[0] for target in _targets(config.to_dict(experiment))} - {"aem_exp"}:
+    for module in _modules(experiment):
         where = targets.location(module)
         if where is not None and not str(where).startswith(installed):
             here = where.parent
             near = _files(where) if where.is_dir() else [file for file in _files(here) if file.parent == here]
             code |= {str(file.relative_to(here)): file for file in near if file.suffix == ".py" or where.is_dir()}
     return code
+
+
+def _modules(experiment: Experiment) -> frozenset[str]:
+    """What a user's functions lie in."""
+    return frozenset(target.partition(".")[0] for target in _targets(config.to_dict(experiment))) - {"aem_exp"}
 
 
 def _targets(data: Any) -> Iterator[str]:

@@ -202,7 +202,7 @@ def _shown(experiment: Experiment, folder: Path) -> int:
                 run(experiment, line, folder)
         except Owned as owned:
             print(owned)
-            return 0
+            return 0 if ranks.count() == 1 else 1  # the other processes of this job end with it
         except Stop as stop:
             raise Stop(
                 f"{stop}. The run dir has all up to step {parts.found(folder).step}: {folder}", stop.kind
