@@ -13,6 +13,7 @@ first one is the reference; a *point* is a choice out of one of the products; ov
     seeds: 0,1,2                                         # or range(0,3)
     launch: launch=local                                 # optional: how much machine
 
+With `search:` in the place of arms and products it is a study (see `study`), and its one cell what the search goes around.
 What stands later in a cell wins: base, launch, arm, point, what was typed, seed. Everything that is wrong with a cell is
 said here, before any of them begins.
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from aem_exp.compose import Composer
 
 Point = tuple[str, ...]
-KEYS: Final = ("question", "base", "arms", "products", "seeds", "launch")
+KEYS: Final = ("question", "base", "arms", "products", "search", "seeds", "launch")
 COMMON: Final = {  # what no arm and no point may set
     "seed": "seeds stand under seeds:, the same for every arm",
     "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
@@ -83,6 +84,7 @@ class Sweep:
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
+    search: Mapping[str, Any] | None = None  # the block of a study, which `study` understands
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Question:
     products: list[list[Point]]  # the points of each
     seeds: list[str]  # as overrides
     typed: list[str]
+    search: Mapping[str, Any] | None = None
 
 
 def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Sweep:
@@ -135,6 +138,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
             products=[_spread(f"{name}.products", words, composer) for words in products] or [[()]],
             seeds=[words[-1] for words in _spread(f"{name}.seeds", [f"seed={_seeds(name, given)}"], composer)],
             typed=typed,
+            search=data.get("search"),
         ),
         composer,
     )
@@ -223,11 +227,18 @@ def _read(file: Path) -> dict[str, Any]:
     for key, value in data.items():
         if key not in KEYS:
             raise unknown(f"{name}.{key}", value, KEYS)
-    for key in ("question", "arms", "seeds", *(key for key in ("products",) if key in data)):
+    if "search" in data:
+        data.setdefault("arms", {"base": None})
+    for key in ("question", "arms", "seeds", *(key for key in ("products", "search") if key in data)):
         if data.get(key) in (None, "", [], {}):
             raise ConfigError(f"{name}.{key}", data.get(key), "must hold something")
-    kinds = {"question": (str, "a sentence"), "products": (list, "a list, one product to an item")}
-    for key, (kind, words) in (kinds | {"arms": (dict, "a mapping, name: overrides")}).items():
+    kinds: dict[str, tuple[type, str]] = {
+        "question": (str, "a sentence"),
+        "products": (list, "a list, one product to an item"),
+        "arms": (dict, "a mapping, name: overrides"),
+        "search": (dict, "a mapping with space, trials, and more"),
+    }
+    for key, (kind, words) in kinds.items():
         if key in data and not isinstance(data[key], kind):
             raise ConfigError(f"{name}.{key}", data[key], f"must be {words}")
     for arm in data["arms"]:
@@ -289,6 +300,10 @@ def _spread(at: str, words: Sequence[str], composer: "Composer") -> list[Point]:
 def _sweep(asked: _Question, composer: "Composer") -> Sweep:
     _check_common(asked)
     points = list(dict.fromkeys(point for points in asked.products for point in points))
+    for key, given in {"arms": asked.arms, "products": points, "seeds": asked.seeds}.items():
+        if asked.search is not None and len(given) > 1:
+            remedy = "a search goes around one experiment: one arm, one point, one seed; vary the rest in search.space"
+            raise ConfigError(f"{asked.name}.{key}", f"{len(given)} of them", remedy)
     labels = _labels(asked.arms, points)
     cells: dict[str, Cell] = {}
     reached: dict[tuple[str, Point], str] = {}  # with the first seed
@@ -308,7 +323,9 @@ def _sweep(asked: _Question, composer: "Composer") -> Sweep:
             reached.setdefault((label.arm, label.point), signature)
     _check_different(asked, points, reached)
     seeds = tuple(dict.fromkeys(cell.seed for cell in cells.values()))
-    return Sweep(asked.name, asked.text, asked.file, asked.arms, tuple(points), seeds, tuple(cells.values()))
+    return Sweep(
+        asked.name, asked.text, asked.file, asked.arms, tuple(points), seeds, tuple(cells.values()), asked.search
+    )
 
 
 def _resolved(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:

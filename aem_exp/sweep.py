@@ -75,6 +75,8 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """Show the plan of a sweep, and do what `asked` says with it; `typed`: the command that asked."""
     from aem_exp import state
 
+    if sweep.search is not None:
+        return _study(sweep, asked, typed)
     states = state.read([cell.folder for cell in sweep.cells])
     todo = [cell for cell in sweep.cells if _wanted(states[cell.folder], asked.retry)]
     if asked.json:
@@ -97,6 +99,16 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
         code = _run_here(todo, asked.at_once)
     print(f"next    python -m aem_exp.status {sweep.name}")
     return code
+
+
+def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
+    """The same for a search, whose cells nobody knows before they are asked for."""
+    from aem_exp import study
+
+    search = study.of(sweep, asked.overrides, asked.config_dir)
+    if (asked.submit or asked.local) and not asked.json:
+        _views(sweep)
+    return study.carry_out(search, asked, typed, print)
 
 
 def _wanted(state: "State", retry: Sequence[str]) -> bool:

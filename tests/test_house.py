@@ -88,7 +88,12 @@ KNOWS = {
     "status": {"board", "door", "members", "state", "values"},
     "sweep": {
         *("attempts", "config", "dispatch", "door", "members", "power", "progress", "questions", "state", "stores"),
-        *("tracking", "values", "views"),
+        *("study", "tracking", "values", "views"),
+    },
+    "study": {
+        *("attempts", "compose", "config", "disk", "dispatch", "door", "interrupt", "launch", "members", "metrics"),
+        *("ownership", "progress", "provenance", "questions", "ranks", "run", "state", "stores", "tracking", "values"),
+        "views",
     },
     "views": {"values"},
     "provenance": {"config", "disk", "policy", "targets"},

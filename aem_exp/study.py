@@ -1,0 +1,873 @@
+"""The only room that speaks optuna: a question with `search:` is a study, and each trial of it is one ordinary run.
+
+There is no master. A worker (`python -m aem_exp.study WORKER_DIR`, a job or a process of its own) asks the storage for one
+trial, runs it, reports the metric while it trains, stops early what is not worth its time, and tells the result. A worker that
+is started again has its own trial again, and the run goes on from its newest checkpoint. All that is chosen is chosen on dev.
+
+    search:
+      space:                     # Hydra's grammar for sweeps, and its ranges
+        trainer.learning_rate: tag(log, interval(1e-4, 1e-3))
+        modulation.lam.value: choice(0.5, 1, 2)
+        env.window: range(1, 9)  # or int(interval(1, 8))
+      trials: 12
+      metric: eval/success       # its last value is the trial's
+      direction: maximize        # or minimize
+      pruner: median             # or hyperband, none
+      storage: null              # null: $AEM_STUDY, else a journal file beside the workers; or the URL of a data base
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from aem_exp import config, disk, door
+from aem_exp.config import Experiment
+from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from aem_exp.compose import Composer
+    from aem_exp.interrupt import Interrupted
+    from aem_exp.questions import Sweep
+
+FOLDER: Final = "studies"  # of the outputs
+ASKED, TRIAL, JOURNAL, LOG = "study.json", "trial.json", "journal.log", "local.log"
+RETRIES: Final = 2  # of a trial whose worker is lost
+KILLS: Final = 3  # in a row and at one step, after which a worker counts as lost
+RULERS: Final = {  # what the search may not turn, and why
+    "seed": "a seed is luck; choose it in seeds:",
+    "outputs": "a study has one folder of runs; set it in base:",
+    "tracking": "a study has one MLflow store; set it in base:",
+    "launch": "how much machine decides no result",
+    "evaluation": "trials are compared by one measure; set it in base:",
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `search:` says."""
+
+    space: dict[str, str] = field(default_factory=dict)  # key -> its range, as text
+    trials: Annotated[int, AT_LEAST_1] = 1
+    metric: str = "eval/success"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    pruner: Literal["hyperband", "median", "none"] = "none"
+    storage: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A search, and where it lives."""
+
+    folder: Path  # OUTPUTS/studies/NAME
+    question: str
+    overrides: tuple[str, ...]  # of every trial
+    config_dir: Path | None
+    search: Search
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def outputs(self) -> Path:
+        return self.folder.parents[1]
+
+    @cached_property
+    def composer(self) -> "Composer":
+        from aem_exp.compose import Composer
+
+        return Composer(self.config_dir)
+
+    @cached_property
+    def base(self) -> Experiment:
+        return self.experiment({})
+
+    @cached_property
+    def uri(self) -> str | None:
+        """A data base; None: a journal file."""
+        return self.search.storage or os.environ.get("AEM_STUDY") or None
+
+    def words(self, values: Mapping[str, str]) -> list[str]:
+        """A trial as a command line."""
+        return self.composer.settled([*self.overrides, *(f"{key}={value}" for key, value in values.items())])
+
+    def experiment(self, values: Mapping[str, str]) -> Experiment:
+        experiment = config.resolve(self.composer.compose(self.words(values)))
+        return replace(experiment, outputs=str(self.outputs))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else asks, settles or records meanwhile."""
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            yield
+
+
+# From a sweep file to a study.
+
+
+def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None) -> Study:
+    """The study of a sweep with `search:`; `typed`: what was typed over it.
+
+    Raises:
+        ConfigError: anything that is wrong with it, before any trial.
+    """
+    from aem_exp import views
+    from aem_exp.compose import key_of
+
+    (cell,) = sweep.cells
+    at = f"{sweep.name}.search"
+    views.tag(sweep.name)  # refuses a name that is none
+    search = build(Search, sweep.search, at)
+    assert sweep.search is not None
+    for key in ("space", "trials"):
+        if not sweep.search.get(key):
+            raise ConfigError(f"{at}.{key}", sweep.search.get(key), "must hold something")
+    folder = cell.folder.parent / FOLDER / sweep.name
+    over = Path(config_dir).expanduser().absolute() if config_dir else None
+    study = Study(folder, sweep.question, cell.overrides, over, search)
+    for text in typed:
+        if key_of(text) in search.space:
+            raise ConfigError("overrides", text, f"is searched; change it in {at}.space")
+    _check(study, at)
+    return study
+
+
+def _check(study: Study, at: str) -> None:
+    from aem_exp.stores import redact
+
+    search, how = study.search, study.base.evaluation
+    if search.metric.startswith("test/"):
+        raise ConfigError(f"{at}.metric", search.metric, "tuning reads the dev panel only: eval/success, for example")
+    if how.panel == "test":
+        raise ConfigError("evaluation.panel", how.panel, "is the final test; tuning reads another panel, such as dev")
+    if search.storage and redact(search.storage) != search.storage:
+        remedy = "holds credentials; those come from the environment: the whole URL in AEM_STUDY"
+        raise ConfigError(f"{at}.storage", redact(search.storage), remedy)
+    space = {key: options(study, key, f"{at}.space") for key in search.space}
+    first = {key: found[0] for key, found in space.items()}
+    for key, found in space.items():
+        places = {}
+        for value in found:
+            try:
+                places[config.signature(study.experiment({**first, key: value}))] = value
+            except ConfigError as error:
+                where = f"{at}.space.{key}: {error.field}"
+                raise ConfigError(where, error.value, error.choices, error.remedy) from error
+        if len(places) < len(found):
+            remedy = f"changes nothing between {' and '.join(found[:2])}; does the base use it?"
+            raise ConfigError(f"{at}.space.{key}", search.space[key], remedy)
+
+
+def options(study: Study, key: str, at: str) -> list[str]:
+    """Values of a parameter that show whether it is taken: all choices, or both ends."""
+    found = distribution(study, key, at)
+    if hasattr(found, "choices"):
+        return [str(choice) for choice in found.choices]
+    return [text_of(found.low), text_of(found.high)]
+
+
+def distribution(study: Study, key: str, at: str = "space") -> Any:
+    """A parameter's range, as optuna calls it. Choices are kept as they are written, so that overrides are made of them."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    from aem_exp.compose import key_of, value_of
+
+    text, where = study.search.space[key], f"{at}.{key}"
+    try:
+        if why := RULERS.get(key_of(f"{key}=0").partition(".")[0]):
+            raise ConfigError(where, text, why)
+        swept = value_of(f"{key}={text}")
+        log = "log" in getattr(swept, "tags", ())
+        if strange := set(getattr(swept, "tags", ())) - {"log"}:
+            raise ConfigError(where, text, f"only read with the tag log, not {', '.join(sorted(strange))}")
+        if hasattr(swept, "end"):  # an interval
+            low, high, step = swept.start, swept.end, None
+        else:
+            values = [word.partition("=")[2] for word in study.composer.spread(f"{key}={text}")]
+            if len(set(values)) < 2:
+                raise ConfigError(where, text, "one value; it belongs in base:, or write interval(1e-4, 1e-3)")
+            if not hasattr(swept, "stop"):  # not a range
+                return CategoricalDistribution(values)
+            ends = swept.start, swept.start + (len(values) - 1) * swept.step
+            low, high, step = min(ends), max(ends), abs(swept.step)
+    except ConfigError as error:
+        if error.field == where:
+            raise
+        raise ConfigError(where, text, error.choices, error.remedy) from error
+    whole = all(isinstance(number, int) for number in (low, high, step or 0))
+    if not low < high or not all(map(math.isfinite, (low, high))) or (log and low <= 0):
+        raise ConfigError(where, text, "must go from a lower to a higher number" + (", both above 0" if log else ""))
+    if log and step not in (None, 1):
+        raise ConfigError(where, text, "a range with the tag log has steps of 1")
+    return IntDistribution(low, high, log, step or 1) if whole else FloatDistribution(low, high, log, step)
+
+
+def text_of(value: Any) -> str:
+    """A parameter as an override has it: six digits of a float say enough, and are what the run's folder is named by."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# The storage.
+
+
+def _storage(study: Study) -> Any:
+    """The trials' store, made where it is not there."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from aem_exp.stores import redact
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if study.uri is None:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(study.folder / JOURNAL)))
+    try:
+        return optuna.storages.RDBStorage(study.uri)
+    except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
+        why = redact(" ".join(str(error).split()))[:200]
+        remedy = f"cannot be used ({why}); postgresql://host/base, sqlite:////folder/file.db, or null: a journal file"
+        raise ConfigError("search.storage", redact(study.uri), remedy) from error
+
+
+def _trials(study: Study) -> "list[FrozenTrial]":
+    """All trials so far; nothing is made where there are none.
+
+    Raises:
+        ConfigError: they belong to another search of that name.
+    """
+    import optuna
+
+    if study.uri is None and not (study.folder / JOURNAL).exists():
+        return []
+    storage = _storage(study)
+    if study.name not in optuna.get_all_study_names(storage):
+        return []
+    begun = optuna.load_study(study_name=study.name, storage=storage)
+    _check_same(study, begun)
+    return begun.get_trials(deepcopy=False)
+
+
+def _opened(study: Study) -> "optuna.Study":
+    """The study in its storage, begun where it was not."""
+    import optuna
+
+    search = study.search
+    opened = optuna.create_study(
+        study_name=study.name,
+        storage=_storage(study),
+        pruner=_pruner(study),
+        direction=search.direction,
+        load_if_exists=True,
+    )
+    if "asked" not in opened.user_attrs:
+        opened.set_user_attr("asked", _identity(study))
+    _check_same(study, opened)
+    return opened
+
+
+def _identity(study: Study) -> dict[str, Any]:
+    """What all trials have in common; how many there are, who prunes them and where they run may change."""
+    search = study.search
+    return {
+        "base": config.signature(study.base),
+        "space": dict(search.space),
+        "metric": search.metric,
+        "direction": search.direction,
+    }
+
+
+def _check_same(study: Study, opened: "optuna.Study") -> None:
+    now = _identity(study)
+    for key, old in opened.user_attrs.get("asked", now).items():
+        if old != now[key]:
+            remedy = f"the study was begun with {old}; give the new one's file another name (runs in common run once)"
+            raise ConfigError(f"{study.name}.{key}", now[key], remedy)
+
+
+def _pruner(study: Study) -> Any:
+    from optuna import pruners
+
+    search, steps = study.search, study.base.trainer["steps"]
+    every = study.base.evaluation.every if search.metric.startswith("eval/") else 1
+    if search.pruner == "median":
+        return pruners.MedianPruner(n_startup_trials=max(2, min(5, search.trials // 3)))
+    if search.pruner == "hyperband":
+        return pruners.HyperbandPruner(min_resource=min(max(1, every), steps), max_resource=steps)
+    return pruners.NopPruner()
+
+
+def _sampler(study: Study, count: int) -> Any:
+    """TPE, at random for the first third; seeded by what is there, so that workers differ and a study can be repeated."""
+    from optuna.samplers import TPESampler
+
+    return TPESampler(
+        n_startup_trials=max(1, min(10, study.search.trials // 3)), seed=100_003 * study.base.seed + count
+    )
+
+
+# Where the study stands.
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Trials, without those that another stands in for, and workers."""
+
+    study: Study
+    trials: "list[FrozenTrial]"
+    holders: Mapping[int, Path]  # number of a trial -> its worker
+    live: frozenset[Path]  # workers that are at work, or in the queue
+    spare: tuple[Path, ...]  # workers that are not, and have no trial
+
+    def named(self, *names: str) -> "list[FrozenTrial]":
+        return [trial for trial in self.trials if trial.state.name in names]
+
+    @property
+    def running(self) -> "list[FrozenTrial]":
+        return [trial for trial in self.named("RUNNING") if self.holders.get(trial.number) in self.live]
+
+    @property
+    def lost(self) -> "list[FrozenTrial]":
+        """Begun, and nobody is at them."""
+        return [trial for trial in self.named("RUNNING") if self.holders.get(trial.number) not in self.live]
+
+    @property
+    def missing(self) -> int:
+        """How many were never asked for, or are to be asked for again."""
+        return _missing(self.study, self.trials)
+
+    @property
+    def asking(self) -> int:
+        """How many of those somebody will ask for."""
+        return len(self.live - set(self.holders.values()))
+
+    @property
+    def best(self) -> "FrozenTrial | None":
+        up = 1 if self.study.search.direction == "maximize" else -1
+        return max(self.named("COMPLETE"), key=lambda trial: up * (trial.value or 0.0), default=None)
+
+
+def standing(study: Study) -> Standing:
+    from aem_exp import state
+
+    workers = sorted(study.folder.glob("worker-*"))
+    states = state.read(workers)
+    live = frozenset(worker for worker in workers if states[worker].what in (state.RUNNING, state.QUEUED))
+    cards = {worker: _card(worker) for worker in workers}
+    holders = {card["number"]: worker for worker, card in cards.items() if "number" in card}
+    spare = tuple(worker for worker in workers if worker not in live and "number" not in cards[worker])
+    return Standing(study, _counted(_trials(study)), holders, live, spare)
+
+
+def _counted(trials: "Sequence[FrozenTrial]") -> "list[FrozenTrial]":
+    replaced = {trial.user_attrs.get("instead_of") for trial in trials}
+    return [trial for trial in trials if trial.number not in replaced]
+
+
+def _missing(study: Study, trials: "Sequence[FrozenTrial]") -> int:
+    return max(0, study.search.trials - sum(trial.state.name != "WAITING" for trial in _counted(trials)))
+
+
+def _card(worker: Path) -> dict[str, Any]:
+    file = worker / TRIAL
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def values_of(trial: "FrozenTrial") -> dict[str, str]:
+    """A trial's parameters as overrides have them."""
+    return {key: text_of(value) for key, value in trial.params.items()}
+
+
+# The door's half: plan, settle, send.
+
+
+def carry_out(study: Study, asked: argparse.Namespace, typed: str, say: Say) -> int:
+    """Show where the study stands, and do what `asked` says; `typed`: the command that asked."""
+    now = standing(study)
+    if asked.json:
+        say(json.dumps(_as_json(now), indent=1))
+        return 0
+    _show(now, say)
+    if asked.submit or asked.local:
+        return _go_on(study, asked, say)
+    todo = now.missing - now.asking + len(now.lost)
+    way = "--submit" if study.base.launch.where == "slurm" else "--local"
+    say(f"\nnext     {f'{typed} {way}' if todo > 0 else f'python -m aem_exp.status {study.name}'}")
+    return 0
+
+
+def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
+    """Send, or run here, what is missing."""
+    from aem_exp import dispatch, launch
+
+    launching = study.base.launch
+    if asked.submit:
+        if launching.where != "slurm":
+            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu; or --local"
+            raise ConfigError("launch", launching.name, remedy)
+        launch.check()
+    else:
+        config.check_here(study.base)
+    dispatch.check_prepared(study.base)
+    with study.alone():
+        workers = _settled(study, asked.retry)
+        if asked.submit and workers:
+            logs = study.folder / "logs"
+            ids = launch.submit(workers, launching, study.name, logs, asked.at_once, room="aem_exp.study")
+            say(f"sent     {len(ids)} workers as job {ids[0].partition('_')[0]}; logs in {logs}")
+    if not workers:
+        say("\nnothing is missing")
+    code = 0
+    if asked.local and workers:
+        failed = _here(workers, max(1, asked.at_once), say)
+        code = 1 if failed else 0
+        _show(standing(study), say)
+    say(f"next     python -m aem_exp.status {study.name}")
+    return code
+
+
+def _settled(study: Study, retry: Sequence[str]) -> list[Path]:
+    """See to what was lost, or is to be tried again; the workers to send."""
+    opened, again = _opened(study), []
+    now = standing(study)
+    for trial in now.lost:
+        worker = now.holders.get(trial.number)
+        why = "its worker is gone" if worker is None else _stuck(study, trial)
+        if worker is not None and why is None:
+            again.append(worker)
+            continue
+        _fail(opened, trial, "killed", str(why))
+        if (retries := trial.user_attrs.get("retries", 0)) < RETRIES:
+            opened.enqueue_trial(trial.params, {"instead_of": trial.number, "retries": retries + 1})
+    for trial in now.named("FAIL"):
+        if trial.user_attrs.get("class") in retry or "all" in retry:
+            opened.enqueue_trial(trial.params, {"instead_of": trial.number})
+    now = standing(study)
+    count = max(0, now.missing - now.asking)
+    first = 1 + max((int(path.name.rpartition("-")[2]) for path in study.folder.glob("worker-*")), default=-1)
+    fresh = [*now.spare, *(study.folder / f"worker-{first + i:03d}" for i in range(count))][:count]
+    return [_ready(study, worker) for worker in (*again, *fresh)]
+
+
+def _stuck(study: Study, trial: "FrozenTrial") -> str | None:
+    """Why it is no use to start this trial's worker again, if it is not."""
+    from aem_exp import attempts
+
+    name = trial.user_attrs.get("run")
+    events = attempts.read(study.outputs / name)[-KILLS:] if name else []
+    if len(events) < KILLS or {(event["event"], event["step"]) for event in events} != {("start", events[0]["step"])}:
+        return None
+    return f"its process was killed {KILLS} times at step {events[0]['step']}"  # starts without an end
+
+
+def _ready(study: Study, worker: Path) -> Path:
+    """A folder with all that a worker needs; one that has a trial keeps the code that this began with."""
+    from aem_exp import provenance
+    from aem_exp.stores import redact
+
+    begun = "number" in _card(worker)
+    worker.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        (worker / TRIAL).unlink(missing_ok=True)
+        provenance.freeze({worker: study.base})
+        if study.config_dir:
+            shutil.rmtree(worker / "config", ignore_errors=True)
+            shutil.copytree(study.config_dir, worker / "config", ignore=_but_yaml)
+    asked = {
+        "question": study.question,
+        "overrides": study.overrides,
+        "search": asdict(study.search),
+        "storage": redact(study.uri or ""),
+    }
+    disk.write(worker / ASKED, json.dumps(asked, indent=1) + "\n")
+    return worker
+
+
+def _but_yaml(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(".yaml") and not (Path(folder) / name).is_dir()]
+
+
+def _here(workers: Sequence[Path], at_once: int, say: Say) -> int:
+    """Run workers on this machine, each in a process of its own; how many failed. Stopped, it asks them to save and end."""
+    waiting, live, failed = list(workers), dict[subprocess.Popen[bytes], Path](), 0
+    try:
+        while waiting or live:
+            while waiting and len(live) < at_once:
+                worker = waiting.pop(0)
+                say(f"[{len(workers) - len(waiting)}/{len(workers)}] {worker.name}; log in {worker / LOG}")
+                live[_started(worker)] = worker
+            time.sleep(0.2)
+            for process in [process for process in live if process.poll() is not None]:
+                worker = live.pop(process)
+                lines = [line for line in (worker / LOG).read_text(errors="replace").splitlines() if line.strip()]
+                failed += process.returncode != 0
+                say(f"{'failed: ' if process.returncode else ''}{worker.name}: {lines[-1] if lines else 'no output'}")
+    finally:
+        for process in live:
+            process.terminate()
+        for process in live:
+            process.wait()
+    return failed
+
+
+def _started(worker: Path) -> "subprocess.Popen[bytes]":
+    """A process that is a worker, with the code that lies in its folder; Ctrl-C is for its parent."""
+    from aem_exp import provenance
+
+    path = os.pathsep.join(filter(None, (str(worker / provenance.CODE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-u", "-m", "aem_exp.study", str(worker)]
+    with (worker / LOG).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _show(now: Standing, say: Say) -> None:
+    study, search = now.study, now.study.search
+    say(f"{study.name}  {study.question}")
+    for i, (key, text) in enumerate(search.space.items()):
+        say(f"{'' if i else 'space':<8} {key}: {text}")
+    counts = {"complete": now.named("COMPLETE"), "pruned": now.named("PRUNED"), "running": now.running}
+    counts |= {"stopped": now.lost, "failed": now.named("FAIL")}
+    told = ", ".join(f"{len(trials)} {name}" for name, trials in counts.items())
+    waiting = f" ({now.asking} on the way)" if now.asking else ""
+    say(f"trials   {told}, {now.missing} missing{waiting}, of {search.trials}")
+    for trial in now.named("FAIL"):
+        say(f"         trial {trial.number}: {trial.user_attrs.get('class')}: {trial.user_attrs.get('sentence')}")
+    if now.best is None:
+        return
+    values = " ".join(f"{key}={value}" for key, value in values_of(now.best).items())
+    say(f"best     trial {now.best.number}: {search.metric}={now.best.value:.4g} with {values}")
+    if not now.missing and not now.named("RUNNING"):
+        where = ["--config-dir", str(study.config_dir)] if study.config_dir else []
+        command = shlex.join(["python", "-m", "aem_exp", *study.words(values_of(now.best)), *where])
+        panel = study.base.evaluation.panel
+        say(f"         {command}")
+        say(
+            f"         chosen on {panel}, so {panel} flatters it: compare it by {study.base.evaluation.final}, with new seeds"
+        )
+
+
+def _as_json(now: Standing) -> dict[str, Any]:
+    lost = {trial.number for trial in now.lost}
+    return {
+        "sweep": now.study.name,
+        "question": now.study.question,
+        "missing": now.missing,
+        "best": now.best.number if now.best else None,
+        "trials": [
+            {
+                "trial": trial.number,
+                "state": "stopped" if trial.number in lost else trial.state.name.lower(),
+                "value": trial.value,
+                "parameters": values_of(trial),
+                "run": str(now.study.outputs / trial.user_attrs["run"]) if "run" in trial.user_attrs else None,
+                "class": trial.user_attrs.get("class"),
+                "why": trial.user_attrs.get("sentence"),
+            }
+            for trial in now.trials
+        ],
+    }
+
+
+# The worker's half: one trial, from asking to telling.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Be a worker; the exit code."""
+    return door.answer(lambda: _act(_read(argv), print), lambda: "to go on, ask the sweep again")
+
+
+def _read(argv: list[str] | None) -> argparse.Namespace:
+    what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
+    parser = door.Parser("python -m aem_exp.study", description=what, allow_abbrev=False)
+    parser.add_argument("worker_dir", type=Path)
+    return parser.parse_args(argv)
+
+
+def _act(asked: argparse.Namespace, say: Say) -> int:
+    from aem_exp import dispatch, ownership, progress, provenance, ranks
+
+    worker = asked.worker_dir.expanduser().absolute()
+    door.reach(worker / provenance.CODE)
+    progress.quiet()
+    study = read(worker)
+    config.check_here(study.base)
+    if not ranks.first():
+        return _follow(worker, study)
+    dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
+    try:
+        with ownership.owning(worker):
+            return _lead(worker, study, say)
+    except ownership.Owned as owned:
+        say(str(owned))
+        return 0
+
+
+def read(worker: Path) -> Study:
+    """The study that a worker works for.
+
+    Raises:
+        ConfigError: it is no worker, or the storage is another one here.
+    """
+    from aem_exp.stores import redact
+
+    file = worker / ASKED
+    if not file.is_file():
+        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {ASKED}")
+    asked, over = json.loads(file.read_text()), worker / "config"
+    os.environ.pop("AEM_ROOT", None)  # conf/ is what was frozen with the code
+    search = build(Search, asked["search"], "search")
+    study = Study(worker.parent, asked["question"], tuple(asked["overrides"]), over if over.is_dir() else None, search)
+    if redact(study.uri or "") != asked["storage"]:
+        remedy = (
+            f"was {asked['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
+        )
+        raise ConfigError("AEM_STUDY", redact(study.uri or "") or None, remedy)
+    return study
+
+
+def _lead(worker: Path, study: Study, say: Say) -> int:
+    """Take a trial, run it, tell; the first process of a worker does this, and says to the others what they need."""
+    from optuna.trial import Trial
+
+    opened = _opened(study)
+    number = _taken(worker, study, opened)
+    if number is None:
+        _tell_others(worker, {"play": False})
+        say("nothing is missing")
+        return 0
+    frozen = opened.get_trials(deepcopy=False)[number]
+    if frozen.state.is_finished():  # killed after it had told
+        _tell_others(worker, {"play": False})
+        say(f"trial {number} is told: {frozen.state.name.lower()}")
+        return 0
+    trial = Trial(opened, frozen._trial_id)
+    try:
+        experiment = study.experiment(values_of(frozen))
+        _record(study, opened, trial, experiment)
+    except ConfigError as error:
+        _fail(opened, frozen, "config", str(error))
+        raise
+    say(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in values_of(frozen).items())}")
+    say(f"run      {config.run_dir(experiment)}")
+    return _played(worker, study, opened, trial, experiment, say)
+
+
+def _taken(worker: Path, study: Study, opened: "optuna.Study") -> int | None:
+    """The number of the worker's own trial: the one that it had, or a new one; None where none is missing."""
+    card = _card(worker)
+    if "number" in card:
+        return int(card["number"])
+    with study.alone():
+        trials = opened.get_trials(deepcopy=False)
+        if not _missing(study, trials):
+            return None
+        opened.sampler = _sampler(study, len(trials))
+        trial = opened.ask({key: distribution(study, key) for key in study.search.space})
+        disk.write(worker / TRIAL, json.dumps({"number": trial.number, "id": trial._trial_id}) + "\n")
+        return trial.number
+
+
+def _record(study: Study, opened: "optuna.Study", trial: "optuna.Trial", experiment: Experiment) -> None:
+    """Write down who belongs to the study, where status, MLflow and the report look."""
+    from aem_exp import members, tracking, views
+
+    folder = config.run_dir(experiment)
+    with study.alone():
+        trial.set_user_attr("run", folder.name)
+        rows = [
+            {
+                "run": t.user_attrs["run"],
+                "arm": f"trial {t.number}",
+                "group": f"trial {t.number}",
+                "seed": experiment.seed,
+            }
+            for t in _counted(opened.get_trials(deepcopy=False))
+            if "run" in t.user_attrs
+        ]
+        members.write(study.outputs, study.name, study.question, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    group = f"trial {trial.number}"
+    if members.label(folder, study.name, group):
+        tracking.mark(folder, {views.tag(study.name): group})
+
+
+def _played(
+    worker: Path, study: Study, opened: "optuna.Study", trial: "optuna.Trial", experiment: Experiment, say: Say
+) -> int:
+    """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
+    from aem_exp import attempts, ownership, ranks, run
+    from aem_exp.interrupt import Enough, Interrupted
+
+    while True:
+        if (twin := _twin(opened, trial)) is not None:
+            _tell_others(worker, {"play": False})
+            for step, value in twin.intermediate_values.items():
+                trial.report(value, step)
+            return _tell(opened, trial, twin.state.name, twin.value, say)
+        _tell_others(worker, {"play": True, "values": values_of(opened.get_trials(deepcopy=False)[trial.number])})
+        try:
+            with _line() as line:
+                run.run(experiment, _Watch(opened, trial, study.search.metric, line))
+            return _tell(opened, trial, "COMPLETE", _value(study, config.run_dir(experiment)), say)
+        except Enough:
+            return _tell(opened, trial, "PRUNED", None, say)
+        except Interrupted as stop:
+            _leave(stop, say)
+            raise
+        except ownership.Owned as owned:  # a trial with the same parameters has it
+            if ranks.count() > 1:
+                raise Stop(str(owned)) from owned
+            _wait(say)
+        except Exception as error:
+            _fail(
+                opened, opened.get_trials(deepcopy=False)[trial.number], attempts.kind(error), attempts.sentence(error)
+            )
+            raise
+
+
+def _follow(worker: Path, study: Study) -> int:
+    """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
+    from aem_exp import run
+    from aem_exp.interrupt import Enough, Interrupted
+
+    while (card := _card(worker)).get("start") != _start():
+        time.sleep(0.5)
+    if card["play"]:
+        try:
+            with suppress(Enough):
+                run.run(study.experiment(card["values"]))
+        except Interrupted as stop:
+            _leave(stop, lambda _: None)
+            raise
+    return 0
+
+
+def _tell_others(worker: Path, news: dict[str, Any]) -> None:
+    disk.write(worker / TRIAL, json.dumps({**_card(worker), "start": _start(), **news}) + "\n")
+
+
+def _start() -> str:
+    """Which start of which job this is."""
+    return f"{os.environ.get('SLURM_JOB_ID', os.getpid())}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def _line() -> Any:
+    from aem_exp import progress
+
+    return progress.Progress()
+
+
+class _Watch:
+    """Reports a trial's metric to the storage, and says when enough was seen; what the untrained policy scored is no news."""
+
+    def __init__(self, opened: "optuna.Study", trial: "optuna.Trial", metric: str, line: Any):
+        self.trial, self.metric, self.line = trial, metric, line
+        self.reported = set(opened.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+    def __call__(self, step: int, steps: int, row: dict[str, float]) -> bool:
+        self.line(step, steps, row)
+        if self.metric not in row:
+            self._check(row)
+            return False
+        if step > 0 and step not in self.reported:
+            self.trial.report(row[self.metric], step)
+            self.reported.add(step)
+        return 0 < step < steps and self.trial.should_prune()  # at the last step nothing is left to save
+
+    def _check(self, row: Mapping[str, float]) -> None:
+        """Say at the first evaluation what would otherwise be found at the end."""
+        names = [name for name in row if name.startswith("eval/")]
+        if names and self.metric.startswith("eval/"):
+            raise ConfigError("search.metric", self.metric, names)
+
+
+def _value(study: Study, folder: Path) -> float:
+    """What a finished run gives: the last value of the metric."""
+    from aem_exp import metrics
+
+    name, rows = metrics.sanitised(study.search.metric), metrics.read(folder)
+    found = [row[name] for row in rows if name in row]
+    if not found:
+        raise ConfigError(
+            "search.metric", study.search.metric, sorted({key for row in rows for key in row if "/" in key})
+        )
+    if not math.isfinite(found[-1]):
+        raise Stop(f"{study.search.metric} is {found[-1]} at the end", "nan")
+    return found[-1]
+
+
+def _twin(opened: "optuna.Study", trial: "optuna.Trial") -> "FrozenTrial | None":
+    """A trial of the same run whose end is known."""
+    name = trial.user_attrs["run"]
+    return next(
+        (
+            other
+            for other in opened.get_trials(deepcopy=False)
+            if other.state.name in ("COMPLETE", "PRUNED")
+            and other.number != trial.number
+            and other.user_attrs.get("run") == name
+        ),
+        None,
+    )
+
+
+def _tell(opened: "optuna.Study", trial: "optuna.Trial", state: str, value: float | None, say: Say) -> int:
+    from optuna.trial import TrialState
+
+    opened.tell(trial, value if state == "COMPLETE" else None, TrialState[state], skip_if_finished=True)
+    say(f"told     trial {trial.number}: {state.lower()}" + ("" if value is None else f", {value:.4g}"))
+    return 0
+
+
+def _fail(opened: "optuna.Study", trial: "FrozenTrial", kind: str, sentence: str) -> None:
+    from optuna.trial import Trial, TrialState
+
+    from aem_exp.stores import redact
+
+    asked = Trial(opened, trial._trial_id)
+    asked.set_user_attr("class", kind)
+    asked.set_user_attr("sentence", redact(sentence))
+    opened.tell(asked, state=TrialState.FAIL)
+
+
+def _leave(stop: "Interrupted", say: Say) -> None:
+    """Make way in a job, as `run` does; the trial stays open, and its worker comes back to it."""
+    from aem_exp import launch, ranks
+
+    say(f"{stop}; the trial stays open")
+    if stop.signal == signal.SIGUSR2 and ranks.first():
+        launch.again()
+    launch.linger()
+
+
+def _wait(say: Say, seconds: float = 2.0) -> None:
+    from aem_exp.interrupt import Signals
+
+    say("its parameters are those of a trial that runs; waiting for its end")
+    with Signals():
+        time.sleep(seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
