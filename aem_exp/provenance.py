@@ -42,8 +42,8 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
     if new and experiment.resume == "exact":
         remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
         raise ConfigError("resume", "exact", remedy)
-    if _HERE.is_relative_to((run_dir / CODE).resolve()) and (run_dir / COMMIT).exists():
-        now["commit"] = (run_dir / COMMIT).read_text().strip() or None
+    if (mark := _HERE.parents[1] / COMMIT).exists():  # this is frozen code, at work
+        now["commit"] = mark.read_text().strip() or None
     file = run_dir / FILE
     marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
     if new:
