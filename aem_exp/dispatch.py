@@ -15,7 +15,7 @@ from aem_exp.config import Experiment
 from aem_exp.ownership import owner
 
 RESULT = "result.json"
-LOG = "local.log"  # of a run that a sweep runs here
+LOG = "local.log"  # of a process that is started here
 
 
 def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
@@ -33,40 +33,55 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
 
 
 def run_here(experiments: Sequence[Experiment], at_once: int, say: Callable[[str], None]) -> int:
-    """Run experiments on this machine, each in a process of its own and with the code as it is now; how many failed.
-
-    Stopped, it asks those that run to save and end, and waits for them.
-    """
+    """Run experiments on this machine, with the code as it is now; how many failed. See `here`."""
     for experiment in experiments:
         config.check_here(experiment)
-    waiting = _written(experiments)
-    live: dict[subprocess.Popen[bytes], Path] = {}
-    total, failed = len(waiting), 0
+
+    def failed(folder: Path, code: int, last: str) -> bool:
+        done = (folder / RESULT).exists()
+        if not done:
+            say(f"failed: {folder.name}: {last}")
+        return not done
+
+    return here("aem_exp.run", _written(experiments), at_once, say, failed)
+
+
+def here(
+    room: str,
+    folders: Sequence[Path],
+    at_once: int,
+    say: Callable[[str], None],
+    failed: Callable[[Path, int, str], bool],
+) -> int:
+    """`python -m ROOM FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
+
+    Stopped, it asks those that run to save and end, and waits for them. `failed` is given the folder, the exit code and the
+    last line that was printed; it says what is to be said of that.
+    """
+    waiting, live, failures = list(folders), dict[subprocess.Popen[bytes], Path](), 0
     try:
         while waiting or live:
             while waiting and len(live) < at_once:
                 folder = waiting.pop(0)
-                say(f"[{total - len(waiting)}/{total}] {folder.name}; log in {folder / LOG}")
-                live[_started(folder)] = folder
+                say(f"[{len(folders) - len(waiting)}/{len(folders)}] {folder.name}; log in {folder / LOG}")
+                live[_started(room, folder)] = folder
             time.sleep(0.2)
             for process in [process for process in live if process.poll() is not None]:
                 folder = live.pop(process)
-                if not (folder / RESULT).exists():
-                    failed += 1
-                    say(f"failed: {folder.name}: {_last_line(folder / LOG)}")
+                failures += failed(folder, process.returncode, _last_line(folder / LOG))
     finally:
         for process in live:
             process.terminate()
         for process in live:
             process.wait()
-    return failed
+    return failures
 
 
-def _started(folder: Path) -> "subprocess.Popen[bytes]":
-    """A process that runs a run dir with the code that lies in it; Ctrl-C is for its parent."""
+def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":
+    """A process with the code that lies in its folder; Ctrl-C is for its parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-u", "-m", "aem_exp.run", str(folder)]
+    command = [sys.executable, "-u", "-m", room, str(folder)]
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

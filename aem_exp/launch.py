@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from aem_exp import config, disk
+from aem_exp import config, disk, ranks
 from aem_exp.config import Launch
 from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
 
@@ -171,21 +172,24 @@ def _start(folder: str, room: str) -> None:
     os.execv(sys.executable, [sys.executable, "-u", "-m", room, folder])
 
 
-def again() -> None:
-    """In a job of ours whose time is nearly up: have it start again, and wait for the end of this start."""
-    job = os.environ.get(OURS)
-    if job is None:
+def make_way(number: int) -> None:
+    """After a signal, in a job of ours, and with all saved: be started again, and wait to be killed.
+
+    Where the time is nearly up (USR2), the first process asks for the new start. Where a job is preempted, SLURM does that
+    itself, but only for one that has not ended.
+    """
+    if OURS not in os.environ:
         return
+    if number == signal.SIGUSR2 and ranks.first():
+        _requeue(os.environ[OURS])
+    while True:
+        time.sleep(1)
+
+
+def _requeue(job: str) -> None:
     done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
     if done.returncode:
         raise Stop(f"its time is up, and scontrol does not requeue job {job}: {done.stderr.strip()}", "time")
-    linger()
-
-
-def linger() -> None:
-    """In a job of ours that is being preempted: wait to be killed. A job that ends by itself is not requeued."""
-    while os.environ.get(OURS) is not None:
-        time.sleep(1)
 
 
 def card(folder: Path) -> dict[str, Any]:

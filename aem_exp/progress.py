@@ -94,7 +94,7 @@ class Progress:
             self.crashed.append(metrics.get(CRASHED, 0.0))
         last = step == steps and not self.ended
         if self.live is None and (time.monotonic() - self.printed >= self.every or last):
-            self.printed, self.ended = time.monotonic(), last
+            self.printed, self.ended = time.monotonic(), self.ended or last
             self.console.print(self._plain(), soft_wrap=True)
 
     def say(self, stage: str) -> None:

@@ -12,13 +12,26 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import checkpoints, config, disk, door, launch, members, parts, policy, progress, provenance, ranks, stores
+from aem_exp import (
+    checkpoints,
+    config,
+    disk,
+    door,
+    launch,
+    members,
+    parts,
+    policy,
+    progress,
+    provenance,
+    ranks,
+    stores,
+    views,
+)
 from aem_exp.attempts import attempt
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.interrupt import Interrupted, Signals
@@ -128,7 +141,7 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
         params=config.to_dict(experiment),
         tags=_tags(experiment, fingerprint, commit, start.changes)
-        | {f"aem.sweep.{sweep}": group for sweep, group in members.labels(folder).items()},
+        | {views.tag(sweep): group for sweep, group in members.labels(folder).items()},
         resume_step=start.measured,
         wait=False,
         live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
@@ -208,20 +221,13 @@ def _shown(experiment: Experiment, folder: Path) -> int:
                 f"{stop}. The run dir has all up to step {parts.found(folder).step}: {folder}", stop.kind
             ) from stop
         except Interrupted as stop:
-            _leave(stop, folder)
+            if ranks.first():
+                print(f"{stop}; step {parts.found(folder).step} is saved", flush=True)
+            launch.make_way(stop.signal)
             raise
     if ranks.first():
         show.summary(folder)
     return 0
-
-
-def _leave(stop: Interrupted, folder: Path) -> None:
-    """Make way in a job: ask to be started again where its time is up; where it is preempted, SLURM does that itself."""
-    if ranks.first():
-        print(f"{stop}; step {parts.found(folder).step} is saved", flush=True)
-    if stop.signal == signal.SIGUSR2 and ranks.first():
-        launch.again()
-    launch.linger()
 
 
 def _since(experiment: Experiment, folder: Path) -> list[str]:

@@ -24,13 +24,7 @@ ENDS: Final = {  # a job's end, where the run itself could not tell -> class, an
     "DEADLINE": ("time", "its job's deadline passed"),
 }
 UNSEEN: Final = "its job ended before the run began; if there is no log either, the node does not see the run dir"
-AGAIN: Final = (
-    "node",
-    "time",
-    "user",
-    "killed",
-    "unseen",
-)  # classes that say nothing about the experiment: send it again
+AGAIN: Final = ("node", "time", "user", "killed", "unseen")  # they say nothing about the experiment: send it again
 
 
 @dataclass(frozen=True)

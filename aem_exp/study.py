@@ -1,8 +1,7 @@
 """The only room that speaks optuna: a question with `search:` is a study, and each trial of it is one ordinary run.
 
-There is no master. A worker (`python -m aem_exp.study WORKER_DIR`, a job or a process of its own) asks the storage for one
-trial, runs it, reports the metric while it trains, stops early what is not worth its time, and tells the result. A worker that
-is started again has its own trial again, and the run goes on from its newest checkpoint. All that is chosen is chosen on dev.
+There is no master. `python -m aem_exp.sweep NAME` sends workers, each of which takes one trial (see `trial`). Here is what they
+share: the space, the storage, and where the study stands. All that is chosen is chosen on dev.
 
     search:
       space:                     # Hydra's grammar for sweeps, and its ranges
@@ -22,31 +21,27 @@ import math
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from aem_exp import config, disk, door
+from aem_exp import config, disk
 from aem_exp.config import Experiment
-from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
+from aem_exp.values import AT_LEAST_1, ConfigError, build
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
     from aem_exp.compose import Composer
-    from aem_exp.interrupt import Interrupted
     from aem_exp.questions import Sweep
 
 FOLDER: Final = "studies"  # of the outputs
-ASKED, TRIAL, JOURNAL, LOG = "study.json", "trial.json", "journal.log", "local.log"
+ASKED, TRIAL, JOURNAL = "study.json", "trial.json", "journal.log"
+ROOM: Final = "aem_exp.trial"  # of a worker
 RETRIES: Final = 2  # of a trial whose worker is lost
 KILLS: Final = 3  # in a row and at one step, after which a worker counts as lost
 RULERS: Final = {  # what the search may not turn, and why
@@ -268,7 +263,7 @@ def _trials(study: Study) -> "list[FrozenTrial]":
     return begun.get_trials(deepcopy=False)
 
 
-def _opened(study: Study) -> "optuna.Study":
+def opened_study(study: Study) -> "optuna.Study":
     """The study in its storage, begun where it was not."""
     import optuna
 
@@ -317,13 +312,68 @@ def _pruner(study: Study) -> Any:
     return pruners.NopPruner()
 
 
-def _sampler(study: Study, count: int) -> Any:
+def sampler(study: Study, count: int) -> Any:
     """TPE, at random for the first third; seeded by what is there, so that workers differ and a study can be repeated."""
     from optuna.samplers import TPESampler
 
     return TPESampler(
         n_startup_trials=max(1, min(10, study.search.trials // 3)), seed=100_003 * study.base.seed + count
     )
+
+
+# Trials.
+
+
+def ask(study: Study, opened: "optuna.Study") -> "optuna.Trial | None":
+    """A new trial; None where none is missing."""
+    trials = opened.get_trials(deepcopy=False)
+    if not missing(study, trials):
+        return None
+    opened.sampler = sampler(study, len(trials))
+    return opened.ask({key: distribution(study, key) for key in study.search.space})
+
+
+def held(opened: "optuna.Study", trial: "FrozenTrial") -> "optuna.Trial":
+    """A trial that was asked for, perhaps by an earlier process, to report to."""
+    from optuna.trial import Trial
+
+    return Trial(opened, trial._trial_id)
+
+
+def twin(opened: "optuna.Study", trial: "optuna.Trial") -> "FrozenTrial | None":
+    """A trial of the same run whose end is known."""
+    name = trial.user_attrs["run"]
+    return next(
+        (
+            other
+            for other in opened.get_trials(deepcopy=False)
+            if other.state.name in ("COMPLETE", "PRUNED")
+            and other.number != trial.number
+            and other.user_attrs.get("run") == name
+        ),
+        None,
+    )
+
+
+def told(opened: "optuna.Study", trial: "optuna.Trial", state: str, value: float | None, say: Say) -> int:
+    """Tell the storage how a trial ended; the exit code of who does."""
+    from optuna.trial import TrialState
+
+    opened.tell(trial, value if state == "COMPLETE" else None, TrialState[state], skip_if_finished=True)
+    say(f"told     trial {trial.number}: {state.lower()}" + ("" if value is None else f", {value:.4g}"))
+    return 0
+
+
+def fail(opened: "optuna.Study", trial: "FrozenTrial", kind: str, sentence: str) -> None:
+    """Tell the storage that a trial failed, and why."""
+    from optuna.trial import TrialState
+
+    from aem_exp.stores import redact
+
+    asked = held(opened, trial)
+    asked.set_user_attr("class", kind)
+    asked.set_user_attr("sentence", redact(sentence))
+    opened.tell(asked, state=TrialState.FAIL)
 
 
 # Where the study stands.
@@ -354,7 +404,7 @@ class Standing:
     @property
     def missing(self) -> int:
         """How many were never asked for, or are to be asked for again."""
-        return _missing(self.study, self.trials)
+        return missing(self.study, self.trials)
 
     @property
     def asking(self) -> int:
@@ -373,22 +423,22 @@ def standing(study: Study) -> Standing:
     workers = sorted(study.folder.glob("worker-*"))
     states = state.read(workers)
     live = frozenset(worker for worker in workers if states[worker].what in (state.RUNNING, state.QUEUED))
-    cards = {worker: _card(worker) for worker in workers}
+    cards = {worker: card_of(worker) for worker in workers}
     holders = {card["number"]: worker for worker, card in cards.items() if "number" in card}
     spare = tuple(worker for worker in workers if worker not in live and "number" not in cards[worker])
-    return Standing(study, _counted(_trials(study)), holders, live, spare)
+    return Standing(study, counted(_trials(study)), holders, live, spare)
 
 
-def _counted(trials: "Sequence[FrozenTrial]") -> "list[FrozenTrial]":
+def counted(trials: "Sequence[FrozenTrial]") -> "list[FrozenTrial]":
     replaced = {trial.user_attrs.get("instead_of") for trial in trials}
     return [trial for trial in trials if trial.number not in replaced]
 
 
-def _missing(study: Study, trials: "Sequence[FrozenTrial]") -> int:
-    return max(0, study.search.trials - sum(trial.state.name != "WAITING" for trial in _counted(trials)))
+def missing(study: Study, trials: "Sequence[FrozenTrial]") -> int:
+    return max(0, study.search.trials - sum(trial.state.name != "WAITING" for trial in counted(trials)))
 
 
-def _card(worker: Path) -> dict[str, Any]:
+def card_of(worker: Path) -> dict[str, Any]:
     file = worker / TRIAL
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -433,14 +483,18 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
         workers = _settled(study, asked.retry)
         if asked.submit and workers:
             logs = study.folder / "logs"
-            ids = launch.submit(workers, launching, study.name, logs, asked.at_once, room="aem_exp.study")
+            ids = launch.submit(workers, launching, study.name, logs, asked.at_once, room=ROOM)
             say(f"sent     {len(ids)} workers as job {ids[0].partition('_')[0]}; logs in {logs}")
     if not workers:
         say("\nnothing is missing")
     code = 0
     if asked.local and workers:
-        failed = _here(workers, max(1, asked.at_once), say)
-        code = 1 if failed else 0
+
+        def failed(worker: Path, code: int, last: str) -> bool:
+            say(f"{'failed: ' if code else ''}{worker.name}: {last}")
+            return code != 0
+
+        code = 1 if dispatch.here(ROOM, workers, max(1, asked.at_once), say, failed) else 0
         _show(standing(study), say)
     say(f"next     python -m aem_exp.status {study.name}")
     return code
@@ -448,7 +502,7 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
 
 def _settled(study: Study, retry: Sequence[str]) -> list[Path]:
     """See to what was lost, or is to be tried again; the workers to send."""
-    opened, again = _opened(study), []
+    opened, again = opened_study(study), []
     now = standing(study)
     for trial in now.lost:
         worker = now.holders.get(trial.number)
@@ -456,7 +510,7 @@ def _settled(study: Study, retry: Sequence[str]) -> list[Path]:
         if worker is not None and why is None:
             again.append(worker)
             continue
-        _fail(opened, trial, "killed", str(why))
+        fail(opened, trial, "killed", str(why))
         if (retries := trial.user_attrs.get("retries", 0)) < RETRIES:
             opened.enqueue_trial(trial.params, {"instead_of": trial.number, "retries": retries + 1})
     for trial in now.named("FAIL"):
@@ -485,7 +539,7 @@ def _ready(study: Study, worker: Path) -> Path:
     from aem_exp import provenance
     from aem_exp.stores import redact
 
-    begun = "number" in _card(worker)
+    begun = "number" in card_of(worker)
     worker.mkdir(parents=True, exist_ok=True)
     if not begun:
         (worker / TRIAL).unlink(missing_ok=True)
@@ -505,40 +559,6 @@ def _ready(study: Study, worker: Path) -> Path:
 
 def _but_yaml(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.endswith(".yaml") and not (Path(folder) / name).is_dir()]
-
-
-def _here(workers: Sequence[Path], at_once: int, say: Say) -> int:
-    """Run workers on this machine, each in a process of its own; how many failed. Stopped, it asks them to save and end."""
-    waiting, live, failed = list(workers), dict[subprocess.Popen[bytes], Path](), 0
-    try:
-        while waiting or live:
-            while waiting and len(live) < at_once:
-                worker = waiting.pop(0)
-                say(f"[{len(workers) - len(waiting)}/{len(workers)}] {worker.name}; log in {worker / LOG}")
-                live[_started(worker)] = worker
-            time.sleep(0.2)
-            for process in [process for process in live if process.poll() is not None]:
-                worker = live.pop(process)
-                lines = [line for line in (worker / LOG).read_text(errors="replace").splitlines() if line.strip()]
-                failed += process.returncode != 0
-                say(f"{'failed: ' if process.returncode else ''}{worker.name}: {lines[-1] if lines else 'no output'}")
-    finally:
-        for process in live:
-            process.terminate()
-        for process in live:
-            process.wait()
-    return failed
-
-
-def _started(worker: Path) -> "subprocess.Popen[bytes]":
-    """A process that is a worker, with the code that lies in its folder; Ctrl-C is for its parent."""
-    from aem_exp import provenance
-
-    path = os.pathsep.join(filter(None, (str(worker / provenance.CODE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-u", "-m", "aem_exp.study", str(worker)]
-    with (worker / LOG).open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def _show(now: Standing, say: Say) -> None:
@@ -587,287 +607,3 @@ def _as_json(now: Standing) -> dict[str, Any]:
             for trial in now.trials
         ],
     }
-
-
-# The worker's half: one trial, from asking to telling.
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Be a worker; the exit code."""
-    return door.answer(lambda: _act(_read(argv), print), lambda: "to go on, ask the sweep again")
-
-
-def _read(argv: list[str] | None) -> argparse.Namespace:
-    what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
-    parser = door.Parser("python -m aem_exp.study", description=what, allow_abbrev=False)
-    parser.add_argument("worker_dir", type=Path)
-    return parser.parse_args(argv)
-
-
-def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch, ownership, progress, provenance, ranks
-
-    worker = asked.worker_dir.expanduser().absolute()
-    door.reach(worker / provenance.CODE)
-    progress.quiet()
-    study = read(worker)
-    config.check_here(study.base)
-    if not ranks.first():
-        return _follow(worker, study)
-    dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
-    try:
-        with ownership.owning(worker):
-            return _lead(worker, study, say)
-    except ownership.Owned as owned:
-        say(str(owned))
-        return 0
-
-
-def read(worker: Path) -> Study:
-    """The study that a worker works for.
-
-    Raises:
-        ConfigError: it is no worker, or the storage is another one here.
-    """
-    from aem_exp.stores import redact
-
-    file = worker / ASKED
-    if not file.is_file():
-        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {ASKED}")
-    asked, over = json.loads(file.read_text()), worker / "config"
-    os.environ.pop("AEM_ROOT", None)  # conf/ is what was frozen with the code
-    search = build(Search, asked["search"], "search")
-    study = Study(worker.parent, asked["question"], tuple(asked["overrides"]), over if over.is_dir() else None, search)
-    if redact(study.uri or "") != asked["storage"]:
-        remedy = (
-            f"was {asked['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
-        )
-        raise ConfigError("AEM_STUDY", redact(study.uri or "") or None, remedy)
-    return study
-
-
-def _lead(worker: Path, study: Study, say: Say) -> int:
-    """Take a trial, run it, tell; the first process of a worker does this, and says to the others what they need."""
-    from optuna.trial import Trial
-
-    opened = _opened(study)
-    number = _taken(worker, study, opened)
-    if number is None:
-        _tell_others(worker, {"play": False})
-        say("nothing is missing")
-        return 0
-    frozen = opened.get_trials(deepcopy=False)[number]
-    if frozen.state.is_finished():  # killed after it had told
-        _tell_others(worker, {"play": False})
-        say(f"trial {number} is told: {frozen.state.name.lower()}")
-        return 0
-    trial = Trial(opened, frozen._trial_id)
-    try:
-        experiment = study.experiment(values_of(frozen))
-        _record(study, opened, trial, experiment)
-    except ConfigError as error:
-        _fail(opened, frozen, "config", str(error))
-        raise
-    say(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in values_of(frozen).items())}")
-    say(f"run      {config.run_dir(experiment)}")
-    return _played(worker, study, opened, trial, experiment, say)
-
-
-def _taken(worker: Path, study: Study, opened: "optuna.Study") -> int | None:
-    """The number of the worker's own trial: the one that it had, or a new one; None where none is missing."""
-    card = _card(worker)
-    if "number" in card:
-        return int(card["number"])
-    with study.alone():
-        trials = opened.get_trials(deepcopy=False)
-        if not _missing(study, trials):
-            return None
-        opened.sampler = _sampler(study, len(trials))
-        trial = opened.ask({key: distribution(study, key) for key in study.search.space})
-        disk.write(worker / TRIAL, json.dumps({"number": trial.number, "id": trial._trial_id}) + "\n")
-        return trial.number
-
-
-def _record(study: Study, opened: "optuna.Study", trial: "optuna.Trial", experiment: Experiment) -> None:
-    """Write down who belongs to the study, where status, MLflow and the report look."""
-    from aem_exp import members, tracking, views
-
-    folder = config.run_dir(experiment)
-    with study.alone():
-        trial.set_user_attr("run", folder.name)
-        rows = [
-            {
-                "run": t.user_attrs["run"],
-                "arm": f"trial {t.number}",
-                "group": f"trial {t.number}",
-                "seed": experiment.seed,
-            }
-            for t in _counted(opened.get_trials(deepcopy=False))
-            if "run" in t.user_attrs
-        ]
-        members.write(study.outputs, study.name, study.question, rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    group = f"trial {trial.number}"
-    if members.label(folder, study.name, group):
-        tracking.mark(folder, {views.tag(study.name): group})
-
-
-def _played(
-    worker: Path, study: Study, opened: "optuna.Study", trial: "optuna.Trial", experiment: Experiment, say: Say
-) -> int:
-    """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
-    from aem_exp import attempts, ownership, ranks, run
-    from aem_exp.interrupt import Enough, Interrupted
-
-    while True:
-        if (twin := _twin(opened, trial)) is not None:
-            _tell_others(worker, {"play": False})
-            for step, value in twin.intermediate_values.items():
-                trial.report(value, step)
-            return _tell(opened, trial, twin.state.name, twin.value, say)
-        _tell_others(worker, {"play": True, "values": values_of(opened.get_trials(deepcopy=False)[trial.number])})
-        try:
-            with _line() as line:
-                run.run(experiment, _Watch(opened, trial, study.search.metric, line))
-            return _tell(opened, trial, "COMPLETE", _value(study, config.run_dir(experiment)), say)
-        except Enough:
-            return _tell(opened, trial, "PRUNED", None, say)
-        except Interrupted as stop:
-            _leave(stop, say)
-            raise
-        except ownership.Owned as owned:  # a trial with the same parameters has it
-            if ranks.count() > 1:
-                raise Stop(str(owned)) from owned
-            _wait(say)
-        except Exception as error:
-            _fail(
-                opened, opened.get_trials(deepcopy=False)[trial.number], attempts.kind(error), attempts.sentence(error)
-            )
-            raise
-
-
-def _follow(worker: Path, study: Study) -> int:
-    """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
-    from aem_exp import run
-    from aem_exp.interrupt import Enough, Interrupted
-
-    while (card := _card(worker)).get("start") != _start():
-        time.sleep(0.5)
-    if card["play"]:
-        try:
-            with suppress(Enough):
-                run.run(study.experiment(card["values"]))
-        except Interrupted as stop:
-            _leave(stop, lambda _: None)
-            raise
-    return 0
-
-
-def _tell_others(worker: Path, news: dict[str, Any]) -> None:
-    disk.write(worker / TRIAL, json.dumps({**_card(worker), "start": _start(), **news}) + "\n")
-
-
-def _start() -> str:
-    """Which start of which job this is."""
-    return f"{os.environ.get('SLURM_JOB_ID', os.getpid())}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-
-
-def _line() -> Any:
-    from aem_exp import progress
-
-    return progress.Progress()
-
-
-class _Watch:
-    """Reports a trial's metric to the storage, and says when enough was seen; what the untrained policy scored is no news."""
-
-    def __init__(self, opened: "optuna.Study", trial: "optuna.Trial", metric: str, line: Any):
-        self.trial, self.metric, self.line = trial, metric, line
-        self.reported = set(opened.get_trials(deepcopy=False)[trial.number].intermediate_values)
-
-    def __call__(self, step: int, steps: int, row: dict[str, float]) -> bool:
-        self.line(step, steps, row)
-        if self.metric not in row:
-            self._check(row)
-            return False
-        if step > 0 and step not in self.reported:
-            self.trial.report(row[self.metric], step)
-            self.reported.add(step)
-        return 0 < step < steps and self.trial.should_prune()  # at the last step nothing is left to save
-
-    def _check(self, row: Mapping[str, float]) -> None:
-        """Say at the first evaluation what would otherwise be found at the end."""
-        names = [name for name in row if name.startswith("eval/")]
-        if names and self.metric.startswith("eval/"):
-            raise ConfigError("search.metric", self.metric, names)
-
-
-def _value(study: Study, folder: Path) -> float:
-    """What a finished run gives: the last value of the metric."""
-    from aem_exp import metrics
-
-    name, rows = metrics.sanitised(study.search.metric), metrics.read(folder)
-    found = [row[name] for row in rows if name in row]
-    if not found:
-        raise ConfigError(
-            "search.metric", study.search.metric, sorted({key for row in rows for key in row if "/" in key})
-        )
-    if not math.isfinite(found[-1]):
-        raise Stop(f"{study.search.metric} is {found[-1]} at the end", "nan")
-    return found[-1]
-
-
-def _twin(opened: "optuna.Study", trial: "optuna.Trial") -> "FrozenTrial | None":
-    """A trial of the same run whose end is known."""
-    name = trial.user_attrs["run"]
-    return next(
-        (
-            other
-            for other in opened.get_trials(deepcopy=False)
-            if other.state.name in ("COMPLETE", "PRUNED")
-            and other.number != trial.number
-            and other.user_attrs.get("run") == name
-        ),
-        None,
-    )
-
-
-def _tell(opened: "optuna.Study", trial: "optuna.Trial", state: str, value: float | None, say: Say) -> int:
-    from optuna.trial import TrialState
-
-    opened.tell(trial, value if state == "COMPLETE" else None, TrialState[state], skip_if_finished=True)
-    say(f"told     trial {trial.number}: {state.lower()}" + ("" if value is None else f", {value:.4g}"))
-    return 0
-
-
-def _fail(opened: "optuna.Study", trial: "FrozenTrial", kind: str, sentence: str) -> None:
-    from optuna.trial import Trial, TrialState
-
-    from aem_exp.stores import redact
-
-    asked = Trial(opened, trial._trial_id)
-    asked.set_user_attr("class", kind)
-    asked.set_user_attr("sentence", redact(sentence))
-    opened.tell(asked, state=TrialState.FAIL)
-
-
-def _leave(stop: "Interrupted", say: Say) -> None:
-    """Make way in a job, as `run` does; the trial stays open, and its worker comes back to it."""
-    from aem_exp import launch, ranks
-
-    say(f"{stop}; the trial stays open")
-    if stop.signal == signal.SIGUSR2 and ranks.first():
-        launch.again()
-    launch.linger()
-
-
-def _wait(say: Say, seconds: float = 2.0) -> None:
-    from aem_exp.interrupt import Signals
-
-    say("its parameters are those of a trial that runs; waiting for its end")
-    with Signals():
-        time.sleep(seconds)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,7 +28,6 @@ Plan the experiments of a question, and send or run those that are missing.
   python -m aem_exp.sweep household_quick launch=slurm_cpu --submit   to SLURM, as one array
   python -m aem_exp.sweep household_quick --retry oom --submit     once more, also what failed with `oom`
 """
-FOLDER = "sweeps"  # of the outputs: logs of arrays
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,13 +132,13 @@ def _record(sweep: "Sweep") -> None:
 
 def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
     """One array for all cells of one size."""
-    from aem_exp import dispatch
+    from aem_exp import dispatch, members
 
     sizes: dict[str, list[Cell]] = {}
     for cell in todo:
         sizes.setdefault(repr(cell.experiment.launch), []).append(cell)
     for cells in sizes.values():
-        logs = _outputs(sweep) / FOLDER / sweep.name
+        logs = _outputs(sweep) / members.FOLDER / sweep.name
         sent = dispatch.send([cell.experiment for cell in cells], sweep.name, logs, at_once)
         print(f"sent    {len(sent)} cells as job {sent[0][1].partition('_')[0]}; logs in {logs}")
 

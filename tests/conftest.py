@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -43,3 +44,12 @@ def unbroken(cache, tmp_path_factory):
     done = door(cache, outputs, *SMALL)
     assert done.returncode == 0, done.stderr
     return folder_of(outputs), done
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    """No folder of the machine takes part; sys.path is left as it was."""
+    for name in ("AEM_OUTPUTS", "AEM_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)

@@ -51,3 +51,12 @@ def wait_for(started, folder_found, reached, timeout=180):
             return
         time.sleep(0.02)
     raise AssertionError("the run never got there")
+
+
+def until(seen, what, seconds=90):
+    """Wait until something is seen; what it is."""
+    end = time.monotonic() + seconds
+    while not (value := seen()):
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.1)
+    return value

@@ -30,16 +30,8 @@ FIXED = [  # what these tests count on, however conf/ is tuned
     *("env.response_tokens=12", "env.context_tokens=512", "env.prompt={first: '{observation}', next: '{observation}'}"),
     *("evaluation.every=10", "launch.trainer={use_cpu: true}"),
 ]
+pytestmark = pytest.mark.usefixtures("clean")
 PACKAGES = Path(keywords.find_spec("trl").submodule_search_locations[0]).parent
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """No folder of the machine takes part; sys.path is left as it was."""
-    for name in ("AEM_OUTPUTS", "AEM_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ KNOWS = {
     "board": {"progress", "state"},
     "dispatch": {"config", "disk", "launch", "ownership", "policy", "provenance", "stores"},
     "interrupt": set(),
-    "launch": {"config", "disk", "values"},
+    "launch": {"config", "disk", "ranks", "values"},
     "members": {"disk", "values"},
     "ownership": {"disk"},
     "parts": {
@@ -91,16 +91,19 @@ KNOWS = {
         *("study", "tracking", "values", "views"),
     },
     "study": {
-        *("attempts", "compose", "config", "disk", "dispatch", "door", "interrupt", "launch", "members", "metrics"),
-        *("ownership", "progress", "provenance", "questions", "ranks", "run", "state", "stores", "tracking", "values"),
-        "views",
+        *("attempts", "compose", "config", "disk", "dispatch", "launch", "provenance", "questions", "state", "stores"),
+        *("values", "views"),
+    },
+    "trial": {
+        *("attempts", "config", "disk", "dispatch", "door", "interrupt", "launch", "members", "metrics", "ownership"),
+        *("progress", "provenance", "ranks", "run", "stores", "study", "tracking", "values", "views"),
     },
     "views": {"values"},
     "provenance": {"config", "disk", "policy", "targets"},
     "trainer": {"aem", "arms", "batch", "checkpoints", "config", "credit", "keywords", "rollout", "sample", "values"},
     "run": {
         *("attempts", "checkpoints", "config", "disk", "door", "exam", "interrupt", "launch", "members", "ownership"),
-        *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking", "values"),
+        *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking", "values", "views"),
     },
     "__main__": {"compose", "config", "dispatch", "door", "launch", "questions", "run", "sweep", "values"},
     "envs.household": {"values", "envs"},

@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from doors import SMALL, metrics
+from doors import SMALL, metrics, until
 
 from aem_exp import attempts, state
 
@@ -63,14 +62,6 @@ class Site:
         finally:
             os.environ.clear()
             os.environ.update(before)
-
-
-def until(seen, what, seconds=90):
-    end = time.monotonic() + seconds
-    while not (value := seen()):
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.1)
-    return value
 
 
 def steps(folder):

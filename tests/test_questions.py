@@ -1,7 +1,6 @@
 """What a sweep asks: every file of sweeps/, the law that a cell is what it would be alone, every refusal, and power."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from aem_exp.questions import grid, load
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 GROUPS = config.choices([ROOT / "conf"])
+pytestmark = pytest.mark.usefixtures("clean")
 SMALL = """
 question: Does it?
 base: trainer.steps=20
@@ -27,15 +27,6 @@ arms:
   aem: modulation=aem
 seeds: 0,1
 """
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """No folder of the machine takes part; sys.path is left as it was."""
-    for name in ("AEM_OUTPUTS", "AEM_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
 
 
 def written(tmp_path, text, name="mine"):

@@ -6,16 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import optuna
 import pytest
+from doors import until
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from aem_exp import attempts, checkpoints, questions, study
+from aem_exp import trial as room
 from aem_exp.values import ConfigError
 
 HERE = Path(__file__).parent
@@ -114,14 +115,6 @@ def starts(folder):
     return [event["step"] for event in attempts.read(folder) if event["event"] == "start"]
 
 
-def until(seen, what, seconds=60):
-    end = time.monotonic() + seconds
-    while not (value := seen()):
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.1)
-    return value
-
-
 @pytest.fixture
 def desk(tmp_path, cache):
     desk = Desk(tmp_path, cache)
@@ -191,7 +184,7 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
 @pytest.mark.slow
 def test_a_trial_below_the_median_is_stopped_early_and_its_twin_is_told_the_same(policy, desk, asked):
     text = TINY.replace("trials: 4", "trials: 5\n  metric: train/success\n  pruner: median")
-    opened = study._opened(asked(text))
+    opened = study.opened_study(asked(text))
     for i in range(4):  # better than any policy can be
         values = dict.fromkeys((1, 2, 3), 2.0)
         space = {"trainer.learning_rate": FloatDistribution(1e-4, 2e-3, log=True)}
@@ -227,7 +220,7 @@ def test_a_run_that_cannot_be_is_a_failed_trial_with_its_sentence(policy, desk):
 
 def test_lost_trials_are_asked_for_again_at_most_twice(desk, asked):
     search = asked()
-    opened = study._opened(search)
+    opened = study.opened_study(search)
     space = {"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")}
     for again in range(study.RETRIES + 1):
         trial = opened.ask(space)  # by a worker that nobody has seen since
@@ -246,9 +239,9 @@ def test_lost_trials_are_asked_for_again_at_most_twice(desk, asked):
 
 def test_a_worker_that_only_dies_is_given_up(desk, asked):
     search = asked()
-    opened = study._opened(search)
+    opened = study.opened_study(search)
     trial = opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
-    study._record(search, opened, trial, search.base)
+    room._record(search, opened, trial, search.base)
     worker = search.folder / "worker-000"
     worker.mkdir()
     (worker / "trial.json").write_text(json.dumps({"number": 0}))
@@ -288,7 +281,7 @@ def test_ranges_are_hydras_and_parameters_are_ready_to_type(asked):
 
 
 def test_another_search_does_not_go_on_with_this_one(desk, asked):
-    study._opened(asked())
+    study.opened_study(asked())
     study.standing(asked(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # more of the same
     for old, new in [
         ("1e-4", "1e-5"),
@@ -302,14 +295,14 @@ def test_another_search_does_not_go_on_with_this_one(desk, asked):
 def test_data_bases_are_taken_and_their_secrets_kept(desk, asked, monkeypatch):
     monkeypatch.setenv("AEM_STUDY", f"sqlite:///{desk.folder / 'studies.db'}")
     search = asked()
-    opened = study._opened(search)
+    opened = study.opened_study(search)
     opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
     assert len(study.standing(search).lost) == 1 and not journal(desk)
     worker = study._settled(search, [])[0]
-    assert study.read(worker).search == search.search
+    assert room.read(worker).search == search.search
     monkeypatch.delenv("AEM_STUDY")
     with pytest.raises(ConfigError, match="does the job get the environment"):
-        study.read(worker)
+        room.read(worker)
     monkeypatch.setenv("AEM_STUDY", "postgresql://me:secret@nowhere.invalid/base")
     with pytest.raises(ConfigError) as caught:
         study.standing(asked())
