@@ -86,6 +86,9 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.hydra_help:
         return _hydra_help()
     if asked.multirun:
+        for option in ("cfg", "resolve", "trust"):
+            if getattr(asked, option):
+                raise ConfigError(f"--{option}", getattr(asked, option), "only read for one experiment, without -m")
         return _grid(asked, argv)
     for option in ("submit", "local"):
         if getattr(asked, option):
@@ -120,18 +123,24 @@ def _grid(asked: argparse.Namespace, argv: list[str]) -> int:
 
 def _run(experiment: "Experiment") -> int:
     """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
-    from aem_exp.config import check_here, check_runnable, run_dir
+    from aem_exp.config import run_dir
 
+    _check(experiment)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
-    submitted = experiment.launch.where == "slurm" and not finished
-    (check_runnable if submitted else check_here)(experiment)
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
-    if submitted:
+    if experiment.launch.where == "slurm" and not finished:
         return _submit(experiment, folder)
     from aem_exp.run import at_terminal
 
     return at_terminal(experiment, folder)
+
+
+def _check(experiment: "Experiment") -> None:
+    """Refuse what cannot run, where it would run."""
+    from aem_exp.config import check_here, check_runnable
+
+    (check_runnable if experiment.launch.where == "slurm" else check_here)(experiment)
 
 
 def _submit(experiment: "Experiment", folder: Path) -> int:
@@ -170,11 +179,10 @@ def _plan(experiment: "Experiment") -> int:
     print(f"launch  {_machine(experiment)}")
     for line in _about(experiment):
         print(line)
-    from aem_exp.config import check_here, check_runnable
     from aem_exp.run import world_of
 
     try:
-        (check_runnable if experiment.launch.where == "slurm" else check_here)(experiment)
+        _check(experiment)
     except ConfigError as error:
         print(f"note    not here: {error}")
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aem_exp import config, disk, launch, provenance
 from aem_exp.config import Experiment
+from aem_exp.interrupt import Signals
 from aem_exp.ownership import owner
 
 RESULT = "result.json"
@@ -60,15 +61,16 @@ def here(
     """
     waiting, live, failures = list(folders), dict[subprocess.Popen[bytes], Path](), 0
     try:
-        while waiting or live:
-            while waiting and len(live) < at_once:
-                folder = waiting.pop(0)
-                say(f"[{len(folders) - len(waiting)}/{len(folders)}] {folder.name}; log in {folder / LOG}")
-                live[_started(room, folder)] = folder
-            time.sleep(0.2)
-            for process in [process for process in live if process.poll() is not None]:
-                folder = live.pop(process)
-                failures += failed(folder, process.returncode, _last_line(folder / LOG))
+        with Signals():  # TERM ends as Ctrl-C does
+            while waiting or live:
+                while waiting and len(live) < at_once:
+                    folder = waiting.pop(0)
+                    say(f"[{len(folders) - len(waiting)}/{len(folders)}] {folder.name}; log in {folder / LOG}")
+                    live[_started(room, folder)] = folder
+                time.sleep(0.2)
+                for process in [process for process in live if process.poll() is not None]:
+                    folder = live.pop(process)
+                    failures += failed(folder, process.returncode, _last_line(folder / LOG))
     finally:
         for process in live:
             process.terminate()

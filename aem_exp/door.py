@@ -31,6 +31,12 @@ def reach(*folders: str | Path | None) -> None:
     sys.path.extend(os.path.abspath(folder) for folder in folders if folder is not None)
 
 
+def reach_frozen(code: Path) -> None:
+    """Let `_target_` name a user's own modules as they were frozen in `code`, before those that lie where they stand."""
+    sys.path.insert(0, str(code.absolute()))
+    sys.path.append(os.getcwd())
+
+
 def answer(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
     """Act; the exit code. `onward`: how to go on with what was stopped, such as `to go on: COMMAND`."""
     try:

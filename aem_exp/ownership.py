@@ -49,14 +49,15 @@ def owning(folder: Path) -> Iterator[None]:
 
 
 def owner(folder: Path) -> str | None:
-    """Who is at this run now, if anybody is."""
-    if not (folder / LOCK).exists():
+    """Who is at this run now, if anybody is. It only looks: a lock that is taken to find out may be in a start's way."""
+    try:
+        silent = time.time() - (folder / LOCK).stat().st_mtime
+        pid, host = (folder / LOCK).read_text().split()[:2]
+    except (FileNotFoundError, ValueError):  # nobody's, or being written at this moment
         return None
-    lock = _lock(folder)
-    if lock is None:
-        return _named(folder)
-    lock.release()
-    return None
+    if silent > STALE or (host == platform.node() and not _lives(int(pid))):
+        return None
+    return _named(folder)
 
 
 def _lock(folder: Path) -> Any:
@@ -82,6 +83,17 @@ def _left_behind(folder: Path) -> bool:
         return True
     me, them = _me(), _who(folder)
     return silent > STALE or (me["job"] is not None and me["job"] == them.get("job") and me["start"] > them["start"])
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def _beat(lock: Path, stop: threading.Event) -> None:

@@ -253,8 +253,7 @@ def _read() -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    sys.path.insert(0, str((asked.run_dir / provenance.CODE).absolute()))  # a user's functions as they were,
-    sys.path.append(os.getcwd())  # not as they are
+    door.reach_frozen(asked.run_dir / provenance.CODE)
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")

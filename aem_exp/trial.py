@@ -53,7 +53,7 @@ def _act(asked: argparse.Namespace, say: Say) -> int:
     from aem_exp import dispatch, ownership, progress, provenance, ranks
 
     worker = asked.worker_dir.expanduser().absolute()
-    door.reach(worker / provenance.CODE)
+    door.reach_frozen(worker / provenance.CODE)
     progress.quiet()
     study = read(worker)
     config.check_here(study.base)

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -56,3 +57,15 @@ def test_what_nobody_foresaw_is_not_hidden():
 
     with pytest.raises(OSError, match="a bad disk"):
         door.answer(act)
+
+
+def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    for name in ("both", "only_here"):
+        (tmp_path / f"module_{name}.py").touch()
+    (tmp_path / "code" / "module_both.py").touch()
+    door.reach_frozen(tmp_path / "code")
+    assert find_spec("module_both").origin == str(tmp_path / "code" / "module_both.py")
+    assert find_spec("module_only_here").origin == str(tmp_path / "module_only_here.py")

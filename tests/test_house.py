@@ -61,7 +61,7 @@ KNOWS = {
     "show": {"episodes", "metrics", "progress", "scores", "tracking"},
     "attempts": {"values"},
     "board": {"progress", "state"},
-    "dispatch": {"config", "disk", "launch", "ownership", "policy", "provenance", "stores"},
+    "dispatch": {"config", "disk", "interrupt", "launch", "ownership", "policy", "provenance", "stores"},
     "interrupt": set(),
     "launch": {"config", "disk", "ranks", "values"},
     "members": {"disk", "values"},

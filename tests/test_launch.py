@@ -143,6 +143,7 @@ def test_two_nodes_agree_save_and_go_on(desk):
     same(folder, calm)
     assert "asked to stop (SIGUSR2); step" in log(folder)
     assert desk.cluster.history(job)[0] == "REQUEUED"
+    assert "finished" in desk.door("aem_exp", *CELL, *two)
 
 
 def test_a_time_limit_costs_nothing(desk):

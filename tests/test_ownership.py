@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -52,6 +53,15 @@ def test_a_live_process_owns_it_and_a_killed_one_does_not(tmp_path):
     with owning(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_looking_changes_nothing(tmp_path):
+    """Not even what a dead process left: a look must never be in the way of a start."""
+    (tmp_path / LOCK).write_text(f"{2**22 + 1}\n{platform.node()}\n")  # above any pid
+    before = (tmp_path / LOCK).stat()
+    assert owner(tmp_path) is None
+    assert (tmp_path / LOCK).stat() == before
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_another_host_owns_it_until_it_has_been_silent(tmp_path):

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import mlflow
 import pytest
-from doors import SMALL
+from doors import SMALL, until
 
 from aem_exp import members, state, status, sweep
 
@@ -29,6 +30,7 @@ def desk(tmp_path_factory, cache):
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    ask.cache = str(cache)
     return folder, ask
 
 
@@ -103,6 +105,22 @@ def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
     (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
     runs = client.search_runs([experiment.experiment_id], "tags.`aem.sweep.other` = 'base'")
     assert [run.data.tags["aem.sweep.quick"] for run in runs] == ["none"]
+
+
+def test_terminated_it_ends_what_it_began(desk):
+    """kill of the door asks its cells to save and end, and waits for them."""
+    folder, ask = desk
+    command = [sys.executable, "-m", "aem_exp.sweep", "quick.yaml", "--local", "seed=7", "trainer.steps=50"]
+    env = {**os.environ, "AEM_OUTPUTS": str(folder / "ended"), "AEM_CACHE": ask.cache}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(folder.glob("ended/*/before.json")), "a run in its midst")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped; to go on: python -m aem_exp.sweep" in err
+    (begun,) = (folder / "ended").glob("*/attempts.jsonl")
+    assert json.loads(begun.read_text().splitlines()[-1])["event"] == "stopped"
+    assert state.read([begun.parent])[begun.parent].what == "stopped"
 
 
 @pytest.mark.parametrize(
