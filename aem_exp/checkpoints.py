@@ -34,6 +34,11 @@ def steps(checkpoint: Path) -> int:
     return json.loads((checkpoint / _MARK).read_text())["step"]
 
 
+def in_pieces(checkpoint: Path) -> bool:
+    """It was saved by processes that share the weights (FSDP)."""
+    return any(checkpoint.glob("pytorch_model_fsdp*"))
+
+
 def adopt(checkpoint: Path, run_dir: Path) -> None:
     """Let a run begin at another run's checkpoint: a copy, without a byte where both lie on one disk."""
     copy = run_dir / checkpoint.name

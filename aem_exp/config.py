@@ -209,11 +209,6 @@ def check_runnable(experiment: Experiment) -> None:
     if targets.announced(experiment.env.make, experiment.env.name):
         remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
         raise ConfigError("env.make._target_", experiment.env.make["_target_"], remedy)
-    launch = experiment.launch
-    for key in ("fsdp", "deepspeed"):
-        if launch.trainer.get(key):
-            remedy = "the policy must be whole in each process; sharding comes with a later version: false"
-            raise ConfigError(f"launch.trainer.{key}", launch.trainer[key], remedy)
 
 
 def check_here(experiment: Experiment) -> None:

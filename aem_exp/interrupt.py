@@ -50,6 +50,17 @@ class Signals:
         finally:
             self._patient = False
 
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Within `deferred`, work that may be cut short: it is done anew by whoever goes on."""
+        self._patient = False
+        try:
+            if self.heard is not None:
+                raise Interrupted(self.heard)
+            yield
+        finally:
+            self._patient = True
+
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.heard = number
         if not self._patient:

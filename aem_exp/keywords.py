@@ -112,10 +112,8 @@ EXECUTION: Final[dict[str, Any]] = {
     "tf32": Switch,
     "gradient_checkpointing": Switch,
     "gradient_checkpointing_kwargs": Mapped,
-    "fsdp": bool | str | None,
-    "fsdp_config": str | dict[str, Any] | None,
-    "deepspeed": str | dict[str, Any] | None,
-    "ds3_gather_for_generation": Switch,
+    "fsdp": Switch,
+    "fsdp_config": Mapped,
     "torch_compile": Switch,
     "torch_compile_backend": Text,
     "torch_compile_mode": Text,
@@ -171,9 +169,21 @@ INSTEAD: Final[dict[str, str]] = {
     "run_name": "name",
     "report_to": "tracking",
     "resume_from_checkpoint": "the same command again: it resumes",
+    **dict.fromkeys(("deepspeed", "ds3_gather_for_generation"), "launch.trainer.fsdp"),
     "vllm_importance_sampling_cap": "launch.trainer.vllm_importance_sampling_clip_max",
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
+}
+FSDP: Final[dict[str, Any]] = {  # of `fsdp_config`; transformers reads others over
+    "version": int,
+    "reshard_after_forward": bool,
+    "cpu_offload": bool,
+    "cpu_ram_efficient_loading": bool,
+    "activation_checkpointing": bool,
+    "state_dict_type": str,
+    "auto_wrap_policy": str,
+    "transformer_layer_cls_to_wrap": list[str] | None,
+    "min_num_params": int,
 }
 ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
     "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
@@ -203,7 +213,10 @@ def science(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def execution(block: Mapping[str, Any]) -> dict[str, Any]:
     """The `launch.trainer` block: checked and typed. What is null keeps TRL's default."""
-    return _typed("launch.trainer", block, EXECUTION)
+    typed = _typed("launch.trainer", block, EXECUTION)
+    if typed.get("fsdp_config"):
+        typed["fsdp_config"] = _typed("launch.trainer.fsdp_config", typed["fsdp_config"], FSDP)
+    return typed
 
 
 def _typed(at: str, block: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +239,7 @@ def _refusal(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError
         return ConfigError(
             field, value, "this GRPOConfig keyword has no part in what this trainer does, so it would be ignored"
         )
-    everywhere = [*OURS, *SCIENCE, *EXECUTION]
+    everywhere = table if table is FSDP else [*OURS, *SCIENCE, *EXECUTION]
     return unknown(field, value, table if closest(key, table) else everywhere)
 
 

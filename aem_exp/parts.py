@@ -74,6 +74,7 @@ class Parts:
         if experiment.launch.threads:
             torch.set_num_threads(experiment.launch.threads)
         self.experiment, self.folder, self.world, self.start = experiment, folder, world, start
+        self.weights, self.before = weights, dict[str, Any]()
         self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, ranks.first()
         log.info("loading %s", weights)
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
@@ -94,23 +95,19 @@ class Parts:
         Raises:
             Interrupted: by a signal; a checkpoint has the last finished step.
         """
-        how, trainer = self.experiment.evaluation, self.trainer
-        before = self._before()
-        self.tracker.ready()
+        how = self.experiment.evaluation
         self._train()
         last = checkpoints.newest(self.folder)
         after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
         final = self._exam(how.final)
         self._report(self.time.step, final.metrics("test/"))
-        if self.episodes:
-            self.episodes.finish()
-            policy.save(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, self.folder / "model")
+        self._save()
         return {
             "experiment": self.experiment.name,
             "signature": config.signature(self.experiment),
             "steps": self.time.step,
             "updates": checkpoints.updates(last) if last else 0,
-            "before": before,
+            "before": self.before,
             "after": asdict(after),
             "final": asdict(final),
             "checkpoint_rule": "last step",
@@ -120,13 +117,12 @@ class Parts:
         }
 
     def _train(self) -> None:
-        """All steps that are left."""
+        """All steps that are left. None may be: then the policy is loaded, and put where it plays."""
         checkpoint = str(self.start.checkpoint) if self.start.checkpoint else None
-        if self.time.step < self.time.steps:
-            with self.signals.deferred():
-                self.trainer.train(resume_from_checkpoint=checkpoint)
-        elif checkpoint:  # stopped between the last step and the result
-            self.trainer._load_from_checkpoint(checkpoint)
+        if self.time.step >= self.time.steps:
+            self.trainer.args.max_steps = 1  # updates that transformers would ask for, one by one, and not get
+        with self.signals.deferred():
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         if self.time.step < self.time.steps:
             if ranks.shared(lambda: self.enough):
                 raise Enough(f"enough was seen at step {self.time.step}")
@@ -147,6 +143,7 @@ class Parts:
             experiment.evaluation.every,
             experiment.launch.save_every,
             lambda: self.enough or self.signals.heard is not None,
+            self._begin,
         )
         sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
         return build(
@@ -171,19 +168,35 @@ class Parts:
 
         return LocalSampler(self.model, self.chat.end_ids, sampling)
 
-    def _before(self) -> dict[str, Any]:
-        """The score before the first step; measured once, also by a run that is resumed."""
+    def _begin(self) -> None:
+        """Score the policy before the first step; once, also in a run that is resumed."""
         file = self.folder / BEFORE
         if self.start.scored:
-            return json.loads(file.read_text())
-        if self.start.checkpoint:  # the parent's
-            self.trainer._load_from_checkpoint(str(self.start.checkpoint))
-        score = self._exam(self.experiment.evaluation.panel)
-        self._report(self.time.step, score.metrics("eval/"))
-        if self.episodes:
-            self.episodes.write(self.time.step)
-            disk.write(file, json.dumps(asdict(score), indent=1) + "\n")
-        return asdict(score)
+            self.before = json.loads(file.read_text())
+        else:
+            with self.signals.prompt():
+                score = self._exam(self.experiment.evaluation.panel)
+            self.before = asdict(score)
+            self._report(self.time.step, score.metrics("eval/"))
+            if self.episodes:
+                self.episodes.write(self.time.step)
+                disk.write(file, json.dumps(self.before, indent=1) + "\n")
+        self.tracker.ready()
+
+    def _save(self) -> None:
+        """Write the policy for those who use it, and the record of all episodes."""
+        from aem_exp import sharded
+
+        trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        weights = sharded.gathered(trained)
+        if not self.episodes:
+            return
+        self.episodes.finish()
+        if weights is not None:
+            trained, _ = policy.load(self.experiment.model, self.weights, self.experiment.seed)
+            missing, _ = trained.load_state_dict(weights, strict=False)  # TRL's has a second adapter, the reference's
+            assert not missing, missing
+        policy.save(trained, self.tokenizer, self.folder / "model")
 
     def _exam(self, split: str, recorded: bool = False) -> Any:
         """Score a panel; `recorded`: its episodes stand in the record already."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from string import Formatter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp.values import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
-    from aem_exp.config import Experiment
+    from aem_exp.config import Experiment, Launch
 
 _SHOWN: Final = {"task", "observation", "actions", "step"}
 _WINDOW: Final = _SHOWN | {"history", "length"}
@@ -216,14 +216,34 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
-    if t.get("fsdp") and t.get("deepspeed"):
-        raise ConfigError("launch.trainer.fsdp", t["fsdp"], "collides with launch.trainer.deepspeed: choose one")
+    _sharded(e, launch, t)
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
     if launch.where == "local" and launch.nodes > 1:
         raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")
     if launch.where == "slurm" and not launch.hours:
         raise ConfigError("launch.hours", launch.hours, "launch.where=slurm needs a time limit above 0")
+
+
+def _sharded(e: Experiment, launch: Launch, t: dict[str, Any]) -> None:
+    how = t.get("fsdp_config") or {}
+    if not t.get("fsdp"):
+        if how:
+            raise ConfigError("launch.trainer.fsdp_config", how, "only read with launch.trainer.fsdp=true")
+        return
+    if launch.nodes * max(1, launch.gpus_per_node) < 2:
+        raise ConfigError("launch.trainer.fsdp", True, "needs a run of several processes: launch.gpus_per_node above 1")
+    if how.get("version", 2) != 2:
+        raise ConfigError("launch.trainer.fsdp_config.version", how["version"], "must be 2: a policy is played whole")
+    if e.model.lora and how.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+        remedy = "of an adapter, it must be FULL_STATE_DICT: in pieces, peft does not find its weights again"
+        raise ConfigError("launch.trainer.fsdp_config.state_dict_type", how["state_dict_type"], remedy)
+    if t.get("gradient_checkpointing"):
+        remedy = "of a policy in pieces, it is launch.trainer.fsdp_config.activation_checkpointing"
+        raise ConfigError("launch.trainer.gradient_checkpointing", True, remedy)
+    if launch.sampler == "engine" and not t.get("use_vllm"):
+        remedy = "of a policy in pieces, HF generate would wait for other processes for ever: choose local, or vLLM"
+        raise ConfigError("launch.sampler", "engine", remedy)
 
 
 def _rows(e: Experiment) -> int:

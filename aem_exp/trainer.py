@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from aem_exp import aem, arms, checkpoints
+from aem_exp import aem, arms, checkpoints, sharded
 from aem_exp.arms import Arm
 from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment, instantiate
@@ -83,6 +83,7 @@ class AEMCallback(TrainerCallback):
         evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
         save_every: steps between checkpoints (0: only at the end).
         asked_to_stop: asked at the end of a step; where any rank says yes, all save and stop.
+        begin: called once, with the policy as the first step finds it.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class AEMCallback(TrainerCallback):
         evaluate_every: int = 0,
         save_every: int = 0,
         asked_to_stop: Callable[[], bool] | None = None,
+        begin: Callable[[], None] | None = None,
     ):
-        self.asked_to_stop = asked_to_stop
+        self.asked_to_stop, self.begin = asked_to_stop, begin
         self.time, self.schedule, self.gate = time, schedule, gate
         self.report, self.evaluate = report, evaluate
         self.evaluate_every, self.save_every = evaluate_every, save_every
@@ -105,6 +107,10 @@ class AEMCallback(TrainerCallback):
     @property
     def lam(self) -> float | None:
         return self.schedule(self.time.progress) if self.schedule else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.begin:
+            self.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.time.closing:
@@ -279,7 +285,10 @@ class AEMTrainer(GRPOTrainer):
         """Play: each rank its part. All ranks get all trajectories."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
-        return gather_object(self.rollout.play(episodes[start : start + size], sampler))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        with sharded.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward):
+            played = self.rollout.play(episodes[start : start + size], sampler)
+        return gather_object(played)
 
     def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
         played = self.share(episodes, self.sampler)
@@ -317,7 +326,10 @@ class AEMTrainer(GRPOTrainer):
         for update in zip(*shares, strict=True):
             live = [i for share in update for i in share if i != DEAD]
             tokens = sum(sum(credit.rows[i].mask) for i in live)
-            out.append(Update(split(update[me], lengths, self.device_rows, self.device_tokens), len(live), tokens))
+            micros = [split(share, lengths, self.device_rows, self.device_tokens) for share in update]
+            idle = max(map(len, micros)) - len(micros[me])
+            micro = micros[me] + [[DEAD]] * idle  # ranks that share the weights do as many passes as each other
+            out.append(Update(micro, len(live), tokens))
         return out
 
     def _measure(self, credit: Credit, micro: list[int], told: bool) -> Batch:
@@ -413,9 +425,9 @@ class AEMTrainer(GRPOTrainer):
         return _Updates(self.updates)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One update: all its micro-batches, gradients synchronised with the last."""
+        """One update: all its micro-batches, gradients synchronised with the last; in pieces, with each, or none would fit."""
         start = clock_time.perf_counter()
-        every = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        every = self.accelerator.distributed_type == DistributedType.FSDP
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(inputs):
             sync = every or i == len(inputs) - 1

@@ -13,7 +13,7 @@ os.environ.update(
 )
 
 import pytest
-from doors import SMALL, door, folder_of
+from doors import SMALL, door, folder_of, moved
 
 
 def pytest_collection_finish():
@@ -43,6 +43,7 @@ def unbroken(cache, tmp_path_factory):
     outputs = tmp_path_factory.mktemp("unbroken")
     done = door(cache, outputs, *SMALL)
     assert done.returncode == 0, done.stderr
+    assert moved(folder_of(outputs))
     return folder_of(outputs), done
 
 

@@ -15,6 +15,7 @@ SMALL = [
     "trainer.tasks_per_step=3",
     "trainer.group_size=4",
     "trainer.mini_batch=6",
+    "env.invalid_penalty=0.1",  # so weak a policy solves nothing: without this every return would be 0, and so every gradient
     "evaluation.tasks=8",
     "evaluation.every=3",
     "launch.save_every=2",
@@ -40,6 +41,12 @@ def folder_of(outputs) -> Path:
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def moved(folder):
+    """Every step of a run moved the policy: what says that two runs end alike must not hold of runs that do nothing."""
+    norms = [row["train/grad_norm"] for row in metrics(folder) if "train/grad_norm" in row]
+    return bool(norms) and min(norms) > 0
 
 
 def wait_for(started, folder_found, reached, timeout=180):

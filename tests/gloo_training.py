@@ -1,16 +1,25 @@
-"""What test_trainer_laws trains in one process, and, run by it under torchrun, in two: the toy for two steps."""
+"""What test_trainer_laws trains in one process, and, run by it under torchrun, in two: the toy for two steps.
+
+In two, each has the whole policy, or (`pieces`) a part of it.
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import conftest  # noqa: F401  (environment first)
+import pieces
 import torch
 import toy
+
+from aem_exp import sharded
 
 KINDS = ("grpo", "dapo", "dr_grpo")
 
 
-def weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
+def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """The toy's, after two steps; `how`: the launch's own settings of TRL."""
     settings = {
         "loss_type": kind,
         "beta": 0.05,
@@ -20,18 +29,24 @@ def weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
         "max_grad_norm": 0.0,
     }
     run = toy.experiment("window", learning_rate=1e-3, **settings)
+    run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (how or {})))
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3)
     trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return sharded.gathered(trained) or trained.state_dict()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, how: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     for kind in KINDS:
-        state = weights(kind, folder)
+        state = weights(kind, folder, how)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[2:] == ["pieces"]:
+        pieces.on_cpus()
+        main(Path(sys.argv[1]), pieces.SETTINGS)
+    else:
+        main(Path(sys.argv[1]), {})

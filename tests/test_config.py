@@ -178,6 +178,7 @@ AT_COMPOSING = [
     ("~trainer.beta", "config", "trainer.beta"),
     ("~modulation", "modulation", "choose from aem"),
 ]
+TWO = "launch.gpus_per_node=2 | launch.trainer={fsdp:true"
 AT_RESOLVING = [
     ("tracking=${nothing}", "tracking", "'nothing' not found"),
     ("seed=???", "seed", "must be given"),
@@ -280,7 +281,18 @@ AT_RESOLVING = [
     ("launch.gpus_per_node=1", "launch.trainer.use_cpu", "gpus_per_node=1"),
     ("launch.nodes=2", "launch.nodes", "launch.where=slurm"),
     ("launch.where=slurm", "launch.hours", "time limit"),
-    ("launch.trainer.fsdp=true | launch.trainer.deepspeed=x.json", "launch.trainer.fsdp", "deepspeed"),
+    ("launch.trainer.fsdp=true", "launch.trainer.fsdp", "several processes"),
+    ("launch.trainer.deepspeed=x.json", "launch.trainer.deepspeed", "use launch.trainer.fsdp"),
+    ("launch.trainer={fsdp_config:{version:2}}", "launch.trainer.fsdp_config", "fsdp=true"),
+    ("launch.trainer={fsdp:true,fsdp_config:{cpu_ofload:1}}", "launch.trainer.fsdp_config.cpu_ofload", "cpu_offload?"),
+    (f"{TWO},fsdp_config:{{version:1}}}}", "launch.trainer.fsdp_config.version", "must be 2"),
+    (f"{TWO},gradient_checkpointing:true}}", "launch.trainer.gradient_checkpointing", "activation_checkpointing"),
+    (f"{TWO}}} | launch.sampler=engine", "launch.sampler", "vLLM"),
+    (
+        f"{TWO},fsdp_config:{{state_dict_type:SHARDED_STATE_DICT}}}} | model.lora={{r: 4}}",
+        "launch.trainer.fsdp_config.state_dict_type",
+        "FULL_STATE_DICT",
+    ),
 ]
 
 
@@ -673,7 +685,6 @@ def test_conf_comes_from_the_environment_the_wheel_or_the_checkout(monkeypatch, 
         (["--config-dir", "nowhere", "--help"], "no such folder"),
         (["+experimnt=x", "--cfg", "job"], "did you mean experiment?"),
         (["+experiment=alfworld_1_5b", "launch=local"], "the world of env alfworld comes with a later version"),
-        (["launch=node1"], "sharding comes with a later version"),
         (["launch.nodes=2", "launch.where=slurm"], "needs a time limit"),
     ],
     ids=" ".join,

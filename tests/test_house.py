@@ -79,7 +79,7 @@ KNOWS = {
             "policy",
             "provenance",
         ),
-        *("ranks", "render", "rollout", "sample", "trainer", "values", "workers"),
+        *("ranks", "render", "rollout", "sample", "sharded", "trainer", "values", "workers"),
     },
     "power": set(),
     "questions": {"compose", "config", "rules", "values"},
@@ -100,7 +100,11 @@ KNOWS = {
     },
     "views": {"values"},
     "provenance": {"config", "disk", "policy", "targets"},
-    "trainer": {"aem", "arms", "batch", "checkpoints", "config", "credit", "keywords", "rollout", "sample", "values"},
+    "sharded": set(),
+    "trainer": {
+        *("aem", "arms", "batch", "checkpoints", "config", "credit", "keywords", "rollout", "sample", "sharded"),
+        "values",
+    },
     "run": {
         *("attempts", "checkpoints", "config", "disk", "door", "exam", "interrupt", "launch", "members", "ownership"),
         *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking", "values", "views"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from doors import SMALL, metrics, until
+from doors import SMALL, metrics, moved, until
 
 from aem_exp import attempts, state
 
@@ -85,7 +85,7 @@ def same(run, reference):
     import pandas as pd
     from safetensors.torch import load_file
 
-    assert metrics(run) == metrics(reference)
+    assert moved(reference) and metrics(run) == metrics(reference)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, reference))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "episodes.parquet") for folder in (run, reference)))

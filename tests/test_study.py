@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 TINY = """
 question: Which?
 base: >-
-  model.make.steps=25 model.make.habit_steps=5 model.make.episodes=128 env.make._target_=slow.Slow
+  env.invalid_penalty=0.1 model.make.steps=25 model.make.habit_steps=5 model.make.episodes=128 env.make._target_=slow.Slow
   trainer.steps=3 trainer.tasks_per_step=2 trainer.group_size=4 trainer.mini_batch=4
   evaluation.tasks=4 evaluation.every=1 launch.save_every=1 tracking=off
 search:

@@ -209,17 +209,26 @@ def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
     close(results[2], results[0])
 
 
-def test_d_ranks_change_nothing(folder):
-    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process."""
-    for kind in gloo_training.KINDS:
-        torch.save(gloo_training.weights(kind, folder), folder / f"{kind}-1.pt")
-    script = [gloo_training.__file__, str(folder)]
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The weights that one process ends with, by the loss."""
+    return {kind: gloo_training.weights(kind, folder) for kind in gloo_training.KINDS}
+
+
+@pytest.mark.parametrize("held", ["whole", "pieces"])
+def test_d_ranks_change_nothing(folder, alone, held):
+    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process.
+
+    Each holds the whole policy, or its part of every weight.
+    """
+    script = [gloo_training.__file__, str(folder), *(["pieces"] if held == "pieces" else [])]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in gloo_training.KINDS:
-        one, two = (torch.load(folder / f"{kind}-{ranks}.pt", weights_only=True) for ranks in (1, 2))
-        for name, weight in one.items():
+        two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
+        assert two.keys() == alone[kind].keys()
+        for name, weight in alone[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
             )

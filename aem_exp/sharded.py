@@ -1,0 +1,41 @@
+"""A policy in pieces: each process of a run holds a part of every weight (FSDP2, `torch.distributed.fsdp`).
+
+Training gathers the weights layer by layer, and all processes must then do the same number of passes. Play cannot promise
+that: episodes end when they end. So a policy is gathered whole before play, and is in pieces again after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+
+@contextmanager
+def whole(policy: Any, reshard: bool = True) -> Iterator[None]:
+    """Hold all weights in each process: a pass of one then waits for no other. Entered by all of them.
+
+    `reshard`: in training, a layer is in pieces again after its forward pass (`reshard_after_forward`).
+    """
+    pieces = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if pieces:
+        policy.set_reshard_after_forward(False)
+    for piece in pieces:
+        piece.unshard()
+    try:
+        yield
+    finally:
+        for piece in pieces:
+            piece.reshard()
+        if pieces:
+            policy.set_reshard_after_forward(reshard)
+
+
+def gathered(policy: Any) -> dict[str, Tensor] | None:
+    """All weights on the CPU of the first process, and none on the others; None where the policy is not in pieces."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if not isinstance(policy, FSDPModule):
+        return None
+    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

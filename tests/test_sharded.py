@@ -1,0 +1,80 @@
+"""A run whose processes share the weights: two of them, over gloo (see `pieces`)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pieces
+import pytest
+import torch
+from doors import SMALL, door, metrics, moved, wait_for
+from safetensors.torch import load_file
+
+from aem_exp import config
+
+WORDS = [*SMALL, "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
+
+
+def run_dir(outputs, *words, **how):
+    """A run for two processes with the weights in pieces, written down."""
+    experiment = config.load([*WORDS, f"outputs={outputs}", *words])
+    settings = {**pieces.SETTINGS, "fsdp_config": pieces.SETTINGS["fsdp_config"] | how}
+    experiment = replace(experiment, launch=replace(experiment.launch, trainer={"use_cpu": True, **settings}))
+    folder = config.run_dir(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "experiment.json").write_text(json.dumps(config.to_dict(experiment)))
+    return folder
+
+
+def start(cache, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", pieces.__file__]
+    env = {**os.environ, "AEM_CACHE": str(cache), "COLUMNS": "120"}
+    return subprocess.Popen([*command, folder], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(started):
+    out, err = started.communicate(timeout=300)
+    return started.returncode, out + err
+
+
+@pytest.fixture(scope="module")
+def through(cache, tmp_path_factory):
+    folder = run_dir(tmp_path_factory.mktemp("through"))
+    code, said = ended(start(cache, folder))
+    assert code == 0 and moved(folder), said
+    return folder
+
+
+def test_interrupted_it_ends_the_same(cache, tmp_path, through):
+    folder = run_dir(tmp_path)
+    started = start(cache, folder)
+    wait_for(started, (folder / "metrics.jsonl").exists, lambda: any(folder.glob("checkpoint-*/step.json")))
+    started.send_signal(signal.SIGTERM)
+    code, said = ended(started)
+    assert code != 0 and not (folder / "result.json").exists(), said
+    code, said = ended(start(cache, folder))
+    assert code == 0 and "going on from step" in said, said
+    assert metrics(folder) == metrics(through)
+    weights, again = (load_file(path / "model" / "model.safetensors") for path in (through, folder))
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    assert list(folder.glob("checkpoint-*/*_fsdp_0")) and not list(folder.glob("checkpoint-*/model.safetensors"))
+
+
+def test_an_adapter_is_trained_and_merged(cache, tmp_path, through):
+    lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
+    folder = run_dir(tmp_path, *lora, state_dict_type="FULL_STATE_DICT")
+    code, said = ended(start(cache, folder))
+    assert code == 0 and moved(folder), said
+    adapter = load_file(folder / "model" / "adapter" / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    merged, other = (load_file(path / "model" / "model.safetensors") for path in (folder, through))
+    assert merged.keys() == other.keys()
+
+
+def test_what_was_saved_in_pieces_does_not_go_on_whole(cache, tmp_path, through):
+    words = [f"from={through}", "trainer.steps=5", "launch.trainer={use_cpu: true}", "launch=local"]
+    done = door(cache, tmp_path, *words)
+    assert done.returncode == 2 and "was saved with true: go on with that" in done.stderr, done.stderr
