@@ -5,7 +5,6 @@ never resumed from.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -43,12 +42,5 @@ def adopt(checkpoint: Path, run_dir: Path) -> None:
     """Let a run begin at another run's checkpoint: a copy, without a byte where both lie on one disk."""
     copy = run_dir / checkpoint.name
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=_linked)
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=disk.link)
     disk.write(copy / _MARK, (checkpoint / _MARK).read_text())
-
-
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copyfile(source, target)

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and folders that can take them."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,14 @@ from aem_exp.values import ConfigError
 def cache() -> Path:
     """Where what is made once lies: $AEM_CACHE, else ~/.cache/aem_exp."""
     return Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name; a copy where both do not lie on one disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,13 @@ def freeze(runs: Mapping[Path, Experiment]) -> None:
     for run_dir, experiment in runs.items():
         if not (run_dir / FILE).exists():
             modules = _modules(experiment)
-            if modules not in codes:
-                codes[modules] = _code(experiment)
             run_dir.mkdir(parents=True, exist_ok=True)
-            _freeze(run_dir / CODE, codes[modules])
+            if modules in codes:
+                _freeze(run_dir / CODE, codes[modules], disk.link)  # it never changes: one copy serves them all
+            else:
+                code = _code(experiment)
+                _freeze(run_dir / CODE, code)
+                codes[modules] = {name: run_dir / CODE / name for name in code}
             (run_dir / COMMIT).write_text(commit + "\n")
 
 
@@ -146,13 +149,19 @@ def _edited(frozen: Path, code: Mapping[str, Path]) -> list[str]:
     ]
 
 
-def _freeze(frozen: Path, code: Mapping[str, Path]) -> None:
+def _copied(source: Path, target: Path) -> None:
+    shutil.copy2(source, target)
+    target.chmod(target.stat().st_mode & 0o555)  # an editor asks before it writes what other runs share
+
+
+def _freeze(frozen: Path, code: Mapping[str, Path], put: Callable[[Path, Path], None] = _copied) -> None:
+    """Put code into a folder, for reading only; `put`: how a file comes there."""
     if _HERE.is_relative_to(frozen.resolve()):  # this is the frozen copy, at work
         return
     part = frozen.with_name(f".{CODE}.{os.getpid()}")
     for name, file in code.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, part / name)
+        put(file, part / name)
     shutil.rmtree(frozen, ignore_errors=True)
     part.replace(frozen)
 

@@ -93,8 +93,8 @@ def _ended(
         if job is not None and job.state in ENDS:
             kind, sentence = ENDS[job.state]
             return State(FAILED, kind=kind, sentence=sentence, **known)
-        said = _refusal(Path(card["log"]))
-        return State(FAILED, kind="config" if said else "unseen", sentence=said or UNSEEN, **known)
+        kind, sentence = _last_words(Path(card["log"]))
+        return State(FAILED, kind=kind, sentence=sentence, **known)
     if last.get("event") == attempts.FAILED:
         return State(FAILED, kind=last["class"], sentence=last["sentence"], **known)
     if last.get("event") == attempts.STOPPED:
@@ -107,10 +107,17 @@ def _ended(
     return State(NEW, **known)
 
 
-def _refusal(log: Path) -> str:
-    """The sentence with which a job refused to begin, if it did."""
+def _last_words(log: Path) -> tuple[str, str]:
+    """Why a job ended before its run began: it refused, or it crashed; the class, and a sentence."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return next((line.removeprefix("aem_exp: ") for line in reversed(lines) if line.startswith("aem_exp: ")), "")
+    for number, line in reversed(list(enumerate(lines))):
+        if line.startswith("aem_exp: "):
+            return "config", line.removeprefix("aem_exp: ")
+        if line.startswith("Traceback (most recent call last)"):
+            return "crash", next(
+                (after for after in lines[number + 1 :] if after[:1].strip()), "a traceback; see its log"
+            )
+    return "unseen", UNSEEN
 
 
 def _steps(folder: Path) -> int:

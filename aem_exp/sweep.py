@@ -88,13 +88,13 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     if asked.submit:
         _check_submits(todo)
     _record(sweep)
-    _views(sweep)
+    if todo and asked.submit:
+        _submit(sweep, todo, asked.at_once)
+    _views(sweep)  # after what was asked for, as MLflow takes seconds to import; before what takes minutes
     code = 0
     if not todo:
         print("\nnothing is missing")
-    elif asked.submit:
-        _submit(sweep, todo, asked.at_once)
-    else:
+    elif asked.local:
         code = _run_here(todo, asked.at_once)
     print(f"next    python -m aem_exp.status {sweep.name}")
     return code

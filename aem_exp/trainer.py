@@ -119,12 +119,10 @@ class AEMCallback(TrainerCallback):
         last = self.time.step >= self.time.steps
         if self.evaluate and (last or self._due(self.evaluate_every)):
             self.metrics |= self.evaluate()
-        stop = last or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
         control.should_log = True
-        control.should_save = stop or self._due(self.save_every)
-        control.should_training_stop = stop
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """The end of a step's end: whoever is told of it may want to stop there."""
         logs = logs or {}
         if "train_runtime" in logs:  # the summary of transformers, after the last step
             return
@@ -133,6 +131,10 @@ class AEMCallback(TrainerCallback):
             ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
             self.report(self.time.step, {**self.metrics, **ours})
         self.metrics = {}
+        last = self.time.step >= self.time.steps
+        stop = last or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
+        control.should_save = stop or self._due(self.save_every)
+        control.should_training_stop = stop
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.time.step % every == 0

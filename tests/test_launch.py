@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from doors import SMALL, metrics, moved, until
 
-from aem_exp import attempts, state
+from aem_exp import aem, attempts, config, provenance, state
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 HERE = Path(__file__).parent
@@ -196,3 +196,13 @@ def test_what_slurm_refuses_is_one_sentence(desk):
     assert "12 GPUs" in err and len(err.splitlines()) == 1
     nowhere = {"PATH": "/nowhere"}
     assert "sbatch is not on the PATH" in desk.door("aem_exp", *CELL, code=2, **nowhere)
+
+
+def test_frozen_code_is_one_copy_that_nobody_writes_to(clean, tmp_path):
+    runs = {tmp_path / f"run{seed}": config.load([f"seed={seed}"]) for seed in (0, 1)}
+    provenance.freeze(runs)
+    one, two = (folder / "code" / "aem_exp" / "aem.py" for folder in runs)
+    assert one.samefile(two) and not one.samefile(aem.__file__)
+    assert one.read_bytes() == Path(aem.__file__).read_bytes() and one.stat().st_mode & 0o222 == 0
+    shutil.rmtree(tmp_path / "run0")
+    assert two.exists()

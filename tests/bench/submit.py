@@ -87,7 +87,7 @@ def main(rounds: int = 3) -> None:
     )
     print(f"{CELLS} cells              in the queue     prompt is back")
     print(f"aem_exp               {one:8.2f} s      {back:8.2f} s")
-    print(f"submitit launcher     {other:8.2f} s      {never:8.2f} s")
+    print(f"submitit launcher     {other:8.2f} s      {never:8.2f} s   (inf: it stays until its last job has ended)")
     print(f"ratio               {other / one:.1f} x")
 
 

@@ -1,0 +1,60 @@
+"""A sweep on a real SLURM: one array; a cell crashes and another is cancelled; the rest goes on, and asking again mends it."""
+
+import json
+
+import pytest
+from doors import SMALL, until
+from test_launch import Site
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+BASE = [word for word in SMALL if not word.startswith("trainer.steps")]
+BASE += ["trainer.steps=4", "env.make._target_=slow.Slow", "tracking=off"]
+SWEEP = f"""
+question: Does it hold?
+base: {" ".join(BASE)}
+arms:
+  none: modulation=none
+  aem: modulation=aem
+  ruin: modulation=token env.make._target_=ruin.Ruin
+seeds: 0
+launch: launch=slurm_cpu
+"""
+RUIN = "from slow import Slow\n\n\nclass Ruin(Slow):\n"
+BROKEN = RUIN + "    def tasks(self, split):\n        raise RuntimeError('the map is lost')\n"
+WHOLE = RUIN + "    pass\n"
+
+
+def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
+    desk = Site(cluster, cache, tmp_path)
+    (tmp_path / "hold.yaml").write_text(SWEEP)
+    (tmp_path / "ruin.py").write_text(BROKEN)
+
+    def status():
+        rows = json.loads(desk.door("aem_exp.status", "hold", "--json"))
+        return {row["group"]: row for row in rows}
+
+    def whats():
+        return {group: row["what"] for group, row in status().items()}
+
+    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--at-once", "2", SLOW="0.02")
+    assert "sent    3 cells as job" in said
+    assert set(whats().values()) <= {"queued", "running"}
+    again = desk.door("aem_exp.sweep", "hold.yaml", "--submit")
+    assert "nothing is missing" in again and "sent" not in again
+
+    found = until(lambda: (now := status())["aem"]["what"] == "running" and now["aem"]["step"] >= 1 and now, "a step")
+    cluster.run("scancel", found["aem"]["job"])
+    until(lambda: whats() == {"none": "done", "aem": "failed", "ruin": "failed"}, f"the end: {status()}")
+    ended = status()
+    assert (ended["aem"]["kind"], ended["aem"]["missing"]) == ("user", True)
+    assert (ended["ruin"]["kind"], ended["ruin"]["missing"]) == ("crash", False)
+    assert "the map is lost" in ended["ruin"]["sentence"]
+    table = desk.door("aem_exp.status", "hold", "--once")
+    assert "1 done, 2 failed" in table and "the map is lost" in table
+
+    (tmp_path / "ruin.py").write_text(WHOLE)
+    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--retry", "crash")
+    assert "to run  2 of 3 cells" in said and "sent    2 cells" in said
+    until(lambda: set(whats().values()) == {"done"}, f"all of it: {status()}")
+    assert status()["aem"]["starts"] == 2
+    assert "nothing is missing" in desk.door("aem_exp.sweep", "hold.yaml", "--submit")
