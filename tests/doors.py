@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SMALL = [
     "model.make.steps=25",
     "model.make.habit_steps=5",
@@ -31,6 +33,16 @@ def door(cache, outputs, *words, wait=True):
         return started
     out, err = started.communicate(timeout=300)
     return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def inside(cache, outputs, *words) -> Path:
+    """The same run in this process, where nothing is imported anew; its folder."""
+    from aem_exp.config import load
+    from aem_exp.run import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AEM_CACHE", str(cache))
+        return run(load([*words, f"outputs={outputs}"]))
 
 
 def folder_of(outputs) -> Path:

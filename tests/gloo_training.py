@@ -12,16 +12,17 @@ import conftest  # noqa: F401  (environment first)
 import pieces
 import torch
 import toy
+from peft import LoraConfig, get_peft_model
 
 from aem_exp import sharded
 
-KINDS = ("grpo", "dapo", "dr_grpo")
+KINDS = ("grpo", "dapo", "dr_grpo", "adapter")
 
 
 def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """The toy's, after two steps; `how`: the launch's own settings of TRL."""
     settings = {
-        "loss_type": kind,
+        "loss_type": "grpo" if kind == "adapter" else kind,
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,
@@ -30,10 +31,20 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     }
     run = toy.experiment("window", learning_rate=1e-3, **settings)
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (how or {})))
-    trainer = toy.trainer(folder, run, lam=1.0, device_rows=3)
+    more = {"model": adapted(folder)} if kind == "adapter" else {}
+    trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return sharded.gathered(trained) or trained.state_dict()
+
+
+def adapted(folder: Path) -> Any:
+    """The toy's policy under an adapter that is no longer zero, so that it learns from the first step."""
+    policy, _ = toy.policy(folder, "window")
+    torch.manual_seed(0)
+    return get_peft_model(
+        policy, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
 
 
 def main(folder: Path, how: dict[str, Any]) -> None:

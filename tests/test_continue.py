@@ -8,7 +8,7 @@ import sys
 
 import pandas as pd
 import pytest
-from doors import SMALL, door, folder_of, metrics, wait_for
+from doors import SMALL, door, folder_of, inside, metrics, wait_for
 
 from aem_exp import checkpoints
 
@@ -26,9 +26,7 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
     first.communicate()
     done = door(cache, outputs, *words)
     assert done.returncode == 0, done.stderr
-    straight = door(cache, tmp_path / "straight", *SMALL, "trainer.steps=10")
-    assert straight.returncode == 0, straight.stderr
-    child, whole = folder_of(outputs), folder_of(tmp_path / "straight")
+    child, whole = folder_of(outputs), inside(cache, tmp_path / "straight", *SMALL, "trainer.steps=10")
     assert child.name != whole.name  # the one knows its parent
     weights = "model/model.safetensors"
     assert (child / weights).read_bytes() == (whole / weights).read_bytes()
@@ -43,12 +41,11 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
 def test_continued_with_other_settings_they_count(unbroken, cache, tmp_path):
     """A learning rate that the checkpoint's optimizer and scheduler remember otherwise; another modulation."""
     words = [f"from={unbroken[0]}", "trainer.steps=7", "trainer.learning_rate=1e-6", "modulation=none"]
-    done = door(cache, tmp_path, *words)
-    assert done.returncode == 0, done.stderr
-    (row,) = [row for row in metrics(folder_of(tmp_path)) if "train/loss" in row]
+    folder = inside(cache, tmp_path, *words)
+    (row,) = [row for row in metrics(folder) if "train/loss" in row]
     assert row["train/learning_rate"] == 1e-6
     assert not any(key.startswith("aem/") for key in row)
-    assert "-none-" in folder_of(tmp_path).name
+    assert "-none-" in folder.name
 
 
 @pytest.mark.parametrize(
@@ -154,12 +151,11 @@ def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
 def test_worker_processes_change_nothing(unbroken, cache, tmp_path):
     """Environments in two processes, episodes and tokens in small portions: the same words, the same account."""
     words = ["launch.workers=2", "launch.device_episodes=5", "tracking=off"]
-    done = door(cache, tmp_path, *SMALL, *words)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder_of(tmp_path), unbroken[0]))
+    folder = inside(cache, tmp_path, *SMALL, *words)
+    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder, unbroken[0]))
     first = [frame[frame.step == 0][["task", "won", "turns", "tokens", "ended"]] for frame in (ours, theirs)]
     pd.testing.assert_frame_equal(*first)
-    assert folder_of(tmp_path).name == unbroken[0].name
+    assert folder.name == unbroken[0].name
 
 
 HANGS = """

@@ -147,8 +147,8 @@ def test_two_nodes_agree_save_and_go_on(desk):
 
 
 def test_a_time_limit_costs_nothing(desk):
-    """SLURM itself says when time is up: two minutes, with its first word 85 s before the end, give or take half a minute."""
-    folder, job = desk.submit("seed=3", "launch.hours=0.034", "launch.warn_seconds=85", SLOW="0.1")
+    """SLURM itself says when time is up: two minutes, with its first word 70 s before the end, give or take half a minute."""
+    folder, job = desk.submit("seed=3", "launch.hours=0.034", "launch.warn_seconds=70", SLOW="0.1")
     until(lambda: begun(folder, 2), f"a second start: {log(folder)}", 150)
     assert "asked to stop (SIGUSR2)" in log(folder)
     assert steps(folder) >= 1

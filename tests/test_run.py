@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from doors import SMALL, door, folder_of, metrics, wait_for
+from doors import SMALL, door, folder_of, inside, metrics, wait_for
 
 from aem_exp import checkpoints
 
@@ -162,9 +162,8 @@ def test_a_model_of_another_family_with_lora_by_path(cache, tmp_path, unbroken):
     tokenizer.save_pretrained(tmp_path / "qwen2")
     words = ["model=qwen2_5_1_5b", f"model.path={tmp_path / 'qwen2'}", "model.dtype=float32", "env=household"]
     lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
-    done = door(cache, tmp_path / "out", *(word for word in SMALL if not word.startswith("model.make")), *words, *lora)
-    assert done.returncode == 0, done.stderr
-    model = folder_of(tmp_path / "out") / "model"
+    small = [word for word in SMALL if not word.startswith("model.make")]
+    model = inside(cache, tmp_path / "out", *small, *words, *lora) / "model"
     assert (model / "adapter" / "adapter_model.safetensors").exists()
     assert (model / "model.safetensors").exists()
 

@@ -63,17 +63,6 @@ def test_interrupted_it_ends_the_same(cache, tmp_path, through):
     assert list(folder.glob("checkpoint-*/*_fsdp_0")) and not list(folder.glob("checkpoint-*/model.safetensors"))
 
 
-def test_an_adapter_is_trained_and_merged(cache, tmp_path, through):
-    lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
-    folder = run_dir(tmp_path, *lora, state_dict_type="FULL_STATE_DICT")
-    code, said = ended(start(cache, folder))
-    assert code == 0 and moved(folder), said
-    adapter = load_file(folder / "model" / "adapter" / "adapter_model.safetensors")
-    assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
-    merged, other = (load_file(path / "model" / "model.safetensors") for path in (folder, through))
-    assert merged.keys() == other.keys()
-
-
 def test_what_was_saved_in_pieces_does_not_go_on_whole(cache, tmp_path, through):
     words = [f"from={through}", "trainer.steps=5", "launch.trainer={use_cpu: true}", "launch=local"]
     done = door(cache, tmp_path, *words)
