@@ -145,7 +145,7 @@ def _check(experiment: "Experiment") -> None:
 
 def _submit(experiment: "Experiment", folder: Path) -> int:
     """Send the run to the cluster and return; asked twice, it is not sent again."""
-    from aem_exp import dispatch, launch
+    from aem_exp import dispatch, launch, stores
 
     if by := dispatch.on_its_way(folder):
         print(f"state   already on its way: {by}; python -m aem_exp.status shows it")
@@ -153,6 +153,8 @@ def _submit(experiment: "Experiment", folder: Path) -> int:
     ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
     print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
     print(f"log     {launch.card(folder)['log']}")
+    for heading, text in stores.reach(stores.resolve_uri(experiment.tracking, folder.parent)):
+        print(f"{heading:<7} {text}")
     print("next    python -m aem_exp.status")
     return 0
 

@@ -36,6 +36,18 @@ def read(outputs: Path, name: str) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["members"]
 
 
+def leave_links(outputs: Path, name: str, lines: Sequence[str]) -> None:
+    """Keep what leads to a sweep's views in MLflow, as it was printed."""
+    (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
+    disk.write(outputs / FOLDER / f"{name}.links", "".join(f"{line}\n" for line in lines))
+
+
+def links(outputs: Path, name: str) -> str:
+    """Those lines, or nothing."""
+    file = outputs / FOLDER / f"{name}.links"
+    return file.read_text().rstrip() if file.exists() else ""
+
+
 def label(folder: Path, sweep: str, group: str) -> bool:
     """Tell a run that a sweep calls it so; whether that was news."""
     known = labels(folder)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import door
+from aem_exp import door, members
 from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def _act(asked: argparse.Namespace) -> int:
         Console(highlight=False).print(board.board(look(runs), title))
     else:
         board.watch(lambda: look(runs), title)
+    if asked.sweep and (links := members.links(outputs, asked.sweep)):
+        print(f"\n{links}")
     return 0
 
 
@@ -91,8 +93,6 @@ def _all(outputs: Path) -> Runs:
 
 
 def _sweep(outputs: Path, name: str) -> Runs:
-    from aem_exp import members
-
     return [(outputs / m["run"], m["group"], str(m["seed"])) for m in members.read(outputs, name)]
 
 

@@ -87,6 +87,16 @@ def serve_command(uri: str, port: int = 5000) -> tuple[str, str]:
     return shlex.join(words), f"http://127.0.0.1:{port}"
 
 
+def reach(uri: str) -> list[tuple[str, str]]:
+    """How a person comes to a store's pages: a command that serves it, if nothing does, and the address of its page."""
+    if uri == OFF:
+        return []
+    if served(uri):
+        return [("open", redact(uri))]
+    command, site = serve_command(uri, free_port())
+    return [("serve", command), ("open", f"{site}/#/experiments")]
+
+
 def free_port(first: int = 5000) -> int:
     """Return the first port that nobody listens on: another store may be served already."""
     for port in range(first, first + 100):

@@ -162,12 +162,14 @@ def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
 
 def _views(sweep: "Sweep") -> None:
     """Save views of the sweep in MLflow, and print their links; a tracker that is down costs nothing but them."""
-    from aem_exp import stores, tracking
+    from aem_exp import members, stores, tracking
 
     experiments = dict.fromkeys(cell.experiment.name for cell in sweep.cells)
     uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, _outputs(sweep))
-    for name, text in tracking.views(_outputs(sweep), uri, experiments, sweep.name):
-        print(f"{name:<7} {text}")
+    lines = [f"{name:<7} {text}" for name, text in tracking.views(_outputs(sweep), uri, experiments, sweep.name)]
+    if lines:
+        print(*lines, sep="\n")
+    members.leave_links(_outputs(sweep), sweep.name, lines)
 
 
 def _outputs(sweep: "Sweep") -> Path:

@@ -13,6 +13,12 @@ from doors import SMALL, door, folder_of, inside, metrics, wait_for
 from aem_exp import checkpoints
 
 
+@pytest.fixture(autouse=True)
+def no_mlflow(unbroken, monkeypatch):
+    """Other files are about that; its import takes 4 s a start."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
+
+
 def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
     """6 steps, then `from=` to 10, killed on the way: the weights, rows and samples of 10 steps at once. The parent stays."""
     parent, _ = unbroken

@@ -109,7 +109,9 @@ KNOWS = {
         *("attempts", "checkpoints", "config", "disk", "door", "exam", "interrupt", "launch", "members", "ownership"),
         *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking", "values", "views"),
     },
-    "__main__": {"compose", "config", "dispatch", "door", "launch", "questions", "run", "sweep", "values"},
+    "__main__": {
+        *("compose", "config", "dispatch", "door", "launch", "questions", "run", "stores", "sweep", "values"),
+    },
     "envs.household": {"values", "envs"},
 }
 # One foreign library, one room.

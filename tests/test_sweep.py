@@ -61,6 +61,7 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
     _, said, _ = carried_out
     assert "1 of 2 cells did not finish" in said
     table = ask("aem_exp.status", "quick")
+    assert "viewStateShareKey=aem.quick.curves" in table
     assert "1 done, 1 failed" in table
     rows = json.loads(ask("aem_exp.status", "quick", "--json"))
     (failed,) = [row for row in rows if row["what"] == "failed"]

@@ -2,13 +2,14 @@
 
 import json
 
+import mlflow
 import pytest
 from doors import SMALL, until
 from test_launch import Site
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 BASE = [word for word in SMALL if not word.startswith("trainer.steps")]
-BASE += ["trainer.steps=4", "env.make._target_=slow.Slow", "tracking=off"]
+BASE += ["trainer.steps=4", "env.make._target_=slow.Slow"]
 SWEEP = f"""
 question: Does it hold?
 base: {" ".join(BASE)}
@@ -58,3 +59,7 @@ def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
     until(lambda: set(whats().values()) == {"done"}, f"all of it: {status()}")
     assert status()["aem"]["starts"] == 2
     assert "nothing is missing" in desk.door("aem_exp.sweep", "hold.yaml", "--submit")
+    client = mlflow.MlflowClient(f"sqlite:///{desk.outputs / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`aem.sweep.hold` != ''")
+    assert {run.data.tags["aem.sweep.hold"]: run.info.status for run in runs} == dict.fromkeys(ended, "FINISHED")
+    assert all(run.data.metrics["test/success"] >= 0 for run in runs)
