@@ -259,9 +259,12 @@ class Cluster:
         if tell:
             self.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
-    def revive_node(self, name: str) -> None:
-        """Start a node's slurmd again, and wait until the controller uses the node."""
-        self._daemon("slurmd", "-D", "-N", name, name=name)
+    def revive_node(self, name: str, blind: Path | None = None) -> None:
+        """Start a node's slurmd again, and wait until the controller uses the node. It sees nothing in the folder `blind`."""
+        mounts = (
+            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(blind)] if blind else []
+        )
+        self._daemon(*mounts, "slurmd", "-D", "-N", name, name=name)
         self._until(lambda: self.node_states()[name] in ("idle", "mixed", "allocated"))
 
 

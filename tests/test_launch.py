@@ -168,6 +168,22 @@ def test_what_is_edited_while_a_job_waits_does_not_reach_it(desk):
     finished(folder)
 
 
+def test_a_node_that_does_not_see_the_run_dir_is_told(desk):
+    """A disk that is not shared: SLURM cannot even open the log."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount (root)")
+    (desk.folder / "site" / "site.yaml").write_text(json.dumps({"sbatch": {"nodelist": "node1"}}))
+    desk.outputs.mkdir()
+    desk.cluster.kill_node("node1")
+    desk.cluster.revive_node("node1", blind=desk.outputs)
+    folder, _ = desk.submit("seed=6")
+    until(lambda: desk.states(folder)[0].what == "failed", "the end of the job")
+    found = desk.states(folder)[0]
+    assert (found.kind, found.missing) == ("unseen", True) and "does not see the run dir" in found.sentence
+    desk.cluster.kill_node("node1")
+    desk.cluster.revive_node("node1")
+
+
 def test_a_prepared_run_needs_no_network(desk):
     """What a job gets, by hand, where there is no network at all."""
     if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
