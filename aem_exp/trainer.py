@@ -287,10 +287,14 @@ class AEMTrainer(GRPOTrainer):
         """Play: each rank its part. All ranks get all trajectories."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        with sharded.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward):
+        with contextlib.nullcontext() if self.use_vllm else self._whole():  # vLLM has weights of its own
             played = self.rollout.play(episodes[start : start + size], sampler)
         return gather_object(played)
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """All weights in each process, where they are trained in pieces."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return sharded.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward)
 
     def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
         played = self.share(episodes, self.sampler)
@@ -330,8 +334,8 @@ class AEMTrainer(GRPOTrainer):
             tokens = sum(sum(credit.rows[i].mask) for i in live)
             micros = [split(share, lengths, self.device_rows, self.device_tokens) for share in update]
             idle = max(map(len, micros)) - len(micros[me])
-            micro = micros[me] + [[DEAD]] * idle  # ranks that share the weights do as many passes as each other
-            out.append(Update(micro, len(live), tokens))
+            mine = micros[me] + [[DEAD]] * idle  # ranks that share the weights do as many passes as each other
+            out.append(Update(mine, len(live), tokens))
         return out
 
     def _measure(self, credit: Credit, micro: list[int], told: bool) -> Batch:
