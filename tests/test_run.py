@@ -56,6 +56,12 @@ def test_asked_again_it_does_nothing(unbroken, cache):
     assert {p: t for p, t in before.items() if p != owner} == {p: p.stat().st_mtime_ns for p in before if p != owner}
 
 
+@pytest.fixture
+def no_mlflow(unbroken, monkeypatch):
+    """Its import takes 4 s a start, and `test_tracking` kills it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
+
+
 def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
     """kill -9 before the first checkpoint, then after one, then run to the end: weights, metrics and samples are equal."""
     reference, _ = unbroken
@@ -132,6 +138,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.usefixtures("no_mlflow")
 def test_two_at_once_share_nothing(cache, tmp_path):
     first = door(cache, tmp_path, *SMALL, "trainer.steps=50", wait=False)
     wait_for(first, lambda: list(tmp_path.glob("*/experiment.json")), lambda: True)
@@ -211,6 +218,7 @@ def test_a_full_disk_is_one_sentence_before_any_work(cache, small_disk):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_mlflow")
 def test_a_disk_that_fills_up_costs_nothing(cache, small_disk, unbroken):
     """The run stops with a sentence; with room again, it ends like the one that never stopped."""
     started = door(cache, small_disk, *SMALL, wait=False)
