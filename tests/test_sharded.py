@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from aem_exp import config
 
-WORDS = [*SMALL, "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
+WORDS = [*SMALL, "tracking=off", "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
 
 
 def run_dir(outputs, *words, **how):
