@@ -153,8 +153,10 @@ def _submit(experiment: "Experiment", folder: Path) -> int:
     ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
     print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
     print(f"log     {launch.card(folder)['log']}")
-    for heading, text in stores.reach(stores.resolve_uri(experiment.tracking, folder.parent)):
-        print(f"{heading:<7} {text}")
+    uri = stores.resolve_uri(experiment.tracking, folder.parent)
+    if uri != stores.OFF and not stores.serverless(uri):
+        for heading, text in stores.page(uri, "#/experiments").lines():
+            print(f"{heading:<7} {text}")
     print("next    python -m aem_exp.status")
     return 0
 

@@ -5,7 +5,7 @@ where nothing is lost: in training at the end of a step, elsewhere on the spot.
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -41,25 +41,25 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> AbstractContextManager[None]:
         """Only note what is heard: whoever works here asks `heard` when it is safe to stop."""
-        self._patient = True
-        try:
-            yield
-        finally:
-            self._patient = False
+        return self._patience(True)
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
         """Within `deferred`, work that may be cut short: it is done anew by whoever goes on."""
-        self._patient = False
-        try:
+        with self._patience(False):
             if self.heard is not None:
                 raise Interrupted(self.heard)
             yield
+
+    @contextmanager
+    def _patience(self, patient: bool) -> Iterator[None]:
+        before, self._patient = self._patient, patient
+        try:
+            yield
         finally:
-            self._patient = True
+            self._patient = before
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.heard = number

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, TypedDict, get_args
 
 from aem_exp.values import (
     AT_LEAST_1,
@@ -37,6 +37,21 @@ Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged
 Switch = bool | None
 Text = str | None
 Mapped = dict[str, Any] | None
+
+
+class Sharding(TypedDict, total=False):
+    """What `fsdp_config` may say; transformers would read other keys over."""
+
+    version: int | None
+    reshard_after_forward: Switch
+    cpu_offload: Switch
+    cpu_ram_efficient_loading: Switch
+    activation_checkpointing: Switch
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None
+    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None
+    transformer_layer_cls_to_wrap: list[str] | None
+    min_num_params: int | None
+
 
 OURS: Final[dict[str, Any]] = {
     "steps": Annotated[int, NOT_NEGATIVE],  # rollout batches
@@ -113,7 +128,7 @@ EXECUTION: Final[dict[str, Any]] = {
     "gradient_checkpointing": Switch,
     "gradient_checkpointing_kwargs": Mapped,
     "fsdp": Switch,
-    "fsdp_config": Mapped,
+    "fsdp_config": Sharding | None,
     "torch_compile": Switch,
     "torch_compile_backend": Text,
     "torch_compile_mode": Text,
@@ -174,17 +189,6 @@ INSTEAD: Final[dict[str, str]] = {
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
 }
-FSDP: Final[dict[str, Any]] = {  # of `fsdp_config`; transformers reads others over
-    "version": int,
-    "reshard_after_forward": bool,
-    "cpu_offload": bool,
-    "cpu_ram_efficient_loading": bool,
-    "activation_checkpointing": bool,
-    "state_dict_type": str,
-    "auto_wrap_policy": str,
-    "transformer_layer_cls_to_wrap": list[str] | None,
-    "min_num_params": int,
-}
 ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
     "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
@@ -214,8 +218,8 @@ def science(block: Mapping[str, Any]) -> dict[str, Any]:
 def execution(block: Mapping[str, Any]) -> dict[str, Any]:
     """The `launch.trainer` block: checked and typed. What is null keeps TRL's default."""
     typed = _typed("launch.trainer", block, EXECUTION)
-    if typed.get("fsdp_config"):
-        typed["fsdp_config"] = _typed("launch.trainer.fsdp_config", typed["fsdp_config"], FSDP)
+    if how := typed.get("fsdp_config"):
+        typed["fsdp_config"] = {key: value for key, value in how.items() if value is not None}
     return typed
 
 
@@ -239,7 +243,7 @@ def _refusal(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError
         return ConfigError(
             field, value, "this GRPOConfig keyword has no part in what this trainer does, so it would be ignored"
         )
-    everywhere = table if table is FSDP else [*OURS, *SCIENCE, *EXECUTION]
+    everywhere = [*OURS, *SCIENCE, *EXECUTION]
     return unknown(field, value, table if closest(key, table) else everywhere)
 
 

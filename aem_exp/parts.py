@@ -119,11 +119,11 @@ class Parts:
     def _train(self) -> None:
         """All steps that are left. None may be: then the policy is loaded, and put where it plays."""
         checkpoint = str(self.start.checkpoint) if self.start.checkpoint else None
-        if self.time.step >= self.time.steps:
+        if self.time.over:
             self.trainer.args.max_steps = 1  # updates that transformers would ask for, one by one, and not get
         with self.signals.deferred():
             self.trainer.train(resume_from_checkpoint=checkpoint)
-        if self.time.step < self.time.steps:
+        if not self.time.over:
             if ranks.shared(lambda: self.enough):
                 raise Enough(f"enough was seen at step {self.time.step}")
             raise Interrupted(self.signals.heard or signal.SIGTERM)  # another process may have heard it

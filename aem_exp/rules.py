@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aem_exp.values import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
-    from aem_exp.config import Experiment, Launch
+    from aem_exp.config import Experiment
 
 _SHOWN: Final = {"task", "observation", "actions", "step"}
 _WINDOW: Final = _SHOWN | {"history", "length"}
@@ -216,7 +216,6 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
-    _sharded(e, launch, t)
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
     if launch.where == "local" and launch.nodes > 1:
@@ -225,7 +224,8 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.hours", launch.hours, "launch.where=slurm needs a time limit above 0")
 
 
-def _sharded(e: Experiment, launch: Launch, t: dict[str, Any]) -> None:
+def _sharded(e: Experiment) -> None:
+    launch, t = e.launch, e.launch.trainer
     how = t.get("fsdp_config") or {}
     if not t.get("fsdp"):
         if how:
@@ -266,5 +266,6 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
         _sampling,
         _evaluation,
         _launch,
+        _sharded,
     ),
 )

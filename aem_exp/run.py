@@ -37,7 +37,7 @@ from aem_exp.config import ConfigError, Experiment
 from aem_exp.interrupt import Interrupted, Signals
 from aem_exp.ownership import Owned, owning
 from aem_exp.parts import Start, Watch
-from aem_exp.values import Stop
+from aem_exp.values import Stop, shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -119,10 +119,10 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     if experiment.parent_dir and checkpoints.newest(folder) is None:
         checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
     start = parts.found(folder)
-    if start.checkpoint and checkpoints.in_pieces(start.checkpoint) != bool(experiment.launch.trainer.get("fsdp")):
-        was = "true" if checkpoints.in_pieces(start.checkpoint) else "false"
-        remedy = f"{start.checkpoint} was saved with {was}: go on with that"
-        raise ConfigError("launch.trainer.fsdp", experiment.launch.trainer.get("fsdp", False), remedy)
+    asked = experiment.launch.trainer.get("fsdp", False)
+    if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:
+        remedy = f"{start.checkpoint} was saved with {shown(saved)}: go on with that"
+        raise ConfigError("launch.trainer.fsdp", asked, remedy)
     if start.scored and start.checkpoint is None and provenance.changes(folder, experiment, weights, ranks.count()):
         (folder / parts.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
         start = parts.found(folder)

@@ -18,9 +18,11 @@ def whole(policy: Any, reshard: bool = True) -> Iterator[None]:
 
     `reshard`: in training, a layer is in pieces again after its forward pass (`reshard_after_forward`).
     """
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
     pieces = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    if pieces:
-        policy.set_reshard_after_forward(False)
+    policy.set_reshard_after_forward(False)
     for piece in pieces:
         piece.unshard()
     try:
@@ -28,8 +30,7 @@ def whole(policy: Any, reshard: bool = True) -> Iterator[None]:
     finally:
         for piece in pieces:
             piece.reshard()
-        if pieces:
-            policy.set_reshard_after_forward(reshard)
+        policy.set_reshard_after_forward(reshard)
 
 
 def gathered(policy: Any) -> dict[str, Tensor] | None:

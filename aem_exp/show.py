@@ -42,12 +42,7 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
             f"{crashed} episodes crashed in training and were left out; episodes.parquet says how", style="yellow"
         )
     page = tracking.page(run_dir)
-    lines = [("run", str(run_dir))]
-    if page is not None:
-        lines += [("serve", page.command)] if page.command else []
-        lines += [("tunnel", f"{page.tunnel}   (on your own machine)")] if page.tunnel else []
-        lines += [("open", page.link)]
-    for name, text in lines:
+    for name, text in [("run", str(run_dir)), *(page.lines() if page else ())]:
         console.print(f"  [bold]{name:<7}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
 

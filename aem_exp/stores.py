@@ -9,6 +9,7 @@ import re
 import shlex
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -87,14 +88,29 @@ def serve_command(uri: str, port: int = 5000) -> tuple[str, str]:
     return shlex.join(words), f"http://127.0.0.1:{port}"
 
 
-def reach(uri: str) -> list[tuple[str, str]]:
-    """How a person comes to a store's pages: a command that serves it, if nothing does, and the address of its page."""
-    if uri == OFF:
-        return []
+@dataclass(frozen=True)
+class Page:
+    """Where a person sees something: the link, the command that serves it (None: a server does), the way there by ssh."""
+
+    link: str
+    command: str | None = None
+    tunnel: str | None = None
+
+    def lines(self, *links: str) -> list[tuple[str, str]]:
+        """What to print, headed; `links`: other pages of the same store, in the place of this one."""
+        ways = {"serve": self.command, "tunnel": self.tunnel and f"{self.tunnel}   (on your own machine)"}
+        return [(name, text) for name, text in ways.items() if text] + [
+            ("open", link) for link in links or (self.link,)
+        ]
+
+
+def page(uri: str, path: str = "") -> Page:
+    """The way to a page of a store, by what follows the address where that is served."""
     if served(uri):
-        return [("open", redact(uri))]
-    command, site = serve_command(uri, free_port())
-    return [("serve", command), ("open", f"{site}/#/experiments")]
+        return Page(f"{redact(uri).replace('***@', '').rstrip('/')}/{path}")
+    port = free_port()
+    command, site = serve_command(uri, port)
+    return Page(f"{site}/{path}", command, tunnel(port))
 
 
 def free_port(first: int = 5000) -> int:

@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -563,27 +562,13 @@ def _reason(error: BaseException) -> str:
 # -------------------------------------------------------------------------------------------------- finding it again
 
 
-@dataclass(frozen=True)
-class Page:
-    """Where a person sees a run: the link, the command that serves it (None: a server does), the way there by ssh."""
-
-    link: str
-    command: str | None = None
-    tunnel: str | None = None
-
-
-def page(run_dir: Path) -> Page | None:
+def page(run_dir: Path) -> stores.Page | None:
     """Return where to see a run, from its run dir alone; None if MLflow has no page of it."""
     card = read_card(run_dir)
     uri = card.get("uri", stores.OFF)
     if uri == stores.OFF or card["run_id"] is None or stores.serverless(uri):
         return None
-    path = f"#/experiments/{card['experiment_id']}/runs/{card['run_id']}/{CHARTS}"
-    if stores.served(uri):
-        return Page(f"{uri.replace('***@', '').rstrip('/')}/{path}")
-    port = stores.free_port()
-    command, site = stores.serve_command(uri, port)
-    return Page(f"{site}/{path}", command, stores.tunnel(port))
+    return stores.page(uri, f"#/experiments/{card['experiment_id']}/runs/{card['run_id']}/{CHARTS}")
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -646,20 +631,17 @@ def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> li
 
     if uri == stores.OFF:
         return []
-    lines, site = [], stores.redact(uri)
-    if not stores.served(uri):
-        command, site = stores.serve_command(uri, stores.free_port())
-        lines = [("serve", command)]
+    there, links = stores.page(uri), list[str]()
     try:
         stores.probe(uri)
         for experiment in experiments:
             store = _Run(outputs / experiment, uri, {"experiment": experiment})
             number = store.reach()
             saved.save(store.client, number, sweep, saved.tag(sweep))
-            lines += [("open", link) for link in saved.links(site, number, sweep).values()]
+            links += saved.links(there.link, number, sweep).values()
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"no links: {_reason(error)}")]
-    return lines
+    return there.lines(*links)
 
 
 def _client(uri: str) -> Any:

@@ -71,6 +71,10 @@ class Time:
         """0 at the first step, 1 at the last."""
         return self.step / max(1, self.steps - 1)
 
+    @property
+    def over(self) -> bool:
+        return self.step >= self.steps
+
 
 class AEMCallback(TrainerCallback):
     """Owns time: lambda at this step, and what happens when a step ends (evaluate, log, save, stop).
@@ -116,13 +120,12 @@ class AEMCallback(TrainerCallback):
         if not self.time.closing:
             return
         self.time.step += 1
-        last = self.time.step >= self.time.steps
-        if self.evaluate and (last or self._due(self.evaluate_every)):
+        if self.evaluate and (self.time.over or self._due(self.evaluate_every)):
             self.metrics |= self.evaluate()
         control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """The end of a step's end: whoever is told of it may want to stop there."""
+        """Tell of a finished step, and then see whether to save and stop: who is told may have seen enough."""
         logs = logs or {}
         if "train_runtime" in logs:  # the summary of transformers, after the last step
             return
@@ -131,8 +134,7 @@ class AEMCallback(TrainerCallback):
             ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
             self.report(self.time.step, {**self.metrics, **ours})
         self.metrics = {}
-        last = self.time.step >= self.time.steps
-        stop = last or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
+        stop = self.time.over or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
         control.should_save = stop or self._due(self.save_every)
         control.should_training_stop = stop
 
@@ -257,7 +259,7 @@ class AEMTrainer(GRPOTrainer):
 
     def updates(self) -> Iterator[list[Batch]]:
         """The updates of all steps that are left. A step is played when its first update is asked for."""
-        while self.time.step < self.time.steps:
+        while not self.time.over:
             step = self.time.step
             played, dropped = self.play(step)
             credit = self.credit(played, dropped=dropped)

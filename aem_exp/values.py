@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         ConfigError: it does not fit.
     """
     origin, args = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build(hint, value, field)
     if origin is Annotated:
         if not _is_number(value) or not all(rule.holds(value) for rule in args[1:]):
@@ -125,7 +125,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
 
 
 def build(cls: type[T], data: Any, field: str = "") -> T:
-    """A dataclass of ours from a mapping of its fields."""
+    """A dataclass of ours, or a typed dict of the keys that are given, from a mapping of its fields."""
     hints = _hints(cls)  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
         raise ConfigError(field, data, f"must be a mapping with the keys {', '.join(hints)}")
