@@ -15,7 +15,7 @@ os.environ.update(
 )
 
 import pytest
-from doors import SMALL, door, folder_of, moved
+from doors import SMALL, door, folder_of, lacking, moved
 from filelock import FileLock
 
 
@@ -24,9 +24,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files that wait for clusters begin first, or the last of them would wait alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A folder of all workers, and a lock: what is dear is made by the first of them that wants it."""
+def common(tmp_path_factory):
+    """A folder of all workers: what is dear is made there once, by the first of them that wants it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -34,8 +41,8 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(shared):
-    return shared / "cache"
+def cache(common):
+    return common / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -44,23 +51,29 @@ def cluster(tmp_path_factory):
     from cluster import Cluster, missing
 
     if why := missing():
-        (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
+        lacking(why)
     started = Cluster.start(tmp_path_factory.mktemp("slurm") / "c")
     yield started
     started.stop()
 
 
 @pytest.fixture(scope="session")
-def unbroken(cache, shared):
+def unbroken(cache, common):
     """A small run from its beginning to its end, and what it said; to be read, not changed."""
-    outputs, said = shared / "unbroken", shared / "said.json"
-    with FileLock(shared / "lock"):
+    outputs, said = common / "unbroken", common / "said.json"
+    with FileLock(common / "lock"):
         if not said.exists():
             done = door(cache, outputs, *SMALL)
             assert done.returncode == 0, done.stderr
             assert moved(folder_of(outputs))
             said.write_text(json.dumps({"args": [], "returncode": 0, "stdout": done.stdout, "stderr": done.stderr}))
     return folder_of(outputs), subprocess.CompletedProcess(**json.loads(said.read_text()))
+
+
+@pytest.fixture
+def no_mlflow(unbroken, monkeypatch):
+    """For tests that are not about MLflow: its import takes 4 s a start. The unbroken run has it all the same."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
 
 
 @pytest.fixture

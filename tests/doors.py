@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -33,6 +34,11 @@ def door(cache, outputs, *words, wait=True):
         return started
     out, err = started.communicate(timeout=300)
     return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def lacking(why) -> NoReturn:
+    """Skip what this machine cannot do; where all must be tested (CI), it is a failure."""
+    (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
 
 
 def inside(cache, outputs, *words) -> Path:
@@ -73,9 +79,9 @@ def wait_for(started, folder_found, reached, timeout=180):
 
 
 def until(seen, what, seconds=90):
-    """Wait until something is seen; what it is."""
+    """Wait until something is seen; what it is. `what`: its name, or a function that has more to say where it did not come."""
     end = time.monotonic() + seconds
     while not (value := seen()):
-        assert time.monotonic() < end, f"{what} did not come"
+        assert time.monotonic() < end, f"{what() if callable(what) else what} did not come"
         time.sleep(0.1)
     return value

@@ -12,11 +12,7 @@ from doors import SMALL, door, folder_of, inside, metrics, wait_for
 
 from aem_exp import checkpoints
 
-
-@pytest.fixture(autouse=True)
-def no_mlflow(unbroken, monkeypatch):
-    """Other files are about that; its import takes 4 s a start."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
+pytestmark = pytest.mark.usefixtures("no_mlflow")
 
 
 def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):

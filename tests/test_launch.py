@@ -77,7 +77,7 @@ def log(folder):
 
 
 def finished(folder, seconds=120):
-    until(lambda: (folder / "result.json").exists(), f"the result in {folder}: {log(folder)}", seconds)
+    until(lambda: (folder / "result.json").exists(), lambda: f"the result in {folder}: {log(folder)}", seconds)
 
 
 def same(run, reference):
@@ -103,7 +103,7 @@ def test_preempted_requeued_and_robbed_of_its_node_it_ends_the_same(cluster, cac
     folder, job = desk.submit(SLOW="0.03")
     assert "already on its way" in desk.door("aem_exp", *CELL)
 
-    until(lambda: steps(folder) >= 1, f"a step: {log(folder)}")
+    until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
     saved = list(folder.glob("checkpoint-*"))
     assert not saved  # it saves every two steps
     hog = cluster.sbatch("-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
@@ -112,13 +112,13 @@ def test_preempted_requeued_and_robbed_of_its_node_it_ends_the_same(cluster, cac
     until(lambda: begun(folder, 2), "a second start")
     cluster.wait(hog, {"COMPLETED"})
 
-    until(lambda: steps(folder) >= 3, f"another step: {log(folder)}")
+    until(lambda: steps(folder) >= 3, lambda: f"another step: {log(folder)}")
     cluster.scontrol("requeue", job)
     until(lambda: begun(folder, 3), "a third start")
     (found,) = desk.states(folder)
     assert (found.what, found.starts) == ("running", 3)
 
-    until(lambda: steps(folder) >= 4, f"another step: {log(folder)}")
+    until(lambda: steps(folder) >= 4, lambda: f"another step: {log(folder)}")
     node = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
     cluster.kill_node(node, tell=True)
     finished(folder)
@@ -134,10 +134,10 @@ def test_two_nodes_agree_save_and_go_on(desk):
     reference = desk.folder / "reference"
     calm, _ = desk.submit(*two, f"outputs={reference}")
     folder, job = desk.submit(*two, SLOW="0.05")
-    until(lambda: steps(folder) >= 1, f"a step: {log(folder)}")
+    until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
     pid = attempts.read(folder)[0]["pid"]
     os.kill(pid, signal.SIGUSR2)
-    until(lambda: begun(folder, 2), f"a second start: {log(folder)}")
+    until(lambda: begun(folder, 2), lambda: f"a second start: {log(folder)}")
     finished(folder)
     finished(calm)
     same(folder, calm)
@@ -149,7 +149,7 @@ def test_two_nodes_agree_save_and_go_on(desk):
 def test_a_time_limit_costs_nothing(desk):
     """SLURM itself says when time is up: two minutes, with its first word 70 s before the end, give or take half a minute."""
     folder, job = desk.submit("seed=3", "launch.hours=0.034", "launch.warn_seconds=70", SLOW="0.1")
-    until(lambda: begun(folder, 2), f"a second start: {log(folder)}", 150)
+    until(lambda: begun(folder, 2), lambda: f"a second start: {log(folder)}", 150)
     assert "asked to stop (SIGUSR2)" in log(folder)
     assert steps(folder) >= 1
     first = [event for event in attempts.read(folder) if event["event"] == "start"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doors import lacking
 
 from aem_exp import show, stores, tracking
 from aem_exp.tracking import Page, Tracker
@@ -84,10 +85,7 @@ def answers(address: str, seconds: float) -> None:
 def driver() -> str:
     found = shutil.which("chromedriver")
     if found is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
-        reason = "no Chromium and its driver (apt-get install chromium chromium-driver)"
-        if os.environ.get("AEM_REQUIRE_ALL") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        lacking("no Chromium and its driver (apt-get install chromium chromium-driver)")
     return found
 
 

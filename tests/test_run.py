@@ -56,12 +56,6 @@ def test_asked_again_it_does_nothing(unbroken, cache):
     assert {p: t for p, t in before.items() if p != owner} == {p: p.stat().st_mtime_ns for p in before if p != owner}
 
 
-@pytest.fixture
-def no_mlflow(unbroken, monkeypatch):
-    """Its import takes 4 s a start, and `test_tracking` kills it."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
-
-
 def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
     """kill -9 before the first checkpoint, then after one, then run to the end: weights, metrics and samples are equal."""
     reference, _ = unbroken

@@ -18,11 +18,11 @@ from aem_exp import config
 WORDS = [*SMALL, "tracking=off", "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
 
 
-def run_dir(outputs, *words, **how):
+def run_dir(outputs):
     """A run for two processes with the weights in pieces, written down."""
-    experiment = config.load([*WORDS, f"outputs={outputs}", *words])
-    settings = {**pieces.SETTINGS, "fsdp_config": pieces.SETTINGS["fsdp_config"] | how}
-    experiment = replace(experiment, launch=replace(experiment.launch, trainer={"use_cpu": True, **settings}))
+    experiment = config.load([*WORDS, f"outputs={outputs}"])
+    settings = experiment.launch.trainer | pieces.SETTINGS
+    experiment = replace(experiment, launch=replace(experiment.launch, trainer=settings))
     folder = config.run_dir(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "experiment.json").write_text(json.dumps(config.to_dict(experiment)))

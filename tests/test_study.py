@@ -375,7 +375,9 @@ def test_on_slurm_a_requeued_worker_has_its_own_trial_again(policy, cluster, cac
     assert "sent     3 workers as job" in desk.sweep("--submit", SLOW="0.01")
     assert " on the way)" in (plan := desk.sweep()) or "0 running" not in plan
     assert "nothing is missing" in desk.sweep("--submit")  # they are on their way
-    worker, number, run = until(lambda: journal(desk) and desk.holding(), f"a trial in its midst {desk.logs()}", 120)
+    worker, number, run = until(
+        lambda: journal(desk) and desk.holding(), lambda: f"a trial in its midst: {desk.logs()}", 120
+    )
     cluster.scontrol("requeue", json.loads((worker / "job.json").read_text())["job"])
     until(lambda: len(starts(run)) == 2, "a second start", 90)
     until(lambda: all(t["state"] == TrialState.COMPLETE for t in desk.trials()), "the end of all", 120)

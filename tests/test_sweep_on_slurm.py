@@ -45,7 +45,7 @@ def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
 
     found = until(lambda: (now := status())["aem"]["what"] == "running" and now["aem"]["step"] >= 1 and now, "a step")
     cluster.run("scancel", found["aem"]["job"])
-    until(lambda: whats() == {"none": "done", "aem": "failed", "ruin": "failed"}, f"the end: {status()}")
+    until(lambda: whats() == {"none": "done", "aem": "failed", "ruin": "failed"}, lambda: f"the end: {status()}")
     ended = status()
     assert (ended["aem"]["kind"], ended["aem"]["missing"]) == ("user", True)
     assert (ended["ruin"]["kind"], ended["ruin"]["missing"]) == ("crash", False)
@@ -56,7 +56,7 @@ def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
     (tmp_path / "ruin.py").write_text(WHOLE)
     said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--retry", "crash")
     assert "to run  2 of 3 cells" in said and "sent    2 cells" in said
-    until(lambda: set(whats().values()) == {"done"}, f"all of it: {status()}")
+    until(lambda: set(whats().values()) == {"done"}, lambda: f"all of it: {status()}")
     assert status()["aem"]["starts"] == 2
     assert "nothing is missing" in desk.door("aem_exp.sweep", "hold.yaml", "--submit")
     client = mlflow.MlflowClient(f"sqlite:///{desk.outputs / 'mlflow.db'}")

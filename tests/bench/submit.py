@@ -6,7 +6,6 @@ Both are given the same config groups and the same grid. The launcher then stays
 .venv/bin/python tests/bench/submit.py
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def main(rounds: int = 3) -> None:
                     ours = ["-m", "aem_exp", "-m", *GRID, "launch=slurm_cpu", "--submit"]
                     theirs = ["app.py", "-m", *GRID, "hydra/launcher=submitit_slurm"]
                     command = [sys.executable, *(ours if name == "aem_exp" else theirs)]
-                    told.append(measure(cluster, command, {**os.environ, **env}, folder))
+                    told.append(measure(cluster, command, env, folder))
         finally:
             cluster.stop()
     (one, back), (other, never) = (
