@@ -21,7 +21,8 @@ import pytest
 from doors import lacking
 
 from aem_exp import show, stores, tracking
-from aem_exp.tracking import Page, Tracker
+from aem_exp.stores import Page
+from aem_exp.tracking import Tracker
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --window-size=1500,1100"
