@@ -145,13 +145,15 @@ class Cluster:
         return cluster
 
     def _start(self, nodes: list[str], gpus: int, grace: int, node_timeout: int) -> None:
-        for name in ("log", "dev", "state", "spool", "data"):
+        for name in ("log", "dev", "state", "spool", "data", "tmp"):
             (self.folder / name).mkdir(parents=True)
         ports = free_ports(["slurmdbd", "slurmctld", *nodes])
         self._configure(nodes, ports, gpus if devices(self.folder / "dev", gpus) else 0, grace, node_timeout)
         files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "pid", "seed", "log")]
         self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
-        tables = ["--no-defaults", "--user=root", f"--datadir={self.folder}/data", *UNSAFE]
+        # A server that starts deletes what it takes for the left-overs of others from the common /tmp.
+        own = [f"--datadir={self.folder}/data", f"--tmpdir={self.folder}/tmp"]
+        tables = ["--no-defaults", "--user=root", *own, *UNSAFE]
         install = ["mariadb-install-db", *tables, "--auth-root-authentication-method=normal", "--skip-test-db"]
         with (self.folder / "log" / "mariadb-install-db").open("w") as log:
             subprocess.run(install, env=self.env, stdout=log, stderr=log, check=True, timeout=60)
