@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aem_exp import diagnostics
 from aem_exp.advantages import Played
-from aem_exp.rollout import CONTEXT, CRASHED, TURNS, Response, Row, Trajectory, rows
+from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, TURNS, Response, Row, Trajectory, rows
 from aem_exp.values import Stop
 
 Estimator = Callable[[Played], Tensor]  # see `advantages`
@@ -205,7 +205,11 @@ def describe(credit: Credit) -> dict[str, float]:
     turns = [r for t in counted for r in t.responses]
     tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in flat])
     turn_R = torch.tensor([float(turn) for _, turn, _ in flat])
-    out = {
+    scores = [t.score for t in counted if t.score is not None]
+    told = [(name, value) for r in turns for name, value in r.metrics.items() if name not in OUTCOMES]
+    out = {f"train/{name}": mean([v for n, v in told if n == name]) for name in sorted({name for name, _ in told})}
+    out |= {
+        **({"train/score": mean(scores)} if scores else {}),
         "train/success": mean([t.won for t in counted]),
         "train/return": mean([t.ret for t in counted]),
         "train/turns": mean([len(t.responses) for t in counted]),

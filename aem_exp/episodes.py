@@ -30,12 +30,14 @@ def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Reco
         "draw": trajectory.draw,
         "member": trajectory.member,
         "won": trajectory.won,
+        "score": trajectory.score,
         "return": trajectory.ret,
         "ended": trajectory.ended,
         "error": trajectory.error,
         "turns": len(turns),
         "tokens": trajectory.tokens,
         "response_entropy": sum(known) / len(known) if known else None,
+        "habits": list(trajectory.habits.items()),
         "responses": [_said(r) for r in turns] if in_full else None,
     }
 
@@ -113,12 +115,14 @@ def _schema() -> Any:
             "draw": count,
             "member": count,
             "won": number,
+            "score": number,
             "return": number,
             "ended": text,
             "error": text,
             "turns": count,
             "tokens": count,
             "response_entropy": number,
+            "habits": pa.map_(text, number),
             "responses": pa.list_(response),
         }
     )

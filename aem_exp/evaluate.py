@@ -22,11 +22,13 @@ from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
 if TYPE_CHECKING:
     from aem_exp.players import Player
 
-POLICY, UNTRAINED, RANDOM = PLAYERS = ("policy", "untrained", "random")
+POLICY, UNTRAINED = "policy", "untrained"
+PLAYERS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
 
 ABOUT = """\
 Score a policy on tasks it was not trained on, every task the same number of times, beside the policy that its training
-started from and one that acts at random. Asked again it goes on, or shows what is there.
+started from, one that acts at random, and those that its world brings along: a scripted player, who knows only what it is
+shown, and an oracle, who knows the answer. Asked again it goes on, or shows what is there.
 
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
@@ -207,7 +209,7 @@ def _beside(
     only: list[str] | None, policy: "Player", original: Experiment | None, exam: Exam
 ) -> tuple[list["Player"], dict[str, str]]:
     """Who plays, and why others who were asked for do not."""
-    from aem_exp.players import Player, why_not_random
+    from aem_exp.players import Player, why_not
 
     wanted, players, left_out = only or PLAYERS, [], {}
     if POLICY in wanted:
@@ -216,13 +218,16 @@ def _beside(
         players.append(Player(UNTRAINED, policy.model, _start(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "only a run dir knows what its training started from")
-    if RANDOM in wanted:
-        if why := why_not_random(exam.world, exam.panel.tasks[0]):
-            left_out[RANDOM] = why
-        else:
-            players.append(Player(RANDOM))
+    for name in PLAYERS[2:]:
+        if name in wanted:
+            if why := why_not(name, exam.experiment, exam.world, exam.panel.tasks[0]):
+                left_out[name] = why
+            else:
+                players.append(Player(name))
     if not players:
-        raise ConfigError("--only", RANDOM, left_out[RANDOM])
+        raise ConfigError("--only", *next(iter(left_out.items())))
+    if only is None:  # that a world brings nobody along is no news
+        left_out = {name: why for name, why in left_out.items() if name == "random"}
     return players, left_out
 
 

@@ -187,7 +187,7 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
 
     from aem_exp import provenance
 
-    columns = ["draw", "kind", "won", "return", "ended", "error", "tokens"]
+    columns = ["draw", "kind", "won", "score", "return", "ended", "error", "tokens", "habits"]
     said = ["responses.list.element.valid", "responses.list.element.entropy"]
     rows = pyarrow.parquet.ParquetFile(file).read([*columns, *said]).to_pylist()
     outcomes = [_outcome(row) for row in rows]
@@ -221,4 +221,6 @@ def _outcome(row: dict[str, Any]) -> Outcome:
         valid=[response["valid"] for response in said],
         entropies=[response["entropy"] for response in said if response["entropy"] is not None],
         tokens=row["tokens"],
+        score=row["score"],
+        habits=dict(row["habits"]),
     )

@@ -1,9 +1,10 @@
-"""Who plays a panel: a model under a sampler, or nobody, which is to say uniformly random admissible actions."""
+"""Who plays a panel: a model under a sampler, uniformly random admissible actions, or a player that the world brings along."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from aem_exp.sample import LocalSampler, Sample, Sampling, generator
 from aem_exp.stage import Reply, Serial, Stage
 from aem_exp.workers import stage_of
 
+RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
 Play = Callable[[Sequence[Episode]], list[Trajectory]]
 RENDERING = ("dtype", "attention", "system", "thinking")  # settings of a model that decide what its weights say
 
 
 @dataclass(frozen=True)
 class Player:
-    """A row of an evaluation: a model (None: random actions), its weights in `folder`, after `steps` of training."""
+    """A row of an evaluation: a model, its weights in `folder`, after `steps` of training; or one of those that have none."""
 
     name: str
     model: Model | None = None
@@ -45,10 +47,14 @@ def at(
 ) -> Iterator[Play]:
     """The player at its place: a function that plays episodes. `tell` hears after each turn how many were still live."""
     launch, rules = experiment.launch, experiment.env
+    if player.name in (SCRIPTED, ORACLE):
+        with closing(Serial(world)) as here:  # who looks at the environments has them at hand
+            yield lambda episodes: act(episodes, here, partial(_told, world, player.name, here), rules.max_turns)
+        return
     with closing(stage_of(world, rules.make, launch.workers, launch.env_seconds)) as stage:
         if player.model is None:
             with closing(world.env()) as env:
-                yield lambda episodes: wander(episodes, stage, env.parse, rules.max_turns)
+                yield lambda episodes: act(episodes, stage, partial(_anything, env.parse), rules.max_turns)
             return
         if launch.threads:
             torch.set_num_threads(launch.threads)
@@ -76,21 +82,34 @@ class _Watched:
         return samples
 
 
-def wander(episodes: Sequence[Episode], stage: Stage, parse: Callable[[str], str], max_turns: int) -> list[Trajectory]:
-    """Episodes of uniformly random admissible actions; `parse` is the world's, and tells how it wants to be spoken to."""
+Choose = Callable[[Episode, int, Turn, int], str]  # episode, its slot, what it last saw, number of the turn -> response
+
+
+def act(episodes: Sequence[Episode], stage: Stage, choose: Choose, max_turns: int) -> list[Trajectory]:
+    """Episodes of a player that is no model."""
     played = [Trajectory(episode.task, episode.draw, episode.member, ended=TURNS) for episode in episodes]
     replies = stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})
     for number in range(max_turns):
         turns = {slot: turn for slot, reply in replies.items() if (turn := _heard(played[slot], reply))}
-        said = {}
+        said = {slot: choose(episodes[slot], slot, turn, number) for slot, turn in turns.items()}
         for slot, turn in turns.items():
-            random = generator((*episodes[slot].key, "random", number))
-            said[slot] = _spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
             played[slot].responses.append(Response([], Sample([], [], []), turn.observation, said[slot]))
         replies = stage.step(said)
     for slot, reply in replies.items():
         _heard(played[slot], reply)
     return played
+
+
+def _anything(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
+    """A random admissible action; `parse` is the world's, and tells how it wants to be spoken to."""
+    random = generator((*episode.key, RANDOM, number))
+    return _spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
+
+
+def _told(world: Any, name: str, stage: Serial, episode: Episode, slot: int, turn: Turn, number: int) -> str:
+    """What the world's own player says."""
+    env = stage.envs[slot]
+    return world.oracle(env) if name == ORACLE else world.expert(env, Random(f"{episode.key} {number}"))
 
 
 def _heard(trajectory: Trajectory, reply: Reply) -> Turn | None:
@@ -112,9 +131,12 @@ def _spoken(parse: Callable[[str], str], action: str) -> str:
     return tagged if parse(tagged).casefold() == action.casefold() else action
 
 
-def why_not_random(world: World, task: Task) -> str | None:
-    """Why nobody can act at random here, or None."""
-    with closing(Serial(world)) as stage:
+def why_not(name: str, experiment: Experiment, world: World, task: Task) -> str | None:
+    """Why a player without a model cannot play here, or None."""
+    if name != RANDOM:
+        has = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
+        return None if hasattr(world, has) else f"this world brings no {name} player along"
+    with closing(stage_of(world, experiment.env.make, 0, experiment.launch.env_seconds)) as stage:
         reply = stage.reset({0: task})[0]
     if reply.turn is None:
         return f"the world could not be entered: {reply.error}"

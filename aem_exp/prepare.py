@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aem_exp.config import Experiment
 
 ABOUT = """\
-Fetch weights, make small policies, open worlds: whatever a job needs and could not get on a compute node.
+Fetch weights and data, make small policies, open worlds: whatever a job needs and could not get on a compute node.
 
   python -m aem_exp.prepare +experiment=alfworld_1_5b
   python -m aem_exp.prepare household_quick            all cells of a sweep
@@ -63,7 +63,10 @@ def _prepare(experiment: "Experiment") -> None:
 
     progress.quiet()
     config.check_runnable(experiment)
-    world = config.instantiate(experiment.env.make)
+    make = config.instantiate(experiment.env.make, partial=True)
+    if hasattr(make.func, "prepare"):
+        make.func.prepare(lambda line: print(line, flush=True), **make.keywords)
+    world = make()
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)

@@ -156,6 +156,27 @@ def heard(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[N
         log.propagate = before[1]
 
 
+@contextmanager
+def bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something long has got, `tell(done, of)`: a bar with the time left, or a line now and then."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = console or Console(stderr=True, highlight=False)
+    said = time.monotonic()
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(what, total=None)
+
+        def tell(done: int, of: int) -> None:
+            nonlocal said
+            shown.update(task, completed=done, total=of)
+            if not console.is_terminal and time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                console.print(f"{what}: {done / max(1, of):.0%}", soft_wrap=True)
+
+        yield tell
+
+
 def clock(seconds: float) -> str:
     """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
     whole = max(0, round(seconds))

@@ -18,6 +18,7 @@ from aem_exp.sample import Sample, Sampler, Session
 from aem_exp.stage import Reply, Stage
 
 CRASHED, CONTEXT, TURNS, OVER = "crashed", "context", "turns", "over"
+OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ class Trajectory:
     @property
     def won(self) -> float:
         return self.responses[-1].metrics.get("won", 0.0) if self.responses else 0.0
+
+    @property
+    def score(self) -> float | None:
+        """How well it went, from 0 to 1, in worlds that know more than won or lost."""
+        return self.responses[-1].metrics.get("score") if self.responses else None
+
+    @property
+    def habits(self) -> dict[str, float]:
+        """The world's other numbers, each the mean over the turns that have it."""
+        told: dict[str, list[float]] = {}
+        for response in self.responses:
+            for name, value in response.metrics.items():
+                if name not in OUTCOMES:
+                    told.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in told.items()}
 
     @property
     def tokens(self) -> int:
@@ -240,6 +256,8 @@ class _Game:
             "observation": turn.observation,
             "actions": ", ".join(f"'{action}'" for action in turn.actions or ()),
             "step": len(self.trajectory.responses),
+            "turn": len(self.trajectory.responses) + 1,
+            "left": self.rules.max_turns - len(self.trajectory.responses),
         }
 
     def _crashed(self, reply: Reply) -> bool:

@@ -12,7 +12,7 @@ from aem_exp.values import ConfigError, shown, unknown
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
 
-_SHOWN: Final = {"task", "observation", "actions", "step"}
+_SHOWN: Final = {"task", "observation", "actions", "step", "turn", "left"}  # turns taken, this one's number, turns left
 _WINDOW: Final = _SHOWN | {"history", "length"}
 TEMPLATES: Final = {  # history -> template -> what it may quote
     "full": {"first": _SHOWN, "next": _SHOWN},
@@ -74,6 +74,10 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.env.history == "window" and e.env.window == 0:
         out.append("env.window=0: the policy is shown nothing of the past turns")
+    if e.env.make.get("split") == "verl_agent":
+        out.append(
+            "env.make.split=verl_agent: for comparing with its published numbers alone; dev is drawn as it draws it"
+        )
     if e.evaluation.every == 0:
         out.append("evaluation.every=0: the dev panel is not read while training")
     return out

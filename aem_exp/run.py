@@ -62,8 +62,8 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     if (folder / RESULT).exists():
         return folder
     progress.quiet()
-    policy.device(experiment.launch)
     world = world_of(experiment)
+    policy.device(experiment.launch)
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:

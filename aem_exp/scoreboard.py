@@ -110,17 +110,19 @@ def _scores(results: Results) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     k = next(iter(results.values()))["repeats"]
     several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
-    for heading in ("", "success [95%]", *several, "turns", "tokens", "invalid", "entropy", "crashed"):
+    scored = ["score"] if any(r.get("score") is not None for r in results.values()) else []
+    for heading in ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", "crashed"):
         table.add_column(heading, header_style="bold", justify="right" if heading else "left", no_wrap=True)
     for player, r in results.items():
         low, high = r["interval"]
         share = Text.assemble(
             (f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black")
         )
+        fine = [_number(r.get("score"), ".1%") for _ in scored]
         tries = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         said = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
         crashed = Text(str(r["crashed"]), "red" if r["crashed"] else "")
-        table.add_row(player, share, *tries, *said, _number(r["response_entropy"], ".3f"), crashed)
+        table.add_row(player, share, *fine, *tries, *said, _number(r["response_entropy"], ".3f"), crashed)
     return table
 
 

@@ -5,8 +5,8 @@ Pure. What is not known (nothing was said, so nothing was invalid) is None and n
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,8 @@ class Outcome:
     valid: Sequence[bool]  # one per response
     entropies: Sequence[float]  # one per response
     tokens: int | None
+    score: float | None = None
+    habits: Mapping[str, float] = field(default_factory=dict)  # the world's own numbers, means over its turns
 
     @property
     def success(self) -> float:
@@ -44,12 +46,14 @@ class Score:
     response_entropy: float | None
     crashed: int
     by_kind: dict[str, float]
+    score: float | None = None
+    habits: dict[str, float] = field(default_factory=dict)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Flat numbers for the log: `eval/...`."""
         numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int | float)}
         kinds = {f"success_{kind}": value for kind, value in self.by_kind.items() if kind}
-        return {f"{prefix}{name}": value for name, value in (numbers | kinds).items()}
+        return {f"{prefix}{name}": value for name, value in (self.habits | numbers | kinds).items()}
 
 
 def score(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
@@ -70,7 +74,17 @@ def score(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
             kind: _sure(_mean([o.success for o in outcomes if o.kind == kind]))
             for kind in sorted({o.kind for o in outcomes})
         },
+        score=_mean([0.0 if o.crashed else o.score or 0.0 for o in outcomes])
+        if any(o.score is not None for o in outcomes)
+        else None,
+        habits={name: _habit(name, outcomes) for name in sorted({name for o in outcomes for name in o.habits})},
     )
+
+
+def _habit(name: str, outcomes: Sequence[Outcome]) -> float:
+    """The mean of a number over all turns."""
+    turns = [(o.habits[name], len(o.valid)) for o in outcomes if name in o.habits]
+    return sum(value * count for value, count in turns) / sum(count for _, count in turns)
 
 
 def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:

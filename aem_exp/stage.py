@@ -45,39 +45,39 @@ class Stage(Protocol):
 
 
 class Serial:
-    """Environments in this process, one after another. A slot's is made once and reused until it fails."""
+    """Environments in this process, one after another. A slot's, `envs[slot]`, is made once and reused until it fails."""
 
     def __init__(self, world: World):
         self._world = world
-        self._envs: dict[int, TextEnv] = {}
+        self.envs: dict[int, TextEnv] = {}
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
         return {slot: self._reply(slot, task) for slot, task in tasks.items()}
 
     def step(self, responses: Mapping[int, str]) -> dict[int, Reply]:
-        assert responses.keys() <= self._envs.keys(), "a step without a reset"
+        assert responses.keys() <= self.envs.keys(), "a step without a reset"
         return {slot: self._reply(slot, response) for slot, response in responses.items()}
 
     def close(self) -> None:
         with ExitStack() as closing:  # all of them, though one may raise
-            while self._envs:
-                closing.callback(self._envs.popitem()[1].close)
+            while self.envs:
+                closing.callback(self.envs.popitem()[1].close)
 
     def _reply(self, slot: int, asked: Task | str) -> Reply:
         try:
             if isinstance(asked, str):
-                env = self._envs[slot]
+                env = self.envs[slot]
                 turn, action = _checked("step", env.step(asked)), _text("parse()", env.parse(asked))
             else:
                 plain(asked)
-                if slot not in self._envs:
-                    self._envs[slot] = self._world.env()
-                env = self._envs[slot]
+                if slot not in self.envs:
+                    self.envs[slot] = self._world.env()
+                env = self.envs[slot]
                 turn, action = _checked("reset", env.reset(asked)), ""
             return Reply(turn, _text("goal", env.goal), action)
         except Exception as error:
             with suppress(Exception):  # KeyError: it was not even made
-                self._envs.pop(slot).close()
+                self.envs.pop(slot).close()
             return failed(error)
 
 

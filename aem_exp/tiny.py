@@ -11,7 +11,7 @@ and `expert(env, random, noise)` (a response of its scripted player).
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, Final, Protocol
@@ -163,23 +163,14 @@ def make_policy(
 class _ScriptedSampler:
     """The scripted player in the place of a policy: it looks at the environments and answers in tokens."""
 
-    def __init__(self, world: Teachable, tokenizer: Any, random: Random, *habits: float) -> None:
-        self.world, self.tokenizer, self.random, self.habits = world, tokenizer, random, habits
-        self.fingerprint = world.fingerprint
-        self.envs: list[TextEnv] = []
-
-    def tasks(self, split: str) -> Sequence[Any]:
-        return self.world.tasks(split)
-
-    def env(self) -> TextEnv:
-        self.envs.append(self.world.env())
-        return self.envs[-1]
+    def __init__(self, world: Teachable, stage: Serial, tokenizer: Any, random: Random, *habits: float) -> None:
+        self.world, self.stage, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
 
     def session(self) -> "_ScriptedSampler":
         return self
 
     def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
-        responses = [self.world.expert(self.envs[slot], self.random, *self.habits) for slot in slots]
+        responses = [self.world.expert(self.stage.envs[slot], self.random, *self.habits) for slot in slots]
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
         return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
@@ -195,11 +186,12 @@ def demonstrate(
     random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    player = _ScriptedSampler(world, tokenizer, random, noise, shyness)
-    rollout = Rollout(Serial(player), env, Chat(tokenizer))
+    stage = Serial(world)
+    player = _ScriptedSampler(world, stage, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
-    return rows(rollout.play(draws, player), env.history)
+    with closing(stage):
+        return rows(Rollout(stage, env, Chat(tokenizer)).play(draws, player), env.history)
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:

@@ -36,7 +36,8 @@ THREADS: Final = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
 
 
 def stage_of(world: World, make: Mapping[str, Any], workers: int, seconds: float) -> Stage:
-    """Where the environments of a world are stepped: in so many processes, or here."""
+    """Where the environments of a world are stepped: in so many processes, or here, unless the world wants one of its own."""
+    workers = workers or int(getattr(world, "own_process", False))
     return Workers(make, workers, seconds) if workers else Serial(world)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -186,14 +187,14 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 
 
 def test_a_random_player_speaks_as_the_world_listens():
-    from aem_exp.players import wander
+    from aem_exp.players import _anything, act
     from aem_exp.rollout import Episode
     from aem_exp.stage import Serial
 
     for tags in (False, True):
         world = Household(tags=tags)
         episodes = [Episode(task, 0, 0, (task.id,)) for task in world.tasks("dev")[:10]]
-        played = wander(episodes, Serial(world), world.env().parse, 10)
+        played = act(episodes, Serial(world), partial(_anything, world.env().parse), 10)
         said = [response for trajectory in played for response in trajectory.responses]
         assert len(said) > 50
         assert all(response.valid and response.metrics["admissible"] for response in said)
@@ -264,12 +265,13 @@ def test_where_nothing_was_said_nothing_is_claimed(tmp_path):
 
 
 def test_a_world_without_actions_has_no_random_player():
-    from aem_exp.players import why_not_random
+    from aem_exp.players import why_not
 
     tasks = Mute().tasks("dev")
-    assert "lists no actions" in why_not_random(Mute(), tasks[0])
-    assert "no container" in why_not_random(Mute(), tasks[1])
-    assert why_not_random(toy.ChatterWorld(), tasks[0]) is None
+    assert "lists no actions" in why_not("random", toy.experiment(), Mute(), tasks[0])
+    assert "no container" in why_not("random", toy.experiment(), Mute(), tasks[1])
+    assert why_not("random", toy.experiment(), toy.ChatterWorld(), tasks[0]) is None
+    assert "brings no oracle" in why_not("oracle", toy.experiment(), toy.ChatterWorld(), tasks[0])
 
 
 # The door.

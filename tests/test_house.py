@@ -21,6 +21,7 @@ KNOWS = {
     "progress": set(),
     "checkpoints": {"disk"},
     "door": {"stores", "values"},
+    "download": {"disk", "progress", "values"},
     "values": set(),
     "envs": set(),
     "keywords": {"values"},
@@ -112,7 +113,15 @@ KNOWS = {
     "__main__": {
         *("compose", "config", "dispatch", "door", "launch", "questions", "run", "stores", "sweep", "values"),
     },
-    "envs.household": {"values", "envs"},
+    "envs.tagged": set(),
+    "envs.household": {"values", "envs", "envs.tagged"},
+    "envs.alfworld_engine": {"values"},
+    "envs.alfworld_games": {"values", "envs.alfworld_engine"},
+    "envs.alfworld_player": {"envs.alfworld_games"},
+    "envs.alfworld": {
+        *("disk", "download", "progress", "values", "envs", "envs.household", "envs.tagged"),
+        *("envs.alfworld_engine", "envs.alfworld_games", "envs.alfworld_player"),
+    },
 }
 # One foreign library, one room.
 SPEAKS = {
@@ -123,6 +132,8 @@ SPEAKS = {
     "mlflow": {"tracking"},
     "rich": {"board", "progress", "scoreboard", "show", "status", "sweep"},
     "submitit": {"launch"},
+    "textworld": {"envs.alfworld_engine"},
+    "fast_downward": {"envs.alfworld_engine"},
     "optuna": {"study"},
     "matplotlib": {"show"},
     "pyarrow": {"episodes", "exam", "show"},

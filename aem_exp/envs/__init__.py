@@ -4,9 +4,9 @@ An environment reads and writes text and nothing else: it owns the parsing of th
 rewards. It takes all its randomness from the task, so that the members of a group play the very same game.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Turn:
         truncated: the world cut the episode short.
         valid: the response could be read as an action of this world.
         actions: the admissible actions, where the world lists them.
-        metrics: numbers to log; `won` (0 or 1) is the success that evaluation reports.
+        metrics: numbers to log. `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one, both
+            of the episode, as its last turn says; all others are of the turn, and averaged over turns.
     """
 
     observation: str
@@ -68,11 +69,36 @@ class World(Protocol):
     """What a `conf/env/*.yaml` names with `make._target_`: the tasks of each split, and environments to play them in.
 
     `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
-    fingerprints are never compared.
+    fingerprints are never compared. A world may also say `own_process = True`: then its environments are stepped in processes
+    of their own, though `launch.workers` be 0. It may have `prepare(say, **keywords of make)`, a class method that fetches what
+    it needs; `words()` and `expert(env, random, noise, shyness)`, of which small policies are made (see `tiny`); and
+    `oracle(env)`, the response of a player who knows the answer.
     """
 
     fingerprint: str
+    splits: tuple[str, ...]  # train, and the panels
 
     def tasks(self, split: str) -> Sequence[Task]: ...
 
     def env(self) -> TextEnv: ...
+
+
+class Draws(Sequence[Task]):
+    """Tasks made when asked for, the same ones every time."""
+
+    def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
+        self._size, self._draw = count, draw
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self._draw(i) for i in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
+            raise IndexError(index)
+        return self._draw(index % self._size)

@@ -13,9 +13,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, Final, NamedTuple
 
-from aem_exp.envs import Task, Turn
+from aem_exp.envs import Draws, Task, Turn, tagged
 from aem_exp.values import ConfigError
 
 RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
@@ -85,8 +85,6 @@ _GRAMMAR = re.compile(
     rf"look|inventory|(?:go to|open|close|examine|use) {_NAME}|take {_NAME} from {_NAME}"
     rf"|move {_NAME} to {_NAME}|(?:clean|heat|cool) {_NAME} with {_NAME}"
 )
-_TAGGED = re.compile(r"<action>(.*?)</action>", re.DOTALL)
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 class Errand(NamedTuple):
@@ -121,15 +119,11 @@ def listed(things: Iterable[str]) -> str:
 
 
 def read_action(response: str, tags: bool) -> tuple[str, bool]:
-    """What a response asks for, and whether it could be read: with tags as verl-agent reads ALFWorld, else all of it."""
-    if not tags:
-        action = " ".join(response[: 4 * LONGEST_ACTION].lower().split())[:LONGEST_ACTION]
-        return action, len(response) <= 4 * LONGEST_ACTION and _GRAMMAR.fullmatch(action) is not None
-    text = response.lower()
-    found = _TAGGED.search(text)
-    thought = "<think>" in text and "</think>" in text
-    action = " ".join((found.group(1) if found else text[-30:]).split())[:LONGEST_ACTION]
-    return action, found is not None and thought and _CHINESE.search(text) is None
+    """What a response asks for, and whether it could be read."""
+    if tags:
+        return tagged.read(response, LONGEST_ACTION)
+    action, short = tagged.bare(response, LONGEST_ACTION)
+    return action, short and _GRAMMAR.fullmatch(action) is not None
 
 
 class HouseholdEnv:
@@ -341,27 +335,6 @@ def split_of(layout: dict[str, list[str]]) -> str:
     return next(split for split, share in SPLITS.items() if tenth in share)
 
 
-class Draws(Sequence[Task]):
-    """Tasks made when asked for, the same ones every time."""
-
-    def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
-        self._size, self._draw = count, draw
-
-    def __len__(self) -> int:
-        return self._size
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
-        if isinstance(index, slice):
-            return [self._draw(i) for i in range(*index.indices(self._size))]
-        if not -self._size <= index < self._size:
-            raise IndexError(index)
-        return self._draw(index % self._size)
-
-
 class Household:
     """A world of rooms and errands; the keywords are its difficulty.
 
@@ -376,6 +349,8 @@ class Household:
         reward: paid once, on success.
         sizes: tasks per split.
     """
+
+    splits = tuple(SPLITS)
 
     def __init__(
         self,

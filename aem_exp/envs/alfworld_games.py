@@ -1,0 +1,253 @@
+"""Games for ALFWorld's engine, made here: all six kinds of task, from the domain and the grammar of the installed package.
+
+Decided here: rooms, what lies where, which errand, and so every game follows from a kind and a seed. A game has the fields of
+a downloaded one. Left out of those: sliced things, and receptacles that share a place.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+
+from aem_exp.envs import alfworld_engine as engine
+from aem_exp.values import ConfigError
+
+RULES: Final = 1  # raise when the same kind and seed would give another game
+ROOMS: Final = {  # what a room has, as often as it has it
+    "Kitchen": "Fridge Microwave SinkBasin CounterTop*3 Cabinet*10 Drawer*6 DiningTable GarbageCan CoffeeMachine Toaster "
+    "StoveBurner*4 Shelf*3",
+    "Bedroom": "Desk*2 Bed Dresser GarbageCan Safe LaundryHamper ArmChair Drawer*8 Shelf*6 SideTable*2 Cabinet*6",
+    "LivingRoom": "Sofa CoffeeTable*2 SideTable*3 ArmChair*2 Drawer*8 Shelf*5 Cabinet*6 Dresser DiningTable GarbageCan Safe",
+    "Bathroom": "SinkBasin*2 Toilet BathtubBasin CounterTop*2 Cabinet*8 Drawer*6 Shelf*4 GarbageCan HandTowelHolder*2 "
+    "ToiletPaperHanger SideTable",
+}
+APPLIANCES: Final = {"Clean": "SinkBasin", "Heat": "Microwave", "Cool": "Fridge"}
+KINDS: Final = {  # kind -> rooms, and what must be done to the object first
+    "pick_and_place_simple": (tuple(ROOMS), None),
+    "look_at_obj_in_light": (("Bedroom", "LivingRoom"), None),
+    "pick_clean_then_place_in_recep": (("Kitchen", "Bathroom"), "Clean"),
+    "pick_heat_then_place_in_recep": (("Kitchen",), "Heat"),
+    "pick_cool_then_place_in_recep": (("Kitchen",), "Cool"),
+    "pick_two_obj_and_place": (tuple(ROOMS), None),
+}
+LAMP: Final = "DeskLamp"
+TABLES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # where a lamp may stand
+MOST: Final = min(
+    len([0 for word in text.split() for _ in range(int(word.partition("*")[2] or 1))]) for text in ROOMS.values()
+)
+
+
+class Errand(NamedTuple):
+    """What a game asks for; `target` is the lamp's type where the object is to be looked at."""
+
+    kind: str
+    object: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What ALFWorld knows of the things in a house, read from its package without importing it."""
+
+    domain: str
+    grammar: str
+    goals: Mapping[str, Mapping[str, Any]]  # kind -> PDDL and sentences
+    holds: Mapping[str, Sequence[str]]  # receptacle -> what fits into it
+    takes: Mapping[str, Sequence[str]]  # Cleanable, Heatable, ... -> objects
+    openable: Sequence[str]
+    movable: Sequence[str]
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps(
+            [self.goals, self.holds, self.takes, self.openable, self.movable, KINDS, ROOMS], sort_keys=True
+        )
+        return hashlib.sha256(f"{RULES} {engine.fingerprint(self.domain, self.grammar)} {text}".encode()).hexdigest()[
+            :12
+        ]
+
+
+@cache
+def facts() -> Facts:
+    engine.check_installed()
+    spec = importlib.util.find_spec("alfworld")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0])
+    constants = _module(folder / "gen" / "constants.py")
+    goals = _module(folder / "gen" / "goal_library.py").gdict
+    whole = {
+        place: sorted(o for o in found if "Sliced" not in o)
+        for place, found in constants.VAL_RECEPTACLE_OBJECTS.items()
+    }
+    movable = sorted(constants.MOVABLE_RECEPTACLES)
+    return Facts(
+        domain=(folder / "data" / "alfred.pddl").read_text(),
+        grammar=(folder / "data" / "alfred.twl2").read_text(),
+        goals={kind: goals[kind] for kind in KINDS},
+        holds={place: things for place, things in sorted(whole.items()) if place not in movable},
+        takes={verb: sorted(found) for verb, found in sorted(constants.VAL_ACTION_OBJECTS.items())},
+        openable=sorted(constants.OPENABLE_CLASS_LIST),
+        movable=movable,
+    )
+
+
+def _module(file: Path) -> ModuleType:
+    """A file of the package by itself: importing the package would make folders in the user's home."""
+    spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], Errand]:
+    """A game of a kind, and what it asks for; the same ones for the same arguments.
+
+    Args:
+        receptacles, objects: how many there are; an official game has up to 28 and 45.
+    """
+    random = Random(f"{kind} {seed}")  # a string seeds alike on every machine and version
+    for _ in range(1000):
+        house = _House(kind, random, receptacles, objects)
+        if house.possible:
+            return house.game(), house.errand
+    raise ConfigError("env.make.receptacles", receptacles, f"too few for a game of {kind}")
+
+
+class _House:
+    """One room, its errand, and what lies where."""
+
+    def __init__(self, kind: str, random: Random, receptacles: int, objects: int):
+        self.random, self.facts = random, facts()
+        rooms, verb = KINDS[kind]
+        stock = [place for word in ROOMS[random.choice(rooms)].split() for place in _times(word)]
+        needed = [APPLIANCES[verb]] if verb else []
+        lit = kind == "look_at_obj_in_light"
+        able = (
+            self.facts.takes[f"{verb}able"]
+            if verb
+            else sorted({o for found in self.facts.holds.values() for o in found})
+        )
+        target = random.choice(sorted(set(stock) & set(TABLES) if lit else set(stock) - set(needed)))
+        fitting = [one for one in able if one != LAMP and (lit or one in self.facts.holds.get(target, ()))]
+        wanted = random.choice(fitting or [""])
+        needed.append(target)
+        for place in needed:
+            stock.remove(place)
+        self.places = needed + random.sample(stock, max(0, receptacles - len(needed)))
+        random.shuffle(self.places)
+        self.errand = Errand(kind, wanted, LAMP if lit else target)
+        self.things: list[tuple[str, int]] = []
+        own = self._where(wanted, avoid=None if lit else target)
+        self.possible = bool(wanted and own)
+        if self.possible:
+            self._fill(wanted, own, objects, target if lit else None)
+        self.sentence = random.choice(self.facts.goals[kind]["templates"]).format(
+            obj=wanted.lower(), recep=target.lower(), toggle=LAMP.lower()
+        )
+
+    def _where(self, thing: str, avoid: str | None = None) -> list[int]:
+        return [i for i, p in enumerate(self.places) if thing in self.facts.holds.get(p, ()) and p != avoid]
+
+    def _fill(self, wanted: str, own: list[int], objects: int, lamp_on: str | None) -> None:
+        copies = 2 if self.errand.kind == "pick_two_obj_and_place" else 1
+        self.things = [(wanted, self.random.choice(own)) for _ in range(copies)]
+        if lamp_on:
+            self.things.append((LAMP, self.places.index(lamp_on)))
+        others = sorted({o for place in self.places for o in self.facts.holds.get(place, ())} - {wanted, LAMP})
+        while others and len(self.things) < objects:
+            thing = self.random.choice(others)
+            self.things.append((thing, self.random.choice(self._where(thing))))
+
+    def game(self) -> dict[str, Any]:
+        places = [_id(place, self.random) for place in self.places]
+        things = [_id(thing, self.random) for thing, _ in self.things]
+        return {
+            "pddl_domain": self.facts.domain,
+            "grammar": self.facts.grammar.replace("UNKNOWN GOAL", self.sentence),
+            "pddl_problem": self._problem(places, things),
+            "solvable": True,
+            "walkthrough": self._walkthrough(places, things),
+        }
+
+    def _problem(self, places: list[str], things: list[str]) -> str:
+        spots = [f"loc_bar_{i}_bar_1_bar_0_bar_30" for i in range(len(places))]
+        start = "loc_bar_minus_1_bar_1_bar_0_bar_30"  # with no receptacle: "in the middle of a room"
+        otypes, rtypes = sorted({thing for thing, _ in self.things}), list(self.facts.holds)
+        declared = {
+            "agent": ["agent1"],
+            "object": things,
+            "otype": [f"{one}Type" for one in otypes],
+            "rtype": [f"{one}Type" for one in rtypes],
+            "receptacle": places,
+            "location": [*spots, start],
+        }
+        init = ["= (total-cost) 0", f"atLocation agent1 {start}"]
+        for place, kind, spot in zip(places, self.places, spots, strict=True):
+            init += [f"receptacleType {place} {kind}Type", f"receptacleAtLocation {place} {spot}"]
+            init += [f"openable {place}"] if kind in self.facts.openable else []
+        for thing, (kind, where) in zip(things, self.things, strict=True):
+            init += [f"objectType {thing} {kind}Type", f"inReceptacle {thing} {places[where]}"]
+            init += [f"objectAtLocation {thing} {spots[where]}"]
+            init += [f"{'toggleable' if kind == LAMP else 'pickupable'} {thing}"]
+            init += [f"isReceptacleObject {thing}"] if kind in self.facts.movable else []
+            init += [
+                f"{verb.lower()} {thing}" for verb, able in self.facts.takes.items() if kind in able and kind != LAMP
+            ]
+        init += [f"canContain {r}Type {o}Type" for r in rtypes for o in otypes if o in self.facts.holds[r]]
+        objects = "\n".join(f"{one} - {kind}" for kind, found in declared.items() for one in found)
+        facts_text = "\n".join(f"({fact})" for fact in init)
+        goal = self.facts.goals[self.errand.kind]["pddl"].replace("#", "-")
+        goal = goal.format(obj=self.errand.object, recep=self.errand.target, toggle=LAMP).rstrip()
+        assert goal.endswith(")")  # the problem's own, before which the metric must stand
+        metric = "(:metric minimize (total-cost))"
+        return f"(define (problem made)\n(:domain alfred)\n(:objects\n{objects})\n(:init\n{facts_text})\n{goal[:-1]}{metric})"
+
+    def _walkthrough(self, places: list[str], things: list[str]) -> list[str]:
+        """A way to win."""
+        names = engine.names([one.lower() for one in (*places, *things)])
+        place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
+        verb, steps = KINDS[self.errand.kind][1], list[str]()
+        here, opened = -1, set[int]()
+
+        def go(where: int, look_in: bool = True) -> None:
+            nonlocal here
+            steps.extend([f"go to {place[where]}"] if where != here else [])
+            here = where
+            if look_in and self.places[where] in self.facts.openable and where not in opened:
+                steps.append(f"open {place[where]}")
+                opened.add(where)
+
+        for i in range(2 if self.errand.kind == "pick_two_obj_and_place" else 1):
+            go(self.things[i][1])
+            steps.append(f"take {thing[i]} from {place[here]}")
+            if self.errand.target == LAMP:
+                go(self.things[1][1], look_in=False)
+                return [*steps, f"use {thing[1]}"]
+            if verb:
+                go(self.places.index(APPLIANCES[verb]), look_in=False)
+                steps.append(f"{verb.lower()} {thing[i]} with {place[here]}")
+            go(self.places.index(self.errand.target))
+            steps.append(f"move {thing[i]} to {place[here]}")
+        return steps
+
+
+def _times(word: str) -> list[str]:
+    place, _, count = word.partition("*")
+    return [place] * int(count or 1)
+
+
+def _id(kind: str, random: Random) -> str:
+    """An id as ALFRED's houses have them: a type, and where it stands."""
+    where = "_bar_".join(
+        f"{random.choice(('_plus_', '_minus_'))}{random.randrange(10):02d}_dot_{random.randrange(100):02d}"
+        for _ in range(3)
+    )
+    outer, basin, _ = kind.partition("Basin")
+    return f"{outer}_bar_{where}_bar_{kind}" if basin else f"{kind}_bar_{where}"

@@ -1,0 +1,25 @@
+"""How worlds read a response: in tags, as verl-agent does (`<think>..</think><action>..</action>`), or bare."""
+
+import re
+from typing import Final
+
+_ACTION: Final = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_CHINESE: Final = re.compile(r"[\u4e00-\u9fff]")
+
+
+def read(response: str, longest: int, tail: int = 30) -> tuple[str, bool]:
+    """The action that a response asks for, and whether it has the form.
+
+    Of several actions the first counts; without tags it is the end of the response, `tail` characters of it, and invalid.
+    Invalid too: no thinking, or Chinese.
+    """
+    text = response.lower()
+    found = _ACTION.search(text)
+    thought = "<think>" in text and "</think>" in text
+    action = " ".join((found.group(1) if found else text[-tail:]).split())[:longest]
+    return action, found is not None and thought and _CHINESE.search(text) is None
+
+
+def bare(response: str, longest: int) -> tuple[str, bool]:
+    """The whole response as the action, and whether it is short enough for one."""
+    return " ".join(response[: 4 * longest].lower().split())[:longest], len(response) <= 4 * longest
