@@ -37,31 +37,34 @@ def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
         raise ConfigError(
             "data", url, f"does not come ({why}); fetch it elsewhere, as {file}, and ask again"
         ) from error
-    if (got := part.stat().st_size) != size:
-        part.unlink()
-        raise ConfigError("data", url, f"has {got:,} bytes, and should have {size:,}: it is another file")
     part.replace(file)
     return file
 
 
 def _download(url: str, part: Path, size: int, tell: Callable[[int, int], None]) -> None:
+    """Bring a partial file to its size.
+
+    Raises:
+        OSError: the connection breaks; what came stays.
+        ValueError: it is another file, of which nothing stays.
+    """
     have = part.stat().st_size if part.exists() else 0
-    if have > size:
-        part.unlink()
+    if have >= size:
         have = 0
-    if have == size:
-        return
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer, part.open("ab") as file:
-        if have and answer.status != 206:  # a server that begins anew
-            file.truncate(0)
-            have = 0
-        while chunk := answer.read(CHUNK):
-            file.write(chunk)
-            have += len(chunk)
-            tell(min(have, size), size)
-            if have > size:
-                return
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        have = have if answer.status == 206 else 0  # a server may begin anew
+        coming = int(answer.headers.get("Content-Length") or size - have)
+        if have + coming != size:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"it has {have + coming:,} bytes, and should have {size:,}: another file")
+        with part.open("r+b" if have else "wb") as file:
+            file.seek(have)
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                tell(have := have + len(chunk), size)
+    if have < size:
+        raise OSError(f"it broke off after {have:,} of {size:,} bytes; asked again, it goes on")
 
 
 def unzip(archive: Path, folder: Path, say: Callable[[str], None]) -> None:

@@ -1,0 +1,128 @@
+"""Files from a real server: resumed, checked, unpacked nowhere but where they belong."""
+
+import http.server
+import io
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from alfred import official
+from doors import lacking
+
+from aem_exp import download, prepare
+from aem_exp.envs import alfworld, alfworld_engine
+from aem_exp.values import ConfigError
+
+
+class Shelf(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; hangs up after `most` bytes of an answer."""
+
+    files: dict[str, bytes]
+    most: int | None
+    ranges: bool
+    asked: list[str | None]
+
+    def do_GET(self):
+        data = self.files.get(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        wanted = self.headers["Range"]
+        self.asked.append(wanted)
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:][: self.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def shelf():
+    handler = type("Mine", (Shelf,), {"files": {}, "most": None, "ranges": True, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{server.server_address[1]}"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def packed(files: dict[str, bytes | str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def test_what_broke_off_is_gone_on_with(shelf, tmp_path):
+    shelf.files["/big"], file = bytes(range(256)) * 20_000, tmp_path / "big"
+    size, said = len(shelf.files["/big"]), []
+    shelf.most = size // 3
+    with pytest.raises(
+        ConfigError, match=rf"{shelf.address}/big: does not come .*broke off.* fetch it elsewhere, as {file}"
+    ):
+        download.fetch(f"{shelf.address}/big", file, size, said.append)
+    shelf.most = None
+    assert download.fetch(f"{shelf.address}/big", file, size, said.append).read_bytes() == shelf.files["/big"]
+    assert shelf.asked == [None, f"bytes={size // 3}-"]
+    download.fetch(f"{shelf.address}/big", file, size, said.append)
+    assert len(shelf.asked) == len(said) == 2  # it is there
+
+
+def test_a_server_that_begins_anew_is_no_trouble(shelf, tmp_path):
+    shelf.files["/big"], shelf.ranges = b"0123456789" * 1000, False
+    (tmp_path / "big.part").write_bytes(b"0123")
+    assert download.fetch(f"{shelf.address}/big", tmp_path / "big", 10_000, print).read_bytes() == shelf.files["/big"]
+
+
+def test_another_file_is_refused(shelf, tmp_path):
+    shelf.files["/big"] = b"a page that says please log in"
+    with pytest.raises(ConfigError, match=r"it has 30 bytes, and should have 20: another file"):
+        download.fetch(f"{shelf.address}/big", tmp_path / "big", 20, print)
+    with pytest.raises(ConfigError, match="Not Found"):
+        download.fetch(f"{shelf.address}/nothing", tmp_path / "nothing", 20, print)
+    assert not (tmp_path / "big").exists()
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out"])
+def test_an_archive_writes_nowhere_else(name, tmp_path):
+    archive = tmp_path / "evil.zip"
+    archive.write_bytes(packed({"fine": "x", name: "y"}))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ConfigError, match="which lies elsewhere"):
+        download.unzip(archive, tmp_path / "in", print)
+    assert not (tmp_path / "out").exists() and not Path("/tmp/out").exists()
+
+
+def test_a_broken_archive_is_one_sentence(tmp_path):
+    archive = tmp_path / "half.zip"
+    archive.write_bytes(packed({"a": "x" * 10_000})[:-40])
+    with pytest.raises(ConfigError, match="cannot be unpacked"):
+        download.unzip(archive, tmp_path, print)
+
+
+def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
+    """One command, two archives, an index; what is then missing are the weights."""
+    if not all(map(alfworld_engine.importlib.util.find_spec, alfworld_engine.PACKAGES)):
+        lacking(alfworld_engine.INSTALL)
+    made = official(tmp_path / "made")
+    files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*.*") if file.is_file()}
+    parts = []
+    for name in ("traj_data.json", "game.tw-pddl"):
+        shelf.files[f"/{name}.zip"] = packed({path: data for path, data in files.items() if path.endswith(name)})
+        parts.append((f"{shelf.address}/{name}.zip", len(shelf.files[f"/{name}.zip"]), name))
+    monkeypatch.setattr(alfworld, "ARCHIVES", parts)
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
+    asked = ["+experiment=alfworld_1_5b", "env.make.games=null", f"model.path={tmp_path}/weights"]
+    for _ in range(2):
+        assert prepare.main(asked) == 2  # weights that nobody can fetch
+        out, err = capsys.readouterr()
+        assert "world   alfworld: 12 train, 12 dev, 6 test_seen tasks" in out and "model.path" in err
+    assert len(shelf.asked) == 2 and out.count("fetch") == 0
