@@ -1,0 +1,290 @@
+"""WebShop's products: the official files, read once into a folder of the cache that all processes of a machine map and share.
+
+What the original makes of a product when it loads it (names of fields, prices, options) is made here when the folder is built.
+A catalogue of a thousand products and one of a million take the same way, the files being read piece by piece.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+import numpy as np
+
+from aem_exp import disk
+from aem_exp.envs import webshop_search
+from aem_exp.values import ConfigError
+
+log = logging.getLogger("aem_exp")
+BUILD: Final = 1  # raise when the same files would give another folder
+NO_PRICE: Final = 100.0  # dollars, of a product that has none
+PIECE: Final = 1 << 20  # characters read at a time
+KEPT: Final = 4096  # products that a process keeps
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product as WebShop knows it. `prices`: one, or the two ends of a range; `asked`: instructions of goals, see `goals`."""
+
+    asin: str
+    title: str
+    description: str
+    bullets: list[str]
+    price: str  # as pages show it
+    prices: list[float]
+    options: dict[str, list[str]]
+    attributes: list[str]
+    category: str
+    query: str
+    product_category: str
+    asked: list[dict[str, Any]]
+
+
+class Catalogue:
+    """Products by their number, in the order of the file, and a search over them."""
+
+    def __init__(self, folder: Path):
+        about = json.loads((folder / "about.json").read_text())
+        self.fingerprint, self.name = about["fingerprint"], about["name"]
+        self._rows = np.memmap(folder / "rows.bin", mode="r") if about["products"] else b""
+        self._starts, self._asins, self._by_asin, self.instructed, self.prices = (
+            np.load(folder / f"{name}.npy", mmap_mode="r")
+            for name in ("starts", "asins", "by_asin", "instructed", "prices")
+        )
+        self.index = webshop_search.Index(folder)
+        self.product = lru_cache(KEPT)(self._product)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def number(self, asin: str) -> int | None:
+        """The number of an asin."""
+        place = int(np.searchsorted(self._asins, asin.encode(), sorter=self._by_asin))
+        found = int(self._by_asin[place]) if place < len(self) else -1
+        return found if found >= 0 and self._asins[found] == asin.encode() else None
+
+    def find(self, asin: str) -> Product | None:
+        """The product of an asin."""
+        return None if (number := self.number(asin)) is None else self.product(number)
+
+    def search(self, query: str, count: int) -> list[Product]:
+        return [self.product(number) for number in self.index.search(query, count)]
+
+    def _product(self, number: int) -> Product:
+        return Product(**json.loads(bytes(self._rows[self._starts[number] : self._starts[number + 1]])))
+
+
+def catalogue(
+    products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None] = lambda *_: None
+) -> Catalogue:
+    """The catalogue of some official files, built where it is not there yet.
+
+    Args:
+        products: items_shuffle*.json; `attributes`: items_ins_v2*.json.
+        human: items_human_ins.json, where goals are those that people wrote.
+
+    Raises:
+        ConfigError: a file is not what it should be.
+    """
+    from filelock import FileLock
+
+    files = [file for file in (products, attributes, human) if file]
+    stamp = [[BUILD, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    cache = disk.cache()
+    disk.check_writable(cache, "AEM_CACHE")
+    folder = cache / f"webshop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "about.json").exists():
+            log.info("building the catalogue of %s (once; cached in %s)", products, folder)
+            with tempfile.TemporaryDirectory(dir=cache) as part:
+                _build(Path(part) / "built", products, attributes, human, tell)
+                os.replace(Path(part) / "built", folder)
+    return Catalogue(folder)
+
+
+def _build(
+    folder: Path, products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None]
+) -> None:
+    folder.mkdir()
+    about = {asin: json.dumps(value) for asin, value in _elements(attributes, dict)}  # text: a tenth of the memory
+    people = dict(_elements(human, dict)) if human else None
+    starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
+    with (folder / "rows.bin").open("wb") as rows:
+        for number, (_, raw) in enumerate(_elements(products, list)):
+            product = _product(raw, about, people, f"{products}: product {number}")
+            if product is None or product.asin in seen:
+                continue
+            seen.add(product.asin)
+            rows.write(json.dumps(asdict(product)).encode())
+            starts.append(rows.tell())
+            instructed += [len(asins)] if product.asked else []
+            prices.append([*product.prices, *([float("nan")] * (2 - len(product.prices)))])
+            asins.append(product.asin)
+    if not asins:
+        raise ConfigError("env.make.data", str(products), "holds no product")
+    np.save(folder / "starts.npy", np.array(starts))
+    np.save(folder / "asins.npy", names := np.array([asin.encode() for asin in asins]))
+    np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
+    np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
+    np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
+    webshop_search.build(folder, _texts(folder, starts), asins, tell)
+    digests = [hashlib.sha256(_digest(file)).hexdigest() for file in (products, attributes, human) if file]
+    said = {"name": products.name, "products": len(asins), "fingerprint": digests}
+    (folder / "about.json").write_text(json.dumps(said))
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").digest()
+
+
+def _texts(folder: Path, starts: Sequence[int]) -> Iterator[str]:
+    """What is searched of each product."""
+    with (folder / "rows.bin").open("rb") as rows:
+        for start, end in pairwise(starts):
+            yield searched(Product(**json.loads(rows.read(end - start))))
+
+
+def searched(product: Product) -> str:
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
+    first = product.bullets[0] if product.bullets else ""
+    return " ".join([product.title, product.description, first, options]).lower()
+
+
+# One product.
+
+
+def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | None, where: str) -> Product | None:
+    """A product of the file; None for those that the original leaves out."""
+    try:
+        asin = raw["asin"]
+        if asin == "nan" or len(asin) > 10:
+            return None
+        known = json.loads(about.get(asin, "{}"))
+        bullets = raw["small_description"]
+        prices = _prices(raw.get("pricing"))
+        return Product(
+            asin=asin,
+            title=_text(raw["name"]),
+            description=_text(raw["full_description"]),
+            bullets=[_text(one) for one in bullets] if isinstance(bullets, list) else [_text(bullets)],
+            price=f"${prices[0]}" if len(prices) == 1 else f"${prices[0]} to ${prices[1]}",
+            prices=prices,
+            options=_options(raw["customization_options"]),
+            attributes=[str(one) for one in known.get("attributes", ["DUMMY_ATTR"])],
+            category=_text(raw["category"]),
+            query=_text(raw["query"]).lower().strip(),
+            product_category=_text(raw["product_category"]),
+            asked=_asked(known, people, asin),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            "env.make.data", str(Path(where.partition(":")[0]).parent), f"{where} is malformed ({told})"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _prices(text: str | None) -> list[float]:
+    if not text:
+        return [NO_PRICE]
+    return [float(Decimal(re.sub(r"[^\d.]", "", part))) for part in text.split("$")[1:]][:2] or [NO_PRICE]
+
+
+def _options(raw: Any) -> dict[str, list[str]]:
+    """Option -> its values, in the original's spelling."""
+    return {
+        name.lower(): [content["value"].strip().replace("/", " | ").lower() for content in contents]
+        for name, contents in (raw or {}).items()
+        if contents is not None
+    }
+
+
+def _asked(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
+    """The instructions that goals are made of: those that people wrote, or the one that was made for the product."""
+    if people is None:
+        text = known.get("instruction")
+        return [] if text is None else [{"text": text, "attributes": known["instruction_attributes"], "options": None}]
+    written = [one for one in people.get(asin, []) if one["instruction_attributes"]]
+    keys = {"attributes": "instruction_attributes", "options": "instruction_options"}
+    return [
+        {"text": one["instruction"].strip(".")} | {ours: one[theirs] for ours, theirs in keys.items()}
+        for one in written
+    ]
+
+
+# Reading JSON piece by piece.
+
+
+def _elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
+    """The elements of a JSON file that is one list, or one object: (key, value), a list's without key.
+
+    Raises:
+        ConfigError: it is neither, or ends too early.
+    """
+    try:
+        with file.open(encoding="utf-8") as text:
+            yield from _parsed(text, kind)
+    except (OSError, ValueError) as error:
+        remedy = f"{file.name} cannot be read ({error}): is it whole? Fetch it again"
+        raise ConfigError("env.make.data", str(file.parent), remedy) from error
+
+
+def _parsed(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
+    decoder = json.JSONDecoder()
+    opening, closing = ("[", "]") if kind is list else ("{", "}")
+    buffer, at, more = "", 0, True
+
+    def skip(signs: str) -> None:
+        """Move to the next character that is none of these, reading on."""
+        nonlocal buffer, at, more
+        while True:
+            while at < len(buffer) and buffer[at] in signs:
+                at += 1
+            if at < len(buffer) or not more:
+                return
+            buffer, at = text.read(PIECE), 0
+            more = bool(buffer)
+
+    def value() -> Any:
+        nonlocal buffer, at, more
+        while True:
+            with suppress(ValueError):
+                found, end = decoder.raw_decode(buffer, at)
+                if end < len(buffer) or not more:  # a number might go on
+                    at = end
+                    return found
+            piece = text.read(PIECE)
+            if not piece:
+                more = False
+                found, at = decoder.raw_decode(buffer, at)
+                return found
+            buffer, at = buffer[at:] + piece, 0
+
+    skip(" \t\r\n\ufeff")
+    if at >= len(buffer) or buffer[at] != opening:
+        raise ValueError(f"it does not begin with {opening}")
+    at += 1
+    skip(" \t\r\n")
+    while at < len(buffer) and buffer[at] != closing:
+        key = ""
+        if kind is dict:
+            key = value()
+            skip(" \t\r\n:")
+        yield key, value()
+        skip(" \t\r\n,")
+    if at >= len(buffer):
+        raise ValueError(f"it does not end with {closing}")

@@ -1,0 +1,203 @@
+"""WebShop's goals and rewards, as the original computes them, with the randomness that it leaves open decided.
+
+The original draws the prices of goals from Python's random module before it is seeded, so its goals differ from process to
+process. Here they follow from a seed, in the original's order of draws; with that seed given, the original makes the same
+goals. Rewards are its own: difflib's ratio, which thefuzz uses where python-Levenshtein is not installed.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+
+from aem_exp.envs.webshop_catalogue import Catalogue, Product
+from aem_exp.envs.webshop_words import STOP
+
+SHUFFLE: Final = 233  # the original's seed of the order of goals
+PRICES: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn
+NO_BOUND: Final = 1_000_000.0
+ALIKE: Final = 85  # per cent, above which two wordings count as the same
+Nouns = Callable[[str], tuple[str, ...]]
+
+# The first of these that occurs in a wording stands for it.
+COLOURS: Final = (
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel "
+    "champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim "
+    "eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki "
+    "lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard "
+    "natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver "
+    "skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow"
+).split()
+
+
+class Goal(NamedTuple):
+    """What a shopper is asked for. `options`: name -> value of a goal that was made, values alone of one that people wrote."""
+
+    asin: str
+    text: str
+    attributes: list[str]
+    price_upper: float
+    options: dict[str, str] | list[str]
+
+
+class Goals(Sequence[Goal]):
+    """All goals of a catalogue in the order of one seed, worded when they are asked for.
+
+    Args:
+        seed: of the bounds of prices.
+        shuffle: of the order.
+    """
+
+    def __init__(self, catalogue: Catalogue, seed: int, shuffle: int = SHUFFLE):
+        self._catalogue = catalogue
+        rng = random.Random(seed)
+        prices = _prices(catalogue, rng)
+        goals: list[tuple[int, int, int, float]] = []  # product, instruction, combination of options, bound
+        for number in map(int, catalogue.instructed):
+            product = catalogue.product(number)
+            for place, asked in enumerate(product.asked):
+                bound = _bound(prices[number], rng)
+                combinations = 1 if asked["options"] is not None else _combinations(product)
+                goals += [(number, place, combination, bound) for combination in range(combinations)]
+        random.Random(shuffle).shuffle(goals)
+        self._goals = goals
+
+    def __len__(self) -> int:
+        return len(self._goals)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number, place, combination, bound = self._goals[index]
+        product = self._catalogue.product(number)
+        asked = product.asked[place]
+        price = "" if bound == NO_BOUND else f", and price lower than {bound:.2f} dollars"
+        if asked["options"] is not None:
+            return Goal(product.asin, asked["text"] + price, asked["attributes"], bound, asked["options"])
+        names = sorted(product.options)
+        chosen = next(
+            itertools.islice(itertools.product(*(product.options[name] for name in names)), combination, None)
+        )
+        options = dict(zip(names, chosen, strict=True))
+        wanted = ", and ".join(f"{name}: {value}" for name, value in options.items())
+        text = asked["text"] + (f" with {wanted}" if wanted else "") + price
+        return Goal(product.asin, text, asked["attributes"], bound, options)
+
+
+def _combinations(product: Product) -> int:
+    count = 1
+    for values in product.options.values():
+        count *= len(values)
+    return count
+
+
+def drawn(catalogue: Catalogue, seed: int) -> np.ndarray:
+    """The price of each product in the world of a seed; one that has a range is drawn from it."""
+    return _prices(catalogue, random.Random(seed))
+
+
+def _prices(catalogue: Catalogue, rng: random.Random) -> np.ndarray:
+    prices = np.array(catalogue.prices[:, 0])
+    for number in np.flatnonzero(~np.isnan(catalogue.prices[:, 1])):
+        prices[number] = rng.uniform(*map(float, catalogue.prices[number]))
+    return prices
+
+
+def _bound(price: float, rng: random.Random) -> float:
+    """The larger of two of the next four multiples of ten above a price."""
+    above = [bound for bound in PRICES if bound > price][:4]
+    return max(rng.sample(above, 2)) if len(above) >= 2 else NO_BOUND
+
+
+# Reward.
+
+
+def score(product: Product, price: float, chosen: Sequence[str], goal: Goal, wanted: Product, nouns: Nouns) -> float:
+    """How well a bought product serves a goal, from 0 to 1: r_type times the share of attributes, options and price met."""
+    options = list(goal.options.items()) if isinstance(goal.options, dict) else list(goal.options)
+    met = _attributes_met(product, goal.attributes) + _options_met(chosen, options) + (price <= goal.price_upper)
+    return met / (len(goal.attributes) + len(options) + 1) * _type_factor(product, wanted, nouns)
+
+
+def _type_factor(bought: Product, wanted: Product, nouns: Nouns) -> float:
+    """1 for the same kind of thing, by query, category or title; less where the titles have little or nothing in common."""
+    ours, theirs = nouns(bought.title), nouns(wanted.title)
+    title = len(set(ours) & set(theirs)) / len(theirs) if theirs else 0.2
+    if title == 0:
+        return 0.0
+    if title < 0.1:
+        return 0.1
+    shared = _levels(bought) & _levels(wanted)
+    return 1.0 if bought.query == wanted.query or len(shared) >= 2 or title > 0.2 else 0.5
+
+
+def _levels(product: Product) -> set[str]:
+    return {level.strip() for level in product.product_category.split("\u203a")}
+
+
+def _attributes_met(product: Product, attributes: Sequence[str]) -> int:
+    texts = (product.title.lower(), " ".join(product.bullets).lower(), product.description.lower())
+    return sum(
+        any(alike(own, one) > ALIKE for own in product.attributes) or any(one in text for text in texts)
+        for one in attributes
+    )
+
+
+def _options_met(chosen: Sequence[str], wanted: Sequence[Any]) -> int:
+    """Wanted options are values, or (name, value) of a made goal: the original compares those as they are printed."""
+    ours = [_colour(one) for one in chosen]
+    return sum(any(alike(str(own), str(_colour(one))) > ALIKE for own in ours) for one in wanted)
+
+
+def _colour(option: Any) -> Any:
+    return next((colour for colour in COLOURS if colour in option), option)
+
+
+@lru_cache(1 << 16)
+def alike(one: str, two: str) -> int:
+    """thefuzz's token_set_ratio: per cent of likeness of two wordings, whatever their order and repetition."""
+    first, second = _words(one), _words(two)
+    if not first or not second:
+        return 0
+    both = " ".join(sorted(first & second))
+    rest = [f"{both} {' '.join(sorted(only))}".strip() for only in (first - second, second - first)]
+    return max(_ratio(both, rest[0]), _ratio(both, rest[1]), _ratio(*rest))
+
+
+def _words(text: str) -> frozenset[str]:
+    plain = "".join(c for c in text if not "\x80" <= c <= "\xff")
+    return frozenset(re.sub(r"\W", " ", plain).lower().split())
+
+
+def _ratio(one: str, two: str) -> int:
+    if one == two:
+        return 100
+    return round(100 * SequenceMatcher(None, one, two).ratio()) if one and two else 0
+
+
+# Nouns of a title, on which the kind of a product depends.
+
+
+def tagger(kind: Literal["spacy", "words"]) -> Nouns:
+    """`spacy`: the original's, nouns and proper nouns of en_core_web_sm. `words`: all words but stop words, an approximation."""
+    if kind == "words":
+        return _content_words
+    import spacy
+
+    parse = spacy.load("en_core_web_sm")
+
+    @lru_cache(1 << 16)
+    def nouns(title: str) -> tuple[str, ...]:
+        return tuple(token.text.lower() for token in parse(title) if token.pos_ in ("NOUN", "PROPN"))
+
+    return nouns
+
+
+@lru_cache(1 << 16)
+def _content_words(title: str) -> tuple[str, ...]:
+    return tuple(word for word in re.findall(r"[^\W\d_]{2,}", title.lower()) if word not in STOP)

@@ -1,0 +1,197 @@
+"""A catalogue in WebShop's official format, made here: products of a few kinds, brands, attributes, options and prices.
+
+Everything follows from the number of products and a seed. Titles, descriptions and lists differ from product to product so that
+a search has something to rank, and so that what is asked for is sold more than once, in other colours and at other prices.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from aem_exp import disk
+from aem_exp.envs.webshop_catalogue import Catalogue
+from aem_exp.values import ConfigError
+
+RULES: Final = 1  # raise when the same number and seed would give another catalogue
+LEAST, MOST = 100, 2_000_000
+BRANDS: Final = (
+    "Alder Birch Cedar Dune Ember Fjord Grove Haven Iris Juniper Kestrel Lumen Maple Nimbus Onyx Pine".split()
+)
+COLOURS: Final = "black white red blue green grey".split()
+SIZES: Final = "small medium large x-large".split()
+KINDS: Final[
+    dict[str, tuple[str, str, str, dict[str, list[str]]]]
+] = {  # thing -> category, its levels, attributes, options
+    "running shoes": (
+        "fashion",
+        "Shoes/Athletic",
+        "rubber sole, lace up, memory foam",
+        {"color": COLOURS, "size": ["7", "8", "9"]},
+    ),
+    "rain jacket": (
+        "fashion",
+        "Clothing/Outerwear",
+        "machine wash, long sleeve, loose fit",
+        {"color": COLOURS, "size": SIZES},
+    ),
+    "cotton shirt": (
+        "fashion",
+        "Clothing/Shirts",
+        "short sleeve, machine wash, slim fit",
+        {"color": COLOURS, "size": SIZES},
+    ),
+    "desk lamp": ("garden", "Lighting/Lamps", "easy assemble, long lasting, usb port", {"color": COLOURS}),
+    "bath towel": ("garden", "Home/Bath", "machine wash, quick drying, super soft", {"color": COLOURS}),
+    "floor rug": (
+        "garden",
+        "Home/Rugs",
+        "non slip, easy clean, super soft",
+        {"color": COLOURS, "size": ["2x3", "4x6", "6x9"]},
+    ),
+    "phone case": ("electronics", "Phones/Cases", "wireless charging, easy install, non slip", {"color": COLOURS}),
+    "wireless headphones": (
+        "electronics",
+        "Audio/Headphones",
+        "noise cancelling, long lasting, usb port",
+        {"color": COLOURS},
+    ),
+    "power cable": (
+        "electronics",
+        "Computers/Cables",
+        "high speed, gold plated, heavy duty",
+        {"length": ["3 ft", "6 ft", "10 ft"]},
+    ),
+    "face cream": (
+        "beauty",
+        "Skin Care/Creams",
+        "cruelty free, fragrance free, dry skin",
+        {"size": ["30 ml", "50 ml"]},
+    ),
+    "hair shampoo": (
+        "beauty",
+        "Hair Care/Shampoo",
+        "sulfate free, cruelty free, coconut oil",
+        {"scent": ["lemon", "rose", "mint"]},
+    ),
+    "green tea": (
+        "grocery",
+        "Beverages/Tea",
+        "caffeine free, usda organic, gift basket",
+        {"size": ["20 bags", "50 bags"]},
+    ),
+    "trail mix": (
+        "grocery",
+        "Snacks/Nuts",
+        "gluten free, low sodium, resealable bag",
+        {"flavor": ["salted", "honey", "spicy"]},
+    ),
+}
+FILL: Final = "classic modern premium everyday compact family travel".split()
+
+
+def folder(products: int, seed: int) -> Path:
+    """The folder of a catalogue, made where it is not there yet."""
+    from filelock import FileLock
+
+    cache = disk.cache()
+    disk.check_writable(cache, "AEM_CACHE")
+    place = cache / f"shop-{hashlib.sha256(json.dumps([RULES, products, seed]).encode()).hexdigest()[:12]}"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as part:
+                _write(Path(part) / "made", products, seed)
+                os.replace(Path(part) / "made", place)
+    return place
+
+
+def _write(place: Path, products: int, seed: int) -> None:
+    """The two official files, product by product: a million do not fit into memory at leisure."""
+    place.mkdir()
+    random, used = Random(f"{RULES} {seed}"), set[str]()
+    with (place / "items_shuffle_1000.json").open("w") as items, (place / "items_ins_v2_1000.json").open("w") as about:
+        for number in range(products):
+            product, said = _product(random, used)
+            items.write(("[" if number == 0 else ",\n") + json.dumps(product))
+            about.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(said)}")
+        items.write("]")
+        about.write("}")
+
+
+def _product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    thing = random.choice(list(KINDS))
+    category, path, attributes, choices = KINDS[thing]
+    own = random.sample(attributes.split(", "), 2)
+    brand, fill = random.choice(BRANDS), random.choice(FILL)
+    asin = _asin(random, used)
+    title = f"{brand} {fill} {thing}, {own[0]}, {own[1]}" if random.random() < 0.8 else f"{brand} {thing} {own[0]}"
+    options = {
+        name: [
+            {"value": value, "image": None} for value in sorted(random.sample(values, random.randint(2, len(values))))
+        ]
+        for name, values in choices.items()
+    }
+    low = random.randint(5, 90) + random.choice((0.0, 0.5, 0.99))
+    pricing = f"${low:.2f}" if random.random() < 0.8 else f"${low:.2f} to ${low + random.randint(2, 20):.2f}"
+    product = {
+        "asin": asin,
+        "name": title,
+        "full_description": f"This {fill} {thing} by {brand} is {own[0]} and {own[1]}.",
+        "small_description": [f"{own[0]} {thing}", f"made by {brand}", f"for {fill} use"],
+        "pricing": pricing,
+        "customization_options": options,
+        "category": category,
+        "query": thing,
+        "product_category": " \u203a ".join([*path.split("/"), thing.title()]),
+        "images": ["none"],
+    }
+    said = {"attributes": own, "instruction": f"Find me {own[0]}, {own[1]} {thing}", "instruction_attributes": own}
+    return product, said
+
+
+def _asin(random: Random, used: set[str]) -> str:
+    while True:
+        asin = "B0" + "".join(random.choices("0123456789ABCDEFGHJKLMNPQRSTVWXYZ", k=8))
+        if asin not in used:
+            used.add(asin)
+            return asin
+
+
+def words(catalogue: Catalogue) -> tuple[str, ...]:
+    """What is said in a shop: fixed wordings, asins and prices in one piece, and single words."""
+    if len(catalogue) > 5000:
+        raise ConfigError("env.make.products", len(catalogue), "too many for a policy made here: choose at most 5000")
+    products = [catalogue.product(number) for number in range(len(catalogue))]
+    whole = [text for product in products for text in (product.asin, product.asin.lower(), product.price)]
+    values = {value for product in products for values in product.options.values() for value in values}
+    clicks = [f"click[{text}]" for text in (*sorted(values), *(p.asin.lower() for p in products), *_BUTTONS)]
+    plain = {word for p in products for word in re.findall(r"\w+", f"{p.title} {p.description} {' '.join(p.bullets)}")}
+    plain |= {word.lower() for word in plain} | {name for p in products for name in p.options}
+    bounds = [f"{10.0 * i:.2f}" for i in range(1, 100)]
+    return (*_PHRASES, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
+
+
+_BUTTONS: Final = ("buy now", "next >", "< prev", "back to search", "description", "features", "reviews", "search")
+_PHRASES: Final = (
+    *(
+        "' [SEP] '",
+        "Find me",
+        ", and price lower than",
+        "dollars",
+        "with",
+        "and",
+        ":",
+        ",",
+        "'",
+        "search",
+        "[",
+        "]",
+        "to",
+    ),
+    *("Back to Search", "Next >", "< Prev", "Buy Now", "Description", "Features", "Reviews", "Search", "Rating: N.A."),
+    *("Price:", *(f"Page {n} (Total results: 50)" for n in range(1, 6)), "Page", "(Total results:", ")"),
+)

@@ -1,0 +1,174 @@
+"""WebShop's search: BM25 as Lucene computes it, over an index on disk that all processes of a machine map and share.
+
+Lucene keeps a document's length in one byte, computes each term's score in single precision and adds them up in double; equal
+scores are ordered by asin. All of this decides who is on the first page. Arrays:
+
+    offsets (T + 1)  where the postings of each of T terms begin
+    docs (P)         documents that hold a term, in order
+    scale (P)        1 + frequency / (k1 (1 - b + b length / mean length)), single precision
+"""
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from aem_exp.envs.webshop_words import analyze
+
+K1, B = 0.9, 0.4  # Anserini's
+PARALLEL: Final = 20_000  # documents; fewer are analysed by one process
+CHUNK: Final = 2_000
+
+
+class Index:
+    """An index that was built in a folder; `order` gives each document's place by asin."""
+
+    def __init__(self, folder: Path):
+        self.offsets, self.docs, self.scale, self.order = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "docs", "scale", "order")
+        )
+        self._count = int(np.load(folder / "count.npy"))
+        self._terms = _Terms(folder)
+
+    def search(self, query: str, count: int) -> list[int]:
+        """The best documents for a query, at most `count`."""
+        wanted = Counter(analyze(query))
+        parts = [(number, times) for term, times in wanted.items() if (number := self._terms.find(term)) is not None]
+        if not parts:
+            return []
+        found, gained = [], []
+        for number, times in parts:
+            start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+            weight = np.float32(times) * self._idf(end - start)
+            found.append(self.docs[start:end])
+            gained.append(weight - weight / self.scale[start:end])
+        return self._best(found, gained, count)
+
+    def _idf(self, frequency: int) -> np.float32:
+        return np.float32(math.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5)))
+
+    def _best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
+        total = np.zeros(len(self.order))
+        for docs, gain in zip(found, gained, strict=True):
+            total[docs] += gain  # a term meets a document once
+        total = total.astype(np.float32)
+        if np.count_nonzero(total) > count:
+            bound = np.partition(total, len(total) - count)[len(total) - count]
+            chosen = np.flatnonzero(total >= bound) if bound > 0 else np.flatnonzero(total)
+        else:
+            chosen = np.flatnonzero(total)
+        best = chosen[np.lexsort((self.order[chosen], -total[chosen]))]
+        return [int(doc) for doc in best[:count]]
+
+
+class _Terms:
+    """The sorted terms of an index, in one file; found by halving."""
+
+    def __init__(self, folder: Path):
+        self._bytes = np.memmap(folder / "terms.bin", mode="r") if (folder / "terms.bin").stat().st_size else b""
+        self._starts = np.load(folder / "term_starts.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> bytes:
+        return bytes(self._bytes[self._starts[number] : self._starts[number + 1]])
+
+    def find(self, term: str) -> int | None:
+        wanted = term.encode(errors="surrogatepass")
+        number = bisect_left(range(len(self)), wanted, key=self.__getitem__)
+        return number if number < len(self) and self[number] == wanted else None
+
+
+# Building.
+
+
+def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
+    """Write the index of some texts, one for each asin, in this order."""
+    numbers: dict[str, int] = {}
+    terms, docs, counts = [], [], []
+    lengths = np.zeros(len(asins), dtype=np.int64)
+    for doc, (length, frequencies) in enumerate(_analysed(texts, len(asins))):
+        lengths[doc] = length
+        terms.append(np.fromiter((numbers.setdefault(term, len(numbers)) for term in frequencies), np.int32))
+        counts.append(np.fromiter(frequencies.values(), np.int32))
+        docs.append(len(frequencies))
+        if doc % 1000 == 0:
+            tell(doc, len(asins))
+    term_P, count_P = _joined(terms, np.int32), _joined(counts, np.int32)
+    doc_P = np.repeat(np.arange(len(asins), dtype=np.int32), docs)
+    names = sorted((term.encode(errors="surrogatepass"), number) for term, number in numbers.items())
+    place = np.empty(len(names), dtype=np.int32)
+    place[[number for _, number in names]] = np.arange(len(names), dtype=np.int32)
+    term_P = place[term_P] if len(names) else term_P
+    order = np.argsort(term_P, kind="stable")  # by term, and by document within
+    _save(folder, offsets=np.searchsorted(term_P[order], np.arange(len(names) + 1)), docs=doc_P[order])
+    _save(folder, scale=_scale(count_P[order], doc_P[order], lengths))
+    by_asin = np.argsort(np.array([asin.encode() for asin in asins]), kind="stable")
+    rank = np.empty(len(asins), dtype=np.int32)
+    rank[by_asin] = np.arange(len(asins), dtype=np.int32)
+    _save(folder, order=rank, count=np.array(np.count_nonzero(lengths)))  # Lucene counts no empty document
+    _save(folder, term_starts=np.cumsum([0, *(len(name) for name, _ in names)]))
+    (folder / "terms.bin").write_bytes(b"".join(name for name, _ in names))
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+
+def _save(folder: Path, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def _scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """1 + frequency x inverse norm, in the order and precision of Lucene's BM25Similarity."""
+    mean = np.float32(lengths.sum() / max(1, np.count_nonzero(lengths)))
+    k1, b, one = np.float32(K1), np.float32(B), np.float32(1)
+    table = np.array([_decoded(byte) for byte in range(256)], dtype=np.float32)
+    inverse = one / (k1 * ((one - b) + b * table / mean))
+    norms = np.array([_encoded(int(length)) for length in lengths], dtype=np.uint8)
+    return one + count_P.astype(np.float32) * inverse[norms[doc_P]]
+
+
+def _analysed(texts: Iterable[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
+    """Length and term frequencies of each text; of very many, by all processors."""
+    if count < PARALLEL:
+        yield from map(_frequencies, texts)
+        return
+    from multiprocessing import get_context
+
+    with get_context("spawn").Pool() as pool:
+        yield from pool.imap(_frequencies, texts, chunksize=CHUNK)
+
+
+def _frequencies(text: str) -> tuple[int, Counter[str]]:
+    terms = analyze(text)
+    return len(terms), Counter(terms)
+
+
+# Lucene's SmallFloat: a length in one byte, exact below 40, then with four significant bits.
+
+_FREE: Final = 24  # lengths that need no exponent
+
+
+def _encoded(length: int) -> int:
+    if length < _FREE:
+        return length
+    rest = length - _FREE
+    bits = rest.bit_length()
+    if bits < 4:
+        return _FREE + rest
+    shift = bits - 4
+    return _FREE + (((rest >> shift) & 7) | (shift + 1) << 3)
+
+
+def _decoded(byte: int) -> int:
+    if byte < _FREE:
+        return byte
+    bits, shift = (byte - _FREE) & 7, ((byte - _FREE) >> 3) - 1
+    return _FREE + (bits if shift < 0 else (bits | 8) << shift)

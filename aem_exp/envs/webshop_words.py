@@ -1,0 +1,230 @@
+"""Text as WebShop's search engine sees it: Lucene's English analysis, as Anserini 0.14 sets it up.
+
+A standard tokenizer (Unicode's word boundaries, emoji), possessives off, lower case, 33 stop words, and Porter's stemmer with
+its author's three later departures (Lucene has them; Snowball's `porter`, and so PyStemmer, has not).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Final
+
+STOP: Final = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
+    "will with".split()
+)
+LONGEST: Final = 255  # characters; a longer token is cut into several
+
+
+def analyze(text: str) -> list[str]:
+    """The terms of a text, in order."""
+    return [stem(word) for token in tokens(text) if (word := _lower(_owned(token))) and word not in STOP]
+
+
+def _owned(token: str) -> str:
+    """A token without a possessive 's."""
+    return token[:-2] if len(token) >= 2 and token[-1] in "sS" and token[-2] in "'\u2019\uff07" else token
+
+
+def _lower(token: str) -> str:
+    """Lower case character by character, as Java does it: no final sigma, and one letter for a dotted capital I."""
+    lowered = token.lower()
+    if len(lowered) == len(token) and "\u03c2" not in lowered:
+        return lowered
+    return "".join("i" if c == "\u0130" else c.lower() if c != "\u03a3" else "\u03c3" for c in token)
+
+
+# Tokens. Each character becomes one that names its class, and a pattern finds words among those.
+
+_MID_BOTH: Final = "'.\u2018\u2019\u2024\ufe52\uff07\uff0e"  # within words and numbers
+_MID_LETTER: Final = ":\u00b7\u0387\u05f4\u2027\ufe13\ufe55\uff1a"
+_MID_NUMBER: Final = ",;\u037e\u0589\u060c\u060d\u066c\u07f8\u2044\ufe10\ufe14\ufe50\ufe54\uff0c\uff1b"
+_PICTURES: Final = (  # first and last of what Unicode counts as emoji, in text and as pictures
+    *(
+        (0xA9, 0xA9),
+        (0xAE, 0xAE),
+        (0x203C, 0x203C),
+        (0x2049, 0x2049),
+        (0x2122, 0x2122),
+        (0x2194, 0x2199),
+        (0x21A9, 0x21AA),
+    ),
+    *((0x231A, 0x231B), (0x2328, 0x2328), (0x23CF, 0x23CF), (0x23E9, 0x23F3), (0x23F8, 0x23FA), (0x25AA, 0x25AB)),
+    *((0x25B6, 0x25B6), (0x25C0, 0x25C0), (0x25FB, 0x25FE), (0x2600, 0x2605), (0x2607, 0x2612), (0x2614, 0x2685)),
+    *((0x2690, 0x2705), (0x2708, 0x2712), (0x2714, 0x2714), (0x2716, 0x2716), (0x271D, 0x271D), (0x2721, 0x2721)),
+    *((0x2728, 0x2728), (0x2733, 0x2734), (0x2744, 0x2744), (0x2747, 0x2747), (0x274C, 0x274C), (0x274E, 0x274E)),
+    *((0x2753, 0x2755), (0x2757, 0x2757), (0x2763, 0x2767), (0x2795, 0x2797), (0x27A1, 0x27A1), (0x27B0, 0x27B0)),
+    *((0x27BF, 0x27BF), (0x2934, 0x2935), (0x2B05, 0x2B07), (0x2B1B, 0x2B1C), (0x2B50, 0x2B50), (0x2B55, 0x2B55)),
+    *((0x3030, 0x3030), (0x303D, 0x303D), (0x3297, 0x3297), (0x3299, 0x3299), (0x1F000, 0x1F0FF), (0x1F200, 0x1F20F)),
+    *((0x1F249, 0x1F53D), (0x1F546, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F7D5, 0x1F7FF), (0x1F900, 0x1FAFF)),
+)
+_WORD: Final = re.compile(
+    r"(?:L[ez]*(?:[MQ][ez]*(?=L))?|N[ez]*(?:[nQ][ez]*(?=N))?|_[ez]*)+"  # letters and digits, and what may stand between two
+    r"|(?:K[ez]*|_[ez]*)+|h[ez]*|S[Sez]*|Pm?[ez]*(?:(?<=z)Pm?[ez]*)*|m[ez]*|FF"
+)
+
+
+class _Classes(dict[int, str]):
+    """Code point -> its class, found when first seen."""
+
+    def __missing__(self, point: int) -> str:
+        self[point] = found = _class(point)
+        return found
+
+
+_CLASSES: Final = _Classes()
+
+
+def tokens(text: str) -> Iterator[str]:
+    """The words, numbers and emoji of a text."""
+    for found in _WORD.finditer(text.translate(_CLASSES)):
+        if found[0].strip("_ez"):
+            for start in range(found.start(), found.end(), LONGEST):
+                yield text[start : min(start + LONGEST, found.end())]
+
+
+def _class(point: int) -> str:
+    """Letter, Number, Katakana, single ideograph or hiragana (h), Southeast Asian, Picture, skin tone (m), Flag, joiners."""
+    char = chr(point)
+    for name, members in (("Q", _MID_BOTH), ("M", _MID_LETTER), ("n", _MID_NUMBER)):
+        if char in members:
+            return name
+    kind = unicodedata.category(char)
+    if point == 0x200D:
+        return "z"
+    if kind in ("Mn", "Me", "Mc") or (kind == "Cf" and point != 0x200B):
+        return "e"
+    if 0x1F3FB <= point <= 0x1F3FF:
+        return "m"
+    if 0x1F1E6 <= point <= 0x1F1FF:
+        return "F"
+    if any(first <= point <= last for first, last in _PICTURES):
+        return "P"
+    if kind == "Pc" or point == 0x202F:
+        return "_"
+    if kind == "Nd":
+        return "N"
+    return _script(char) if kind[0] == "L" or kind == "Nl" else " "
+
+
+def _script(char: str) -> str:
+    name = unicodedata.name(char, "")
+    if char in "\u30fc\uff70" or "KATAKANA" in name:
+        return "K"
+    if name.startswith(("CJK UNIFIED", "CJK COMPATIBILITY")) or "HIRAGANA" in name or char == "\u3007":
+        return "h"
+    return "S" if name.startswith(("THAI ", "LAO ", "KHMER ", "MYANMAR ", "NEW TAI ", "TAI ")) else "L"
+
+
+# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14, 1980), with `bli`, `logi` and the bound of
+# two letters that its author added in his own programs.
+
+_STEP_2: Final = (
+    *(("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble")),
+    *(("alli", "al"), ("entli", "ent"), ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate")),
+    *(("ator", "ate"), ("alism", "al"), ("iveness", "ive"), ("fulness", "ful"), ("ousness", "ous"), ("aliti", "al")),
+    *(("iviti", "ive"), ("biliti", "ble"), ("logi", "log")),
+)
+_STEP_3: Final = (
+    *(("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", "")),
+)
+_STEP_4: Final = (
+    *(
+        "al",
+        "ance",
+        "ence",
+        "er",
+        "ic",
+        "able",
+        "ible",
+        "ant",
+        "ement",
+        "ment",
+        "ent",
+        "ion",
+        "ou",
+        "ism",
+        "ate",
+        "iti",
+    ),
+    *("ous", "ive", "ize"),
+)
+
+
+@lru_cache(1 << 18)
+def stem(word: str) -> str:
+    """The stem of a lower-case word."""
+    if len(word) <= 2:
+        return word
+    return _step_5(_step_4(_replaced(_replaced(_step_1(word), _STEP_2), _STEP_3)))
+
+
+def _shape(word: str) -> str:
+    """Consonants and vowels; a y after a consonant is a vowel."""
+    shape = ""
+    for char in word:
+        shape += "v" if char in "aeiou" or (char == "y" and shape[-1:] == "c") else "c"
+    return shape
+
+
+def _measure(word: str) -> int:
+    """How often a vowel is followed by a consonant."""
+    return _shape(word).count("vc")
+
+
+def _short(word: str) -> bool:
+    """Ends consonant, vowel, consonant, the last not w, x or y."""
+    return _shape(word)[-3:] == "cvc" and word[-1] not in "wxy"
+
+
+def _step_1(word: str) -> str:
+    """Plurals and participles; then a final y becomes i."""
+    if word.endswith("s"):
+        word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
+    if word.endswith("eed"):
+        word = word[:-1] if _measure(word[:-3]) else word
+    else:
+        for ending in ("ed", "ing"):
+            if word.endswith(ending):
+                rest = word[: -len(ending)]
+                word = _repaired(rest) if "v" in _shape(rest) else word
+                break
+    if word.endswith("y") and "v" in _shape(word[:-1]):
+        word = word[:-1] + "i"
+    return word
+
+
+def _repaired(word: str) -> str:
+    """What is left of a participle, as a word again."""
+    if word.endswith(("at", "bl", "iz")):
+        return word + "e"
+    if len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c":
+        return word if word[-1] in "lsz" else word[:-1]
+    return word + "e" if _measure(word) == 1 and _short(word) else word
+
+
+def _replaced(word: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """The longest ending that a rule knows, replaced where enough stands before it."""
+    for ending, replacement in sorted(rules, key=lambda rule: -len(rule[0])):
+        if word.endswith(ending):
+            rest = word[: -len(ending)]
+            return rest + replacement if _measure(rest) else word
+    return word
+
+
+def _step_4(word: str) -> str:
+    for ending in sorted(_STEP_4, key=len, reverse=True):
+        if word.endswith(ending):
+            rest = word[: -len(ending)]
+            return rest if _measure(rest) > 1 and (ending != "ion" or rest[-1] in "st") else word
+    return word
+
+
+def _step_5(word: str) -> str:
+    """A final e, and one of two final l."""
+    if word.endswith("e"):
+        rest = word[:-1]
+        if _measure(rest) > 1 or (_measure(rest) == 1 and not _short(rest)):
+            word = rest
+    return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
