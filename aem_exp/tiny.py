@@ -119,7 +119,10 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
     ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    pattern = Regex("|".join([*(rf"{re.escape(text)}(?!\w)" for text in phrases), _TOKEN]))
+    whole = [
+        re.escape(text) + (r"(?!\w)" if text[-1].isalnum() else "") for text in phrases
+    ]  # not the begin of a longer word
+    pattern = Regex("|".join([*whole, _TOKEN]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)  # keep only what matches
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -207,8 +210,11 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
     model.train()
     for chosen in batches:
         ids_BT, label_BT = _tensors(chosen, model.config.pad_token_id)
-        logits_BTV = model(input_ids=ids_BT, attention_mask=(ids_BT != model.config.pad_token_id).long()).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), label_BT[:, 1:].flatten())
+        mask_BT = (ids_BT != model.config.pad_token_id).long()
+        hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        said = label_BT[:, 1:] >= 0  # logits of what was said alone: most tokens are the world's
+        logits_SV = model.lm_head(hidden_BTD[:, :-1][said])
+        loss = torch.nn.functional.cross_entropy(logits_SV, label_BT[:, 1:][said])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

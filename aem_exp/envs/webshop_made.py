@@ -172,7 +172,8 @@ def words(catalogue: Catalogue) -> tuple[str, ...]:
     plain = {word for p in products for word in re.findall(r"\w+", f"{p.title} {p.description} {' '.join(p.bullets)}")}
     plain |= {word.lower() for word in plain} | {name for p in products for name in p.options}
     bounds = [f"{10.0 * i:.2f}" for i in range(1, 100)]
-    return (*_PHRASES, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
+    counts = [f"Page {page} (Total results: {found})" for page in range(1, 6) for found in range(51)]
+    return (*_PHRASES, *counts, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
 
 
 _BUTTONS: Final = ("buy now", "next >", "< prev", "back to search", "description", "features", "reviews", "search")
@@ -193,5 +194,5 @@ _PHRASES: Final = (
         "to",
     ),
     *("Back to Search", "Next >", "< Prev", "Buy Now", "Description", "Features", "Reviews", "Search", "Rating: N.A."),
-    *("Price:", *(f"Page {n} (Total results: 50)" for n in range(1, 6)), "Page", "(Total results:", ")"),
+    "Price:",
 )
