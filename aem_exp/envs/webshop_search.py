@@ -22,6 +22,7 @@ from aem_exp.envs.webshop_words import analyze
 K1, B = 0.9, 0.4  # Anserini's
 PARALLEL: Final = 20_000  # documents; fewer are analysed by one process
 CHUNK: Final = 2_000
+BLOCK: Final = 512  # documents of which the best one is looked at first
 
 
 class Index:
@@ -52,17 +53,19 @@ class Index:
         return np.float32(math.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5)))
 
     def _best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
-        total = np.zeros(len(self.order))
+        total = np.zeros(-(-len(self.order) // BLOCK) * BLOCK)
         for docs, gain in zip(found, gained, strict=True):
             total[docs] += gain  # a term meets a document once
-        total = total.astype(np.float32)
-        if np.count_nonzero(total) > count:
-            bound = np.partition(total, len(total) - count)[len(total) - count]
-            chosen = np.flatnonzero(total >= bound) if bound > 0 else np.flatnonzero(total)
-        else:
-            chosen = np.flatnonzero(total)
-        best = chosen[np.lexsort((self.order[chosen], -total[chosen]))]
+        chosen = np.flatnonzero(total >= self._bound(total, count))
+        scores = total[chosen].astype(np.float32)
+        best = chosen[np.lexsort((self.order[chosen], -scores))]
         return [int(doc) for doc in best[:count]]
+
+    def _bound(self, total: np.ndarray, count: int) -> float:
+        """A score that the best `count` documents reach, equals after rounding included; found among the best of blocks."""
+        blocks = total.reshape(-1, BLOCK).max(axis=1)
+        bound = np.partition(blocks, -count)[-count] if len(blocks) > count else 0.0
+        return max(float(bound) * (1 - 1e-6), np.nextafter(0, 1))
 
 
 class _Terms:
