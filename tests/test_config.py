@@ -113,7 +113,16 @@ REFERENCES = {
         "trainer.mini_batch": 256,
         "evaluation.final": "test_seen",
     },
-    "webshop_1_5b": VERL_AGENT | {"env.max_turns": 15, "env.context_tokens": 4096 + 512, "trainer.mini_batch": 64},
+    "webshop_1_5b": VERL_AGENT
+    | {
+        "env.max_turns": 15,
+        "env.context_tokens": 4096 + 512,
+        "trainer.mini_batch": 64,
+        "env.make.catalogue": "small",
+        "env.make.goals": "synthetic",
+        "env.make.nouns": "spacy",
+        "env.make.pays": "success",
+    },
     "swebench_32b": {
         "model.path": "Qwen/Qwen3-32B",
         "model.thinking": "on",
@@ -149,6 +158,20 @@ def test_experiments_are_the_reference_settings(name):
         assert {"<think>", "</think>", "<action>", "</action>"} <= set(experiment.env.prompt["window"].split())
 
 
+# Where ours depart from verl-agent on purpose: train, dev and test are disjoint, and whole panels are scored.
+DEPARTURES = {"env.make.split": ("original", "verl_agent")}
+
+
+@pytest.mark.parametrize("name", ["alfworld_1_5b", "webshop_1_5b"])
+def test_the_reference_itself_differs_in_split_and_panel_alone(name):
+    ours, theirs = load([f"+experiment={name}"]), load([f"+experiment={name}_verl_agent"])
+    changed = {line.partition(":")[0] for line in config.diff(ours, theirs)}
+    assert changed == {*DEPARTURES, "evaluation.every"}
+    for key, pair in DEPARTURES.items():
+        assert (at(ours, key), at(theirs, key)) == pair
+    assert theirs.evaluation.every == 5
+
+
 def test_an_experiment_keeps_its_recipe_under_another_baseline():
     plain, other = load(["+experiment=alfworld_1_5b"]), load(["+experiment=alfworld_1_5b", "baseline=dr_grpo"])
     changed = {line.partition(":")[0] for line in config.diff(plain, other)}
@@ -164,7 +187,7 @@ AT_COMPOSING = [
     ("+experimnt=x", "experimnt", "did you mean experiment?"),
     ("+experiment=alfworld_15b", "experiment", "did you mean alfworld_1_5b?"),
     ("modulaton=none", "modulaton", "did you mean modulation?"),
-    ("env=houshold", "env", "did you mean household? choose from alfworld, alfworld_generated, household"),
+    ("env=houshold", "env", "did you mean household? choose from alfworld, alfworld_generated, frozen_lake, household"),
     ("model=null", "model", "choose from"),
     ("trainer.learning_rat=1", "trainer.learning_rat", "did you mean learning_rate?"),
     ("trainr.steps=1", "trainr.steps", "did you mean trainer.steps?"),

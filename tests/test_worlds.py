@@ -15,6 +15,7 @@ from doors import lacking
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_adapters import ACTIONS, Server
 
 from aem_exp.config import check_runnable, conf_root, instantiate, load
 from aem_exp.envs import Turn, webshop_made
@@ -66,6 +67,18 @@ def data(common):
                 official(common / "alfworld")
             patch.setenv("WEBSHOP_DATA", str(webshop_made.folder(400, 0)))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """What env=openenv talks to."""
+    if not find_spec("openenv"):
+        yield
+        return
+    running = Server()
+    SMALL["openenv"] = {"base_url": running.url, "actions": ACTIONS}
+    yield
+    running.stop()
 
 
 @cache
@@ -138,7 +151,7 @@ def record(made):
 @every_world
 def test_another_process_plays_the_same(name, ready):
     """Neither tasks nor turns, nor a scripted player's choices, follow from the salt of Python's hashes."""
-    code = f"import test_worlds as t; print(*t.record(t.world({name!r})))"
+    code = f"import test_worlds as t; t.SMALL = {SMALL!r}; print(*t.record(t.world({name!r})))"
     others = [
         subprocess.run(
             [sys.executable, "-c", code],

@@ -7,6 +7,7 @@
 import argparse
 import resource
 import time
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -32,9 +33,10 @@ def steps(seconds: float = 4.0) -> float:
 
 
 def memory() -> str:
-    own = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    shared = int(open("/proc/self/statm").read().split()[2]) * resource.getpagesize()
-    return f"{(own - shared) / 1e9:.2f} GB of its own, {shared / 1e9:.2f} GB mapped"
+    _, resident, shared, *_ = (
+        int(n) * resource.getpagesize() / 1e9 for n in Path("/proc/self/statm").read_text().split()
+    )
+    return f"{resident - shared:.2f} GB of its own, {shared:.2f} GB mapped"
 
 
 def searches(catalogue: Catalogue, count: int = 300) -> None:

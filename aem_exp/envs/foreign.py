@@ -1,0 +1,101 @@
+"""What worlds of other libraries have in common here: games told apart by a seed, actions by name, a win by what was earned."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from aem_exp.envs import Draws, Task, Turn, tagged
+from aem_exp.values import ConfigError
+
+LONGEST: Final = 2000  # characters of an action that are read
+FIRST: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
+
+
+class ForeignEnv:
+    """One environment of another library, spoken to in text.
+
+    A response that names none of `actions` changes nothing and is invalid; without `actions`, any text is an action.
+    """
+
+    def __init__(self, world: "ForeignWorld"):
+        self._world = world
+        self.goal = world.goal
+        self._over = True
+
+    def parse(self, response: str) -> str:
+        return self._read(response)[0]
+
+    def reset(self, task: Task) -> Turn:
+        self._earned, self._over = 0.0, False
+        self._seen = self.begin(task.seed)
+        return self._turn(metrics={"won": 0.0})
+
+    def step(self, response: str) -> Turn:
+        action, valid = self._read(response)
+        actions = self._world.actions
+        known = valid and not self._over and (actions is None or action in actions)
+        reward, terminated, truncated = 0.0, self._over, False
+        if known:
+            self._seen, reward, terminated, truncated = self.act(action if actions is None else actions[action])
+            self._earned += reward
+            self._over = terminated or truncated
+        won = self._over and self._earned >= self._world.wins
+        metrics = {"won": float(won), "format_valid": float(valid), "admissible": float(known)}
+        return self._turn(self._world.reward * reward, terminated, truncated, known, metrics)
+
+    def begin(self, seed: int) -> str:
+        """Start a game; what is seen."""
+        raise NotImplementedError
+
+    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+        """Do something: what is seen, what it earns, whether the game ended, whether it was cut short."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def _read(self, response: str) -> tuple[str, bool]:
+        if self._world.tags:
+            return tagged.read(response, LONGEST)
+        if self._world.actions is not None:
+            return tagged.bare(response, LONGEST)
+        return response[:LONGEST], bool(response.strip()) and len(response) <= LONGEST
+
+    def _turn(
+        self,
+        reward: float = 0.0,
+        terminated: bool = False,
+        truncated: bool = False,
+        valid: bool = True,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Turn:
+        actions = None if self._world.actions is None else tuple(self._world.actions)
+        return Turn(self._seen, reward, terminated, truncated, valid, actions, dict(metrics or {}))
+
+
+class ForeignWorld:
+    """Games of one environment, each a seed."""
+
+    splits = tuple(FIRST)
+
+    def __init__(
+        self,
+        actions: Mapping[str, Any] | None,
+        goal: str,
+        wins: float,
+        tags: bool,
+        reward: float,
+        sizes: Mapping[str, int] | None,
+    ):
+        self.actions = None if actions is None else {name.lower(): value for name, value in actions.items()}
+        self.goal, self.wins, self.tags, self.reward = goal, wins, tags, reward
+        self.sizes = {"train": 4096, "dev": 128, "test": 128} | dict(sizes or {})
+        if not goal.strip():
+            raise ConfigError("env.make.goal", goal, "must say what a game asks for; prompts quote it")
+        for split, size in self.sizes.items():
+            if split not in FIRST or not 1 <= size <= FIRST["dev"]:
+                raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(FIRST)} 1 to {FIRST['dev']}")
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in FIRST:
+            raise ConfigError("split", split, choices=FIRST)
+        return Draws(self.sizes[split], lambda index: Task(f"{split}-{index}", seed=FIRST[split] + index))

@@ -1,0 +1,84 @@
+"""Any text environment of Gymnasium: what it returns is a text, or it renders itself as one."""
+
+import hashlib
+import json
+import re
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, Final
+
+from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.values import ConfigError
+
+_MARKED: Final = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m")  # coloured in a terminal: where one stands
+
+
+class GymnasiumEnv(ForeignEnv):
+    def __init__(self, world: "Gymnasium"):
+        import gymnasium
+
+        super().__init__(world)
+        self._env = gymnasium.make(world.id, **world.kwargs)
+
+    def begin(self, seed: int) -> str:
+        observation, _ = self._env.reset(seed=seed)
+        return self._text(observation)
+
+    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+        observation, reward, terminated, truncated, _ = self._env.step(action)
+        return self._text(observation), float(reward), bool(terminated), bool(truncated)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _text(self, observation: Any) -> str:
+        text = observation if isinstance(observation, str) else self._env.render()
+        if not isinstance(text, str):
+            kind = type(observation).__name__
+            raise TypeError(
+                f"its observations are {kind}, and it renders no text: kwargs: {{render_mode: ansi}}, where it can"
+            )
+        return _MARKED.sub(r"[\1]", text).strip()
+
+
+class Gymnasium(ForeignWorld):
+    """Games of a registered environment.
+
+    Args:
+        id: as `gymnasium.make` takes it; `module:Name-v0` imports the module first.
+        kwargs: the environment's own.
+        actions: name -> action; null: it takes text.
+        goal: what a game asks for.
+        wins: an episode that earned so much is a success.
+        tags: responses are `<think>..</think><action>..</action>`.
+        reward: multiplies the environment's.
+        sizes: games per split.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        kwargs: dict[str, Any] | None = None,
+        actions: dict[str, Any] | None = None,
+        goal: str = "reach the goal",
+        wins: float = 1.0,
+        tags: bool = False,
+        reward: float = 1.0,
+        sizes: dict[str, int] | None = None,
+    ):
+        super().__init__(actions, goal, wins, tags, reward, sizes)
+        if find_spec("gymnasium") is None:
+            raise ConfigError("env.make.id", id, "needs Gymnasium: pip install 'aem-exp[gymnasium]'")
+        import gymnasium
+
+        self.id, self.kwargs = id, dict(kwargs or {})
+        try:
+            gymnasium.make(id, **self.kwargs).close()
+        except Exception as error:  # its own errors, and whatever the environment raises
+            why = " ".join(str(error).split())
+            raise ConfigError("env.make.id", id, f"Gymnasium does not make it: {why}") from error
+        how = [id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
+        self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
+
+    def env(self) -> GymnasiumEnv:
+        return GymnasiumEnv(self)

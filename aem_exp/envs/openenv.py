@@ -1,0 +1,93 @@
+"""An environment behind an OpenEnv server: each of our environments is a session there."""
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
+from typing import Any, Final
+
+from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.values import ConfigError
+
+PATIENCE: Final = 10.0  # seconds for a server to tell what it is
+
+
+class OpenEnvEnv(ForeignEnv):
+    def __init__(self, world: "OpenEnv"):
+        from openenv.core.generic_client import GenericEnvClient
+
+        super().__init__(world)
+        self._fields = world.action_field, world.observation_field
+        self._session = GenericEnvClient(base_url=world.base_url, message_timeout_s=world.seconds).sync()
+
+    def begin(self, seed: int) -> str:
+        return self._text(self._session.reset(seed=seed).observation)
+
+    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+        result = self._session.step({self._fields[0]: action})
+        return self._text(result.observation), float(result.reward or 0.0), bool(result.done), False
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _text(self, observation: dict[str, Any]) -> str:
+        if self._fields[1] not in observation:
+            raise KeyError(
+                f"the server's observations have no {self._fields[1]!r}, but {', '.join(sorted(observation))}"
+            )
+        return str(observation[self._fields[1]])
+
+
+class OpenEnv(ForeignWorld):
+    """Games of a server, each a seed, which the server must honour.
+
+    Args:
+        base_url: where it listens.
+        action_field, observation_field: of the server's actions and observations, the ones that hold the text.
+        actions: name -> value of the action field; null: it takes text.
+        goal: what a game asks for.
+        wins: an episode that earned so much is a success.
+        tags: responses are `<think>..</think><action>..</action>`.
+        reward: multiplies the server's.
+        seconds: for an answer.
+        sizes: games per split.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        action_field: str = "text",
+        observation_field: str = "text",
+        actions: dict[str, Any] | None = None,
+        goal: str = "do what the environment asks",
+        wins: float = 1.0,
+        tags: bool = False,
+        reward: float = 1.0,
+        seconds: float = 60.0,
+        sizes: dict[str, int] | None = None,
+    ):
+        super().__init__(actions, goal, wins, tags, reward, sizes)
+        if find_spec("openenv") is None:
+            raise ConfigError("env.make.base_url", base_url, "needs OpenEnv's client: pip install 'aem-exp[openenv]'")
+        self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
+        self.seconds = seconds
+        told = [self._asked("/metadata"), self._asked("/schema")]
+        how = [told, action_field, observation_field, actions, goal, wins, tags, reward]
+        self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
+
+    def env(self) -> OpenEnvEnv:
+        return OpenEnvEnv(self)
+
+    def _asked(self, path: str) -> Any:
+        """What the server says of itself."""
+        try:
+            with urllib.request.urlopen(self.base_url + path, timeout=PATIENCE) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError:  # an old server
+            return None
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", error)
+            raise ConfigError(
+                "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
+            ) from error

@@ -1,0 +1,151 @@
+"""Worlds of other libraries: Gymnasium's in this process, one behind a real OpenEnv server."""
+
+import re
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from doors import lacking, until
+
+from aem_exp.config import instantiate, load
+from aem_exp.envs import Task
+from aem_exp.stage import Serial
+from aem_exp.values import ConfigError
+from aem_exp.workers import Workers
+
+pytestmark = pytest.mark.machine
+ACTIONS = {"look": "look", "Inventory": "inventory"}
+
+
+def needs(library):
+    if not find_spec(library):
+        lacking(f"no {library}: pip install 'aem-exp[{library}]'")
+
+
+class Server:
+    """OpenEnv's own server, with our household behind it."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, str(Path(__file__).with_name("openenv_server.py")), str(self.port)]
+        self.process = subprocess.Popen(command)
+        until(self._answers, "OpenEnv's server")
+
+    def _answers(self):
+        assert self.process.poll() is None
+        with socket.socket() as door:
+            return door.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server():
+    needs("openenv")
+    running = Server()
+    yield running
+    running.stop()
+
+
+def lake(**changes):
+    needs("gymnasium")
+    return instantiate(load(["env=frozen_lake"]).env.make | changes)
+
+
+def test_a_lake_is_walked_over_in_words():
+    world = lake()
+    env = world.env()
+    first = env.reset(world.tasks("dev")[0])
+    assert first.observation.startswith("[S]FFF") and "\x1b" not in first.observation
+    assert first.actions == ("left", "down", "right", "up")
+    turns = [env.step(word) for word in ("Down", " down ", "right", "right", "down", "right")]
+    assert [turn.done for turn in turns] == [False] * 5 + [True]
+    assert (turns[-1].reward, turns[-1].metrics["won"]) == (1.0, 1.0)
+    assert env.step("down").reward == 0
+
+
+def test_what_is_no_action_changes_nothing():
+    world = lake()
+    env = world.env()
+    before = env.reset(world.tasks("dev")[0])
+    after = env.step("fly away")
+    assert not after.valid and after.observation == before.observation
+    assert (after.metrics["format_valid"], after.metrics["admissible"]) == (1, 0)
+    drowned = [env.step(word) for word in ("right", "down")][-1]
+    assert drowned.terminated and drowned.metrics["won"] == 0
+
+
+def test_a_seed_is_all_of_the_chance():
+    world = lake(kwargs={"render_mode": "ansi", "is_slippery": True})
+    walks = []
+    for task in (Task("a", seed=5), Task("b", seed=5), Task("c", seed=6)):
+        env = world.env()
+        env.reset(task)
+        walks.append([env.step(word).observation for word in ("right", "down", "left", "down", "right") * 2])
+    assert walks[0] == walks[1] != walks[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: Gymnasium does not make it: .*NoLake"),
+        ({"kwargs": {"depth": 3}}, "Gymnasium does not make it: .*depth"),
+        ({"goal": " "}, "env.make.goal"),
+        ({"sizes": {"train": 0}}, "env.make.sizes.train"),
+    ],
+)
+def test_what_gymnasium_does_not_make_is_one_sentence(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        lake(**changes)
+
+
+def test_an_environment_that_renders_no_text_says_so():
+    world = lake(kwargs={"render_mode": None})
+    reply = Serial(world).reset({0: world.tasks("dev")[0]})[0]
+    assert "renders no text" in reply.error
+
+
+def open_env(server, **changes):
+    return instantiate(load(["env=openenv"]).env.make | {"base_url": server.url} | changes)
+
+
+def test_a_house_behind_a_server(server):
+    world = open_env(server, goal="tidy up")
+    env = world.env()
+    first = env.reset(world.tasks("dev")[0])
+    assert first.actions is None and env.goal == "tidy up"
+    place = re.search(r"you see a (\w+ \d)", first.observation)[1]
+    assert env.step(f"go to {place}").observation.startswith(f"You arrive at {place}")
+    named = open_env(server, actions=ACTIONS).env()
+    assert named.reset(world.tasks("dev")[0]).observation == first.observation  # of the seed alone
+    assert named.step("INVENTORY").observation == "You are not carrying anything."
+    assert not named.step("sing").valid
+    for one in (env, named):
+        one.close()
+
+
+def test_a_session_that_fails_costs_one_episode(server):
+    make = load(["env=openenv"]).env.make | {"base_url": server.url}
+    stage, tasks = Workers(make, 2, 30.0), open_env(server).tasks("train")
+    assert all(reply.turn for reply in stage.reset({0: tasks[0], 1: tasks[1]}).values())
+    replies = stage.step({0: "break", 1: "look"})
+    assert "the house burnt down" in replies[0].error and replies[1].turn
+    assert stage.reset({0: tasks[2]})[0].turn
+    stage.close()
+
+
+def test_a_server_that_is_not_there_is_one_sentence(server):
+    with pytest.raises(
+        ConfigError, match=r"env\.make\.base_url=http://127\.0\.0\.1:9: no OpenEnv server answers there"
+    ):
+        open_env(server, base_url="http://127.0.0.1:9")
+    world = open_env(server, observation_field="words")
+    assert "no 'words', but actions, text" in Serial(world).reset({0: world.tasks("dev")[0]})[0].error
