@@ -206,7 +206,7 @@ def test_a_random_player_speaks_as_the_world_listens():
 def test_a_folder_of_weights_is_scored_without_a_run(trained, capsys, tmp_path):
     words = ["--panel", "dev", "--tasks", 12, "--repeats", 1]
     rows = ask(capsys, trained / "model", "env=household", f"outputs={tmp_path}", *words)
-    assert set(rows) == {"policy", "random"}
+    assert set(rows) == {"policy", "random", "scripted"}
     said = json.loads((trained / "result.json").read_text())["after"]
     assert {name: rows["policy"][name] for name in said} == said  # it is the same policy in the same world
     (home,) = tmp_path.iterdir()
@@ -308,7 +308,7 @@ def test_at_a_terminal_it_says_who_reached_what_and_what_comes_next(trained, cap
         (["RUN", "model.lora={r: 2}"], "the weights that it holds"),
         (["RUN/model", "--only", "untrained"], "only a run dir knows"),
         (["RUN/model", "--trust"], "only read with a run dir"),
-        (["RUN/model", "env=alfworld"], "comes with a later version"),
+        (["RUN/model", "env=alfworld"], "has no json_2.1.1"),
         (["RUN/code"], "holds neither a run nor a model"),
         (["/nowhere/at/all"], "there is no such folder"),
         (["nobody/no-such-model"], "hf download nobody/no-such-model"),
