@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aem_exp.values import ConfigError
@@ -29,6 +31,32 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path | None]:
+    """Make a folder of the cache once: yields an empty one, which becomes it at the end; None where it is there already.
+
+    One process makes it while others wait. What a killed one left half done is removed; one that is there is only read.
+    """
+    from filelock import FileLock
+
+    if folder.exists():
+        yield None
+        return
+    check_writable(folder.parent, "AEM_CACHE")
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            yield None
+            return
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def check_writable(folder: Path, field: str) -> None:

@@ -1,10 +1,13 @@
 """Large files from the net: resumed where they broke off, as long as they should be, unpacked nowhere but where they belong."""
 
+import errno
+import http.client
 import os
 import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,12 +35,14 @@ def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
     try:
         with bar(file.name) as tell:
             _download(url, part, size, tell)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", error)
+        part.replace(file)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        why = getattr(error, "reason", None) or repr(error)
         raise ConfigError(
             "data", url, f"does not come ({why}); fetch it elsewhere, as {file}, and ask again"
         ) from error
-    part.replace(file)
     return file
 
 
@@ -61,8 +66,12 @@ def _download(url: str, part: Path, size: int, tell: Callable[[int, int], None])
         with part.open("r+b" if have else "wb") as file:
             file.seek(have)
             while chunk := answer.read(CHUNK):
+                have += len(chunk)
+                if have > size:
+                    part.unlink()
+                    raise ValueError(f"it has more than the {size:,} bytes that it should have: another file")
                 file.write(chunk)
-                tell(have := have + len(chunk), size)
+                tell(have, size)
     if have < size:
         raise OSError(f"it broke off after {have:,} of {size:,} bytes; asked again, it goes on")
 
@@ -81,5 +90,7 @@ def unzip(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
                     )
                 packed.extract(member, folder)
                 tell(number, len(members))
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise ConfigError("data", str(archive), f"cannot be unpacked ({error}); remove it, and ask again") from error

@@ -78,6 +78,8 @@ def notes(e: Experiment) -> list[str]:
         out.append(
             "env.make.split=verl_agent: for comparing with its published numbers alone; dev is drawn as it draws it"
         )
+    if e.env.make.get("nouns") == "words":
+        out.append("env.make.nouns=words: which product is of the right kind is approximate, and so are rewards")
     if e.evaluation.every == 0:
         out.append("evaluation.every=0: the dev panel is not read while training")
     return out

@@ -281,6 +281,10 @@ def _hint(module: str, annotation: ast.expr | None) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             choices = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             return Literal[tuple(ast.literal_eval(choice) for choice in choices)]
+        case ast.Subscript(value=ast.Name(id="list" | "Sequence"), slice=inner):
+            return list[_hint(module, inner)]  # type: ignore[misc]
+        case ast.Subscript(value=ast.Name(id="dict" | "Mapping"), slice=ast.Tuple(elts=[_, inner])):
+            return dict[str, _hint(module, inner)]  # type: ignore[misc]
     return Any
 
 

@@ -253,6 +253,10 @@ AT_RESOLVING = [
     # Targets.
     ("env.make.receptcles=3", "env.make.receptcles", "did you mean receptacles?"),
     ("env.make.receptacles=few", "env.make.receptacles", "a whole number"),
+    ("env.make.kinds=[1]", "env.make.kinds[0]", "text"),
+    ("env.make.kinds=look", "env.make.kinds", "a list, each item text"),
+    ("env.make.sizes={dev:many}", "env.make.sizes.dev", "a whole number"),
+    ("env.make.sizes=5", "env.make.sizes", "a mapping"),
     ("env.make._target_=aem_exp.envs.houshold.Household", "env.make._target_", "aem_exp.envs.household?"),
     ("env.make._target_=aem_exp.envs.household.Houshold", "env.make._target_", "did you mean Household"),
     ("env.make._target_=Household", "env.make._target_", "package.module.name"),

@@ -3,12 +3,13 @@
 import http.server
 import io
 import re
+import socket
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
-from alfred import official
+from alfred import GAMES, official
 from doors import lacking
 
 from aem_exp import download, prepare
@@ -50,6 +51,30 @@ def shelf():
     yield handler
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"220 mail ready\r\n", "does not come"),  # no web server at all
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nff\r\n", "does not come"),  # breaks off
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 30, "more than the 20 bytes"),  # tells no length
+    ],
+)
+def test_a_strange_answer_is_one_sentence(answer, said, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+            connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(ConfigError, match=said) as error:
+            download.fetch(f"http://127.0.0.1:{server.getsockname()[1]}/x", tmp_path / "x", 20, print)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "x").exists()
 
 
 def packed(files: dict[str, bytes | str]) -> bytes:
@@ -105,6 +130,11 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
     archive.write_bytes(packed({"a": "x" * 10_000})[:-40])
     with pytest.raises(ConfigError, match="cannot be unpacked"):
         download.unzip(archive, tmp_path, print)
+    data = bytearray(packed({"a": bytes(range(256)) * 40}))
+    data[60:90] = bytes(30)  # as long as it should be, and something else inside
+    archive.write_bytes(data)
+    with pytest.raises(ConfigError, match="cannot be unpacked"):
+        download.unzip(archive, tmp_path, print)
 
 
 def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
@@ -116,13 +146,31 @@ def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeyp
     parts = []
     for name in ("traj_data.json", "game.tw-pddl"):
         shelf.files[f"/{name}.zip"] = packed({path: data for path, data in files.items() if path.endswith(name)})
-        parts.append((f"{shelf.address}/{name}.zip", len(shelf.files[f"/{name}.zip"]), name))
+        parts.append((f"{shelf.address}/{name}.zip", len(shelf.files[f"/{name}.zip"])))
     monkeypatch.setattr(alfworld, "ARCHIVES", parts)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
-    asked = ["+experiment=alfworld_1_5b", "env.make.games=null", f"model.path={tmp_path}/weights"]
-    for _ in range(2):
+    games = str(GAMES).replace("'", "")
+    asked = ["+experiment=alfworld_1_5b", f"+env.make.games={games}", f"model.path={tmp_path}/weights"]
+
+    def ask():
         assert prepare.main(asked) == 2  # weights that nobody can fetch
         out, err = capsys.readouterr()
         assert "world   alfworld: 12 train, 12 dev, 6 test_seen tasks" in out and "model.path" in err
-    assert len(shelf.asked) == 2 and out.count("fetch") == 0
+        return out
+
+    for unpacked in (2, 0, 2):
+        if unpacked and shelf.asked:  # unpacking was interrupted: some games are there, some are not
+            for file in sorted((tmp_path / "data").rglob("game.tw-pddl"))[::2]:
+                file.unlink()
+        assert ask().count("unpack") == unpacked
+    assert len(shelf.asked) == 2  # the archives were fetched once
+    (changed,) = list((tmp_path / "data").rglob("game.tw-pddl"))[:1]
+    changed.write_text(changed.read_text().replace("You arrive at", "You are at"))
+    assert ask().count("unpack") == 0  # it is a game like others: indexed anew
+    task = next(t for split in alfworld.AlfWorld.splits for t in whole().tasks(split) if t.id in str(changed))
+    assert whole().env().reset(task).observation
+
+
+def whole():
+    return alfworld.AlfWorld(games=GAMES)

@@ -2,8 +2,13 @@
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aem_exp import disk
 from aem_exp.config import instantiate, load, notes
 from aem_exp.envs import webshop_catalogue, webshop_goals, webshop_made, webshop_search, webshop_words
 from aem_exp.envs.webshop import Generated, Shop, WebShop
@@ -233,6 +239,9 @@ def test_verl_agents_split_shuffles_anew_and_says_so():
     again = [(task.payload["asin"], str(task.payload["options"])) in trained for task in dev]
     assert sum(again) > 100  # its validation is on training goals: why this split is not the default
     assert any("published numbers alone" in note for note in notes(load(["+experiment=webshop_1_5b_verl_agent"])))
+    assert any("approximate" in note for note in notes(load(["+experiment=webshop_1_5b", "env.make.nouns=words"])))
+    seeded = WebShop(str(folder), nouns="words", split="verl_agent", seed=3)
+    assert seeded.tasks("train")[0].payload["text"] == world._goals(3, 3)[500].text
     original = WebShop(str(folder), nouns="words")
     assert [len(original.tasks(split)) for split in ("test", "dev")] == [500, 1000]
     assert original.tasks("train")[0].id == "train-1500"
@@ -299,6 +308,13 @@ def test_what_a_tokenizer_parted_is_read_together():
         ("empty", r"holds no product"),
         ("no field", r"items_shuffle_1000\.json: product 3 is malformed \(KeyError: 'full_description'\)"),
         ("odd field", r"product 3 is malformed"),
+        ("many goals", r"product 3 is malformed \(ValueError: its options combine to more than 100,000 goals\)"),
+        ("odd instruction", r"product 3 is malformed \(TypeError: an instruction or its attribute is 7, not text\)"),
+        ("odd attribute", r"product 3 is malformed \(TypeError"),
+        ("surrogate", r"product 3 is malformed \(UnicodeEncodeError"),
+        ("small letters", r"product 3 is malformed \(ValueError: asin 'b0\w+' has small letters\)"),
+        ("deep", r"items_shuffle_1000\.json cannot be read"),
+        ("odd key", r"items_ins_v2_1000\.json cannot be read"),
         ("few", r"has \d+ goals, too few for panels of"),
     ],
 )
@@ -308,7 +324,7 @@ def test_data_that_is_not_whole_is_one_sentence(how, said, official, tmp_path, m
         monkeypatch.setenv("WEBSHOP_DATA", str(data))
     else:
         shutil.copytree(official, data)
-        items = json.loads((data / FILES[0]).read_text())
+        items, said_of = (json.loads((data / name).read_text()) for name in FILES[:2])
         if how == "cut off":
             (data / FILES[0]).write_text(json.dumps(items)[:-200])
         if how == "a page":
@@ -319,8 +335,25 @@ def test_data_that_is_not_whole_is_one_sentence(how, said, official, tmp_path, m
             del items[3]["full_description"]
         if how == "odd field":
             items[3]["customization_options"] = {"color": [{"colour": "red"}]}
-        if how in ("no field", "odd field"):
+        about = said_of[items[3]["asin"]]
+        if how == "many goals":
+            ten = [{"value": str(value)} for value in range(10)]
+            items[3]["customization_options"] = {f"option {name}": ten for name in range(9)}
+        if how == "odd instruction":
+            about["instruction"] = 7
+        if how == "odd attribute":
+            about["instruction_attributes"] = [7]
+        if how == "surrogate":
+            items[3]["asin"] = "B0\ud800"
+        if how == "small letters":
+            items[3]["asin"] = items[3]["asin"].lower()
+        if how not in ("cut off", "a page", "empty"):
             (data / FILES[0]).write_text(json.dumps(items))
+            (data / FILES[1]).write_text(json.dumps(said_of))
+        if how == "deep":
+            (data / FILES[0]).write_text("[" * 100_000)
+        if how == "odd key":
+            (data / FILES[1]).write_text("{[1]: 2}")
     with pytest.raises(ConfigError, match=said) as error:
         WebShop(None if how == "missing" else str(data), nouns="words").tasks("train")
     assert "\n" not in str(error.value)
@@ -336,8 +369,48 @@ def test_without_its_tagger_it_says_what_to_do(official):
 
 
 def test_files_are_read_once_by_all(official, monkeypatch):
+    catalogue(official / FILES[0], official / FILES[1], None)
     monkeypatch.setattr(webshop_catalogue, "_build", lambda *_: pytest.fail("built again"))
     catalogue(official / FILES[0], official / FILES[1], None)
+
+
+def test_an_element_without_end_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop_catalogue, "LARGEST", 1000)
+    (tmp_path / "x.json").write_text('["' + "x" * (3 << 20))
+    with pytest.raises(ConfigError, match="an element has more than 1,000 characters"):
+        list(webshop_catalogue._elements(tmp_path / "x.json", list))
+
+
+def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop_search, "PARALLEL", 10)
+    monkeypatch.setattr(webshop_search, "CHUNK", 10)
+    words = "some words of a product"
+    webshop_search.build(tmp_path, [words] * 300, [str(n) for n in range(300)])
+    assert len(webshop_search.Index(tmp_path).search("product", 50)) == 50
+
+    def texts():
+        for number in range(100_000):
+            if number == 1000:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield words
+
+    with pytest.raises(OSError, match="processes that indexed was killed"):
+        webshop_search.build(tmp_path, texts(), [""] * 100_000)
+
+
+def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "thing"
+    code = "import os, signal; from pathlib import Path; from aem_exp import disk\n"
+    code += f"with disk.making(Path({str(folder)!r})) as empty:\n    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()
+    with disk.making(folder) as empty:
+        assert not list(empty.iterdir())
+        (empty / "whole").write_text("x")
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["thing"]
+    monkeypatch.setattr(disk, "check_writable", lambda *_: pytest.fail("it may be read-only"))
+    with disk.making(folder) as empty:
+        assert empty is None
 
 
 def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from typing import Literal, get_args, get_origin
 
 import pytest
 from alfred import official
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adapters import ACTIONS, Server
 
+from aem_exp import targets
 from aem_exp.config import check_runnable, conf_root, instantiate, load
 from aem_exp.envs import Turn, webshop_made
 from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
@@ -263,14 +265,20 @@ def answer_nonsense(name, response):
 
 @every_world
 def test_a_fingerprint_tells_worlds_apart(name, ready):
-    """Every number, and every list made shorter, is part of how the world plays."""
+    """Every number, switch and choice, and every list made shorter, is part of how the world plays."""
     seen = {ready.fingerprint}
     told = 1
-    for key, value in experiment(name).env.make.items():
+    block = experiment(name).env.make | SMALL.get(name, {})
+    hints = targets._signature("env.make", block["_target_"]).hints
+    for key, value in block.items():
         if isinstance(value, list) and len(value) > 1:
             changed = value[:-1]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, bool):
+            changed = not value
+        elif isinstance(value, int | float):
             changed = value + 1
+        elif get_origin(hints.get(key)) is Literal:
+            changed = next(choice for choice in get_args(hints[key]) if choice != value)
         else:
             continue
         try:

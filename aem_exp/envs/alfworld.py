@@ -32,9 +32,9 @@ COUNTS: Final = {
 }  # games that can be played, as all papers count them
 HELD_OUT: Final = 140  # games of train that are the dev panel
 DRAWN: Final = 128  # verl-agent's validation: so many draws of valid_seen, with repeats
-ARCHIVES: Final = (  # url, bytes, a file that each game has from it
-    ("https://github.com/alfworld/alfworld/releases/download/0.2.2/json_2.1.1_json.zip", 72_018_818, "traj_data.json"),
-    ("https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip", 36_493_542, "game.tw-pddl"),
+ARCHIVES: Final = (  # url, bytes
+    ("https://github.com/alfworld/alfworld/releases/download/0.2.2/json_2.1.1_json.zip", 72_018_818),
+    ("https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip", 36_493_542),
 )
 LONGEST_COMMAND: Final = 100  # characters; what later prompts quote of a response stays this short
 UNTOLD: Final = "help"  # admissible, and of no use to a policy
@@ -267,8 +267,7 @@ class AlfWorld(_World):
         alfworld_engine.check_installed()
         self.root = _root(data)
         self.tags, self.reward, self.split = tags, reward, split
-        index = _index(self.root)
-        _check_counts(self.root, index, games)
+        index = _index(self.root, games)
         self._games = {name: index[folder] for name, folder in SPLITS.items()}
         if split == "original":
             by_hash = sorted(self._games["train"], key=lambda game: hashlib.sha256(game["file"].encode()).digest())
@@ -289,19 +288,24 @@ class AlfWorld(_World):
         file = self.root / task.payload["file"] / "game.tw-pddl"
         data = file.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] != task.payload["sha256"]:
-            raise ValueError(f"{file} was changed since it was indexed")
+            raise ValueError(f"{file} was changed since it was indexed: aem_exp.prepare indexes anew")
         return json.loads(data)
 
     @classmethod
-    def prepare(cls, say: Callable[[str], None], data: str | None = None, **_: Any) -> None:
-        """Download what is missing, and index it; asked again, go on."""
+    def prepare(
+        cls, say: Callable[[str], None], data: str | None = None, games: dict[str, int] | None = COUNTS, **_: Any
+    ) -> None:
+        """Download what is missing, and index it; asked again, go on, and look whether a game has changed."""
+        from filelock import FileLock
+
         root = _root(data, there=False)
-        for url, size, proof in ARCHIVES:
-            if next(root.glob(f"valid_unseen/*/*/{proof}"), None) is None:
-                archive = download.fetch(url, root.parent / Path(url).name, size, say)
-                download.unzip(archive, root.parent, say)
-        with progress.bar("indexing games") as tell:
-            _index(root, tell)
+        disk.check_writable(root.parent, "env.make.data" if data else "ALFWORLD_DATA")
+        with FileLock(root.parent / f".{FOLDER}.lock"), progress.bar("indexing games") as tell:
+            if not _is_whole(root, games, tell):
+                for url, size in ARCHIVES:
+                    archive = download.fetch(url, root.parent / Path(url).name, size, say)
+                    download.unzip(archive, root.parent, say)
+            _index(root, games, tell, thorough=True)
 
 
 def _task(game: Mapping[str, Any]) -> Task:
@@ -316,7 +320,7 @@ def _root(data: str | None, there: bool = True) -> Path:
     asked = data or os.environ.get("ALFWORLD_DATA")
     root = Path(asked or disk.cache() / "alfworld").expanduser().absolute() / FOLDER
     if there and not root.is_dir():
-        files = " and ".join(url for url, *_ in ARCHIVES)
+        files = " and ".join(url for url, _ in ARCHIVES)
         remedy = (
             f"has no {FOLDER}/: python -m aem_exp.prepare +experiment=alfworld_1_5b fetches it; or unzip {files} there"
         )
@@ -324,39 +328,78 @@ def _root(data: str | None, there: bool = True) -> Path:
     return root
 
 
+def _is_whole(root: Path, wanted: Mapping[str, int] | None, tell: Callable[[int, int], None]) -> bool:
+    try:
+        _index(root, wanted, tell, thorough=True)
+    except ConfigError:
+        return False
+    return True
+
+
 def _check_counts(root: Path, index: Mapping[str, Sequence[Any]], wanted: Mapping[str, int] | None) -> None:
+    for folder in wanted or ():
+        if folder not in index:
+            raise ConfigError(f"env.make.games.{folder}", (wanted or {})[folder], choices=list(index))
     for folder, games in index.items():
-        if not games or (wanted is not None and len(games) != wanted.get(folder, len(games))):
-            should = wanted.get(folder, "some") if wanted else "some"
-            remedy = (
-                f"{root / folder} has {len(games)} games that can be played, and should have {should}: unzip it again; "
-            )
-            raise ConfigError(
-                "env.make.data", str(root.parent), remedy + "or say env.make.games=null to take what is there"
-            )
+        should = (wanted or {}).get(folder)
+        if not games or (should is not None and len(games) != should):
+            said = f"{root / folder} has {len(games)} games that can be played, and should have {should or 'some'}"
+            remedy = "unzip it again (aem_exp.prepare does); or say env.make.games=null to take what is there"
+            raise ConfigError("env.make.data", str(root.parent), f"{said}: {remedy}")
 
 
-def _index(root: Path, tell: Callable[[int, int], None] = lambda *_: None) -> dict[str, list[dict[str, Any]]]:
-    """The playable games by folder, read once; kept in the cache until the folders change."""
+def _index(
+    root: Path,
+    wanted: Mapping[str, int] | None,
+    tell: Callable[[int, int], None] = lambda *_: None,
+    thorough: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """The playable games by folder, read once and kept in the cache; anew where a folder has changed.
+
+    `thorough` looks at the size and time of every game, which takes seconds on a slow disk; without it only the folders of tasks
+    are counted, and all is looked at once games are missing.
+    """
+    for name in COUNTS:
+        if not (root / name).is_dir():
+            raise ConfigError("env.make.data", str(root.parent), f"has no {FOLDER}/{name}: unzip the archives again")
+    file = disk.cache() / f"alfworld-index-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
+    stamp = [RULES, *([name, (root / name).stat().st_mtime_ns, len(os.listdir(root / name))] for name in COUNTS)]
+    with suppress(OSError, ValueError, KeyError, ConfigError):
+        known = json.loads(file.read_text())
+        if known["stamp"] == stamp and (not thorough or known["files"] == _files(root)):
+            _check_counts(root, known["games"], wanted)
+            return known["games"]
+    return _indexed(root, file, stamp, wanted, tell)
+
+
+def _indexed(
+    root: Path, file: Path, stamp: Any, wanted: Mapping[str, int] | None, tell: Callable[[int, int], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Read all games, and keep the index of them in a file of the cache."""
     from filelock import FileLock
 
-    folders = {name: root / name for name in COUNTS}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise ConfigError("env.make.data", str(root.parent), f"has no {FOLDER}/{name}: unzip the archives again")
-    stamp = [RULES, *([name, folder.stat().st_mtime_ns, len(os.listdir(folder))] for name, folder in folders.items())]
-    cache = disk.cache()
-    file = cache / f"alfworld-index-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
-    disk.check_writable(cache, "AEM_CACHE")
+    disk.check_writable(file.parent, "AEM_CACHE")
     with FileLock(f"{file}.lock"):
-        with suppress(OSError, ValueError, KeyError):
+        files = _files(root)
+        with suppress(OSError, ValueError, KeyError):  # another process has read them meanwhile
             known = json.loads(file.read_text())
-            if known["stamp"] == stamp:
+            if (known["stamp"], known["files"]) == (stamp, files):
+                _check_counts(root, known["games"], wanted)
                 return known["games"]
         log.info("indexing the games in %s (once)", root)
-        games = _read_all(root, folders, tell)
-        disk.write(file, json.dumps({"stamp": stamp, "games": games}))
+        games = _read_all(root, {name: root / name for name in COUNTS}, tell)
+        _check_counts(root, games, wanted)
+        disk.write(file, json.dumps({"stamp": stamp, "files": files, "games": games}))
     return games
+
+
+def _files(root: Path) -> str:
+    """A digest of the name, size and time of every game."""
+    told = hashlib.sha256()
+    for file in sorted(root.glob("*/*/*/game.tw-pddl")):
+        about = file.stat()
+        told.update(f"{file.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return told.hexdigest()
 
 
 def _read_all(
@@ -398,7 +441,7 @@ def _read(root: Path, trial: Path) -> dict[str, Any] | None:
         rules = alfworld_engine.fingerprint(game["pddl_domain"], game["grammar"])
         target = params["toggle_target"] or params["parent_target"]
         kind, wanted = about["task_type"], params["object_target"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = f"{file} is no game: {type(error).__name__}: {error}; unzip it again"
         raise ConfigError("env.make.data", str(root.parent), remedy) from error
     return {

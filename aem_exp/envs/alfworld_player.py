@@ -86,7 +86,7 @@ APPLIANCE: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 
 
 def _settled(memory: Memory, target: str, wanted: str) -> list[str]:
-    """Receptacles of the target's type that hold the wanted thing already, the fullest alone."""
+    """Receptacles of the target's type that hold the wanted thing already: the first of them, if any."""
     found = [place for _, place in memory.where(wanted) if kind_of(place) == target]
     return found[:1]
 

@@ -1,6 +1,7 @@
 """An environment behind an OpenEnv server: each of our environments is a session there."""
 
 import hashlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -84,10 +85,10 @@ class OpenEnv(ForeignWorld):
         try:
             with urllib.request.urlopen(self.base_url + path, timeout=PATIENCE) as answer:
                 return json.load(answer)
-        except urllib.error.HTTPError:  # an old server
-            return None
-        except (OSError, ValueError) as error:
-            why = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
+                return None
+            why = getattr(error, "reason", None) or repr(error)
             raise ConfigError(
                 "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
             ) from error

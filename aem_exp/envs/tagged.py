@@ -3,7 +3,6 @@
 import re
 from typing import Final
 
-_ACTION: Final = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 _CHINESE: Final = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -14,10 +13,12 @@ def read(response: str, longest: int, tail: int = 30) -> tuple[str, bool]:
     Invalid too: no thinking, or Chinese.
     """
     text = response.lower()
-    found = _ACTION.search(text)
+    _, opened, rest = text.partition("<action>")
+    inside, closed, _ = rest.partition("</action>")
+    found = bool(opened and closed)
     thought = "<think>" in text and "</think>" in text
-    action = " ".join((found.group(1) if found else text[-tail:]).split())[:longest]
-    return action, found is not None and thought and _CHINESE.search(text) is None
+    action = " ".join((inside if found else text[-tail:]).split())[:longest]
+    return action, found and thought and _CHINESE.search(text) is None
 
 
 def bare(response: str, longest: int) -> tuple[str, bool]:

@@ -103,8 +103,9 @@ class Shop:
         if name == "search" and argument:
             self._search(argument)
             return True
-        if name == "click" and argument in self.page.clickable and argument != "search":
-            self._click(argument)
+        if name == "click" and argument in self.page.clickable:
+            if argument != "search":  # this one is there, and does nothing
+                self._click(argument)
             return True
         return False
 
@@ -283,7 +284,7 @@ class WebShop:
         nouns: spacy: needs en_core_web_sm | words: an approximation, see above.
         tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
         reward: paid on buying, where `pays` says: success: exactly what was asked | score: in proportion to the score.
-        seed: of the bounds of prices in goals.
+        seed: of the bounds of prices in goals, and of what verl_agent's workers draw.
     """
 
     splits = ("train", "dev", "test")
@@ -346,6 +347,8 @@ class WebShop:
     @classmethod
     def prepare(cls, say: Callable[[str], None], **make: Any) -> None:
         """Build the catalogue, with its index; a million products take a while."""
+        if make.get("nouns", "spacy") == "spacy":
+            _check_spacy()
         say("build   the catalogue, where it is not built yet")
         with progress.bar("indexing products") as tell:
             _opened(_files(make.get("data"), make.get("catalogue", "small"), make.get("goals", "synthetic")), tell)
@@ -364,11 +367,12 @@ class WebShop:
             ranges = {"test": range(test), "dev": range(test, test + dev), "train": range(test + dev, total)}
             return _Places([(self.seed, SHUFFLE)], ranges[split])
         if split == "train":
-            return _Places([(worker, worker) for worker in range(WORKERS)], range(TEST, total))
-        draws = np.random.RandomState(1000)  # its seed of validation, from which it draws at each validation anew
+            return _Places([(self.seed + worker, self.seed + worker) for worker in range(WORKERS)], range(TEST, total))
+        first = self.seed + 1000  # its seed of validation, from which it draws at each validation anew
+        draws = np.random.RandomState(first)
         drawn = [draws.choice(range(TEST), VALIDATION, replace=False) for _ in ("dev", "test")]
         chosen = drawn[0 if split == "dev" else 1]
-        return [(1000 + worker, 1000 + worker, int(place)) for worker, place in enumerate(chosen)]
+        return [(first + worker, first + worker, int(place)) for worker, place in enumerate(chosen)]
 
     def _task(self, split: str, seed: int, shuffle: int, place: int) -> Task:
         goal: Goal = self._goals(seed, shuffle)[place]
@@ -413,6 +417,9 @@ class Generated(WebShop):
             raise ConfigError("env.make.products", products, f"choose {webshop_made.LEAST} to {webshop_made.MOST}")
         data = webshop_made.folder(products, seed)
         self.panels = {"test": 128, "dev": 128} | (panels or {})
+        for name, size in self.panels.items():
+            if name not in ("dev", "test") or size < 1:
+                raise ConfigError(f"env.make.panels.{name}", size, "give dev and test at least 1 each")
         super().__init__(str(data), nouns="words", tags=tags, reward=reward, pays=pays, seed=seed)
 
     @classmethod

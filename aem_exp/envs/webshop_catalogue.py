@@ -7,9 +7,8 @@ A catalogue of a thousand products and one of a million take the same way, the f
 import hashlib
 import json
 import logging
-import os
+import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +29,8 @@ BUILD: Final = 1  # raise when the same files would give another folder
 NO_PRICE: Final = 100.0  # dollars, of a product that has none
 PIECE: Final = 1 << 20  # characters read at a time
 KEPT: Final = 4096  # products that a process keeps
+LARGEST: Final = 1 << 26  # characters of one element of a file
+MOST_GOALS: Final = 100_000  # of one product: combinations of its options, each a goal
 
 
 @dataclass(frozen=True)
@@ -96,26 +97,19 @@ def catalogue(
     Raises:
         ConfigError: a file is not what it should be.
     """
-    from filelock import FileLock
-
     files = [file for file in (products, attributes, human) if file]
     stamp = [[BUILD, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    cache = disk.cache()
-    disk.check_writable(cache, "AEM_CACHE")
-    folder = cache / f"webshop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "about.json").exists():
+    folder = disk.cache() / f"webshop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
+    with disk.making(folder) as empty:
+        if empty:
             log.info("building the catalogue of %s (once; cached in %s)", products, folder)
-            with tempfile.TemporaryDirectory(dir=cache) as part:
-                _build(Path(part) / "built", products, attributes, human, tell)
-                os.replace(Path(part) / "built", folder)
+            _build(empty, products, attributes, human, tell)
     return Catalogue(folder)
 
 
 def _build(
     folder: Path, products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None]
 ) -> None:
-    folder.mkdir()
     about = {asin: json.dumps(value) for asin, value in _elements(attributes, dict)}  # text: a tenth of the memory
     people = dict(_elements(human, dict)) if human else None
     starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
@@ -138,14 +132,14 @@ def _build(
     np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
     webshop_search.build(folder, _texts(folder, starts), asins, tell)
-    digests = [hashlib.sha256(_digest(file)).hexdigest() for file in (products, attributes, human) if file]
+    digests = [_digest(file) for file in (products, attributes, human) if file]
     said = {"name": products.name, "products": len(asins), "fingerprint": digests}
     (folder / "about.json").write_text(json.dumps(said))
 
 
-def _digest(file: Path) -> bytes:
+def _digest(file: Path) -> str:
     with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").digest()
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _texts(folder: Path, starts: Sequence[int]) -> Iterator[str]:
@@ -170,9 +164,15 @@ def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | Non
         asin = raw["asin"]
         if asin == "nan" or len(asin) > 10:
             return None
+        if asin != asin.upper():
+            raise ValueError(f"asin {asin!r} has small letters")
         known = json.loads(about.get(asin, "{}"))
         bullets = raw["small_description"]
         prices = _prices(raw.get("pricing"))
+        options, asked = _options(raw["customization_options"]), _asked(known, people, asin)
+        if people is None and asked and math.prod(map(len, options.values())) > MOST_GOALS:
+            raise ValueError(f"its options combine to more than {MOST_GOALS:,} goals")
+        asin.encode()  # surrogates raise here, not later
         return Product(
             asin=asin,
             title=_text(raw["name"]),
@@ -180,12 +180,12 @@ def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | Non
             bullets=[_text(one) for one in bullets] if isinstance(bullets, list) else [_text(bullets)],
             price=f"${prices[0]}" if len(prices) == 1 else f"${prices[0]} to ${prices[1]}",
             prices=prices,
-            options=_options(raw["customization_options"]),
+            options=options,
             attributes=[str(one) for one in known.get("attributes", ["DUMMY_ATTR"])],
             category=_text(raw["category"]),
             query=_text(raw["query"]).lower().strip(),
             product_category=_text(raw["product_category"]),
-            asked=_asked(known, people, asin),
+            asked=asked,
         )
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
         told = f"{type(error).__name__}: {error}"
@@ -196,6 +196,17 @@ def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | Non
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
+
+
+def _said(value: Any) -> str:
+    """A text that an instruction consists of.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"an instruction or its attribute is {value!r}, not text")
+    return value
 
 
 def _prices(text: str | None) -> list[float]:
@@ -217,8 +228,10 @@ def _asked(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str
     """The instructions that goals are made of: those that people wrote, or the one that was made for the product."""
     if people is None:
         text = known.get("instruction")
-        return [] if text is None else [{"text": text, "attributes": known["instruction_attributes"], "options": None}]
-    written = [one for one in people.get(asin, []) if one["instruction_attributes"]]
+        if text is None:
+            return []
+        return [{"text": _said(text), "attributes": list(map(_said, known["instruction_attributes"])), "options": None}]
+    written = [one for one in people.get(asin, []) if list(map(_said, one["instruction_attributes"]))]
     keys = {"attributes": "instruction_attributes", "options": "instruction_options"}
     return [
         {"text": one["instruction"].strip(".")} | {ours: one[theirs] for ours, theirs in keys.items()}
@@ -238,7 +251,7 @@ def _elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
     try:
         with file.open(encoding="utf-8") as text:
             yield from _parsed(text, kind)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         remedy = f"{file.name} cannot be read ({error}): is it whole? Fetch it again"
         raise ConfigError("env.make.data", str(file.parent), remedy) from error
 
@@ -267,7 +280,9 @@ def _parsed(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
                 if end < len(buffer) or not more:  # a number might go on
                     at = end
                     return found
-            piece = text.read(PIECE)
+            if len(buffer) - at > LARGEST:
+                raise ValueError(f"an element has more than {LARGEST:,} characters")
+            piece = text.read(max(PIECE, len(buffer) - at))  # twice as much each time: what is read is read anew
             if not piece:
                 more = False
                 found, at = decoder.raw_decode(buffer, at)
@@ -283,6 +298,8 @@ def _parsed(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
         key = ""
         if kind is dict:
             key = value()
+            if not isinstance(key, str):
+                raise ValueError(f"{key!r} is no key")
             skip(" \t\r\n:")
         yield key, value()
         skip(" \t\r\n,")

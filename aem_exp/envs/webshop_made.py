@@ -6,9 +6,7 @@ a search has something to rank, and so that what is asked for is sold more than 
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -96,22 +94,15 @@ FILL: Final = "classic modern premium everyday compact family travel".split()
 
 def folder(products: int, seed: int) -> Path:
     """The folder of a catalogue, made where it is not there yet."""
-    from filelock import FileLock
-
-    cache = disk.cache()
-    disk.check_writable(cache, "AEM_CACHE")
-    place = cache / f"shop-{hashlib.sha256(json.dumps([RULES, products, seed]).encode()).hexdigest()[:12]}"
-    with FileLock(f"{place}.lock"):
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as part:
-                _write(Path(part) / "made", products, seed)
-                os.replace(Path(part) / "made", place)
+    place = disk.cache() / f"shop-{hashlib.sha256(json.dumps([RULES, products, seed]).encode()).hexdigest()[:12]}"
+    with disk.making(place) as empty:
+        if empty:
+            _write(empty, products, seed)
     return place
 
 
 def _write(place: Path, products: int, seed: int) -> None:
     """The two official files, product by product: a million do not fit into memory at leisure."""
-    place.mkdir()
     random, used = Random(f"{RULES} {seed}"), set[str]()
     with (place / "items_shuffle_1000.json").open("w") as items, (place / "items_ins_v2_1000.json").open("w") as about:
         for number in range(products):

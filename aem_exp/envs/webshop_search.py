@@ -9,9 +9,11 @@ scores are ordered by asin. All of this decides who is on the first page. Arrays
 """
 
 import math
+import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,11 +93,15 @@ class _Terms:
 
 
 def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
-    """Write the index of some texts, one for each asin, in this order."""
+    """Write the index of some texts, one for each asin, in this order.
+
+    Raises:
+        OSError: a process that helped was killed.
+    """
     numbers: dict[str, int] = {}
     terms, docs, counts = [], [], []
     lengths = np.zeros(len(asins), dtype=np.int64)
-    for doc, (length, frequencies) in enumerate(_analysed(texts, len(asins))):
+    for doc, (length, frequencies) in enumerate(_analysed(iter(texts), len(asins))):
         lengths[doc] = length
         terms.append(np.fromiter((numbers.setdefault(term, len(numbers)) for term in frequencies), np.int32))
         counts.append(np.fromiter(frequencies.values(), np.int32))
@@ -138,15 +144,30 @@ def _scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) -> np.nd
     return one + count_P.astype(np.float32) * inverse[norms[doc_P]]
 
 
-def _analysed(texts: Iterable[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
+def _analysed(texts: Iterator[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
     """Length and term frequencies of each text; of very many, by all processors."""
     if count < PARALLEL:
         yield from map(_frequencies, texts)
         return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    with get_context("spawn").Pool() as pool:
-        yield from pool.imap(_frequencies, texts, chunksize=CHUNK)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = iter(lambda: list(islice(texts, CHUNK)), [])
+    try:
+        with ProcessPoolExecutor(
+            processors, get_context("spawn")
+        ) as pool:  # unlike a Pool, it tells when one is killed
+            for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # no more at once than are worked on
+                for counted in pool.map(_all_frequencies, some):
+                    yield from counted
+    except BrokenProcessPool as error:
+        raise OSError(f"one of {processors} processes that indexed was killed, out of memory perhaps") from error
+
+
+def _all_frequencies(texts: list[str]) -> list[tuple[int, Counter[str]]]:
+    return list(map(_frequencies, texts))
 
 
 def _frequencies(text: str) -> tuple[int, Counter[str]]:
