@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp import door
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -98,6 +98,8 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
     door.reach(asked.config_dir)
+    for parent in [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]:
+        door.reach_run(parent)
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 
@@ -183,14 +185,13 @@ def _plan(experiment: "Experiment") -> int:
     print(f"launch  {_machine(experiment)}")
     for line in _about(experiment):
         print(line)
-    from aem_exp.run import world_of
+    from aem_exp.worlds import fitting
 
     try:
         _check(experiment)
-    except ConfigError as error:
+        fitting(experiment)
+    except Missing as error:
         print(f"note    not here: {error}")
-    else:
-        world_of(experiment)
     return 0
 
 

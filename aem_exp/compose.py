@@ -30,6 +30,7 @@ from yaml import YAMLError
 
 from aem_exp import keywords
 from aem_exp.config import Experiment, choices, config_roots, read, signature, to_dict
+from aem_exp.rules import TEMPLATES
 from aem_exp.values import ConfigError, closest, unknown
 
 Choices = Mapping[str, Mapping[str, Path]]
@@ -56,9 +57,22 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
-            return _composed(lines, roots, base)
+            tree = _composed(lines, roots, base)
     except FOREIGN as error:
         raise ConfigError("config", " ".join(overrides) or "config.yaml", _sentence(error)) from error
+    _check_read(tree, overrides)
+    return tree
+
+
+def _check_read(tree: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a template that was asked for, and that the episodes' history never shows."""
+    history = OmegaConf.select(tree, "env.history")
+    for text in overrides:
+        key, value = key_of(text), text.partition("=")[2]
+        head, _, name = key.rpartition(".")
+        readers = [other for other, templates in TEMPLATES.items() if name in templates]
+        if head == "env.prompt" and readers and history in TEMPLATES and history not in readers:
+            raise ConfigError(key, value, f"only read with env.history={readers[0]}")
 
 
 def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:
@@ -122,6 +136,7 @@ class Composer:
             ConfigLoaderImpl._apply_overrides_to_config(values, tree)
         except FOREIGN:
             return compose(list(overrides), self.config_dir)
+        _check_read(tree, overrides)
         return tree
 
     def spread(self, text: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from aem_exp import keywords, rules, targets
 from aem_exp.targets import instantiate
-from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, build
+from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, Missing, build
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -208,7 +208,7 @@ def check_runnable(experiment: Experiment) -> None:
     """Refuse what can be written and not yet run."""
     if targets.announced(experiment.env.make, experiment.env.name):
         remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
-        raise ConfigError("env.make._target_", experiment.env.make["_target_"], remedy)
+        raise Missing("env.make._target_", experiment.env.make["_target_"], remedy)
 
 
 def check_here(experiment: Experiment) -> None:
@@ -219,10 +219,10 @@ def check_here(experiment: Experiment) -> None:
     if here != wanted:
         asked = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
         remedy = f"is a run of {wanted} processes, and here are {here}: choose launch=gpu1 or launch=local, submit it"
-        raise ConfigError("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
+        raise Missing("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
         remedy = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or false"
-        raise ConfigError("launch.trainer.use_vllm", True, remedy)
+        raise Missing("launch.trainer.use_vllm", True, remedy)
 
 
 def _bound(e: Experiment) -> Experiment:

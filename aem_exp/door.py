@@ -31,6 +31,11 @@ def reach(*folders: str | Path | None) -> None:
     sys.path.extend(os.path.abspath(folder) for folder in folders if folder is not None)
 
 
+def reach_run(run_dir: str | Path) -> None:
+    """Let `_target_` name a user's own modules that a run has frozen, where they stand nowhere else."""
+    sys.path.append(os.path.abspath(Path(run_dir).expanduser() / "code"))
+
+
 def reach_frozen(code: Path) -> None:
     """Let `_target_` name a user's own modules as they were frozen in `code`, before those that lie where they stand."""
     sys.path.insert(0, str(code.absolute()))

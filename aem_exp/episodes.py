@@ -27,6 +27,7 @@ def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Reco
         "split": split,
         "task": trajectory.task.id,
         "kind": trajectory.task.kind,
+        "goal": trajectory.goal,
         "draw": trajectory.draw,
         "member": trajectory.member,
         "won": trajectory.won,
@@ -112,6 +113,7 @@ def _schema() -> Any:
             "split": text,
             "task": text,
             "kind": text,
+            "goal": text,
             "draw": count,
             "member": count,
             "won": number,
@@ -169,7 +171,8 @@ def _episode(row: dict[str, Any]) -> str:
     facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
     error = f"\n{_fenced(row['error'])}" if row.get("error") else ""
     turns = (_turn(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
-    return "\n".join([f"## {row['split']}: {row['task']}\n", f"**{facts}**\n{error}", *turns])
+    goal = [f"{_quoted(row['goal'])}\n"] if row.get("goal") else []
+    return "\n".join([f"## {row['split']}: {row['task']}\n", *goal, f"**{facts}**\n{error}", *turns])
 
 
 def _turn(number: int, said: dict[str, Any]) -> str:

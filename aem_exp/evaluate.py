@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import config, door
+from aem_exp import config, door, worlds
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.envs import World
 from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
@@ -67,6 +67,11 @@ def _read(argv: list[str]) -> argparse.Namespace:
     asked = parser.parse_intermixed_args(argv)
     if asked.target is None or "=" in asked.target:
         raise ConfigError("RUN_DIR|MODEL", asked.target, "a run dir, a hub id or a folder of weights comes first")
+    for text in asked.overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(
+                "RUN_DIR|MODEL", text, f"one at a time, and there is {asked.target}; settings are KEY=VALUE"
+            )
     for option in ("repeats", "tasks", "at_once"):
         if (value := getattr(asked, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", value, "must be a whole number of at least 1")
@@ -81,6 +86,8 @@ def _act(asked: argparse.Namespace) -> int:
 
     progress.quiet()
     door.reach(asked.config_dir)
+    if _is_run(asked.target):
+        door.reach_run(asked.target)
     from aem_exp.scoreboard import Line, show
 
     with Line() as line:
@@ -99,13 +106,16 @@ def _act(asked: argparse.Namespace) -> int:
 
 def _next(asked: argparse.Namespace, exam: Exam) -> str:
     """The command that most likely comes next."""
+    own = ["--config-dir", asked.config_dir] if asked.config_dir else []
     if exam.repeats == 1:
         same = ["--panel", asked.panel] if asked.panel else []
-        return shlex.join(["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, "--repeats", "4"])
+        return shlex.join(
+            ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
+        )
     if _is_run(asked.target):
         steps = 2 * exam.experiment.trainer["steps"]
-        return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}"])
-    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target)])
+        return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
+    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target), *own])
 
 
 def _at_path(target: str) -> list[str]:
@@ -128,10 +138,11 @@ def _setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str,
             raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
     experiment, original = _of_run(asked) if is_run else (_of_model(asked), None)
     config.check_here(experiment)
-    world = config.instantiate(experiment.env.make)
+    world = worlds.opened(experiment)
     if original and experiment.env.make == original.env.make:
         _check_same(world.fingerprint, _path(asked.target))
-    chosen = panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, ("--panel", "--tasks"))
+    fields = ("--panel" if asked.panel else "evaluation.final", "--tasks")
+    chosen = panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, fields)
     policy = _policy(asked, experiment, original)
     heat = asked.temperature or experiment.evaluation.temperature
     home = _home(asked, experiment, world, policy)
@@ -238,7 +249,7 @@ def _start(original: Experiment) -> str:
 
     if original.model.path:
         return policy.locate(original.model)
-    return made(original, config.instantiate(original.env.make))
+    return made(original, worlds.opened(original))
 
 
 def _home(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Player") -> Path:

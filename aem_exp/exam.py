@@ -5,6 +5,8 @@ An exam is on disk part by part: killed and asked again it goes on, and ends wit
 """
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,12 +19,14 @@ from aem_exp import disk, scores
 from aem_exp.config import ConfigError, Env, Experiment
 from aem_exp.envs import Task, World
 from aem_exp.scores import Outcome, Score
+from aem_exp.values import Stop
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
     from aem_exp.rollout import Episode, Trajectory
     from aem_exp.scoreboard import Line
 
+log = logging.getLogger("aem_exp")
 RESULT = "result.json"
 
 
@@ -45,15 +49,14 @@ def panel(
     """
     if name == "train":
         raise ConfigError(fields[0], name, "must name a panel of held-out tasks, such as dev or test")
-    try:
-        full = world.tasks(name)
-    except ConfigError as error:
-        if error.field != "split":
-            raise
-        raise ConfigError(fields[0], name, [c for c in error.choices if c != "train"], error.remedy) from error
+    if name not in world.splits:
+        raise ConfigError(fields[0], name, [split for split in world.splits if split != "train"])
+    full = world.tasks(name)
     if tasks > len(full) or not len(full):
         raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
     chosen = list(full[:tasks] if tasks else full)
+    if twice := next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None):
+        raise ConfigError(fields[0], name, f"two of its tasks have the id {twice!r}; each must have its own")
     text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
     return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
 
@@ -83,6 +86,29 @@ def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
 
     assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
     return scores.score(panel.name, panel.hash, [_outcome(record(0, panel.name, t, True)) for t in played])
+
+
+def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
+    """Refuse what has no score, and warn of what makes a score say little.
+
+    Raises:
+        Stop: the world never says who won.
+    """
+    from aem_exp.rollout import CONTEXT, CRASHED
+
+    begun = [t for t in played if t.responses and t.ended != CRASHED]
+    if begun and not any("won" in t.responses[-1].metrics for t in begun):
+        told = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
+        raise Stop(f"{told}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
+    if len(begun) > 1 and len({(t.goal, t.responses[0].observation) for t in begun}) == 1 < len(
+        {t.draw for t in begun}
+    ):
+        log.warning(
+            "all games of the panel %s begin alike; where a task's seed changes nothing, none is held out", panel.name
+        )
+    if 2 * (cut := sum(t.ended == CONTEXT for t in played)) >= len(played):
+        remedy = "raise env.context_tokens, or show less of the past: env.history=window env.window=2"
+        log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
 
 
 # One player on one panel, on disk.
@@ -168,7 +194,8 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
             for start in range(done, len(wanted), exam.at_once):
                 part = wanted[start : start + exam.at_once]
                 line.part(start, len(part))
-                kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in plays(part)])
+                heed(exam.panel, played := plays(part))
+                kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in played])
                 kept.write(start)
             line.part(len(wanted), 0)
     result = _result(exam, player, kept.finish()) | {"identity": identity}

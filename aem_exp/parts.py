@@ -211,6 +211,7 @@ class Parts:
         sampler = self._sampler(self.trainer, Sampling(how.temperature))
         played = exam.play(panel, partial(self.trainer.share, sampler=sampler), how.repeats)
         self.rollout.clock.read()  # not part of a step's time
+        exam.heed(panel, played)
         if self.episodes and not recorded:
             self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
         self.scores[split] = score = exam.score(panel, played)

@@ -89,6 +89,8 @@ def act(episodes: Sequence[Episode], stage: Stage, choose: Choose, max_turns: in
     """Episodes of a player that is no model."""
     played = [Trajectory(episode.task, episode.draw, episode.member, ended=TURNS) for episode in episodes]
     replies = stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})
+    for slot, reply in replies.items():
+        played[slot].goal = reply.goal
     for number in range(max_turns):
         turns = {slot: turn for slot, reply in replies.items() if (turn := _heard(played[slot], reply))}
         said = {slot: choose(episodes[slot], slot, turn, number) for slot, turn in turns.items()}

@@ -59,14 +59,14 @@ def _different(experiments: Sequence["Experiment"]) -> list["Experiment"]:
 
 
 def _prepare(experiment: "Experiment") -> None:
-    from aem_exp import config, policy, progress
+    from aem_exp import config, policy, progress, worlds
 
     progress.quiet()
     config.check_runnable(experiment)
     make = config.instantiate(experiment.env.make, partial=True)
     if hasattr(make.func, "prepare"):
         make.func.prepare(lambda line: print(line, flush=True), **make.keywords)
-    world = make()
+    world = worlds.opened(experiment)
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)

@@ -54,7 +54,10 @@ class Response:
 
 @dataclass
 class Trajectory:
-    """An episode as it was played. `ended`: over (by the world), turns, context, or crashed (with `error`)."""
+    """An episode as it was played. `ended`: over (by the world), turns, context, or crashed (with `error`).
+
+    `goal` is what it asked for, as the world said at its start.
+    """
 
     task: Task
     draw: int
@@ -62,6 +65,7 @@ class Trajectory:
     responses: list[Response] = field(default_factory=list)
     ended: str = ""
     error: str = ""
+    goal: str = ""
 
     @property
     def ret(self) -> float:
@@ -188,7 +192,7 @@ class _Game:
 
     def begin(self, reply: Reply) -> bool:
         """Start; False when there is nothing to generate."""
-        self.goal = reply.goal
+        self.goal = self.trajectory.goal = reply.goal
         return self._crashed(reply) if reply.turn is None else self._next(reply.turn)
 
     def say(self, sample: Sample) -> str:

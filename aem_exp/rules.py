@@ -72,6 +72,16 @@ def notes(e: Experiment) -> list[str]:
         out.append(
             f"launch.device_tokens={e.launch.device_tokens}: longer rows are trained one by one, whatever they need"
         )
+    for name in TEMPLATES[e.env.history]:
+        needed = {"observation"} if name != "pair" else {"observation", "action"}
+        if not needed & {word for _, word, _, _ in Formatter().parse(e.env.prompt[name])}:
+            out.append(f"env.prompt.{name} has no {{observation}}: the policy is not shown what it stands before")
+    if e.env.history == "window" and "history" not in e.env.prompt["window"] and e.env.window:
+        out.append(f"env.prompt.window has no {{history}}: env.window={e.env.window} shows nothing")
+    if e.model.path and not e.model.lora and t["learning_rate"] > 1e-4:
+        out.append(
+            f"trainer.learning_rate={t['learning_rate']:g} is for a tiny policy; for weights that are loaded, 1e-6 or so"
+        )
     if e.env.history == "window" and e.env.window == 0:
         out.append("env.window=0: the policy is shown nothing of the past turns")
     if e.env.make.get("split") == "verl_agent":
@@ -136,6 +146,14 @@ def _budgets(e: Experiment) -> None:
         raise ConfigError("env.response_tokens", env.response_tokens, remedy)
     if env.history == "full" and env.window:
         raise ConfigError("env.window", env.window, "only read with env.history=window")
+
+
+def _world(e: Experiment) -> None:
+    reward = e.env.make.get("reward", 1.0)
+    if str(e.env.make.get("_target_", "")).startswith("aem_exp.envs.") and not (
+        isinstance(reward, int | float) and reward > 0
+    ):
+        raise ConfigError("env.make.reward", reward, "must be above 0: it is what success is paid")
 
 
 def _prompts(e: Experiment) -> None:
@@ -266,6 +284,7 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
         _modulation,
         _budgets,
         _prompts,
+        _world,
         _sizes,
         _sampled_again,
         _loss,

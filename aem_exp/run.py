@@ -31,6 +31,7 @@ from aem_exp import (
     ranks,
     stores,
     views,
+    worlds,
 )
 from aem_exp.attempts import attempt
 from aem_exp.config import ConfigError, Experiment
@@ -62,7 +63,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     if (folder / RESULT).exists():
         return folder
     progress.quiet()
-    world = world_of(experiment)
+    world = worlds.fitting(experiment)
     policy.device(experiment.launch)
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
@@ -78,13 +79,6 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
                 with attempt(folder, saved, lambda: parts.found(folder).step, experiment.launch.requeues):
                     _play(experiment, folder, world, weights, watch, signals)
     return folder
-
-
-def world_of(experiment: Experiment) -> Any:
-    """The world of the experiment; refuses what it cannot give."""
-    world = config.instantiate(experiment.env.make)
-    _fits(experiment, world)
-    return world
 
 
 def _play(
@@ -150,18 +144,6 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         wait=False,
         live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
     )
-
-
-def _fits(experiment: Experiment, world: Any) -> None:
-    """Refuse more tasks than the world has."""
-    from aem_exp import exam
-
-    settings, there = experiment.trainer, len(world.tasks("train"))
-    if settings["tasks_per_step"] * settings["oversample"] > there:
-        remedy = f"env {experiment.env.name} has {there} training tasks"
-        raise ConfigError("trainer.tasks_per_step", settings["tasks_per_step"], remedy)
-    for split in (experiment.evaluation.panel, experiment.evaluation.final):
-        exam.panel(world, split, experiment.evaluation.tasks)
 
 
 def _end_of(parent: Path) -> Path:

@@ -111,7 +111,8 @@ def _scores(results: Results) -> Table:
     k = next(iter(results.values()))["repeats"]
     several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
     scored = ["score"] if any(r.get("score") is not None for r in results.values()) else []
-    for heading in ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", "crashed"):
+    crashed = ["crashed"] if any(r["crashed"] for r in results.values()) else []
+    for heading in ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed):
         table.add_column(heading, header_style="bold", justify="right" if heading else "left", no_wrap=True)
     for player, r in results.items():
         low, high = r["interval"]
@@ -121,8 +122,8 @@ def _scores(results: Results) -> Table:
         fine = [_number(r.get("score"), ".1%") for _ in scored]
         tries = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         said = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
-        crashed = Text(str(r["crashed"]), "red" if r["crashed"] else "")
-        table.add_row(player, share, *fine, *tries, *said, _number(r["response_entropy"], ".3f"), crashed)
+        lost = [Text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
+        table.add_row(player, share, *fine, *tries, *said, _number(r["response_entropy"], ".3f"), *lost)
     return table
 
 

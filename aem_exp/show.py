@@ -61,6 +61,8 @@ def _scores(result: dict[str, Any], repeats: int) -> "RenderableType":
             tasks = known["episodes"] // repeats
             name = known["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
             table.add_row(name, str(tasks), _share(before, tasks), _share(then, tasks))
+            if known.get("score") is not None:
+                table.add_row("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then)))
     return table
 
 

@@ -87,6 +87,8 @@ def make(
     if not (hasattr(world, "words") and hasattr(world, "expert")):
         remedy = "choose a world that has a scripted player, or load a policy with model.path"
         raise ConfigError("model.make", f"{__name__}.make", remedy=remedy)
+    if isinstance(world.words(), str):
+        raise ConfigError("env.make", type(world).__name__, remedy="its words() must list words, and returns one text")
     if episodes < 1:
         raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
     tokenizer = make_tokenizer(world.words(), env)

@@ -42,6 +42,10 @@ class ConfigError(Exception):
         return " ".join(f"{self.field}={shown(self.value)}: {hint} {why}".split())
 
 
+class Missing(ConfigError):
+    """Nothing is wrong with what was asked: this machine lacks something that can be fetched, installed or started."""
+
+
 class Stop(Exception):
     """A run that cannot go on; `str()` says why in a sentence, `kind` in a word. What was saved stays, and is good."""
 

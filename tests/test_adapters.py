@@ -98,6 +98,9 @@ def test_a_seed_is_all_of_the_chance():
     [
         ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: Gymnasium does not make it: .*NoLake"),
         ({"kwargs": {"depth": 3}}, "Gymnasium does not make it: .*depth"),
+        ({"actions": {"left": 0, "up": 4}}, r"env.make.actions.up=4: is no action of this environment: Discrete\(4\)"),
+        ({"actions": None}, r"env.make.actions=null: must name this environment's actions, which are Discrete\(4\)"),
+        ({"kwargs": {"render_mode": "rgb_array"}}, "env.make.kwargs.render_mode=rgb_array: renders no text"),
         ({"goal": " "}, "env.make.goal"),
         ({"sizes": {"train": 0}}, "env.make.sizes.train"),
     ],

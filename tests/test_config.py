@@ -200,6 +200,7 @@ AT_COMPOSING = [
     ("seed=range(3)", "seed", "aem_exp.sweep"),
     ("~trainer.beta", "config", "trainer.beta"),
     ("~modulation", "modulation", "choose from aem"),
+    ("env.prompt.window=x", "env.prompt.window", "only read with env.history=window"),
 ]
 TWO = "launch.gpus_per_node=2 | launch.trainer={fsdp:true"
 AT_RESOLVING = [
@@ -212,6 +213,7 @@ AT_RESOLVING = [
     ("trainer.learning_rate=nan", "trainer.learning_rate", "a number above 0"),
     ("trainer.learning_rate=null", "trainer.learning_rate", "nothing sets it"),
     ("env.make=3", "env.make", "a mapping"),
+    ("env.make.reward=0", "env.make.reward", "must be above 0"),
     ("model.revision=123", "model.revision", "quotes"),
     ("name=a/b", "name", "file name"),
     # Out of range.
@@ -369,6 +371,19 @@ def test_both_ways_are_one(composed):
 def test_gspo_goes_with_modulation_where_each_turn_is_a_row():
     load(["+experiment=webshop_1_5b", "trainer.importance_sampling_level=sequence", "trainer.loss_type=grpo"])
     load(["modulation=none", "trainer.importance_sampling_level=sequence", "trainer.loss_type=grpo"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["env.prompt.next=x"], "env.prompt.next has no {observation}"),
+        (["env.history=window", "env.window=2", "env.prompt.window='{observation}'"], "has no {history}: env.window=2"),
+        (["env.history=window", "env.prompt.pair=x"], "env.prompt.pair has no {observation}"),
+        (["model.make=null", "model.path=a/b"], "trainer.learning_rate=0.0005 is for a tiny policy"),
+    ],
+)
+def test_what_hides_the_world_or_spoils_the_weights_is_said(overrides, said):
+    assert any(said in note for note in config.notes(load(overrides)))
 
 
 def test_what_does_nothing_is_said():
@@ -775,7 +790,11 @@ def test_nothing_heavy_is_imported_before_a_run(tmp_path):
 def test_works_from_any_folder(tmp_path):
     (tmp_path / "own_world.py").write_text(
         "import torch\nfrom aem_exp.envs import Task\nclass World:\n    def __init__(self, size: int = 1): ...\n"
-        "    def tasks(self, split): return [Task(str(i)) for i in range(9)]\n"
+        "    fingerprint, splits = 'own', ('train', 'dev', 'test')\n"
+        "    def tasks(self, split): return [Task(f'{split}-{i}') for i in range(9)]\n"
+        "    def env(self): ...\n"
+        "    def words(self): ...\n"
+        "    def expert(self, *_): ...\n"
     )
     argv = [sys.executable, "-m", "aem_exp", "env.make={_target_: own_world.World, size: 3}", "plan=true"]
     done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment())

@@ -281,7 +281,7 @@ def test_at_a_terminal_it_says_who_reached_what_and_what_comes_next(trained, cap
     monkeypatch.setenv("COLUMNS", "80")
     assert evaluate.main([str(trained), "--panel", "dev", "--tasks", "6", "--repeats", "2"]) == 0
     out = capsys.readouterr().out
-    for word in ("policy", "untrained", "random", "pass@2", "pass^2", "crashed", "ended", "dev[:6]", "6 tasks x 2"):
+    for word in ("policy", "untrained", "random", "pass@2", "pass^2", "ended", "dev[:6]", "6 tasks x 2"):
         assert word in out
     assert "…" not in out  # nothing is cut off in 80 columns
     assert f"from={trained} trainer.steps=4" in out
@@ -309,6 +309,8 @@ def test_at_a_terminal_it_says_who_reached_what_and_what_comes_next(trained, cap
         (["RUN/model", "--only", "untrained"], "only a run dir knows"),
         (["RUN/model", "--trust"], "only read with a run dir"),
         (["RUN/model", "env=alfworld"], "has no json_2.1.1"),
+        (["RUN", "RUN"], "one at a time"),
+        (["RUN/model", "env=household", "evaluation.final=nope"], "decides nothing here"),
         (["RUN/code"], "holds neither a run nor a model"),
         (["/nowhere/at/all"], "there is no such folder"),
         (["nobody/no-such-model"], "hf download nobody/no-such-model"),

@@ -363,7 +363,7 @@ def test_without_its_tagger_it_says_what_to_do(official):
     if find_spec("en_core_web_sm"):
         pytest.skip("the model is installed here")
     with pytest.raises(
-        ConfigError, match=r"python -m spacy download en_core_web_sm; or say words, with which scores are approximate"
+        ConfigError, match=r"python -m spacy download en_core_web_sm; or say env.make.nouns=words: scores are"
     ):
         WebShop(str(official))
 

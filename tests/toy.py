@@ -49,6 +49,7 @@ class Chatter:
 
 class ChatterWorld:
     fingerprint = "toy"
+    splits = ("train", "dev", "test")
 
     def __init__(self, breaks: bool = False) -> None:
         self.breaks = breaks

@@ -71,8 +71,9 @@ class World(Protocol):
     `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
     fingerprints are never compared. A world may also say `own_process = True`: then its environments are stepped in processes
     of their own, though `launch.workers` be 0. It may have `prepare(say, **keywords of make)`, a class method that fetches what
-    it needs; `words()` and `expert(env, random, noise, shyness)`, of which small policies are made (see `tiny`); and
-    `oracle(env)`, the response of a player who knows the answer.
+    it needs; of small policies (see `tiny`), `words() -> Iterable[str]`, all that is said and understood here, and
+    `expert(env, random: Random, noise: float, shyness: float) -> str`, the response of its scripted player; and
+    `oracle(env) -> str`, the response of a player who knows the answer.
     """
 
     fingerprint: str

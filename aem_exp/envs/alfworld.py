@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from aem_exp import disk, download, progress
 from aem_exp.envs import Draws, Task, Turn, alfworld_engine, alfworld_games, alfworld_player, household, tagged
 from aem_exp.envs.alfworld_games import Errand
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 
 log = logging.getLogger("aem_exp")
 RULES: Final = 1  # raise when the same task would play differently
@@ -321,10 +321,12 @@ def _root(data: str | None, there: bool = True) -> Path:
     root = Path(asked or disk.cache() / "alfworld").expanduser().absolute() / FOLDER
     if there and not root.is_dir():
         files = " and ".join(url for url, _ in ARCHIVES)
-        remedy = (
+        remedy = "" if asked else f"and $ALFWORLD_DATA is not set either; {root.parent} "
+        remedy += (
             f"has no {FOLDER}/: python -m aem_exp.prepare +experiment=alfworld_1_5b fetches it; or unzip {files} there"
         )
-        raise ConfigError("env.make.data" if data else "ALFWORLD_DATA", str(root.parent), remedy)
+        field = "ALFWORLD_DATA" if asked and not data else "env.make.data"
+        raise Missing(field, str(root.parent) if asked else None, remedy)
     return root
 
 

@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from aem_exp.values import ConfigError
+from aem_exp.values import Missing
 
 NOTHING: Final = "Nothing happens."
 GAMES: Final = 64  # translated games that a process keeps
@@ -40,11 +40,9 @@ def check_installed() -> None:
     """Refuse where the engine is missing, or cannot run; nothing is imported for it."""
     if sys.version_info >= (3, 13):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise ConfigError(
-            "env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}"
-        )
+        raise Missing("env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ConfigError("env.make", "alfworld", f"needs {', '.join(missing)}: {INSTALL}")
+        raise Missing("env.make", "alfworld", f"needs {', '.join(missing)}: {INSTALL}")
 
 
 class Scene(NamedTuple):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 
 _MARKED: Final = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m")  # coloured in a terminal: where one stands
 
@@ -68,15 +68,26 @@ class Gymnasium(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("gymnasium") is None:
-            raise ConfigError("env.make.id", id, "needs Gymnasium: pip install 'aem-exp[gymnasium]'")
+            raise Missing("env.make.id", id, "needs Gymnasium: pip install 'aem-exp[gymnasium]'")
         import gymnasium
 
         self.id, self.kwargs = id, dict(kwargs or {})
         try:
-            gymnasium.make(id, **self.kwargs).close()
+            env = gymnasium.make(id, **self.kwargs)
+            space, mode = env.action_space, env.render_mode
+            env.close()
         except Exception as error:  # its own errors, and whatever the environment raises
             why = " ".join(str(error).split())
             raise ConfigError("env.make.id", id, f"Gymnasium does not make it: {why}") from error
+        if actions is None and not isinstance(space, gymnasium.spaces.Text):
+            raise ConfigError("env.make.actions", None, f"must name this environment's actions, which are {space}")
+        for name, action in (actions or {}).items():
+            if not space.contains(action):
+                raise ConfigError(f"env.make.actions.{name}", action, f"is no action of this environment: {space}")
+        if mode not in (None, "ansi"):
+            raise ConfigError(
+                "env.make.kwargs.render_mode", mode, "renders no text: ansi, or none where it returns text"
+            )
         how = [id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
         self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
 

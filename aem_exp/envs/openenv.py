@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 
 PATIENCE: Final = 10.0  # seconds for a server to tell what it is
 
@@ -70,10 +70,14 @@ class OpenEnv(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("openenv") is None:
-            raise ConfigError("env.make.base_url", base_url, "needs OpenEnv's client: pip install 'aem-exp[openenv]'")
+            raise Missing("env.make.base_url", base_url, "needs OpenEnv's client: pip install 'aem-exp[openenv]'")
         self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
         self.seconds = seconds
         told = [self._asked("/metadata"), self._asked("/schema")]
+        action = (told[1] or {}).get("action") if isinstance(told[1], dict) else None
+        known = action.get("properties") if isinstance(action, dict) else None
+        if known and action_field not in known:
+            raise ConfigError("env.make.action_field", action_field, sorted(known))
         how = [told, action_field, observation_field, actions, goal, wins, tags, reward]
         self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
 
@@ -89,6 +93,6 @@ class OpenEnv(ForeignWorld):
             if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
                 return None
             why = getattr(error, "reason", None) or repr(error)
-            raise ConfigError(
+            raise Missing(
                 "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
             ) from error

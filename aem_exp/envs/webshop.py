@@ -32,7 +32,7 @@ from aem_exp import disk, progress
 from aem_exp.envs import Draws, Task, Turn, tagged, webshop_made, webshop_player
 from aem_exp.envs.webshop_catalogue import Catalogue, Product, catalogue
 from aem_exp.envs.webshop_goals import SHUFFLE, Goal, Goals, Nouns, drawn, score, tagger
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 
 RULES: Final = 1  # raise when the same task would play differently
 HITS, PAGE = 50, 10  # products found by a search, and on one page
@@ -349,9 +349,10 @@ class WebShop:
         """Build the catalogue, with its index; a million products take a while."""
         if make.get("nouns", "spacy") == "spacy":
             _check_spacy()
+        files = _files(make.get("data"), make.get("catalogue", "small"), make.get("goals", "synthetic"))
         say("build   the catalogue, where it is not built yet")
         with progress.bar("indexing products") as tell:
-            _opened(_files(make.get("data"), make.get("catalogue", "small"), make.get("goals", "synthetic")), tell)
+            _opened(files, tell)
 
     def _spoken(self, action: str) -> str:
         return f"<think></think><action>{action}</action>" if self.tags else action
@@ -360,8 +361,7 @@ class WebShop:
         """Seed of prices, seed of the order, and place in it, of each goal of a split."""
         total = len(self._goals(self.seed, SHUFFLE))
         if total <= self.panels["test"] + self.panels["dev"]:
-            remedy = f"has {total} goals, too few for panels of {self.panels}"
-            raise ConfigError("env.make.data", str(self.files[0].parent), remedy)
+            raise self._too_few(total)
         if self.split == "original":
             test, dev = self.panels["test"], self.panels["dev"]
             ranges = {"test": range(test), "dev": range(test, test + dev), "train": range(test + dev, total)}
@@ -373,6 +373,10 @@ class WebShop:
         drawn = [draws.choice(range(TEST), VALIDATION, replace=False) for _ in ("dev", "test")]
         chosen = drawn[0 if split == "dev" else 1]
         return [(first + worker, first + worker, int(place)) for worker, place in enumerate(chosen)]
+
+    def _too_few(self, goals: int) -> ConfigError:
+        remedy = f"has {goals} goals, too few for panels of {self.panels}"
+        return ConfigError("env.make.data", str(self.files[0].parent), remedy)
 
     def _task(self, split: str, seed: int, shuffle: int, place: int) -> Task:
         goal: Goal = self._goals(seed, shuffle)[place]
@@ -426,6 +430,10 @@ class Generated(WebShop):
     def prepare(cls, say: Callable[[str], None], **make: Any) -> None:
         cls(**make)
 
+    def _too_few(self, goals: int) -> ConfigError:
+        remedy = f"must leave goals to train on: of {len(self.catalogue)} products there are {goals}"
+        return ConfigError("env.make.panels", self.panels, remedy)
+
     def words(self) -> tuple[str, ...]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
         return webshop_made.words(self.catalogue)
@@ -434,7 +442,7 @@ class Generated(WebShop):
 def _check_spacy() -> None:
     if missing := [name for name in ("spacy", "en_core_web_sm") if find_spec(name) is None]:
         remedy = f"needs {' and '.join(missing)}: pip install spacy && python -m spacy download en_core_web_sm; "
-        raise ConfigError("env.make.nouns", "spacy", remedy + "or say words, with which scores are approximate")
+        raise Missing("env.make.nouns", "spacy", remedy + "or say env.make.nouns=words: scores are then approximate")
 
 
 def _files(data: str | None, catalogue: str, goals: str) -> tuple[Path, Path, Path | None]:
@@ -444,8 +452,10 @@ def _files(data: str | None, catalogue: str, goals: str) -> tuple[Path, Path, Pa
     names = [*CATALOGUES[catalogue], *([HUMAN] if goals == "human" else [])]
     if missing := [name for name in names if not (root / name).is_file()]:
         fetch = " && ".join(f"gdown {DRIVE[name]} -O {root / name}" for name in missing)
-        remedy = f"has no {', '.join(missing)}: pip install gdown && mkdir -p {root} && {fetch}"
-        raise ConfigError("env.make.data" if data else "WEBSHOP_DATA", str(root), remedy)
+        remedy = "" if asked else f"and $WEBSHOP_DATA is not set either; {root} "
+        remedy += f"has no {', '.join(missing)}: pip install gdown && mkdir -p {root} && {fetch}"
+        field = "WEBSHOP_DATA" if asked and not data else "env.make.data"
+        raise Missing(field, str(root) if asked else None, remedy)
     return root / names[0], root / names[1], root / HUMAN if goals == "human" else None
 
 

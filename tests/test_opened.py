@@ -1,0 +1,155 @@
+"""A world of somebody else's, held to the contract before anything is played in it."""
+
+import logging
+
+import pytest
+
+from aem_exp import config, evaluate, exam, worlds
+from aem_exp.__main__ import main
+from aem_exp.config import load
+from aem_exp.envs import Task
+from aem_exp.rollout import Response, Trajectory
+from aem_exp.sample import Sample
+from aem_exp.values import ConfigError, Stop
+
+MODULE = """
+from aem_exp.envs import Task, Turn
+
+class Echo:
+    goal = "say it"
+    def parse(self, response): return response.strip()
+    def reset(self, task):
+        self.word = task.payload["word"]
+        return Turn(f"say {self.word}", metrics={"won": 0.0})
+    def step(self, response):
+        won = response.strip() == self.word
+        return Turn("done", float(won), terminated=True, metrics={"won": float(won)})
+    def close(self): pass
+
+class World:
+    fingerprint = "echo-1"
+    splits = ("train", "dev", "test")
+    words_ = ("yes", "no", "perhaps")
+    def tasks(self, split):
+        return [Task(f"{split}-{i}", seed=i, payload={"word": w}) for i, w in enumerate(self.words_ * 20)]
+    def env(self): return Echo()
+    def words(self): return ("say", *self.words_)
+    def expert(self, env, random, noise=0.0, shyness=0.0): return random.choice(self.words_) if noise else env.word
+
+class Bare: pass
+class NoSplits(World): splits = "train"
+class Twice(World):
+    def tasks(self, split): return [Task("same", seed=i, payload={"word": "yes"}) for i in range(60)]
+class Shared(World):
+    def tasks(self, split): return [Task(f"t-{i}", seed=i, payload={"word": "yes"}) for i in range(60)]
+class OneText(World):
+    def words(self): return "yes no"
+class Taught:
+    fingerprint, splits, tasks, env = World.fingerprint, World.splits, World.tasks, World.env
+"""
+YAML = """
+name: {name}
+make: {{_target_: someones.{name}}}
+history: full
+max_turns: 2
+response_tokens: 4
+context_tokens: 64
+prompt: {{first: "{{observation}}", next: "{{observation}}"}}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "env").mkdir()
+    (tmp_path / "someones.py").write_text(MODULE)
+    for name in ("World", "Bare", "NoSplits", "Twice", "Shared", "OneText", "Taught"):
+        (tmp_path / "env" / f"{name}.yaml").write_text(YAML.format(name=name))
+    monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def fitting(mine, name, *more):
+    return worlds.fitting(load([f"env={name}", *more], mine))
+
+
+def test_a_world_that_keeps_the_contract_is_let_in(mine):
+    assert fitting(mine, "World").fingerprint == "echo-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("Bare", ["model.make=null", "model.path=a/b"], "env.make._target_=someones.Bare: has no fingerprint"),
+        ("NoSplits", [], "env.make._target_=someones.NoSplits: must have a text as its fingerprint"),
+        ("Twice", [], "evaluation.panel=dev: two of its tasks have the id 'same'"),
+        ("Shared", [], "env Shared=t-0: is a task of train and of the panel dev"),
+        ("Taught", [], "model.make=aem_exp.tiny.make: env Taught has no scripted player"),
+        ("World", ["evaluation.final=exam"], "evaluation.final=exam: choose from dev, test"),
+        ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: env World has 60 training tasks"),
+    ],
+)
+def test_one_that_does_not_is_one_sentence(mine, name, more, said):
+    with pytest.raises(ConfigError) as told:
+        fitting(mine, name, *more)
+    assert str(told.value).startswith(said)
+
+
+def test_words_in_one_text_are_refused(mine):
+    from aem_exp import policy
+
+    experiment = load(["env=OneText", "model.make.episodes=1"], mine)
+    with pytest.raises(ConfigError, match=r"env.make=OneText: its words\(\) must list words"):
+        policy.made(experiment, worlds.opened(experiment))
+
+
+def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
+    """Its own code is frozen in the run dir; the printed commands keep --config-dir."""
+    import sys
+
+    small = ["trainer.steps=1", "trainer.tasks_per_step=2", "trainer.group_size=2", "trainer.mini_batch=4"]
+    small += ["evaluation.tasks=4", "model.make.episodes=32", "model.make.steps=2", "model.make.habit_steps=1"]
+    assert main(["env=World", *small, "--config-dir", str(mine)]) == 0
+    run_dir = config.run_dir(load(["env=World", *small], mine))
+    (mine / "someones.py").unlink()
+    monkeypatch.delitem(sys.modules, "someones")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(mine)])
+    capsys.readouterr()
+    asked = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(mine)]
+    assert evaluate.main(asked) == 0
+    assert f"--config-dir {mine}" in capsys.readouterr().out
+    assert main([f"from={run_dir}", "trainer.steps=2"]) == 0
+
+
+# What is heard when a panel was played.
+
+
+def played(ended="over", won=True, seen="a {}"):
+    metrics = {"won": 0.0} if won else {}
+    said = [Response([], Sample([1], [0.0], [0.0]), seen.format(i), "x", metrics=metrics) for i in range(4)]
+    return [Trajectory(Task(f"t{i}"), i, 0, [response], ended=ended) for i, response in enumerate(said)]
+
+
+def heed(trajectories, caplog):
+    with caplog.at_level(logging.WARNING):
+        exam.heed(exam.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+    return caplog.text
+
+
+def test_who_won_must_be_told(caplog):
+    with pytest.raises(Stop, match=r"no turn on the panel dev says metrics\['won'\]"):
+        heed(played(won=False), caplog)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, ""),
+        ({"seen": "the same"}, "all games of the panel dev begin alike"),
+        ({"ended": "context"}, "4 of 4 episodes of the panel dev ran out of context; raise env.context_tokens"),
+    ],
+)
+def test_what_makes_a_score_say_little_is_said(how, said, caplog):
+    text = heed(played(**how), caplog)
+    assert said in text and bool(said) == bool(text)
