@@ -210,7 +210,10 @@ def jobs(ids: Iterable[str]) -> Mapping[str, Job]:
 
 def _waiting() -> Iterable[Job]:
     """Jobs in the queue, array tasks one by one."""
-    for line in _lines("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r"):
+    words = ("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
+    for line in _lines(*words) or _lines(
+        *words
+    ):  # a busy controller answers late, which is no empty queue: asked twice
         job, state, why = line.split("|", 2)
         yield Job(job, state, "" if why == "None" else why)
 
