@@ -1,0 +1,280 @@
+"""The tools with which an agent works on a repository, in the manner of R2E-Gym: one call in each response, as text.
+
+    <function=file_editor>
+    <parameter=command>view</parameter>
+    <parameter=path>/testbed/setup.py</parameter>
+    </function>
+
+Decided here: how a response is read as a call, and what each tool does in a sandbox and answers. Whatever precedes the call is
+the agent's own business; what follows it is dropped. A call is strict where a guess could harm (a parameter that was cut, a tool
+that is not there) and forgiving where none can: a missing `</function>` at the end, spaces around names, a line break before and
+after a value.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final, NamedTuple
+
+from aem_exp.sandboxes import Ran, Sandbox
+
+LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
+CHARACTERS: Final = 12_000  # of any output
+MATCHES: Final = 100  # files, or lines, that a search lists
+LARGEST: Final = 1 << 20  # bytes of a file that the editor opens
+LOOK: Final = 30.0  # seconds for the tools' own commands
+
+TOOLS: Final[Mapping[str, Mapping[str, bool]]] = {  # tool -> its parameters, and whether each is required
+    "file_editor": {
+        "command": True,
+        "path": True,
+        "file_text": False,
+        "old_str": False,
+        "new_str": False,
+        "insert_line": False,
+        "view_range": False,
+    },
+    "search": {"search_term": True, "path": False},
+    "execute_bash": {"command": True},
+    "finish": {"result": False},
+}
+EDITS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> what else it needs
+    "view": (),
+    "create": ("file_text",),
+    "str_replace": ("old_str",),
+    "insert": ("insert_line", "new_str"),
+    "undo_edit": (),
+}
+_CALL: Final = re.compile(r"<function\s*=\s*([\w.-]*)\s*>(.*?)(?:</function\s*>|\Z)", re.DOTALL)
+_PARAMETER: Final = re.compile(r"\s*<parameter\s*=\s*([\w.-]*)\s*>(.*?)</parameter\s*>", re.DOTALL)
+_THOUGHT: Final = re.compile(r".*</think\s*>", re.DOTALL)
+
+
+class Call(NamedTuple):
+    """A tool and what it is given."""
+
+    tool: str
+    given: dict[str, str]
+
+    def __str__(self) -> str:
+        told = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in self.given.items())
+        return f"<function={self.tool}>\n{told}</function>"
+
+
+class Mistake(ValueError):
+    """A response that is no call; the message says why, to the agent."""
+
+
+def read(response: str) -> Call:
+    """The call that a response makes. Raises Mistake."""
+    spoken = _THOUGHT.sub("", response)
+    if "<think>" in spoken:
+        raise Mistake("your thinking did not end with </think>, so there is no call")
+    found = _CALL.search(spoken)
+    if not found:
+        raise Mistake("there is no call: write <function=NAME>, its parameters, and </function>")
+    tool, body = found.groups()
+    if tool not in TOOLS:
+        raise Mistake(f"there is no tool {tool!r}: the tools are {', '.join(TOOLS)}")
+    given: dict[str, str] = {}
+    end = 0
+    while part := _PARAMETER.match(body, end):
+        name, value = part.groups()
+        if name not in TOOLS[tool]:
+            raise Mistake(f"{tool} has no parameter {name!r}: it takes {', '.join(TOOLS[tool])}")
+        if name in given:
+            raise Mistake(f"{tool} was given {name} twice")
+        given[name] = _unwrapped(value)
+        end = part.end()
+    if body[end:].strip():
+        raise Mistake(f"{tool}: {_clip(body[end:].strip(), 60)!r} is no parameter, or one that does not end with </parameter>")
+    if absent := [name for name, required in TOOLS[tool].items() if required and name not in given]:
+        raise Mistake(f"{tool} needs {' and '.join(absent)}")
+    if tool == "file_editor":
+        _check_edit(given)
+    return Call(tool, given)
+
+
+def _check_edit(given: Mapping[str, str]) -> None:
+    command = given["command"].strip()
+    if command not in EDITS:
+        raise Mistake(f"file_editor has no command {command!r}: choose {', '.join(EDITS)}")
+    if absent := [name for name in EDITS[command] if name not in given]:
+        raise Mistake(f"file_editor {command} needs {' and '.join(absent)}")
+
+
+def _unwrapped(value: str) -> str:
+    """A value without the line breaks that set it apart from its tags."""
+    return value.removeprefix("\n").removesuffix("\n")
+
+
+def clip(text: str, lines: int = LINES, characters: int = CHARACTERS) -> str:
+    """A long output's head and tail, and between them how much is left out."""
+    parts = text.split("\n")
+    if len(parts) > 2 * lines:
+        parts = [*parts[:lines], f"... {len(parts) - 2 * lines} lines left out ...", *parts[-lines:]]
+    return _clip("\n".join(parts), characters)
+
+
+def _clip(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+@dataclass
+class Tools:
+    """The tools at work in one sandbox. `seconds` is the longest that a command of the agent may take."""
+
+    sandbox: Sandbox
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self._before: dict[str, list[bytes | None]] = {}  # what each file was before each edit; None where there was none
+
+    def use(self, call: Call, left: float) -> str:
+        """Carry it out, within the `left` seconds of the episode; what the agent reads. `finish` does nothing."""
+        match call.tool:
+            case "execute_bash":
+                return self._bash(call.given["command"], min(self.seconds, left))
+            case "search":
+                return self._search(call.given["search_term"], call.given.get("path") or ".")
+            case "file_editor":
+                return self._edit(call.given)
+        return ""
+
+    def _bash(self, command: str, seconds: float) -> str:
+        ran = self.sandbox.run(command, seconds)
+        told = clip(ran.text.rstrip("\n"))
+        ended = {
+            "time": f"stopped after {seconds:g} s",
+            "output": f"stopped after {self.sandbox.limits.output_mb} MB of output",
+            "memory": f"stopped: all its processes used more than {self.sandbox.limits.memory_mb} MB",
+        }.get(ran.stopped, f"exit code {ran.code}")
+        return f"{told}\n[{ended}]" if told else f"[{ended}]"
+
+    def _search(self, term: str, path: str) -> str:
+        where, what = shlex.quote(path), shlex.quote(term)
+        script = (
+            f"if [ -d {where} ]; then grep -rcIF --exclude-dir=.git -e {what} -- {where} | grep -v ':0$' | sort; exit 0;"
+            f" elif [ -f {where} ]; then grep -nF -e {what} -- {where}; exit 0; fi; exit 3"
+        )
+        ran = self.sandbox.run(script, LOOK)
+        if ran.code:
+            return f"ERROR: {ran.stopped and 'the search took too long' or f'there is no {path}'}"
+        found = ran.text.splitlines()
+        if not found:
+            return f"{term!r} does not occur in {path}"
+        rest = [f"... and {len(found) - MATCHES} more"] if len(found) > MATCHES else []
+        return clip("\n".join([f"{term!r} in {path}:", *found[:MATCHES], *rest]), MATCHES)
+
+    def _edit(self, given: Mapping[str, str]) -> str:
+        command, path = given["command"].strip(), given["path"].strip()
+        place = str(PurePosixPath(self.sandbox.workdir) / path)
+        actions: Mapping[str, Callable[[str, Mapping[str, str]], str]] = {
+            "view": self._view,
+            "create": self._create,
+            "str_replace": self._replace,
+            "insert": self._insert,
+            "undo_edit": self._undo,
+        }
+        try:
+            return actions[command](place, given)
+        except (OSError, Mistake) as error:
+            return f"ERROR: {error}"
+
+    def _view(self, path: str, given: Mapping[str, str]) -> str:
+        name = shlex.quote(path)
+        ran = self.sandbox.run(
+            f"[ -d {name} ] && cd {name} && find . -maxdepth 2 -not -path '*/.*' | sort && exit 0; exit 3", LOOK
+        )
+        if not ran.code:
+            return f"{path}, two levels deep:\n{clip(ran.text.rstrip(), MATCHES)}"
+        lines = self._text(path).split("\n")
+        if lines[-1] == "":
+            lines.pop()
+        first, last = _range(given.get("view_range"), len(lines))
+        return clip("\n".join(f"{number:6}\t{lines[number - 1]}" for number in range(first, last + 1)), 5 * LINES)
+
+    def _create(self, path: str, given: Mapping[str, str]) -> str:
+        self._write(path, given["file_text"] + "\n" * (not given["file_text"].endswith("\n")))
+        return f"{path} is written"
+
+    def _replace(self, path: str, given: Mapping[str, str]) -> str:
+        text, old, new = self._text(path), given["old_str"], given.get("new_str", "")
+        if not old:
+            raise Mistake("old_str is empty")
+        if old not in text and "\r\n" in text:  # the agent never sees the file's own line ends
+            old, new = (re.sub(r"\r?\n", "\r\n", part) for part in (old, new))
+        if (times := text.count(old)) != 1:
+            raise Mistake(f"old_str occurs {times} times in {path}, not once; nothing was changed")
+        self._write(path, text.replace(old, new))
+        line = text[: text.index(old)].count("\n") + 1
+        return self._shown(path, line, line + new.count("\n"))
+
+    def _insert(self, path: str, given: Mapping[str, str]) -> str:
+        lines = self._text(path).split("\n")
+        after = _number(given["insert_line"], "insert_line", 0, len(lines))
+        added = given["new_str"].split("\n")
+        self._write(path, "\n".join([*lines[:after], *added, *lines[after:]]))
+        return self._shown(path, after + 1, after + len(added))
+
+    def _undo(self, path: str, given: Mapping[str, str]) -> str:
+        if not self._before.get(path):
+            raise Mistake(f"there is no edit of {path} to undo")
+        before = self._before[path].pop()
+        if before is None:
+            self.sandbox.run(f"rm -f -- {shlex.quote(path)}", LOOK)
+        else:
+            self.sandbox.put(path, before)
+        return f"the last edit of {path} is undone"
+
+    def _shown(self, path: str, first: int, last: int) -> str:
+        """What an edit made, with some lines around."""
+        lines = self._text(path).split("\n")
+        rows = range(max(1, first - 4), min(len(lines), last + 4) + 1)
+        return f"{path} is changed:\n" + clip("\n".join(f"{row:6}\t{lines[row - 1]}" for row in rows))
+
+    def _text(self, path: str) -> str:
+        data = self.sandbox.get(path)
+        if len(data) > LARGEST:
+            raise Mistake(f"{path} is too large to edit ({len(data):,} bytes); use execute_bash")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise Mistake(f"{path} is not a text file") from None
+
+    def _write(self, path: str, text: str) -> None:
+        try:
+            before: bytes | None = self.sandbox.get(path)
+        except OSError:
+            before = None
+        self.sandbox.put(path, text.encode())
+        self._before.setdefault(path, []).append(before)
+
+
+def _range(told: str | None, count: int) -> tuple[int, int]:
+    """First and last line of a view, as in `[10, 20]`; -1 is the last one."""
+    if not told:
+        return 1, count
+    numbers = re.findall(r"-?\d+", told)
+    if len(numbers) != 2:
+        raise Mistake(f"view_range={told}: two line numbers, as in [10, 20]")
+    first, last = int(numbers[0]), int(numbers[1])
+    last = count if last == -1 else min(last, count)
+    if not 1 <= first <= max(last, 1):
+        raise Mistake(f"view_range={told}: the file has {count} lines")
+    return first, last
+
+
+def _number(told: str, name: str, least: int, most: int) -> int:
+    try:
+        number = int(told)
+    except ValueError:
+        number = -1
+    if not least <= number <= most:
+        raise Mistake(f"{name}={told}: must be a line from {least} to {most}")
+    return number

@@ -1,0 +1,130 @@
+"""Sandboxes: where a policy's commands and other people's test suites run, and nothing of the machine is at risk.
+
+One protocol. A backend is what `conf/env/*.yaml` names with `make.sandbox._target_`; it opens a sandbox on an image, and the
+sandbox runs commands. Nothing inside has a network, or can write outside its own throw-away root.
+"""
+
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Final, Protocol
+
+from aem_exp.sandboxes.process import Ran, execute
+
+__all__ = ["HOST", "TIMED_OUT", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
+
+HOST: Final = ""  # the name of the image that is this machine's own system, read-only
+TIMED_OUT: Final = 124  # the exit code of what was stopped, as `timeout` has it
+SHELL: Final = 30.0  # seconds for our own small commands (put, get)
+
+
+class Lost(RuntimeError):
+    """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sandbox may use. A command that needs more is stopped, and `Ran.stopped` says so, or it fails.
+
+    Attributes:
+        processes: at once (threads count).
+        memory_mb: of all its processes together, watched; and of each, enforced by the kernel.
+        disk_mb: of everything it writes. It lies in memory, beside `memory_mb`.
+        output_mb: of one command.
+        cpu_seconds: of one process; the wall clock is the caller's `timeout`.
+    """
+
+    processes: int = 256
+    memory_mb: int = 4096
+    disk_mb: int = 2048
+    output_mb: int = 8
+    cpu_seconds: int = 3600
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a sandbox shows at first.
+
+    Attributes:
+        name: of a container image (`swebench/sweb.eval.x86_64.astropy...`), or `HOST`: the machine's own /usr, read-only.
+        shown: files and folders of the machine that are shown too, read-only, at their own places.
+        hidden: folders of the machine's system that look empty inside.
+        env: variables.
+    """
+
+    name: str = HOST
+    shown: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def file_name(image: str) -> str:
+    """A name for an image's file or folder: no other image has it."""
+    return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', image)[-100:]}-{sha256(image.encode()).hexdigest()[:8]}"
+
+
+class Sandbox(ABC):
+    """One throw-away machine. Files written by a command are there for the next one; its processes are not."""
+
+    limits: Limits
+    workdir: str = "/testbed"
+
+    def __enter__(self) -> "Sandbox":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Make it. Raises `Lost` where the machine does not let us."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End whatever runs in it and forget what it wrote. May be called twice."""
+
+    @abstractmethod
+    def command(self, script: str) -> list[str]:
+        """The argument vector that runs this bash script in `workdir` inside."""
+
+    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+        """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`."""
+        limits = self.limits
+        return execute(
+            self.command(script), timeout, given, most=limits.output_mb << 20, memory=limits.memory_mb << 20
+        )
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file, as a command inside would: no link leads outside. Raises OSError."""
+        name = shlex.quote(path)
+        ran = self.run(f'mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
+        if ran.code:
+            raise OSError(f"{path}: {ran.text.strip() or ran.stopped}")
+
+    def get(self, path: str) -> bytes:
+        """Read a file, as a command inside would. Raises OSError."""
+        ran = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL)
+        if ran.code:
+            raise OSError(f"{path}: cannot be read in the sandbox")
+        return ran.output
+
+
+class Backend(Protocol):
+    """A way of making sandboxes."""
+
+    def missing(self) -> str | None:
+        """Why it cannot be used on this machine, with the remedy, in one sentence; None where it can."""
+
+    def lacks(self, image: str) -> str | None:
+        """Why this image cannot be opened yet, with the remedy; None where it can."""
+
+    def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
+        """Fetch images that compute nodes could not fetch; goes on where it was interrupted."""
+
+    def open(self, image: Image, limits: Limits) -> Sandbox:
+        """A sandbox, not started."""
+

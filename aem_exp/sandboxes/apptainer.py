@@ -1,0 +1,92 @@
+"""Apptainer (or Singularity): images in one file each, which a cluster's shared disk likes, and a writable layer beside."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aem_exp import disk
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
+
+PROGRAMS: Final = ("apptainer", "singularity")
+
+
+@dataclass(frozen=True)
+class Apptainer:
+    """Sandboxes by Apptainer.
+
+    Args:
+        images: folder of `NAME.sif`, on a disk that all nodes see; by default in the cache.
+        scratch: folder for what sandboxes write, on a disk of the node; by default $SLURM_TMPDIR or $TMPDIR.
+    """
+
+    images: str | None = None
+    scratch: str | None = None
+
+    def missing(self) -> str | None:
+        return None if self._program() else "apptainer not found: load its module, or take bwrap"
+
+    def lacks(self, image: str) -> str | None:
+        if image == HOST:
+            return "apptainer needs an image: take bwrap"
+        return None if self._file(image).is_file() else f"image {image} is not in {self._home()}: run aem_exp.prepare"
+
+    def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
+        """Build what is not there; layers are fetched once, by digest, and interrupted builds leave no image."""
+        self._home().mkdir(parents=True, exist_ok=True)
+        for image in images:
+            if self._file(image).is_file():
+                continue
+            say(f"build   {self._file(image)}")
+            part = self._file(image).with_suffix(f".{os.getpid()}.part")
+            subprocess.run([self._program() or PROGRAMS[0], *build(image, part)], check=True)
+            part.replace(self._file(image))
+
+    def open(self, image: Image, limits: Limits) -> Sandbox:
+        scratch = self.scratch or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+        return _Contained(self._program() or PROGRAMS[0], self._file(image.name), Path(scratch), image, limits)
+
+    def _program(self) -> str | None:
+        return next((name for name in PROGRAMS if shutil.which(name)), None)
+
+    def _home(self) -> Path:
+        return Path(self.images).expanduser() if self.images else disk.cache() / "images"
+
+    def _file(self, image: str) -> Path:
+        return self._home() / f"{file_name(image)}.sif"
+
+
+def build(image: str, to: Path) -> list[str]:
+    """The words after the program's name that make an image file."""
+    return ["build", "--force", str(to), image if "://" in image else f"docker://{image}"]
+
+
+class _Contained(Sandbox):
+    def __init__(self, program: str, file: Path, scratch: Path, image: Image, limits: Limits):
+        self.limits, self._program, self._file, self._image, self._scratch = limits, program, file, image, scratch
+        self.layer: Path | None = None
+
+    def start(self) -> None:
+        self.layer = Path(tempfile.mkdtemp(prefix="aem-exp-layer-", dir=self._scratch))
+
+    def close(self) -> None:
+        layer, self.layer = self.layer, None
+        if layer is not None:
+            shutil.rmtree(layer, ignore_errors=True)
+
+    def command(self, script: str) -> list[str]:
+        if self.layer is None or not self.layer.is_dir():
+            raise Lost("the sandbox is gone")
+        limits = self.limits
+        env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]
+        return [
+            *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}"),
+            *(f"--fsize={limits.disk_mb << 20}", "--core=0"),
+            *(self._program, "--silent", "exec", "--containall", "--cleanenv", "--no-home", "--fakeroot"),
+            *("--net", "--network", "none", "--overlay", str(self.layer), "--pwd", self.workdir, *env),
+            *(str(self._file), "bash", "-c", f"ulimit -u {limits.processes}; {script}"),
+        ]

@@ -1,0 +1,243 @@
+"""bubblewrap over an overlay: an unpacked image, or the machine's own system, made writable in memory and thrown away.
+
+Works as root, who first becomes nobody in particular, and as a user where the kernel lets users have namespaces. A process of
+a few kilobytes holds the sandbox's mounts while it lives; it ends when ours does, however that ends, and everything with it.
+"""
+
+import os
+import json
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from aem_exp import disk
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
+from aem_exp.values import ConfigError
+
+NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
+NEEDED: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
+NAMESPACES: Final = "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+PROBE: Final = 20.0  # seconds
+_TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
+SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
+ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
+FURNISH: Final = """
+mkdir -p /etc /root /var/tmp /opt && chmod 1777 /var/tmp
+echo root:x:0:0:root:/root:/bin/bash > /etc/passwd
+echo root:x:0: > /etc/group
+echo 127.0.0.1 localhost sandbox > /etc/hosts
+echo 'hosts: files' > /etc/nsswitch.conf"""
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOME: Final = "/home/agent"
+WRITABLE: Final = (HOME, "/tmp", "/var/tmp")  # beside the working directory; of the machine's own system nothing else is
+
+# Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
+OUTER: Final = """set -e
+at=$1 drop=$2 inner=$3 disk=$4 layers=$5; shift 5
+mount -t tmpfs -o size=1m,mode=755 none "$at"
+cd "$at"
+mkdir rw none etc
+echo root:x:0:0:root:/home/agent:/bin/bash > etc/passwd
+echo root:x:0: > etc/group
+echo 127.0.0.1 localhost sandbox > etc/hosts
+echo hosts: files > etc/nsswitch.conf
+i=0
+for shown in "$@"; do
+  if [ -d "$shown" ]; then mkdir "$i"; else : > "$i"; fi
+  mount --bind "$shown" "$i"
+  i=$((i+1))
+done
+exec $drop sh -c "$inner" sh "$at" "$disk" "$layers"
+"""
+INNER: Final = """set -e
+at=$1 disk=$2 layers=$3
+mount -t tmpfs -o size="$disk"m,nr_inodes=200k,mode=755 none "$at/rw"
+cd "$at/rw"
+mkdir -p upper work root shm folder/0 folder/1 folder/2 folder/3
+chmod 1777 shm folder/1 folder/2
+if [ "$layers" = image ]; then
+  mount -t overlay overlay -o "lowerdir=$at/0,upperdir=$at/rw/upper,workdir=$at/rw/work,userxattr" root
+fi
+echo ready
+exec cat
+"""
+
+
+@dataclass(frozen=True)
+class Bwrap:
+    """Sandboxes by bubblewrap.
+
+    Args:
+        images: folder of unpacked images; by default in the cache. Each takes its full size there, and many small files.
+    """
+
+    images: str | None = None
+
+    def missing(self) -> str | None:
+        if absent := [name for name in NEEDED if not shutil.which(name, path=_path())]:
+            return f"{', '.join(absent)} not found: apt install bubblewrap util-linux git (or as your system has it)"
+        try:
+            with self.open(Image(), Limits()) as sandbox:
+                ran = sandbox.run("true", PROBE)
+        except Lost as error:
+            return f"{error}; {NAMESPACES}"
+        return f"{ran.text.strip()}; {NAMESPACES}" if ran.code else None
+
+    def lacks(self, image: str) -> str | None:
+        if image == HOST or (self._folder(image) / "config.json").is_file():
+            return None
+        return f"image {image} is not unpacked in {self._home()}: run aem_exp.prepare"
+
+    def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
+        """Fetch and unpack what is not there (skopeo, umoci). Layers are fetched once, checked by their digest, and kept in
+        `oci` beside the images, so that an interrupted call goes on; what is half unpacked is unpacked again."""
+        self._home().mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images, 1):
+            if self.lacks(image) is None:
+                continue
+            if absent := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
+                raise ConfigError("env.make.sandbox", self._home(), f"needs {' and '.join(absent)}, to unpack images")
+            say(f"unpack  {image} ({number} of {len(images)})")
+            _unpack(image, self._home(), self._folder(image))
+
+    def open(self, image: Image, limits: Limits) -> Sandbox:
+        if image.name == HOST:
+            return _Bwrapped(image, limits, None)
+        folder = self._folder(image.name)
+        env = dict(word.split("=", 1) for word in json.loads((folder / "config.json").read_text())["config"].get("Env") or ())
+        return _Bwrapped(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
+
+    def _home(self) -> Path:
+        return Path(self.images).expanduser() if self.images else disk.cache() / "images"
+
+    def _folder(self, image: str) -> Path:
+        return self._home() / file_name(image)
+
+
+def _unpack(image: str, home: Path, folder: Path) -> None:
+    """An image as a folder that belongs to whom its sandboxes run as."""
+    tag = f"{home / 'oci'}:{file_name(image)}"
+    source = image if _TRANSPORT.match(image) else f"docker://{image}"
+    subprocess.run(["skopeo", "copy", source, f"oci:{tag}"], check=True)
+    half = folder.with_suffix(f".{os.getpid()}.part")
+    try:
+        half.mkdir()
+        subprocess.run(["umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs")], check=True)
+        config = subprocess.run(["skopeo", "inspect", "--config", f"oci:{tag}"], check=True, stdout=subprocess.PIPE)
+        if os.geteuid() == 0:
+            subprocess.run(["chown", "-R", "--no-dereference", f"{NOBODY}:{NOBODY}", str(half / "rootfs")], check=True)
+        (half / "config.json").write_bytes(config.stdout)
+        half.replace(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+class _Bwrapped(Sandbox):
+    def __init__(self, image: Image, limits: Limits, folder: Path | None):
+        self.limits, self._image, self._folder = limits, image, folder
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._at = ""
+
+    def start(self) -> None:
+        self._at = _mount_point()
+        shown = [*([str(self._folder)] if self._folder else []), *self._image.shown]
+        own = ["unshare", "--user", "--map-root-user", "--mount"]
+        root = os.geteuid() == 0
+        drop = " ".join([*_become_nobody(), *own]) if root else ""
+        outer = ["unshare", "--mount", "--propagation", "private"] if root else own
+        layers = "image" if self._folder else "host"
+        self._holder = holder = subprocess.Popen(
+            [*outer, "sh", "-c", OUTER, "sh", self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"PATH": _path()},
+        )
+        assert holder.stdout is not None
+        if (said := holder.stdout.readline()) != b"ready\n":
+            self.close()
+            raise Lost(f"the sandbox could not be mounted: {said.decode(errors='replace').strip()}")
+
+    def close(self) -> None:
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.kill()
+            holder.communicate()
+
+    def command(self, script: str) -> list[str]:
+        if self._holder is None or self._holder.poll() is not None:
+            raise Lost("the sandbox is gone")
+        # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
+        return [*self._within(self.workdir), "bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+
+    def _within(self, folder: str) -> list[str]:
+        """The words before a command that runs inside, in that folder."""
+        assert self._holder is not None
+        limits, at = self.limits, self._at
+        env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
+        return [
+            *(_become_nobody() if os.geteuid() == 0 else []),
+            *("nsenter", f"--target={self._holder.pid}", "--user", "--mount", "--preserve-credentials"),
+            *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
+            *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host())),
+            *("--proc", "/proc", "--dev", "/dev", "--bind", f"{at}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
+            *([] if self._folder else ["--remount-ro", "/"]),
+            *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
+            *("--cap-drop", "ALL", "--uid", "0", "--gid", "0", "--hostname", "sandbox", "--clearenv"),
+            *(word for name, value in env.items() for word in ("--setenv", name, value)),
+            *("--chdir", folder),
+        ]
+
+    def _host(self) -> list[str]:
+        """The machine's own programs and libraries, read-only; of /etc what they cannot start without; some folders to write.
+
+        The root is made anew for each command, so that nothing that ran inside can lead our mounts elsewhere by a link.
+        """
+        at, words = self._at, ["--ro-bind", "/usr", "/usr"]
+        for name in SYSTEM:
+            path = Path("/", name)
+            if path.is_symlink():
+                words += ["--symlink", os.readlink(path), str(path)]
+            elif path.is_dir():
+                words += ["--ro-bind", str(path), str(path)]
+        for name in ("passwd", "group", "hosts", "nsswitch.conf"):
+            words += ["--ro-bind", f"{at}/etc/{name}", f"/etc/{name}"]
+        for name in ETC:
+            words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        for number, inside in enumerate((*WRITABLE, self.workdir)):
+            words += ["--bind", f"{at}/rw/folder/{number}", inside]
+        for number, inside in enumerate(self._image.shown):
+            words += ["--ro-bind", f"{at}/{number}", inside]
+        for inside in self._image.hidden:
+            words += ["--ro-bind", f"{at}/none", inside]
+        return words
+
+
+def _become_nobody() -> list[str]:
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "") + ":" + PATH
+
+
+def _mount_point() -> str:
+    """A folder of ours to mount on: every sandbox of a user has its own mounts on the same one, so that none is left behind."""
+    path = Path(tempfile.gettempdir(), f"aem-exp-sandboxes-{os.geteuid()}")
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o711)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise Lost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
+    path.chmod(0o711)  # whom root becomes must pass through
+    return str(path)

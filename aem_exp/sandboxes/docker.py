@@ -1,0 +1,98 @@
+"""Docker or Podman: a container that lives as long as we hold its stdin, and commands executed in it."""
+
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox
+from aem_exp.sandboxes.process import KILLED, Ran, execute
+
+ASK: Final = 20.0  # seconds for the daemon to answer
+GRACE: Final = 10.0  # seconds that a command may need to begin and to end
+WAIT: Final = "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
+ENDED: Final = 137  # what `timeout -s KILL` exits with
+# Whatever a command leaves behind is killed: a signal to -1 reaches all but process 1 and this shell.
+SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $code'
+
+
+@dataclass(frozen=True)
+class Docker:
+    """Sandboxes by `program` (docker, podman)."""
+
+    program: str = "docker"
+
+    def missing(self) -> str | None:
+        if not shutil.which(self.program):
+            return f"{self.program} not found: install it, or take bwrap or apptainer"
+        ran = execute([self.program, "info"], ASK)
+        return f"{self.program} does not answer: {_last(ran)}" if ran.code else None
+
+    def lacks(self, image: str) -> str | None:
+        if image == HOST:
+            return f"{self.program} needs an image: take bwrap"
+        ran = execute([self.program, "image", "inspect", image], ASK)
+        return f"image {image} is not here: run aem_exp.prepare" if ran.code else None
+
+    def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
+        """Pull what is not here; the program itself shows progress, checks sums, and goes on where it was interrupted."""
+        for image in images:
+            say(f"pull    {image}")
+            subprocess.run([self.program, "pull", image], check=True)
+
+    def open(self, image: Image, limits: Limits) -> Sandbox:
+        return _Container(self.program, image, limits)
+
+
+class _Container(Sandbox):
+    def __init__(self, program: str, image: Image, limits: Limits):
+        self.limits, self._image, self._program = limits, image, program
+        self.name = f"aem-exp-{uuid.uuid4().hex[:12]}"
+        self._seconds = 0.0
+        self._held: subprocess.Popen[bytes] | None = None
+
+    def create(self) -> list[str]:
+        """The argument vector that makes the container."""
+        limits = self.limits
+        env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]
+        return [
+            *(self._program, "run", "--rm", "--interactive", "--name", self.name, "--network", "none"),
+            *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", str(limits.processes)),
+            *("--memory", f"{limits.memory_mb}m", "--memory-swap", f"{limits.memory_mb}m"),
+            *("--ulimit", f"cpu={limits.cpu_seconds}", "--ulimit", f"fsize={limits.disk_mb << 20}", "--ulimit", "core=0"),
+            *(*env, "--pull", "never", "--entrypoint", "bash", self._image.name, "-c", WAIT),
+        ]
+
+    def start(self) -> None:
+        self._held = subprocess.Popen(
+            self.create(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        assert self._held.stdout is not None
+        if (said := self._held.stdout.readline()) != b"ready\n":
+            self.close()
+            raise Lost(f"the container did not start: {said.decode(errors='replace').strip()}")
+
+    def close(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            execute([self._program, "kill", self.name], ASK)
+            held.kill()
+            held.communicate()
+
+    def command(self, script: str) -> list[str]:
+        words = ["bash", "-c", SCRIPT, "bash", f"{self._seconds:g}", script]
+        return [self._program, "exec", "--interactive", "--workdir", self.workdir, self.name, *words]
+
+    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+        if self._held is None or self._held.poll() is not None:
+            raise Lost("the container is gone")
+        self._seconds = timeout
+        ran = super().run(script, timeout + GRACE, given)
+        late = ran.stopped == "time" or ran.code == ENDED and ran.seconds >= timeout
+        return replace(ran, code=KILLED, stopped="time") if late else ran
+
+
+def _last(ran: Ran) -> str:
+    return (ran.text.strip().splitlines() or ["no answer"])[-1]

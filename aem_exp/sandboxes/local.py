@@ -1,0 +1,55 @@
+"""No sandbox at all: commands run as you, in a folder that is thrown away. For looking at a world of your own, never for a model's."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox
+
+
+@dataclass(frozen=True)
+class Local:
+    """Refuses unless `allow_unsafe`: whatever a policy writes, or a test suite does, it does as you, network included."""
+
+    allow_unsafe: bool = False
+
+    def missing(self) -> str | None:
+        if self.allow_unsafe:
+            return None
+        return "protects nothing, commands of the policy run as you: say allow_unsafe=true if you mean it, or take bwrap"
+
+    def lacks(self, image: str) -> str | None:
+        return None if image == HOST else f"image {image} cannot be opened without a container: take bwrap or apptainer"
+
+    def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
+        """Nothing is to be fetched."""
+
+    def open(self, image: Image, limits: Limits) -> Sandbox:
+        return _Folder(image, limits)
+
+
+class _Folder(Sandbox):
+    def __init__(self, image: Image, limits: Limits):
+        self.limits, self._image = limits, image
+        self._root: Path | None = None
+
+    def start(self) -> None:
+        self._root = Path(tempfile.mkdtemp(prefix="aem-exp-unsafe-"))
+        for name in ("testbed", "home", "tmp"):
+            (self._root / name).mkdir()
+        self.workdir = str(self._root / "testbed")
+
+    def close(self) -> None:
+        root, self._root = self._root, None
+        if root is not None:
+            shutil.rmtree(root, ignore_errors=True)
+
+    def command(self, script: str) -> list[str]:
+        if self._root is None or not self._root.is_dir():
+            raise Lost("the sandbox is gone")
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": f"{self._root}/home", "TMPDIR": f"{self._root}/tmp"}
+        env |= {"LANG": "C.UTF-8"} | dict(self._image.env)
+        words = [f"{name}={value}" for name, value in env.items()]
+        return ["env", "-i", f"--chdir={self.workdir}", *words, "bash", "-c", script]
