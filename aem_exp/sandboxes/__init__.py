@@ -14,10 +14,9 @@ from typing import Final, Protocol
 
 from aem_exp.sandboxes.process import Ran, execute
 
-__all__ = ["HOST", "TIMED_OUT", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
+__all__ = ["HOST", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
-TIMED_OUT: Final = 124  # the exit code of what was stopped, as `timeout` has it
 SHELL: Final = 30.0  # seconds for our own small commands (put, get)
 
 

@@ -4,8 +4,8 @@ Works as root, who first becomes nobody in particular, and as a user where the k
 a few kilobytes holds the sandbox's mounts while it lives; it ends when ours does, however that ends, and everything with it.
 """
 
-import os
 import json
+import os
 import re
 import shutil
 import stat
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from aem_exp import disk
 from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
-from aem_exp.values import ConfigError
+from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
 NEEDED: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
@@ -28,14 +28,6 @@ PROBE: Final = 20.0  # seconds
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
 ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
-FURNISH: Final = """
-mkdir -p /etc /root /var/tmp /opt && chmod 1777 /var/tmp
-echo root:x:0:0:root:/root:/bin/bash > /etc/passwd
-echo root:x:0: > /etc/group
-echo 127.0.0.1 localhost sandbox > /etc/hosts
-echo 'hosts: files' > /etc/nsswitch.conf"""
-PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME: Final = "/home/agent"
 WRITABLE: Final = (HOME, "/tmp", "/var/tmp")  # beside the working directory; of the machine's own system nothing else is
@@ -105,7 +97,7 @@ class Bwrap:
             if self.lacks(image) is None:
                 continue
             if absent := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
-                raise ConfigError("env.make.sandbox", self._home(), f"needs {' and '.join(absent)}, to unpack images")
+                raise Missing("env.make.sandbox", self._home(), f"needs {' and '.join(absent)}, to unpack images")
             say(f"unpack  {image} ({number} of {len(images)})")
             _unpack(image, self._home(), self._folder(image))
 
@@ -127,18 +119,24 @@ def _unpack(image: str, home: Path, folder: Path) -> None:
     """An image as a folder that belongs to whom its sandboxes run as."""
     tag = f"{home / 'oci'}:{file_name(image)}"
     source = image if _TRANSPORT.match(image) else f"docker://{image}"
-    subprocess.run(["skopeo", "copy", source, f"oci:{tag}"], check=True)
+    _done(image, "skopeo", "copy", source, f"oci:{tag}")
     half = folder.with_suffix(f".{os.getpid()}.part")
     try:
         half.mkdir()
-        subprocess.run(["umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs")], check=True)
-        config = subprocess.run(["skopeo", "inspect", "--config", f"oci:{tag}"], check=True, stdout=subprocess.PIPE)
+        _done(image, "umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs"))
+        with (half / "config.json").open("wb") as config:
+            _done(image, "skopeo", "inspect", "--config", f"oci:{tag}", out=config)
         if os.geteuid() == 0:
-            subprocess.run(["chown", "-R", "--no-dereference", f"{NOBODY}:{NOBODY}", str(half / "rootfs")], check=True)
-        (half / "config.json").write_bytes(config.stdout)
+            _done(image, "chown", "-R", "--no-dereference", f"{NOBODY}:{NOBODY}", str(half / "rootfs"))
         half.replace(folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _done(image: str, *words: str, out: Any = None) -> None:
+    """Run a program, whose progress is shown; Missing where it fails."""
+    if code := subprocess.run(words, stdout=out).returncode:
+        raise Missing("image", image, f"{words[0]} could not get it (it says why above, and exited with {code})")
 
 
 class _Bwrapped(Sandbox):

@@ -1,0 +1,288 @@
+"""Repairing repositories: an agent with tools in a sandbox, and a patch that is graded in another one.
+
+Decided here: what an episode is, when it is graded, what that is worth, and a world of repositories that are made here
+(`swe_made`): it needs no image and no download, and takes the same way as the real ones (`swebench`).
+
+An episode is graded when the agent says finish, or has taken its last turn. What takes longer than `episode_seconds` is stopped
+and not graded.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from aem_exp.envs import Draws, Task, Turn, swe_grading, swe_made, swe_tools
+from aem_exp.envs.swe_rows import Instance, instance
+from aem_exp.envs.swe_tools import Call, Mistake, Tools
+from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Sandbox
+from aem_exp.values import ConfigError, Missing
+
+RULES: Final = 1  # raise when the same task would play differently
+LAY: Final = 120.0  # seconds to make a sandbox the agent's
+LONGEST: Final = 4000  # characters of a response that later prompts quote
+# A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
+INDEX: Final = "export GIT_INDEX_FILE=/tmp/.index; cp -f .git/index $GIT_INDEX_FILE 2>/dev/null; git add -A 2>/dev/null"
+SNAPSHOT: Final = f"{INDEX}; git write-tree"
+DIFF: Final = f"{INDEX} && git diff --cached --binary --no-color --no-ext-diff --no-textconv {{tree}} 2>/dev/null"
+
+
+class RepositoryEnv:
+    """One repository at a time, in a sandbox. `graded`: what is done is worth something; demonstrations need no verdict."""
+
+    def __init__(self, world: "Repositories", graded: bool = True):
+        self._world, self._graded = world, graded
+        self._sandbox: Sandbox | None = None
+        self.goal = ""
+
+    def parse(self, response: str) -> str:
+        try:
+            return str(swe_tools.read(response))
+        except Mistake:
+            return response.strip()[:LONGEST]
+
+    def reset(self, task: Task) -> Turn:
+        self.close()
+        self.task, self.instance = task, self._world.instance(task)
+        self.goal, self.taken, self.seen = self.instance.statement, 0, ""
+        self._began, self._over = time.monotonic(), False
+        self._sandbox = self._world.open(self.instance.image)
+        self._sandbox.start()
+        self._lay()
+        self._tools = Tools(self._sandbox, self._world.command_seconds)
+        return self._turn(self._tools.use(Call("file_editor", {"command": "view", "path": "."}), LAY))
+
+    def step(self, response: str) -> Turn:
+        left = self._world.episode_seconds - (time.monotonic() - self._began)
+        if self._over:
+            return Turn("", terminated=True, metrics={"won": 0.0})
+        self.taken += 1
+        try:
+            call = swe_tools.read(response)
+        except Mistake as mistake:
+            return self._ended(self._turn(f"ERROR: {mistake}", valid=False))
+        if left <= 0:
+            self._over = True
+            return self._turn("The time is up.", truncated=True)
+        if call.tool == "finish":
+            return self._judged(self._turn("", terminated=True))
+        return self._ended(self._turn(self._tools.use(call, left)))
+
+    def close(self) -> None:
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            sandbox.close()
+
+    def _turn(self, observation: str, terminated: bool = False, truncated: bool = False, valid: bool = True) -> Turn:
+        self.seen = observation
+        metrics = {"won": 0.0, "format_valid": float(valid)} if self.taken else {"won": 0.0}
+        return Turn(observation, 0.0, terminated, truncated, valid, metrics=metrics)
+
+    def _ended(self, turn: Turn) -> Turn:
+        """The turn, graded where it was the last one that there is."""
+        return self._judged(turn) if self.taken >= self._world.turns else turn
+
+    def _judged(self, turn: Turn) -> Turn:
+        """Grade what the agent leaves behind, in a fresh sandbox."""
+        self._over = True
+        if not self._graded:
+            return replace(turn, terminated=True)
+        patch = self._patch()
+        self.close()  # before the next one is opened: both would take memory
+        with self._world.open(self.instance.image) as fresh:
+            verdict, _ = swe_grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
+        won = float(verdict == "resolved")
+        shares = {f"end_{name}": float(name == verdict) for name in swe_grading.VERDICTS}
+        return replace(turn, reward=won * self._world.reward, metrics={**turn.metrics, "won": won, **shares})
+
+    def _lay(self) -> None:
+        assert self._sandbox is not None
+        if self.instance.lay:
+            ran = self._sandbox.run(self.instance.lay, LAY, self.instance.given)
+            if ran.code:
+                raise Lost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
+        ran = self._sandbox.run(SNAPSHOT, LAY)
+        self._tree = ran.text.strip()
+        if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
+            raise Lost(f"{self.instance.id}: {self._sandbox.workdir} is no git repository: {ran.text.strip()[-300:]}")
+
+    def _patch(self) -> bytes:
+        """What was changed, new files included. Without a repository any more there is nothing."""
+        assert self._sandbox is not None
+        ran = self._sandbox.run(DIFF.format(tree=self._tree), LAY)
+        return b"" if ran.code and not ran.stopped else ran.output
+
+
+class Repositories:
+    """What worlds of repositories share.
+
+    Args:
+        sandbox: where commands run; see `aem_exp.sandboxes`.
+        limits: of each sandbox, as `sandboxes.Limits` names them; what is left out is as it says.
+        turns: of an episode: `env.max_turns`; the last one is graded, finished or not.
+        command_seconds, tests_seconds, episode_seconds: the longest that a command, grading and all of it may take.
+        reward: for a patch that resolves.
+    """
+
+    splits = ("train", "dev", "test")
+
+    def __init__(
+        self,
+        sandbox: Backend,
+        limits: Mapping[str, int] | None,
+        turns: int,
+        command_seconds: float,
+        tests_seconds: float,
+        episode_seconds: float,
+        reward: float,
+    ):
+        known = vars(Limits())
+        for name, value in (limits or {}).items():
+            if name not in known or value < 1:
+                raise ConfigError(f"env.make.limits.{name}", value, f"a whole number above 0; the limits are {', '.join(known)}")
+        for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
+            if number <= 0:
+                raise ConfigError(f"env.make.{name}", number, "must be above 0")
+        swe_grading.check_installed()
+        if why := sandbox.missing():
+            raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
+        self.command_seconds, self.tests_seconds, self.episode_seconds = command_seconds, tests_seconds, episode_seconds
+
+    def env(self) -> RepositoryEnv:
+        return RepositoryEnv(self)
+
+    def open(self, image: Image) -> Sandbox:
+        if why := self.sandbox.lacks(image.name):
+            raise Lost(why)
+        return self.sandbox.open(image, self.limits)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        raise NotImplementedError
+
+    def instance(self, task: Task) -> Instance:
+        raise NotImplementedError
+
+    def oracle(self, env: RepositoryEnv) -> str:
+        """The response of a player who has the gold patch."""
+        gold = env.instance.gold
+        if env.taken or not gold:
+            return str(Call("finish", {}))
+        return str(Call("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
+
+    def _digest(self, *things: Any) -> str:
+        played = [vars(self.limits), self.turns, self.command_seconds, self.tests_seconds, self.episode_seconds, self.reward]
+        how = json.dumps([RULES, played, importlib.metadata.version("swebench"), *things], sort_keys=True, default=list)
+        return hashlib.sha256(how.encode()).hexdigest()[:12]
+
+
+# Repositories made here.
+
+
+class Made(Repositories):
+    """Small repositories with a bug each; the machine's own Python and git, read-only, serve as their image.
+
+    Args:
+        modules, functions: of a package: how much there is to look at.
+        sizes: tasks per split.
+    """
+
+    def __init__(
+        self,
+        sandbox: Backend,
+        limits: dict[str, int] | None = None,
+        modules: int = 3,
+        functions: int = 3,
+        turns: int = 8,
+        command_seconds: float = 20.0,
+        tests_seconds: float = 30.0,
+        episode_seconds: float = 300.0,
+        reward: float = 1.0,
+        sizes: dict[str, int] | None = None,
+    ):
+        for field, number, most in (("modules", modules, len(swe_made.MODULES)), ("functions", functions, 4)):
+            if not 1 <= number <= most:
+                raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
+        self.sizes = {"train": 4096, "dev": 32, "test": 32} | dict(sizes or {})
+        for split, size in self.sizes.items():
+            if split not in self.splits or size < 1:
+                raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(self.splits)} at least 1 each")
+        super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
+        self.modules, self.functions = modules, functions
+        versions = [sys.version_info[:2], importlib.metadata.version("pytest")]
+        self.fingerprint = f"swe-{self._digest(modules, functions, swe_made.bank(), versions)}"
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in self.splits:
+            raise ConfigError("split", split, choices=self.splits)
+        return Draws(self.sizes[split], lambda index: self._task(f"{split}-{index}"))
+
+    def instance(self, task: Task) -> Instance:
+        made = self._made(task.id)
+        return replace(instance(made.row, task.id), image=host(), lay=swe_made.LAY, given=made.stream)
+
+    def rehearse(self) -> RepositoryEnv:
+        """An environment for demonstrations, which nobody grades."""
+        return RepositoryEnv(self, graded=False)
+
+    def words(self) -> Iterable[str]:
+        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        return swe_made.words()
+
+    def expert(self, env: RepositoryEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
+        """The response of a player who looks where the issue points, and knows each wrong line: with probability `noise` it
+        looks or writes anywhere; and with probability `shyness` it repairs the line with another one that is wrong too."""
+        path, found = swe_made.named(env.goal), swe_made.recognised(env.seen)
+        if random.random() < noise:
+            path, found = swe_made.anywhere(random), None
+        if env.taken and " is changed:" in env.seen:
+            return str(Call("finish", {}))
+        if found is None:
+            return swe_made.said(Call("file_editor", {"command": "view", "path": path}))
+        wrong, right = found
+        new = swe_made.no_better(wrong, random) if random.random() < shyness else right
+        return swe_made.said(Call("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new}))
+
+    def _task(self, name: str) -> Task:
+        return Task(name, kind=self._made(name).family)
+
+    def _made(self, name: str) -> swe_made.Made:
+        return swe_made.make(name, self.modules, self.functions)
+
+
+@cache
+def host() -> Image:
+    """This machine's system with this Python, of whose packages only pytest can be imported."""
+    base, site = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
+    own = [] if base == Path("/usr") else [str(base)]
+    hidden = [*base.glob("lib/python3*/site-packages"), *Path("/usr/lib").glob("python3*/dist-packages")]
+    hidden += Path("/usr/local/lib").glob("python3*/*-packages")
+    env = {
+        "PATH": f"{base}/bin:/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": str(site),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    shown = [*own, *(str(site / name) for name in _needed("pytest"))]
+    return Image(HOST, tuple(shown), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
+
+
+def _needed(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
+    """Files and folders in site-packages of a package and of what it needs."""
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:  # needed elsewhere: on Windows, by an older Python
+        return []
+    tops = {file.parts[0] for file in found.files or () if not file.parts[0].startswith(("..", "__pycache__"))}
+    wanted = [re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in found.requires or () if "extra ==" not in need]
+    below = [path for need in wanted if need not in seen for path in _needed(need, seen | {name})]
+    return sorted({*tops, *below})

@@ -1,0 +1,112 @@
+"""What a patch is worth: applied and tested in a fresh sandbox that no agent has touched, judged by SWE-bench's own functions.
+
+R2E-Gym's rows are judged as R2E-Gym does it: each test must come to exactly what the row says.
+"""
+
+import json
+import re
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final, Literal
+
+from aem_exp.envs.swe_rows import Instance
+from aem_exp.sandboxes import Ran, Sandbox
+from aem_exp.values import Missing
+
+Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
+VERDICTS: Final[tuple[Verdict, ...]] = ("resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout")
+LARGEST: Final = 4 << 20  # bytes of a patch that is applied
+PATCH: Final = "/tmp/agent.patch"
+SCRIPT: Final = "/tmp/eval.sh"
+APPLY: Final = 60.0  # seconds
+UNDO: Final = "git checkout -q -- . && git clean -qfd"
+R2E_LAY: Final = """mkdir -p /root
+find / -name __pycache__ -path '*r2e_tests*' -prune -exec rm -rf {} +
+for name in run_tests.sh r2e_tests; do test -e /testbed/$name && mv /testbed/$name /root/; done
+test -e /r2e_tests && mv /r2e_tests /root/r2e_tests
+ln -sfn /root/r2e_tests /testbed/r2e_tests"""
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m|\r")
+
+
+def check_installed() -> None:
+    if find_spec("swebench") is None:
+        raise Missing("env.make", "swe", "grading needs SWE-bench's library: pip install 'aem-exp[swe]'")
+
+
+def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) -> tuple[Verdict, str]:
+    """The verdict on a patch, and the log of its tests.
+
+    Args:
+        sandbox: fresh, started, on the instance's image.
+        seconds: for the tests.
+
+    Raises:
+        Lost: the sandbox is gone: nothing is said of the patch.
+    """
+    if not patch.strip():
+        return "no_patch", ""
+    if instance.format == "r2e":
+        sandbox.run(R2E_LAY, APPLY)
+    elif instance.lay:
+        sandbox.run(instance.lay, APPLY, instance.given)
+    if len(patch) > LARGEST or not _applied(sandbox, patch):
+        return "not_applied", ""
+    return (_r2e if instance.format == "r2e" else _swebench)(sandbox, instance, seconds)
+
+
+def _applied(sandbox: Sandbox, patch: bytes) -> bool:
+    """As SWE-bench does it: one command after the other, each on a clean tree."""
+    from swebench.harness.run_evaluation import GIT_APPLY_CMDS
+
+    try:
+        sandbox.put(PATCH, patch)
+    except OSError:
+        return False
+    ways = f" && exit 0; {UNDO}; ".join(f"{how} {PATCH}" for how in GIT_APPLY_CMDS)
+    return sandbox.run(f"{ways} && exit 0; git apply --check --reverse {PATCH}", APPLY).code == 0
+
+
+def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
+    from swebench.harness.grading import get_eval_report
+    from swebench.harness.utils import make_test_spec
+
+    spec = make_test_spec(dict(instance.row))
+    log, late = _tested(sandbox, spec.eval_script, seconds)
+    if late:
+        return "tests_timeout", log
+    told = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
+    with tempfile.NamedTemporaryFile("w", suffix=".log") as file:
+        file.write(log)
+        file.flush()
+        report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+    return "resolved" if report["resolved"] else "tests_fail", log
+
+
+def _r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
+    log, late = _tested(sandbox, "bash /root/run_tests.sh\n", seconds)
+    if late:
+        return "tests_timeout", log
+    found, wanted = _statuses(_COLOUR.sub("", log)), json.loads(instance.row["expected_output_json"])
+    wanted = {_COLOUR.sub("", name).partition(" - ")[0]: status for name, status in wanted.items()}
+    return "resolved" if found and found == wanted else "tests_fail", log
+
+
+def _tested(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, bool]:
+    """The log of a test script, and whether it was stopped by the clock."""
+    try:
+        sandbox.put(SCRIPT, script.encode())
+    except OSError as error:
+        return str(error), False
+    ran: Ran = sandbox.run(f"bash {SCRIPT}", seconds)
+    return ran.text, ran.stopped == "time"
+
+
+def _statuses(log: str) -> dict[str, str]:
+    """Test -> status, read from pytest's short summary as R2E-Gym reads it."""
+    found = {}
+    for line in log.partition("short test summary info")[2].splitlines():
+        status = next((one for one in ("PASSED", "FAILED", "ERROR") if one in line), None)
+        if status:
+            found[".".join(line.split("::")[1:]).partition(" - ")[0]] = status
+    return found

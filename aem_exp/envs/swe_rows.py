@@ -1,0 +1,202 @@
+"""Rows of other people's data sets, as instances: what an agent is given, and what a patch of it is graded by.
+
+Read here: SWE-bench as of version 5 (its rows bring their image, their test script and the name of their log's parser), which
+is also what `swe_made` writes, and R2E-Gym (the image holds the hidden tests, the row what they must come to).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from aem_exp import disk
+from aem_exp.sandboxes import Image
+from aem_exp.values import ConfigError, Missing
+
+Format = Literal["swebench", "r2e"]
+SWEBENCH: Final = (
+    *("instance_id", "repo", "version", "base_commit", "problem_statement", "patch", "image"),
+    *("FAIL_TO_PASS", "PASS_TO_PASS", "eval_script", "log_parser", "eval_type"),
+)
+R2E: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
+CONDA: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-bench's images
+VENV: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
+SYSTEM: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The tests that a patch is graded by lie in R2E-Gym's images: an agent's sandbox has none of them.
+HIDE: Final = "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
+LONGEST: Final = 4_000_000  # characters of a row that is read
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A repository with something to repair.
+
+    Attributes:
+        lay: a script that makes of a fresh sandbox the agent's, with `given` on its stdin.
+        gold: the patch that solved it.
+        row: as it was read; what grading needs.
+    """
+
+    id: str
+    kind: str
+    statement: str
+    image: Image
+    lay: str
+    given: bytes
+    gold: str
+    format: Format
+    row: Mapping[str, Any]
+
+
+def instance(row: Mapping[str, Any], where: str) -> Instance:
+    """The instance of a row.
+
+    Raises:
+        ConfigError: it has not what it should; `where` says which row of what it is.
+    """
+    format: Format = "swebench" if "instance_id" in row else "r2e"
+    columns = SWEBENCH if format == "swebench" else R2E
+    if absent := [name for name in columns if not isinstance(row.get(name), str | list) or not row[name]]:
+        remedy = f"has no {', '.join(absent)}; rows must be SWE-bench's of version 5 or later, or R2E-Gym's"
+        raise ConfigError("env.make", where, remedy)
+    if sum(len(value) for value in row.values() if isinstance(value, str)) > LONGEST:
+        raise ConfigError("env.make", where, f"is longer than {LONGEST:,} characters")
+    return _swebench(row, where) if format == "swebench" else _r2e(row, where)
+
+
+def _swebench(row: Mapping[str, Any], where: str) -> Instance:
+    for name in ("FAIL_TO_PASS", "PASS_TO_PASS"):
+        _json(row[name], list, name, where)
+    return Instance(
+        id=row["instance_id"],
+        kind=row["repo"],
+        statement=row["problem_statement"],
+        image=Image(row["image"], env={"PATH": f"{CONDA}:{SYSTEM}"}),
+        lay="",
+        given=b"",
+        gold=row["patch"],
+        format="swebench",
+        row=row,
+    )
+
+
+def _r2e(row: Mapping[str, Any], where: str) -> Instance:
+    _json(row["expected_output_json"], dict, "expected_output_json", where)
+    head, mark, rest = row["problem_statement"].partition("[ISSUE]")
+    return Instance(
+        id=f"{row['repo_name']}-{row['commit_hash'][:12]}",
+        kind=row["repo_name"],
+        statement=(rest.partition("[/ISSUE]")[0] if mark else head).strip(),
+        image=Image(row["docker_image"], env={"PATH": f"{VENV}:{SYSTEM}"}),
+        lay=HIDE,
+        given=b"",
+        gold="",
+        format="r2e",
+        row=row,
+    )
+
+
+def _json(value: Any, kind: type, name: str, where: str) -> Any:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, kind):
+        raise ConfigError("env.make", where, f"its {name} is no JSON {'list' if kind is list else 'object'}")
+    return found
+
+
+class Rows(Sequence[Mapping[str, Any]]):
+    """The rows of a data set, on disk and not in memory.
+
+    Args:
+        source: hub id, or a file of `.jsonl` or `.parquet`.
+        split: of a hub data set.
+        revision: of a hub data set.
+        field: the setting that named it.
+    """
+
+    def __init__(self, source: str, split: str, revision: str | None, field: str):
+        self.source, self.field = source, field
+        columns = {*SWEBENCH, *R2E}
+        rows = _file(Path(source).expanduser(), field) if _is_file(source) else _hub(source, split, revision, field)
+        known = [name for name in rows.column_names if name in columns]
+        for format, needed in (("SWE-bench's", SWEBENCH), ("R2E-Gym's", R2E)):
+            if set(needed) <= set(known):
+                self._rows = rows.select_columns(list(needed))
+                break
+        else:
+            remedy = f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image, "
+            raise ConfigError(field, source, remedy + "eval_script and log_parser, or R2E-Gym's")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def ids(self) -> list[str]:
+        """What names each row: quick, as no other column is read."""
+        if "instance_id" in self._rows.column_names:
+            return list(self._rows["instance_id"])
+        pairs = zip(self._rows["repo_name"], self._rows["commit_hash"], strict=True)
+        return [f"{repo}-{commit[:12]}" for repo, commit in pairs]
+
+    def images(self, indices: Sequence[int]) -> list[str]:
+        name = "image" if "image" in self._rows.column_names else "docker_image"
+        names = self._rows[name]
+        return [names[index] for index in indices]
+
+
+def digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(row), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith((".jsonl", ".json", ".parquet")) or Path(source).expanduser().exists()
+
+
+def _file(path: Path, field: str) -> Any:
+    import datasets
+
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+    if kind is None or not path.is_file():
+        raise Missing(field, str(path), "there is no such file of .jsonl or .parquet")
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # datasets', and those of the readers below it
+        why = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ConfigError(field, str(path), f"cannot be read ({why})") from error
+
+
+def _kept(source: str, split: str, revision: str | None) -> Path:
+    """Where `fetch` puts the columns of a hub data set that are read: nodes ask the hub for nothing."""
+    name = "-".join([source.replace("/", "--"), split, *([revision[:12]] if revision else [])])
+    return disk.cache() / "rows" / name / "rows.parquet"
+
+
+def _hub(source: str, split: str, revision: str | None, field: str) -> Any:
+    if not (file := _kept(source, split, revision)).is_file():
+        remedy = f"its split {split} is not on this machine: python -m aem_exp.prepare, with the same words, fetches it"
+        raise Missing(field, source, remedy)
+    return _file(file, field)
+
+
+def fetch(source: str, split: str, revision: str | None, field: str, say: Callable[[str], None]) -> None:
+    """Bring a hub data set here; its files are checked and resumed by the hub's own library."""
+    import datasets
+
+    file = _kept(source, split, revision)
+    if _is_file(source) or file.is_file():
+        return
+    say(f"fetch   {source} ({split})")
+    try:
+        rows = datasets.load_dataset(source, split=split, revision=revision)
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise Missing(field, source, f"the hub does not give it ({why}); is there a network here?") from error
+    with disk.making(file.parent) as part:
+        if part is not None:
+            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH, *R2E}]).to_parquet(str(part / file.name))
