@@ -15,11 +15,11 @@ from torch import Tensor
 
 from aem_exp import diagnostics
 from aem_exp.advantages import Played
-from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, TURNS, Response, Row, Trajectory, rows
+from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Row, Trajectory, rows
 from aem_exp.values import Stop
 
 Estimator = Callable[[Played], Tensor]  # see `advantages`
-CUT = (CONTEXT, TURNS)  # endings that the world did not choose
+CUT = (CONTEXT, TURNS, STOPPED)  # endings that are no end by the rules
 
 
 @dataclass

@@ -13,7 +13,7 @@ from aem_exp import policy
 from aem_exp.config import Experiment, Model
 from aem_exp.envs import Task, Turn, World
 from aem_exp.render import Chat
-from aem_exp.rollout import CRASHED, OVER, TURNS, Episode, Response, Rollout, Trajectory
+from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory
 from aem_exp.sample import LocalSampler, Sample, Sampling, generator
 from aem_exp.stage import Reply, Serial, Stage
 from aem_exp.workers import stage_of
@@ -123,7 +123,7 @@ def _heard(trajectory: Trajectory, reply: Reply) -> Turn | None:
         said, turn = trajectory.responses[-1], reply.turn
         said.reward, said.valid, said.metrics = turn.reward, turn.valid, turn.metrics
     if reply.turn.done:
-        trajectory.ended = OVER
+        trajectory.ended = OVER if reply.turn.terminated else STOPPED
     return None if reply.turn.done else reply.turn
 
 

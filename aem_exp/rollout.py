@@ -17,7 +17,7 @@ from aem_exp.render import Chat
 from aem_exp.sample import Sample, Sampler, Session
 from aem_exp.stage import Reply, Stage
 
-CRASHED, CONTEXT, TURNS, OVER = "crashed", "context", "turns", "over"
+CRASHED, CONTEXT, TURNS, OVER, STOPPED = "crashed", "context", "turns", "over", "stopped"
 OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode
 
 
@@ -54,7 +54,8 @@ class Response:
 
 @dataclass
 class Trajectory:
-    """An episode as it was played. `ended`: over (by the world), turns, context, or crashed (with `error`).
+    """An episode as it was played. `ended`: over (by the rules), stopped (by the world, before that), turns, context, or
+    crashed (with `error`).
 
     `goal` is what it asked for, as the world said at its start.
     """
@@ -212,7 +213,7 @@ class _Game:
         self.goal = reply.goal
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
         if turn.done:
-            return self._end(OVER)
+            return self._end(OVER if turn.terminated else STOPPED)
         if len(self.trajectory.responses) >= self.rules.max_turns:
             return self._end(TURNS)
         if self.rules.history == "window":

@@ -82,8 +82,8 @@ def score(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
 
 
 def _habit(name: str, outcomes: Sequence[Outcome]) -> float:
-    """The mean of a number over all turns."""
-    turns = [(o.habits[name], len(o.valid)) for o in outcomes if name in o.habits]
+    """The mean of a number over all turns; over all episodes, where it speaks of how they ended."""
+    turns = [(o.habits[name], 1 if name.startswith("end_") else len(o.valid)) for o in outcomes if name in o.habits]
     return sum(value * count for value, count in turns) / sum(count for _, count in turns)
 
 

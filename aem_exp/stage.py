@@ -7,7 +7,7 @@ An environment that raises or talks nonsense fails in its own slot, and the othe
 import json
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -45,10 +45,11 @@ class Stage(Protocol):
 
 
 class Serial:
-    """Environments in this process, one after another. A slot's, `envs[slot]`, is made once and reused until it fails."""
+    """Environments in this process, one after another. A slot's, `envs[slot]`, is made once (by `make`; the world's `env`
+    where none is given) and reused until it fails."""
 
-    def __init__(self, world: World):
-        self._world = world
+    def __init__(self, world: World, make: Callable[[], TextEnv] | None = None):
+        self._make = make or world.env
         self.envs: dict[int, TextEnv] = {}
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
@@ -71,7 +72,7 @@ class Serial:
             else:
                 plain(asked)
                 if slot not in self.envs:
-                    self.envs[slot] = self._world.env()
+                    self.envs[slot] = self._make()
                 env = self.envs[slot]
                 turn, action = _checked("reset", env.reset(asked)), ""
             return Reply(turn, _text("goal", env.goal), action)

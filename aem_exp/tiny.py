@@ -191,7 +191,7 @@ def demonstrate(
     random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    stage = Serial(world)
+    stage = Serial(world, getattr(world, "rehearse", world.env))
     player = _ScriptedSampler(world, stage, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]

@@ -31,7 +31,8 @@ class Turn:
         valid: the response could be read as an action of this world.
         actions: the admissible actions, where the world lists them.
         metrics: numbers to log. `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one, both
-            of the episode, as its last turn says; all others are of the turn, and averaged over turns.
+            of the episode, as its last turn says; so are those whose names begin with `end_`, which only the last turn
+            has. All others are of the turn, and averaged over turns.
     """
 
     observation: str
@@ -73,7 +74,8 @@ class World(Protocol):
     of their own, though `launch.workers` be 0. It may have `prepare(say, **keywords of make)`, a class method that fetches what
     it needs; of small policies (see `tiny`), `words() -> Iterable[str]`, all that is said and understood here, and
     `expert(env, random: Random, noise: float, shyness: float) -> str`, the response of its scripted player; and
-    `oracle(env) -> str`, the response of a player who knows the answer.
+    `oracle(env) -> str`, the response of a player who knows the answer; and, where scoring is slow, `rehearse()`, an environment
+    for demonstrations, which need no reward.
     """
 
     fingerprint: str

@@ -106,14 +106,10 @@ class RepositoryEnv:
 
     def _lay(self) -> None:
         assert self._sandbox is not None
-        if self.instance.lay:
-            ran = self._sandbox.run(self.instance.lay, LAY, self.instance.given)
-            if ran.code:
-                raise Lost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
-        ran = self._sandbox.run(SNAPSHOT, LAY)
-        self._tree = ran.text.strip()
+        ran = self._sandbox.run(f"{self.instance.lay}\n{SNAPSHOT}", LAY, self.instance.given)
+        self._tree = (ran.text.strip().splitlines() or [""])[-1]
         if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
-            raise Lost(f"{self.instance.id}: {self._sandbox.workdir} is no git repository: {ran.text.strip()[-300:]}")
+            raise Lost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
 
     def _patch(self) -> bytes:
         """What was changed, new files included. Without a repository any more there is nothing."""
@@ -148,7 +144,9 @@ class Repositories:
         known = vars(Limits())
         for name, value in (limits or {}).items():
             if name not in known or value < 1:
-                raise ConfigError(f"env.make.limits.{name}", value, f"a whole number above 0; the limits are {', '.join(known)}")
+                raise ConfigError(
+                    f"env.make.limits.{name}", value, f"a whole number above 0; the limits are {', '.join(known)}"
+                )
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
             if number <= 0:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
@@ -180,7 +178,14 @@ class Repositories:
         return str(Call("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
 
     def _digest(self, *things: Any) -> str:
-        played = [vars(self.limits), self.turns, self.command_seconds, self.tests_seconds, self.episode_seconds, self.reward]
+        played = [
+            vars(self.limits),
+            self.turns,
+            self.command_seconds,
+            self.tests_seconds,
+            self.episode_seconds,
+            self.reward,
+        ]
         how = json.dumps([RULES, played, importlib.metadata.version("swebench"), *things], sort_keys=True, default=list)
         return hashlib.sha256(how.encode()).hexdigest()[:12]
 
@@ -250,7 +255,9 @@ class Made(Repositories):
             return swe_made.said(Call("file_editor", {"command": "view", "path": path}))
         wrong, right = found
         new = swe_made.no_better(wrong, random) if random.random() < shyness else right
-        return swe_made.said(Call("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new}))
+        return swe_made.said(
+            Call("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new})
+        )
 
     def _task(self, name: str) -> Task:
         return Task(name, kind=self._made(name).family)

@@ -107,7 +107,10 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         _f(
             "def count_words(text):\n    counts = {{}}\n    for word in text.lower().split():\n        {line}\n    return counts\n",
             "counts[word] = counts.get(word, 0) + 1",
-            {"constant": "counts[word] = counts.get(word, 1) + 1", "wrong name": "counts[text] = counts.get(word, 0) + 1"},
+            {
+                "constant": "counts[word] = counts.get(word, 1) + 1",
+                "wrong name": "counts[text] = counts.get(word, 0) + 1",
+            },
             ("count_words('a b a')", "{'a': 2, 'b': 1}"),
         ),
     ),
@@ -134,7 +137,10 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         _f(
             "def total(prices, shipping=4):\n    {line}\n",
             "return sum(prices) + shipping if prices else 0",
-            {"condition": "return sum(prices) + shipping", "operator": "return sum(prices) - shipping if prices else 0"},
+            {
+                "condition": "return sum(prices) + shipping",
+                "operator": "return sum(prices) - shipping if prices else 0",
+            },
             ("(total([]), total([2, 3]))", "(0, 9)"),
         ),
     ),
@@ -192,7 +198,10 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         _f(
             "def manhattan(a, b):\n    {line}\n",
             "return abs(a[0] - b[0]) + abs(a[1] - b[1])",
-            {"operator": "return abs(a[0] - b[0]) * abs(a[1] - b[1])", "index": "return abs(a[0] - b[0]) + abs(a[0] - b[1])"},
+            {
+                "operator": "return abs(a[0] - b[0]) * abs(a[1] - b[1])",
+                "index": "return abs(a[0] - b[0]) + abs(a[0] - b[1])",
+            },
             ("manhattan((1, 0), (3, 4))", "6"),
         ),
         _f(
@@ -207,7 +216,10 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         _f(
             "def transpose(rows):\n    {line}\n",
             "return [list(column) for column in zip(*rows)]",
-            {"missing call": "return [column for column in zip(*rows)]", "operator": "return [list(row) for row in rows]"},
+            {
+                "missing call": "return [column for column in zip(*rows)]",
+                "operator": "return [list(row) for row in rows]",
+            },
             ("transpose([[1, 2], [3, 4]])", "[[1, 3], [2, 4]]"),
         ),
     ),
@@ -266,8 +278,12 @@ def make(name: str, modules: int, functions: int) -> Made:
     fixed = files[path].replace(bug.line, function.right)
     call, value = function.cases[0]
     names = {one: [f"{test}::test_{one.name}_{i}" for i in range(len(one.cases))] for one in mine}
-    visible = [f"tests/test_{one}.py::test_{f.name}_{i}" for one in others for f in chosen[one] for i in range(len(f.cases))]
-    broken = [name for name, (c, v) in zip(names[function], function.cases, strict=True) if _value(function, bug.line, c) != v]
+    visible = [
+        f"tests/test_{one}.py::test_{f.name}_{i}" for one in others for f in chosen[one] for i in range(len(f.cases))
+    ]
+    broken = [
+        name for name, (c, v) in zip(names[function], function.cases, strict=True) if _value(function, bug.line, c) != v
+    ]
     passing = [name for cases in names.values() for name in cases if name not in broken]
     issue = random.choice(ISSUES).format(
         module=module, name=function.name, path=path, call=call, value=value, got=_value(function, bug.line, call)
@@ -284,10 +300,12 @@ def make(name: str, modules: int, functions: int) -> Made:
         "test_patch": test_patch,
         "FAIL_TO_PASS": json.dumps(broken),
         "PASS_TO_PASS": json.dumps([*passing, *visible]),
-        "image": "",
+        "image": "host",  # the machine's own system
         "log_parser": "parse_log_pytest",
         "eval_type": "pass_and_fail",
-        "eval_script": _script(commit, test, test_patch, sorted({name.partition("::")[0] for name in [*names[function], *visible]})),
+        "eval_script": _script(
+            commit, test, test_patch, sorted({name.partition("::")[0] for name in [*names[function], *visible]})
+        ),
     }
     return Made(row, stream, path, bug.line, function.right)
 
@@ -309,9 +327,7 @@ def _value(function: Function, line: str, call: str) -> str:
         return f"{type(error).__name__}"
 
 
-def _files(
-    package: str, chosen: Mapping[str, Sequence[Function]], bugged: tuple[Function, Bug]
-) -> dict[str, str]:
+def _files(package: str, chosen: Mapping[str, Sequence[Function]], bugged: tuple[Function, Bug]) -> dict[str, str]:
     files = {
         ".gitignore": IGNORED,
         "README.md": f"# {package}\n\nSmall helpers: {', '.join(chosen)}.\n",
@@ -363,9 +379,13 @@ def _history(files: Mapping[str, str], package: str) -> tuple[bytes, str]:
     stream, parent = b"", ""
     for number, (told, said) in enumerate(((first, f"{package} 0.1"), (files, "tests, and what has changed"))):
         who = f"Robin <robin@example.org> {WHEN + 86_400 * number} +0000"
-        head = "".join([f"tree {_tree(told)}\n", f"parent {parent}\n" if parent else "", f"author {who}\ncommitter {who}\n"])
+        head = "".join(
+            [f"tree {_tree(told)}\n", f"parent {parent}\n" if parent else "", f"author {who}\ncommitter {who}\n"]
+        )
         parent = _id("commit", f"{head}\n{said}".encode())
-        changes = b"".join(b"M 100644 inline %s\n%s" % (name.encode(), _data(text)) for name, text in sorted(told.items()))
+        changes = b"".join(
+            b"M 100644 inline %s\n%s" % (name.encode(), _data(text)) for name, text in sorted(told.items())
+        )
         stream += f"commit refs/heads/main\nauthor {who}\ncommitter {who}\n".encode() + _data(said) + changes
     return stream + b"done\n", parent
 
@@ -412,7 +432,11 @@ def words() -> list[str]:
     texts += [text for functions in MODULES.values() for f in functions for case in f.cases for text in case]
     texts += [_value(f, bug.line, f.cases[0][0]) for _, f, bug in _bugs()]
     said_too = "two levels deep CHANGES md README gitignore tests test is changed ERROR Helpers for Small helpers init"
-    loose = [word for text in (*texts, *ISSUES, said_too, *MODULES, *PACKAGES) for word in re.findall(r"[^\W\d_]+|\d+|[^\w\s]", text)]
+    loose = [
+        word
+        for text in (*texts, *ISSUES, said_too, *MODULES, *PACKAGES)
+        for word in re.findall(r"[^\W\d_]+|\d+|[^\w\s]", text)
+    ]
     return [*tags, *dict.fromkeys(lines), *paths, *loose, *(str(n) for n in range(200))]
 
 
@@ -439,7 +463,9 @@ def recognised(text: str) -> tuple[str, str] | None:
 
 def no_better(wrong: str, random: Random) -> str:
     """Another wrong line for the same place."""
-    return random.choice([bug.line for _, f, one in _bugs() if one.line == wrong for bug in f.bugs if bug.line != wrong])
+    return random.choice(
+        [bug.line for _, f, one in _bugs() if one.line == wrong for bug in f.bugs if bug.line != wrong]
+    )
 
 
 def anywhere(random: Random) -> str:

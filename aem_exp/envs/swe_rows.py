@@ -25,7 +25,9 @@ CONDA: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-
 VENV: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
 SYSTEM: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The tests that a patch is graded by lie in R2E-Gym's images: an agent's sandbox has none of them.
-HIDE: Final = "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
+HIDE: Final = (
+    "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
+)
 LONGEST: Final = 4_000_000  # characters of a row that is read
 
 
@@ -58,7 +60,7 @@ def instance(row: Mapping[str, Any], where: str) -> Instance:
     """
     format: Format = "swebench" if "instance_id" in row else "r2e"
     columns = SWEBENCH if format == "swebench" else R2E
-    if absent := [name for name in columns if not isinstance(row.get(name), str | list) or not row[name]]:
+    if absent := [name for name in columns if not isinstance(row.get(name), str | list) or row[name] == ""]:
         remedy = f"has no {', '.join(absent)}; rows must be SWE-bench's of version 5 or later, or R2E-Gym's"
         raise ConfigError("env.make", where, remedy)
     if sum(len(value) for value in row.values() if isinstance(value, str)) > LONGEST:
@@ -128,7 +130,9 @@ class Rows(Sequence[Mapping[str, Any]]):
                 self._rows = rows.select_columns(list(needed))
                 break
         else:
-            remedy = f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image, "
+            remedy = (
+                f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image, "
+            )
             raise ConfigError(field, source, remedy + "eval_script and log_parser, or R2E-Gym's")
 
     def __len__(self) -> int:
@@ -199,4 +203,6 @@ def fetch(source: str, split: str, revision: str | None, field: str, say: Callab
         raise Missing(field, source, f"the hub does not give it ({why}); is there a network here?") from error
     with disk.making(file.parent) as part:
         if part is not None:
-            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH, *R2E}]).to_parquet(str(part / file.name))
+            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH, *R2E}]).to_parquet(
+                str(part / file.name)
+            )

@@ -89,7 +89,9 @@ def read(response: str) -> Call:
         given[name] = _unwrapped(value)
         end = part.end()
     if body[end:].strip():
-        raise Mistake(f"{tool}: {_clip(body[end:].strip(), 60)!r} is no parameter, or one that does not end with </parameter>")
+        raise Mistake(
+            f"{tool}: {_clip(body[end:].strip(), 60)!r} is no parameter, or one that does not end with </parameter>"
+        )
     if absent := [name for name, required in TOOLS[tool].items() if required and name not in given]:
         raise Mistake(f"{tool} needs {' and '.join(absent)}")
     if tool == "file_editor":
@@ -133,7 +135,9 @@ class Tools:
     seconds: float
 
     def __post_init__(self) -> None:
-        self._before: dict[str, list[bytes | None]] = {}  # what each file was before each edit; None where there was none
+        self._before: dict[
+            str, list[bytes | None]
+        ] = {}  # what each file was before each edit; None where there was none
 
     def use(self, call: Call, left: float) -> str:
         """Carry it out, within the `left` seconds of the episode; what the agent reads. `finish` does nothing."""

@@ -70,6 +70,7 @@ class Sandbox(ABC):
 
     limits: Limits
     workdir: str = "/testbed"
+    outer: Mapping[str, str] | None = None  # variables of the programs that lead inside, which see them; None: our own
 
     def __enter__(self) -> "Sandbox":
         self.start()
@@ -92,10 +93,8 @@ class Sandbox(ABC):
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
         """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`."""
-        limits = self.limits
-        return execute(
-            self.command(script), timeout, given, most=limits.output_mb << 20, memory=limits.memory_mb << 20
-        )
+        most, memory = self.limits.output_mb << 20, self.limits.memory_mb << 20
+        return execute(self.command(script), timeout, given, most=most, memory=memory, env=self.outer)
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file, as a command inside would: no link leads outside. Raises OSError."""
@@ -126,4 +125,3 @@ class Backend(Protocol):
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
         """A sandbox, not started."""
-

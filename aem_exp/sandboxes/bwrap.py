@@ -23,14 +23,20 @@ from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
 NEEDED: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
-NAMESPACES: Final = "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+NAMESPACES: Final = (
+    "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+)
 PROBE: Final = 20.0  # seconds
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
 ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME: Final = "/home/agent"
-WRITABLE: Final = (HOME, "/tmp", "/var/tmp")  # beside the working directory; of the machine's own system nothing else is
+WRITABLE: Final = (
+    HOME,
+    "/tmp",
+    "/var/tmp",
+)  # beside the working directory; of the machine's own system nothing else is
 
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
 OUTER: Final = """set -e
@@ -105,7 +111,9 @@ class Bwrap:
         if image.name == HOST:
             return _Bwrapped(image, limits, None)
         folder = self._folder(image.name)
-        env = dict(word.split("=", 1) for word in json.loads((folder / "config.json").read_text())["config"].get("Env") or ())
+        env = dict(
+            word.split("=", 1) for word in json.loads((folder / "config.json").read_text())["config"].get("Env") or ()
+        )
         return _Bwrapped(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
     def _home(self) -> Path:
@@ -144,6 +152,7 @@ class _Bwrapped(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._at = ""
+        self.outer = {"PATH": _path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
     def start(self) -> None:
         self._at = _mount_point()
@@ -159,7 +168,7 @@ class _Bwrapped(Sandbox):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"PATH": _path()},
+            env=self.outer,
         )
         assert holder.stdout is not None
         if (said := holder.stdout.readline()) != b"ready\n":

@@ -12,7 +12,9 @@ from aem_exp.sandboxes.process import KILLED, Ran, execute
 
 ASK: Final = 20.0  # seconds for the daemon to answer
 GRACE: Final = 10.0  # seconds that a command may need to begin and to end
-WAIT: Final = "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
+WAIT: Final = (
+    "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
+)
 ENDED: Final = 137  # what `timeout -s KILL` exits with
 # Whatever a command leaves behind is killed: a signal to -1 reaches all but process 1 and this shell.
 SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $code'
@@ -61,13 +63,24 @@ class _Container(Sandbox):
             *(self._program, "run", "--rm", "--interactive", "--name", self.name, "--network", "none"),
             *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", str(limits.processes)),
             *("--memory", f"{limits.memory_mb}m", "--memory-swap", f"{limits.memory_mb}m"),
-            *("--ulimit", f"cpu={limits.cpu_seconds}", "--ulimit", f"fsize={limits.disk_mb << 20}", "--ulimit", "core=0"),
+            *(
+                "--ulimit",
+                f"cpu={limits.cpu_seconds}",
+                "--ulimit",
+                f"fsize={limits.disk_mb << 20}",
+                "--ulimit",
+                "core=0",
+            ),
             *(*env, "--pull", "never", "--entrypoint", "bash", self._image.name, "-c", WAIT),
         ]
 
     def start(self) -> None:
         self._held = subprocess.Popen(
-            self.create(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            self.create(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         assert self._held.stdout is not None
         if (said := self._held.stdout.readline()) != b"ready\n":

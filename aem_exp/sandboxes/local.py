@@ -18,7 +18,9 @@ class Local:
     def missing(self) -> str | None:
         if self.allow_unsafe:
             return None
-        return "protects nothing, commands of the policy run as you: say allow_unsafe=true if you mean it, or take bwrap"
+        return (
+            "protects nothing, commands of the policy run as you: say allow_unsafe=true if you mean it, or take bwrap"
+        )
 
     def lacks(self, image: str) -> str | None:
         return None if image == HOST else f"image {image} cannot be opened without a container: take bwrap or apptainer"

@@ -1,0 +1,119 @@
+"""SWE-bench-Verified, trained on R2E-Gym: other people's repositories, in images that `prepare` brings here.
+
+Decided here: which rows are train, dev and test. Everything else is `swe`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, Final
+
+from aem_exp.envs import Draws, Task, swe_rows
+from aem_exp.envs.swe import Repositories
+from aem_exp.envs.swe_rows import Instance, Rows, instance
+from aem_exp.sandboxes import Backend
+from aem_exp.values import ConfigError, Missing
+
+TRAIN: Final = "R2E-Gym/R2E-Gym-Subset"
+TEST: Final = "SWE-bench/SWE-bench_Verified"
+DEV: Final = 100
+
+
+class SWEBench(Repositories):
+    """Rows of two data sets. Panels: `test`, all of one; `dev`, rows held out of the other by the hash of their names.
+
+    Args:
+        train, test: hub ids, or files of .jsonl or .parquet, in SWE-bench's (version 5) or R2E-Gym's format.
+        train_revision, test_revision: commits of hub data sets.
+        dev: rows held out of train.
+        sizes: only so many tasks of a split, chosen by the same hash; for a machine that cannot hold all images.
+    """
+
+    def __init__(
+        self,
+        sandbox: Backend,
+        train: str = TRAIN,
+        test: str = TEST,
+        train_revision: str | None = None,
+        test_revision: str | None = None,
+        dev: int = DEV,
+        sizes: dict[str, int] | None = None,
+        limits: dict[str, int] | None = None,
+        turns: int = 50,
+        command_seconds: float = 90.0,
+        tests_seconds: float = 300.0,
+        episode_seconds: float = 5400.0,
+        reward: float = 1.0,
+    ):
+        super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
+        self._rows, self._chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
+        for split, indices in self._chosen.items():
+            (first,) = self._rows[split].images(indices[:1])
+            if why := sandbox.lacks(first):
+                raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        names = {split: [self._rows[split].ids()[i] for i in indices] for split, indices in self._chosen.items()}
+        self.fingerprint = f"swebench-{self._digest(names, train_revision, test_revision)}"
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in self.splits:
+            raise ConfigError("split", split, choices=self.splits)
+        return Draws(len(self._chosen[split]), lambda index: self._task(split, self._chosen[split][index]))
+
+    def instance(self, task: Task) -> Instance:
+        split, row = task.payload["split"], task.payload["row"]
+        found = instance(self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        return replace(found, id=task.id)
+
+    @classmethod
+    def prepare(
+        cls,
+        say: Callable[[str], None],
+        sandbox: Backend,
+        train: str = TRAIN,
+        test: str = TEST,
+        train_revision: str | None = None,
+        test_revision: str | None = None,
+        dev: int = DEV,
+        sizes: dict[str, int] | None = None,
+        **_: Any,
+    ) -> None:
+        """Fetch rows, then the images of all tasks that there are; asked again, go on."""
+        if why := sandbox.missing():
+            raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        swe_rows.fetch(train, "train", train_revision, "env.make.train", say)
+        swe_rows.fetch(test, "test", test_revision, "env.make.test", say)
+        rows, chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
+        images = dict.fromkeys(name for split, indices in chosen.items() for name in rows[split].images(indices))
+        missing = [image for image in images if sandbox.lacks(image)]
+        say(
+            f"images  {len(images)} of {sum(map(len, chosen.values()))} tasks, {len(images) - len(missing)} of them here"
+        )
+        sandbox.prepare(missing, say)
+
+    def _task(self, split: str, row: int) -> Task:
+        found = instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        return Task(found.id, kind=found.kind, payload={"split": split, "row": row, "sha256": swe_rows.digest(data)})
+
+
+def _chosen(
+    train: str,
+    test: str,
+    train_revision: str | None,
+    test_revision: str | None,
+    dev: int,
+    sizes: Mapping[str, int] | None,
+) -> tuple[dict[str, Rows], dict[str, list[int]]]:
+    """The data set of each split, and which of its rows are tasks; `dev` comes out of train."""
+    training = Rows(train, "train", train_revision, "env.make.train")
+    final = Rows(test, "test", test_revision, "env.make.test")
+    order = sorted(range(len(training)), key=lambda row, ids=training.ids(): sha256(ids[row].encode()).digest())
+    if not 1 <= dev < len(order):
+        raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
+    tests = sorted(range(len(final)), key=lambda row, ids=final.ids(): sha256(ids[row].encode()).digest())
+    chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}
+    for split, size in (sizes or {}).items():
+        if split not in chosen or not 1 <= size <= len(chosen[split]):
+            most = {name: len(rows) for name, rows in chosen.items()}
+            raise ConfigError(f"env.make.sizes.{split}", size, f"of {most}, some")
+        chosen[split] = chosen[split][:size]
+    return {"train": training, "dev": training, "test": final}, {split: sorted(rows) for split, rows in chosen.items()}
