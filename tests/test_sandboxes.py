@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+import images
 import pytest
 from doors import lacking, until
 
@@ -25,37 +26,6 @@ from aem_exp.values import Missing
 
 pytestmark = pytest.mark.machine
 LIMITS = Limits(processes=40, memory_mb=200, disk_mb=40, output_mb=1, cpu_seconds=20)
-TOOLS = "bash sh cat mkdir dirname rm ls ln sleep head yes id touch dd seq env test chmod mv stat timeout setsid tr".split()
-NEEDED = "bwrap unshare nsenter prlimit setpriv".split()
-
-
-def image(folder):
-    """A small image in OCI layout: bash, some tools, and the libraries that they load."""
-    layout = folder / "oci-layout"
-    root = folder / "root"
-    for name in TOOLS:
-        program = Path(shutil.which(name)).resolve()
-        _copy(program, root / "bin" / name)
-        for word in subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout.split():
-            if word.startswith("/"):
-                _copy(Path(word).resolve(), root / word.lstrip("/"))
-    for name in ("testbed", "tmp", "root", "etc"):
-        (root / name).mkdir(parents=True)
-    (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
-    for words in (
-        ["init", "--layout", layout],
-        ["new", "--image", f"{layout}:t"],
-        ["insert", "--rootless", "--image", f"{layout}:t", root, "/"],
-        ["config", "--image", f"{layout}:t", "--config.env", "FROM_IMAGE=yes"],
-    ):
-        subprocess.run(["umoci", *map(str, words)], check=True, capture_output=True)
-    return f"oci:{layout}:t"
-
-
-def _copy(source, target):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        shutil.copy2(source, target)
 
 
 @cache
@@ -66,11 +36,10 @@ def why_no_bwrap():
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory):
     """A backend and the name of an image that it has unpacked."""
-    if absent := [name for name in ("skopeo", "umoci", *NEEDED) if not shutil.which(name)]:
-        lacking(f"{', '.join(absent)} not found: apt install bubblewrap skopeo umoci")
+    images.needs_skopeo()
     folder = tmp_path_factory.mktemp("images")
-    folder.chmod(0o755)
-    backend, name = Bwrap(str(folder / "unpacked")), image(folder)
+    images.tree(folder / "root")
+    backend, name = Bwrap(str(folder / "unpacked")), images.oci(folder, folder / "root")
     for parent in (folder, *folder.parents[:3]):  # whom root becomes must get through
         parent.chmod(parent.stat().st_mode | 0o011) if parent.owner() == folder.owner() and parent != Path(
             "/"

@@ -49,7 +49,6 @@ EDITS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> what
 }
 _CALL: Final = re.compile(r"<function\s*=\s*([\w.-]*)\s*>(.*?)(?:</function\s*>|\Z)", re.DOTALL)
 _PARAMETER: Final = re.compile(r"\s*<parameter\s*=\s*([\w.-]*)\s*>(.*?)</parameter\s*>", re.DOTALL)
-_THOUGHT: Final = re.compile(r".*</think\s*>", re.DOTALL)
 
 
 class Call(NamedTuple):
@@ -59,7 +58,8 @@ class Call(NamedTuple):
     given: dict[str, str]
 
     def __str__(self) -> str:
-        told = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in self.given.items())
+        given = {name: f"\n{value}\n" if value != value.strip("\n") else value for name, value in self.given.items()}
+        told = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in given.items())
         return f"<function={self.tool}>\n{told}</function>"
 
 
@@ -69,7 +69,7 @@ class Mistake(ValueError):
 
 def read(response: str) -> Call:
     """The call that a response makes. Raises Mistake."""
-    spoken = _THOUGHT.sub("", response)
+    spoken = response.rpartition("</think>")[2]
     if "<think>" in spoken:
         raise Mistake("your thinking did not end with </think>, so there is no call")
     found = _CALL.search(spoken)

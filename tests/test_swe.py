@@ -1,0 +1,383 @@
+"""Repositories to repair: made here, read from other people's rows, played in sandboxes, graded in fresh ones."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from random import Random
+
+import images
+import pytest
+from doors import lacking
+
+from aem_exp.config import instantiate, load
+from aem_exp.envs import swe_grading, swe_made, swe_rows
+from aem_exp.envs.swe import Made, host
+from aem_exp.envs.swe_tools import Call
+from aem_exp.envs.swebench import SWEBench
+from aem_exp.sandboxes import Limits, Lost
+from aem_exp.sandboxes.bwrap import Bwrap
+from aem_exp.stage import Serial
+from aem_exp.values import ConfigError, Missing
+
+pytestmark = pytest.mark.machine
+LIMITS = {"memory_mb": 400, "disk_mb": 64, "processes": 64, "output_mb": 1, "cpu_seconds": 60}
+FINISH = str(Call("finish", {}))
+
+
+def bash(command):
+    return str(Call("execute_bash", {"command": command}))
+
+
+@pytest.fixture(scope="module")
+def world():
+    if why := Bwrap().missing():
+        lacking(why)
+    return Made(Bwrap(), limits=LIMITS, modules=2, functions=2, turns=4, command_seconds=5, tests_seconds=20)
+
+
+@pytest.fixture
+def env(world):
+    made = world.env()
+    yield made
+    made.close()
+
+
+# What is made.
+
+
+def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
+    for module, function, bug in swe_made._bugs():
+        for number, (call, value) in enumerate(function.cases):
+            assert eval(swe_made._value(function, function.right, call), {"date": date}) == eval(value), (module, call)
+            if number == 0:
+                assert swe_made._value(function, bug.line, call) != value, (module, bug.line)
+        assert function.code.format(line=bug.line).count(bug.line) == 1
+    lines = Counter(
+        line for _, f, bug in swe_made._bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else []))
+    )
+    assert set(lines.values()) == {1}  # a line is wrong in one way, and repaired in one
+    assert len(swe_made.families()) >= 6
+
+
+def test_all_follows_from_the_name_and_splits_share_nothing(world):
+    seen = {}
+    for split in world.splits:
+        for task in world.tasks(split)[:150]:
+            made = swe_made.make(task.id, 2, 2)
+            swe_made.make.cache_clear()
+            assert swe_made.make(task.id, 2, 2) == made
+            seen.setdefault(split, set()).add(made.row["base_commit"])
+    assert not seen["train"] & (seen["dev"] | seen["test"]) and not seen["dev"] & seen["test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"modules": 9}, "modules"),
+        ({"functions": 0}, "functions"),
+        ({"sizes": {"exam": 3}}, "sizes.exam"),
+        ({"limits": {"memory": 3}}, "limits.memory"),
+        ({"limits": {"memory_mb": 0}}, "limits.memory_mb"),
+        ({"turns": 0}, "turns"),
+        ({"tests_seconds": 0}, "tests_seconds"),
+    ],
+)
+def test_knobs_that_make_no_world_are_refused(changes, field):
+    with pytest.raises(ConfigError, match=f"env.make.{field}"):
+        instantiate(load(["env=swe"]).env.make | changes)
+
+
+# Grading.
+
+
+def graded(world, task, patch, seconds=20.0):
+    with world.open(host()) as sandbox:
+        return swe_grading.grade(sandbox, world.instance(task), patch, seconds)[0]
+
+
+def test_gold_resolves_each_family_and_nothing_does_not(world):
+    tasks = {task.kind: task for task in world.tasks("train")[:200]}
+    assert set(tasks) == set(swe_made.families())
+    for task in tasks.values():
+        gold = world.instance(task).gold.encode()
+        assert graded(world, task, gold) == "resolved", task
+        assert graded(world, task, b"") == graded(world, task, b" \n") == "no_patch"
+
+
+CONFTEST = """diff --git a/conftest.py b/conftest.py
+new file mode 100644
+--- /dev/null
++++ b/conftest.py
+@@ -0,0 +1 @@
++{}
+"""
+LINK = """diff --git a/link b/link
+new file mode 120000
+--- /dev/null
++++ b/link
+@@ -0,0 +1 @@
++/etc/passwd
+\\ No newline at end of file
+"""
+
+
+def wrong(made):
+    return swe_made.diff(made.path, made.wrong + "\n", "pass\n")
+
+
+@pytest.mark.parametrize(
+    ("patch", "verdict"),
+    [
+        (lambda gold: gold.replace(b"\n", b"\r\n"), None),  # SWE-bench's last way, `patch`, takes it
+        (lambda gold: gold.replace(b"@@ -", b"@@ -9"), None),  # lines elsewhere: git may find them
+        (lambda gold: gold[:60], "not_applied"),
+        (lambda gold: bytes(range(256)) * 50, "not_applied"),
+        (lambda gold: b"GIT binary patch\nliteral 5\nzzzz\n", "not_applied"),
+        (lambda gold: gold.replace(b"a/", b"a/../../../etc/").replace(b"b/", b"b/../../../etc/"), "not_applied"),
+        (lambda gold: gold + LINK.encode(), "resolved"),  # a link of its own harms nobody
+        (lambda gold: b"x" * (5 << 20), "not_applied"),
+        (lambda gold: CONFTEST.format("print('x')").encode(), "tests_fail"),
+        (
+            lambda gold: CONFTEST.format("import os; print('PASSED tests/x.py::test_x'); os._exit(0)").encode(),
+            "tests_fail",
+        ),
+        (lambda gold: gold + CONFTEST.format("while True: pass").encode(), "tests_timeout"),
+        (lambda gold: gold + CONFTEST.format("while True: print('x' * 10000)").encode(), "tests_fail"),
+        (lambda gold: gold + CONFTEST.format("x = bytearray(10**10)").encode(), "tests_fail"),
+        (lambda gold: gold + CONFTEST.format("open('/tmp/big', 'wb').write(bytes(10**9))").encode(), "tests_fail"),
+    ],
+)
+def test_a_patch_that_is_not_right_is_a_verdict_and_no_crash(world, patch, verdict):
+    task = world.tasks("dev")[0]
+    found = graded(world, task, patch(world.instance(task).gold.encode()), 3.0)
+    assert found in swe_grading.VERDICTS and (verdict is None or found == verdict)
+
+
+def test_a_link_of_the_agents_leads_no_grader_outside(world, tmp_path):
+    """A patch makes a folder a link, then writes through it."""
+    task = world.tasks("dev")[0]
+    target = tmp_path / "target"
+    through = LINK.replace("/etc/passwd", str(tmp_path)) + CONFTEST.format("x = 1").replace(
+        "conftest.py", "link/target"
+    )
+    assert graded(world, task, through.encode()) in ("not_applied", "tests_fail")
+    assert not target.exists()
+
+
+# Episodes.
+
+
+def play(env, task, *responses):
+    turns = [env.reset(task)]
+    for response in responses:
+        assert not turns[-1].done
+        turns.append(env.step(response))
+    return turns
+
+
+def test_who_knows_wins_and_who_reads_does(world, env):
+    for number in range(2):
+        task = world.tasks("dev")[number]
+        turn = env.reset(task)
+        assert env.goal and "./tests" in turn.observation
+        while not turn.done:
+            turn = env.step(world.oracle(env) if number else world.expert(env, Random(0)))
+        assert (turn.reward, turn.metrics["won"], turn.metrics["end_resolved"]) == (1, 1, 1) and turn.terminated
+
+
+def test_what_lies_there_at_the_end_is_graded(world, env):
+    """Committed or not, new files too; and the last turn ends it, finished or not."""
+    task = world.tasks("dev")[1]
+    commit = bash(
+        f"git apply - <<'X'\n{world.instance(task).gold}X\ngit commit -qam done; echo x > new; git stash list"
+    )
+    last = play(env, task, bash("ls"), "no call", commit, bash("ls"))[-1]
+    assert not last.done and last.metrics["won"] == 1  # that it was the last one is not the world's to say
+    assert env.step(FINISH).terminated
+
+
+def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
+    task = world.tasks("dev")[0]
+    instance = world.instance(task)
+    (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
+    right = swe_made.make(task.id, 2, 2).right
+    look = f"grep -rF '{hidden}' / 2>/dev/null --exclude-dir=proc --exclude-dir=sys -l | head; git log --all -p | grep -F '{right}'"
+    turns = play(env, task, bash(f"grep -rlF -e '{hidden}' /testbed /tmp /home /etc 2>/dev/null; echo end"), bash(look))
+    assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
+
+
+def test_what_is_no_call_is_an_error_that_it_reads(env, world):
+    turn = play(env, world.tasks("dev")[0], "I think")[-1]
+    assert (
+        not turn.valid and turn.observation.startswith("ERROR: there is no call") and turn.metrics["format_valid"] == 0
+    )
+
+
+def test_a_repository_that_it_destroyed_is_no_patch(env, world):
+    last = play(env, world.tasks("dev")[0], bash("rm -rf .git"), FINISH)[-1]
+    assert last.metrics["end_no_patch"] == 1 and last.reward == 0
+
+
+def test_a_disk_that_it_filled_is_its_own_failure(env, world):
+    last = play(env, world.tasks("dev")[0], bash("head -c 200000000 /dev/zero > big"), bash("echo x > y"), FINISH)[-1]
+    assert last.metrics["won"] == 0 and last.terminated
+
+
+def test_when_the_time_is_up_it_is_stopped(world):
+    env = replace_seconds(world, episode_seconds=0.0).env()
+    last = play(env, world.tasks("dev")[0], bash("ls"))[-1]
+    env.close()
+    assert last.truncated and not last.terminated and last.metrics["won"] == 0
+
+
+def replace_seconds(world, **changes):
+    other = Made(Bwrap(), limits=LIMITS, modules=2, functions=2, turns=4)
+    vars(other).update(changes)
+    return other
+
+
+def test_a_sandbox_that_is_lost_costs_one_episode(world):
+    stage = Serial(world)
+    tasks = world.tasks("dev")
+    stage.reset({0: tasks[0], 1: tasks[1]})
+    stage.envs[0]._sandbox._holder.kill()
+    stage.envs[0]._sandbox._holder.wait()
+    replies = stage.step({0: FINISH, 1: FINISH})
+    assert "gone" in replies[0].error and replies[1].turn.terminated
+    assert stage.reset({0: tasks[2]})[0].turn is not None
+    stage.close()
+
+
+# Rows of others.
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, world):
+    """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
+    images.needs_skopeo()
+    folder = tmp_path_factory.mktemp("hub")
+    for parent in (folder, *folder.parents[:3]):
+        if parent != folder.parents[-1]:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    made = swe_made.make("dev-1", 2, 2)
+    images.python(folder / "root")
+    testbed = folder / "root" / "testbed"
+    import subprocess
+
+    subprocess.run(["bash", "-c", swe_made.LAY], input=made.stream, cwd=testbed, check=True)
+    (testbed / ".git" / "info" / "exclude").write_text("run_tests.sh\nr2e_tests\n")
+    (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")
+    (folder / "root" / "r2e_tests").mkdir()
+    test = next(iter(json.loads(made.row["FAIL_TO_PASS"])))
+    file, _, name = test.partition("::")
+    hidden = made.row["test_patch"].split("@@")[-1]
+    lines = [line[1:] for line in hidden.splitlines() if line.startswith("+")]
+    head = (testbed / file).read_text().split("\n\n\n")[0] if (testbed / file).exists() else ""
+    (folder / "root" / "r2e_tests" / "test_1.py").write_text(f"{head}\n" + "\n".join(lines) + "\n")
+    image = images.oci(folder, folder / "root")
+    wanted = {name.replace("::", "."): "PASSED" for name in _names("\n".join(lines))}
+    r2e = [
+        {
+            "repo_name": "ledger",
+            "docker_image": image,
+            "commit_hash": f"{n}{0:039}",
+            "problem_statement": f"Repair it.\n[ISSUE]\n{made.row['problem_statement']}\n[/ISSUE]\nThanks",
+            "expected_output_json": json.dumps(wanted),
+        }
+        for n in range(5)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in r2e))
+    (folder / "test.jsonl").write_text(json.dumps({**made.row, "image": image}) + "\n")
+    return folder, made
+
+
+def _names(text):
+    return [line.split("(")[0].removeprefix("def ") for line in text.splitlines() if line.startswith("def ")]
+
+
+def bench(folder, **changes):
+    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    return SWEBench(Bwrap(str(folder / "unpacked")), **files, **({"dev": 2, "turns": 4, "limits": LIMITS} | changes))
+
+
+def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
+    folder, made = hub
+    with pytest.raises(Missing, match=r"is not unpacked .* run aem_exp.prepare"):
+        bench(folder)
+    said = []
+    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    SWEBench.prepare(said.append, Bwrap(str(folder / "unpacked")), **files, dev=2)
+    assert said[0] == "images  1 of 6 tasks, 0 of them here"
+    world = bench(folder)
+    assert [len(world.tasks(split)) for split in world.splits] == [3, 2, 1]
+    env = world.env()
+    gold = made.row["patch"]
+    for split in ("test", "train"):
+        task = world.tasks(split)[0]
+        turns = play(env, task, bash(f"ls / /root; echo $FROM_IMAGE; git apply - <<'X'\n{gold}X"), FINISH)
+        assert env.goal == made.row["problem_statement"].strip()
+        assert "yes" in turns[1].observation and turns[-1].metrics["end_resolved"] == 1, (split, turns[1])
+        if split == "train":
+            assert "r2e_tests" not in turns[0].observation + turns[1].observation
+        assert play(env, task, bash("echo '# nothing' >> README.md"), FINISH)[-1].metrics["end_tests_fail"] == 1
+        assert play(env, task, FINISH)[-1].metrics["end_no_patch"] == 1
+    env.close()
+
+
+def test_dev_is_held_out_by_hash_and_sizes_choose(hub):
+    folder, _ = hub
+    try:
+        world = bench(folder, sizes={"train": 1})
+    except Missing:
+        pytest.skip("another worker has the images")
+    ids = {split: [task.id for task in world.tasks(split)] for split in world.splits}
+    assert not set(ids["train"]) & set(ids["dev"]) and len(ids["train"]) == 1
+    assert bench(folder).fingerprint != world.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"instance_id": "a", "repo": "b"}],
+            "has the columns instance_id, repo; rows must be SWE-bench's of version 5",
+        ),
+        ("{not json\n", "cannot be read"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, rows, said):
+    file = tmp_path / "rows.jsonl"
+    if rows is not None:
+        file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=said):
+        swe_rows.Rows(str(file), "train", None, "env.make.train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_script": None}, "has no eval_script"),
+        ({"image": ""}, "has no image"),
+        ({"FAIL_TO_PASS": "{"}, "its FAIL_TO_PASS is no JSON list"),
+        ({"problem_statement": "x" * 5_000_000}, "longer than 4,000,000 characters"),
+    ],
+)
+def test_a_row_that_is_not_whole_is_one_sentence(changes, said):
+    row = {**swe_made.make("dev-1", 2, 2).row, **changes}
+    with pytest.raises(ConfigError, match=f"env.make=here: .*{said}"):
+        swe_rows.instance(row, "here")
+
+
+def test_rows_of_the_hub_that_are_not_here_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("AEM_CACHE", str(tmp_path))
+    with pytest.raises(Missing, match=r"env.make.train=some/rows: .* python -m aem_exp.prepare"):
+        swe_rows.Rows("some/rows", "train", None, "env.make.train")
+
+
+def test_a_lost_image_is_named(world):
+    instance = world.instance(world.tasks("dev")[0])
+    with pytest.raises(Lost, match="is not unpacked"):
+        world.open(replace(instance.image, name="no/such:1"))
+    assert Limits().memory_mb == 4096
