@@ -202,7 +202,7 @@ def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
     instance = world.instance(task)
     (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
     right = swe_made.make(task.id, 2, 2).right
-    look = f"grep -rF '{hidden}' / 2>/dev/null --exclude-dir=proc --exclude-dir=sys -l | head; git log --all -p | grep -F '{right}'"
+    look = f"git log --all -p | grep -F '{right}'; git fsck --lost-found | head; git stash list"
     turns = play(env, task, bash(f"grep -rlF -e '{hidden}' /testbed /tmp /home /etc 2>/dev/null; echo end"), bash(look))
     assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
 
@@ -270,7 +270,7 @@ def hub(tmp_path_factory, world):
     (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")
     (folder / "root" / "r2e_tests").mkdir()
     test = next(iter(json.loads(made.row["FAIL_TO_PASS"])))
-    file, _, name = test.partition("::")
+    file, _, _name = test.partition("::")
     hidden = made.row["test_patch"].split("@@")[-1]
     lines = [line[1:] for line in hidden.splitlines() if line.startswith("+")]
     head = (testbed / file).read_text().split("\n\n\n")[0] if (testbed / file).exists() else ""

@@ -1,5 +1,7 @@
 """The agent's tools: how a response is read as a call, and what each does to a repository."""
 
+import contextlib
+
 import pytest
 from doors import lacking
 from hypothesis import given
@@ -70,18 +72,14 @@ def test_no_response_breaks_it(text, tool):
         f"<function={tool}>{text}",
         f"<function={tool}><parameter=command>{text}</parameter>{text}</function>",
     ):
-        try:
+        with contextlib.suppress(Mistake):
             assert read(said).tool in TOOLS
-        except Mistake:
-            pass
 
 
 def test_a_long_response_is_read_quickly():
     for part in ("<function=execute_bash>", "<parameter=command>", "<think>", "</think>", "<", "</parameter>"):
-        try:
+        with contextlib.suppress(Mistake):
             read(part * (200_000 // len(part)))
-        except Mistake:
-            pass
 
 
 def test_output_is_cut_in_the_middle():

@@ -28,6 +28,7 @@ NAMES = sorted(path.stem for path in (conf_root() / "env").glob("*.yaml"))
 SMALL = {
     "alfworld": {"games": None},
     "webshop": {"nouns": "words"},
+    "swe": {"turns": 100},  # or nonsense would be graded, again and again
 }  # official layout, small sets made here: see `data`
 TURNS = 60  # more than any scripted player needs
 NONSENSE = (
@@ -96,10 +97,17 @@ def world(name):
 
 @pytest.fixture
 def ready(name):
+    if name == "swebench":
+        pytest.skip("its images are other people's; test_swe.py plays it on one that is made there")
     made = world(name)
     if isinstance(made, str):
         (pytest.skip if "later version" in made else lacking)(made)
     return made
+
+
+def some(made, tasks):
+    """How many tasks to play: fewer, where scoring an episode is slow."""
+    return max(2, tasks // 5) if hasattr(made, "rehearse") else tasks
 
 
 def moves(made, env, turn, random):
@@ -146,7 +154,7 @@ def test_two_instances_have_the_same_tasks(name, ready):
 def record(made):
     """The dev tasks and a few episodes, as a hash."""
     tasks = [*made.tasks("dev")]
-    played = [play(made, made.env(), task, wandering=0.3) for task in tasks[:8]]
+    played = [play(made, made.env(), task, wandering=0.3) for task in tasks[: some(made, 8)]]
     return [made.fingerprint, hashlib.sha256(repr([tasks, played]).encode()).hexdigest()]
 
 
@@ -180,7 +188,7 @@ def test_every_task_has_its_own_id(name, ready):
 @every_world
 def test_turns_are_what_the_contract_says(name, ready):
     env = ready.env()
-    for task in ready.tasks("dev")[:10]:
+    for task in ready.tasks("dev")[: some(ready, 10)]:
         turns = [turn for _, turn in play(ready, env, task, wandering=0.5)]
         assert isinstance(env.goal, str)
         assert env.goal.strip()
@@ -200,7 +208,7 @@ def test_the_same_actions_meet_the_same_turns(name, ready):
     """In another environment, and in one that has played something else: members of a group play the very same game."""
     tasks = ready.tasks("train")
     used = ready.env()
-    for task, before in zip(tasks[:5], tasks[5:10], strict=True):
+    for task, before in zip(tasks[: some(ready, 5)], tasks[5:10], strict=False):
         env = ready.env()
         played = play(ready, env, task, wandering=0.5)
         play(ready, used, before)
@@ -295,7 +303,7 @@ def test_who_knows_the_answer_wins(name, ready):
     if not hasattr(ready, "expert"):
         pytest.skip("no player who would get there")
     env = ready.env()
-    for task in ready.tasks(ready.splits[-1])[:20]:
+    for task in ready.tasks(ready.splits[-1])[: some(ready, 20)]:
         turns, random = [env.reset(task)], Random(task.id)
         while not turns[-1].done and len(turns) <= TURNS:
             answer = ready.oracle(env) if hasattr(ready, "oracle") else ready.expert(env, random)

@@ -64,7 +64,7 @@ class RepositoryEnv:
     def step(self, response: str) -> Turn:
         left = self._world.episode_seconds - (time.monotonic() - self._began)
         if self._over:
-            return Turn("", terminated=True, metrics={"won": 0.0})
+            return Turn("", terminated=True, valid=False, metrics={"won": 0.0})
         self.taken += 1
         try:
             call = swe_tools.read(response)

@@ -7,7 +7,6 @@ import json
 import re
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Final, Literal
 
 from aem_exp.envs.swe_rows import Instance

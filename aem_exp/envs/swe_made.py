@@ -105,7 +105,8 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             ("is_palindrome('Never odd or even')", "True"),
         ),
         _f(
-            "def count_words(text):\n    counts = {{}}\n    for word in text.lower().split():\n        {line}\n    return counts\n",
+            "def count_words(text):\n    counts = {{}}\n    for word in text.lower().split():\n        {line}\n"
+            "    return counts\n",
             "counts[word] = counts.get(word, 0) + 1",
             {
                 "constant": "counts[word] = counts.get(word, 1) + 1",
@@ -332,7 +333,7 @@ def _files(package: str, chosen: Mapping[str, Sequence[Function]], bugged: tuple
         ".gitignore": IGNORED,
         "README.md": f"# {package}\n\nSmall helpers: {', '.join(chosen)}.\n",
         "CHANGES.md": f"0.2: {', '.join(chosen)}\n0.1: first release\n",
-        f"{package}/__init__.py": f'"""Small helpers."""\n\n__version__ = "0.2"\n',
+        f"{package}/__init__.py": '"""Small helpers."""\n\n__version__ = "0.2"\n',
     }
     for module, functions in chosen.items():
         code = [f.code.format(line=bugged[1].line if f == bugged[0] else f.right) for f in functions]

@@ -125,7 +125,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         columns = {*SWEBENCH, *R2E}
         rows = _file(Path(source).expanduser(), field) if _is_file(source) else _hub(source, split, revision, field)
         known = [name for name in rows.column_names if name in columns]
-        for format, needed in (("SWE-bench's", SWEBENCH), ("R2E-Gym's", R2E)):
+        for _format, needed in (("SWE-bench's", SWEBENCH), ("R2E-Gym's", R2E)):
             if set(needed) <= set(known):
                 self._rows = rows.select_columns(list(needed))
                 break

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
 
-from aem_exp.sandboxes import Ran, Sandbox
+from aem_exp.sandboxes import Sandbox
 
 LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
 CHARACTERS: Final = 12_000  # of any output
@@ -168,7 +168,7 @@ class Tools:
         )
         ran = self.sandbox.run(script, LOOK)
         if ran.code:
-            return f"ERROR: {ran.stopped and 'the search took too long' or f'there is no {path}'}"
+            return f"ERROR: {(ran.stopped and 'the search took too long') or f'there is no {path}'}"
         found = ran.text.splitlines()
         if not found:
             return f"{term!r} does not occur in {path}"

@@ -106,10 +106,9 @@ def _chosen(
     """The data set of each split, and which of its rows are tasks; `dev` comes out of train."""
     training = Rows(train, "train", train_revision, "env.make.train")
     final = Rows(test, "test", test_revision, "env.make.test")
-    order = sorted(range(len(training)), key=lambda row, ids=training.ids(): sha256(ids[row].encode()).digest())
+    order, tests = _by_hash(training.ids()), _by_hash(final.ids())
     if not 1 <= dev < len(order):
         raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
-    tests = sorted(range(len(final)), key=lambda row, ids=final.ids(): sha256(ids[row].encode()).digest())
     chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}
     for split, size in (sizes or {}).items():
         if split not in chosen or not 1 <= size <= len(chosen[split]):
@@ -117,3 +116,8 @@ def _chosen(
             raise ConfigError(f"env.make.sizes.{split}", size, f"of {most}, some")
         chosen[split] = chosen[split][:size]
     return {"train": training, "dev": training, "test": final}, {split: sorted(rows) for split, rows in chosen.items()}
+
+
+def _by_hash(ids: Sequence[str]) -> list[int]:
+    """Rows in an order that depends on nothing but their names."""
+    return sorted(range(len(ids)), key=lambda row: sha256(ids[row].encode()).digest())

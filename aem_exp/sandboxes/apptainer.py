@@ -69,7 +69,12 @@ class _Contained(Sandbox):
     def __init__(self, program: str, file: Path, scratch: Path, image: Image, limits: Limits):
         self.limits, self._program, self._file, self._image, self._scratch = limits, program, file, image, scratch
         self.layer: Path | None = None
-        kept = ("PATH", "HOME", "TMPDIR", *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))))
+        kept = (
+            "PATH",
+            "HOME",
+            "TMPDIR",
+            *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))),
+        )
         self.outer = {name: os.environ[name] for name in kept if name in os.environ}  # no tokens
 
     def start(self) -> None:

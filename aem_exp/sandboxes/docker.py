@@ -103,7 +103,7 @@ class _Container(Sandbox):
             raise Lost("the container is gone")
         self._seconds = timeout
         ran = super().run(script, timeout + GRACE, given)
-        late = ran.stopped == "time" or ran.code == ENDED and ran.seconds >= timeout
+        late = ran.stopped == "time" or (ran.code == ENDED and ran.seconds >= timeout)
         return replace(ran, code=KILLED, stopped="time") if late else ran
 
 

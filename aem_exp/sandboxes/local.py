@@ -1,4 +1,4 @@
-"""No sandbox at all: commands run as you, in a folder that is thrown away. For looking at a world of your own, never for a model's."""
+"""No sandbox at all: commands run as you, in a folder that is thrown away. For a world of your own, never for a model's."""
 
 import shutil
 import tempfile

@@ -42,7 +42,8 @@ def execute(
     memory: int = 1 << 40,
     env: Mapping[str, str] | None = None,
 ) -> Ran:
-    """Run it with `given` as stdin for at most `timeout` seconds, `most` bytes of output and `memory` bytes of all its processes."""
+    """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
+    processes."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as stdin:
         stdin.write(given)
