@@ -1,4 +1,4 @@
-"""What a sandbox costs: per command, against swe-rex's local runtime (which contains nothing); 64 at once; an episode with grading.
+"""What a sandbox costs: a command, against swe-rex's local runtime (which contains nothing); 64 at once; an episode, graded.
 
 .venv/bin/pip install swe-rex
 .venv/bin/python tests/bench/sandbox.py
