@@ -83,6 +83,8 @@ class Evaluation:
     repeats: Size = 1
     temperature: Annotated[float, POSITIVE] = 1.0
     tasks: Count = 0  # 0: the full panel
+    max_turns: Count = 0  # of its episodes; 0: env.max_turns
+    context_tokens: Count = 0  # 0: env.context_tokens
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,13 @@ def from_dict(data: Mapping[str, Any]) -> Experiment:
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """What `experiment.json` holds."""
     return asdict(experiment)
+
+
+def examined(experiment: Experiment) -> Experiment:
+    """The same under the rules that its panels are played by, which may give an episode more room than training does."""
+    env, how = experiment.env, experiment.evaluation
+    turns, tokens = how.max_turns or env.max_turns, how.context_tokens or env.context_tokens
+    return replace(experiment, env=replace(env, max_turns=turns, context_tokens=tokens))
 
 
 def notes(experiment: Experiment) -> list[str]:

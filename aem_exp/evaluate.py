@@ -138,6 +138,7 @@ def _setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str,
             raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
     experiment, original = _of_run(asked) if is_run else (_of_model(asked), None)
     config.check_here(experiment)
+    experiment = config.examined(experiment)
     world = worlds.opened(experiment)
     if original and experiment.env.make == original.env.make:
         _check_same(world.fingerprint, _path(asked.target))

@@ -209,7 +209,8 @@ class Parts:
         panel = exam.panel(self.world, split, how.tasks)
         log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
         sampler = self._sampler(self.trainer, Sampling(how.temperature))
-        played = exam.play(panel, partial(self.trainer.share, sampler=sampler), how.repeats)
+        with self.rollout.under(config.examined(self.experiment).env):
+            played = exam.play(panel, partial(self.trainer.share, sampler=sampler), how.repeats)
         self.rollout.clock.read()  # not part of a step's time
         exam.heed(panel, played)
         if self.episodes and not recorded:

@@ -167,6 +167,15 @@ class Rollout:
             live = {slot: game for slot, game in live.items() if game.hear(replies[slot])}
         return [game.trajectory for game in games.values()]
 
+    @contextmanager
+    def under(self, rules: Env) -> Iterator[None]:
+        """Play by other rules for a while."""
+        usual, self.env = self.env, rules
+        try:
+            yield
+        finally:
+            self.env = usual
+
     def close(self) -> None:
         self.stage.close()
 

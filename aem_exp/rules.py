@@ -242,6 +242,10 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
+    needed = 2.0 * e.env.make.get("tests_seconds", 0.0)  # to apply a patch, and to test it
+    if launch.workers and launch.env_seconds < needed:
+        remedy = f"must be at least {needed:g}, twice env.make.tests_seconds: grading would be taken for hanging"
+        raise ConfigError("launch.env_seconds", launch.env_seconds, remedy)
     if launch.where == "local" and launch.nodes > 1:
         raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")
     if launch.where == "slurm" and not launch.hours:

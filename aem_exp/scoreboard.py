@@ -97,10 +97,12 @@ def show(title: str, results: Results, left_out: Mapping[str, str], facts: list[
 
 
 def _notes(results: Results) -> list[tuple[str, str]]:
-    """How the episodes of each player ended, and what crashed them."""
+    """How the episodes of each player ended, by what the world says of it too, and what crashed them."""
     ended = []
     for player, result in results.items():
         shares = [f"{how} {count / result['episodes']:.1%}" for how, count in result["endings"].items()]
+        told = {how.removeprefix("end_"): share for how, share in result["habits"].items() if how.startswith("end_")}
+        shares += [f"{how.replace('_', ' ')} {share:.1%}" for how, share in told.items() if share]
         ended.append(f"{player} {', '.join(shares)}")
     crashed = [("crashed", f"{player}: {r['errors'][0]}") for player, r in results.items() if r["errors"]]
     return [("ended", "; ".join(ended)), *crashed]

@@ -145,6 +145,8 @@ REFERENCES = {
         "trainer.beta": 0.0,
         "trainer.entropy_coef": 0.0,
         "evaluation.temperature": 1.0,
+        "evaluation.max_turns": 100,
+        "evaluation.context_tokens": 4096 + 65536,
     },
 }
 
@@ -170,6 +172,13 @@ def test_the_reference_itself_differs_in_split_and_panel_alone(name):
     for key, pair in DEPARTURES.items():
         assert (at(ours, key), at(theirs, key)) == pair
     assert theirs.evaluation.every == 5
+
+
+def test_panels_may_be_played_by_rules_of_their_own(default):
+    assert config.examined(default) == default
+    roomy = config.examined(load(["evaluation.max_turns=30", "evaluation.context_tokens=900"]))
+    assert (roomy.env.max_turns, roomy.env.context_tokens) == (30, 900)
+    assert config.signature(load(["evaluation.max_turns=30"])) != config.signature(default)
 
 
 def test_an_experiment_keeps_its_recipe_under_another_baseline():

@@ -188,3 +188,13 @@ def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, histo
     trainer.train()
     assert rows[0]["train/tokens_generated"] == rows[0]["train/tokens_trained"] > 0
     assert all(value == value for value in rows[0].values())
+
+
+def test_a_panel_may_be_played_by_other_rules(folder):
+    model, tokenizer = toy.policy(folder, "full")
+    chat = Chat(tokenizer)
+    rollout = Rollout(Serial(SOUND), toy.env("full"), chat)
+    sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN)
+    with rollout.under(toy.env("full", max_turns=1)):
+        assert {len(t.responses) for t in rollout.play(toy.draw(0), sampler)} == {1}
+    assert max(len(t.responses) for t in rollout.play(toy.draw(0), sampler)) > 1

@@ -8,7 +8,7 @@ from random import Random
 
 import images
 import pytest
-from doors import lacking
+from doors import inside, lacking, metrics
 
 from aem_exp.config import instantiate, load
 from aem_exp.envs import swe_grading, swe_made, swe_rows
@@ -247,6 +247,28 @@ def test_a_sandbox_that_is_lost_costs_one_episode(world):
     assert "gone" in replies[0].error and replies[1].turn.terminated
     assert stage.reset({0: tasks[2]})[0].turn is not None
     stage.close()
+
+
+def test_who_would_take_grading_for_hanging_is_told():
+    asked = ["env=swe", "env.make.tests_seconds=90"]
+    assert load(asked).launch.workers == 0
+    with pytest.raises(
+        ConfigError, match=r"launch.env_seconds=120.0: must be at least 180, twice env.make.tests_seconds"
+    ):
+        load([*asked, "launch.workers=2"])
+
+
+def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
+    small = ["model.make.episodes=64", "model.make.steps=30", "model.make.habit_steps=4", "model.make.shyness=0.5"]
+    small += ["trainer.steps=2", "trainer.tasks_per_step=2", "trainer.group_size=4", "trainer.oversample=1"]
+    small += ["evaluation.tasks=4", "evaluation.every=0", "tracking=off", "launch.save_every=1"]
+    folder = inside(cache, tmp_path, "+experiment=swe_tiny", *small)
+    result = json.loads((folder / "result.json").read_text())
+    verdicts = {name for name in result["after"]["habits"] if name.startswith("end_")}
+    assert verdicts <= {f"end_{name}" for name in swe_grading.VERDICTS} and result["fingerprint"].startswith("swe-")
+    assert result["crashed_in_training"] == 0 and len(metrics(folder)) == 3
+    text = (folder / "episodes.md").read_text()
+    assert "<function=" in text and "testbed" in text
 
 
 # Rows of others.
