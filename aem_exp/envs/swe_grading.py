@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Final, Literal
 
 from aem_exp.envs.swe_rows import Instance
-from aem_exp.sandboxes import Ran, Sandbox
+from aem_exp.sandboxes import Sandbox
 from aem_exp.values import Missing
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
@@ -58,12 +58,9 @@ def _applied(sandbox: Sandbox, patch: bytes) -> bool:
     """As SWE-bench does it: one command after the other, each on a clean tree."""
     from swebench.harness.run_evaluation import GIT_APPLY_CMDS
 
-    try:
-        sandbox.put(PATCH, patch)
-    except OSError:
-        return False
     ways = f" && exit 0; {UNDO}; ".join(f"{how} {PATCH}" for how in GIT_APPLY_CMDS)
-    return sandbox.run(f"{ways} && exit 0; git apply --check --reverse {PATCH}", APPLY).code == 0
+    script = f"cat > {PATCH} || exit 1; {ways} && exit 0; git apply --check --reverse {PATCH}"
+    return sandbox.run(script, APPLY, patch).code == 0
 
 
 def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
@@ -93,11 +90,7 @@ def _r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict,
 
 def _tested(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, bool]:
     """The log of a test script, and whether it was stopped by the clock."""
-    try:
-        sandbox.put(SCRIPT, script.encode())
-    except OSError as error:
-        return str(error), False
-    ran: Ran = sandbox.run(f"bash {SCRIPT}", seconds)
+    ran = sandbox.run(f"cat > {SCRIPT} && bash {SCRIPT} < /dev/null", seconds, script.encode())
     return ran.text, ran.stopped == "time"
 
 
