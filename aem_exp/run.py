@@ -29,6 +29,7 @@ from aem_exp import (
     progress,
     provenance,
     ranks,
+    servers,
     stores,
     views,
     worlds,
@@ -65,6 +66,8 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     progress.quiet()
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
+    if experiment.launch.servers:
+        servers.read(Path(experiment.launch.servers).expanduser())
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
@@ -96,7 +99,7 @@ def _play(
         try:
             result = playing.play() | {"resumed": start.changes}
         finally:
-            playing.rollout.close()
+            playing.close()
         if playing.episodes:
             for path in show.artifacts(folder):
                 tracker.artifact(path)
