@@ -92,10 +92,13 @@ class Parts:
 
     def close(self) -> None:
         """Leave environments and servers."""
+        from aem_exp.servers import leave
+
         self.rollout.close()
         if self.servers:
             self.servers.hang_up()
             if self.first:
+                leave(self.servers.folder)
                 self.alone.release()
 
     def play(self) -> dict[str, Any]:
@@ -173,10 +176,14 @@ class Parts:
     def _servers(self) -> Any:
         from filelock import FileLock, Timeout
 
-        from aem_exp.servers import Servers
+        from aem_exp import servers
 
         launch = self.experiment.launch
-        folder = Path(launch.servers).expanduser().absolute() if launch.servers else self.folder / "servers"
+        if launch.servers:
+            folder = Path(launch.servers).expanduser().absolute()
+        else:
+            folder = servers.of_job(self.folder)
+            ranks.shared(lambda: servers.gather(folder, launch.server_nodes, launch.server_seconds))
         if self.first:
             self.alone = FileLock(folder / "lock")
             try:
@@ -184,7 +191,7 @@ class Parts:
             except Timeout:
                 remedy = "another run uses these servers: each would play with the weights of the other"
                 raise ConfigError("launch.servers", str(folder), remedy) from None
-        return Servers(folder, launch.server_seconds)
+        return servers.Servers(folder, launch.server_seconds)
 
     def _sampler(self, trainer: Any, sampling: Any) -> Any:
         if self.servers:

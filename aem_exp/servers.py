@@ -13,25 +13,32 @@ A server that was started anew has the weights that it was started with. It is t
 import asyncio
 import ipaddress
 import json
+import os
 import random
+import secrets
+import shutil
+import socket
 import stat
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from aem_exp import disk
 from aem_exp.values import ConfigError, Stop
 
 if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
-URLS, KEY = "urls", "key"  # files of the folder
+URLS, KEY, WEIGHTS = "urls", "key", "weights"  # in the folder
+NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
 RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
 PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
 CONNECT: Final = 5.0  # seconds
@@ -227,6 +234,56 @@ def _sentence(error: Exception, seconds: float) -> str:
 
 
 # The folder.
+
+
+def of_job(run_dir: Path) -> Path:
+    """Where the servers of this start of a run's job are: another start has others, on other ports."""
+    job, start = os.environ.get("SLURM_JOB_ID", "here"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return run_dir / "servers" / f"{job}-{start}"
+
+
+def gather(folder: Path, count: int, seconds: float) -> None:
+    """Wait until so many servers of a job are well, and write down where they are.
+
+    Raises:
+        Stop: they are not, in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while len(found := sorted(folder.glob(f"{NODE}*"))) < count:
+        if time.monotonic() > end:
+            up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
+            raise Stop(f"{up}; what the others say is in the job's log", "node")
+        time.sleep(0.2)
+    disk.write(folder / URLS, "".join(file.read_text() for file in found))
+
+
+def made_key(folder: Path) -> str:
+    """The key of a job's servers; made by the first that asks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = folder / f".{KEY}.{socket.gethostname()}.{os.getpid()}"
+    mine.touch(0o600)
+    mine.write_text(secrets.token_urlsafe(32))
+    with suppress(FileExistsError):
+        os.link(mine, folder / KEY)
+    mine.unlink()
+    return (folder / KEY).read_text()
+
+
+def well(url: str) -> bool:
+    """Whether a server answers."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=CONNECT, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def leave(folder: Path) -> None:
+    """A run needs its servers no more: those of its job end, and the weights that they read are removed."""
+    shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
+    if any(folder.glob(f"{NODE}*")):
+        disk.write(folder / OVER, "")
 
 
 def read(folder: Path) -> tuple[list[str], str]:

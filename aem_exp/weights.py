@@ -16,9 +16,9 @@ from typing import Any
 
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.servers import Servers
+from aem_exp.servers import WEIGHTS, Servers
 
-FOLDER, FILE = "weights", "model.safetensors"
+FILE = "model.safetensors"
 
 
 class Policy(VLLMGeneration):
@@ -42,7 +42,7 @@ class Files:
             if first:
                 named[name] = weight.detach().to("cpu", copy=True).contiguous()
         folder = (
-            self.servers.folder / FOLDER / str(trainer.state.global_step)
+            self.servers.folder / WEIGHTS / str(trainer.state.global_step)
         )  # a new one: a server may map what it has read
         if first:
             _write(named, folder)

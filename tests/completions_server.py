@@ -7,7 +7,9 @@ answers one request after another. A test may make it slow, sick or wrong.
 
 import contextlib
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,7 +44,7 @@ class CompletionsServer:
         twist: changes an answer before it is sent.
     """
 
-    def __init__(self, policy, key="", port=0):
+    def __init__(self, policy, key="", port=0, host="127.0.0.1"):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(policy).eval()
@@ -50,8 +52,8 @@ class CompletionsServer:
         self.asked, self.reloads, self.fails = [], [], []
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
-        self._http = _Http(("127.0.0.1", port), _handler(self))
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._http = _Http((host, port), _handler(self))
+        self.url = f"http://{host}:{self._http.server_port}"
 
     @property
     def port(self):
@@ -132,6 +134,9 @@ def _handler(server):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self):
+            self._say(200 if self.path == "/health" else 404, {})
+
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path.startswith("/v1/") and server.key and self.headers["Authorization"] != f"Bearer {server.key}":
@@ -159,3 +164,8 @@ def _handler(server):
         def log_message(self, *_): ...
 
     return Handler
+
+
+if __name__ == "__main__":  # MODEL HOST PORT ..., as slurm/vllm_server.sh starts vLLM
+    with CompletionsServer(sys.argv[1], os.environ["VLLM_API_KEY"], int(sys.argv[3]), sys.argv[2]):
+        threading.Event().wait()
