@@ -152,7 +152,7 @@ def test_a_node_serves_and_another_trains(desk):
     server = f'exec {sys.executable} {HERE / "completions_server.py"} "$@"\n'
     (desk.folder / "site" / "vllm_server.sh").write_text(server)
     served = ["launch.sampler=served", "launch.server_nodes=1", "launch.server_seconds=90", "trainer.steps=3"]
-    folder, job = desk.submit(*served, "seed=7", AEM_SERVER_HOST="127.0.0.1", SLOW="0.05")
+    folder, job = desk.submit(*served, "seed=7", AEM_SERVER_HOST="127.0.0.1", SLOW="0.01")
     until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
     os.kill(attempts.read(folder)[0]["pid"], signal.SIGUSR2)
     until(lambda: begun(folder, 2), lambda: f"a second start: {log(folder)}")
