@@ -1,21 +1,26 @@
 """Servers that generate, over real HTTP: exact tokens, whatever becomes of a server, and episodes that wait for nobody."""
 
+import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError
 from dataclasses import asdict, replace
 
+import gloo_served
 import patient
 import pytest
+import torch
 import toy
 from completions_server import CompletionsServer
 from doors import SMALL, metrics
 from filelock import FileLock
 
-from aem_exp import config, policy, servers, worlds
+from aem_exp import config, policy, servers, weights, worlds
 from aem_exp.config import ConfigError
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
@@ -57,8 +62,8 @@ def place(where, *served, key=KEY):
 @pytest.fixture
 def served(folder, tmp_path):
     """One server, and a sampler that asks it."""
-    weights, chat = policy_of(folder)
-    with CompletionsServer(weights, KEY) as server:
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
         known = Servers(place(tmp_path / "servers", server), SECONDS)
         yield server, ServedSampler(known, chat.end_ids, Sampling()), chat
         known.hang_up()
@@ -181,10 +186,10 @@ def replace_servers(sampler, known):
 
 
 def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights(folder, tmp_path):
-    weights, chat = policy_of(folder)
+    saved, chat = policy_of(folder)
     other = folder / "policy-full-1"
     toy.policy(folder, "full", seed=1)
-    with CompletionsServer(weights, KEY) as first:
+    with CompletionsServer(saved, KEY) as first:
         sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
         before = ask(sampler, chat)
         sampler.servers.load(other)
@@ -195,31 +200,31 @@ def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights
     waiting.start()
     time.sleep(0.5)
     assert not said
-    with CompletionsServer(weights, KEY, port=first.port) as again:
+    with CompletionsServer(saved, KEY, port=first.port) as again:
         waiting.join(SECONDS)
         assert said == [newest] and again.reloads == [other.name]
         assert ask(sampler, chat) == newest and len(again.reloads) == 1
-    with CompletionsServer(weights, KEY) as moved:
+    with CompletionsServer(saved, KEY) as moved:
         (tmp_path / "s" / "urls").write_text(moved.url)
         assert ask(sampler, chat) == newest and moved.reloads == [other.name]
     sampler.servers.hang_up()
 
 
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
-    weights, chat = policy_of(folder)
-    with CompletionsServer(weights, KEY) as server:
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
         sampler = ServedSampler(Servers(place(tmp_path / "s", server), SECONDS), chat.end_ids, Sampling())
         sampler.servers.told(None)
         ask(sampler, chat)
-    threading.Timer(0.4, lambda: CompletionsServer(weights, KEY, port=server.port).__enter__()).start()
+    threading.Timer(0.4, lambda: CompletionsServer(saved, KEY, port=server.port).__enter__()).start()
     with pytest.raises(Stop, match="was started anew and has lost the weights"):
         ask(sampler, chat)
     sampler.servers.hang_up()
 
 
 def test_an_episode_keeps_its_server_and_goes_to_another_when_that_is_away(folder, tmp_path):
-    weights, chat = policy_of(folder)
-    with CompletionsServer(weights, KEY) as one, CompletionsServer(weights, KEY) as two:
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as one, CompletionsServer(saved, KEY) as two:
         known = Servers(place(tmp_path / "s", one, two), SECONDS)
         sampler = ServedSampler(known, chat.end_ids, Sampling())
         for turn in range(3):
@@ -329,10 +334,10 @@ def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
 
 def test_environments_work_while_others_generate(folder, tmp_path):
     """In worker processes, several to a process; and the seconds in which nothing is generated are told."""
-    weights, chat = policy_of(folder)
+    saved, chat = policy_of(folder)
     episodes = [replace(e, task=patient.Patient().tasks("train")[n]) for n, e in enumerate(toy.draw(0)[:8])]
     seconds = 0.05
-    with CompletionsServer(weights, KEY) as server:
+    with CompletionsServer(saved, KEY) as server:
         server.seconds = seconds
         known = Servers(place(tmp_path / "s", server), SECONDS)
         sampler = ServedSampler(known, chat.end_ids, Sampling())
@@ -405,12 +410,21 @@ def test_a_refusal_ends_the_play(served):
 # Training.
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path, history):
+def adapted(folder):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    how = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(toy.policy(folder)[0], how)
+
+
+@pytest.mark.parametrize(("history", "adapter"), [("full", False), ("window", False), ("full", True)])
+def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path, history, adapter):
     """Nothing that the server says is trusted: entropies and old log-probs are measured, its own enter the correction alone."""
-    weights, chat = policy_of(folder, history)
+    saved, chat = policy_of(folder, history)
+    more = {"model": adapted(folder)} if adapter else {}
     rows = []
-    with CompletionsServer(weights, KEY) as server:
+    with CompletionsServer(saved, KEY) as server:
         known = Servers(place(tmp_path / "s", server), SECONDS)
         trainer = toy.trainer(
             folder,
@@ -419,6 +433,7 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             make_sampler=lambda trainer: ServedSampler(known, chat.end_ids, Sampling()),
             trust_sampler=False,
             publish=Files(known),
+            **more,
         )
         trainer.aem.report = lambda step, row: rows.append(row)
         batches, seen = trainer.batches, []
@@ -440,6 +455,59 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
         assert 0 <= row["time/idle_share"] < 1 and row["time/weights"] > 0
     assert all("old_per_token_logps" in batch and "importance_sampling_ratio" in batch for batch in seen)
     assert all(abs(batch["importance_sampling_ratio"][batch["tool_mask"].bool()] - 1).max() < 1e-3 for batch in seen)
+
+
+def test_two_processes_in_pieces_ask_for_their_own_episodes(folder, tmp_path):
+    """FSDP2: weights are gathered by both and published by the first; each asks for its own episodes, without the other."""
+    saved, _ = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
+        where = place(tmp_path / "s", server)
+        script = [gloo_served.__file__, str(folder), str(where)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.reloads) == 2
+        asked = {request["seed"] for request in server.asked}
+    firsts = {seed((*episode.key, 0)) for step in range(2) for episode in toy.draw(step)}
+    assert firsts <= asked and len(asked) == len(server.asked), "every episode once"
+    rows = json.loads((where / "rows.json").read_text())
+    assert len(rows) == 2 and all(row["train/sampler_gap"] < 1e-4 and row["train/grad_norm"] > 0 for row in rows)
+
+
+def test_streamed_weights_go_to_every_server(folder, tmp_path):
+    """NCCL is not to be had here; what TRL's client would be told is."""
+    (tmp_path / "urls").write_text("http://127.0.0.1:1\nhttp://127.0.0.1:2")
+    known = Servers(tmp_path, 1.0)
+
+    class Client:
+        def __init__(self):
+            self.got, self.forgot = {}, 0
+
+        def update_named_params(self, metadata, named):
+            self.got = {name: weight.clone() for name, weight in named}
+            assert [name for name, _, _ in metadata] == list(self.got)
+
+        def reset_prefix_cache(self):
+            self.forgot += 1
+
+    clients = [Client(), Client()]
+    publish = weights.Streamed(known)
+    publish._client = lambda url, device: clients[known.urls.index(url)]
+    trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
+    publish(trainer)
+    for client in clients:
+        assert client.forgot == 1
+        assert all(torch.equal(client.got[name], p) for name, p in trainer.model.named_parameters())
+    assert known.streamed and known.weights is None
+    known.hang_up()
+
+
+def test_a_client_of_trls_shows_our_key():
+    """It cannot be made without vLLM; the order in which it is made is what the key counts on."""
+    from trl.generation.vllm_client import VLLMClient
+
+    source = inspect.getsource(VLLMClient.__init__)
+    assert 0 < source.index("self.session = ") < source.index("self.check_server(") < source.index("/v1/models")
 
 
 def test_servers_of_old_weights_are_noticed(folder, tmp_path):
