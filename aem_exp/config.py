@@ -237,6 +237,9 @@ def _bound(e: Experiment) -> Experiment:
     model, modulation, make = e.model, e.modulation, e.env.make
     if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
         model = replace(model, path=str(Path(model.path).expanduser().resolve()))
+    launch = e.launch
+    if launch.servers is not None:  # a job stands elsewhere
+        launch = replace(launch, servers=str(Path(launch.servers).expanduser().absolute()))
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
@@ -248,7 +251,8 @@ def _bound(e: Experiment) -> Experiment:
         make = targets.bind("env.make", make)
     advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=1)
     baseline = replace(e.baseline, advantage=advantage)
-    return replace(e, model=model, env=replace(e.env, make=make), baseline=baseline, modulation=modulation)
+    env = replace(e.env, make=make)
+    return replace(e, model=model, env=env, baseline=baseline, modulation=modulation, launch=launch)
 
 
 # Identity.

@@ -23,6 +23,7 @@ from aem_exp import config, disk, ranks
 from aem_exp.config import Launch
 from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
 
+SERVER = "vllm_server.sh"  # of the site: what a node that serves runs
 JOB = "job.json"  # in a run dir: which job has it
 OURS = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
 LIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
@@ -88,6 +89,8 @@ def submit(
 
     here, place = site()
     nodes = launch.nodes if launch.server_nodes else 0
+    if nodes and not (place / SERVER).is_file():
+        raise ConfigError("AEM_SITE", str(place), f"must have {SERVER}, which starts a server on a node")
     if nodes and room != "aem_exp.run":
         raise ConfigError(
             "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"

@@ -180,7 +180,7 @@ class Parts:
 
         launch = self.experiment.launch
         if launch.servers:
-            folder = Path(launch.servers).expanduser().absolute()
+            folder = Path(launch.servers)
         else:
             folder = servers.of_job(self.folder)
             ranks.shared(lambda: servers.gather(folder, launch.server_nodes, launch.server_seconds))

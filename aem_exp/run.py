@@ -67,7 +67,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
     if experiment.launch.servers:
-        servers.read(Path(experiment.launch.servers).expanduser())
+        servers.read(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:

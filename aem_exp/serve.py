@@ -21,7 +21,6 @@ from aem_exp import config, disk, door, launch, provenance, servers
 from aem_exp.config import Experiment
 from aem_exp.values import ConfigError, Stop
 
-SCRIPT = "vllm_server.sh"
 GRACE: Final = 20.0  # seconds for a server to end
 
 
@@ -63,9 +62,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     """Start the node's server, and write down where it is when it answers."""
     from aem_exp import policy, worlds
 
-    script = launch.site()[1] / SCRIPT
-    if not script.is_file():
-        raise ConfigError("AEM_SITE", str(script.parent), f"must have {SCRIPT}, which starts a server on a node")
+    script = launch.site()[1] / launch.SERVER
     model, how = experiment.model, experiment.launch
     weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
     host, dtype = address(), "bfloat16" if experiment.trainer.get("bf16") else model.dtype

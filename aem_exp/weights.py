@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
 from aem_exp.servers import WEIGHTS, Servers
@@ -40,7 +41,8 @@ class Files:
         first, named = trainer.accelerator.is_main_process, {}
         for name, weight in Policy(trainer)._iter_named_params():
             if first:
-                named[name] = weight.detach().to("cpu", copy=True).contiguous()
+                dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # what it is computed in
+                named[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
         folder = (
             self.servers.folder / WEIGHTS / str(trainer.state.global_step)
         )  # a new one: a server may map what it has read

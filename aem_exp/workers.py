@@ -122,6 +122,8 @@ class _Process:
         return _Lost(failed(f"its process died (exit code {code}) {last}", tail))
 
     def _tail(self) -> str:
+        if self._log.closed:  # another thread has closed all
+            return ""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), TRACE, max(self._mark, size - TRACE)).decode(errors="replace")
 

@@ -149,9 +149,10 @@ def test_two_nodes_agree_save_and_go_on(desk):
 def test_a_node_serves_and_another_trains(desk):
     """One job of two nodes: a server with a key and a port of its own, which follows the weights. It ends with the run, and
     another is there for the run's next start."""
+    served = ["launch.sampler=served", "launch.server_nodes=1", "launch.server_seconds=90", "trainer.steps=3"]
+    assert "must have vllm_server.sh" in desk.door("aem_exp", *CELL, *served, code=2)
     server = f'exec {sys.executable} {HERE / "completions_server.py"} "$@"\n'
     (desk.folder / "site" / "vllm_server.sh").write_text(server)
-    served = ["launch.sampler=served", "launch.server_nodes=1", "launch.server_seconds=90", "trainer.steps=3"]
     folder, job = desk.submit(*served, "seed=7", AEM_SERVER_HOST="127.0.0.1", SLOW="0.01")
     until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
     os.kill(attempts.read(folder)[0]["pid"], signal.SIGUSR2)
