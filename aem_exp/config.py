@@ -101,7 +101,7 @@ class Launch:
     device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
     # Who generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers of other processes.
     sampler: Literal["local", "engine", "served"] = "local"
-    servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see servers.py
+    servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
     server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `servers` is in the run dir
     server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
     server_seconds: Annotated[float, POSITIVE] = (

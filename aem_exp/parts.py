@@ -92,7 +92,7 @@ class Parts:
 
     def close(self) -> None:
         """Leave environments and servers."""
-        from aem_exp.servers import leave
+        from aem_exp.addresses import leave
 
         self.rollout.close()
         if self.servers:
@@ -176,14 +176,15 @@ class Parts:
     def _servers(self) -> Any:
         from filelock import FileLock, Timeout
 
-        from aem_exp import servers
+        from aem_exp import addresses
+        from aem_exp.servers import Servers
 
         launch = self.experiment.launch
         if launch.servers:
             folder = Path(launch.servers)
         else:
-            folder = servers.of_job(self.folder)
-            ranks.shared(lambda: servers.gather(folder, launch.server_nodes, launch.server_seconds))
+            folder = addresses.of_job(self.folder)
+            ranks.shared(lambda: addresses.gather(folder, launch.server_nodes, launch.server_seconds))
         if self.first:
             self.alone = FileLock(folder / "lock")
             try:
@@ -191,7 +192,7 @@ class Parts:
             except Timeout:
                 remedy = "another run uses these servers: each would play with the weights of the other"
                 raise ConfigError("launch.servers", str(folder), remedy) from None
-        return servers.Servers(folder, launch.server_seconds)
+        return Servers(folder, launch.server_seconds)
 
     def _sampler(self, trainer: Any, sampling: Any) -> Any:
         if self.servers:

@@ -163,9 +163,7 @@ class Rollout:
 
     def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0):
         self.stage, self.env, self.chat, self.at_once = stage, env, chat, at_once
-        self.clock = Clock(
-            first="generation"
-        )  # what then counts for environments is time in which nothing is generated
+        self.clock = Clock(first="generation")  # so what counts for environments is time without any
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         """Play all episodes to their end, at most `at_once` at a time.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import (
+    addresses,
     checkpoints,
     config,
     disk,
@@ -29,7 +30,6 @@ from aem_exp import (
     progress,
     provenance,
     ranks,
-    servers,
     stores,
     views,
     worlds,
@@ -67,7 +67,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
     if experiment.launch.servers:
-        servers.read(Path(experiment.launch.servers))
+        addresses.read(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:

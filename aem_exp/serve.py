@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import config, disk, door, launch, provenance, servers
+from aem_exp import addresses, config, disk, door, launch, provenance, servers
 from aem_exp.config import Experiment
 from aem_exp.values import ConfigError, Stop
 
@@ -38,7 +38,7 @@ def _read() -> argparse.Namespace:
 def _act(asked: argparse.Namespace) -> int:
     door.reach_frozen(asked.run_dir / provenance.CODE)
     run_dir = asked.run_dir.expanduser().absolute()
-    experiment, folder = config.read(run_dir), servers.of_job(run_dir)
+    experiment, folder = config.read(run_dir), addresses.of_job(run_dir)
     heard: list[int] = []
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
@@ -48,7 +48,7 @@ def _act(asked: argparse.Namespace) -> int:
     if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
         child = _started(experiment, folder)
     try:
-        while not (folder / servers.OVER).exists():
+        while not (folder / addresses.OVER).exists():
             if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
                 raise Stop(f"the server on this node has ended with code {child.returncode}", "node")
             time.sleep(0.5)
@@ -68,7 +68,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     host, dtype = address(), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
     port = _free_port(host)
     words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(experiment.env.context_tokens), dtype]
-    secret = {"VLLM_API_KEY": servers.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
+    secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # it is no process of the run
     child = subprocess.Popen(["bash", str(script), *words], env=os.environ | secret, start_new_session=True)
@@ -79,7 +79,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
             _end(child)
             raise Stop(f"the server on this node did not answer within {how.server_seconds:g} s, or ended", "node")
         time.sleep(0.5)
-    disk.write(folder / f"{servers.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
+    disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
 

@@ -1,7 +1,7 @@
-"""Servers of other processes that generate (vLLM's): where they are, how they are asked, and what when one is away.
+"""Servers of other processes that generate (vLLM's): how they are asked, and what when one is away.
 
-A folder says where. `urls` has one a line (http://10.0.0.7:41234); it is read again when somebody does not answer, as a server
-that is started anew may have another port. `key`, for its owner alone, is what every request shows; it stands nowhere else.
+A folder says where (see `addresses`). It is read again when somebody does not answer: a server that is started anew may have
+another port.
 
 Who asks keeps to one server while that answers: it has the episode's tokens in its cache. What may pass (no connection, 429,
 5xx, no answer in time) is asked again, of the next server where there is one, after pauses that grow, up to a limit. What a
@@ -11,34 +11,24 @@ A server that was started anew has the weights that it was started with. It is t
 """
 
 import asyncio
-import ipaddress
 import json
-import os
 import random
-import secrets
-import shutil
-import socket
-import stat
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
-from aem_exp import disk
-from aem_exp.values import ConfigError, Stop
+from aem_exp import addresses
+from aem_exp.values import Stop
 
 if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
-URLS, KEY, WEIGHTS = "urls", "key", "weights"  # in the folder
-NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
 RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
 PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
 CONNECT: Final = 5.0  # seconds
@@ -58,7 +48,7 @@ class Servers:
         import httpx
 
         self.folder, self.seconds = folder, seconds
-        self.urls, self._key = read(folder)
+        self.urls, self._key = addresses.read(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
         self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
         self._holding = set(self.urls)  # servers that have the newest weights
@@ -107,7 +97,7 @@ class Servers:
     def hang_up(self) -> None:
         """Make all who wait for an answer give up, now and from now on."""
         self._over = True
-        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self._over:
@@ -118,6 +108,13 @@ class Servers:
         except BaseException:  # Ctrl-C, say: the servers need not go on either
             future.cancel()
             raise
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()  # servers see it, and stop
 
     async def _patiently(self, first: int, send: Callable[[str], Awaitable[T]]) -> T:
         """Send something until it is answered."""
@@ -146,7 +143,7 @@ class Servers:
                 )
             self._away[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
             pause = min(2 * pause, LONGEST)
-            self.urls = _again(self.folder, self.urls)
+            self.urls = addresses.again(self.folder, self.urls)
 
     def _next(self, first: int) -> str:
         """The server whose turn it is; where that is away, the next one that is not, or will be asked soonest."""
@@ -176,7 +173,7 @@ class Servers:
         if response.status_code in PASSING or response.status_code >= 500:
             raise _Passing(said)
         hint = {
-            401: f"; is {self.folder / KEY} its key?",
+            401: f"; is {self.folder / addresses.KEY} its key?",
             404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
         }
         raise Stop(f"{url} {said}{hint.get(response.status_code, '')}", "config")
@@ -233,42 +230,6 @@ def _sentence(error: Exception, seconds: float) -> str:
     return str(error)
 
 
-# The folder.
-
-
-def of_job(run_dir: Path) -> Path:
-    """Where the servers of this start of a run's job are: another start has others, on other ports."""
-    job, start = os.environ.get("SLURM_JOB_ID", "here"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return run_dir / "servers" / f"{job}-{start}"
-
-
-def gather(folder: Path, count: int, seconds: float) -> None:
-    """Wait until so many servers of a job are well, and write down where they are.
-
-    Raises:
-        Stop: they are not, in so many seconds.
-    """
-    end = time.monotonic() + seconds
-    while len(found := sorted(folder.glob(f"{NODE}*"))) < count:
-        if time.monotonic() > end:
-            up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
-            raise Stop(f"{up}; what the others say is in the job's log", "node")
-        time.sleep(0.2)
-    disk.write(folder / URLS, "".join(file.read_text() for file in found))
-
-
-def made_key(folder: Path) -> str:
-    """The key of a job's servers; made by the first that asks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = folder / f".{KEY}.{socket.gethostname()}.{os.getpid()}"
-    mine.touch(0o600)
-    mine.write_text(secrets.token_urlsafe(32))
-    with suppress(FileExistsError):
-        os.link(mine, folder / KEY)
-    mine.unlink()
-    return (folder / KEY).read_text()
-
-
 def well(url: str) -> bool:
     """Whether a server answers."""
     import httpx
@@ -277,74 +238,3 @@ def well(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=CONNECT, trust_env=False).is_success
     except httpx.TransportError:
         return False
-
-
-def leave(folder: Path) -> None:
-    """A run needs its servers no more: those of its job end, and the weights that they read are removed."""
-    shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-    if any(folder.glob(f"{NODE}*")):
-        disk.write(folder / OVER, "")
-
-
-def read(folder: Path) -> tuple[list[str], str]:
-    """Where the servers are, and the key that they want ("" where there is none).
-
-    Raises:
-        ConfigError: the folder does not say, or others could read its key.
-    """
-    try:
-        urls = [line.strip().rstrip("/") for line in (folder / URLS).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(
-            "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
-        ) from error
-    if not urls:
-        raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
-    for url in urls:
-        if (why := _odd(url)) is not None:
-            raise ConfigError("launch.servers", str(folder / URLS), f"{why}; a line reads http://10.0.0.7:41234")
-    return urls, _key(folder, urls)
-
-
-def _odd(url: str) -> str | None:
-    """What is wrong with an address, in words that do not repeat it."""
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
-    except ValueError:
-        whole = False
-    if not whole:
-        return "holds a line that is no address"
-    return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
-
-
-def _key(folder: Path, urls: list[str]) -> str:
-    file = folder / KEY
-    try:
-        mode, key = file.stat().st_mode, file.read_text().strip()
-    except FileNotFoundError:
-        if all(_loopback(urlsplit(url).hostname or "") for url in urls):
-            return ""
-        raise ConfigError(
-            "launch.servers", str(folder), f"must have a file {KEY}: anybody could ask servers without"
-        ) from None
-    if stat.S_IMODE(mode) & 0o077:
-        raise ConfigError("launch.servers", str(file), "can be read by others; chmod 600, and better make a new one")
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError("launch.servers", str(file), "must hold a key: printable characters, one line")
-    return key
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _again(folder: Path, urls: list[str]) -> list[str]:
-    """The addresses as they are now; what they were, where that cannot be read."""
-    try:
-        return read(folder)[0]
-    except ConfigError:
-        return urls

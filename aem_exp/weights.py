@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.servers import WEIGHTS, Servers
+from aem_exp.addresses import WEIGHTS
+from aem_exp.servers import Servers
 
 FILE = "model.safetensors"
 

@@ -20,7 +20,7 @@ from completions_server import CompletionsServer
 from doors import SMALL, metrics
 from filelock import FileLock
 
-from aem_exp import config, policy, servers, weights, worlds
+from aem_exp import addresses, config, policy, weights, worlds
 from aem_exp.config import ConfigError
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
@@ -267,10 +267,10 @@ def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
     (where / "urls").write_text("http://10.0.0.7:41234\n")
     (where / "key").write_text(KEY)
     (where / "key").chmod(0o600)
-    assert servers.read(where) == (["http://10.0.0.7:41234"], KEY)
+    assert addresses.read(where) == (["http://10.0.0.7:41234"], KEY)
     spoil(where)
     with pytest.raises(ConfigError) as caught:
-        servers.read(where)
+        addresses.read(where)
     sentence = str(caught.value)
     assert said in sentence and "\n" not in sentence and "pw" not in sentence and KEY not in sentence
 
