@@ -39,6 +39,7 @@ class Site:
     constraint: str | None = None
     mem_gb: Annotated[int, AT_LEAST_1] | None = None  # of a node
     at_once: Annotated[int, AT_LEAST_1] = 32  # jobs of one array that run at a time
+    interface: str | None = None  # that servers of a node listen on, such as ib0; null: where the node's name leads
     sbatch: dict[str, str] = field(default_factory=dict)  # other options of sbatch: `exclude: node[3-4]`
     srun: list[str] = field(default_factory=list)  # other arguments of srun
 
@@ -100,7 +101,7 @@ def submit(
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
-            jobs = [executor.submit(_start, str(folder), room, nodes) for folder in folders]
+            jobs = [executor.submit(_start, str(folder), room, nodes, str(place)) for folder in folders]
     except FailedJobError as error:
         _refused(error, here, launch)
     finally:
@@ -156,10 +157,10 @@ def _in_order(launch: Launch) -> list[str]:
     return ["--distribution=block"] if launch.server_nodes else []
 
 
-def _start(folder: str, room: str, nodes: int) -> None:
+def _start(folder: str, room: str, nodes: int, place: str) -> None:
     """What each task of a job does: become the command that a person would type. Pickled whole.
 
-    `nodes`: how many train, where the others serve; 0: all of them train.
+    `nodes`: how many train, where the others serve; 0: all of them train. `place`: the cluster's settings.
     """
     import os
     import sys
@@ -170,6 +171,7 @@ def _start(folder: str, room: str, nodes: int) -> None:
     world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
     if found.rank >= world:
         room = "aem_exp.serve"
+        os.environ["AEM_SITE"] = place
     elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)
         os.environ |= {

@@ -1,8 +1,8 @@
 """Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.serve RUN_DIR`.
 
-What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE`. Decided here is who reaches it: HOST is the
-address of the node's name, which must be a private one, or $AEM_SERVER_HOST; PORT is any that is free; the key that it wants
-lies in a file for its owner alone. It is written down when it answers, and ends with its run.
+What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE`. Decided here is who reaches it: HOST is an
+address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants lies in a file
+for its owner alone. It is written down when it answers, and ends with its run.
 """
 
 import argparse
@@ -62,16 +62,18 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     """Start the node's server, and write down where it is when it answers."""
     from aem_exp import policy, worlds
 
-    script = launch.site()[1] / launch.SERVER
+    site, place = launch.site()
     model, how = experiment.model, experiment.launch
     weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
-    host, dtype = address(), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
+    host, dtype = address(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
     port = _free_port(host)
     words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(experiment.env.context_tokens), dtype]
     secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # it is no process of the run
-    child = subprocess.Popen(["bash", str(script), *words], env=os.environ | secret, start_new_session=True)
+    child = subprocess.Popen(
+        ["bash", str(place / launch.SERVER), *words], env=os.environ | secret, start_new_session=True
+    )
     url = f"http://{host}:{port}"
     end = time.monotonic() + how.server_seconds
     while not servers.well(url):
@@ -84,22 +86,29 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     return child
 
 
-def address() -> str:
-    """Where servers of this node listen.
+def address(interface: str | None) -> str:
+    """Where servers of this node listen: on an interface, or where the node's name leads.
 
     Raises:
-        ConfigError: nowhere that is known to be private.
+        ConfigError: that is nowhere, or not known to be private.
     """
-    given = os.environ.get("AEM_SERVER_HOST")
-    name = given or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    remedy = "must be an address of the private network; set it in setup.sh, for each node"
-    try:
-        found = ipaddress.ip_address(socket.gethostbyname(name))
-    except OSError as error:
-        raise ConfigError("AEM_SERVER_HOST", given, f"{remedy}: {name} has none ({error.strerror})") from error
-    if found.is_unspecified or not found.is_private:
-        raise ConfigError("AEM_SERVER_HOST", given, f"{remedy}: {name} is {found}")
-    return str(found)
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if interface is None:
+        try:
+            found = [socket.gethostbyname(name)]
+        except OSError as error:
+            raise ConfigError("interface", None, f"must be set in site.yaml: {name} has no address") from error
+    else:
+        import psutil
+
+        known = psutil.net_if_addrs()
+        found = [a.address for a in known.get(interface, ()) if a.family == socket.AF_INET]
+        if not found:
+            raise ConfigError("interface", interface, [key for key in known if key != interface])
+    if ipaddress.ip_address(found[0]).is_unspecified or not ipaddress.ip_address(found[0]).is_private:
+        remedy = f"must be one of the private network, in site.yaml: here it leads to {found[0]}"
+        raise ConfigError("interface", interface, remedy)
+    return found[0]
 
 
 def _free_port(host: str) -> int:

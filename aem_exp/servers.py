@@ -130,8 +130,9 @@ class Servers:
                 answer = await send(url)
             except (httpx.TransportError, _Passing) as error:
                 why = f"{url} {_sentence(error, self.seconds)}"
-                if isinstance(error, httpx.ConnectError):
-                    self._holding.discard(url)
+                broke_off = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+                if isinstance(error, httpx.ConnectError) or (broke_off and not self.streamed):
+                    self._holding.discard(url)  # to read the weights once more costs less than to have old ones
             else:
                 self._away.pop(url, None)
                 return answer

@@ -34,7 +34,7 @@ WANTED = {
 
 
 class CompletionsServer:
-    """Serves while the context lives; `port`: that of a server that is to be taken for the same one, started anew.
+    """Serves while the context lives. `policy`: a folder, or what is loaded; `port`: that of a server that it is to replace.
 
     Attributes:
         asked: the requests for tokens, as they came, whether or not they were answered well.
@@ -45,9 +45,7 @@ class CompletionsServer:
     """
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(policy).eval()
+        self.model = loaded(policy) if isinstance(policy, str | Path) else policy
         self.key, self.seconds, self.twist = key, 0.0, lambda answer: answer
         self.asked, self.reloads, self.fails = [], [], []
         self.at_once = self.most_at_once = 0
@@ -113,6 +111,13 @@ class CompletionsServer:
             assert not strange and all("lm_head" in name for name in missing), (missing, strange)  # tied
             self.reloads.append(folder.name)
         return 200, {"results": [None]}
+
+
+def loaded(folder):
+    """A policy; not to be loaded by two threads at a time, as transformers then makes half of one."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 class _Http(ThreadingHTTPServer):

@@ -20,7 +20,7 @@ from completions_server import CompletionsServer
 from doors import SMALL, metrics
 from filelock import FileLock
 
-from aem_exp import addresses, config, policy, weights, worlds
+from aem_exp import addresses, config, policy, serve, weights, worlds
 from aem_exp.config import ConfigError
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
@@ -210,15 +210,48 @@ def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights
     sampler.servers.hang_up()
 
 
+def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder, tmp_path):
+    """Even if it was away for less than the pause between two attempts."""
+    saved, chat = policy_of(folder)
+    toy.policy(folder, "full", seed=1)
+    with CompletionsServer(saved, KEY) as first:
+        sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
+        sampler.servers.load(folder / "policy-full-1")
+        newest, said = ask(sampler, chat), []
+        first.seconds = 60.0
+        waiting = threading.Thread(target=lambda: said.append(ask(sampler, chat)))
+        waiting.start()
+        time.sleep(0.3)
+    with CompletionsServer(saved, KEY, port=first.port) as again:
+        waiting.join(SECONDS)
+        assert said == [newest] and len(again.reloads) == 1
+        sampler.servers.hang_up()
+
+
+@pytest.mark.parametrize(("name", "found"), [("10.1.2.3", True), ("8.8.8.8", False), ("0.0.0.0", False)])
+def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
+    monkeypatch.setenv("SLURMD_NODENAME", name)
+    if found:
+        assert serve.address(None) == name
+    else:
+        with pytest.raises(ConfigError, match="must be one of the private network"):
+            serve.address(None)
+    assert serve.address("lo") == "127.0.0.1"
+
+
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
     saved, chat = policy_of(folder)
     with CompletionsServer(saved, KEY) as server:
         sampler = ServedSampler(Servers(place(tmp_path / "s", server), SECONDS), chat.end_ids, Sampling())
         sampler.servers.told(None)
         ask(sampler, chat)
-    threading.Timer(0.4, lambda: CompletionsServer(saved, KEY, port=server.port).__enter__()).start()
+    back = []
+    timer = threading.Timer(0.4, lambda: back.append(CompletionsServer(server.model, KEY, server.port).__enter__()))
+    timer.start()
     with pytest.raises(Stop, match="was started anew and has lost the weights"):
         ask(sampler, chat)
+    timer.join()
+    back[0].__exit__()
     sampler.servers.hang_up()
 
 
