@@ -20,7 +20,7 @@ from completions_server import CompletionsServer
 from doors import SMALL, metrics
 from filelock import FileLock
 
-from aem_exp import addresses, config, policy, serve, weights, worlds
+from aem_exp import addresses, config, policy, serve, servers, weights, worlds
 from aem_exp.config import ConfigError
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
@@ -41,6 +41,12 @@ SECONDS = 20.0  # more than anything here takes
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Pauses between attempts are as short as the tests."""
+    monkeypatch.setattr(servers, "PAUSE", 0.05)
 
 
 def policy_of(folder, history="full"):
@@ -169,14 +175,14 @@ def test_a_wrong_key_is_one_sentence_without_the_key(served):
 
 def test_a_sick_server_and_a_slow_one_end_the_run_when_the_limit_is_reached(served):
     server, sampler, chat = served
-    known = Servers(sampler.servers.folder, 0.6)
+    known = Servers(sampler.servers.folder, 0.4)
     sampler = replace_servers(sampler, known)
     server.fails = [500] * 99
     start = time.monotonic()
     with pytest.raises(Stop, match=r"no server has answered for .* s .*the last: .*500 .the engine is not well"):
         ask(sampler, chat)
     server.fails, server.seconds = [], 60.0
-    with pytest.raises(Stop, match=r"gave no answer within 0\.6 s"):
+    with pytest.raises(Stop, match=r"gave no answer within 0\.4 s"):
         ask(sampler, chat)
     assert time.monotonic() - start < 10
 
