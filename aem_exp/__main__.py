@@ -171,7 +171,8 @@ def _size(experiment: "Experiment") -> str:
 def _machine(experiment: "Experiment") -> str:
     launch = experiment.launch
     hours = f", at most {launch.hours:g} h" if launch.hours else ""
-    return f"{launch.where}, nodes {launch.nodes}, GPUs per node {launch.gpus_per_node}{hours}"
+    serve = f" and {launch.server_nodes} that serve" if launch.server_nodes else ""
+    return f"{launch.where}, nodes {launch.nodes}{serve}, GPUs per node {launch.gpus_per_node}{hours}"
 
 
 def _plan(experiment: "Experiment") -> int:

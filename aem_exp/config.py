@@ -101,8 +101,13 @@ class Launch:
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
     device_tokens: Count = 0  # tokens per micro-batch and device, padding included; 0: no limit
     device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
-    sampler: Literal["local", "engine"] = (
-        "local"  # who generates: the policy itself, or TRL's engine (HF generate, vLLM)
+    # Who generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers of other processes.
+    sampler: Literal["local", "engine", "served"] = "local"
+    servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
+    server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `servers` is in the run dir
+    server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
+    server_seconds: Annotated[float, POSITIVE] = (
+        600.0  # for one answer; and how long none may come, before the run ends
     )
     workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
     env_seconds: Annotated[float, POSITIVE] = (
@@ -229,9 +234,11 @@ def check_here(experiment: Experiment) -> None:
         asked = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
         remedy = f"is a run of {wanted} processes, and here are {here}: choose launch=gpu1 or launch=local, submit it"
         raise Missing("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
+    vllm = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or"
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
-        remedy = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or false"
-        raise Missing("launch.trainer.use_vllm", True, remedy)
+        raise Missing("launch.trainer.use_vllm", True, f"{vllm} false")
+    if launch.server_weights == "nccl" and find_spec("vllm") is None:
+        raise Missing("launch.server_weights", "nccl", f"{vllm} files")
 
 
 def _bound(e: Experiment) -> Experiment:
@@ -239,6 +246,9 @@ def _bound(e: Experiment) -> Experiment:
     model, modulation, make = e.model, e.modulation, e.env.make
     if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
         model = replace(model, path=str(Path(model.path).expanduser().resolve()))
+    launch = e.launch
+    if launch.servers is not None:  # a job stands elsewhere
+        launch = replace(launch, servers=str(Path(launch.servers).expanduser().absolute()))
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
@@ -250,7 +260,8 @@ def _bound(e: Experiment) -> Experiment:
         make = targets.bind("env.make", make)
     advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=1)
     baseline = replace(e.baseline, advantage=advantage)
-    return replace(e, model=model, env=replace(e.env, make=make), baseline=baseline, modulation=modulation)
+    env = replace(e.env, make=make)
+    return replace(e, model=model, env=env, baseline=baseline, modulation=modulation, launch=launch)
 
 
 # Identity.

@@ -144,11 +144,6 @@ EXECUTION: Final[dict[str, Any]] = {
     "vllm_mode": Literal["colocate", "server"] | None,
     "vllm_model_impl": Literal["vllm", "transformers"] | None,
     "vllm_enable_sleep_mode": Switch,
-    "vllm_server_base_url": Text,
-    "vllm_server_host": Text,
-    "vllm_server_port": Count | None,
-    "vllm_server_timeout": Positive | None,
-    "vllm_group_port": Count | None,
     "vllm_gpu_memory_utilization": Annotated[float, SHARE] | None,
     "vllm_max_model_length": Count | None,
     "vllm_tensor_parallel_size": Count | None,
@@ -185,6 +180,10 @@ INSTEAD: Final[dict[str, str]] = {
     "report_to": "tracking",
     "resume_from_checkpoint": "the same command again: it resumes",
     **dict.fromkeys(("deepspeed", "ds3_gather_for_generation"), "launch.trainer.fsdp"),
+    **dict.fromkeys(
+        ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"), "launch.servers"
+    ),
+    "vllm_server_timeout": "launch.server_seconds",
     "vllm_importance_sampling_cap": "launch.trainer.vllm_importance_sampling_clip_max",
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),

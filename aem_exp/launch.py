@@ -23,6 +23,7 @@ from aem_exp import config, disk, ranks
 from aem_exp.config import Launch
 from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
 
+SERVER = "vllm_server.sh"  # of the site: what a node that serves runs
 JOB = "job.json"  # in a run dir: which job has it
 OURS = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
 LIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
@@ -38,6 +39,7 @@ class Site:
     constraint: str | None = None
     mem_gb: Annotated[int, AT_LEAST_1] | None = None  # of a node
     at_once: Annotated[int, AT_LEAST_1] = 32  # jobs of one array that run at a time
+    interface: str | None = None  # that servers of a node listen on, such as ib0; null: where the node's name leads
     sbatch: dict[str, str] = field(default_factory=dict)  # other options of sbatch: `exclude: node[3-4]`
     srun: list[str] = field(default_factory=list)  # other arguments of srun
 
@@ -87,12 +89,19 @@ def submit(
     from submitit.core.utils import FailedJobError
 
     here, place = site()
+    nodes = launch.nodes if launch.server_nodes else 0
+    if nodes and not (place / SERVER).is_file():
+        raise ConfigError("AEM_SITE", str(place), f"must have {SERVER}, which starts a server on a node")
+    if nodes and room != "aem_exp.run":
+        raise ConfigError(
+            "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"
+        )
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
     executor.update_parameters(**_asked(here, place, launch, name, at_once))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
-            jobs = [executor.submit(_start, str(folder), room) for folder in folders]
+            jobs = [executor.submit(_start, str(folder), room, nodes, str(place)) for folder in folders]
     except FailedJobError as error:
         _refused(error, here, launch)
     finally:
@@ -118,7 +127,7 @@ def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> 
     setup = place / "setup.sh"
     asked = {
         "job_name": name,
-        "nodes": launch.nodes,
+        "nodes": launch.nodes + launch.server_nodes,
         "ntasks_per_node": tasks,
         "cpus_per_task": launch.cpus_per_task or None,
         "gpus_per_node": launch.gpus_per_node or None,
@@ -133,7 +142,7 @@ def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> 
         "setup": [f"source {setup}"] if setup.is_file() else None,
         "stderr_to_stdout": True,
         # One process that fails ends all; and newer SLURMs hand --cpus-per-task to srun only where told.
-        "srun_args": ["--kill-on-bad-exit=1", *_cpus(launch), *here.srun],
+        "srun_args": ["--kill-on-bad-exit=1", *_cpus(launch), *_in_order(launch), *here.srun],
         "additional_parameters": {"requeue": True, **here.sbatch},
     }
     return {key: value for key, value in asked.items() if value is not None}
@@ -143,20 +152,32 @@ def _cpus(launch: Launch) -> list[str]:
     return [f"--cpus-per-task={launch.cpus_per_task}"] if launch.cpus_per_task else []
 
 
-def _start(folder: str, room: str) -> None:
-    """What each task of a job does: become the command that a person would type. Pickled whole."""
+def _in_order(launch: Launch) -> list[str]:
+    """The nodes that train come first."""
+    return ["--distribution=block"] if launch.server_nodes else []
+
+
+def _start(folder: str, room: str, nodes: int, place: str) -> None:
+    """What each task of a job does: become the command that a person would type. Pickled whole.
+
+    `nodes`: how many train, where the others serve; 0: all of them train. `place`: the cluster's settings.
+    """
     import os
     import sys
 
     from submitit.helpers import TorchDistributedEnvironment
 
     found = TorchDistributedEnvironment()
-    if found.world_size > 1:
+    world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
+    if found.rank >= world:
+        room = "aem_exp.serve"
+        os.environ["AEM_SITE"] = place
+    elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)
         os.environ |= {
             "MASTER_PORT": str(found.master_port),
             "RANK": str(found.rank),
-            "WORLD_SIZE": str(found.world_size),
+            "WORLD_SIZE": str(world),
             "LOCAL_RANK": str(found.local_rank),
             "LOCAL_WORLD_SIZE": str(found.local_world_size),
         }

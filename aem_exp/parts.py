@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_exp import checkpoints, config, disk, metrics, policy, provenance, ranks
-from aem_exp.config import Experiment
+from aem_exp.config import ConfigError, Experiment
 from aem_exp.interrupt import Enough, Interrupted, Signals
 from aem_exp.values import Stop
 
@@ -87,7 +87,19 @@ class Parts:
         self.scores: dict[str, Any] = {}
         self.crashes: set[str] = set()  # kinds that were told
         self.enough = False  # the watcher has seen enough
+        self.servers = self._servers() if launch.sampler == "served" else None
         self.trainer = self._trainer()
+
+    def close(self) -> None:
+        """Leave environments and servers."""
+        from aem_exp.addresses import leave
+
+        self.rollout.close()
+        if self.servers:
+            self.servers.hang_up()
+            if self.first:
+                leave(self.servers.folder)
+                self.alone.release()
 
     def play(self) -> dict[str, Any]:
         """Score the panel, train, score again; what `result.json` says.
@@ -131,6 +143,7 @@ class Parts:
     def _trainer(self) -> Any:
         from aem_exp.sample import Sampling
         from aem_exp.trainer import AEMCallback, build
+        from aem_exp.weights import publisher
 
         experiment, settings = self.experiment, self.experiment.trainer
         lam = experiment.modulation.lam
@@ -157,9 +170,35 @@ class Parts:
             partial(self._sampler, sampling=sampling),
             keep=self._keep if self.first else None,
             before_save=self._before_save if self.first else None,
+            publish=publisher(self.servers, experiment.launch.server_weights) if self.servers else None,
         )
 
+    def _servers(self) -> Any:
+        from filelock import FileLock, Timeout
+
+        from aem_exp import addresses
+        from aem_exp.servers import Servers
+
+        launch = self.experiment.launch
+        if launch.servers:
+            folder = Path(launch.servers)
+        else:
+            folder = addresses.of_job(self.folder)
+            ranks.shared(lambda: addresses.gather(folder, launch.server_nodes, launch.server_seconds))
+        if self.first:
+            self.alone = FileLock(folder / "lock")
+            try:
+                self.alone.acquire(timeout=0)
+            except Timeout:
+                remedy = "another run uses these servers: each would play with the weights of the other"
+                raise ConfigError("launch.servers", str(folder), remedy) from None
+        return Servers(folder, launch.server_seconds)
+
     def _sampler(self, trainer: Any, sampling: Any) -> Any:
+        if self.servers:
+            from aem_exp.served import ServedSampler
+
+            return ServedSampler(self.servers, self.chat.end_ids, sampling, trainer.accelerator.process_index)
         if self.experiment.launch.sampler == "engine":
             from aem_exp.engine import EngineSampler
 

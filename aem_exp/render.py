@@ -4,6 +4,7 @@ A conversation is never re-rendered. Later turns are a suffix to the tokens that
 (Qwen3's strips earlier thinking) would write the past anew and train on tokens that nobody sampled.
 """
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, system: str | None = None, thinking: str = "template"):
         self.tokenizer = tokenizer
+        self._lock = threading.Lock()  # a fast tokenizer breaks where one thread sets what another reads
         self._head = [{"role": "system", "content": system}] if system else []
         self._options = {} if thinking == "template" else {"enable_thinking": thinking == "on"}
         self._between = lru_cache(4096)(lambda user: self._ids(self._after_reply(user)))  # worlds repeat themselves
@@ -37,7 +39,8 @@ class Chat:
         return ids[1:] if last_id == ids[0] else list(ids)
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with self._lock:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _after_reply(self, user: str) -> str:
         text = self._text([*self._head, _user("x"), {"role": "assistant", "content": _REPLY}, _user(user)])
@@ -47,7 +50,8 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._options)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with self._lock:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _user(text: str) -> dict[str, str]:

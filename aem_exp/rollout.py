@@ -2,23 +2,28 @@
 
 Both histories are played by the same loop. With `full` history a conversation grows: a later turn is a suffix to the exact
 tokens so far, and the trajectory is one row. With `window` every turn asks afresh, showing the last few turns, and is a row
-of its own. Only live episodes are generated.
+of its own. Only live episodes are generated: all of them together, turn by turn; or each by itself, where the sampler's
+conversations are independent.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
+from aem_exp import crew
 from aem_exp.config import Env
 from aem_exp.envs import Task, Turn
 from aem_exp.render import Chat
-from aem_exp.sample import Sample, Sampler, Session
+from aem_exp.sample import Independent, Sample, Sampler, Session
 from aem_exp.stage import Reply, Stage
 
 CRASHED, CONTEXT, TURNS, OVER, STOPPED = "crashed", "context", "turns", "over", "stopped"
 OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode
+HANDS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
 
 
 @dataclass(frozen=True)
@@ -114,22 +119,39 @@ class Row:
 
 
 class Clock:
-    """Seconds spent, by name: `with clock("generation"): ...`. `read` hands them out and starts afresh."""
+    """Seconds spent, by name: `with clock("generation"): ...`. `read` hands them out and starts afresh.
 
-    def __init__(self) -> None:
+    A moment counts once, however many threads are at work in it: for `first`, where somebody is at that.
+    """
+
+    def __init__(self, first: str = "") -> None:
+        self.first = first
         self._seconds: dict[str, float] = {}
+        self._at: dict[str, int] = {}  # how many are at what
+        self._last = 0.0  # when somebody last began or ended something
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._change(name, 1)
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._change(name, -1)
 
     def read(self) -> dict[str, float]:
-        seconds, self._seconds = self._seconds, {}
+        with self._lock:
+            seconds, self._seconds = self._seconds, {}
         return seconds
+
+    def _change(self, name: str, by: int) -> None:
+        with self._lock:
+            now, going_on = time.perf_counter(), [name for name, count in self._at.items() if count]
+            if going_on:
+                counted = self.first if self.first in going_on else going_on[0]
+                self._seconds[counted] = self._seconds.get(counted, 0.0) + now - self._last
+            self._last = now
+            self._at[name] = self._at.get(name, 0) + by
 
 
 class Rollout:
@@ -142,11 +164,16 @@ class Rollout:
 
     def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0):
         self.stage, self.env, self.chat, self.at_once = stage, env, chat, at_once
-        self.clock = Clock()
+        self.clock = Clock(first="generation")  # so what counts for environments is time without any
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        """Play all episodes to their end, together, or `at_once` at a time."""
+        """Play all episodes to their end, at most `at_once` at a time.
+
+        What comes of an episode does not depend on the others, nor on whether it waited for them.
+        """
         size = self.at_once or len(episodes)
+        if isinstance(sampler, Independent):
+            return crew.work(episodes, min(size, HANDS), partial(self._alone, sampler), sampler.hang_up)
         starts = range(0, len(episodes), size) if size else ()
         return [t for start in starts for t in self._play(episodes[start : start + size], sampler)]
 
@@ -176,6 +203,23 @@ class Rollout:
         finally:
             self.env = usual
 
+    def _alone(self, sampler: Independent, slot: int, episode: Episode) -> Trajectory:
+        """Play one episode, whatever others are at."""
+        game, session = _Game(episode, self.env, self.chat), sampler.session()
+        with self.clock("environment"):
+            reply = self.stage.reset({slot: episode.task})[slot]
+        live = game.begin(reply)
+        while live:
+            if self.env.history == "window":
+                session = sampler.session()
+            with self.clock("generation"):
+                sample = session.ask(slot, game.prompt, game.key, game.budget)
+            said = game.say(sample)
+            with self.clock("environment"):
+                reply = self.stage.step({slot: said})[slot]
+            live = game.hear(reply)
+        return game.trajectory
+
     def close(self) -> None:
         self.stage.close()
 
@@ -184,7 +228,7 @@ def _ask(session: Session, live: Mapping[int, "_Game"]) -> list[Sample]:
     return session.generate(
         list(live),
         [game.prompt for game in live.values()],
-        [(*game.episode.key, len(game.trajectory.responses)) for game in live.values()],
+        [game.key for game in live.values()],
         [game.budget for game in live.values()],
     )
 
@@ -199,6 +243,11 @@ class _Game:
         self.budget = 0
         self._used = 0  # tokens of the row so far (full history)
         self._pairs: list[tuple[str, str]] = []  # observation and parsed action of past turns (window)
+
+    @property
+    def key(self) -> tuple:
+        """What seeds the next response."""
+        return (*self.episode.key, len(self.trajectory.responses))
 
     def begin(self, reply: Reply) -> bool:
         """Start; False when there is nothing to generate."""

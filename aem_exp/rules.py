@@ -90,6 +90,10 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.env.make.get("nouns") == "words":
         out.append("env.make.nouns=words: which product is of the right kind is approximate, and so are rewards")
+    if e.launch.sampler == "served" and not e.launch.workers:
+        out.append(
+            "launch.workers=0: environments are stepped one after another, while servers generate; see idle_share"
+        )
     if e.evaluation.every == 0:
         out.append("evaluation.every=0: the dev panel is not read while training")
     return out
@@ -229,13 +233,15 @@ def _evaluation(e: Experiment) -> None:
 def _launch(e: Experiment) -> None:
     launch, t = e.launch, e.launch.trainer
     for key in t:
-        if key.startswith("vllm_") and not t.get("use_vllm"):
+        corrects = launch.sampler == "served" and key.startswith("vllm_importance_sampling_")
+        if key.startswith("vllm_") and not t.get("use_vllm") and not corrects:
             raise ConfigError(f"launch.trainer.{key}", t[key], "only read with launch.trainer.use_vllm=true")
     if t.get("use_vllm") and launch.sampler != "engine":
         raise ConfigError("launch.trainer.use_vllm", True, "only read with launch.sampler=engine")
     if t.get("use_vllm") and t.get("vllm_mode", "colocate") != "colocate":
-        remedy = "a server of its own comes with a later version: colocate"
-        raise ConfigError("launch.trainer.vllm_mode", t["vllm_mode"], remedy)
+        raise ConfigError(
+            "launch.trainer.vllm_mode", t["vllm_mode"], "vLLM in other processes is launch.sampler=served"
+        )
     if launch.gpus_per_node == 0 and t.get("use_vllm"):
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
@@ -250,6 +256,28 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")
     if launch.where == "slurm" and not launch.hours:
         raise ConfigError("launch.hours", launch.hours, "launch.where=slurm needs a time limit above 0")
+
+
+def _served(e: Experiment) -> None:
+    launch, neutral = e.launch, type(e.launch)()
+    for key in ("servers", "server_nodes", "server_weights", "server_seconds"):
+        if launch.sampler != "served" and getattr(launch, key) != getattr(neutral, key):
+            raise ConfigError(f"launch.{key}", getattr(launch, key), "only read with launch.sampler=served")
+    if launch.sampler != "served":
+        return
+    if launch.servers is None and not launch.server_nodes:
+        remedy = "launch.sampler=served needs the folder that says where they are, or launch.server_nodes above 0"
+        raise ConfigError("launch.servers", None, remedy)
+    if launch.servers is not None and launch.server_nodes:
+        raise ConfigError(
+            "launch.servers", launch.servers, "are those that launch.server_nodes starts, or others: not both"
+        )
+    if launch.server_nodes and launch.where != "slurm":
+        raise ConfigError(
+            "launch.server_nodes", launch.server_nodes, "needs launch.where=slurm; elsewhere, launch.servers"
+        )
+    if launch.server_weights == "nccl" and not launch.gpus_per_node:
+        raise ConfigError("launch.server_weights", "nccl", "goes from GPU to GPU, and launch.gpus_per_node=0: files")
 
 
 def _sharded(e: Experiment) -> None:
@@ -295,6 +323,7 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
         _sampling,
         _evaluation,
         _launch,
+        _served,
         _sharded,
     ),
 )

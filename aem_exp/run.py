@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import (
+    addresses,
     checkpoints,
     config,
     disk,
@@ -65,6 +66,8 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     progress.quiet()
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
+    if experiment.launch.servers:
+        addresses.read(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
@@ -96,7 +99,7 @@ def _play(
         try:
             result = playing.play() | {"resumed": start.changes}
         finally:
-            playing.rollout.close()
+            playing.close()
         if playing.episodes:
             for path in show.artifacts(folder):
                 tracker.artifact(path)

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,21 @@ class Session(Protocol):
 
 class Sampler(Protocol):
     def session(self) -> Session: ...
+
+
+class Asked(Session, Protocol):
+    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+        """What `generate` does, for one conversation. Several threads may ask at a time, each for its own."""
+
+
+@runtime_checkable
+class Independent(Protocol):
+    """A sampler whose conversations need not wait for each other: while one's environment is at work, others generate."""
+
+    def session(self) -> Asked: ...
+
+    def hang_up(self) -> None:
+        """Make all who wait for an answer give up, now and from now on."""
 
 
 def generator(key: tuple) -> np.random.Generator:

@@ -6,6 +6,7 @@ An environment that raises or talks nonsense fails in its own slot, and the othe
 
 import json
 import math
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -34,7 +35,8 @@ class Reply:
 class Stage(Protocol):
     """Plays episodes in slots, which are small numbers used again and again.
 
-    A slot that got an error must be reset before its next step, and then works again. `close` may be called twice.
+    A slot that got an error must be reset before its next step, and then works again. `close` may be called twice. Several
+    threads may reset and step, each its own slots.
     """
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]: ...
@@ -50,6 +52,7 @@ class Serial:
 
     def __init__(self, world: World, make: Callable[[], TextEnv] | None = None):
         self._make = make or world.env
+        self._lock = threading.Lock()  # one after another, whoever asks: environments may share what a world knows
         self.envs: dict[int, TextEnv] = {}
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
@@ -65,6 +68,10 @@ class Serial:
                 closing.callback(self.envs.popitem()[1].close)
 
     def _reply(self, slot: int, asked: Task | str) -> Reply:
+        with self._lock:
+            return self._answer(slot, asked)
+
+    def _answer(self, slot: int, asked: Task | str) -> Reply:
         try:
             if isinstance(asked, str):
                 env = self.envs[slot]

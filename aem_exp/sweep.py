@@ -211,7 +211,8 @@ def _cost(sweep: "Sweep", todo: Sequence["Cell"]) -> list[tuple[str, str]]:
     from aem_exp.progress import clock
 
     seconds = [took for cell in sweep.cells if (took := attempts.seconds(cell.folder)) is not None]
-    gpus = [c.experiment.launch.nodes * c.experiment.launch.gpus_per_node for c in todo]
+    machines = [c.experiment.launch for c in todo]
+    gpus = [(launch.nodes + launch.server_nodes) * launch.gpus_per_node for launch in machines]
     most = sum(n * c.experiment.launch.hours for n, c in zip(gpus, todo, strict=True))
     out = [("budget", f"at most {most:,.0f} GPU-hours, by the time limits")] if most else []
     if not todo:

@@ -143,11 +143,16 @@ class AEMCallback(TrainerCallback):
 
 
 def _shares(metrics: dict[str, float]) -> dict[str, float]:
-    """What a step's time went into. While environments answer, nothing is generated: that share is idle."""
-    names = ("generation", "environment", "scoring", "aem", "update")
-    seconds = {name: metrics.get(f"time/{name}", 0.0) for name in names}
-    total = sum(seconds.values())
-    return {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
+    """What a step's time went into.
+
+    What counts for environments is time in which nothing is generated: `idle_share` is its share of the play.
+    """
+    names = ("weights", "generation", "environment", "scoring", "aem", "update")
+    seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}
+    total, idle = sum(seconds.values()), seconds.get("environment", 0.0)
+    played = idle + seconds.get("generation", 0.0)
+    shares = {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
+    return shares | ({"time/idle_share": idle / played} if played else {})
 
 
 def _peak_gb() -> float:
@@ -189,6 +194,8 @@ class AEMTrainer(GRPOTrainer):
         rounds: rounds of play per step, at most: more are played until there are enough groups (DAPO's dynamic sampling).
         mask_cut: trajectories that the world did not end are not trained; see `credit.assign`.
         trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
+        publish: hands this trainer's weights to whatever generates in other processes, before play that follows an update;
+            None: what generates has these very weights, or sees to it.
         penalty: subtracted from the score of an invalid turn.
         keep: receives the number of finished steps and the step's credit, for the record.
         before_save: told before a checkpoint is written: what it counts on must be on disk by then.
@@ -215,6 +222,7 @@ class AEMTrainer(GRPOTrainer):
         rounds: int = 1,
         mask_cut: bool = False,
         trust_sampler: bool = True,
+        publish: Callable[[Any], None] | None = None,
         penalty: float = 0.0,
         keep: Callable[[int, Credit], None] | None = None,
         before_save: Callable[[int], None] | None = None,
@@ -253,6 +261,9 @@ class AEMTrainer(GRPOTrainer):
         self.device_tokens = device_tokens
         self.mini_batch, self.epochs, self.device_rows = mini_batch, epochs, device_rows
         self.trust_sampler, self._bonus = trust_sampler, args.entropy_coef
+        self.publish, self._published = publish, -1  # at which update
+        # TRL's loss takes the correction for tokens that other weights have sampled.
+        self.use_vllm: bool = args.use_vllm or publish is not None
         self.clock = Clock()
 
     # The way of the data: episodes -> credit -> updates -> TRL's loss.
@@ -289,7 +300,11 @@ class AEMTrainer(GRPOTrainer):
         """Play: each rank its part. All ranks get all trajectories."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
-        with contextlib.nullcontext() if self.use_vllm else self._whole():  # vLLM has weights of its own
+        if self.publish and self._published != self.state.global_step:
+            with self.clock("weights"):
+                self.publish(self)
+            self._published = self.state.global_step
+        with contextlib.nullcontext() if self.use_vllm else self._whole():  # vLLM and servers have weights of their own
             played = self.rollout.play(episodes[start : start + size], sampler)
         return gather_object(played)
 
@@ -584,7 +599,7 @@ def build(
     make_sampler: Callable[[Any], Sampler],
     **recorders: Any,
 ) -> AEMTrainer:
-    """The trainer of an experiment; `recorders` are AEMTrainer's `keep` and `before_save`."""
+    """The trainer of an experiment; `recorders` are AEMTrainer's `keep`, `before_save` and `publish`."""
     settings, launch = experiment.trainer, experiment.launch
     return AEMTrainer(
         model,
@@ -638,6 +653,7 @@ def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
             "logging_nan_inf_filter": False,
             "report_to": [],
             "disable_tqdm": True,
+            "vllm_importance_sampling_mode": "token_truncate",  # as we correct: TRL's own masks whole rows by a sum
             **{key: value for key, value in settings.items() if key not in (*OURS, "num_iterations")},
             **experiment.launch.trainer,
         }

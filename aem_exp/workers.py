@@ -122,6 +122,8 @@ class _Process:
         return _Lost(failed(f"its process died (exit code {code}) {last}", tail))
 
     def _tail(self) -> str:
+        if self._log.closed:  # another thread has closed all
+            return ""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), TRACE, max(self._mark, size - TRACE)).decode(errors="replace")
 
@@ -165,6 +167,7 @@ class Workers:
         self._processes: dict[int, _Process] = {}
         self._proven: set[int] = set()  # workers whose world could be made once
         self._episodes: dict[int, _Episode] = {}
+        self._locks = [threading.Lock() for _ in range(workers)]  # a worker takes one call at a time
         weakref.finalize(self, _close, self._processes, os.getpid())  # at exit, too
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
@@ -189,11 +192,14 @@ class Workers:
         seats: dict[int, dict[int, Task | str]] = {}
         for slot in asked:
             seats.setdefault(slot % self._workers, {})[slot] = asked[slot]
-        try:
-            _drive([self._shift(seat, mine, replies) for seat, mine in seats.items()])
-        except BaseException:  # Ctrl-C, say: answers still to come would be taken for those of later requests
-            self.close()
-            raise
+        with ExitStack() as held:
+            for seat in sorted(seats):  # in one order, or two calls could wait for each other
+                held.enter_context(self._locks[seat])
+            try:
+                _drive([self._shift(seat, mine, replies) for seat, mine in seats.items()])
+            except BaseException:  # Ctrl-C, say: answers still to come would be taken for those of later requests
+                self.close()
+                raise
         return {slot: replies[slot] for slot in asked}
 
     def _shift(self, seat: int, asked: Mapping[int, Task | str], replies: dict[int, Reply]) -> _Shift:
@@ -204,8 +210,8 @@ class Workers:
                 replies[slot] = yield from self._turn(process, slot, asked[slot])
             except _Lost as lost:
                 replies[slot] = lost.reply
-                if seat in self._processes:
-                    self._processes.pop(seat).end()
+                if (process := self._processes.pop(seat, None)) is not None:
+                    process.end()
             if replies[slot].error:
                 self._episodes.pop(slot, None)
 
@@ -289,14 +295,13 @@ def _drive(shifts: list[_Shift]) -> None:
 def _close(processes: dict[int, _Process], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the owner has no say
         return
-    for process in processes.values():
+    for process in list(processes.values()):  # other threads may be at it, which then lose their process
         with suppress(OSError):
             process.socket.shutdown(socket.SHUT_RDWR)  # it sees its end
     deadline = time.monotonic() + GRACE
-    while processes:
-        seat, process = next(iter(processes.items()))
+    for seat, process in list(processes.items()):
         process.end(max(0.0, deadline - time.monotonic()))
-        del processes[seat]
+        processes.pop(seat, None)
 
 
 def _frame(message: Mapping[str, Any]) -> bytes:

@@ -212,6 +212,8 @@ AT_COMPOSING = [
     ("env.prompt.window=x", "env.prompt.window", "only read with env.history=window"),
 ]
 TWO = "launch.gpus_per_node=2 | launch.trainer={fsdp:true"
+SERVED, MODE = "launch.sampler=served | launch.servers=/s", "launch.trainer.vllm_importance_sampling_mode"
+ENGINE = "launch.sampler=engine | launch.gpus_per_node=1 | launch.trainer={use_vllm:true}"
 AT_RESOLVING = [
     ("tracking=${nothing}", "tracking", "'nothing' not found"),
     ("seed=???", "seed", "must be given"),
@@ -315,6 +317,17 @@ AT_RESOLVING = [
     ("launch.trainer.use_vllm=true", "launch.trainer.use_vllm", "launch.sampler=engine"),
     ("launch.sampler=engine | launch.trainer.use_vllm=true", "launch.trainer.use_vllm", "gpus_per_node=0"),
     ("launch.env_seconds=3", "launch.env_seconds", "launch.workers above 0"),
+    ("launch.sampler=served", "launch.servers", "launch.server_nodes above 0"),
+    ("launch.servers=/s", "launch.servers", "launch.sampler=served"),
+    ("launch.server_seconds=9", "launch.server_seconds", "launch.sampler=served"),
+    (f"{SERVED} | launch.server_nodes=1", "launch.servers", "not both"),
+    ("launch.sampler=served | launch.server_nodes=1", "launch.server_nodes", "launch.where=slurm"),
+    (f"{SERVED} | launch.server_weights=nccl", "launch.server_weights", "gpus_per_node=0: files"),
+    (f"{SERVED} | launch.trainer.use_vllm=true", "launch.trainer.use_vllm", "launch.sampler=engine"),
+    (f"{SERVED} | launch.trainer.vllm_mode=server", "launch.trainer.vllm_mode", "use_vllm=true"),
+    (f"{ENGINE} | launch.trainer.vllm_mode=server", "launch.trainer.vllm_mode", "launch.sampler=served"),
+    (f"{SERVED} | launch.trainer.vllm_group_port=1", "launch.trainer.vllm_group_port", "use launch.servers"),
+    (f"{SERVED} | {MODE}=sequence_mask", MODE, "token_truncate"),
     ("launch.gpus_per_node=3 | launch.trainer.use_cpu=null", "launch", "3 processes"),
     ("launch.gpus_per_node=1", "launch.trainer.use_cpu", "gpus_per_node=1"),
     ("launch.nodes=2", "launch.nodes", "launch.where=slurm"),
@@ -402,6 +415,14 @@ def test_what_does_nothing_is_said():
     assert "one update per step" in config.notes(load([*FIXED, "trainer.mini_batch=64"]))[0]
     assert config.notes(load([*FIXED, "trainer.mini_batch=64", "trainer.num_iterations=2"])) == []
     assert "gate=0" in config.notes(load([*FIXED, "modulation.gate=0"]))[0]
+
+
+def test_servers_go_with_settings_of_the_correction_and_workers_are_missed():
+    served = [*FIXED, "launch.sampler=served", "launch.servers=/s"]
+    (note,) = config.notes(load([*served, "launch.trainer.vllm_importance_sampling_clip_max=2"]))
+    assert "launch.workers=0" in note
+    assert config.notes(load([*served, "launch.workers=4"])) == []
+    assert config.signature(load(served)) == config.signature(load(FIXED)), "who generates decides no result"
 
 
 def test_suggestions_know_initials_and_spelling():

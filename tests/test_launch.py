@@ -146,6 +146,32 @@ def test_two_nodes_agree_save_and_go_on(desk):
     assert "finished" in desk.door("aem_exp", *CELL, *two)
 
 
+def test_a_node_serves_and_another_trains(desk):
+    """One job of two nodes: a server with a key and a port of its own, which follows the weights. It ends with the run, and
+    another is there for the run's next start."""
+    served = ["launch.sampler=served", "launch.server_nodes=1", "launch.server_seconds=90", "trainer.steps=3"]
+    assert "must have vllm_server.sh" in desk.door("aem_exp", *CELL, *served, code=2)
+    server = f'exec {sys.executable} {HERE / "completions_server.py"} "$@"\n'
+    (desk.folder / "site" / "vllm_server.sh").write_text(server)
+    (desk.folder / "site" / "site.yaml").write_text("interface: lo")
+    folder, job = desk.submit(*served, "seed=7", SLOW="0.01")
+    until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
+    os.kill(attempts.read(folder)[0]["pid"], signal.SIGUSR2)
+    until(lambda: begun(folder, 2), lambda: f"a second start: {log(folder)}")
+    finished(folder)
+    desk.cluster.wait(job, {"COMPLETED"})
+    assert moved(folder) and all(row.get("train/sampler_gap", 0) < 1e-3 for row in metrics(folder))
+    places = sorted((folder / "servers").iterdir())
+    assert [place.name for place in places] == [f"{job}-0", f"{job}-1"]
+    for place in places:
+        assert (place / "key").stat().st_mode & 0o777 == 0o600 and (place / "key").read_text() not in log(folder)
+        assert len((place / "urls").read_text().splitlines()) == 1 and not (place / "weights").exists()
+    (desk.folder / "site" / "site.yaml").write_text("interface: lol")
+    nowhere, job = desk.submit(*served, "seed=8")
+    desk.cluster.wait(job, {"FAILED"})
+    assert "interface=lol: did you mean lo?" in log(nowhere)
+
+
 def test_a_time_limit_costs_nothing(desk):
     """SLURM itself says when time is up: two minutes, with its first word 70 s before the end, give or take half a minute."""
     folder, job = desk.submit("seed=3", "launch.hours=0.034", "launch.warn_seconds=70", SLOW="0.1")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from random import Random
 
@@ -653,3 +654,37 @@ def test_a_fork_of_the_parent_does_not_end_its_workers(modules, mischief):
     """
     child, _ = parent(modules, mischief, then)
     assert child.communicate(timeout=60) == ("['']\n", "")
+
+
+def test_threads_play_their_own_slots_and_wait_for_no_other_worker(open_workers):
+    """Two workers, a thread for each slot: one that hangs costs its own worker's slots the wait, and nobody else."""
+    stage = open_workers(2, seconds=2.0)
+    stage.reset(tasks(0, 1, 2, 3))
+    took, replies = {}, {}
+
+    def play(slot, said):
+        start = time.monotonic()
+        replies[slot] = stage.step({slot: said})[slot]
+        took[slot] = time.monotonic() - start
+
+    threads = [threading.Thread(target=play, args=[slot, "hang" if slot == 0 else "hello"]) for slot in (0, 1, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "hung" in replies[0].error and not replies[1].error and not replies[3].error
+    assert took[0] > 1.9 > max(took[1], took[3])
+    assert not stage.step({2: "hello"})[2].error, "the other slot of that worker is played again"
+
+
+def test_closing_ends_the_steps_of_other_threads(open_workers):
+    stage = open_workers(2, seconds=60.0)
+    stage.reset(tasks(0, 1))
+    threads = [threading.Thread(target=stage.step, args=[{slot: "hang 1"}], daemon=True) for slot in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    stage.close()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)

@@ -1,0 +1,129 @@
+"""Where servers are: a folder that says it, written by hand or by the job that starts them.
+
+`urls` has one address a line (http://10.0.0.7:41234). `key`, for its owner alone, is what every request shows; it stands nowhere
+else, and no sentence repeats it. `weights/` is what servers read. The folder of a job's own servers lies in its run dir.
+"""
+
+import ipaddress
+import os
+import secrets
+import shutil
+import socket
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aem_exp import disk
+from aem_exp.values import ConfigError, Stop
+
+URLS, KEY, WEIGHTS = "urls", "key", "weights"
+NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
+
+
+def read(folder: Path) -> tuple[list[str], str]:
+    """Where the servers are, and the key that they want ("" where there is none).
+
+    Raises:
+        ConfigError: the folder does not say, or others could read its key.
+    """
+    try:
+        urls = [line.strip().rstrip("/") for line in (folder / URLS).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(
+            "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
+        ) from error
+    if not urls:
+        raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
+    for url in urls:
+        if (why := _odd(url)) is not None:
+            raise ConfigError("launch.servers", str(folder / URLS), f"{why}; a line reads http://10.0.0.7:41234")
+    return urls, _key(folder, urls)
+
+
+def _odd(url: str) -> str | None:
+    """What is wrong with an address, in words that do not repeat it."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
+    except ValueError:
+        whole = False
+    if not whole:
+        return "holds a line that is no address"
+    return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
+
+
+def _key(folder: Path, urls: list[str]) -> str:
+    file = folder / KEY
+    try:
+        mode, key = file.stat().st_mode, file.read_text().strip()
+    except FileNotFoundError:
+        if all(_loopback(urlsplit(url).hostname or "") for url in urls):
+            return ""
+        raise ConfigError(
+            "launch.servers", str(folder), f"must have a file {KEY}: anybody could ask servers without"
+        ) from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise ConfigError("launch.servers", str(file), "can be read by others; chmod 600, and better make a new one")
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError("launch.servers", str(file), "must hold a key: printable characters, one line")
+    return key
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def again(folder: Path, urls: list[str]) -> list[str]:
+    """The addresses as they are now; what they were, where that cannot be read."""
+    try:
+        return read(folder)[0]
+    except ConfigError:
+        return urls
+
+
+# Servers of a job.
+
+
+def of_job(run_dir: Path) -> Path:
+    """Where the servers of this start of a run's job are: another start has others, on other ports."""
+    job, start = os.environ.get("SLURM_JOB_ID", "here"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return run_dir / "servers" / f"{job}-{start}"
+
+
+def gather(folder: Path, count: int, seconds: float) -> None:
+    """Wait until so many servers of a job are well, and write down where they are.
+
+    Raises:
+        Stop: they are not, in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while len(found := sorted(folder.glob(f"{NODE}*"))) < count:
+        if time.monotonic() > end:
+            up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
+            raise Stop(f"{up}; what the others say is in the job's log", "node")
+        time.sleep(0.2)
+    disk.write(folder / URLS, "".join(file.read_text() for file in found))
+
+
+def made_key(folder: Path) -> str:
+    """The key of a job's servers; made by the first that asks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = folder / f".{KEY}.{socket.gethostname()}.{os.getpid()}"
+    mine.touch(0o600)
+    mine.write_text(secrets.token_urlsafe(32))
+    with suppress(FileExistsError):
+        os.link(mine, folder / KEY)
+    mine.unlink()
+    return (folder / KEY).read_text()
+
+
+def leave(folder: Path) -> None:
+    """A run needs its servers no more: those of its job end, and the weights that they read are removed."""
+    shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
+    if any(folder.glob(f"{NODE}*")):
+        disk.write(folder / OVER, "")

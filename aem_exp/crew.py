@@ -1,0 +1,61 @@
+"""Work that several hands do at the same time, each one piece after another. The first failure ends all of it."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+GRACE: Final = 1.0  # seconds for hands to leave when all is over; who is stuck is left behind
+
+
+def work(pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Callable[[], None]) -> list[R]:
+    """What `do(hand, piece)` gives for each piece, in the order of the pieces.
+
+    Args:
+        pieces: the work. A piece begins when a hand is free.
+        hands: threads, at most. They are numbered from 0, and no two with one number work at the same time.
+        do: called in those threads.
+        give_up: called when a piece raised, or this thread was interrupted (Ctrl-C): whoever waits in `do` must come back soon.
+
+    Raises:
+        BaseException: what the first piece that failed raised. Nothing is begun after it.
+    """
+    todo: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    over = threading.Event()
+    for pair in enumerate(pieces):
+        todo.put(pair)
+
+    def hand(number: int) -> None:
+        while not over.is_set():
+            try:
+                index, piece = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((index, do(number, piece), None))
+            except BaseException as error:  # raised again by whoever waits for it
+                done.put((index, None, error))
+
+    threads = [threading.Thread(target=hand, args=[n], daemon=True) for n in range(min(hands, len(pieces)))]
+    results: dict[int, R] = {}
+    try:
+        for thread in threads:
+            thread.start()
+        while len(results) < len(pieces):
+            index, result, error = done.get()
+            if error is not None:
+                raise error
+            results[index] = result
+    except BaseException:
+        over.set()
+        give_up()
+        end = time.monotonic() + GRACE
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, end - time.monotonic()))
+        raise
+    return [results[index] for index in range(len(pieces))]

@@ -1,0 +1,132 @@
+"""Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.serve RUN_DIR`.
+
+What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE`. Decided here is who reaches it: HOST is an
+address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants lies in a file
+for its owner alone. It is written down when it answers, and ends with its run.
+"""
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from aem_exp import addresses, config, disk, door, launch, provenance, servers
+from aem_exp.config import Experiment
+from aem_exp.values import ConfigError, Stop
+
+GRACE: Final = 20.0  # seconds for a server to end
+
+
+def main() -> int:
+    return door.answer(lambda: _act(_read()))
+
+
+def _read() -> argparse.Namespace:
+    what = "Serve a run's policy from this node, until the run ends; jobs send this."
+    parser = door.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path)
+    return parser.parse_args()
+
+
+def _act(asked: argparse.Namespace) -> int:
+    door.reach_frozen(asked.run_dir / provenance.CODE)
+    run_dir = asked.run_dir.expanduser().absolute()
+    experiment, folder = config.read(run_dir), addresses.of_job(run_dir)
+    heard: list[int] = []
+    signal.signal(
+        signal.SIGUSR2, signal.SIG_IGN
+    )  # time is nearly up: the run ends its step first, and needs servers for it
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    child = None
+    if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
+        child = _started(experiment, folder)
+    try:
+        while not (folder / addresses.OVER).exists():
+            if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
+                raise Stop(f"the server on this node has ended with code {child.returncode}", "node")
+            time.sleep(0.5)
+    finally:
+        if child is not None:
+            _end(child)
+    return 0
+
+
+def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the node's server, and write down where it is when it answers."""
+    from aem_exp import policy, worlds
+
+    site, place = launch.site()
+    model, how = experiment.model, experiment.launch
+    weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
+    host, dtype = address(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
+    port = _free_port(host)
+    context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
+    words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype]
+    secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # it is no process of the run
+    child = subprocess.Popen(
+        ["bash", str(place / launch.SERVER), *words], env=os.environ | secret, start_new_session=True
+    )
+    url = f"http://{host}:{port}"
+    end = time.monotonic() + how.server_seconds
+    while not servers.well(url):
+        if child.poll() is not None or time.monotonic() > end:
+            _end(child)
+            raise Stop(f"the server on this node did not answer within {how.server_seconds:g} s, or ended", "node")
+        time.sleep(0.5)
+    disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
+    print(f"serves   {url}", flush=True)
+    return child
+
+
+def address(interface: str | None) -> str:
+    """Where servers of this node listen: on an interface, or where the node's name leads.
+
+    Raises:
+        ConfigError: that is nowhere, or not known to be private.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if interface is None:
+        try:
+            found = [socket.gethostbyname(name)]
+        except OSError as error:
+            raise ConfigError("interface", None, f"must be set in site.yaml: {name} has no address") from error
+    else:
+        import psutil
+
+        known = psutil.net_if_addrs()
+        found = [a.address for a in known.get(interface, ()) if a.family == socket.AF_INET]
+        if not found:
+            raise ConfigError("interface", interface, [key for key in known if key != interface])
+    if ipaddress.ip_address(found[0]).is_unspecified or not ipaddress.ip_address(found[0]).is_private:
+        remedy = f"must be one of the private network, in site.yaml: here it leads to {found[0]}"
+        raise ConfigError("interface", interface, remedy)
+    return found[0]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as held:
+        held.bind((host, 0))
+        return int(held.getsockname()[1])
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Make sure that a server and all that it started are gone."""
+    child.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    with suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

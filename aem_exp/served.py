@@ -1,0 +1,118 @@
+"""Who generates, where servers of other processes do: vLLM's completions endpoint, token ids in and token ids out.
+
+Every process asks for its own episodes: nothing is gathered, nobody waits for another rank, and each conversation goes on by
+itself. The engine's defaults are never read: temperature, filters, penalties, end tokens and a seed that follows from the
+response's key are sent with every request. An answer that is not exact tokens within the budget ends the run; nothing is
+tokenised again.
+
+Log-probs that come with the tokens are the server's own: they enter the correction, token by token, and nothing else.
+Entropies it cannot tell; the trainer measures them.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from aem_exp.sample import Sample, Sampling
+from aem_exp.servers import Servers
+from aem_exp.values import Stop
+
+PATH = "/v1/completions"
+
+
+class ServedSampler:
+    """Samples from servers.
+
+    Args:
+        end_ids: tokens that end a response.
+        rank: of this process; where all begin with the same server, one would have all the work.
+    """
+
+    def __init__(self, servers: Servers, end_ids: Sequence[int], sampling: Sampling, rank: int = 0):
+        self.servers, self.end_ids, self.sampling, self.rank = servers, list(end_ids), sampling, rank
+
+    def session(self) -> "ServedSession":
+        return ServedSession(self)
+
+    def hang_up(self) -> None:
+        self.servers.hang_up()
+
+
+class ServedSession:
+    """Conversations by their exact tokens; a server is handed all of them each turn, and keeps their prefixes."""
+
+    def __init__(self, sampler: ServedSampler):
+        self._sampler = sampler
+        self._ids: dict[int, list[int]] = {}
+
+    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+        return self.generate([slot], [prompt], [key], [budget])[0]
+
+    def generate(
+        self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
+    ) -> list[Sample]:
+        sampler = self._sampler
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._ids[slot] = [*self._ids.get(slot, []), *prompt]
+        asked = [
+            self._asked(self._ids[slot], key, budget) for slot, key, budget in zip(slots, keys, budgets, strict=True)
+        ]
+        answers = sampler.servers.ask(PATH, asked, [sampler.rank + slot for slot in slots])
+        samples = [_sample(request, answer) for request, answer in zip(asked, answers, strict=True)]
+        for slot, sample in zip(slots, samples, strict=True):
+            self._ids[slot] += sample.ids
+        return samples
+
+    def _asked(self, ids: list[int], key: tuple, budget: int) -> dict[str, Any]:
+        """A request, in the words of vLLM's protocol. It names no model: a server of ours has one."""
+        how = self._sampler.sampling
+        return {
+            "prompt": list(ids),
+            "max_tokens": budget,
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "top_k": how.top_k,
+            "min_p": how.min_p,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed(key),
+            "stop_token_ids": self._sampler.end_ids,
+            "ignore_eos": True,  # the end tokens are those above, and not also those of a generation_config
+            "logprobs": 0,  # of the sampled token alone
+            "return_token_ids": True,
+        }
+
+
+def seed(key: tuple) -> int:
+    """63 bits that follow from a response's key."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
+def _sample(asked: dict[str, Any], answer: dict[str, Any]) -> Sample:
+    """The tokens of an answer.
+
+    Raises:
+        Stop: they are not there, or not what was asked for.
+    """
+    try:
+        choice = answer["choices"][0]
+        ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        assert all(type(i) is int for i in ids) and all(isinstance(p, int | float) for p in logps)
+    except (KeyError, IndexError, TypeError, AssertionError):
+        raise _wrong("has no token ids or no log-probs: it must know return_token_ids, as vLLM does") from None
+    if choice.get("finish_reason") not in ("stop", "length"):  # aborted, say: half a response is none
+        raise _wrong(f"ended by {choice.get('finish_reason')!r}, and not by an end token or the budget")
+    if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, asked["prompt"]):
+        raise _wrong("is to another prompt than was sent: the server changed its tokens")
+    if not 0 < len(ids) <= asked["max_tokens"]:
+        raise _wrong(f"has {len(ids)} tokens, and 1 to {asked['max_tokens']} were asked for")
+    if len(logps) != len(ids):
+        raise _wrong(f"has {len(ids)} tokens and {len(logps)} log-probs")
+    if set(ids[:-1]) & set(asked["stop_token_ids"]):
+        raise _wrong("goes on after an end token: the server does not know stop_token_ids")
+    return Sample(ids, [float(p) for p in logps], [])
+
+
+def _wrong(why: str) -> Stop:
+    return Stop(f"an answer of a server {why}", "config")

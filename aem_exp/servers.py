@@ -1,0 +1,241 @@
+"""Servers of other processes that generate (vLLM's): how they are asked, and what when one is away.
+
+A folder says where (see `addresses`). It is read again when somebody does not answer: a server that is started anew may have
+another port.
+
+Who asks keeps to one server while that answers: it has the episode's tokens in its cache. What may pass (no connection, 429,
+5xx, no answer in time) is asked again, of the next server where there is one, after pauses that grow, up to a limit. What a
+server refuses (other 4xx) it would refuse again. Both then end the run, in a sentence.
+
+A server that was started anew has the weights that it was started with. It is told to read the newest before it generates.
+"""
+
+import asyncio
+import json
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import CancelledError
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from aem_exp import addresses
+from aem_exp.values import Stop
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
+PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
+CONNECT: Final = 5.0  # seconds
+PASSING = (408, 409, 425, 429)  # of the 4xx: it may be answered later
+SAID: Final = 300  # characters of a server's own words
+
+
+class Servers:
+    """All servers of a run.
+
+    Args:
+        folder: what says where they are.
+        seconds: how long a server may take for an answer, and how long none may give one, before the run ends.
+    """
+
+    def __init__(self, folder: Path, seconds: float):
+        import httpx
+
+        self.folder, self.seconds = folder, seconds
+        self.urls, self._key = addresses.read(folder)
+        self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
+        self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
+        self._holding = set(self.urls)  # servers that have the newest weights
+        self._away: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
+        self._renewing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._client = httpx.AsyncClient(
+            headers=self.headers,
+            timeout=httpx.Timeout(seconds, connect=CONNECT, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
+            trust_env=False,  # they are next door: no proxy, and no credentials of other places
+        )
+        self._over = False
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="servers").start()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request shows."""
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+
+    def ask(self, path: str, bodies: list[dict[str, Any]], firsts: list[int]) -> list[dict[str, Any]]:
+        """Post each body to a server, all at a time; their answers. `firsts`: the number of the server to ask first.
+
+        Several threads may ask.
+
+        Raises:
+            Stop: a server refuses, or none has answered for too long.
+            CancelledError: somebody hung up.
+        """
+
+        def sends(body: dict[str, Any]) -> Callable[[str], Awaitable[dict[str, Any]]]:
+            return lambda url: self._post(url + path, body)
+
+        pairs = list(zip(bodies, firsts, strict=True))
+        return self._run(lambda: _all([partial(self._patiently, first, sends(body)) for body, first in pairs]))
+
+    def load(self, folder: Path) -> None:
+        """Have the servers read the weights of a folder, and return when they have; who is away does it when it is back."""
+        self.weights, self._holding = folder, set()
+        self._run(lambda: _all([partial(self._patiently, first, _nothing) for first in range(len(self.urls))]))
+
+    def told(self, weights: Path | None) -> None:
+        """Another process has seen to it that the servers have the newest weights: those of a folder, or streamed."""
+        self.weights, self.streamed, self._holding = weights, weights is None, set(self.urls)
+
+    def hang_up(self) -> None:
+        """Make all who wait for an answer give up, now and from now on."""
+        self._over = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if self._over:
+            raise CancelledError
+        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C, say: the servers need not go on either
+            future.cancel()
+            raise
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()  # servers see it, and stop
+
+    async def _patiently(self, first: int, send: Callable[[str], Awaitable[T]]) -> T:
+        """Send something until it is answered."""
+        import httpx
+
+        pause, since = PAUSE, 0.0
+        while True:
+            url = self._next(first)
+            await asyncio.sleep(self._away.get(url, 0.0) - time.monotonic())  # at once where it is not away
+            try:
+                if url not in self._holding:
+                    await self._renew(url)
+                answer = await send(url)
+            except (httpx.TransportError, _Passing) as error:
+                why = f"{url} {_sentence(error, self.seconds)}"
+                broke_off = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+                if isinstance(error, httpx.ConnectError) or (broke_off and not self.streamed):
+                    self._holding.discard(url)  # to read the weights once more costs less than to have old ones
+            else:
+                self._away.pop(url, None)
+                return answer
+            now = time.monotonic()
+            since = since or now
+            if now - since > self.seconds:
+                raise Stop(
+                    f"no server has answered for {now - since:.0f} s (launch.server_seconds); the last: {why}", "node"
+                )
+            self._away[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
+            pause = min(2 * pause, LONGEST)
+            self.urls = addresses.again(self.folder, self.urls)
+
+    def _next(self, first: int) -> str:
+        """The server whose turn it is; where that is away, the next one that is not, or will be asked soonest."""
+        now, count = time.monotonic(), len(self.urls)
+        order = [self.urls[(first + i) % count] for i in range(count)]
+        return min(order, key=lambda url: max(0.0, self._away.get(url, 0.0) - now))
+
+    async def _renew(self, url: str) -> None:
+        """Have a server read the newest weights, if there are any."""
+        async with self._renewing[url]:
+            if url in self._holding:
+                return
+            if self.streamed:
+                lost = "was started anew and has lost the weights, which launch.server_weights=nccl sends between steps"
+                raise Stop(f"{url} {lost}; ask the run again, and it goes on from its newest checkpoint", "node")
+            if self.weights is not None:
+                asked = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+                await self._post(url + RELOAD, asked)
+                await self._post(url + FORGET, {})
+            self._holding.add(url)
+
+    async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self._client.post(url, json=body)
+        if response.is_success:
+            return _object(url, response.content)
+        said = f"answers {response.status_code} {self._words(response)}"
+        if response.status_code in PASSING or response.status_code >= 500:
+            raise _Passing(said)
+        hint = {
+            401: f"; is {self.folder / addresses.KEY} its key?",
+            404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
+        }
+        raise Stop(f"{url} {said}{hint.get(response.status_code, '')}", "config")
+
+    def _words(self, response: "httpx.Response") -> str:
+        """What a server says about a failure, on one line, and without the key if it should repeat that."""
+        try:
+            told = response.json()
+            told = told.get("error", told)
+            text = str(told.get("message", told) if isinstance(told, dict) else told)
+        except (ValueError, AttributeError):
+            text = response.text
+        text = text.replace(self._key, "***") if self._key else text
+        return f"({' '.join(text.split())[:SAID]})" if text else ""
+
+
+class _Passing(Exception):
+    """An answer that may be another one later."""
+
+
+async def _nothing(url: str) -> None: ...
+
+
+async def _all(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+    """All at a time; the first that fails ends the others."""
+    tasks = [asyncio.ensure_future(each()) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _object(url: str, content: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(content or b"{}")
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise Stop(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
+    return answer
+
+
+def _sentence(error: Exception, seconds: float) -> str:
+    import httpx
+
+    match error:
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            return "cannot be reached"
+        case httpx.TimeoutException():
+            return f"gave no answer within {seconds:g} s"
+        case httpx.TransportError():
+            return f"broke off ({type(error).__name__})"
+    return str(error)
+
+
+def well(url: str) -> bool:
+    """Whether a server answers."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=CONNECT, trust_env=False).is_success
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,119 @@
+"""How servers of other processes come by the trainer's newest weights, before each rollout that follows an update.
+
+`Files`: a safetensors file in a new folder beside the servers' addresses, which each server is told to read (vLLM's
+`reload_weights`). Needs a disk that both see, and works anywhere; a server that was away reads them when it is back.
+`Streamed`: from GPU to GPU over NCCL, by TRL's own client. Fast; a server that is started anew is lost to the run.
+
+TRL knows the way through the weights: it gathers what lies in pieces, merges adapters, and spells names as vLLM does. All
+processes of a run take part in that; the first sends. Besides `trainer`, the only room that speaks TRL.
+"""
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl.generation.vllm_generation import VLLMGeneration
+
+from aem_exp.addresses import WEIGHTS
+from aem_exp.servers import Servers
+
+FILE = "model.safetensors"
+
+
+class Policy(VLLMGeneration):
+    """A trainer's weights, by name. What TRL would start or join when this is made, it does not need for that."""
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer.model, trainer.accelerator, trainer.processing_class, mode="server")
+
+    def _init_vllm(self) -> None: ...
+
+
+class Files:
+    """Publishes weights as a file."""
+
+    def __init__(self, servers: Servers):
+        self.servers = servers
+
+    def __call__(self, trainer: Any) -> None:
+        first, named = trainer.accelerator.is_main_process, {}
+        for name, weight in Policy(trainer)._iter_named_params():
+            if first:
+                dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # what it is computed in
+                named[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
+        folder = (
+            self.servers.folder / WEIGHTS / str(trainer.state.global_step)
+        )  # a new one: a server may map what it has read
+        if first:
+            _write(named, folder)
+            self.servers.load(folder)
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+        trainer.accelerator.wait_for_everyone()
+        if not first:
+            self.servers.told(folder)
+
+
+class Streamed:
+    """Publishes weights over NCCL. A client of TRL's knows one server, so there are as many, made at the first time."""
+
+    def __init__(self, servers: Servers):
+        self.servers = servers
+        self._policy: Policy | None = None
+        self._clients: list[Any] = []
+
+    def __call__(self, trainer: Any) -> None:
+        if self._policy is None:
+            self._policy = Policy(trainer)
+            if trainer.accelerator.is_main_process:
+                self._clients = [self._client(url, trainer.accelerator.device) for url in self.servers.urls]
+            trainer.accelerator.wait_for_everyone()
+        for number in range(len(self.servers.urls)):
+            if trainer.accelerator.is_main_process:
+                self._policy.vllm_client = self._clients[number]
+            self._policy.sync_weights()
+        trainer.accelerator.wait_for_everyone()
+        self.servers.told(None)
+
+    def _client(self, url: str, device: Any) -> Any:
+        from trl.generation.vllm_client import VLLMClient
+
+        servers = self.servers
+
+        class Client(VLLMClient):
+            def check_server(self, *args: Any, **kwargs: Any) -> None:
+                self.session.headers |= (
+                    servers.headers
+                )  # TRL's own client shows no key, and next asks for what needs one
+                self.session.trust_env = False
+                super().check_server(*args, **kwargs)
+
+        client = Client(base_url=url, group_port=_free_port(), connection_timeout=servers.seconds)
+        client.init_communicator(device=device)
+        return client
+
+
+def publisher(servers: Servers, how: str) -> Callable[[Any], None]:
+    """What hands a trainer's weights to servers; all processes of a run call it with their trainers."""
+    return Streamed(servers) if how == "nccl" else Files(servers)
+
+
+def _write(named: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    half = folder.with_name(f".{folder.name}")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    half.mkdir(parents=True)
+    save_file(named, half / FILE)
+    half.rename(folder)
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        return int(held.getsockname()[1])

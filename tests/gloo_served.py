@@ -1,0 +1,44 @@
+"""What test_served runs under torchrun, in two processes: the toy, in pieces, learns from a server that follows its weights."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import conftest  # noqa: F401  (environment first)
+import pieces
+import torch
+import toy
+
+from aem_exp.render import Chat
+from aem_exp.sample import Sampling
+from aem_exp.served import ServedSampler
+from aem_exp.servers import Servers
+from aem_exp.weights import Files
+
+
+def main(folder: Path, place: Path) -> None:
+    torch.set_num_threads(1)
+    pieces.on_cpus()
+    known, chat = Servers(place, 60.0), Chat(toy.policy(folder)[1])
+    run = toy.experiment("full", steps=2, mini_batch=8)
+    run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | pieces.SETTINGS))
+    rows: list[dict[str, float]] = []
+    trainer = toy.trainer(
+        folder,
+        run,
+        lam=1.0,
+        make_sampler=lambda t: ServedSampler(known, chat.end_ids, Sampling(), t.accelerator.process_index),
+        trust_sampler=False,
+        publish=Files(known),
+    )
+    trainer.aem.report = lambda step, row: rows.append(row)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (place / "rows.json").write_text(json.dumps(rows))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

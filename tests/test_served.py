@@ -1,0 +1,587 @@
+"""Servers that generate, over real HTTP: exact tokens, whatever becomes of a server, and episodes that wait for nobody."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from dataclasses import asdict, replace
+
+import gloo_served
+import patient
+import pytest
+import torch
+import toy
+from completions_server import CompletionsServer
+from doors import SMALL, metrics
+from filelock import FileLock
+
+from aem_exp import addresses, config, policy, serve, servers, weights, worlds
+from aem_exp.config import ConfigError
+from aem_exp.render import Chat
+from aem_exp.rollout import CRASHED, Clock, Rollout
+from aem_exp.run import run
+from aem_exp.sample import Independent, LocalSampler, Sampling
+from aem_exp.served import ServedSampler, seed
+from aem_exp.servers import Servers
+from aem_exp.stage import Serial
+from aem_exp.values import Stop
+from aem_exp.weights import Files
+from aem_exp.workers import Workers
+
+HISTORIES = ["full", "window"]
+KEY = "k-123"
+SECONDS = 20.0  # more than anything here takes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Pauses between attempts are as short as the tests."""
+    monkeypatch.setattr(servers, "PAUSE", 0.05)
+
+
+def policy_of(folder, history="full"):
+    """The toy's policy on disk, and how its conversations are rendered."""
+    _, tokenizer = toy.policy(folder, history)
+    return folder / f"policy-{history}-0", Chat(tokenizer)
+
+
+def place(where, *served, key=KEY):
+    """The folder that says where servers are."""
+    where.mkdir(exist_ok=True)
+    (where / "urls").write_text("".join(f"{server.url}\n" for server in served))
+    if key:
+        (where / "key").write_text(f"{key}\n")
+        (where / "key").chmod(0o600)
+    return where
+
+
+@pytest.fixture
+def served(folder, tmp_path):
+    """One server, and a sampler that asks it."""
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
+        known = Servers(place(tmp_path / "servers", server), SECONDS)
+        yield server, ServedSampler(known, chat.end_ids, Sampling()), chat
+        known.hang_up()
+
+
+def ask(sampler, chat, key=("k",), budget=5, slot=0):
+    return sampler.session().ask(slot, chat.start("hello a"), key, budget)
+
+
+# Exact tokens.
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.8, 5, 0.02)])
+def test_tokens_and_log_probs_are_those_of_the_local_sampler(folder, served, sampling):
+    """The same seeds, the same distribution: what is sent and what comes back is what the policy itself would say."""
+    server, sampler, chat = served
+    sampler.sampling = sampling
+    local = LocalSampler(server.model, chat.end_ids, sampling)
+    prompts = [chat.start(f"hello {word}") for word in toy.WORDS]
+    keys, budgets = [("k", n) for n in range(12)], [n % 5 + 1 for n in range(12)]
+    session = sampler.session()
+    theirs = session.generate(range(12), prompts, keys, budgets)
+    follow = [chat.follow("go", sample.ids[-1]) for sample in theirs]
+    theirs += session.generate(range(12), follow, [(*key, 1) for key in keys], budgets)
+    ours_session = local.session()
+    ours = ours_session.generate(range(12), prompts, [(seed(key),) for key in keys], budgets)
+    ours += ours_session.generate(range(12), follow, [(seed((*key, 1)),) for key in keys], budgets)
+    assert [s.ids for s in theirs] == [s.ids for s in ours]
+    assert [p for s in theirs for p in s.logps] == pytest.approx([p for s in ours for p in s.logps], abs=1e-4)
+    assert not any(s.entropies for s in theirs)
+    assert {request["temperature"] for request in server.asked} == {sampling.temperature}
+
+
+def test_seeds_follow_from_the_key_alone(served):
+    server, sampler, chat = served
+    same = [ask(sampler, chat, ("a", 1)).ids for _ in range(2)]
+    assert same[0] == same[1]
+    assert len({tuple(ask(sampler, chat, ("a", n)).ids) for n in range(8)}) > 3
+    seeds = [request["seed"] for request in server.asked]
+    assert len(set(seeds)) == 8 and all(0 <= s < 2**63 for s in seeds)
+
+
+def _more(answer):
+    answer["choices"][0]["token_ids"] += [5] * 9
+    answer["choices"][0]["logprobs"]["token_logprobs"] += [-1.0] * 9
+    return answer
+
+
+def _choice(**changes):
+    return lambda answer: answer | {"choices": [answer["choices"][0] | changes]}
+
+
+@pytest.mark.parametrize(
+    ("twist", "said"),
+    [
+        (_more, "tokens, and 1 to 5 were asked for"),
+        (_choice(token_ids=None), "no token ids"),
+        (_choice(token_ids=[]), "has 0 tokens"),
+        (_choice(token_ids=["a"]), "no token ids"),
+        (_choice(logprobs=None), "no log-probs"),
+        (_choice(prompt_token_ids=[1]), "another prompt"),
+        (_choice(finish_reason="abort"), "ended by 'abort'"),
+        (lambda answer: {"choices": []}, "no token ids"),
+        (lambda answer: [answer], "no JSON object"),
+    ],
+    ids=["long", "no ids", "empty", "text", "no log-probs", "other prompt", "aborted", "no choice", "no object"],
+)
+def test_an_answer_that_is_not_exact_ends_the_run(served, twist, said):
+    server, sampler, chat = served
+    server.twist = twist
+    with pytest.raises(Stop, match=said):
+        ask(sampler, chat)
+
+
+# Servers that are slow, sick, away or somebody else's.
+
+
+def test_what_may_pass_is_asked_again_and_comes_out_the_same(served):
+    server, sampler, chat = served
+    well = ask(sampler, chat)
+    server.fails = [500, 429, 503]
+    assert ask(sampler, chat) == well
+    assert len(server.asked) == 5 and len({json.dumps(request) for request in server.asked}) == 1
+
+
+@pytest.mark.parametrize(("status", "said"), [(400, "answers 400 .the engine is not well"), (404, "answers 404")])
+def test_what_a_server_refuses_ends_the_run_at_once(served, status, said):
+    server, sampler, chat = served
+    server.fails = [status]
+    with pytest.raises(Stop, match=said):
+        ask(sampler, chat)
+    assert len(server.asked) == 1
+
+
+def test_a_wrong_key_is_one_sentence_without_the_key(served):
+    server, sampler, chat = served
+    server.key = "another"
+    with pytest.raises(Stop) as caught:
+        ask(sampler, chat)
+    assert "answers 401" in str(caught.value) and "/key its key?" in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+def test_a_sick_server_and_a_slow_one_end_the_run_when_the_limit_is_reached(served):
+    server, sampler, chat = served
+    known = Servers(sampler.servers.folder, 0.4)
+    sampler = replace_servers(sampler, known)
+    server.fails = [500] * 99
+    start = time.monotonic()
+    with pytest.raises(Stop, match=r"no server has answered for .* s .*the last: .*500 .the engine is not well"):
+        ask(sampler, chat)
+    server.fails, server.seconds = [], 60.0
+    with pytest.raises(Stop, match=r"gave no answer within 0\.4 s"):
+        ask(sampler, chat)
+    assert time.monotonic() - start < 10
+
+
+def replace_servers(sampler, known):
+    return ServedSampler(known, sampler.end_ids, sampler.sampling)
+
+
+def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights(folder, tmp_path):
+    saved, chat = policy_of(folder)
+    other = folder / "policy-full-1"
+    toy.policy(folder, "full", seed=1)
+    with CompletionsServer(saved, KEY) as first:
+        sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
+        before = ask(sampler, chat)
+        sampler.servers.load(other)
+        newest = ask(sampler, chat)
+        assert first.reloads == [other.name] and newest != before
+    said = []
+    waiting = threading.Thread(target=lambda: said.append(ask(sampler, chat)))
+    waiting.start()
+    time.sleep(0.5)
+    assert not said
+    with CompletionsServer(saved, KEY, port=first.port) as again:
+        waiting.join(SECONDS)
+        assert said == [newest] and again.reloads == [other.name]
+        assert ask(sampler, chat) == newest and len(again.reloads) == 1
+    with CompletionsServer(saved, KEY) as moved:
+        (tmp_path / "s" / "urls").write_text(moved.url)
+        assert ask(sampler, chat) == newest and moved.reloads == [other.name]
+    sampler.servers.hang_up()
+
+
+def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder, tmp_path):
+    """Even if it was away for less than the pause between two attempts."""
+    saved, chat = policy_of(folder)
+    toy.policy(folder, "full", seed=1)
+    with CompletionsServer(saved, KEY) as first:
+        sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
+        sampler.servers.load(folder / "policy-full-1")
+        newest, said = ask(sampler, chat), []
+        first.seconds = 60.0
+        waiting = threading.Thread(target=lambda: said.append(ask(sampler, chat)))
+        waiting.start()
+        time.sleep(0.3)
+    with CompletionsServer(saved, KEY, port=first.port) as again:
+        waiting.join(SECONDS)
+        assert said == [newest] and len(again.reloads) == 1
+        sampler.servers.hang_up()
+
+
+@pytest.mark.parametrize(("name", "found"), [("10.1.2.3", True), ("8.8.8.8", False), ("0.0.0.0", False)])
+def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
+    monkeypatch.setenv("SLURMD_NODENAME", name)
+    if found:
+        assert serve.address(None) == name
+    else:
+        with pytest.raises(ConfigError, match="must be one of the private network"):
+            serve.address(None)
+    assert serve.address("lo") == "127.0.0.1"
+
+
+def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
+        sampler = ServedSampler(Servers(place(tmp_path / "s", server), SECONDS), chat.end_ids, Sampling())
+        sampler.servers.told(None)
+        ask(sampler, chat)
+    back = []
+    timer = threading.Timer(0.4, lambda: back.append(CompletionsServer(server.model, KEY, server.port).__enter__()))
+    timer.start()
+    with pytest.raises(Stop, match="was started anew and has lost the weights"):
+        ask(sampler, chat)
+    timer.join()
+    back[0].__exit__()
+    sampler.servers.hang_up()
+
+
+def test_an_episode_keeps_its_server_and_goes_to_another_when_that_is_away(folder, tmp_path):
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as one, CompletionsServer(saved, KEY) as two:
+        known = Servers(place(tmp_path / "s", one, two), SECONDS)
+        sampler = ServedSampler(known, chat.end_ids, Sampling())
+        for turn in range(3):
+            for slot in range(4):
+                ask(sampler, chat, (slot, turn), slot=slot)
+        assert [len(one.asked), len(two.asked)] == [6, 6]
+        assert {request["seed"] for request in one.asked} == {seed((s, t)) for s in (0, 2) for t in range(3)}
+        other_rank = ServedSampler(known, chat.end_ids, Sampling(), rank=1)
+        ask(other_rank, chat, ("rank",))
+        assert len(two.asked) == 7
+        one.__exit__()
+        assert ask(sampler, chat, (0, 9)) == ask(sampler, chat, (0, 9), slot=1)
+        assert len(two.asked) == 9
+        known.hang_up()
+
+
+def test_a_proxy_of_the_environment_has_no_part(served, monkeypatch):
+    _, sampler, chat = served
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    assert ask(replace_servers(sampler, Servers(sampler.servers.folder, SECONDS)), chat).ids
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "key").chmod(0o640), "can be read by others"),
+        (lambda f: (f / "key").write_text("\n"), "must hold a key"),
+        (lambda f: (f / "urls").unlink(), "No such file"),
+        (lambda f: (f / "urls").write_text(""), "names no server"),
+        (lambda f: (f / "urls").write_text("10.0.0.7:80"), "no address"),
+        (lambda f: (f / "urls").write_text("http://me:pw@10.0.0.7:80"), "holds credentials"),
+        (lambda f: ((f / "urls").write_text("http://10.0.0.7:80"), (f / "key").unlink()), "must have a file key"),
+    ],
+    ids=["key for all", "no key in it", "no urls", "empty", "no url", "credentials", "no key"],
+)
+def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
+    where = tmp_path / "s"
+    where.mkdir()
+    (where / "urls").write_text("http://10.0.0.7:41234\n")
+    (where / "key").write_text(KEY)
+    (where / "key").chmod(0o600)
+    assert addresses.read(where) == (["http://10.0.0.7:41234"], KEY)
+    spoil(where)
+    with pytest.raises(ConfigError) as caught:
+        addresses.read(where)
+    sentence = str(caught.value)
+    assert said in sentence and "\n" not in sentence and "pw" not in sentence and KEY not in sentence
+
+
+# Episodes that wait for nobody.
+
+
+class Apart:
+    """The local sampler, asked one conversation at a time, in whatever order."""
+
+    def __init__(self, sampler):
+        self.sampler, self.lock, self.over = sampler, threading.Lock(), False
+
+    def session(self):
+        sessions = {}
+
+        def ask(slot, prompt, key, budget):
+            with self.lock:
+                session = sessions.setdefault(slot, self.sampler.session())
+                return session.generate([slot], [prompt], [key], [budget])[0]
+
+        one = Apart(self.sampler)
+        one.ask, one.lock = ask, self.lock
+        return one
+
+    def hang_up(self):
+        self.over = True
+
+
+def told(trajectories):
+    """All of them but floating-point numbers of the sampler, whose last digits depend on the batch."""
+    return [
+        asdict(
+            replace(
+                t,
+                responses=[
+                    replace(r, entropy=None, sample=replace(r.sample, logps=[], entropies=[])) for r in t.responses
+                ],
+            )
+        )
+        for t in trajectories
+    ]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("at_once", [0, 5])
+def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
+    model, tokenizer = toy.policy(folder, history)
+    chat = Chat(tokenizer)
+    local = LocalSampler(model.eval(), chat.end_ids, Sampling())
+    world = toy.ChatterWorld(breaks=True)
+    episodes = [*toy.draw(0), *toy.draw(1)]
+    assert isinstance(Apart(local), Independent) and not isinstance(local, Independent)
+    played = [
+        Rollout(Serial(world), toy.env(history), chat, at_once).play(episodes, sampler)
+        for sampler in (local, Apart(local))
+    ]
+    assert told(played[0]) == told(played[1])
+    assert {CRASHED, "over"} <= {t.ended for t in played[0]}
+
+
+def test_environments_work_while_others_generate(folder, tmp_path):
+    """In worker processes, several to a process; and the seconds in which nothing is generated are told."""
+    saved, chat = policy_of(folder)
+    episodes = [replace(e, task=patient.Patient().tasks("train")[n]) for n, e in enumerate(toy.draw(0)[:8])]
+    seconds = 0.05
+    with CompletionsServer(saved, KEY) as server:
+        server.seconds = seconds
+        known = Servers(place(tmp_path / "s", server), SECONDS)
+        sampler = ServedSampler(known, chat.end_ids, Sampling())
+        stage = Workers({"_target_": "patient.Patient", "low": seconds, "high": seconds}, 4, SECONDS)
+        try:
+            stage.reset({slot: episodes[slot].task for slot in range(4)})  # processes start
+            rollout = Rollout(stage, toy.env("full"), chat)
+            start = time.perf_counter()
+            played = rollout.play(episodes, sampler)
+            wall = time.perf_counter() - start
+        finally:
+            stage.close()
+            known.hang_up()
+    spent = rollout.clock.read()
+    assert [(t.task, t.member, t.ended, len(t.responses)) for t in played] == [
+        (e.task, e.member, "over", 4) for e in episodes
+    ]
+    assert server.most_at_once > 1
+    assert wall < 8 * 4 * 2 * seconds, "one after another it would have taken longer"
+    assert 0 < spent["environment"] < spent["generation"] < wall
+
+
+def test_a_moment_counts_once_and_for_generation_first():
+    clock = Clock(first="generation")
+    begun = threading.Event()
+
+    def elsewhere():
+        with clock("environment"):
+            begun.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=elsewhere)
+    start = time.perf_counter()
+    thread.start()
+    begun.wait()
+    with clock("generation"), clock("generation"):
+        time.sleep(0.1)
+    thread.join()
+    wall, spent = time.perf_counter() - start, clock.read()
+    assert spent["generation"] == pytest.approx(0.1, abs=0.08)
+    assert spent["generation"] + spent["environment"] == pytest.approx(wall, abs=0.08)
+    assert clock.read() == {}
+
+
+@pytest.mark.parametrize("at_once", [0, 3])
+def test_ctrl_c_ends_all_who_wait_for_a_slow_answer(served, at_once):
+    server, sampler, chat = served
+    server.seconds = 60.0
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Rollout(Serial(toy.ChatterWorld()), toy.env("full"), chat, at_once).play(toy.draw(0), sampler)
+    assert time.monotonic() - start < 5
+    with pytest.raises(CancelledError):
+        ask(sampler, chat)
+    assert len(server.asked) == (at_once or 16)
+
+
+def test_a_refusal_ends_the_play(served):
+    server, sampler, chat = served
+    server.seconds, server.fails = 0.2, [400]
+    start = time.monotonic()
+    with pytest.raises(Stop, match="400"):
+        Rollout(Serial(toy.ChatterWorld()), toy.env("full"), chat).play(toy.draw(0), sampler)
+    assert time.monotonic() - start < 5
+    time.sleep(0.5)
+    assert len(server.asked) <= 16, "nobody goes on to a second turn"
+
+
+# Training.
+
+
+def adapted(folder):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    how = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(toy.policy(folder)[0], how)
+
+
+@pytest.mark.parametrize(("history", "adapter"), [("full", False), ("window", False), ("full", True)])
+def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path, history, adapter):
+    """Nothing that the server says is trusted: entropies and old log-probs are measured, its own enter the correction alone."""
+    saved, chat = policy_of(folder, history)
+    more = {"model": adapted(folder)} if adapter else {}
+    rows = []
+    with CompletionsServer(saved, KEY) as server:
+        known = Servers(place(tmp_path / "s", server), SECONDS)
+        trainer = toy.trainer(
+            folder,
+            toy.experiment(history, steps=3, mini_batch=8),
+            lam=1.0,
+            make_sampler=lambda trainer: ServedSampler(known, chat.end_ids, Sampling()),
+            trust_sampler=False,
+            publish=Files(known),
+            **more,
+        )
+        trainer.aem.report = lambda step, row: rows.append(row)
+        batches, seen = trainer.batches, []
+
+        def watched(credit, step):
+            updates = batches(credit, step)
+            seen.extend(batch for update in updates for batch in update)
+            return updates
+
+        trainer.batches = watched
+        trainer.train()
+        known.hang_up()
+    assert len(rows) == 3 and len(server.reloads) == 3
+    assert [path.name for path in (known.folder / "weights").iterdir()] == [server.reloads[-1]]
+    for row in rows:
+        assert row["train/response_entropy"] > 0 and row["aem/alpha_q95"] > 1
+        assert row["train/tokens_generated"] == row["train/tokens_trained"]
+        assert row["train/sampler_gap"] < 1e-4, "it samples from the newest weights"
+        assert 0 <= row["time/idle_share"] < 1 and row["time/weights"] > 0
+    assert all("old_per_token_logps" in batch and "importance_sampling_ratio" in batch for batch in seen)
+    assert all(abs(batch["importance_sampling_ratio"][batch["tool_mask"].bool()] - 1).max() < 1e-3 for batch in seen)
+
+
+def test_two_processes_in_pieces_ask_for_their_own_episodes(folder, tmp_path):
+    """FSDP2: weights are gathered by both and published by the first; each asks for its own episodes, without the other."""
+    saved, _ = policy_of(folder)
+    with CompletionsServer(saved, KEY) as server:
+        where = place(tmp_path / "s", server)
+        script = [gloo_served.__file__, str(folder), str(where)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.reloads) == 2
+        asked = {request["seed"] for request in server.asked}
+    firsts = {seed((*episode.key, 0)) for step in range(2) for episode in toy.draw(step)}
+    assert firsts <= asked and len(asked) == len(server.asked), "every episode once"
+    rows = json.loads((where / "rows.json").read_text())
+    assert len(rows) == 2 and all(row["train/sampler_gap"] < 1e-4 and row["train/grad_norm"] > 0 for row in rows)
+
+
+def test_streamed_weights_go_to_every_server(folder, tmp_path):
+    """NCCL is not to be had here; what TRL's client would be told is."""
+    (tmp_path / "urls").write_text("http://127.0.0.1:1\nhttp://127.0.0.1:2")
+    known = Servers(tmp_path, 1.0)
+
+    class Client:
+        def __init__(self):
+            self.got, self.forgot = {}, 0
+
+        def update_named_params(self, metadata, named):
+            self.got = {name: weight.clone() for name, weight in named}
+            assert [name for name, _, _ in metadata] == list(self.got)
+
+        def reset_prefix_cache(self):
+            self.forgot += 1
+
+    clients = [Client(), Client()]
+    publish = weights.Streamed(known)
+    publish._client = lambda url, device: clients[known.urls.index(url)]
+    trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
+    publish(trainer)
+    for client in clients:
+        assert client.forgot == 1
+        assert all(torch.equal(client.got[name], p) for name, p in trainer.model.named_parameters())
+    assert known.streamed and known.weights is None
+    known.hang_up()
+
+
+def test_a_client_of_trls_shows_our_key():
+    """It cannot be made without vLLM; the order in which it is made is what the key counts on."""
+    from trl.generation.vllm_client import VLLMClient
+
+    source = inspect.getsource(VLLMClient.__init__)
+    assert 0 < source.index("self.session = ") < source.index("self.check_server(") < source.index("/v1/models")
+
+
+def test_servers_of_old_weights_are_noticed(folder, tmp_path):
+    _, chat = policy_of(folder)
+    toy.policy(folder, "full", seed=1)
+    with CompletionsServer(folder / "policy-full-1", KEY) as server:
+        known = Servers(place(tmp_path / "s", server), SECONDS)
+        trainer = toy.trainer(
+            folder,
+            toy.experiment("full", steps=1),
+            make_sampler=lambda trainer: ServedSampler(known, chat.end_ids, Sampling()),
+            trust_sampler=False,
+            publish=lambda trainer: None,
+        )
+        with pytest.raises(Stop, match="does not sample from these weights"):
+            trainer.train()
+        known.hang_up()
+
+
+def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
+    """Panels and training alike; the key is nowhere in what the run leaves."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    words = [*SMALL, "trainer.steps=2", "evaluation.tasks=4", "evaluation.every=0", "launch.sampler=served"]
+    key, where = "secret-7f3a", tmp_path / "servers"
+    words += [f"launch.servers={where}", "launch.server_seconds=60"]
+    experiment = config.load([*words, f"outputs={tmp_path / 'out'}"])
+    with CompletionsServer(policy.made(experiment, worlds.opened(experiment)), key) as server:
+        place(where, server, key=key)
+        ended = run(experiment)
+        assert server.reloads == ["0", "2", "4"], "before the first step, and after each, of two updates"
+        with FileLock(where / "lock"), pytest.raises(ConfigError, match="another run uses these servers"):
+            run(config.load([*words, "seed=1", f"outputs={tmp_path / 'out'}"]))
+    rows = [row for row in metrics(ended) if "train/loss" in row]
+    assert [row["train/sampler_gap"] < 1e-3 for row in rows] == [True, True]
+    assert (ended / "result.json").exists()
+    left = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(left) > 10 and not any(key.encode() in file.read_bytes() for file in left)
