@@ -264,11 +264,13 @@ class Rehearsal:
     def _watched(self, act: Callable[[Meter], None], count: int) -> list[Bytes]:
         self._shown = self._all[:count]
         setattr(self._parent, self._name, nn.ModuleList(self._shown))
-        with self._fake, _kernels(self.gpu), Meter() as meter:
-            for tensor in (*self.parameters, *self._model.buffers()):
-                meter.count(tensor, WEIGHTS)
-            act(meter)
-        setattr(self._parent, self._name, self._all)
+        try:
+            with self._fake, _kernels(self.gpu), Meter() as meter:
+                for tensor in (*self.parameters, *self._model.buffers()):
+                    meter.count(tensor, WEIGHTS)
+                act(meter)
+        finally:
+            setattr(self._parent, self._name, self._all)
         return [{kind: size for kind, size in peak.items() if kind != WEIGHTS} for peak in meter.peaks]
 
     def _alike(self) -> bool:
