@@ -30,7 +30,7 @@ OPTIONS = """\
 Options
   from=RUN_DIR      begin where a finished run ended, with its settings: from=RUN_DIR trainer.steps=200
   resume=inexact    go on with a run although code, libraries or machine have changed; the run is marked
-  plan=true         show the run's folder, its size and what is odd about it; run nothing
+  plan=true         show the run's folder, its size, what it needs and what is odd about it; run nothing
   -m                several values (seed=0,1,2 modulation=none,aem): a sweep; --submit or --local carries it out
   --cfg job         print the composed config and stop; --resolve fills in interpolations
   --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
@@ -186,14 +186,28 @@ def _plan(experiment: "Experiment") -> int:
     print(f"launch  {_machine(experiment)}")
     for line in _about(experiment):
         print(line)
+    for ask in (_needs, _could):
+        try:
+            ask(experiment)
+        except Missing as error:
+            print(f"note    not here: {error}")
+    return 0
+
+
+def _needs(experiment: "Experiment") -> None:
+    """Say what a step takes, and refuse what does not fit."""
+    from aem_exp import preflight
+
+    for heading, text in preflight.lines(experiment):
+        print(f"{heading:<7} {text}")
+    preflight.check(experiment)
+
+
+def _could(experiment: "Experiment") -> None:
     from aem_exp.worlds import fitting
 
-    try:
-        _check(experiment)
-        fitting(experiment)
-    except Missing as error:
-        print(f"note    not here: {error}")
-    return 0
+    _check(experiment)
+    fitting(experiment)
 
 
 def _state(folder: Path) -> str:

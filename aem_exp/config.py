@@ -96,6 +96,12 @@ class Launch:
     nodes: Size = 1
     gpus_per_node: Count = 0
     cpus_per_task: Count = 0
+    gpu_memory_gb: Annotated[float, NOT_NEGATIVE] = (
+        0.0  # of each GPU, as its name has it; 0: not known, nothing is refused
+    )
+    gpu_tflops: Annotated[float, NOT_NEGATIVE] = (
+        0.0  # of each GPU, dense bf16, at its best; 0: not known, no cost is told
+    )
     hours: Annotated[float, NOT_NEGATIVE] = 0.0
     threads: Count = 0  # torch threads; 0: torch's own choice
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aem_exp import config, disk, launch, provenance
+from aem_exp import config, disk, launch, preflight, provenance
 from aem_exp.config import Experiment
 from aem_exp.interrupt import Signals
 from aem_exp.ownership import owner
@@ -103,6 +103,8 @@ def check_prepared(experiment: Experiment) -> None:
     config.check_runnable(experiment)
     if experiment.model.path:
         policy.locate(experiment.model)
+        preflight.check(experiment)
+        preflight.check_disk(experiment)
     folder = config.run_dir(experiment)
     stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
     disk.check_writable(folder.parent, "outputs")

@@ -125,11 +125,36 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
     attention = {"attn_implementation": model.attention} if model.attention else {}
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype), **attention, **code)
     if model.lora:
-        from peft import LoraConfig, get_peft_model
-
         torch.manual_seed(seed)  # the adapter starts at random
-        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **model.lora))
-    return policy, tokenizer
+    return _adapted(policy, model.lora), tokenizer
+
+
+def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:
+    if not lora:
+        return policy
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def skeleton(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
+    """The model that a config.json describes, as `load` would make it but for its weights, which are as torch likes.
+
+    Raises:
+        ConfigError: transformers knows no such model.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = shape["model_type"]
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(shape)
+        how = {"attn_implementation": attention} if attention else {}
+        policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **how)
+    except (KeyError, ValueError, TypeError) as error:
+        why = f"transformers makes no causal language model of model_type={kind} in its config.json"
+        raise ConfigError("model.path", kind, f"{why}: {' '.join(str(error).split())[:200]}") from error
+    return _adapted(policy, lora)
 
 
 def save(policy: Any, tokenizer: Any, folder: Path) -> None:
