@@ -507,7 +507,7 @@ def _check_engine(experiment: Experiment, process: Process, need: Memory) -> Non
     if process.sampler != "colocate":
         return
     how, (cached, _, layers, width) = experiment.launch.trainer, _attention(process)
-    least = (2 * need.weights + 4 * layers * cached * width * process.tokens) / how.get("vllm_tensor_parallel_size", 1)
+    least = 2 * need.weights + 4 * layers * cached * width * process.tokens
     if least + ASLEEP > process.engine:
         share = how.get("vllm_gpu_memory_utilization", VLLM_SHARE)
         told = f"gives vLLM {_gb(process.engine)} GB per GPU; with one context of the policy it takes {_gb(least + ASLEEP)}"

@@ -242,6 +242,11 @@ def _launch(e: Experiment) -> None:
         raise ConfigError(
             "launch.trainer.vllm_mode", t["vllm_mode"], "vLLM in other processes is launch.sampler=served"
         )
+    if t.get("use_vllm") and (size := t.get("vllm_tensor_parallel_size") or 1) > 1:
+        remedy = (
+            "must be 1: its processes would have to ask alike, and each plays its own episodes; for larger models, "
+        )
+        raise ConfigError("launch.trainer.vllm_tensor_parallel_size", size, remedy + "launch.sampler=served")
     if launch.gpus_per_node == 0 and t.get("use_vllm"):
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):

@@ -223,6 +223,11 @@ AT_RESOLVING = [
     ("trainer.learning_rate=fast", "trainer.learning_rate", "a number above 0"),
     ("trainer.learning_rate=nan", "trainer.learning_rate", "a number above 0"),
     ("trainer.learning_rate=null", "trainer.learning_rate", "nothing sets it"),
+    (
+        "launch=gpu1 | launch.sampler=engine | launch.trainer={use_vllm: true, vllm_tensor_parallel_size: 2}",
+        "launch.trainer.vllm_tensor_parallel_size",
+        "must be 1",
+    ),
     ("env.make=3", "env.make", "a mapping"),
     ("env.make.reward=0", "env.make.reward", "must be above 0"),
     ("model.revision=123", "model.revision", "quotes"),
