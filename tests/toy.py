@@ -1,5 +1,6 @@
 """A toy world for laws: short chatter whose rewards differ whatever a random policy says."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,4 +137,6 @@ def trainer(
         "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],
         "epochs": run.trainer.get("num_iterations", 1),
     }
-    return AEMTrainer(model, arguments(run, folder / "out"), tokenizer, **(settings | changes))
+    return AEMTrainer(
+        model, arguments(run, Path(tempfile.mkdtemp(prefix="out-", dir=folder))), tokenizer, **(settings | changes)
+    )
