@@ -4,6 +4,7 @@
 else, and no sentence repeats it. `weights/` is what servers read. The folder of a job's own servers lies in its run dir.
 """
 
+import hmac
 import ipaddress
 import os
 import secrets
@@ -19,6 +20,7 @@ from aem_exp import disk
 from aem_exp.values import ConfigError, Stop
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
+NONCE, WELCOME = 32, b"welcome\n"
 NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
 
 
@@ -84,6 +86,71 @@ def again(folder: Path, urls: list[str]) -> list[str]:
         return read(folder)[0]
     except ConfigError:
         return urls
+
+
+def private(interface: str | None) -> str:
+    """Where this node listens: on an interface, or where its name leads.
+
+    Raises:
+        ConfigError: that is nowhere, or not known to be private.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if interface is None:
+        try:
+            found = [socket.gethostbyname(name)]
+        except OSError as error:
+            raise ConfigError("interface", None, f"must be set in site.yaml: {name} has no address") from error
+    else:
+        import psutil
+
+        known = psutil.net_if_addrs()
+        found = [a.address for a in known.get(interface, ()) if a.family == socket.AF_INET]
+        if not found:
+            raise ConfigError("interface", interface, [key for key in known if key != interface])
+    if ipaddress.ip_address(found[0]).is_unspecified or not ipaddress.ip_address(found[0]).is_private:
+        remedy = f"must be one of the private network, in site.yaml: here it leads to {found[0]}"
+        raise ConfigError("interface", interface, remedy)
+    return found[0]
+
+
+# Machines that lend their cores.
+
+
+def lenders(folder: Path) -> tuple[list[str], bytes]:
+    """Where they are (host:port), and the key that they want.
+
+    Raises:
+        ConfigError: the folder does not say.
+    """
+    found = [file.read_text().strip() for file in sorted(folder.glob(f"{NODE}*"))]
+    if not found or not (folder / KEY).is_file():
+        remedy = "says of no node that lends its cores: start python -m aem_exp.lend on some, with this folder"
+        raise ConfigError("launch.workers_at", str(folder), remedy)
+    return found, _key(folder, found).encode()
+
+
+def greet(connection: socket.socket, key: bytes) -> bool:
+    """Show the key to whoever listens, without saying it."""
+    challenge = _exactly(connection, NONCE)
+    connection.sendall(hmac.digest(key, challenge, "sha256"))
+    return _exactly(connection, len(WELCOME)) == WELCOME
+
+
+def greeted(connection: socket.socket, key: bytes) -> bool:
+    """Whether whoever has connected knows the key."""
+    challenge = secrets.token_bytes(NONCE)
+    connection.sendall(challenge)
+    known = hmac.compare_digest(_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
+    if known:
+        connection.sendall(WELCOME)
+    return known
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count and (part := connection.recv(count - len(data))):
+        data += part
+    return data
 
 
 # Servers of a job.

@@ -116,6 +116,7 @@ class Launch:
         600.0  # for one answer; and how long none may come, before the run ends
     )
     workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
+    workers_at: str | None = None  # folder of nodes that lend their cores to them (see lend.py); null: this machine
     env_seconds: Annotated[float, POSITIVE] = (
         120.0  # an environment that answers later than this has hung (workers > 0)
     )
@@ -255,6 +256,8 @@ def _bound(e: Experiment) -> Experiment:
     launch = e.launch
     if launch.servers is not None:  # a job stands elsewhere
         launch = replace(launch, servers=str(Path(launch.servers).expanduser().absolute()))
+    if launch.workers_at is not None:
+        launch = replace(launch, workers_at=str(Path(launch.workers_at).expanduser().absolute()))
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:

@@ -80,7 +80,7 @@ class Parts:
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         launch = experiment.launch
-        stage = stage_of(world, experiment.env.make, launch.workers, launch.env_seconds)
+        stage = stage_of(world, experiment.env.make, launch, ranks.number())
         self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
         self.time = Time(experiment.trainer["steps"], start.step)
         self.episodes = Episodes(folder, start.measured) if self.first else None

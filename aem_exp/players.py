@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -51,7 +51,7 @@ def at(
         with closing(Serial(world)) as here:  # who looks at the environments has them at hand
             yield lambda episodes: act(episodes, here, partial(_told, world, player.name, here), rules.max_turns)
         return
-    with closing(stage_of(world, rules.make, launch.workers, launch.env_seconds)) as stage:
+    with closing(stage_of(world, rules.make, launch)) as stage:
         if player.model is None:
             with closing(world.env()) as env:
                 yield lambda episodes: act(episodes, stage, partial(_anything, env.parse), rules.max_turns)
@@ -138,7 +138,7 @@ def why_not(name: str, experiment: Experiment, world: World, task: Task) -> str 
     if name != RANDOM:
         has = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
         return None if hasattr(world, has) else f"this world brings no {name} player along"
-    with closing(stage_of(world, experiment.env.make, 0, experiment.launch.env_seconds)) as stage:
+    with closing(stage_of(world, experiment.env.make, replace(experiment.launch, workers=0))) as stage:
         reply = stage.reset({0: task})[0]
     if reply.turn is None:
         return f"the world could not be entered: {reply.error}"

@@ -15,6 +15,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def number() -> int:
+    """Of this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -251,6 +251,8 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, and launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"collides with launch.gpus_per_node={launch.gpus_per_node}")
+    if launch.workers_at is not None and not launch.workers:
+        raise ConfigError("launch.workers_at", launch.workers_at, "only read with launch.workers above 0")
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
     needed = 2.0 * e.env.make.get("tests_seconds", 0.0)  # to apply a patch, and to test it

@@ -6,7 +6,6 @@ for its owner alone. It is written down when it answers, and ends with its run.
 """
 
 import argparse
-import ipaddress
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ from typing import Final
 
 from aem_exp import addresses, config, disk, door, launch, provenance, servers
 from aem_exp.config import Experiment
-from aem_exp.values import ConfigError, Stop
+from aem_exp.values import Stop
 
 GRACE: Final = 20.0  # seconds for a server to end
 
@@ -65,7 +64,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     site, place = launch.site()
     model, how = experiment.model, experiment.launch
     weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
-    host, dtype = address(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
+    host, dtype = addresses.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
     port = _free_port(host)
     context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
     words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype]
@@ -85,31 +84,6 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
-
-
-def address(interface: str | None) -> str:
-    """Where servers of this node listen: on an interface, or where the node's name leads.
-
-    Raises:
-        ConfigError: that is nowhere, or not known to be private.
-    """
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    if interface is None:
-        try:
-            found = [socket.gethostbyname(name)]
-        except OSError as error:
-            raise ConfigError("interface", None, f"must be set in site.yaml: {name} has no address") from error
-    else:
-        import psutil
-
-        known = psutil.net_if_addrs()
-        found = [a.address for a in known.get(interface, ()) if a.family == socket.AF_INET]
-        if not found:
-            raise ConfigError("interface", interface, [key for key in known if key != interface])
-    if ipaddress.ip_address(found[0]).is_unspecified or not ipaddress.ip_address(found[0]).is_private:
-        remedy = f"must be one of the private network, in site.yaml: here it leads to {found[0]}"
-        raise ConfigError("interface", interface, remedy)
-    return found[0]
 
 
 def _free_port(host: str) -> int:

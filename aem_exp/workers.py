@@ -1,7 +1,8 @@
 """Environments in worker processes: concurrent, and replaced where one hangs or dies.
 
 Its slot gets an error and the others go on. A worker is this module run as a child, with a `Serial` stage inside, and
-speaks JSON through a socket; it ends when that socket closes, whatever became of its parent.
+speaks JSON through a socket; it ends when that socket closes, whatever became of its parent. It may be the child of another
+machine, which lends its cores (see `lend`).
 """
 
 import faulthandler
@@ -23,22 +24,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from aem_exp import addresses
+from aem_exp.config import Launch
 from aem_exp.envs import Task, Turn, World
 from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
 from aem_exp.targets import instantiate
 from aem_exp.values import ConfigError
 
 START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
+CONNECT: Final = 10.0  # seconds to reach a machine that lends
 GRACE: Final = 10.0  # seconds for environments to close before their process is killed
 LOG: Final = 1 << 20  # bytes of stderr that are kept between requests
 HEADER: Final = 8  # bytes in front of a message that hold its length
 THREADS: Final = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
 
 
-def stage_of(world: World, make: Mapping[str, Any], workers: int, seconds: float) -> Stage:
+def stage_of(world: World, make: Mapping[str, Any], launch: Launch, rank: int = 0) -> Stage:
     """Where the environments of a world are stepped: in so many processes, or here, unless the world wants one of its own."""
-    workers = workers or int(getattr(world, "own_process", False))
-    return Workers(make, workers, seconds) if workers else Serial(world)
+    count = launch.workers or int(getattr(world, "own_process", False))
+    lenders = Lenders(Path(launch.workers_at), rank * count) if launch.workers and launch.workers_at else None
+    return Workers(make, count, launch.env_seconds, lenders) if count else Serial(world)
 
 
 class _Lost(Exception):
@@ -56,21 +61,13 @@ class _Process:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
         self.socket, theirs = socket.socketpair()
         with theirs:
-            self.child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "aem_exp.workers", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                start_new_session=True,  # Ctrl-C is the parent's affair, and the environment's own children die with it
-                env={"PYTHONHASHSEED": "0"}  # a replay comes out the same where a world leans on the order of a set
-                | os.environ
-                | {f"{library}_NUM_THREADS": "1" for library in THREADS}
-                | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            )
+            self.child = child(theirs, self._log)
         self._buffer = bytearray()
         self._seconds = self.deadline = 0.0
         self._mark = 0  # where in the log this request began
+
+    def alive(self) -> bool:
+        return self.child.poll() is None
 
     def send(self, message: Mapping[str, Any], seconds: float) -> None:
         """Ask it something, to be answered within so many seconds."""
@@ -139,6 +136,82 @@ class _Process:
         self._log.close()
 
 
+class _Lent(_Process):
+    """A child of another machine, at the other end of a connection. What it writes to stderr stays there."""
+
+    def __init__(self, connection: socket.socket, where: str) -> None:
+        self.socket, self._where = connection, where
+        self._buffer = bytearray()
+        self._seconds = self.deadline = 0.0
+
+    def alive(self) -> bool:
+        try:
+            return not select.select([self.socket], [], [], 0)[0] or bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        self._seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.socket.settimeout(seconds)
+        with suppress(OSError):
+            self.socket.sendall(_frame(message))
+
+    def late(self) -> _Lost:
+        return _Lost(failed(f"hung: no answer from {self._where} within {self._seconds:g} s"))
+
+    def _died(self) -> _Lost:
+        return _Lost(failed(f"its process at {self._where} ended, or the connection broke off"))
+
+    def end(self, grace: float = 0.0) -> None:
+        self.socket.close()  # it sees that
+
+
+class Lenders:
+    """Machines that lend their cores: a folder says where they are, and keeps the key.
+
+    Args:
+        first: the lender of the first seat; where several processes began with the same one, it would have all the work.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        self.folder, self.first = folder, first
+
+    def process(self, seat: int) -> _Lent:
+        """A new worker, at the lender whose turn it is, or at the next that answers.
+
+        Raises:
+            ConfigError: none does.
+        """
+        lenders, key = addresses.lenders(self.folder)
+        for number in range(len(lenders)):
+            where = lenders[(self.first + seat + number) % len(lenders)]
+            host, _, port = where.rpartition(":")
+            with suppress(OSError):
+                connection = socket.create_connection((host, int(port)), CONNECT)
+                if addresses.greet(connection, key):
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    return _Lent(connection, where)
+                connection.close()
+        remedy = "nobody answers there; start python -m aem_exp.lend on nodes, with this folder"
+        raise ConfigError("launch.workers_at", str(self.folder), remedy)
+
+
+def child(connection: socket.socket, log: Any) -> "subprocess.Popen[bytes]":
+    """A worker that speaks through the connection, and writes what it says to nobody to the log."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "aem_exp.workers", str(connection.fileno())],
+        pass_fds=[connection.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C is the parent's affair, and the environment's own children die with it
+        env={"PYTHONHASHSEED": "0"}  # a replay comes out the same where a world leans on the order of a set
+        | os.environ
+        | {f"{library}_NUM_THREADS": "1" for library in THREADS}
+        | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
 @dataclass
 class _Episode:
     """What was said in a slot since its reset, and the process that knows of it: enough to play it again elsewhere."""
@@ -159,10 +232,11 @@ class Workers:
         workers: how many processes; each is started when a slot first needs it.
         seconds: how long a reset or step may take. A worker that takes longer, or dies, is replaced; its other slots are
             played again from their recorded responses, and must say the same again.
+        lenders: where they live; None: on this machine.
     """
 
-    def __init__(self, make: Mapping[str, Any], workers: int, seconds: float):
-        self._make, self._workers, self._seconds = dict(make), workers, seconds
+    def __init__(self, make: Mapping[str, Any], workers: int, seconds: float, lenders: Lenders | None = None):
+        self._make, self._workers, self._seconds, self._lenders = dict(make), workers, seconds, lenders
         self._start_seconds = START * max(1.0, workers / (os.cpu_count() or 1))
         self._processes: dict[int, _Process] = {}
         self._proven: set[int] = set()  # workers whose world could be made once
@@ -218,11 +292,11 @@ class Workers:
     def _running(self, seat: int) -> _Shift:
         """The worker's process: the one there is, or a new one."""
         process = self._processes.get(seat)
-        if process is not None and process.child.poll() is None:
+        if process is not None and process.alive():
             return process
         if process is not None:  # it died between two calls, which is no slot's fault
             process.end()
-        process = self._processes[seat] = _Process()
+        process = self._processes[seat] = self._lenders.process(seat) if self._lenders else _Process()
         path = [os.path.abspath(entry) for entry in sys.path]  # where modules are found here, the user's own included
         hello = {"make": self._make, "path": path, "PYTHONPATH": os.environ.get("PYTHONPATH")}
         try:

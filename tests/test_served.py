@@ -20,7 +20,7 @@ from completions_server import CompletionsServer
 from doors import SMALL, metrics
 from filelock import FileLock
 
-from aem_exp import addresses, config, policy, serve, servers, weights, worlds
+from aem_exp import addresses, config, policy, servers, weights, worlds
 from aem_exp.config import ConfigError
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
@@ -238,11 +238,11 @@ def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder
 def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
     monkeypatch.setenv("SLURMD_NODENAME", name)
     if found:
-        assert serve.address(None) == name
+        assert addresses.private(None) == name
     else:
         with pytest.raises(ConfigError, match="must be one of the private network"):
-            serve.address(None)
-    assert serve.address("lo") == "127.0.0.1"
+            addresses.private(None)
+    assert addresses.private("lo") == "127.0.0.1"
 
 
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):

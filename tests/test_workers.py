@@ -18,7 +18,7 @@ from aem_exp.envs import Task
 from aem_exp.stage import Serial
 from aem_exp.targets import instantiate
 from aem_exp.values import ConfigError
-from aem_exp.workers import Workers
+from aem_exp.workers import Lenders, Workers
 
 SECONDS = 5.0  # more than any request here needs, on a busy machine too; what hangs is given less
 MISCHIEF = '''
@@ -578,7 +578,7 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {modules!r})
 from aem_exp.envs import Task
-from aem_exp.workers import Workers
+from aem_exp.workers import Lenders, Workers
 stage = Workers({make!r}, 2, 1000)
 stage.reset({{0: Task("a"), 1: Task("b")}})
 print(*[reply.turn.observation for reply in stage.step({{0: "pid", 1: "pid"}}).values()], flush=True)
@@ -688,3 +688,61 @@ def test_closing_ends_the_steps_of_other_threads(open_workers):
     for thread in threads:
         thread.join(5)
     assert not any(thread.is_alive() for thread in threads)
+
+
+# Workers of machines that lend their cores.
+
+
+@pytest.fixture
+def lent(tmp_path, monkeypatch):
+    """A folder that two lenders, processes of this machine, have written down where they are in."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "site.yaml").write_text("interface: lo\n")
+    folder = tmp_path / "lent"
+    command = [sys.executable, "-m", "aem_exp.lend", str(folder)]
+    env = os.environ | {"AEM_SITE": str(tmp_path / "site")}
+    lenders = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert wait_for(lambda: len(list(folder.glob("node-*"))) == 2, 60)
+    yield folder, lenders
+    for lender in lenders:
+        lender.terminate()
+    assert [lender.wait(30) for lender in lenders]
+    assert not list(folder.glob("node-*"))
+
+
+def test_lent_workers_play_what_serial_plays(household, lent):
+    make, play, expected = household
+    assert play(Workers(make, 3, SECONDS, Lenders(lent[0], 0))) == expected
+
+
+def test_one_that_dies_over_there_is_replaced(mischief, lent):
+    folder, lenders = lent
+    stage = Workers(mischief, 2, SECONDS, Lenders(folder, 1))
+    before = pids(stage, [0, 1])
+    assert {psutil.Process(pid).ppid() for pid in before.values()} == {lender.pid for lender in lenders}
+    os.kill(before[0], signal.SIGKILL)
+    assert "ended" in stage.step({0: "hello"})[0].error
+    assert pids(stage, [0, 1])[1] == before[1]
+    stage.close()
+    assert wait_for(lambda: gone(before[1]), 30)
+
+
+def test_what_hangs_over_there_is_left(mischief, lent):
+    stage = Workers(mischief, 1, 1.0, Lenders(lent[0], 0))
+    stage.reset(tasks(0))
+    assert "hung: no answer from 127.0.0.1:" in stage.step({0: "hang"})[0].error
+    assert not stage.reset(tasks(0))[0].error
+    stage.close()
+
+
+def test_who_does_not_know_the_key_is_not_let_in(mischief, lent):
+    folder, _ = lent
+    assert (folder / "key").stat().st_mode & 0o077 == 0
+    (folder / "key").write_text("another")
+    with pytest.raises(ConfigError, match=r"launch.workers_at=.*nobody answers there"):
+        Workers(mischief, 1, SECONDS, Lenders(folder, 0)).reset(tasks(0))
+
+
+def test_a_folder_of_nobody_is_one_sentence(mischief, tmp_path):
+    with pytest.raises(ConfigError, match=r"launch.workers_at=.*says of no node"):
+        Workers(mischief, 1, SECONDS, Lenders(tmp_path, 0)).reset(tasks(0))

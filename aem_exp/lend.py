@@ -1,0 +1,92 @@
+"""Door: a node without GPUs lends its cores: environments of a run are stepped here, and its GPUs are left to the policy.
+
+`python -m aem_exp.lend FOLDER` on each such node, on a disk that the run sees too; the run says `launch.workers_at=FOLDER`. Who
+asks must know the key in that folder, which is for its owner alone. What is said is not encrypted: the address is one of the
+private network (`interface` in site.yaml).
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NoReturn
+
+from aem_exp import addresses, disk, door, launch, workers
+
+PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
+ABOUT = """\
+Lend the cores of this node to runs that say launch.workers_at=FOLDER, until this is stopped. On a cluster:
+
+  sbatch --nodes=16 --cpus-per-task=32 --wrap "srun python -m aem_exp.lend /shared/lent"
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return door.answer(lambda: _act(_read(argv)))
+
+
+def _read(argv: list[str] | None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = door.Parser("python -m aem_exp.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder on a disk that nodes and runs see")
+    return parser.parse_args(argv)
+
+
+def _act(asked: argparse.Namespace) -> int:
+    folder = asked.folder.expanduser().absolute()
+    disk.check_writable(folder, "FOLDER")
+    site, _ = launch.site()
+    host, key = addresses.private(site.interface), addresses.made_key(folder).encode()
+    signal.signal(signal.SIGTERM, _stop)
+    with socket.create_server((host, 0), backlog=1024) as door_:
+        where = f"{host}:{door_.getsockname()[1]}"
+        note = folder / f"{addresses.NODE}{socket.gethostname()}-{os.getpid()}"
+        disk.write(note, f"{where}\n")
+        print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
+        try:
+            _serve(door_, key)
+        finally:
+            note.unlink(missing_ok=True)
+    return 0
+
+
+def _serve(listening: socket.socket, key: bytes) -> NoReturn:
+    """Start a worker for each that knows the key."""
+    lent: set[subprocess.Popen[bytes]] = set()
+    try:
+        while True:
+            connection, _ = listening.accept()
+            threading.Thread(target=_lend, args=[connection, key, lent], daemon=True).start()
+    finally:
+        for worker in list(lent):
+            with suppress(OSError):
+                os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _lend(connection: socket.socket, key: bytes, lent: "set[subprocess.Popen[bytes]]") -> None:
+    """One worker, which ends when its connection does."""
+    with connection:
+        connection.settimeout(PATIENCE)
+        try:
+            if not addresses.greeted(connection, key):
+                return
+        except OSError:  # it has nothing to say, or went away
+            return
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        lent.add(worker := workers.child(connection, None))
+    worker.wait()
+    lent.discard(worker)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
