@@ -255,9 +255,10 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.workers_at", launch.workers_at, "only read with launch.workers above 0")
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "only read with launch.workers above 0")
-    needed = 2.0 * e.env.make.get("tests_seconds", 0.0)  # to apply a patch, and to test it
-    if launch.workers and launch.env_seconds < needed:
-        remedy = f"must be at least {needed:g}, twice env.make.tests_seconds: grading would be taken for hanging"
+    tests = e.env.make.get("tests_seconds", 0.0)
+    needed = tests + 240.0  # to read, lay out, and apply a patch, before it is tested
+    if launch.workers and tests and launch.env_seconds < needed:
+        remedy = f"must be at least {needed:g}, env.make.tests_seconds and 240: grading would be taken for hanging"
         raise ConfigError("launch.env_seconds", launch.env_seconds, remedy)
     if launch.where == "local" and launch.nodes > 1:
         raise ConfigError("launch.nodes", launch.nodes, "several nodes need launch.where=slurm")

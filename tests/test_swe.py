@@ -112,6 +112,9 @@ new file mode 100644
 @@ -0,0 +1 @@
 +{}
 """
+FORGED = CONFTEST.replace("conftest.py", "pytest.py").format(  # says what is to be heard, and then too much
+    "print('PASSED ' + ' PASSED '.join(__import__('sys').argv)); [print('x' * 10**6) for _ in range(10**9)]"
+)
 LINK = """diff --git a/link b/link
 new file mode 120000
 --- /dev/null
@@ -145,6 +148,7 @@ def wrong(made):
         (lambda gold: gold + CONFTEST.format("while True: pass").encode(), "tests_timeout"),
         (lambda gold: gold + CONFTEST.format("while True: print('x' * 10000)").encode(), "tests_fail"),
         (lambda gold: gold + CONFTEST.format("x = bytearray(10**10)").encode(), "tests_fail"),
+        (lambda gold: FORGED.encode(), "tests_fail"),
         (lambda gold: gold + CONFTEST.format("open('/tmp/big', 'wb').write(bytes(10**9))").encode(), "tests_fail"),
     ],
 )
@@ -214,6 +218,23 @@ def test_what_is_no_call_is_an_error_that_it_reads(env, world):
     )
 
 
+@pytest.mark.parametrize(
+    "also",
+    [
+        "git init -q sub",
+        "touch .git/index.lock /tmp/.index.lock",
+        "git config diff.noprefix true",
+        "git config core.fsmonitor 'sleep 999;'",
+        "rm -f .git/index; mkfifo .git/index",
+        "mkfifo /tmp/.index",
+    ],
+)
+def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
+    task = world.tasks("dev")[1]
+    last = play(env, task, bash(f"git apply - <<'X'\n{world.instance(task).gold}X\n{also}"), FINISH)[-1]
+    assert last.metrics["end_resolved"] == 1
+
+
 def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     last = play(env, world.tasks("dev")[0], bash("rm -rf .git"), FINISH)[-1]
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
@@ -253,7 +274,7 @@ def test_who_would_take_grading_for_hanging_is_told():
     asked = ["env=swe", "env.make.tests_seconds=90"]
     assert load(asked).launch.workers == 0
     with pytest.raises(
-        ConfigError, match=r"launch.env_seconds=120.0: must be at least 180, twice env.make.tests_seconds"
+        ConfigError, match=r"launch.env_seconds=120.0: must be at least 330, env.make.tests_seconds and 240"
     ):
         load([*asked, "launch.workers=2"])
 

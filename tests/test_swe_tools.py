@@ -42,6 +42,9 @@ def test_a_value_is_what_stands_between_its_tags():
     ("said", "why"),
     [
         ("", "there is no call"),
+        (BASH.replace("ls", "l\0s"), "a call is text"),
+        (BASH.replace("ls", "l\ud800s"), "a call is text"),
+        (BASH.replace("ls", "x" * 200_000), "a call is text of at most 100,000 characters"),
         ("ls -l", "there is no call"),
         (f"<think>{BASH}", "did not end with </think>"),
         (

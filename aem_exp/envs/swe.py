@@ -31,9 +31,16 @@ RULES: Final = 1  # raise when the same task would play differently
 LAY: Final = 120.0  # seconds to make a sandbox the agent's
 LONGEST: Final = 4000  # characters of a response that later prompts quote
 # A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
-INDEX: Final = "export GIT_INDEX_FILE=/tmp/.index; cp -f .git/index $GIT_INDEX_FILE 2>/dev/null; git add -A 2>/dev/null"
+# What the agent has configured, or left in the way, is not asked.
+GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
+INDEX: Final = (
+    "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp .git/index $GIT_INDEX_FILE;"
+    f" {GIT} add -A --ignore-errors 2>/dev/null"
+)
 SNAPSHOT: Final = f"{INDEX}; git write-tree"
-DIFF: Final = f"{INDEX} && git diff --cached --binary --no-color --no-ext-diff --no-textconv {{tree}} 2>/dev/null"
+PLAIN: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
+DIFF: Final = f"{INDEX}; {GIT} diff --cached {PLAIN} {{tree}} 2>/dev/null"
+PATCH: Final = 30.0  # seconds for it: a filter of the agent's may take for ever
 
 
 class RepositoryEnv:
@@ -114,8 +121,8 @@ class RepositoryEnv:
     def _patch(self) -> bytes:
         """What was changed, new files included. Without a repository any more there is nothing."""
         assert self._sandbox is not None
-        ran = self._sandbox.run(DIFF.format(tree=self._tree), LAY)
-        return b"" if ran.code and not ran.stopped else ran.output
+        ran = self._sandbox.run(DIFF.format(tree=self._tree), PATCH)
+        return b"" if ran.code or ran.stopped else ran.output
 
 
 class Repositories:

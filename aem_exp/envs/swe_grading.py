@@ -68,9 +68,9 @@ def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Ver
     from swebench.harness.utils import make_test_spec
 
     spec = make_test_spec(dict(instance.row))
-    log, late = _tested(sandbox, spec.eval_script, seconds)
-    if late:
-        return "tests_timeout", log
+    log, stopped = _tested(sandbox, spec.eval_script, seconds)
+    if stopped:
+        return stopped, log
     told = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
     with tempfile.NamedTemporaryFile("w", suffix=".log") as file:
         file.write(log)
@@ -80,18 +80,18 @@ def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Ver
 
 
 def _r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
-    log, late = _tested(sandbox, "bash /root/run_tests.sh\n", seconds)
-    if late:
-        return "tests_timeout", log
+    log, stopped = _tested(sandbox, "bash /root/run_tests.sh\n", seconds)
+    if stopped:
+        return stopped, log
     found, wanted = _statuses(_COLOUR.sub("", log)), json.loads(instance.row["expected_output_json"])
     wanted = {_COLOUR.sub("", name).partition(" - ")[0]: status for name, status in wanted.items()}
     return "resolved" if found and found == wanted else "tests_fail", log
 
 
-def _tested(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, bool]:
-    """The log of a test script, and whether it was stopped by the clock."""
+def _tested(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, Verdict | None]:
+    """The log of a test script; and the verdict, where it was stopped: what it had said by then counts for nothing."""
     ran = sandbox.run(f"cat > {SCRIPT} && bash {SCRIPT} < /dev/null", seconds, script.encode())
-    return ran.text, ran.stopped == "time"
+    return ran.text, ("tests_timeout" if ran.stopped == "time" else "tests_fail") if ran.stopped else None
 
 
 def _statuses(log: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from aem_exp.sandboxes import Sandbox
 
 LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
 CHARACTERS: Final = 12_000  # of any output
+LONGEST: Final = 100_000  # characters of a call; Linux gives a program no argument above 128 KiB
 MATCHES: Final = 100  # files, or lines, that a search lists
 LARGEST: Final = 1 << 20  # bytes of a file that the editor opens
 LOOK: Final = 30.0  # seconds for the tools' own commands
@@ -70,6 +71,8 @@ class Mistake(ValueError):
 def read(response: str) -> Call:
     """The call that a response makes. Raises Mistake."""
     spoken = response.rpartition("</think>")[2]
+    if len(spoken) > LONGEST or "\0" in spoken or any("\ud800" <= char <= "\udfff" for char in spoken):
+        raise Mistake(f"a call is text of at most {LONGEST:,} characters")
     if "<think>" in spoken:
         raise Mistake("your thinking did not end with </think>, so there is no call")
     found = _CALL.search(spoken)
@@ -264,7 +267,7 @@ def _range(told: str | None, count: int) -> tuple[int, int]:
     """First and last line of a view, as in `[10, 20]`; -1 is the last one."""
     if not told:
         return 1, count
-    numbers = re.findall(r"-?\d+", told)
+    numbers = re.findall(r"-?\d{1,9}", told)
     if len(numbers) != 2:
         raise Mistake(f"view_range={told}: two line numbers, as in [10, 20]")
     first, last = int(numbers[0]), int(numbers[1])
@@ -276,7 +279,7 @@ def _range(told: str | None, count: int) -> tuple[int, int]:
 
 def _number(told: str, name: str, least: int, most: int) -> int:
     try:
-        number = int(told)
+        number = int(told[:9])
     except ValueError:
         number = -1
     if not least <= number <= most:

@@ -30,7 +30,8 @@ class Limits:
 
     Attributes:
         processes: at once (threads count).
-        memory_mb: of all its processes together, watched; and of each, enforced by the kernel.
+        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. What is no process's (files in
+            memory that are not mapped, buffers of sockets) is not seen: a hard limit takes a memory cgroup around our own.
         disk_mb: of everything it writes. It lies in memory, beside `memory_mb`.
         output_mb: of one command.
         cpu_seconds: of one process; the wall clock is the caller's `timeout`.

@@ -27,6 +27,8 @@ NAMESPACES: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
 PROBE: Final = 20.0  # seconds
+FILES: Final = 1024  # open at once, of a process: what hides in their buffers is no process's memory
+SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
 ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
@@ -196,6 +198,9 @@ class _Bwrapped(Sandbox):
             *(_become_nobody() if os.geteuid() == 0 else []),
             *("nsenter", f"--target={self._holder.pid}", "--user", "--mount", "--preserve-credentials"),
             *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
+            *(f"--nofile={FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
+            # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.
+            *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--"),
             *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host())),
             *("--proc", "/proc", "--dev", "/dev", "--bind", f"{at}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
             *([] if self._folder else ["--remount-ro", "/"]),

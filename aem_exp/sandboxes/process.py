@@ -1,16 +1,16 @@
 """One command of another's making: run, watched, and ended with all that it began."""
 
+import fcntl
 import os
 import selectors
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import BinaryIO, Final, Literal
 
 GLANCE: Final = 0.1  # seconds between two looks at the memory
 PAGE: Final = os.sysconf("SC_PAGESIZE")
@@ -45,9 +45,7 @@ def execute(
     """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
     processes."""
     began = time.monotonic()
-    with tempfile.TemporaryFile() as stdin:
-        stdin.write(given)
-        stdin.seek(0)
+    with _sealed(given) as stdin:
         child = subprocess.Popen(
             argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=env
         )
@@ -60,6 +58,17 @@ def execute(
         assert child.stdout is not None
         child.stdout.close()
     return Ran(output, KILLED if stopped else code, stopped, time.monotonic() - began)
+
+
+def _sealed(data: bytes) -> BinaryIO:
+    """A file in memory that nobody can write any more: whoever reads it may be anybody."""
+    file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    file.write(data)
+    file.seek(0)
+    fcntl.fcntl(
+        file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    )
+    return file
 
 
 def _watch(child: subprocess.Popen[bytes], deadline: float, most: int, memory: int) -> tuple[bytes, Stopped]:
