@@ -139,10 +139,11 @@ def _run(experiment: "Experiment") -> int:
 
 
 def _check(experiment: "Experiment") -> None:
-    """Refuse what cannot run, where it would run."""
-    from aem_exp.config import check_here, check_runnable
+    """Refuse what cannot run here, where it would."""
+    from aem_exp.config import check_here
 
-    (check_runnable if experiment.launch.where == "slurm" else check_here)(experiment)
+    if experiment.launch.where != "slurm":
+        check_here(experiment)
 
 
 def _submit(experiment: "Experiment", folder: Path) -> int:

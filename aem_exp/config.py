@@ -96,12 +96,8 @@ class Launch:
     nodes: Size = 1
     gpus_per_node: Count = 0
     cpus_per_task: Count = 0
-    gpu_memory_gb: Annotated[float, NOT_NEGATIVE] = (
-        0.0  # of each GPU, as its name has it; 0: not known, nothing is refused
-    )
-    gpu_tflops: Annotated[float, NOT_NEGATIVE] = (
-        0.0  # of each GPU, dense bf16, at its best; 0: not known, no cost is told
-    )
+    gpu_memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, as its name has it; 0: not known
+    gpu_tflops: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, dense bf16, at its best; 0: not known
     hours: Annotated[float, NOT_NEGATIVE] = 0.0
     threads: Count = 0  # torch threads; 0: torch's own choice
     device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
@@ -112,9 +108,7 @@ class Launch:
     servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
     server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `servers` is in the run dir
     server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
-    server_seconds: Annotated[float, POSITIVE] = (
-        600.0  # for one answer; and how long none may come, before the run ends
-    )
+    server_seconds: Annotated[float, POSITIVE] = 600.0  # for one answer; and how long none may come
     workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
     workers_at: str | None = None  # folder of nodes that lend their cores to them (see lend.py); null: this machine
     env_seconds: Annotated[float, POSITIVE] = (
@@ -225,16 +219,8 @@ def notes(experiment: Experiment) -> list[str]:
     return rules.notes(experiment)
 
 
-def check_runnable(experiment: Experiment) -> None:
-    """Refuse what can be written and not yet run."""
-    if targets.announced(experiment.env.make, experiment.env.name):
-        remedy = f"the world of env {experiment.env.name} comes with a later version; its settings can be read, not run"
-        raise Missing("env.make._target_", experiment.env.make["_target_"], remedy)
-
-
 def check_here(experiment: Experiment) -> None:
     """Refuse what another machine, or another number of processes, would have to run."""
-    check_runnable(experiment)
     launch, here = experiment.launch, int(os.environ.get("WORLD_SIZE", "1"))
     wanted = launch.nodes * max(1, launch.gpus_per_node)
     if here != wanted:
@@ -250,14 +236,12 @@ def check_here(experiment: Experiment) -> None:
 
 def _bound(e: Experiment) -> Experiment:
     """Every `_target_` checked against its signature, its keywords typed."""
-    model, modulation, make = e.model, e.modulation, e.env.make
+    model, modulation, launch = e.model, e.modulation, e.launch
     if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
         model = replace(model, path=str(Path(model.path).expanduser().resolve()))
-    launch = e.launch
-    if launch.servers is not None:  # a job stands elsewhere
-        launch = replace(launch, servers=str(Path(launch.servers).expanduser().absolute()))
-    if launch.workers_at is not None:
-        launch = replace(launch, workers_at=str(Path(launch.workers_at).expanduser().absolute()))
+    folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
+    whole: dict[str, Any] = {n: f and str(Path(f).expanduser().absolute()) for n, f in folders.items()}
+    launch = replace(launch, **whole)  # a job stands elsewhere
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
@@ -265,11 +249,9 @@ def _bound(e: Experiment) -> Experiment:
         model = replace(model, lora={key: value for key, value in lora.items() if key != "_target_"})
     if modulation.lam is not None:
         modulation = replace(modulation, lam=targets.bind("modulation.lam", modulation.lam))
-    if not targets.announced(make, e.env.name):
-        make = targets.bind("env.make", make)
     advantage = targets.bind("baseline.advantage", e.baseline.advantage, positional=1)
     baseline = replace(e.baseline, advantage=advantage)
-    env = replace(e.env, make=make)
+    env = replace(e.env, make=targets.bind("env.make", e.env.make))
     return replace(e, model=model, env=env, baseline=baseline, modulation=modulation, launch=launch)
 
 

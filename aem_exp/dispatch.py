@@ -100,7 +100,6 @@ def check_prepared(experiment: Experiment) -> None:
     """
     from aem_exp import policy, stores
 
-    config.check_runnable(experiment)
     if experiment.model.path:
         policy.locate(experiment.model)
         preflight.check(experiment)

@@ -62,7 +62,6 @@ def _prepare(experiment: "Experiment") -> None:
     from aem_exp import config, policy, progress, worlds
 
     progress.quiet()
-    config.check_runnable(experiment)
     make = config.instantiate(experiment.env.make, partial=True)
     if hasattr(make.func, "prepare"):
         make.func.prepare(lambda line: print(line, flush=True), **make.keywords)

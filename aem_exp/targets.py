@@ -17,7 +17,6 @@ from typing import Any, Final, Literal
 
 from aem_exp.values import ConfigError, closest, convert, unknown
 
-WORLDS: Final = "aem_exp.envs."
 _TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 _HOPS: Final = 8  # imports to follow from a package to where a name is defined
 
@@ -75,12 +74,6 @@ def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
 
 def _made(value: Any) -> Any:
     return instantiate(value) if isinstance(value, Mapping) and "_target_" in value else value
-
-
-def announced(block: Mapping[str, Any], name: str) -> bool:
-    """Whether the target is a world of ours, called `name`, whose module this version does not have yet."""
-    module = str(block.get("_target_", "")).rpartition(".")[0]
-    return module == WORLDS + name and _spec(module) is None
 
 
 def location(module: str) -> Path | None:
