@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[list[str], str]:
     for url in urls:
         if (why := _odd(url)) is not None:
             raise ConfigError("launch.servers", str(folder / URLS), f"{why}; a line reads http://10.0.0.7:41234")
-    return urls, _key(folder, urls)
+    return urls, _key(folder, urls, "launch.servers")
 
 
 def _odd(url: str) -> str | None:
@@ -56,20 +56,18 @@ def _odd(url: str) -> str | None:
     return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
 
 
-def _key(folder: Path, urls: list[str]) -> str:
+def _key(folder: Path, urls: list[str], field: str) -> str:
     file = folder / KEY
     try:
         mode, key = file.stat().st_mode, file.read_text().strip()
     except FileNotFoundError:
         if all(_loopback(urlsplit(url).hostname or "") for url in urls):
             return ""
-        raise ConfigError(
-            "launch.servers", str(folder), f"must have a file {KEY}: anybody could ask servers without"
-        ) from None
+        raise ConfigError(field, str(folder), f"must have a file {KEY}: anybody could ask without") from None
     if stat.S_IMODE(mode) & 0o077:
-        raise ConfigError("launch.servers", str(file), "can be read by others; chmod 600, and better make a new one")
+        raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError("launch.servers", str(file), "must hold a key: printable characters, one line")
+        raise ConfigError(field, str(file), "must hold a key: printable characters, one line")
     return key
 
 
@@ -113,6 +111,13 @@ def private(interface: str | None) -> str:
     return found[0]
 
 
+def free_port(host: str) -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as held:
+        held.bind((host, 0))
+        return int(held.getsockname()[1])
+
+
 # Machines that lend their cores.
 
 
@@ -126,7 +131,7 @@ def lenders(folder: Path) -> tuple[list[str], bytes]:
     if not found or not (folder / KEY).is_file():
         remedy = "says of no node that lends its cores: start python -m aem_exp.lend on some, with this folder"
         raise ConfigError("launch.workers_at", str(folder), remedy)
-    return found, _key(folder, found).encode()
+    return found, _key(folder, found, "launch.workers_at").encode()
 
 
 def greet(connection: socket.socket, key: bytes) -> bool:

@@ -240,7 +240,7 @@ def _bound(e: Experiment) -> Experiment:
     if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
         model = replace(model, path=str(Path(model.path).expanduser().resolve()))
     folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
-    whole: dict[str, Any] = {n: f and str(Path(f).expanduser().absolute()) for n, f in folders.items()}
+    whole: dict[str, Any] = {n: str(Path(f).expanduser().absolute()) for n, f in folders.items() if f is not None}
     launch = replace(launch, **whole)  # a job stands elsewhere
     if model.make is not None:
         model = replace(model, make=targets.bind("model.make", model.make, supplied=("world", "env", "folder")))

@@ -55,7 +55,8 @@ def panel(
     if tasks > len(full) or not len(full):
         raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
     chosen = list(full[:tasks] if tasks else full)
-    if twice := next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None):
+    twice = next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None)
+    if twice is not None:
         raise ConfigError(fields[0], name, f"two of its tasks have the id {twice!r}; each must have its own")
     text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
     return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])

@@ -43,13 +43,13 @@ def _act(asked: argparse.Namespace) -> int:
     site, _ = launch.site()
     host, key = addresses.private(site.interface), addresses.made_key(folder).encode()
     signal.signal(signal.SIGTERM, _stop)
-    with socket.create_server((host, 0), backlog=1024) as door_:
-        where = f"{host}:{door_.getsockname()[1]}"
+    with socket.create_server((host, 0), backlog=1024) as listening:
+        where = f"{host}:{listening.getsockname()[1]}"
         note = folder / f"{addresses.NODE}{socket.gethostname()}-{os.getpid()}"
         disk.write(note, f"{where}\n")
         print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
         try:
-            _serve(door_, key)
+            _serve(listening, key)
         finally:
             note.unlink(missing_ok=True)
     return 0

@@ -74,9 +74,9 @@ def notes(e: Experiment) -> list[str]:
         )
     for name in TEMPLATES[e.env.history]:
         needed = {"observation"} if name != "pair" else {"observation", "action"}
-        if not needed & {word for _, word, _, _ in Formatter().parse(e.env.prompt[name])}:
+        if not needed & _quoted(e.env.prompt[name]):
             out.append(f"env.prompt.{name} has no {{observation}}: the policy is not shown what it stands before")
-    if e.env.history == "window" and "history" not in e.env.prompt["window"] and e.env.window:
+    if e.env.history == "window" and e.env.window and "history" not in _quoted(e.env.prompt["window"]):
         out.append(f"env.prompt.window has no {{history}}: env.window={e.env.window} shows nothing")
     if e.model.path and not e.model.lora and t["learning_rate"] > 1e-4:
         out.append(
@@ -170,11 +170,15 @@ def _prompts(e: Experiment) -> None:
         if name not in templates:
             raise unknown(field, text, templates)
         try:
-            quoted = {word for _, word, _, _ in Formatter().parse(text) if word is not None}
+            quoted = _quoted(text)
         except ValueError as error:
             raise ConfigError(field, text, f"is not a template ({error}); write {{{{ and }}}} for braces") from error
         for word in sorted(quoted - templates[name]):
             raise ConfigError(field, f"{{{word}}}", sorted(f"{{{known}}}" for known in templates[name]))
+
+
+def _quoted(template: str) -> set[str]:
+    return {word for _, word, _, _ in Formatter().parse(template) if word is not None}
 
 
 def _sizes(e: Experiment) -> None:

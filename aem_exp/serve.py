@@ -8,7 +8,6 @@ for its owner alone. It is written down when it answers, and ends with its run.
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -65,7 +64,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     model, how = experiment.model, experiment.launch
     weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
     host, dtype = addresses.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
-    port = _free_port(host)
+    port = addresses.free_port(host)
     context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
     words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype]
     secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
@@ -84,12 +83,6 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as held:
-        held.bind((host, 0))
-        return int(held.getsockname()[1])
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

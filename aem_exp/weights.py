@@ -9,7 +9,6 @@ processes of a run take part in that; the first sends. Besides `trainer`, the on
 """
 
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.addresses import WEIGHTS
+from aem_exp.addresses import WEIGHTS, free_port
 from aem_exp.servers import Servers
 
 FILE = "model.safetensors"
@@ -92,7 +91,7 @@ class Streamed:
                 self.session.trust_env = False
                 super().check_server(*args, **kwargs)
 
-        client = Client(base_url=url, group_port=_free_port(), connection_timeout=servers.seconds)
+        client = Client(base_url=url, group_port=free_port(""), connection_timeout=servers.seconds)
         client.init_communicator(device=device)
         return client
 
@@ -111,9 +110,3 @@ def _write(named: dict[str, Any], folder: Path) -> None:
     half.mkdir(parents=True)
     save_file(named, half / FILE)
     half.rename(folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("", 0))
-        return int(held.getsockname()[1])

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -54,27 +55,19 @@ class _Lost(Exception):
         self.reply = reply
 
 
-class _Process:
-    """A child, and the request that it is working on."""
+class _Process(ABC):
+    """A worker as it is seen from here, and the request that it is working on."""
 
-    def __init__(self) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self.child = child(theirs, self._log)
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
         self._buffer = bytearray()
         self._seconds = self.deadline = 0.0
-        self._mark = 0  # where in the log this request began
 
-    def alive(self) -> bool:
-        return self.child.poll() is None
+    @abstractmethod
+    def alive(self) -> bool: ...
 
     def send(self, message: Mapping[str, Any], seconds: float) -> None:
         """Ask it something, to be answered within so many seconds."""
-        self._mark = os.fstat(self._log.fileno()).st_size
-        if self._mark > LOG:
-            os.ftruncate(self._log.fileno(), 0)
-            self._mark = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the child's too: the offset is shared
         self._seconds, self.deadline = seconds, time.monotonic() + seconds
         self.socket.settimeout(seconds)
         with suppress(OSError):  # dead or stuck: waiting for its answer tells which
@@ -98,6 +91,39 @@ class _Process:
         if turn and turn["actions"] is not None:
             turn["actions"] = tuple(turn["actions"])
         return Reply(**reply | {"turn": turn and Turn(**turn)})
+
+    @abstractmethod
+    def late(self) -> _Lost:
+        """It did not answer in time."""
+
+    @abstractmethod
+    def _died(self) -> _Lost: ...
+
+    @abstractmethod
+    def end(self, grace: float = 0.0) -> None:
+        """Make sure that it and its own children are gone, in so many seconds."""
+
+
+class _Child(_Process):
+    """A worker on this machine."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
+        self._mark = 0  # where in the log this request began
+        with theirs:
+            self.child = child(theirs, self._log)
+
+    def alive(self) -> bool:
+        return self.child.poll() is None
+
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        self._mark = os.fstat(self._log.fileno()).st_size
+        if self._mark > LOG:
+            os.ftruncate(self._log.fileno(), 0)
+            self._mark = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the child's too: the offset is shared
+        super().send(message, seconds)
 
     def late(self) -> _Lost:
         """It did not answer in time; the trace shows where its threads are."""
@@ -125,7 +151,6 @@ class _Process:
         return os.pread(self._log.fileno(), TRACE, max(self._mark, size - TRACE)).decode(errors="replace")
 
     def end(self, grace: float = 0.0) -> None:
-        """Make sure that it and its own children are gone, in so many seconds."""
         with suppress(subprocess.TimeoutExpired):
             self.child.wait(grace)
         with suppress(OSError):
@@ -137,24 +162,17 @@ class _Process:
 
 
 class _Lent(_Process):
-    """A child of another machine, at the other end of a connection. What it writes to stderr stays there."""
+    """A worker on another machine, at the other end of a connection. What it writes to stderr stays there."""
 
     def __init__(self, connection: socket.socket, where: str) -> None:
-        self.socket, self._where = connection, where
-        self._buffer = bytearray()
-        self._seconds = self.deadline = 0.0
+        super().__init__(connection)
+        self._where = where
 
     def alive(self) -> bool:
         try:
             return not select.select([self.socket], [], [], 0)[0] or bool(self.socket.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
-
-    def send(self, message: Mapping[str, Any], seconds: float) -> None:
-        self._seconds, self.deadline = seconds, time.monotonic() + seconds
-        self.socket.settimeout(seconds)
-        with suppress(OSError):
-            self.socket.sendall(_frame(message))
 
     def late(self) -> _Lost:
         return _Lost(failed(f"hung: no answer from {self._where} within {self._seconds:g} s"))
@@ -296,7 +314,7 @@ class Workers:
             return process
         if process is not None:  # it died between two calls, which is no slot's fault
             process.end()
-        process = self._processes[seat] = self._lenders.process(seat) if self._lenders else _Process()
+        process = self._processes[seat] = self._lenders.process(seat) if self._lenders else _Child()
         path = [os.path.abspath(entry) for entry in sys.path]  # where modules are found here, the user's own included
         hello = {"make": self._make, "path": path, "PYTHONPATH": os.environ.get("PYTHONPATH")}
         try:

@@ -30,7 +30,10 @@ def needs_skopeo():
 
 
 def oci(folder, root):
-    """An image in OCI layout of what lies in `root`; its name."""
+    """An image in OCI layout of what lies in `root`; its name. Whom root becomes can get at the folder."""
+    for parent in (folder, *folder.parents[:3]):
+        if parent != Path("/") and parent.owner() == folder.owner():
+            parent.chmod(parent.stat().st_mode | 0o011)
     layout = folder / "layout"
     for words in (
         ["init", "--layout", layout],

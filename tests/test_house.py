@@ -23,7 +23,7 @@ KNOWS = {
     "door": {"stores", "values"},
     "download": {"disk", "progress", "values"},
     "values": set(),
-    "envs": set(),
+    "envs": {"values"},
     "keywords": {"values"},
     "targets": {"values"},
     "rules": {"values", "config", "stores"},

@@ -1,6 +1,7 @@
 """Repositories to repair: made here, read from other people's rows, played in sandboxes, graded in fresh ones."""
 
 import json
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -300,14 +301,9 @@ def hub(tmp_path_factory, world):
     """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
     images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
-    for parent in (folder, *folder.parents[:3]):
-        if parent != folder.parents[-1]:
-            parent.chmod(parent.stat().st_mode | 0o011)
     made = swe_made.make("dev-1", 2, 2)
     images.python(folder / "root")
     testbed = folder / "root" / "testbed"
-    import subprocess
-
     subprocess.run(["bash", "-c", swe_made.LAY], input=made.stream, cwd=testbed, check=True)
     (testbed / ".git" / "info" / "exclude").write_text("run_tests.sh\nr2e_tests\n")
     (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")

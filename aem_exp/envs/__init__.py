@@ -4,9 +4,11 @@ An environment reads and writes text and nothing else: it owns the parsing of th
 rewards. It takes all its randomness from the task, so that the members of a group play the very same game.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
+
+from aem_exp.values import ConfigError
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,20 @@ class World(Protocol):
     def tasks(self, split: str) -> Sequence[Task]: ...
 
     def env(self) -> TextEnv: ...
+
+
+def sized(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
+    """Tasks per split: the default's where none are given.
+
+    Raises:
+        ConfigError: there is no such split, or it would have no task, or more than `most`.
+    """
+    chosen = {**default, **(given or {})}
+    for split, size in chosen.items():
+        if split not in default or size < 1 or (most is not None and size > most):
+            bounds = "at least 1 each" if most is None else f"1 to {most}"
+            raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(default)} {bounds}")
+    return chosen
 
 
 class Draws(Sequence[Task]):

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any, Final, Literal
 
 from aem_exp import disk, download, progress
-from aem_exp.envs import Draws, Task, Turn, alfworld_engine, alfworld_games, alfworld_player, household, tagged
+from aem_exp.envs import Draws, Task, Turn, alfworld_engine, alfworld_games, alfworld_player, household, sized, tagged
 from aem_exp.envs.alfworld_games import Errand
 from aem_exp.values import ConfigError, Missing
 
@@ -160,7 +160,7 @@ class Generated(_World):
         alfworld_engine.check_installed()
         self.kinds, self.receptacles, self.objects = list(kinds), receptacles, objects
         self.tags, self.reward = tags, reward
-        self.sizes = {"train": 4096, "dev": 128, "test": 128} | (sizes or {})
+        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes)
         self._check()
         how = {key: value for key, value in vars(self).items() if key != "sizes"}
         self.fingerprint = f"alfworld-{_digest(how, alfworld_games.facts().fingerprint, _engine_version())}"
@@ -203,9 +203,6 @@ class Generated(_World):
         ):
             if not least <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose {least} to {most}")
-        for split, size in self.sizes.items():
-            if split not in self.splits or size < 1:
-                raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(self.splits)} at least 1 each")
 
 
 PHRASES: Final = (  # wordings of the engine that the household does not have

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from aem_exp.envs import Draws, Task, Turn, tagged
+from aem_exp.envs import Draws, Task, Turn, sized, tagged
 from aem_exp.values import ConfigError
 
 LONGEST: Final = 2000  # characters of an action that are read
@@ -88,12 +88,9 @@ class ForeignWorld:
     ):
         self.actions = None if actions is None else {name.lower(): value for name, value in actions.items()}
         self.goal, self.wins, self.tags, self.reward = goal, wins, tags, reward
-        self.sizes = {"train": 4096, "dev": 128, "test": 128} | dict(sizes or {})
+        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes, FIRST["dev"])
         if not goal.strip():
             raise ConfigError("env.make.goal", goal, "must say what a game asks for; prompts quote it")
-        for split, size in self.sizes.items():
-            if split not in FIRST or not 1 <= size <= FIRST["dev"]:
-                raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(FIRST)} 1 to {FIRST['dev']}")
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in FIRST:

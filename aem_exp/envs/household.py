@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from aem_exp.envs import Draws, Task, Turn, tagged
+from aem_exp.envs import Draws, Task, Turn, sized, tagged
 from aem_exp.values import ConfigError
 
 RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
@@ -373,7 +373,7 @@ class Household:
         rules = vars(self) | ({"draw": "a kind, then a goal"} if len(self.kinds) > 1 else {})
         digest = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
         self.fingerprint = f"household-{RULES}-{digest}"
-        self.sizes = {"train": 4096, "dev": 128, "test": 128} | (sizes or {})
+        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes)
         self._check()
         self.goals = {split: self._goals(split) for split in SPLITS}
 
@@ -484,9 +484,6 @@ class Household:
             for value in given or [""]:  # an empty list is refused too
                 if value not in choices:
                     raise ConfigError(f"env.make.{field}", value, choices=choices)
-        for split, size in self.sizes.items():
-            if split not in SPLITS or size < 1:
-                raise ConfigError(f"env.make.sizes.{split}", size, remedy=f"give {', '.join(SPLITS)} at least 1 each")
         if self.copies < 1:
             raise ConfigError("env.make.copies", self.copies, remedy="choose at least 1")
         openable = self.copies * sum(kind in OPENABLE for kind in self.receptacle_types)

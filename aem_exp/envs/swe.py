@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from aem_exp.envs import Draws, Task, Turn, swe_grading, swe_made, swe_tools
+from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_tools
 from aem_exp.envs.swe_rows import Instance, instance
 from aem_exp.envs.swe_tools import Call, Mistake, Tools
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Sandbox
@@ -30,9 +30,9 @@ from aem_exp.values import ConfigError, Missing
 RULES: Final = 1  # raise when the same task would play differently
 LAY: Final = 120.0  # seconds to make a sandbox the agent's
 LONGEST: Final = 4000  # characters of a response that later prompts quote
-# A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
 # What the agent has configured, or left in the way, is not asked.
 GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
+# A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
 INDEX: Final = (
     "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp .git/index $GIT_INDEX_FILE;"
     f" {GIT} add -A --ignore-errors 2>/dev/null"
@@ -224,10 +224,7 @@ class Made(Repositories):
         for field, number, most in (("modules", modules, len(swe_made.MODULES)), ("functions", functions, 4)):
             if not 1 <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
-        self.sizes = {"train": 4096, "dev": 32, "test": 32} | dict(sizes or {})
-        for split, size in self.sizes.items():
-            if split not in self.splits or size < 1:
-                raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(self.splits)} at least 1 each")
+        self.sizes = sized({"train": 4096, "dev": 32, "test": 32}, sizes)
         super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
         self.modules, self.functions = modules, functions
         versions = [sys.version_info[:2], importlib.metadata.version("pytest")]

@@ -287,7 +287,7 @@ def make(name: str, modules: int, functions: int) -> Made:
     ]
     passing = [name for cases in names.values() for name in cases if name not in broken]
     issue = random.choice(ISSUES).format(
-        module=module, name=function.name, path=path, call=call, value=value, got=_value(function, bug.line, call)
+        name=function.name, path=path, call=call, value=value, got=_value(function, bug.line, call)
     )
     stream, commit = _history(files, package)
     test_patch = diff(test, files[test], hidden)
@@ -343,9 +343,8 @@ def _files(package: str, chosen: Mapping[str, Sequence[Function]], bugged: tuple
 
 
 def _tests(package: str, module: str, functions: Sequence[Function]) -> str:
-    head = f"from datetime import date\n\nfrom {package}.{module} import *\n" if module == "dates" else ""
-    head = head or f"from {package}.{module} import *\n"
-    return head + "".join(
+    dates = "from datetime import date\n\n" if module == "dates" else ""
+    return f"{dates}from {package}.{module} import *\n" + "".join(
         f"\n\ndef test_{f.name}_{i}():\n    assert {call} == {value}\n"
         for f in functions
         for i, (call, value) in enumerate(f.cases)
@@ -452,9 +451,10 @@ def _element(name: str, value: str) -> str:
 
 
 def named(issue: str) -> str:
-    """The file that an issue speaks of, as far as it says so."""
+    """The file that an issue speaks of."""
     found = re.search(r"\w+/\w+\.py", issue)
-    return found[0] if found else f"{issue.partition('.')[0]}.py"
+    assert found, issue
+    return found[0]
 
 
 def recognised(text: str) -> tuple[str, str] | None:

@@ -8,11 +8,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from aem_exp import disk
-from aem_exp.sandboxes import Image
+from aem_exp.sandboxes import PATH, Image
 from aem_exp.values import ConfigError, Missing
 
 Format = Literal["swebench", "r2e"]
@@ -23,7 +24,6 @@ SWEBENCH: Final = (
 R2E: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
 CONDA: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-bench's images
 VENV: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
-SYSTEM: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The tests that a patch is graded by lie in R2E-Gym's images: an agent's sandbox has none of them.
 HIDE: Final = (
     "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
@@ -75,7 +75,7 @@ def _swebench(row: Mapping[str, Any], where: str) -> Instance:
         id=row["instance_id"],
         kind=row["repo"],
         statement=row["problem_statement"],
-        image=Image(row["image"], env={"PATH": f"{CONDA}:{SYSTEM}"}),
+        image=Image(row["image"], env={"PATH": f"{CONDA}:{PATH}"}),
         lay="",
         given=b"",
         gold=row["patch"],
@@ -88,16 +88,20 @@ def _r2e(row: Mapping[str, Any], where: str) -> Instance:
     _json(row["expected_output_json"], dict, "expected_output_json", where)
     head, mark, rest = row["problem_statement"].partition("[ISSUE]")
     return Instance(
-        id=f"{row['repo_name']}-{row['commit_hash'][:12]}",
+        id=_r2e_id(row["repo_name"], row["commit_hash"]),
         kind=row["repo_name"],
         statement=(rest.partition("[/ISSUE]")[0] if mark else head).strip(),
-        image=Image(row["docker_image"], env={"PATH": f"{VENV}:{SYSTEM}"}),
+        image=Image(row["docker_image"], env={"PATH": f"{VENV}:{PATH}"}),
         lay=HIDE,
         given=b"",
         gold="",
         format="r2e",
         row=row,
     )
+
+
+def _r2e_id(repo: str, commit: str) -> str:
+    return f"{repo}-{commit[:12]}"
 
 
 def _json(value: Any, kind: type, name: str, where: str) -> Any:
@@ -121,19 +125,15 @@ class Rows(Sequence[Mapping[str, Any]]):
     """
 
     def __init__(self, source: str, split: str, revision: str | None, field: str):
-        self.source, self.field = source, field
-        columns = {*SWEBENCH, *R2E}
+        self.source = source
         rows = _file(Path(source).expanduser(), field) if _is_file(source) else _hub(source, split, revision, field)
-        known = [name for name in rows.column_names if name in columns]
-        for _format, needed in (("SWE-bench's", SWEBENCH), ("R2E-Gym's", R2E)):
-            if set(needed) <= set(known):
-                self._rows = rows.select_columns(list(needed))
-                break
-        else:
+        needed = next((columns for columns in (SWEBENCH, R2E) if set(columns) <= set(rows.column_names)), None)
+        if needed is None:
             remedy = (
-                f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image, "
+                f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image,"
             )
-            raise ConfigError(field, source, remedy + "eval_script and log_parser, or R2E-Gym's")
+            raise ConfigError(field, source, f"{remedy} eval_script and log_parser, or R2E-Gym's")
+        self._rows = rows.select_columns(list(needed))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -141,16 +141,15 @@ class Rows(Sequence[Mapping[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         return self._rows[index]
 
+    @cached_property
     def ids(self) -> list[str]:
         """What names each row: quick, as no other column is read."""
         if "instance_id" in self._rows.column_names:
             return list(self._rows["instance_id"])
-        pairs = zip(self._rows["repo_name"], self._rows["commit_hash"], strict=True)
-        return [f"{repo}-{commit[:12]}" for repo, commit in pairs]
+        return list(map(_r2e_id, self._rows["repo_name"], self._rows["commit_hash"]))
 
     def images(self, indices: Sequence[int]) -> list[str]:
-        name = "image" if "image" in self._rows.column_names else "docker_image"
-        names = self._rows[name]
+        names = self._rows["image" if "image" in self._rows.column_names else "docker_image"]
         return [names[index] for index in indices]
 
 

@@ -51,7 +51,7 @@ class SWEBench(Repositories):
             (first,) = self._rows[split].images(indices[:1])
             if why := sandbox.lacks(first):
                 raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
-        names = {split: [self._rows[split].ids()[i] for i in indices] for split, indices in self._chosen.items()}
+        names = {split: [self._rows[split].ids[i] for i in indices] for split, indices in self._chosen.items()}
         self.fingerprint = f"swebench-{self._digest(names, train_revision, test_revision)}"
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -106,7 +106,7 @@ def _chosen(
     """The data set of each split, and which of its rows are tasks; `dev` comes out of train."""
     training = Rows(train, "train", train_revision, "env.make.train")
     final = Rows(test, "test", test_revision, "env.make.test")
-    order, tests = _by_hash(training.ids()), _by_hash(final.ids())
+    order, tests = _by_hash(training.ids), _by_hash(final.ids)
     if not 1 <= dev < len(order):
         raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
     chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}

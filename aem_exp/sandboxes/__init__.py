@@ -14,9 +14,10 @@ from typing import Final, Protocol
 
 from aem_exp.sandboxes.process import Ran, execute
 
-__all__ = ["HOST", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
+__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
 SHELL: Final = 30.0  # seconds for our own small commands (put, get)
 
 

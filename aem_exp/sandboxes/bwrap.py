@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp import disk
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
+from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Sandbox, file_name
 from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
@@ -32,13 +32,9 @@ SPARE: Final = 64  # processes beside the limit: those that lead inside, and tho
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
 ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
-PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME: Final = "/home/agent"
-WRITABLE: Final = (
-    HOME,
-    "/tmp",
-    "/var/tmp",
-)  # beside the working directory; of the machine's own system nothing else is
+# Beside the working directory; of the machine's own system nothing else is.
+WRITABLE: Final = (HOME, "/tmp", "/var/tmp")
 
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
 OUTER: Final = """set -e
