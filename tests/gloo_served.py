@@ -10,6 +10,7 @@ import pieces
 import torch
 import toy
 
+from aem_exp import ranks
 from aem_exp.render import Chat
 from aem_exp.sample import Sampling
 from aem_exp.served import ServedSampler
@@ -36,8 +37,7 @@ def main(folder: Path, place: Path) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         (place / "rows.json").write_text(json.dumps(rows))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.part()
 
 
 if __name__ == "__main__":

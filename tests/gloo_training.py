@@ -14,7 +14,7 @@ import torch
 import toy
 from peft import LoraConfig, get_peft_model
 
-from aem_exp import sharded
+from aem_exp import ranks, sharded
 
 KINDS = ("grpo", "dapo", "dr_grpo", "adapter")
 
@@ -53,6 +53,7 @@ def main(folder: Path, how: dict[str, Any]) -> None:
         state = weights(kind, folder, how)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")
+    ranks.part()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ def bash(command):
 
 @pytest.fixture(scope="module")
 def world():
+    try:
+        swe_grading.check_installed()
+    except Missing as missing:
+        lacking(str(missing))
     if why := Bwrap().missing():
         lacking(why)
     return Made(Bwrap(), limits=LIMITS, modules=2, functions=2, turns=4, command_seconds=5, tests_seconds=20)

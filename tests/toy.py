@@ -1,6 +1,7 @@
 """A toy world for laws: short chatter whose rewards differ whatever a random policy says."""
 
-import tempfile
+import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,10 @@ from aem_exp.stage import Serial
 from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
+
+_NUMBERS = (
+    itertools.count()
+)  # no trainer writes where another has; processes of one run, started together, where each does
 
 
 class Chatter:
@@ -138,5 +143,5 @@ def trainer(
         "epochs": run.trainer.get("num_iterations", 1),
     }
     return AEMTrainer(
-        model, arguments(run, Path(tempfile.mkdtemp(prefix="out-", dir=folder))), tokenizer, **(settings | changes)
+        model, arguments(run, folder / f"out-{os.getppid()}-{next(_NUMBERS)}"), tokenizer, **(settings | changes)
     )
