@@ -25,7 +25,7 @@ from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_to
 from aem_exp.envs.swe_rows import Instance, instance
 from aem_exp.envs.swe_tools import Call, Mistake, Tools
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Sandbox
-from aem_exp.values import ConfigError, Missing
+from aem_exp.values import ConfigError, Missing, unknown
 
 RULES: Final = 1  # raise when the same task would play differently
 LAY: Final = 120.0  # seconds to make a sandbox the agent's
@@ -150,10 +150,10 @@ class Repositories:
     ):
         known = vars(Limits())
         for name, value in (limits or {}).items():
-            if name not in known or value < 1:
-                raise ConfigError(
-                    f"env.make.limits.{name}", value, f"a whole number above 0; the limits are {', '.join(known)}"
-                )
+            if name not in known:
+                raise unknown(f"env.make.limits.{name}", value, known)
+            if value < 1:
+                raise ConfigError(f"env.make.limits.{name}", value, "must be a whole number above 0")
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
             if number <= 0:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")

@@ -12,7 +12,7 @@ from aem_exp.envs import Draws, Task, swe_rows
 from aem_exp.envs.swe import Repositories
 from aem_exp.envs.swe_rows import Instance, Rows, instance
 from aem_exp.sandboxes import Backend
-from aem_exp.values import ConfigError, Missing
+from aem_exp.values import ConfigError, Missing, unknown
 
 TRAIN: Final = "R2E-Gym/R2E-Gym-Subset"
 TEST: Final = "SWE-bench/SWE-bench_Verified"
@@ -111,9 +111,10 @@ def _chosen(
         raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
     chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}
     for split, size in (sizes or {}).items():
-        if split not in chosen or not 1 <= size <= len(chosen[split]):
-            most = {name: len(rows) for name, rows in chosen.items()}
-            raise ConfigError(f"env.make.sizes.{split}", size, f"of {most}, some")
+        if split not in chosen:
+            raise unknown(f"env.make.sizes.{split}", size, chosen)
+        if not 1 <= size <= len(chosen[split]):
+            raise ConfigError(f"env.make.sizes.{split}", size, f"choose 1 to {len(chosen[split])}")
         chosen[split] = chosen[split][:size]
     return {"train": training, "dev": training, "test": final}, {split: sorted(rows) for split, rows in chosen.items()}
 
