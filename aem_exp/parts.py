@@ -143,7 +143,6 @@ class Parts:
     def _trainer(self) -> Any:
         from aem_exp.sample import Sampling
         from aem_exp.trainer import AEMCallback, build
-        from aem_exp.weights import publisher
 
         experiment, settings = self.experiment, self.experiment.trainer
         lam = experiment.modulation.lam
@@ -170,8 +169,16 @@ class Parts:
             partial(self._sampler, sampling=sampling),
             keep=self._keep if self.first else None,
             before_save=self._before_save if self.first else None,
-            publish=publisher(self.servers, experiment.launch.server_weights) if self.servers else None,
+            publish=self._publisher(),
         )
+
+    def _publisher(self) -> Callable[[Any], None] | None:
+        """What hands servers the newest weights, where there are servers."""
+        if not self.servers:
+            return None
+        from aem_exp.weights import publisher
+
+        return publisher(self.servers, self.experiment.launch.server_weights)
 
     def _servers(self) -> Any:
         from filelock import FileLock, Timeout
