@@ -240,6 +240,18 @@ def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
     assert last.metrics["end_resolved"] == 1
 
 
+def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
+    """git tells changed files by size and second, unless its index is as old as they are: ours must not look younger."""
+    pairs = [(swe_made.make(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
+    made, task = next((made, task) for made, task in pairs if len(made.wrong) == len(made.right))
+    path = made.path
+    write = (
+        f'rm {path}; git checkout -q {path}; t=$(cat {path}); printf \'%s\\n\' "${{t/"$w"/"$n"}}" > {path}; sleep 1.2'
+    )
+    last = play(env, task, bash(f"w='{made.wrong}'; n='{made.right}'; {write}"), FINISH)[-1]
+    assert last.metrics["end_resolved"] == 1
+
+
 def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     last = play(env, world.tasks("dev")[0], bash("rm -rf .git"), FINISH)[-1]
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0

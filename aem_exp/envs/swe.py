@@ -34,7 +34,7 @@ LONGEST: Final = 4000  # characters of a response that later prompts quote
 GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
 # A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
 INDEX: Final = (
-    "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp .git/index $GIT_INDEX_FILE;"
+    "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp -p .git/index $GIT_INDEX_FILE;"
     f" {GIT} add -A --ignore-errors 2>/dev/null"
 )
 SNAPSHOT: Final = f"{INDEX}; git write-tree"
