@@ -225,38 +225,40 @@ def jobs(ids: Iterable[str]) -> Mapping[str, Job]:
     if not wanted or shutil.which("squeue") is None:
         return {}
     parents = ",".join(sorted({job.partition("_")[0] for job in wanted}))
-    found = {job.id: job for job in _ended(parents)} | {job.id: job for job in _waiting()}
-    return {job: found[job] for job in wanted if job in found}
+    queue = _queue()
+    told = {job.id: job for job in _accounted(parents)}  # asked after the queue: who has left it since is in here
+    if queue is not None:  # a job that is not in the queue has ended, though accounting may not know yet
+        told = {name: job for name, job in told.items() if not job.live} | queue
+    return {job: told[job] for job in wanted if job in told}
 
 
-def _waiting() -> Iterable[Job]:
-    """Jobs in the queue, array tasks one by one."""
-    words = ("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
-    for line in _lines(*words) or _lines(
-        *words
-    ):  # a busy controller answers late, which is no empty queue: asked twice
-        job, state, why = line.split("|", 2)
-        yield Job(job, state, "" if why == "None" else why)
+def _queue() -> dict[str, Job] | None:
+    """Jobs in the queue, array tasks one by one; None where the controller does not answer."""
+    lines = _lines("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
+    if lines is None:
+        return None
+    rows = [line.split("|", 2) for line in lines]
+    return {job: Job(job, state, "" if why == "None" else why) for job, state, why in rows}
 
 
-def _ended(parents: str) -> Iterable[Job]:
-    """Jobs that accounting has a last word on."""
+def _accounted(parents: str) -> Iterable[Job]:
+    """Jobs as accounting knows them, which lags behind."""
     words = ("--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "--jobs", parents)
-    for line in _lines("sacct", *words):
+    for line in _lines("sacct", *words) or ():
         job, state, code = line.split("|")
         yield Job(job, state.split()[0] if state else "", "" if code == "0:0" else f"exit code {code}")
 
 
-def _lines(*words: str) -> list[str]:
-    """What a client of SLURM prints; nothing where it fails: a site may keep no accounts."""
+def _lines(*words: str) -> list[str] | None:
+    """What a client of SLURM prints; None where it fails: a site may keep no accounts."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    return done.stdout.splitlines() if done.returncode == 0 else None
 
 
 def _refused(error: Exception, here: Site, launch: Launch) -> NoReturn:
     """sbatch's own words, as a sentence."""
     lines = [line for line in str(error).splitlines() if "error:" in line]
     said = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
-    known = " ".join(sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%R")}))
+    known = " ".join(sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%R") or ()}))
     asked = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
     raise ConfigError("launch", asked, f"sbatch refuses: {said}; partitions here: {known}; see site.yaml and launch.*")

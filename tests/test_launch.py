@@ -203,10 +203,9 @@ def test_a_node_that_does_not_see_the_run_dir_is_told(desk):
     desk.cluster.kill_node("node1")
     desk.cluster.revive_node("node1", blind=desk.outputs)
     folder, _ = desk.submit("seed=6")
-    told = lambda: f"the end of the job: {desk.states(folder)[0]} {desk.cluster.run('scontrol', 'show', 'job')}"  # noqa: E731
-    until(lambda: desk.states(folder)[0].kind == "unseen", told)
+    until(lambda: desk.states(folder)[0].what == "failed", "the end of the job")
     found = desk.states(folder)[0]
-    assert found.missing and "does not see the run dir" in found.sentence
+    assert (found.kind, found.missing) == ("unseen", True) and "does not see the run dir" in found.sentence
     desk.cluster.kill_node("node1")
     desk.cluster.revive_node("node1")
 
