@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aem_exp import config, disk, launch, preflight, provenance
 from aem_exp.config import Experiment
 from aem_exp.interrupt import Signals
 from aem_exp.ownership import owner
+from aem_exp.values import Elsewhere
 
 RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here
@@ -26,6 +28,7 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
         ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
     """
     launch.check()
+    check_worlds(experiments)
     for experiment in experiments:
         check_prepared(experiment)
     folders = _written(experiments)
@@ -90,6 +93,23 @@ def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":
 
 def _last_line(log: Path) -> str:
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
+
+
+def check_worlds(experiments: Iterable[Experiment]) -> None:
+    """Refuse worlds that a job could not open; those that many experiments share are opened once.
+
+    Raises:
+        ConfigError: with the command that helps.
+    """
+    from aem_exp import worlds
+
+    asked = {
+        repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
+        for e in experiments
+    }
+    for experiment in asked.values():
+        with suppress(Elsewhere):
+            worlds.fitting(experiment)
 
 
 def check_prepared(experiment: Experiment) -> None:

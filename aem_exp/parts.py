@@ -65,6 +65,7 @@ class Parts:
     ) -> None:
         import torch
 
+        from aem_exp import sharded
         from aem_exp.episodes import Episodes
         from aem_exp.render import Chat
         from aem_exp.rollout import Rollout
@@ -77,6 +78,7 @@ class Parts:
         self.weights, self.before = weights, dict[str, Any]()
         self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, ranks.first()
         log.info("loading %s", weights)
+        sharded.read_once(experiment.launch.trainer)
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         launch = experiment.launch

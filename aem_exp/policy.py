@@ -41,7 +41,7 @@ def locate(model: Model) -> str:
 def _folder(model: Model) -> str:
     path = model.path or ""
     if (Path(path) / "config.json").is_file():
-        return path
+        return _with_weights(path, path, "")
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise ConfigError(
             "model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
@@ -55,10 +55,12 @@ def _folder(model: Model) -> str:
         revision = f" --revision {model.revision}" if model.revision else ""
         remedy = f"its weights are not on this machine; fetch them with: hf download {path}{revision}"
         raise ConfigError("model.path", path, remedy) from error
+    return _with_weights(path, folder, f"; fetch it again with: hf download {path}")
+
+
+def _with_weights(path: str, folder: str, remedy: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(
-            "model.path", path, f"{folder} holds no *.safetensors; fetch it again with: hf download {path}"
-        )
+        raise ConfigError("model.path", path, f"{folder} holds no *.safetensors{remedy}")
     return folder
 
 

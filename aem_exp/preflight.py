@@ -362,7 +362,9 @@ def _disk(experiment: Experiment, need: Memory) -> str:
     each = (
         f"{_gb(least)} GB, for {KEPT} checkpoints of {_gb(need.saved)} while one is written, and the weights at the end"
     )
-    loaded = f"{_gb(max(1, experiment.launch.gpus_per_node) * whole)} GB of a node's memory while it loads"
+    once = (experiment.launch.trainer.get("fsdp_config") or {}).get("cpu_ram_efficient_loading")
+    readers = 1 if once else max(1, experiment.launch.gpus_per_node)
+    loaded = f"{_gb(readers * whole)} GB of a node's memory while it loads"
     return f"{each}; {_gb(free)} GB free here{', too few' if free < least else ''}; {loaded}"
 
 

@@ -306,6 +306,11 @@ def _sharded(e: Experiment) -> None:
     if e.model.lora and how.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
         remedy = "of an adapter, it must be FULL_STATE_DICT: in pieces, peft does not find its weights again"
         raise ConfigError("launch.trainer.fsdp_config.state_dict_type", how["state_dict_type"], remedy)
+    if how.get("cpu_ram_efficient_loading") and e.trainer.get("beta", 0.0):
+        remedy = (
+            "leaves TRL's reference policy, which trainer.beta asks for, without its weights on all processes but one"
+        )
+        raise ConfigError("launch.trainer.fsdp_config.cpu_ram_efficient_loading", True, remedy)
     if t.get("gradient_checkpointing"):
         remedy = "of a policy in pieces, it is launch.trainer.fsdp_config.activation_checkpointing"
         raise ConfigError("launch.trainer.gradient_checkpointing", True, remedy)

@@ -4,12 +4,20 @@ Training gathers the weights layer by layer, and all processes must then do the 
 that: episodes end when they end. So a policy is gathered whole before play, and is in pieces again after it.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+
+
+def read_once(settings: Mapping[str, Any]) -> None:
+    """Where `fsdp_config` asks for it, have one process of a node read weights, and the others take them from the first when
+    they are cut up. It is transformers that reads, and it goes by the environment; TRL would set that too late for us."""
+    if (settings.get("fsdp_config") or {}).get("cpu_ram_efficient_loading"):
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
 @contextmanager

@@ -478,6 +478,7 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
         launch.check()
     else:
         config.check_here(study.base)
+    dispatch.check_worlds([study.base])
     dispatch.check_prepared(study.base)
     with study.alone():
         workers = _settled(study, asked.retry)

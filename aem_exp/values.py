@@ -46,6 +46,10 @@ class Missing(ConfigError):
     """Nothing is wrong with what was asked: this machine lacks something that can be fetched, installed or started."""
 
 
+class Elsewhere(Missing):
+    """What is missing belongs to a machine, and the one that a job gets may have it: a program, a server that answers."""
+
+
 class Stop(Exception):
     """A run that cannot go on; `str()` says why in a sentence, `kind` in a word. What was saved stays, and is good."""
 

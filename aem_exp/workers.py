@@ -30,7 +30,7 @@ from aem_exp.config import Launch
 from aem_exp.envs import Task, Turn, World
 from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
 from aem_exp.targets import instantiate
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Stop
 
 START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
 CONNECT: Final = 10.0  # seconds to reach a machine that lends
@@ -193,13 +193,25 @@ class Lenders:
 
     def __init__(self, folder: Path, first: int):
         self.folder, self.first = folder, first
+        self._found = False  # somebody has lent us something
 
     def process(self, seat: int) -> _Lent:
         """A new worker, at the lender whose turn it is, or at the next that answers.
 
         Raises:
             ConfigError: none does.
+            Stop: none does any more.
         """
+        try:
+            process = self._process(seat)
+        except ConfigError as error:
+            if self._found:
+                raise Stop(f"who lent us cores is gone: {error}", "node") from error
+            raise
+        self._found = True
+        return process
+
+    def _process(self, seat: int) -> _Lent:
         lenders, key = addresses.lenders(self.folder)
         for number in range(len(lenders)):
             where = lenders[(self.first + seat + number) % len(lenders)]

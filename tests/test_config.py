@@ -349,6 +349,11 @@ AT_RESOLVING = [
         "launch.trainer.fsdp_config.state_dict_type",
         "FULL_STATE_DICT",
     ),
+    (
+        f"{TWO},fsdp_config:{{cpu_ram_efficient_loading:true}}}} | +trainer.beta=0.01",
+        "launch.trainer.fsdp_config.cpu_ram_efficient_loading",
+        "reference policy",
+    ),
 ]
 
 

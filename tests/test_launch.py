@@ -12,6 +12,7 @@ import pytest
 from doors import SMALL, metrics, moved, until
 
 from aem_exp import aem, attempts, config, provenance, state
+from aem_exp.sandboxes.bwrap import Bwrap
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 HERE = Path(__file__).parent
@@ -238,6 +239,23 @@ def test_what_slurm_refuses_is_one_sentence(desk):
     assert "12 GPUs" in err and len(err.splitlines()) == 1
     nowhere = {"PATH": "/nowhere"}
     assert "sbatch is not on the PATH" in desk.door("aem_exp", *CELL, code=2, **nowhere)
+
+
+def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
+    pytest.importorskip("swebench")
+    if why := Bwrap().missing():
+        pytest.skip(why)
+    words = ("+experiment=swebench_32b", "launch.nodes=1", "launch.server_nodes=1")
+    err = desk.door("aem_exp", *words, code=2)
+    assert err.startswith("aem_exp: env.make.train=R2E-Gym/R2E-Gym-Subset: ") and "aem_exp.prepare" in err, err
+    err = desk.door("aem_exp", *words, "env=swe", "+env.make.limits.memory=5", code=2)
+    assert err == "aem_exp: env.make.limits.memory=5: no such key; did you mean memory_mb?\n", err
+    err = desk.door("aem_exp", *words, "env=swe", code=2)
+    assert err.startswith("aem_exp: model.path=Qwen/Qwen3-32B: its weights are not on this machine; "), err
+    (desk.folder / "empty").mkdir()
+    (desk.folder / "empty" / "config.json").write_text("{}")
+    err = desk.door("aem_exp", *words, "env=swe", f"model.path={desk.folder / 'empty'}", code=2)
+    assert "holds no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
 
 
 def test_frozen_code_is_one_copy_that_nobody_writes_to(clean, tmp_path):

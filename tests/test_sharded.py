@@ -18,10 +18,11 @@ from aem_exp import config
 WORDS = [*SMALL, "tracking=off", "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
 
 
-def run_dir(outputs):
+def run_dir(outputs, **how):
     """A run for two processes with the weights in pieces, written down."""
     experiment = config.load([*WORDS, f"outputs={outputs}"])
     settings = experiment.launch.trainer | pieces.SETTINGS
+    settings["fsdp_config"] = settings["fsdp_config"] | how
     experiment = replace(experiment, launch=replace(experiment.launch, trainer=settings))
     folder = config.run_dir(experiment)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +49,8 @@ def through(cache, tmp_path_factory):
     return folder
 
 
-def test_interrupted_it_ends_the_same(cache, tmp_path, through):
-    folder = run_dir(tmp_path)
+def test_interrupted_and_read_by_one_process_it_ends_the_same(cache, tmp_path, through):
+    folder = run_dir(tmp_path, cpu_ram_efficient_loading=True)
     started = start(cache, folder)
     wait_for(started, (folder / "metrics.jsonl").exists, lambda: any(folder.glob("checkpoint-*/step.json")))
     started.send_signal(signal.SIGTERM)

@@ -17,7 +17,7 @@ from aem_exp import workers
 from aem_exp.envs import Task
 from aem_exp.stage import Serial
 from aem_exp.targets import instantiate
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Stop
 from aem_exp.workers import Lenders, Workers
 
 SECONDS = 5.0  # more than any request here needs, on a busy machine too; what hangs is given less
@@ -720,8 +720,7 @@ def test_one_that_dies_over_there_is_replaced(mischief, lent):
     stage = Workers(mischief, 2, SECONDS, Lenders(folder, 1))
     before = pids(stage, [0, 1])
     assert {psutil.Process(pid).ppid() for pid in before.values()} == {lender.pid for lender in lenders}
-    os.kill(before[0], signal.SIGKILL)
-    assert "ended" in stage.step({0: "hello"})[0].error
+    assert "ended" in stage.step({0: "kill"})[0].error
     assert pids(stage, [0, 1])[1] == before[1]
     stage.close()
     assert wait_for(lambda: gone(before[1]), 30)
@@ -733,6 +732,18 @@ def test_what_hangs_over_there_is_left(mischief, lent):
     assert "hung: no answer from 127.0.0.1:" in stage.step({0: "hang"})[0].error
     assert not stage.reset(tasks(0))[0].error
     stage.close()
+
+
+def test_where_all_lenders_are_stoppedthe_run_stops_and_may_go_on_later(mischief, lent):
+    folder, lenders = lent
+    stage = Workers(mischief, 1, SECONDS, Lenders(folder, 0))
+    stage.reset(tasks(0))
+    for lender in lenders:
+        lender.terminate()
+        lender.wait(30)
+    with pytest.raises(Stop, match=r"who lent us cores is gone: launch\.workers_at=") as stopped:
+        stage.step({0: "hello"})
+    assert stopped.value.kind == "node"
 
 
 def test_who_does_not_know_the_key_is_not_let_in(mischief, lent):

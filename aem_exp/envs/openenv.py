@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
-from aem_exp.values import ConfigError, Missing
+from aem_exp.values import ConfigError, Elsewhere, Missing
 
 PATIENCE: Final = 10.0  # seconds for a server to tell what it is
 
@@ -93,6 +93,6 @@ class OpenEnv(ForeignWorld):
             if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
                 return None
             why = getattr(error, "reason", None) or repr(error)
-            raise Missing(
+            raise Elsewhere(
                 "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
             ) from error

@@ -25,7 +25,7 @@ from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_to
 from aem_exp.envs.swe_rows import Instance, instance
 from aem_exp.envs.swe_tools import Call, Mistake, Tools
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Sandbox
-from aem_exp.values import ConfigError, Missing, unknown
+from aem_exp.values import ConfigError, Elsewhere, unknown
 
 RULES: Final = 1  # raise when the same task would play differently
 LAY: Final = 120.0  # seconds to make a sandbox the agent's
@@ -159,7 +159,7 @@ class Repositories:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
         swe_grading.check_installed()
         if why := sandbox.missing():
-            raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
+            raise Elsewhere("env.make.sandbox", type(sandbox).__name__.lower(), why)
         self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
         self.command_seconds, self.tests_seconds, self.episode_seconds = command_seconds, tests_seconds, episode_seconds
 
