@@ -48,7 +48,7 @@ def detectable(
     """
     if seeds < 2:
         return math.inf
-    return run_sd(tasks, repeats, seed_sd, within) * _effect(seeds, comparisons, pooled)
+    return run_sd(tasks, repeats, seed_sd, within) * effect(seeds, comparisons, pooled)
 
 
 def run_sd(tasks: int, repeats: int, seed_sd: float, within: float = WITHIN) -> float:
@@ -57,8 +57,8 @@ def run_sd(tasks: int, repeats: int, seed_sd: float, within: float = WITHIN) -> 
 
 
 @cache
-def _effect(seeds: int, comparisons: int, pooled: bool) -> float:
-    """The difference that is found with 80 % power, in units of s."""
+def effect(seeds: int, comparisons: int = 1, pooled: bool = False) -> float:
+    """The difference that arms of so many runs show with 80 % power, in units of s."""
     share = (np.arange(_GRID) + 0.5) / _GRID
     v1 = chdtri(seeds - 1, 1 - share)[:, None] / (seeds - 1)
     v2 = v1.T

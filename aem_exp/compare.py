@@ -1,0 +1,200 @@
+"""Statistics of arms: what the scores of training runs allow to be said of a difference. Pure numbers.
+
+The unit is one run's score on a panel. A difference between two arms is that of their means over runs,
+
+    d = mean(one) - mean(other),    var(d) = s1^2 / n1 + s2^2 / n2,
+
+with the interval of Welch's t over runs, not paired by seed: two arms drift apart after a few updates, and pairing would halve
+the degrees of freedom for nothing (the panel, which all runs share, already pairs the tasks). It speaks of new training runs
+on *this* panel. `across_tasks` speaks of new runs on new tasks. Where several arms stand against one reference, each interval
+is held to its share of the level (Bonferroni), so that all of them hold at once.
+
+Shapes: N runs, T tasks; any dimensions before them are worked off side by side. Scores are shares of 1.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from aem_exp import power
+
+LEVEL: Final = 0.05  # two-sided, shared among the comparisons of a sweep
+EXACT: Final = 200_000  # permutations that are all tried: 10 runs against 10 are 184,756
+LEAST_SEEDS, LEAST_CELLS = 5, 4  # from which on cells are summed up
+MOST_RUNS: Final = 200  # per arm, that are ever recommended
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its confidence interval; each a number, or an array of them.
+
+    Attributes:
+        error: standard error of the difference.
+        freedom: degrees of freedom.
+    """
+
+    difference: Any
+    low: Any
+    high: Any
+    error: Any
+    freedom: Any
+
+
+def why_not(one_N: Sequence[float], other_N: Sequence[float]) -> str | None:
+    """Why two arms have no interval, in words; None where they have one."""
+    fewest = min(len(one_N), len(other_N))
+    if fewest < 2:
+        return "no run" if fewest == 0 else "one run: its spread is unknown"
+    if np.ptp(one_N) == np.ptp(other_N) == 0:
+        return "no spread in either arm: the scores say nothing of how far they would spread"
+    return None
+
+
+def welch(one_N: Any, other_N: Any, comparisons: int = 1) -> Interval:
+    """The difference of two arms on this panel (Welch 1947). NaN where `why_not` has something to say.
+
+    Args:
+        comparisons: how many intervals are to hold at once.
+    """
+    one, other = np.asarray(one_N, float), np.asarray(other_N, float)
+    parts = [(x.var(axis=-1, ddof=1) / x.shape[-1], x.shape[-1] - 1) for x in (one, other)]
+    return _interval(one.mean(axis=-1) - other.mean(axis=-1), parts, [], comparisons)
+
+
+def across_tasks(one_NT: Any, other_NT: Any, comparisons: int = 1) -> Interval:
+    """The difference of two arms on tasks like those of the panel: runs and tasks are both drawn, and crossed.
+
+    A score is arm + run + task + arm x task + rest. The variance of the difference adds what runs give (that of `welch`,
+    which holds the rest too) and what tasks give (the variance over tasks of the arms' difference, which holds the rest
+    once more, so that it is taken off), with Satterthwaite's degrees of freedom.
+    """
+    one, other = np.asarray(one_NT, float), np.asarray(other_NT, float)
+    arms, tasks = (one, other), one.shape[-1]
+    runs = [(x.mean(axis=-1).var(axis=-1, ddof=1) / x.shape[-2], x.shape[-2] - 1) for x in arms]
+    apart_T = one.mean(axis=-2) - other.mean(axis=-2)
+    drawn = [(apart_T.var(axis=-1, ddof=1) / tasks, tasks - 1)]
+    rest = [(_rest(x) / (x.shape[-2] * tasks), (x.shape[-2] - 1) * (tasks - 1)) for x in arms]
+    return _interval(apart_T.mean(axis=-1), [*runs, *drawn], rest, comparisons)
+
+
+def _rest(x_NT: Numbers) -> Numbers:
+    """Mean square of what neither run nor task explains."""
+    runs, tasks = x_NT.shape[-2:]
+    left = x_NT - x_NT.mean(axis=-1, keepdims=True) - x_NT.mean(axis=-2, keepdims=True)
+    left = left + x_NT.mean(axis=(-1, -2), keepdims=True)
+    return np.asarray((left**2).sum(axis=(-1, -2)) / ((runs - 1) * (tasks - 1)))
+
+
+def _interval(difference: Any, added: Sequence[Any], removed: Sequence[Any], comparisons: int) -> Interval:
+    """An interval from independent mean squares and their degrees of freedom (Satterthwaite 1946)."""
+    variance = sum(square for square, _ in added) - sum(square for square, _ in removed)
+    variance = np.maximum(variance, np.maximum(sum(s for s, _ in added[:2]), sum(s for s, _ in added[2:])))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = variance**2 / sum(square**2 / free for square, free in (*added, *removed))
+        reach = stats.t.ppf(1 - LEVEL / comparisons / 2, freedom) * np.sqrt(variance)
+    return Interval(difference, difference - reach, difference + reach, np.sqrt(variance), freedom)
+
+
+def verdict(interval: Interval) -> str:
+    """What an interval says, in words; `x points` are hundredths."""
+    if not math.isfinite(interval.low):
+        return "nothing can be said"
+    if interval.low > 0:
+        return "better"
+    if interval.high < 0:
+        return "worse"
+    most = 100 * max(abs(interval.low), abs(interval.high))
+    return f"no difference shown; effects above {most:.1f} points are ruled out"
+
+
+def floor(one: int, other: int) -> float:
+    """The smallest two-sided p that a permutation test of so many runs can give."""
+    return min(1.0, 2 / math.comb(one + other, one))
+
+
+def permutation(one_N: Sequence[float], other_N: Sequence[float], comparisons: int = 1) -> float | None:
+    """Two-sided p of the difference of means over all ways to deal the runs to the arms; None where even the smallest p that so
+    few runs can give is above the level."""
+    ways = math.comb(len(one_N) + len(other_N), len(one_N))
+    if floor(len(one_N), len(other_N)) > LEVEL / comparisons:
+        return None
+    tried = stats.permutation_test(
+        (np.asarray(one_N, float), np.asarray(other_N, float)),
+        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
+        n_resamples=ways if ways <= EXACT else 20_000,
+        batch=10_000,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(tried.pvalue)
+
+
+def spread(one_N: Sequence[float], other_N: Sequence[float]) -> float:
+    """How far the runs of an arm lie apart: the root of the arms' mean variance."""
+    return math.sqrt((np.var(one_N, ddof=1) + np.var(other_N, ddof=1)) / 2)
+
+
+def detectable(one_N: Sequence[float], other_N: Sequence[float], comparisons: int = 1) -> float:
+    """The smallest difference that arms like these, of so many runs, would show 4 times in 5."""
+    return spread(one_N, other_N) * power.effect(min(len(one_N), len(other_N)), comparisons)
+
+
+def runs_to_show(difference: float, spread: float, comparisons: int = 1) -> int | None:
+    """How many runs an arm takes to show such a difference 4 times in 5; None above 200."""
+    if spread == 0:
+        return None  # a spread of nothing was not measured, only met
+    counts = range(2, MOST_RUNS + 1)
+    found = bisect_left(counts, -abs(difference), key=lambda runs: -spread * power.effect(runs, comparisons))
+    return counts[found] if found < len(counts) else None
+
+
+# Over cells: the same two arms in several worlds, models or baselines.
+
+
+def enough(cells: Sequence[tuple[Sequence[float], Sequence[float]]]) -> bool:
+    """Whether cells may be summed up; fewer, or with fewer runs, their bootstrap intervals are too short."""
+    return len(cells) >= LEAST_CELLS and all(min(len(one), len(other)) >= LEAST_SEEDS for one, other in cells)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A number over cells, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def improvement(cells: Sequence[tuple[Sequence[float], Sequence[float]]], resamples: int = 2000) -> Summary:
+    """Probability that a run of the one arm scores above a run of the other, mean over cells, and its 95 % interval: a
+    bootstrap of runs within each cell (Agarwal et al. 2021)."""
+    rng = np.random.default_rng(0)
+    drawn = np.mean([_above(*(_resampled(x, resamples, rng) for x in cell)) for cell in cells], axis=0)
+    value = float(np.mean([_above(np.asarray(one, float), np.asarray(other, float)) for one, other in cells]))
+    return Summary(value, *np.quantile(drawn, [0.025, 0.975]).tolist())
+
+
+def _above(one_N: Numbers, other_N: Numbers) -> Numbers:
+    """Share of pairs in which the one is above; half where they are equal."""
+    apart = one_N[..., :, None] - other_N[..., None, :]
+    return np.asarray(((apart > 0) + 0.5 * (apart == 0)).mean(axis=(-1, -2)))
+
+
+def middle(cells: Sequence[Sequence[float]], resamples: int = 2000) -> Summary:
+    """Interquartile mean over all runs of all cells, and its 95 % interval (Agarwal et al. 2021)."""
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([_resampled(cell, resamples, rng) for cell in cells], axis=1)
+    value = float(stats.trim_mean(np.concatenate([np.asarray(cell, float) for cell in cells]), 0.25))
+    return Summary(value, *np.quantile(stats.trim_mean(drawn, 0.25, axis=1), [0.025, 0.975]).tolist())
+
+
+def _resampled(scores: Sequence[float], resamples: int, rng: np.random.Generator) -> Numbers:
+    """Runs drawn anew, with replacement: (resamples, runs)."""
+    return rng.choice(np.asarray(scores, float), (resamples, len(scores)))
