@@ -23,11 +23,11 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Replace a file at once, or leave it as it was."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
-    with half.open("w") as file:
-        file.write(text)
+    with half.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)

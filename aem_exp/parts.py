@@ -25,6 +25,7 @@ Watch = Callable[
     [int, int, dict[str, float]], bool | None
 ]  # finished steps, all steps, the last one's metrics -> enough?
 BEFORE = "before.json"
+DIVERGED = "diverged.json"  # the score of a run that can have no result
 SPARE = 50_000_000  # bytes for everything but weights
 
 
@@ -108,14 +109,32 @@ class Parts:
 
         Raises:
             Interrupted: by a signal; a checkpoint has the last finished step.
+            Stop: it cannot go on. Where that is because numbers are no longer finite, the policy is scored as it is by then.
         """
         how = self.experiment.evaluation
-        self._train()
-        last = checkpoints.newest(self.folder)
+        try:
+            self._train()
+        except Stop as stop:
+            if stop.kind == "nan":
+                self._diverged(stop)
+            raise
         after = self.scores.get(how.panel) or self._exam(how.panel, recorded=True)
         final = self._exam(how.final)
         self._report(self.time.step, final.metrics("test/"))
         self._save()
+        return self._result(after, final)
+
+    def _diverged(self, stop: Stop) -> None:
+        """Score the weights of the last update that was finite: a comparison that left such runs out would favour their arm."""
+        log.warning("%s; scoring the policy as it is", stop)
+        how = self.experiment.evaluation
+        result = self._result(self._exam(how.panel), self._exam(how.final)) | {"diverged": str(stop)}
+        if self.episodes:
+            self.episodes.finish()
+            disk.write(self.folder / DIVERGED, json.dumps(result, indent=1) + "\n")
+
+    def _result(self, after: Any, final: Any) -> dict[str, Any]:
+        last = checkpoints.newest(self.folder)
         return {
             "experiment": self.experiment.name,
             "signature": config.signature(self.experiment),

@@ -229,7 +229,7 @@ class Broken(Household):
 )
 def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
     """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
-    from aem_exp import config, run
+    from aem_exp import archive, config, run
     from aem_exp.values import Stop
 
     (tmp_path / "mistakes.py").write_text(MISTAKES)
@@ -239,7 +239,11 @@ def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypa
     with pytest.raises(Stop) as stopped:
         run.run(experiment)
     assert said in str(stopped.value)
-    assert not (config.run_dir(experiment) / "result.json").exists()
+    folder = config.run_dir(experiment)
+    assert not (folder / "result.json").exists()
+    diverged = archive.of(folder, "failed", ("nan", "..."))
+    assert diverged.done == ("not finite" in said or "gradient" in said)
+    assert not diverged.done or (diverged.result["diverged"] == str(stopped.value) and len(diverged.success) == 8)
     assert run.at_terminal(experiment, config.run_dir(experiment)) == 1
 
 

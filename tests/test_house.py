@@ -99,6 +99,14 @@ KNOWS = {
     },
     "power": set(),
     "compare": {"power"},
+    "archive": {"attempts", "disk", "metrics", "values"},
+    "findings": {"archive", "compare", "values"},
+    "figures": {"compare", "findings"},
+    "pages": {"disk"},
+    "chapters": {"archive", "compare", "figures", "findings", "pages", "power", "scores"},
+    "report": {
+        *("archive", "chapters", "door", "findings", "pages", "questions", "state", "stores", "tracking", "values"),
+    },
     "questions": {"compose", "config", "rules", "values"},
     "ranks": set(),
     "state": {"attempts", "launch", "metrics", "ownership"},
@@ -176,7 +184,7 @@ SPEAKS = {
     "httpx": {"servers"},
     "peft": {"policy"},
     "mlflow": {"tracking"},
-    "rich": {"board", "progress", "scoreboard", "show", "status", "sweep"},
+    "rich": {"board", "progress", "report", "scoreboard", "show", "status", "sweep"},
     "submitit": {"launch"},
     "textworld": {"envs.alfworld_engine"},
     "fast_downward": {"envs.alfworld_engine"},
@@ -184,8 +192,9 @@ SPEAKS = {
     "gymnasium": {"envs.gymnasium"},
     "openenv": {"envs.openenv"},
     "optuna": {"study"},
-    "matplotlib": {"show"},
-    "pyarrow": {"episodes", "exam", "show"},
+    "matplotlib": {"figures", "show"},
+    "jinja2": {"pages"},
+    "pyarrow": {"archive", "episodes", "exam", "show"},
 }
 
 

@@ -1,0 +1,198 @@
+"""One run in a file of a few kilobytes: what a comparison needs of it, and nothing else.
+
+It is made from a run dir, and is written as `RUN.json.gz`; who compares runs need not know which of both there is. The same
+run gives the same bytes.
+"""
+
+import gzip
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from aem_exp import attempts, disk, metrics
+from aem_exp.values import ConfigError
+
+SUFFIX: Final = ".json.gz"
+LARGEST: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
+DIGITS: Final = 5  # of a number in a curve
+CURVES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
+LEFT_OUT: Final = ("outputs", "tracking", "parent_dir", "resume", "launch")  # of an experiment: no matter of science
+MACHINE: Final = ("nodes", "gpus_per_node", "server_nodes")
+DONE, NAN = "done", "nan"  # a state, and the class of a failure
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One run.
+
+    Attributes:
+        run: the name of its dir.
+        experiment: what was asked for, without where it ran.
+        what: `done`, or how far it is, as `state` calls it; `why`: the class of a failure and a sentence.
+        result: what `result.json` says, or `diverged.json`; empty where the run has no score.
+        tasks: of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores.
+        endings: how the episodes on it ended.
+        curves: `step`, and by its name what was measured there; None where it was not.
+        provenance: code, packages, weights, machine.
+        spent: `seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as is known.
+        players: others on the same panel, by name: what their `result.json` says.
+    """
+
+    run: str
+    experiment: dict[str, Any]
+    what: str
+    why: tuple[str, str] = ("", "")
+    result: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, list[Any]] = field(default_factory=dict)
+    endings: dict[str, int] = field(default_factory=dict)
+    curves: dict[str, list[float | None]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    players: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has a score: it is finished, or has diverged."""
+        return bool(self.result)
+
+    @property
+    def seed(self) -> int:
+        return int(self.experiment["seed"])
+
+    @property
+    def success(self) -> list[float]:
+        """Of each task of the final panel, the mean over its repeats."""
+        return [sum(repeats) / len(repeats) for repeats in self.tasks["success"]]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, value), where it was measured."""
+        pairs = zip(self.curves.get("step", ()), self.curves.get(name, ()), strict=False)
+        return [(int(step), value) for step, value in pairs if step is not None and value is not None]
+
+
+def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
+    """The archive of a run dir; `what` and `why`: its state."""
+    experiment, rows = _json(folder / "experiment.json"), metrics.read(folder)
+    result = _json(folder / "result.json") if what == DONE else _json(folder / "diverged.json") if why[0] == NAN else {}
+    episodes = _episodes(folder, experiment, result) if result else []
+    launch = experiment["launch"]
+    return Archive(
+        run=folder.name,
+        experiment={key: value for key, value in experiment.items() if key not in LEFT_OUT}
+        | {"launch": {key: launch[key] for key in MACHINE if launch.get(key)}},
+        what=what,
+        why=why,
+        result=result,
+        tasks=_tasks(episodes),
+        endings=dict(sorted(Counter(row["ended"] for row in episodes).items())),
+        curves=_curves(rows),
+        provenance=_json(folder / "provenance.json"),
+        spent=_spent(folder, launch, result, rows),
+        players=_players(folder, result),
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _episodes(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The episodes of the final panel, the last time that it was played."""
+    import pyarrow.parquet
+
+    columns = ["split", "step", "task", "kind", "won", "score", "ended", "draw", "member"]
+    chosen = [("split", "==", result["final"]["panel"]), ("step", "==", result["steps"])]
+    rows = pyarrow.parquet.read_table(folder / "episodes.parquet", columns=columns, filters=chosen).to_pylist()
+    return rows[-int(result["final"]["episodes"]) :]
+
+
+def _tasks(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for row in episodes:
+        by_task.setdefault(row["task"], []).append(row)
+    out: dict[str, list[Any]] = {
+        "id": list(by_task),
+        "kind": [rows[0]["kind"] for rows in by_task.values()],
+        "success": [[0.0 if r["ended"] == "crashed" else r["won"] for r in rows] for rows in by_task.values()],
+    }
+    if any(row["score"] is not None for row in episodes):
+        out["score"] = [
+            [0.0 if r["ended"] == "crashed" else r["score"] or 0.0 for r in rows] for rows in by_task.values()
+        ]
+    return out
+
+
+def _curves(rows: Sequence[metrics.Row]) -> dict[str, list[float | None]]:
+    names = sorted({name for row in rows for name in row if name.startswith(CURVES)})
+    table = {name: [_short(row.get(name)) for row in rows] for name in names}
+    return {"step": [int(row["step"]) for row in rows], **table} if rows else {}
+
+
+def _short(value: float | None) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if value is not None and math.isfinite(value) else None
+
+
+def _spent(
+    folder: Path, launch: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[metrics.Row]
+) -> dict[str, float]:
+    nodes = launch.get("nodes", 1) + launch.get("server_nodes", 0)
+    sums = {
+        "episodes": sum(row.get("train/episodes", 0.0) for row in rows),
+        "tokens": sum(row.get("train/tokens_generated", 0.0) for row in rows),
+    }
+    seconds = attempts.seconds(folder)
+    return {
+        **({"seconds": round(seconds, 1)} if seconds is not None else {}),
+        "gpus": nodes * launch.get("gpus_per_node", 0),
+        **sums,
+        **({"updates": result["updates"]} if result else {}),
+    }
+
+
+def _players(folder: Path, result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations of others on the panel that ended the run: the untrained policy, say, or a random one."""
+    kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
+    out = {}
+    for file in sorted((folder / "evaluations").glob("*/result.json")):
+        found = _json(file)
+        if result and found.get("panel_hash") == result["final"]["panel_hash"] and found.get("player") != "policy":
+            out[found["player"]] = {key: found[key] for key in kept if key in found}
+    return out
+
+
+# On disk.
+
+
+def write(archive: Archive, folder: Path) -> Path:
+    """`RUN.json.gz` in the folder."""
+    text = json.dumps(asdict(archive), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    file = folder / f"{archive.run}{SUFFIX}"
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.write(file, gzip.compress(text.encode(), mtime=0))
+    return file
+
+
+def read(file: Path) -> Archive:
+    """An archive that was written here or elsewhere.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        with gzip.open(file) as unfolded:
+            text = unfolded.read(LARGEST + 1)
+        data = json.loads(text) if len(text) <= LARGEST else None
+        known = {each.name for each in fields(Archive)}
+        if not isinstance(data, dict) or set(data) - known or not isinstance(data.get("experiment"), dict):
+            raise ValueError(f"not the fields of one, or more than {LARGEST >> 20} MB")
+        archive = Archive(**{**data, "why": tuple(data["why"])})
+        shape = {len(archive.tasks[key]) for key in archive.tasks}
+        if len(shape) > 1 or any(len(c) != len(archive.curves["step"]) for c in archive.curves.values()):
+            raise ValueError("lists of unequal length")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("archive", str(file), f"is no archive of a run: {error}") from error
+    return archive

@@ -1,0 +1,491 @@
+"""The ten parts of a report: what was asked, what was run, what it came to, and how to make it again.
+
+Whatever is said follows from tables that stand beside it, and every number in those from a run that is named.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from aem_exp import compare, figures, findings, power, scores
+from aem_exp.archive import Archive
+from aem_exp.findings import SCORE, SUCCESS, Cell, Difference
+from aem_exp.pages import Block, Figure, Report, Section, Table, Text
+
+COVERAGE: Final = """\
+How often intervals like these hold the truth, in 4,000 simulated comparisons each (tests/nulls.py; 95 % is asked for):
+runs per arm            3             5            10
+this panel      96.9 - 97.0   95.6 - 95.7   94.8 - 95.7 %
+new tasks       96.2 - 96.3   95.3 - 95.5   95.2 - 95.5 %
+bootstrap       80.0 - 81.2   87.7 - 88.2   91.6 - 91.9 %   (over runs, on this panel: not used)"""
+PAPER: Final = "published elsewhere, with other code, hardware and panels: to be read beside, never counted in"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep asked. `arms`: name -> how it differs from the base, in words; the first is the reference."""
+
+    name: str
+    question: str
+    file: str
+    base: str
+    arms: Mapping[str, str]
+    seeds: Sequence[int]
+
+
+def report(asked: Asked, cells: Sequence[Cell], published: Path | None = None) -> Report:
+    """All of it; where runs are missing, what there is."""
+    parts = [
+        _question(asked, cells),
+        _provenance(cells),
+        _cells(cells),
+        _differences(cells),
+        _curves(cells),
+        _breakdown(cells),
+        _sanity(cells),
+        _elsewhere(cells, published),
+        _reproduce(cells),
+        _reading(cells),
+    ]
+    return Report(f"{asked.name}: report of a sweep", asked.question, parts)
+
+
+def points(value: float, sign: bool = False) -> str:
+    """A share of 1 as points of 100."""
+    return "-" if math.isnan(value) else f"{100 * value:{'+' if sign else ''}.1f}"
+
+
+def span(interval: Any, sign: bool = True) -> str:
+    return f"[{points(interval.low, sign)}, {points(interval.high, sign)}]" if interval is not None else "-"
+
+
+def verdicts(differences: Sequence[Difference]) -> Table:
+    """The table that a sweep is run for."""
+    columns = ("point", "arm", "runs", "difference", "95 % interval", "verdict", "p", "detectable", "runs to settle")
+    rows = [
+        (
+            d.point,
+            d.arm,
+            f"{len(d.one)} v {len(d.other)}",
+            points(d.interval.difference, True) if d.interval else "-",
+            span(d.interval),
+            d.verdict,
+            _p(d),
+            points(d.detectable),
+            _settle(d),
+        )
+        for d in differences
+    ]
+    reference = differences[0].reference if differences else "-"
+    measure = differences[0].measure if differences else SUCCESS
+    note = (
+        f"Points of {measure} against {reference}; Welch's t over runs, not paired by seed; the intervals of a point hold all "
+        f"at once (Bonferroni). p: permutation test of runs, to be held against {_level(differences)}. detectable: what arms "
+        "that spread like these would show 4 times in 5; runs to settle: per arm, to show the difference seen, if it is real."
+    )
+    return _without_empty(Table(f"Differences in {measure}", columns, rows, note))
+
+
+def _level(differences: Sequence[Difference]) -> str:
+    shares = sorted({d.comparisons for d in differences})
+    return " or ".join(f"{compare.LEVEL:g} / {share} = {compare.LEVEL / share:.2g}" for share in shares) or "-"
+
+
+def _p(d: Difference) -> str:
+    if d.interval is None:
+        return "-"
+    seeds = min(len(d.one), len(d.other))
+    return f"{d.p:.3g}" if d.p is not None else f"not attainable with {seeds} seeds"
+
+
+def _settle(d: Difference) -> str:
+    if d.interval is None or d.verdict in ("better", "worse"):
+        return "-"
+    return str(d.enough) if d.enough else f"above {compare.MOST_RUNS}"
+
+
+def _without_empty(table: Table, column: int = 0) -> Table:
+    """The table without a first column that says nothing."""
+    if any(row[column] for row in table.rows):
+        return table
+    keep = [i for i in range(len(table.columns)) if i != column]
+    rows = [[row[i] for i in keep] for row in table.rows]
+    return Table(table.title, [table.columns[i] for i in keep], rows, table.note)
+
+
+# 1
+
+
+def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
+    done = [archive for cell in cells for archive in cell.done]
+    arms = [
+        (arm, words or "as the base", "reference" if i == 0 else "")
+        for i, (arm, words) in enumerate(asked.arms.items())
+    ]
+    facts = [
+        ("sweep", asked.file),
+        ("base", asked.base or "the default experiment"),
+        ("seeds", " ".join(map(str, asked.seeds))),
+        ("runs", f"{len(done)} of {sum(len(cell.runs) for cell in cells)} done"),
+        (
+            "primary measure",
+            "success on the final panel, mean over its tasks and repeats; second, the area under the curve",
+        ),
+    ]
+    for final, count in _counted(_final(a) for a in done if a.result.get("final")):
+        facts.append(("final panel", f"{final}{'' if count == len(done) else f' ({count} runs)'}"))
+    for rule, _ in _counted(a.result["checkpoint_rule"] for a in done if "checkpoint_rule" in a.result):
+        facts.append(("checkpoint", f"{rule}; the same for every run, never the best on the panel it is scored on"))
+    facts.append(("planned power", _power(asked, done)))
+    return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by", ""), arms)])
+
+
+def _final(archive: Archive) -> str:
+    final, repeats = archive.result["final"], len(archive.tasks["success"][0])
+    return f"{final['panel']} ({final['panel_hash']}), {len(archive.tasks['id'])} tasks x {repeats}"
+
+
+def _power(asked: Asked, done: Sequence[Archive]) -> str:
+    """What the design could show, before it was run."""
+    seeds, others = len(asked.seeds), len(asked.arms) - 1
+    sized = next((a for a in done if a.tasks), None)
+    if seeds < 2 or not others or sized is None:
+        return "one seed an arm shows no difference between arms" if seeds < 2 else "-"
+    tasks, repeats = len(sized.tasks["id"]), len(sized.tasks["success"][0])
+    found = [power.detectable(seeds, tasks, repeats, sd, comparisons=others) for sd in power.SEED_SDS]
+    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
+    return (
+        f"differences of {' and '.join(f'{x:.1f}' for x in found)} points, 4 times in 5, where seeds spread by {spread}"
+    )
+
+
+def _counted(values: Iterable[str]) -> list[tuple[str, int]]:
+    found: dict[str, int] = {}
+    for value in values:
+        found[value] = found.get(value, 0) + 1
+    return list(found.items())
+
+
+# 2
+
+
+def _provenance(cells: Sequence[Cell]) -> Section:
+    columns = ("point", "arm", "code", "machine", "world", "planned budget", "steps", "episodes", "tokens", "updates")
+    rows = [[cell.point, cell.arm, *_made_by(cell.done)] for cell in cells if cell.done]
+    note = (
+        "Budgets match as planned: steps x tasks x group x oversampling. Realised episodes, tokens and updates are means per "
+        "run; dynamic sampling and the policy itself decide them."
+    )
+    spent = ("point", "arm", "minutes a run", "GPU-hours a run", "starts with changes")
+    time = [[cell.point, cell.arm, *_took(cell.done)] for cell in cells if cell.done]
+    packages = _counted(
+        ", ".join(f"{name} {number}" for name, number in a.result.get("packages", {}).items())
+        for cell in cells
+        for a in cell.done
+    )
+    return Section(
+        "Where the runs come from",
+        [
+            _without_empty(Table("Provenance", columns, rows, note)),
+            _without_empty(Table("Time", spent, time)),
+            *(Text(f"{count} runs with {text}.") for text, count in packages if text),
+        ],
+    )
+
+
+def _made_by(done: Sequence[Archive]) -> list[str]:
+    def said(values: Iterable[Any]) -> str:
+        return ", ".join(sorted({str(value) for value in values if value})) or "-"
+
+    machines = said(f"{a.provenance.get('device')} x {a.provenance.get('processes', 1)}" for a in done if a.provenance)
+    return [
+        said((a.provenance.get("commit") or "")[:10] for a in done),
+        machines,
+        said(a.result.get("fingerprint") for a in done),
+        said(findings.IDENTITY["planned budgets (steps x tasks x group x oversampling)"](a) for a in done),
+        said(a.result.get("steps") for a in done),
+        *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
+    ]
+
+
+def _took(done: Sequence[Archive]) -> list[str]:
+    seconds = [a.spent["seconds"] for a in done if "seconds" in a.spent]
+    hours = [a.spent["seconds"] * a.spent.get("gpus", 0) / 3600 for a in done if "seconds" in a.spent]
+    resumed = sum(bool(a.result.get("resumed")) for a in done)
+    return [f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-", _average(hours, 1), str(resumed)]
+
+
+def _average(values: Sequence[float], digits: int = 0) -> str:
+    return f"{sum(values) / len(values):,.{digits}f}" if values else "-"
+
+
+# 3
+
+
+def _cells(cells: Sequence[Cell]) -> Section:
+    columns = ("point", "arm", "runs", "mean", "95 % interval", "every seed")
+    blocks: list[Block] = []
+    if picture := figures.dots(cells):
+        blocks.append(Figure("Success of every run", picture))
+    for measure in findings.measures(cells):
+        rows = []
+        for cell in cells:
+            found = cell.scores(measure)
+            mean = sum(found) / len(found) if found else math.nan
+            half = figures.reach(found)
+            low, high = max(0.0, mean - half), min(1.0, mean + half)
+            own = f"[{points(low)}, {points(high)}]" if math.isfinite(half) else "-"
+            seeds = " ".join(points(value) for value in found)
+            rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", points(mean), own, seeds))
+        note = "In points of 100; each interval is one arm's own (Student's t over runs): to compare arms, see the differences."
+        blocks.append(_without_empty(Table(f"{measure.capitalize()} of each cell", columns, rows, note)))
+    if wrong := findings.troubles(cells):
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for arm, point, seed, what in wrong:
+            alike.setdefault((point, arm, what), []).append(str(seed))
+        listed = [(point, arm, " ".join(seeds), what) for (point, arm, what), seeds in alike.items()]
+        note = "Runs that failed by a node, by memory or by their world are to be run again, and are not scored."
+        blocks.append(
+            _without_empty(Table("Runs that are not done as planned", ("point", "arm", "seeds", "what"), listed, note))
+        )
+    return Section("Every cell", blocks)
+
+
+# 4
+
+
+def _differences(cells: Sequence[Cell]) -> Section:
+    primary = findings.differences(cells)
+    if not primary:
+        return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
+    blocks: list[Block] = []
+    if picture := figures.forest(primary):
+        blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
+    blocks.append(verdicts(primary))
+    blocks += [verdicts(findings.differences(cells, m)) for m in findings.measures(cells) if m != SUCCESS]
+    columns = ("point", "arm", "difference", "95 % interval on new tasks", "says")
+    rows = [
+        (d.point, d.arm, points(d.interval.difference, True), span(d.new_tasks), compare.verdict(d.new_tasks))
+        for d in primary
+        if d.interval is not None and d.new_tasks is not None
+    ]
+    note = "Secondary: what would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
+    if rows:
+        blocks.append(_without_empty(Table("Generalisation to new tasks", columns, rows, note)))
+    blocks += _overall(cells)
+    return Section("Differences and verdicts", blocks)
+
+
+def _overall(cells: Sequence[Cell]) -> list[Block]:
+    found = findings.overall(cells)
+    if not found:
+        return []
+    columns = (
+        "arm",
+        "points",
+        "probability of improvement",
+        "95 %",
+        "interquartile mean",
+        "95 %",
+        "of the reference",
+        "95 %",
+    )
+    rows = [
+        (
+            o.arm,
+            str(o.points),
+            *(text for s in (o.improvement, o.middle, o.reference) for text in (points(s.value), span(s, False))),
+        )
+        for o in found
+    ]
+    note = "Over all points of the sweep; bootstrap of runs within points, which is too sure of itself with few runs."
+    return [Table("Over all points", columns, rows, note)]
+
+
+# 5
+
+
+def _curves(cells: Sequence[Cell]) -> Section:
+    band = f"Median over runs, and the middle half of them ({figures.MANY} runs or more; below that, all). Raw, not smoothed. "
+    note = band + "Orange: the arm; blue, dashed: the reference."
+    pictures = [
+        ("Success and response entropy", figures.curves(cells)),
+        ("What else was measured", figures.curves(cells, figures.MORE)),
+    ]
+    blocks: list[Block] = [Figure(title, picture, note) for title, picture in pictures if picture]
+    return Section("Curves", blocks or [Text("No run has left a curve yet.")])
+
+
+# 6
+
+
+def _breakdown(cells: Sequence[Cell]) -> Section:
+    done = [(cell, cell.done) for cell in cells if cell.done]
+    kinds = sorted({kind for _, runs in done for a in runs for kind in a.tasks["kind"] if kind})
+    blocks: list[Block] = []
+    if len(kinds) > 1:
+        rows = [(c.point, c.arm, *(points(_of_kind(runs, kind)) for kind in kinds)) for c, runs in done]
+        blocks.append(_without_empty(Table("Success by kind of task", ("point", "arm", *kinds), rows)))
+    repeats = min((len(a.tasks["success"][0]) for _, runs in done for a in runs), default=1)
+    if repeats > 1:
+        heads = [f"{name}{k}" for name in ("pass@", "pass^") for k in range(1, repeats + 1)]
+        rows = [(c.point, c.arm, *map(points, _passes(runs, repeats))) for c, runs in done]
+        note = "pass@k: at least one of k episodes of a task is won; pass^k: all of them (unbiased, means over tasks and runs)."
+        blocks.append(_without_empty(Table("Again and again", ("point", "arm", *heads), rows, note)))
+    endings = sorted({ending for _, runs in done for a in runs for ending in a.endings})
+    if endings:
+        rows = [(c.point, c.arm, *(points(_ended(runs, ending)) for ending in endings)) for c, runs in done]
+        blocks.append(_without_empty(Table("How episodes ended (% of them)", ("point", "arm", *endings), rows)))
+    habits = sorted(
+        {name for _, runs in done for a in runs for name in (a.result.get("final") or {}).get("habits", {})}
+    )
+    plain = {
+        "turns": "turns",
+        "tokens": "tokens",
+        "invalid_share": "invalid turns",
+        "response_entropy": "entropy (nats)",
+    }
+    rows = [
+        (c.point, c.arm, *(_said(runs, name) for name in plain), *(_habit(runs, h) for h in habits)) for c, runs in done
+    ]
+    note = "Means over runs, on the final panel; turns and tokens per episode."
+    blocks.append(_without_empty(Table("Episodes", ("point", "arm", *plain.values(), *habits), rows, note)))
+    return Section("Breakdown", blocks)
+
+
+def _of_kind(runs: Sequence[Archive], kind: str) -> float:
+    values = [s for a in runs for s, k in zip(a.success, a.tasks["kind"], strict=True) if k == kind]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _passes(runs: Sequence[Archive], repeats: int) -> list[float]:
+    wins = [(len(r), sum(x >= 1 for x in r)) for a in runs for r in a.tasks["success"]]
+    how = (scores.pass_at, scores.pass_hat)
+    return [sum(f(n, c, k) for n, c in wins) / len(wins) for f in how for k in range(1, repeats + 1)]
+
+
+def _ended(runs: Sequence[Archive], ending: str) -> float:
+    return sum(a.endings.get(ending, 0) for a in runs) / max(1, sum(sum(a.endings.values()) for a in runs))
+
+
+def _said(runs: Sequence[Archive], name: str) -> str:
+    values = [value for a in runs if (value := (a.result.get("final") or {}).get(name)) is not None]
+    return f"{sum(values) / len(values):.3g}" if values else "-"
+
+
+def _habit(runs: Sequence[Archive], name: str) -> str:
+    values = [h[name] for a in runs if name in (h := (a.result.get("final") or {}).get("habits", {}))]
+    return f"{sum(values) / len(values):.3g}" if values else "-"
+
+
+# 7
+
+
+def _sanity(cells: Sequence[Cell]) -> Section:
+    done = [(cell, archive) for cell in cells for archive in cell.done]
+    rows: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(name for _, a in done for name in a.players):
+        found = {(a.players[name]["success"], a.players[name]["repeats"]) for _, a in done if name in a.players}
+        for success, repeats in sorted(found):
+            rows.append((name, "final", points(success), f"{repeats} episodes a task, one policy"))
+    before = {
+        (a.result["before"]["panel"], round(a.result["before"]["success"], 6))
+        for _, a in done
+        if a.result.get("before")
+    }
+    for panel, success in sorted(before):
+        rows.append(("before the first step", panel, points(success), "the same policy for all runs with this number"))
+    for cell in cells:
+        if cell.done and (cell.arm in ("none", "shuffled") or "lam.value=0" in cell.arm):
+            told = "the placebo: the same coefficients, dealt at random" if cell.arm == "shuffled" else "no modulation"
+            found_ = cell.scores(SUCCESS)
+            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(sum(found_) / len(found_)), told))
+    note = "lambda = 0 is no modulation, bit for bit: a law that the tests hold."
+    blocks: list[Block] = [Table("What must be told apart from luck", ("row", "panel", "success", ""), rows, note)]
+    if done and not any("random" in a.players for _, a in done):
+        told = f"python -m aem_exp.evaluate outputs/{done[0][1].run} --only untrained --only random"
+        blocks += [
+            Text("The untrained and a random policy on the final panel join this table after:"),
+            Text(told, code=True),
+        ]
+    return Section("Sanity rows", blocks)
+
+
+# 8
+
+
+def _elsewhere(cells: Sequence[Cell], published: Path | None) -> Section:
+    rows = []
+    known = _published(published)
+    for cell in cells:
+        if not (done := cell.done) or not done[0].experiment.get("env"):
+            continue
+        e = done[0].experiment
+        names = tuple(e[key]["name"] for key in ("env", "model", "baseline", "modulation"))
+        for row in known:
+            if names == tuple(row[key] for key in ("env", "model", "baseline", "modulation")):
+                ours = {SUCCESS: cell.scores(SUCCESS), SCORE: cell.scores(SCORE)}
+                for measure in (SUCCESS, SCORE):
+                    if row[measure]:
+                        mean = sum(ours[measure]) / len(ours[measure]) if ours[measure] else math.nan
+                        rows.append(
+                            (f"{cell.arm} {cell.point}".strip(), measure, points(mean), row[measure], row["source"])
+                        )
+    if not rows:
+        return Section("Published numbers", [Text("None are known for these worlds, models and arms.")])
+    return Section(
+        "Published numbers",
+        [Table("Beside ours", ("arm", "measure", "ours", "published", "by"), rows, f"{PAPER.capitalize()}.")],
+    )
+
+
+def _published(file: Path | None) -> list[dict[str, str]]:
+    if file is None or not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as text:
+        return list(csv.DictReader(text))
+
+
+# 9
+
+
+def _reproduce(cells: Sequence[Cell]) -> Section:
+    rows = [
+        (run.archive.run if run.archive else "-", cell.arm, cell.point, str(run.seed), run.command)
+        for cell in cells
+        for run in cell.runs
+    ]
+    note = "A run dir holds its code: python -m aem_exp.run RUN_DIR makes a run again with that."
+    columns = ("run", "arm", "point", "seed", "command")
+    return Section("Every run, and the command that makes it", [Table("Runs", columns, rows, note)])
+
+
+# 10
+
+
+def _reading(cells: Sequence[Cell]) -> Section:
+    few = min((len(cell.done) for cell in cells), default=0)
+    said: list[Block] = [
+        Text(
+            "A verdict is read from its interval alone. `better` and `worse` hold for new training runs with other seeds on "
+            "this panel; the whole family of a point's intervals holds in 95 of 100 sweeps. `no difference shown` is not `no "
+            "difference`: the interval says which effects are ruled out."
+        ),
+        Text(COVERAGE, code=True),
+    ]
+    if 0 < few < 5:
+        said.insert(
+            1, Text(f"There are {few} runs in the smallest cell: intervals are wide, and one odd run moves them.")
+        )
+    if any(
+        run.archive is not None and not run.archive.experiment.get("trainer") for cell in cells for run in cell.runs
+    ):
+        said.append(
+            Text(
+                "Runs of other frameworks came by a CSV: their budgets, worlds and checkpoint rules are not known here."
+            )
+        )
+    return Section("How to read this", said)

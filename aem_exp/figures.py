@@ -1,0 +1,166 @@
+"""Figures of a comparison, as SVG: read in print, and by every eye (two colours of Okabe and Ito's, and shapes)."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from aem_exp import compare
+from aem_exp.findings import SUCCESS, Cell, Difference
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ARM, REFERENCE, GREY = "#D55E00", "#0072B2", "#595959"
+MANY: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
+CURVES: Final = {  # measured -> what it is called, and in what
+    "train/success": "success in training (%)",
+    "eval/success": "success on the panel (%)",
+    "train/response_entropy": "response entropy (nats)",
+}
+MORE: Final = {
+    "train/kl": "KL to the reference (nats)",
+    "train/invalid_share": "invalid turns (%)",
+    "train/zero_advantage_groups": "groups without advantage (%)",
+    "train/positive_share": "positive advantages (%)",
+    "train/negative_share": "negative advantages (%)",
+    "aem/alpha_q05": "alpha, 5 % quantile",
+    "aem/alpha_q50": "alpha, median",
+    "aem/alpha_q95": "alpha, 95 % quantile",
+    "aem/gated_share": "gated groups (%)",
+    "drift/advantage": "measured entropy drift, A (S - H)",
+    "drift/aem": "AEM's extra drift, A (alpha - 1)(S - H)",
+}
+
+
+def forest(differences: Sequence[Difference]) -> str | None:
+    """Each difference with its interval, in points; None where there is none."""
+    shown = [d for d in differences if d.interval is not None]
+    if not shown:
+        return None
+    axes, save = _page(7.5, 0.9 + 0.34 * len(shown))
+    for row, d in enumerate(reversed(shown)):
+        assert d.interval is not None
+        low, middle, high = (100 * value for value in (d.interval.low, d.interval.difference, d.interval.high))
+        sure = low > 0 or high < 0
+        axes.plot([low, high], [row, row], color=ARM if sure else GREY, linewidth=2)
+        axes.plot(middle, row, "D" if sure else "o", color=ARM if sure else GREY, markersize=6)
+    axes.axvline(0, color=REFERENCE, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(shown)), [_named(d.arm, d.point) for d in reversed(shown)])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel(
+        f"{shown[0].measure}, difference to {shown[0].reference} (points); all intervals hold at once (95 %)"
+    )
+    return save()
+
+
+def dots(cells: Sequence[Cell]) -> str | None:
+    """Every run's success, and the mean of its cell with a 95 % interval of its own."""
+    shown = [cell for cell in cells if cell.done]
+    if not shown:
+        return None
+    axes, save = _page(7.5, 0.9 + 0.34 * len(shown))
+    for row, cell in enumerate(reversed(shown)):
+        scores = 100 * np.asarray(cell.scores(SUCCESS))
+        colour = REFERENCE if cell.arm == cells[0].arm else ARM
+        axes.plot(scores, [row] * len(scores), "|", color=colour, markersize=11, alpha=0.8)
+        half = reach(scores)
+        axes.errorbar(scores.mean(), row, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
+    axes.set_yticks(range(len(shown)), [_named(cell.arm, cell.point) for cell in reversed(shown)])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel("success on the final panel (%): every run, and the mean with its 95 % interval")
+    return save()
+
+
+def reach(scores: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95 % interval of a mean over runs (Student's t); NaN for a single one."""
+    from scipy import stats
+
+    count = len(scores)
+    if count < 2:
+        return math.nan
+    return float(stats.t.ppf(1 - compare.LEVEL / 2, count - 1) * np.std(scores, ddof=1) / math.sqrt(count))
+
+
+def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> str | None:
+    """Over the steps, arm by arm against the reference of its point: the median over runs, and a band."""
+    names = {n: t for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)}
+    reference = {cell.point: cell for cell in reversed(cells) if cell.done}  # the first of a point, where it is done
+    shown = [cell for cell in cells if cell.done and cell is not reference[cell.point]] or [c for c in cells if c.done]
+    if not names or not shown:
+        return None
+    figure, grid, save = _grid(len(shown), len(names))
+    for row, cell in zip(grid, shown, strict=True):
+        for axes, (name, title) in zip(row, names.items(), strict=True):
+            if cell is not reference[cell.point]:
+                _band(axes, reference[cell.point], name, title, REFERENCE, "--")
+            _band(axes, cell, name, title, ARM, "-")
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(_named(cell.arm, cell.point), fontsize=8)
+    for axes, title in zip(grid[0], names.values(), strict=True):
+        axes.set_title(title, fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("step", fontsize=8)
+    figure.align_ylabels()
+    return save()
+
+
+def _band(axes: "Axes", cell: Cell, name: str, title: str, colour: str, line: str) -> None:
+    scale = 100 if title.endswith("(%)") else 1
+    found = [dict(archive.curve(name)) for archive in cell.done]
+    steps = sorted(set().union(*found))
+    if not steps:
+        return
+    values = scale * np.array([[run.get(step, np.nan) for step in steps] for run in found])
+    known = ~np.isnan(values).all(axis=0)
+    at, values = np.asarray(steps)[known], values[:, known]
+    low, high = (25, 75) if len(found) >= MANY else (0, 100)
+    axes.fill_between(at, *np.nanpercentile(values, [low, high], axis=0), color=colour, alpha=0.18, linewidth=0)
+    axes.plot(at, np.nanmedian(values, axis=0), color=colour, linestyle=line, linewidth=1.2)
+
+
+def _named(arm: str, point: str) -> str:
+    return f"{arm} {point}".strip().replace("$", r"\$")  # no formula
+
+
+def _page(width: float, height: float) -> tuple["Axes", Any]:
+    _, axes, save = _figure(width, height, 1, 1)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes, save
+
+
+def _grid(rows: int, columns: int) -> tuple[Any, Any, Any]:
+    return _figure(2.6 * columns, 1.5 * rows + 0.5, rows, columns, squeeze=False, sharex=True, sharey="col")
+
+
+def _figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any, Any]:
+    """A figure that no window shows, its axes, and what makes an SVG of it: the same bytes for the same numbers."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(rows, columns, **how)
+
+    def save() -> str:
+        text = io.StringIO()
+        with matplotlib.rc_context({"svg.hashsalt": "aem_exp", "svg.fonttype": "none"}):
+            figure.savefig(text, format="svg", metadata={"Date": None})
+        return _inline(text.getvalue())
+
+    return figure, axes, save
+
+
+def _inline(svg: str) -> str:
+    """The element alone, as a page holds it; ids of several figures on one page must not meet."""
+    mark = f"f{sha256(svg.encode()).hexdigest()[:8]}-"
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'(id="|url\(#|xlink:href="#)', rf"\1{mark}", svg)

@@ -1,0 +1,289 @@
+"""What the runs of a sweep come to: cells, differences between arms, and what stands in the way of comparing them.
+
+Everything here follows from archives of runs alone. The primary measure is success on the final panel; the area under the curve
+of success in training comes second, and the world's own score where it has one. A difference is that of an arm to the
+reference, which is the sweep's first arm, at the same point. Nothing is said where it would mislead: see `_refused`.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from aem_exp import compare
+from aem_exp.archive import Archive
+from aem_exp.compare import Interval
+from aem_exp.values import ConfigError
+
+SUCCESS: Final = "success"
+AREA: Final = "area under the training curve"
+SCORE: Final = "score"
+BUDGET: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
+COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a cell. `archive`: None where there is none yet. `command`: what makes it."""
+
+    seed: int
+    archive: Archive | None
+    command: str = ""
+
+    @property
+    def done(self) -> bool:
+        return self.archive is not None and self.archive.done
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a point of the sweep: the runs that differ by their seed alone. `point`: empty where there is one."""
+
+    arm: str
+    point: str
+    runs: tuple[Run, ...]
+
+    @property
+    def done(self) -> list[Archive]:
+        return [run.archive for run in self.runs if run.archive is not None and run.done]
+
+    def scores(self, measure: str) -> list[float]:
+        """One number per run that is done, and has it."""
+        return [value for archive in self.done if (value := measured(archive, measure)) is not None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm against the reference, by one measure.
+
+    Attributes:
+        one, other: scores of the runs.
+        interval: on this panel; None where nothing can be said, and `refusal` says why.
+        new_tasks: the interval on tasks like these; only of success.
+        p: of the permutation test; None where so few runs cannot get below the level.
+        detectable: the smallest difference that arms like these would show 4 times in 5.
+        enough: runs per arm that would show the difference that was seen 4 times in 5; None above 200.
+        partial: runs are missing.
+    """
+
+    arm: str
+    reference: str
+    point: str
+    measure: str
+    one: tuple[float, ...]
+    other: tuple[float, ...]
+    comparisons: int
+    interval: Interval | None = None
+    refusal: str = ""
+    new_tasks: Interval | None = None
+    p: float | None = None
+    detectable: float = math.nan
+    enough: int | None = None
+    partial: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.interval is None:
+            return f"not compared: {self.refusal}"
+        return f"{'so far: ' if self.partial else ''}{compare.verdict(self.interval)}"
+
+
+def measured(archive: Archive, measure: str) -> float | None:
+    """A run's number; None where it has none."""
+    if measure == AREA:
+        values = [value for _, value in archive.curve("train/success")]
+        return sum(values) / len(values) if values else None
+    if measure == SCORE:
+        per_task = archive.tasks.get("score")
+        return _mean([_mean(repeats) for repeats in per_task]) if per_task else None
+    return _mean(archive.success)
+
+
+def measures(cells: Sequence[Cell]) -> list[str]:
+    """Which of them the runs have; the primary one first."""
+    done = [archive for cell in cells for archive in cell.done]
+    return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measured(a, m) is not None for a in done)]
+
+
+def differences(cells: Sequence[Cell], measure: str = SUCCESS) -> list[Difference]:
+    """Every arm against the first one, point by point; the intervals of a point hold all at once."""
+    out = []
+    for point in dict.fromkeys(cell.point for cell in cells):
+        reference, *others = [cell for cell in cells if cell.point == point]
+        out += [_difference(cell, reference, measure, len(others)) for cell in others]
+    return out
+
+
+def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> Difference:
+    one, other = cell.scores(measure), reference.scores(measure)
+    partial = any(not run.done for run in (*cell.runs, *reference.runs))
+    known: dict[str, Any] = {
+        "arm": cell.arm,
+        "reference": reference.arm,
+        "point": cell.point,
+        "measure": measure,
+        "one": tuple(one),
+        "other": tuple(other),
+        "comparisons": comparisons,
+        "partial": partial,
+    }
+    if refusal := _refused(cell, reference) or compare.why_not(one, other):
+        return Difference(**known, refusal=refusal)
+    interval = compare.welch(one, other, comparisons)
+    return Difference(
+        **known,
+        interval=interval,
+        new_tasks=_new_tasks(cell, reference, comparisons) if measure == SUCCESS else None,
+        p=compare.permutation(one, other, comparisons),
+        detectable=compare.detectable(one, other, comparisons),
+        enough=compare.runs_to_show(interval.difference, compare.spread(one, other), comparisons),
+    )
+
+
+def _new_tasks(cell: Cell, reference: Cell, comparisons: int) -> Interval | None:
+    one, other = ([archive.success for archive in each.done] for each in (cell, reference))
+    return compare.across_tasks(one, other, comparisons) if len(one[0]) > 1 else None
+
+
+def _refused(cell: Cell, reference: Cell) -> str | None:
+    """Why two cells must not be compared."""
+    both = [*cell.done, *reference.done]
+    for name, asked in IDENTITY.items():
+        if len(found := {asked(archive) for archive in both} - {None}) > 1:
+            return f"{name} differ: {', '.join(sorted(map(str, found)))}"
+    return None
+
+
+def _tasks(ids: Sequence[str]) -> str:
+    return sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
+
+
+def _budget(archive: Archive) -> str | None:
+    trainer = archive.experiment.get("trainer", {})
+    return " x ".join(str(trainer.get(key, 1)) for key in BUDGET) if trainer else None
+
+
+IDENTITY: Final[Mapping[str, Callable[[Archive], str | None]]] = {
+    "panels": lambda archive: (archive.result.get("final") or {}).get("panel_hash"),
+    "tasks of the panels": lambda archive: _tasks(archive.tasks["id"]) if archive.tasks else None,
+    "worlds (fingerprints)": lambda archive: archive.result.get("fingerprint"),
+    "planned budgets (steps x tasks x group x oversampling)": _budget,
+    "checkpoint rules": lambda archive: archive.result.get("checkpoint_rule"),
+}
+
+
+def troubles(cells: Sequence[Cell]) -> list[tuple[str, str, int, str]]:
+    """(arm, point, seed, what is the matter) of each run that is not done as planned."""
+    out = []
+    for cell in cells:
+        for run in cell.runs:
+            archive = run.archive
+            if archive is None:
+                out.append((cell.arm, cell.point, run.seed, "missing"))
+            elif told := archive.result.get("diverged"):
+                out.append((cell.arm, cell.point, run.seed, f"diverged, and is scored as it was then: {told}"))
+            elif not archive.done:
+                why = ": ".join(filter(None, archive.why))
+                out.append((cell.arm, cell.point, run.seed, f"{archive.what}{f' ({why})' if why else ''}"))
+    return out
+
+
+# Over the points of a sweep.
+
+
+@dataclass(frozen=True)
+class Overall:
+    """An arm against the reference over all points: how likely a run of it is to score above one of the reference."""
+
+    arm: str
+    points: int
+    improvement: compare.Summary
+    middle: compare.Summary  # interquartile mean of the arm
+    reference: compare.Summary
+
+
+def overall(cells: Sequence[Cell]) -> list[Overall]:
+    """Arms that have enough points and runs for it (see `compare.enough`)."""
+    first, *others = dict.fromkeys(cell.arm for cell in cells)
+    known = {(cell.arm, cell.point): cell.scores(SUCCESS) for cell in cells}
+    out = []
+    for arm in others:
+        pairs = [(known[arm, point], known[first, point]) for a, point in known if a == arm and (first, point) in known]
+        if compare.enough(pairs):
+            one, other = ([pair[i] for pair in pairs] for i in (0, 1))
+            out.append(Overall(arm, len(pairs), compare.improvement(pairs), compare.middle(one), compare.middle(other)))
+    return out
+
+
+# Runs of other frameworks.
+
+
+def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
+    """Arms of a CSV with the columns arm, seed, step, task, success: each seed a run, scored at its last step.
+
+    Args:
+        panel: ids of the tasks that our runs were scored on; other runs must have all of them, and no other, alike often.
+
+    Raises:
+        ConfigError: the file is not that.
+    """
+    rows = _rows(file)
+    out: dict[str, tuple[Run, ...]] = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        seeds = sorted({int(row["seed"]) for row in rows if row["arm"] == arm})
+        mine = {seed: [r for r in rows if r["arm"] == arm and int(r["seed"]) == seed] for seed in seeds}
+        out[arm] = tuple(Run(seed, _foreign(file, arm, seed, mine[seed], panel)) for seed in seeds)
+    return out
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            rows = list(csv.DictReader(text))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError("--csv", str(file), f"cannot be read: {error}") from error
+    if not rows or not set(COLUMNS) <= set(rows[0]):
+        raise ConfigError("--csv", str(file), f"must have the columns {', '.join(COLUMNS)}, and a row per episode")
+    for number, row in enumerate(rows, 2):
+        try:
+            int(row["seed"]), int(row["step"])
+            good = 0 <= float(row["success"]) <= 1
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            told = "seed and step must be whole numbers, success between 0 and 1"
+            raise ConfigError("--csv", f"{file}, line {number}", told)
+    return rows
+
+
+def _foreign(file: Path, arm: str, seed: int, rows: Sequence[Mapping[str, str]], panel: Sequence[str]) -> Archive:
+    last = max(int(row["step"]) for row in rows)
+    played: dict[str, list[float]] = {}
+    for row in rows:
+        if int(row["step"]) == last:
+            played.setdefault(row["task"], []).append(float(row["success"]))
+    where = f"{file}, {arm}, seed {seed}, step {last}"
+    if set(played) != set(panel):
+        lacks, more = len(set(panel) - set(played)), len(set(played) - set(panel))
+        raise ConfigError(
+            "--csv", where, f"lacks {lacks} tasks of the panel and has {more} others: scores would not compare"
+        )
+    if len({len(repeats) for repeats in played.values()}) > 1:
+        raise ConfigError("--csv", where, "must score every task alike often")
+    steps = sorted({int(row["step"]) for row in rows})
+    means = [_mean([float(row["success"]) for row in rows if int(row["step"]) == step]) for step in steps]
+    return Archive(
+        run=f"{file.name}: {arm}, seed {seed}",
+        experiment={"seed": seed},
+        what="done",
+        result={"steps": last},
+        tasks={"id": list(panel), "kind": [""] * len(panel), "success": [played[task] for task in panel]},
+        curves={"step": [float(step) for step in steps], "eval/success": [*means]},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,132 @@
+"""How a report is written down: one HTML page that needs nothing else, Markdown, and a CSV per table."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aem_exp import disk
+
+TEMPLATE: Final = "report.html"
+CODE: Final = ("command",)  # columns that hold what is typed
+
+
+@dataclass(frozen=True)
+class Table:
+    """`note` stands under it; numbers are aligned where all of a column's cells begin like one."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column, whether it holds numbers."""
+        return [
+            bool(self.rows) and all(re.match(r"^([-+±]?\d|-$|$)", row[i]) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    svg: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `code`: lines as they are typed or printed."""
+
+    text: str
+    code: bool = False
+
+
+Block = Table | Figure | Text
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    question: str
+    sections: Sequence[Section]
+
+    def tables(self) -> Iterator[Table]:
+        for section in self.sections:
+            yield from (block for block in section.blocks if isinstance(block, Table))
+
+
+def html(report: Report) -> str:
+    """The page; whatever runs are called, they cannot add to it."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("aem_exp", ""), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+    )
+    kinds = {"Table": Table, "Figure": Figure, "Text": Text}
+    environment.tests |= {
+        name.lower(): lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()
+    }
+    return environment.get_template(TEMPLATE).render(report=report, code=CODE)
+
+
+def markdown(report: Report) -> str:
+    """The same without figures."""
+    lines = [f"# {report.title}", "", report.question, ""]
+    for section in report.sections:
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += [*_markdown(block), ""]
+    return "\n".join(lines)
+
+
+def _markdown(block: Block) -> list[str]:
+    match block:
+        case Text(text, True):
+            return ["```", text, "```"]
+        case Text(text):
+            return [text]
+        case Figure(title):
+            return [f"(Figure in the HTML page: {title})"]
+    heads = ["" if column == "" else column for column in block.columns]
+    rules = ["---:" if numeric else "---" for numeric in block.numeric]
+    body = [
+        [f"`{cell}`" if c in CODE and cell else _cell(cell) for c, cell in zip(heads, row, strict=True)]
+        for row in block.rows
+    ]
+    rows = [f"| {' | '.join(row)} |" for row in (heads, rules, *body)]
+    return [f"**{block.title}**", "", *rows, *(["", block.note] if block.note else [])]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|<>\[\]])", r"\\\1", text).replace("\n", " ")
+
+
+def write(report: Report, folder: Path) -> Path:
+    """`index.html`, `report.md` and `tables/*.csv`; the page."""
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "tables").glob("*.csv"):
+        old.unlink()
+    for table in report.tables():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+        disk.write(folder / "tables" / f"{table.name}.csv", text.getvalue())
+    disk.write(folder / "report.md", markdown(report))
+    disk.write(folder / "index.html", html(report))
+    return folder / "index.html"

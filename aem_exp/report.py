@@ -1,0 +1,211 @@
+"""Door: from a sweep to a verdict. One page, Markdown and tables, from run dirs or from archives of runs alone.
+
+It changes no run, asks no tracker, and says of a sweep that is half done what is missing.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aem_exp import door
+from aem_exp.values import ConfigError
+
+if TYPE_CHECKING:
+    from aem_exp.archive import Archive
+    from aem_exp.chapters import Asked
+    from aem_exp.findings import Cell, Difference
+    from aem_exp.questions import Sweep
+
+ABOUT = """\
+Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
+
+  python -m aem_exp.report household_quick                    from the run dirs; partial sweeps say what is missing
+  python -m aem_exp.report household_grpo --from FOLDER       from archives of runs (see --archive)
+  python -m aem_exp.report household_quick --archive FOLDER   and keep an archive of some kilobytes per run
+  python -m aem_exp.report alfworld --csv theirs.csv          beside runs of others: arm, seed, step, task, success
+"""
+RESULTS = "results"  # beside the file of a sweep: archives of its runs, a folder each
+PUBLISHED = "published.csv"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", "-m", "aem_exp.report", *argv])
+    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = door.Parser("python -m aem_exp.report", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("sweep", help="a file, or a name of sweeps/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
+    parser.add_argument("--from", dest="archives", type=Path, help="archives of runs that are not here as run dirs")
+    parser.add_argument("--archive", type=Path, metavar="FOLDER", help="write an archive of every run that is done")
+    parser.add_argument("--csv", type=Path, action="append", default=[], help="runs of others, as further arms")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: OUTPUTS/reports/SWEEP)")
+    parser.add_argument("--json", action="store_true", help="print the differences as JSON and nothing else")
+    parser.add_argument("--no-tracking", action="store_true", help="do not log the report to MLflow")
+    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    return parser.parse_intermixed_args(argv)
+
+
+def _act(asked: argparse.Namespace) -> int:
+    from aem_exp import questions
+
+    door.reach(asked.config_dir)
+    sweep = questions.load(asked.sweep, asked.overrides, asked.config_dir)
+    if sweep.search is not None:
+        remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {sweep.name} shows them"
+        raise ConfigError("sweep", sweep.name, remedy)
+    from aem_exp import chapters, findings, pages
+
+    archives = _archives(sweep, asked.archives)
+    cells = [*_cells(sweep, archives), *_others(sweep, archives, asked.csv)]
+    if not any(cell.done for cell in cells):
+        remedy = f"none of its {len(sweep.cells)} runs is done; python -m aem_exp.sweep {sweep.name} --local runs them"
+        raise ConfigError("sweep", sweep.name, remedy)
+    if asked.archive:
+        _keep(archives.values(), asked.archive)
+    differences = findings.differences(cells)
+    if asked.json:
+        print(json.dumps([_plain(d) for d in differences], indent=1))
+        return 0
+    published = sweep.file.parent / PUBLISHED if sweep.file else None
+    report = chapters.report(_asked(sweep, cells), cells, published)
+    folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
+    page = pages.write(report, folder)
+    _show(differences, cells)
+    for heading, text in [("report", str(folder)), *_tracked(sweep, folder, asked), ("open", page.as_uri())]:
+        print(f"{heading:<7} {text}")
+    return 0
+
+
+def _archives(sweep: "Sweep", given: Path | None) -> "dict[Path, Archive]":
+    """What there is of each run: its run dir, or an archive."""
+    from aem_exp import archive, state
+
+    if given is not None and not given.is_dir():
+        raise ConfigError("--from", str(given), "must be a folder with archives of runs")
+    here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
+    states = state.read(here)
+    found = {folder: archive.of(folder, found.what, (found.kind, found.sentence)) for folder, found in states.items()}
+    places = [given] if given else [sweep.file.parent / RESULTS / sweep.name] if sweep.file else []
+    for cell in sweep.cells:
+        kept = [file for place in places if (file := place / f"{cell.folder.name}{archive.SUFFIX}").is_file()]
+        if kept and not (cell.folder in found and found[cell.folder].done):
+            found[cell.folder] = archive.read(kept[0])
+    return found
+
+
+def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
+    """The cells of the question, the reference first at each point."""
+    from aem_exp.findings import Cell, Run
+
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for cell in sweep.cells:
+        run = Run(cell.seed, archives.get(cell.folder), shlex.join(["python", "-m", "aem_exp", *cell.overrides]))
+        for label in cell.labels:
+            point = label.group.removeprefix(label.arm).removeprefix("/")
+            runs.setdefault((label.arm, point), []).append(run)
+    return [Cell(arm, point, tuple(mine)) for (arm, point), mine in runs.items()]
+
+
+def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[Cell]":
+    """Arms of other frameworks."""
+    from aem_exp.findings import Cell, foreign
+
+    if files and len(sweep.points) > 1:
+        raise ConfigError(
+            "--csv", str(files[0]), f"{sweep.name} has {len(sweep.points)} points: ask one, by an override"
+        )
+    out: list[Cell] = []
+    panel = next((a.tasks["id"] for a in archives.values() if a.done), [])
+    for file in files:
+        for arm, runs in foreign(file, panel).items():
+            if arm in sweep.arms or arm in [cell.arm for cell in out]:
+                raise ConfigError("--csv", f"{file}, {arm}", "is the name of another arm here")
+            out.append(Cell(arm, "", runs))
+    return out
+
+
+def _keep(archives: "Iterable[Archive]", folder: Path) -> None:
+    from aem_exp import archive
+
+    done = [each for each in archives if each.done]
+    size = sum(archive.write(each, folder).stat().st_size for each in done)
+    print(f"kept    {len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")
+
+
+def _asked(sweep: "Sweep", cells: "Sequence[Cell]") -> "Asked":
+    from aem_exp.chapters import Asked
+
+    base = [word for word in sweep.cells[0].overrides if not word.startswith(("seed=", "launch="))]
+    common = [word for word in base if all(word in cell.overrides for cell in sweep.cells)]
+    arms = {arm: " ".join(words) for arm, words in sweep.arms.items()}
+    arms |= {cell.arm: "from elsewhere, by a CSV" for cell in cells if cell.arm not in arms}
+    file = str(sweep.file) if sweep.file else sweep.name
+    return Asked(sweep.name, sweep.question, file, shlex.join(common), arms, sweep.seeds)
+
+
+def _plain(difference: "Difference") -> dict[str, object]:
+    def known(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: known(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: known(value) for key, value in asdict(difference).items()} | {"verdict": difference.verdict}
+
+
+def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
+    """The verdicts, for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from aem_exp import chapters, findings
+
+    console = Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("arm", "runs", "success", "difference", "95 %, all at once", "verdict"):
+        table.add_column(
+            column, header_style="bold", justify="right" if column in ("success", "difference") else "left"
+        )
+    known = {(d.arm, d.point): d for d in differences}
+    for cell in cells:
+        scores, d = cell.scores(findings.SUCCESS), known.get((cell.arm, cell.point))
+        mean = chapters.points(sum(scores) / len(scores)) if scores else "-"
+        told = (
+            (
+                chapters.points(d.interval.difference, True) if d.interval else "-",
+                chapters.span(d.interval),
+                d.verdict.partition(";")[0],
+            )
+            if d
+            else ("", "", "reference")
+        )
+        table.add_row(f"{cell.arm} {cell.point}".strip(), f"{len(scores)} of {len(cell.runs)}", mean, *told)
+    console.print(table)
+    if wrong := findings.troubles(cells):
+        console.print(f"{len(wrong)} runs are not done as planned; the report names them", style="yellow")
+    console.print()
+
+
+def _tracked(sweep: "Sweep", folder: Path, asked: argparse.Namespace) -> list[tuple[str, str]]:
+    """Log the report as an artifact of the sweep, where its runs are tracked."""
+    from aem_exp import stores, tracking
+
+    outputs = sweep.cells[0].folder.parent
+    uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
+    if asked.no_tracking or uri == stores.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
+        return []
+    return tracking.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
