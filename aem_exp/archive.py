@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -97,7 +98,10 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """What a file of a run dir says; nothing where it was half written: then the run failed, and says so itself."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads(file.read_text()))
+    return {}
 
 
 def _episodes(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,13 +36,13 @@ class Asked:
     seeds: Sequence[int]
 
 
-def report(asked: Asked, cells: Sequence[Cell], published: Path | None = None) -> Report:
-    """All of it; where runs are missing, what there is."""
+def report(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference], published: Path | None = None) -> Report:
+    """All of it; where runs are missing, what there is. `primary`: the differences in success."""
     parts = [
         _question(asked, cells),
         _provenance(cells),
         _cells(cells),
-        _differences(cells),
+        _differences(cells, primary),
         _curves(cells),
         _breakdown(cells),
         _sanity(cells),
@@ -257,8 +257,7 @@ def _cells(cells: Sequence[Cell]) -> Section:
 # 4
 
 
-def _differences(cells: Sequence[Cell]) -> Section:
-    primary = findings.differences(cells)
+def _differences(cells: Sequence[Cell], primary: Sequence[Difference]) -> Section:
     if not primary:
         return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
     blocks: list[Block] = []

@@ -25,7 +25,7 @@ from scipy import stats
 from aem_exp import power
 
 LEVEL: Final = 0.05  # two-sided, shared among the comparisons of a sweep
-EXACT: Final = 200_000  # permutations that are all tried: 10 runs against 10 are 184,756
+EXACT: Final = 20_000  # permutations that are all tried (8 runs against 8 are 12,870); of more, as many at random
 LEAST_SEEDS, LEAST_CELLS = 5, 4  # from which on cells are summed up
 MOST_RUNS: Final = 200  # per arm, that are ever recommended
 Numbers = NDArray[np.float64]
@@ -120,15 +120,15 @@ def floor(one: int, other: int) -> float:
 
 
 def permutation(one_N: Sequence[float], other_N: Sequence[float], comparisons: int = 1) -> float | None:
-    """Two-sided p of the difference of means over all ways to deal the runs to the arms; None where even the smallest p that so
-    few runs can give is above the level."""
+    """Two-sided p of the difference of means over the ways to deal the runs to the arms (all, or 20,000 at random); None where
+    even the smallest p that so few runs can give is above the level."""
     ways = math.comb(len(one_N) + len(other_N), len(one_N))
     if floor(len(one_N), len(other_N)) > LEVEL / comparisons:
         return None
     tried = stats.permutation_test(
         (np.asarray(one_N, float), np.asarray(other_N, float)),
         lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
-        n_resamples=ways if ways <= EXACT else 20_000,
+        n_resamples=ways if ways <= EXACT else EXACT,
         batch=10_000,
         vectorized=True,
         rng=np.random.default_rng(0),

@@ -42,7 +42,7 @@ def forest(differences: Sequence[Difference]) -> str | None:
     shown = [d for d in differences if d.interval is not None]
     if not shown:
         return None
-    axes, save = _page(7.5, 0.9 + 0.34 * len(shown))
+    axes, save = _page([_named(d.arm, d.point) for d in shown])
     for row, d in enumerate(reversed(shown)):
         assert d.interval is not None
         low, middle, high = (100 * value for value in (d.interval.low, d.interval.difference, d.interval.high))
@@ -50,8 +50,6 @@ def forest(differences: Sequence[Difference]) -> str | None:
         axes.plot([low, high], [row, row], color=ARM if sure else GREY, linewidth=2)
         axes.plot(middle, row, "D" if sure else "o", color=ARM if sure else GREY, markersize=6)
     axes.axvline(0, color=REFERENCE, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(shown)), [_named(d.arm, d.point) for d in reversed(shown)])
-    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(
         f"{shown[0].measure}, difference to {shown[0].reference} (points); all intervals hold at once (95 %)"
     )
@@ -63,15 +61,13 @@ def dots(cells: Sequence[Cell]) -> str | None:
     shown = [cell for cell in cells if cell.done]
     if not shown:
         return None
-    axes, save = _page(7.5, 0.9 + 0.34 * len(shown))
+    axes, save = _page([_named(cell.arm, cell.point) for cell in shown])
     for row, cell in enumerate(reversed(shown)):
         scores = 100 * np.asarray(cell.scores(SUCCESS))
         colour = REFERENCE if cell.arm == cells[0].arm else ARM
         axes.plot(scores, [row] * len(scores), "|", color=colour, markersize=11, alpha=0.8)
         half = reach(scores)
         axes.errorbar(scores.mean(), row, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
-    axes.set_yticks(range(len(shown)), [_named(cell.arm, cell.point) for cell in reversed(shown)])
-    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("success on the final panel (%): every run, and the mean with its 95 % interval")
     return save()
 
@@ -93,7 +89,7 @@ def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> str | 
     shown = [cell for cell in cells if cell.done and cell is not reference[cell.point]] or [c for c in cells if c.done]
     if not names or not shown:
         return None
-    figure, grid, save = _grid(len(shown), len(names))
+    grid, save = _grid(len(shown), len(names))
     for row, cell in zip(grid, shown, strict=True):
         for axes, (name, title) in zip(row, names.items(), strict=True):
             if cell is not reference[cell.point]:
@@ -101,12 +97,11 @@ def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> str | 
             _band(axes, cell, name, title, ARM, "-")
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(_named(cell.arm, cell.point), fontsize=8)
+        row[0].set_ylabel(_named(cell.arm, cell.point).replace("$", r"\$"), fontsize=8)
     for axes, title in zip(grid[0], names.values(), strict=True):
         axes.set_title(title, fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=8)
-    figure.align_ylabels()
     return save()
 
 
@@ -125,30 +120,43 @@ def _band(axes: "Axes", cell: Cell, name: str, title: str, colour: str, line: st
 
 
 def _named(arm: str, point: str) -> str:
-    return f"{arm} {point}".strip().replace("$", r"\$")  # no formula
+    return f"{arm} {point}".strip()
 
 
-def _page(width: float, height: float) -> tuple["Axes", Any]:
-    _, axes, save = _figure(width, height, 1, 1)
+def _page(names: Sequence[str]) -> tuple["Axes", Any]:
+    """A page of a row per name, from the top down."""
+    left, rows = 0.25 + 0.08 * max(map(len, names)), len(names)
+    axes, save = _figure((left + 6.4, 0.34 * rows + 0.9), (left, 0.15, 0.6, 0.15), 1, 1)
+    axes = axes[0][0]
+    axes.set_yticks(range(rows), [name.replace("$", r"\$") for name in reversed(names)])  # no formula
+    axes.set_ylim(-0.6, rows - 0.4)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes, save
 
 
-def _grid(rows: int, columns: int) -> tuple[Any, Any, Any]:
-    return _figure(2.6 * columns, 1.5 * rows + 0.5, rows, columns, squeeze=False, sharex=True, sharey="col")
+def _grid(rows: int, columns: int) -> tuple[Any, Any]:
+    size = (2.5 * columns + 0.7, 1.35 * rows + 0.8)
+    return _figure(size, (0.7, 0.1, 0.45, 0.35), rows, columns, sharex=True, sharey="col")
 
 
-def _figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any, Any]:
-    """A figure that no window shows, its axes, and what makes an SVG of it: the same bytes for the same numbers."""
+def _figure(
+    size: tuple[float, float], margins: tuple[float, float, float, float], rows: int, columns: int, **how: Any
+) -> tuple[Any, Any]:
+    """The axes of a figure that no window shows, and what makes an SVG of it: the same bytes for the same numbers.
+
+    Args:
+        size, margins: inches; margins left, right, below, above. Found by hand: to have them computed takes longer than all else.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure, (width, height), (left, right, below, above) = Figure(figsize=size), size, margins
     FigureCanvasSVG(figure)
-    axes = figure.subplots(rows, columns, **how)
+    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height, 0.22, 0.18)
+    axes = figure.subplots(rows, columns, squeeze=False, **how)
 
     def save() -> str:
         text = io.StringIO()
@@ -156,7 +164,7 @@ def _figure(width: float, height: float, rows: int, columns: int, **how: Any) ->
             figure.savefig(text, format="svg", metadata={"Date": None})
         return _inline(text.getvalue())
 
-    return figure, axes, save
+    return axes, save
 
 
 def _inline(svg: str) -> str:

@@ -88,7 +88,7 @@ def html(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The same without figures."""
-    lines = [f"# {report.title}", "", report.question, ""]
+    lines = [f"# {_cell(report.title)}", "", _cell(report.question), ""]
     for section in report.sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
@@ -101,9 +101,9 @@ def _markdown(block: Block) -> list[str]:
         case Text(text, True):
             return ["```", text, "```"]
         case Text(text):
-            return [text]
+            return [_cell(text)]
         case Figure(title):
-            return [f"(Figure in the HTML page: {title})"]
+            return [f"(In the HTML page: a figure, {title}.)"]
     heads = ["" if column == "" else column for column in block.columns]
     rules = ["---:" if numeric else "---" for numeric in block.numeric]
     body = [

@@ -78,7 +78,7 @@ def _act(asked: argparse.Namespace) -> int:
         print(json.dumps([_plain(d) for d in differences], indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = chapters.report(_asked(sweep, cells), cells, published)
+    report = chapters.report(_asked(sweep, cells), cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
     page = pages.write(report, folder)
     _show(differences, cells)

@@ -69,6 +69,14 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
     assert "JSONDecodeError" in failed["sentence"]
 
 
+def test_a_report_of_half_a_sweep_says_what_is_missing(desk, carried_out):
+    folder, ask = desk
+    said = ask("aem_exp.report", "quick.yaml", "--no-tracking")
+    assert "0 of 1" in said and "not compared: no run" in said and "1 runs are not done as planned" in said
+    page = (folder / "out" / "reports" / "quick" / "report.md").read_text()
+    assert "failed (crash: JSONDecodeError" in page
+
+
 def test_asked_again_only_what_is_missing_runs(desk, carried_out):
     folder, ask = desk
     assert "to run  0 of 2 cells" in ask("aem_exp.sweep", "quick.yaml")
@@ -90,6 +98,22 @@ def test_the_sweep_can_be_found_in_mlflow(desk, carried_out):
     assert sorted(run.data.tags["aem.sweep.quick"] for run in runs if run.info.status == "FINISHED")[:1] == ["aem"]
     assert len({run.data.tags["aem.signature"] for run in runs}) == len(runs) >= 2
     assert any(tag.startswith("mlflow.sharedViewState.aem.quick") for tag in experiment.tags)
+
+
+def test_its_report_stands_in_mlflow_and_is_made_again_from_archives_alone(desk, carried_out, tmp_path):
+    folder, ask = desk
+    said = ask("aem_exp.report", "quick.yaml", "--archive", str(tmp_path))
+    assert "not compared: one run" in said and "kept    2 archives" in said
+    assert ask("aem_exp.report", "quick.yaml").splitlines()[-1] == said.splitlines()[-1]  # no second run in MLflow
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`aem.report` = 'quick'")
+    assert {"index.html", "report.md", "tables"} == {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert run.info.run_id in said and run.info.run_id in experiment.tags["mlflow.note.content"]
+    ask("aem_exp.report", "quick.yaml", f"outputs={tmp_path / 'none'}", "--from", str(tmp_path))
+    one, other = (out / "reports" / "quick" / "tables" for out in (folder / "out", tmp_path / "none"))
+    tables = [table.name for table in one.iterdir() if table.name != "runs.csv" and table.name != "asked.csv"]
+    assert len(tables) > 5 and all((one / name).read_text() == (other / name).read_text() for name in tables)
 
 
 def test_a_run_may_belong_to_two_sweeps(desk, carried_out):

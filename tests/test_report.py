@@ -1,0 +1,252 @@
+"""From archives of real runs to a report: what it says follows from them, and where it must say nothing it says why."""
+
+import csv
+import gzip
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aem_exp import archive, chapters, compare, figures, findings, pages, questions, report
+from aem_exp.config import ConfigError
+from aem_exp.findings import Cell, Run
+
+RESULTS = Path(__file__).parents[1] / "sweeps" / "results"
+SWEEPS = sorted(path.name for path in RESULTS.iterdir())
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The archives of the household's GRPO arms, by arm and seed."""
+    out = {}
+    for file in sorted((RESULTS / "household_grpo").glob("*.json.gz")):
+        kept = archive.read(file)
+        out.setdefault(kept.experiment["modulation"]["name"], []).append(kept)
+    return out
+
+
+def cell(arm, archives, point=""):
+    return Cell(arm, point, tuple(Run(kept.seed, kept) for kept in archives))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_our_own_results_make_their_report_again(name, tmp_path, monkeypatch, capsys):
+    """From a clean clone: no run dirs, no tracker; each run of the sweep is found, though the code has moved on since."""
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "out"))
+    assert report.main([name]) == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "out" / "reports" / name / "index.html").read_text()
+    sweep = questions.load(name)
+    assert "are not done as planned" not in said and all(arm in said for arm in sweep.arms)
+    assert all(cell.folder.name in page for cell in sweep.cells)
+    assert page.count("<svg") >= 3 and "<script" not in page and not re.search(r'(src|href)="http', page)
+
+
+def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    assert report.main(["household_grpo", "--out", str(tmp_path / "page")]) == 0
+    with (tmp_path / "page" / "tables" / "success_of_each_cell.csv").open() as file:
+        table = {row["arm"]: row for row in csv.DictReader(file)}
+    with (tmp_path / "page" / "tables" / "differences_in_success.csv").open() as file:
+        verdicts = {row["arm"]: row for row in csv.DictReader(file)}
+    assert capsys.readouterr().out.count("reference") == 1
+    mean = {}
+    for arm, kept in runs.items():
+        scores = [each.result["final"]["success"] for each in kept]
+        assert table[arm]["every seed"].split() == [f"{100 * score:.1f}" for score in scores]
+        mean[arm] = sum(scores) / len(scores)
+        assert table[arm]["mean"] == f"{100 * mean[arm]:.1f}"
+        assert [each.success for each in kept] and scores == pytest.approx([sum(k.success) / 128 for k in kept])
+    for arm, row in verdicts.items():
+        one, other = ([each.result["final"]["success"] for each in runs[name]] for name in (arm, "none"))
+        found = compare.welch(one, other, len(runs) - 1)
+        assert row["difference"] == f"{100 * (mean[arm] - mean['none']):+.1f}"
+        assert row["95 % interval"] == f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        assert row["verdict"] == compare.verdict(found)
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert all(row["verdict"] in text for row in verdicts.values())
+
+
+def test_the_same_numbers_are_the_same_bytes(runs):
+    cells = [cell(arm, kept[:3]) for arm, kept in list(runs.items())[:2]]
+    for draw in (figures.dots, figures.curves, lambda c: figures.forest(findings.differences(c))):
+        assert draw(cells) == draw(cells) and draw(cells).startswith("<svg")
+
+
+def test_an_archive_is_small_and_the_same_each_time(runs, tmp_path):
+    for kept in runs["aem"][:2]:
+        first = archive.write(kept, tmp_path).read_bytes()
+        assert archive.write(archive.read(tmp_path / f"{kept.run}.json.gz"), tmp_path).read_bytes() == first
+        assert len(first) < 50_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no gzip",
+        gzip.compress(b"no JSON"),
+        gzip.compress(b"[]"),
+        gzip.compress(json.dumps({"run": "x", "experiment": {}, "what": "done", "evil": 1}).encode()),
+        gzip.compress(
+            json.dumps(
+                {"run": "x", "experiment": {}, "what": "done", "why": ["", ""], "tasks": {"id": [1], "success": []}}
+            ).encode()
+        ),
+        gzip.compress(b"0" * (archive.LARGEST + 2)),
+    ],
+)
+def test_what_is_no_archive_is_one_sentence(data, tmp_path):
+    (tmp_path / "x.json.gz").write_bytes(data)
+    with pytest.raises(ConfigError, match="is no archive of a run"):
+        archive.read(tmp_path / "x.json.gz")
+
+
+def changed(kept, **final):
+    return replace(kept, result={**kept.result, **final})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda k: changed(k, final={**k.result["final"], "panel_hash": "another"}), "panels differ: "),
+        (lambda k: changed(k, fingerprint="household-2"), "worlds (fingerprints) differ: household-2, "),
+        (lambda k: changed(k, checkpoint_rule="best on dev"), "checkpoint rules differ: best on dev, last step"),
+        (
+            lambda k: replace(k, experiment={**k.experiment, "trainer": {**k.experiment["trainer"], "steps": 61}}),
+            "planned budgets (steps x tasks x group x oversampling) differ: 60 x 8 x 8 x 1, 61 x 8 x 8 x 1",
+        ),
+        (lambda k: replace(k, tasks={**k.tasks, "id": [*k.tasks["id"][:-1], "another"]}), "tasks of the panels differ"),
+    ],
+)
+def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
+    """One odd run of thirty is enough."""
+    cells = [cell("none", runs["none"]), cell("aem", [*runs["aem"][:-1], spoil(runs["aem"][-1])])]
+    (found,) = findings.differences(cells)
+    assert found.interval is None and found.verdict.startswith(f"not compared: {said}"), found.verdict
+    assert "not compared" in pages.markdown(made(cells))
+
+
+def made(cells, word="s"):
+    asked = chapters.Asked(word, word, word, word, {c.arm: word for c in cells}, (0, 1))
+    return chapters.report(asked, cells, findings.differences(cells))
+
+
+def test_few_runs_say_little(runs):
+    none = cell("none", runs["none"])
+    (one,) = findings.differences([none, cell("aem", runs["aem"][:1])])
+    assert one.verdict == "not compared: one run: its spread is unknown"
+    (three,) = findings.differences([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
+    assert three.p is None and three.interval is not None
+    assert "not attainable with 3 seeds" in pages.markdown(
+        made([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
+    )
+    (nothing,) = findings.differences([none, Cell("aem", "", (Run(0, None),))])
+    assert nothing.verdict == "not compared: no run"
+
+
+def test_no_spread_is_no_certainty(runs):
+    same = [replace(kept, tasks=runs["aem"][0].tasks) for kept in runs["aem"][:3]]
+    (found,) = findings.differences([cell("none", same), cell("aem", same)])
+    assert found.verdict.startswith("not compared: no spread in either arm")
+
+
+def test_what_is_missing_is_named(runs):
+    cells = [
+        cell("none", runs["none"]),
+        Cell(
+            "aem",
+            "",
+            (
+                *(Run(k.seed, k) for k in runs["aem"][:5]),
+                Run(5, None),
+                Run(6, replace(runs["aem"][6], what="failed", why=("oom", "no memory"), result={}, tasks={})),
+            ),
+        ),
+    ]
+    assert findings.troubles(cells) == [("aem", "", 5, "missing"), ("aem", "", 6, "failed (oom: no memory)")]
+    (found,) = findings.differences(cells)
+    assert found.partial and found.verdict.startswith("so far: ")
+
+
+def test_a_run_that_diverged_counts(runs):
+    lost = changed(replace(runs["aem"][0], what="failed", why=("nan", "...")), diverged="the norm is nan in step 3")
+    cells = [cell("none", runs["none"]), cell("aem", [lost, *runs["aem"][1:]])]
+    assert len(findings.differences(cells)[0].one) == 10
+    assert findings.troubles(cells) == [
+        ("aem", "", 0, "diverged, and is scored as it was then: the norm is nan in step 3")
+    ]
+
+
+def test_names_cannot_add_to_the_page(runs):
+    evil = "<script>alert(1)</script>|"
+    cells = [cell("none", runs["none"][:2]), cell(evil, runs["aem"][:2])]
+    page = made(cells, evil)
+    assert "<script" not in pages.html(page) and not re.search(r"(?<!\\)<script", pages.markdown(page))
+
+
+def test_over_points(runs):
+    """Four points, five runs: one number for all of them."""
+    cells = [cell(arm, runs[arm][:5], f"p{i}") for i in range(4) for arm in ("none", "aem")]
+    (found,) = findings.overall(cells)
+    assert found.points == 4 and found.improvement.low <= found.improvement.value <= found.improvement.high
+    assert not findings.overall(cells[:6])
+
+
+# Runs of other frameworks.
+
+
+def theirs(path, rows):
+    path.write_text("arm,seed,step,task,success\n" + "".join(f"{','.join(map(str, row))}\n" for row in rows))
+    return path
+
+
+def test_runs_of_others_stand_beside_ours(tmp_path, monkeypatch, capsys, runs):
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    tasks = runs["none"][0].tasks["id"]
+    rows = [
+        ("theirs", s, step, task, int((i + s) % 3 > 0))
+        for s in range(3)
+        for step in (1, 2)
+        for i, task in enumerate(tasks)
+    ]
+    file = theirs(tmp_path / "theirs.csv", rows)
+    assert report.main(["household_grpo", "--csv", str(file), "--json"]) == 0
+    found = {row["arm"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["theirs"]["one"] == pytest.approx([86 / 128, 85 / 128, 85 / 128], abs=0.01)
+    assert found["theirs"]["interval"]["high"] < 0 and found["theirs"]["verdict"] == "worse"
+    assert found["aem"]["comparisons"] == found["theirs"]["comparisons"] == 7
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("x", 0, 1, "nowhere", 1)], "lacks 128 tasks of the panel and has 1 others"),
+        ([("x", "zero", 1, "a", 1)], "line 2: seed and step must be whole numbers"),
+        ([("x", 0, 1, "a", 2)], "success between 0 and 1"),
+        ([], "must have the columns"),
+    ],
+)
+def test_a_bad_csv_is_one_sentence(rows, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    assert report.main(["household_grpo", "--csv", str(theirs(tmp_path / "bad.csv", rows))]) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["household_qick"], "did you mean household_quick?"),
+        (["household_search"], "is a study, whose trials are no arms"),
+        (["household_quick"], "none of its 6 runs is done; python -m aem_exp.sweep household_quick --local"),
+        (["household_grpo", "--from", "/nowhere"], "must be a folder with archives"),
+        (["household_grpo", "--csv", "/nowhere.csv"], "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    assert report.main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
