@@ -137,6 +137,15 @@ def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:
     return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
+def positions(shape: dict[str, Any]) -> tuple[int, bool]:
+    """Tokens in a row that the model of a config.json has positions for (0: it does not say), and whether they are scaled."""
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
+    kind, most = rope.get("rope_type", rope.get("type", "default")), shape.get("max_position_embeddings", 0)
+    if kind == "yarn":
+        most = rope.get("original_max_position_embeddings", most)
+    return int(most * rope.get("factor", 1.0) if kind in ("yarn", "linear", "dynamic") else most), kind != "default"
+
+
 def skeleton(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
     """The model that a config.json describes, as `load` would make it but for its weights, which are as torch likes.
 
