@@ -95,6 +95,14 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def names(folder: str) -> list[str]:
+    """What a folder of weights may be called: its path, and last its hub id where it is one of the hub's cache."""
+    path = Path(folder).resolve()
+    repo = path.parent.parent.name
+    hub = [repo.removeprefix("models--").replace("--", "/")] if path.parent.name == "snapshots" else []
+    return [folder, str(path), *hub]
+
+
 def device(launch: Launch) -> Any:
     """The torch device that is asked for: a GPU, or the CPU.
 
@@ -111,17 +119,28 @@ def device(launch: Launch) -> Any:
     return torch.accelerator.current_accelerator()
 
 
-def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
-    """The model, on the CPU and ready for training, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def words(model: Model, folder: str) -> Any:
+    """The tokenizer of a model."""
+    from transformers import AutoTokenizer
 
-    code = {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_code(model))
     if tokenizer.chat_template is None:
         raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _code(model: Model) -> dict[str, bool]:
+    return {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
+
+
+def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
+    """The model, on the CPU and ready for training, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, code = words(model, folder), _code(model)
     attention = {"attn_implementation": model.attention} if model.attention else {}
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype), **attention, **code)
     if model.lora:
