@@ -12,8 +12,9 @@ import pytest
 from completions_server import CompletionsServer
 from filelock import FileLock
 
-from aem_exp import config, evaluate, players, policy, servers, worlds
+from aem_exp import config, crew, evaluate, players, policy, servers, worlds
 from aem_exp.sample import LocalSampler, LocalSession
+from aem_exp.scoreboard import Line
 from aem_exp.served import seed
 
 KEY = "k-7f3a"
@@ -191,6 +192,32 @@ def test_a_server_that_is_started_anew_meanwhile_reads_the_weights_first(
     restarting.join()
     assert later[0].reloads == ["model"] and later[0].asked
     later[0].__exit__()
+
+
+def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, server, where, capsys, tmp_path):
+    server.seconds = 0.02
+    ask(capsys, words(trained, where, tmp_path, "--only", "policy", "--at-once", 3))
+    assert server.most_at_once == 3
+    begun, slow = [], threading.Event()
+
+    def do(hand, piece):
+        begun.append(piece)
+        if piece == 0:
+            assert slow.wait(20)
+        if piece == 7:
+            slow.set()  # all others were begun while the first was at work
+        return hand, piece
+
+    assert [piece for _, piece in crew.work(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
+
+
+def test_a_line_counts_episodes_that_play_each_by_itself():
+    line, shown = Line(), []
+    line._show = shown.append
+    line.begin("policy", 2, 8, max_turns=4)
+    for slot, turn in ((0, 1), (1, 1), (0, 2), (0, 1)):  # in slot 0 another has begun
+        line.alone(slot, turn)
+    assert shown[1:] == [2.25, 2.5, 2.75, 3.5]
 
 
 # What a server holds.
