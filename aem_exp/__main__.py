@@ -223,21 +223,18 @@ def _state(folder: Path) -> str:
 
 def _about(experiment: "Experiment") -> list[str]:
     """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
+    from aem_exp import preflight
     from aem_exp.config import diff, nearest, notes, read, run_dir
 
+    odd = [f"note    {note}" for note in (*notes(experiment), *preflight.notes(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
         begun = f"from    {Path(experiment.parent_dir).name}, at step {parent.trainer['steps']}"
-        return [
-            *(f"note    {n}" for n in notes(experiment)),
-            begun,
-            *(f"        {x}" for x in diff(parent, experiment)),
-        ]
-    lines = [f"note    {note}" for note in notes(experiment)]
+        return [*odd, begun, *(f"        {x}" for x in diff(parent, experiment))]
     near = None if run_dir(experiment).exists() else nearest(experiment)
     if near and 0 < len(near[1]) <= MOST_DIFFERENCES:
-        lines += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
-    return lines
+        odd += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
+    return odd
 
 
 def _help(config_dir: str | None) -> str:

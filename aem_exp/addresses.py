@@ -14,10 +14,14 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from aem_exp import disk
 from aem_exp.values import ConfigError, Stop
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
 NONCE, WELCOME = 32, b"welcome\n"
@@ -76,6 +80,24 @@ def _loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def claim(folder: Path) -> "BaseFileLock":
+    """Have the servers of a folder for this process alone, until the lock is released.
+
+    Raises:
+        ConfigError: somebody else has them, or the folder does not say where they are.
+    """
+    from filelock import FileLock, Timeout
+
+    read(folder)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "another run uses these servers: each would play with the weights of the other"
+        raise ConfigError("launch.servers", str(folder), remedy) from None
+    return lock
 
 
 def again(folder: Path, urls: list[str]) -> list[str]:

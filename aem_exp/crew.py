@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -11,14 +11,17 @@ R = TypeVar("R")
 GRACE: Final = 1.0  # seconds for hands to leave when all is over; who is stuck is left behind
 
 
-def work(pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Callable[[], None]) -> list[R]:
-    """What `do(hand, piece)` gives for each piece, in the order of the pieces.
+def work(
+    pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Callable[[], None]
+) -> Generator[R, None, None]:
+    """What `do(hand, piece)` gives for each piece, in the order of the pieces; hands go on while nobody asks for the next.
 
     Args:
         pieces: the work. A piece begins when a hand is free.
         hands: threads, at most. They are numbered from 0, and no two with one number work at the same time.
         do: called in those threads.
-        give_up: called when a piece raised, or this thread was interrupted (Ctrl-C): whoever waits in `do` must come back soon.
+        give_up: called when a piece raised, this thread was interrupted (Ctrl-C), or nobody wants the rest (`close`): whoever
+            waits in `do` must come back soon.
 
     Raises:
         BaseException: what the first piece that failed raised. Nothing is begun after it.
@@ -41,15 +44,18 @@ def work(pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Ca
                 done.put((index, None, error))
 
     threads = [threading.Thread(target=hand, args=[n], daemon=True) for n in range(min(hands, len(pieces)))]
-    results: dict[int, R] = {}
+    results, shown = dict[int, R](), 0
     try:
         for thread in threads:
             thread.start()
-        while len(results) < len(pieces):
+        while shown < len(pieces):
             index, result, error = done.get()
             if error is not None:
                 raise error
             results[index] = result
+            while shown in results:
+                yield results.pop(shown)
+                shown += 1
     except BaseException:
         over.set()
         give_up()
@@ -58,4 +64,3 @@ def work(pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Ca
             if thread.ident is not None:
                 thread.join(max(0.0, end - time.monotonic()))
         raise
-    return [results[index] for index in range(len(pieces))]

@@ -1,7 +1,8 @@
 """Door: a policy on a panel, beside the policy that its training started from and one that acts at random.
 
 `python -m aem_exp.evaluate RUN_DIR`, or a model. What is played is on disk part by part, and decided by neither their size nor
-the moment: asked again it goes on, or shows what is there.
+the moment: asked again it goes on, or shows what is there. Models are loaded here, one after another; or servers, which are up
+already, read the weights of each (`launch.sampler=served launch.servers=FOLDER`).
 """
 
 import argparse
@@ -10,12 +11,13 @@ import math
 import re
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aem_exp import config, door, worlds
-from aem_exp.config import ConfigError, Experiment
+from aem_exp.config import ConfigError, Experiment, Launch
 from aem_exp.envs import World
 from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
 
@@ -33,8 +35,22 @@ shown, and an oracle, who knows the answer. Asked again it goes on, or shows wha
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
   python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
+  python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # by servers that are up
 """
 KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
+HERE = (  # what an evaluation reads of launch
+    *(
+        "name",
+        "gpus_per_node",
+        "threads",
+        "sampler",
+        "servers",
+        "server_seconds",
+        "workers",
+        "workers_at",
+        "env_seconds",
+    ),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,10 +105,18 @@ def _act(asked: argparse.Namespace) -> int:
     if _is_run(asked.target):
         door.reach_run(asked.target)
     from aem_exp.scoreboard import Line, show
+    from aem_exp.servers import Unheld
 
     with Line() as line:
         exam, players, left_out = _setting(asked)
-        found = {player.name: sit(exam, player, line) for player in players}
+        found = {}
+        for player in players:
+            try:
+                found[player.name] = sit(exam, player, line)
+            except Unheld as why:
+                if player.name != UNTRAINED or asked.only:
+                    raise
+                left_out[UNTRAINED] = str(why)
     results = {name: result for name, (_, result) in found.items()}
     if asked.json:
         print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
@@ -160,20 +184,22 @@ def _is_run(target: str) -> bool:
 
 
 def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
-    """The experiment of a run dir under the overrides, on one process; and as it was."""
+    """The experiment of a run dir under the overrides, as it is played here; and as it was."""
     folder = _path(asked.target)
-    original = experiment = config.read(folder, asked.trust)
+    original = config.read(folder, asked.trust)
     if not (folder / RESULT).exists():
         raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
+    tree = config.to_dict(original)
     if asked.overrides:
         from aem_exp import compose
 
         tree = compose.plain(compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust))
-        experiment = config.resolve({**tree, "parent": original.parent, "parent_dir": None})
+    tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], asked.overrides)}
+    experiment = config.resolve(tree) if asked.overrides else config.from_dict(tree)
     for key in ("path", "make", "revision", "lora"):
         if (value := getattr(experiment.model, key)) != getattr(original.model, key):
             raise ConfigError(f"model.{key}", value, "a run is evaluated with the weights that it holds")
-    return _on_one_process(experiment), original
+    return experiment, original
 
 
 def _of_model(asked: argparse.Namespace) -> Experiment:
@@ -187,14 +213,48 @@ def _of_model(asked: argparse.Namespace) -> Experiment:
     name = f"{path.parent.name}-model" if path.name == "model" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
     own = [*_at_path(asked.target), f"model.name='{name}'"]
-    return _on_one_process(config.load([*asked.overrides, *own], asked.config_dir))
+    from aem_exp import compose
+
+    tree = compose.plain(compose.compose([*asked.overrides, *own], asked.config_dir))
+    return config.resolve({**tree, "launch": _launch(tree["launch"], asked.overrides)})
 
 
-def _on_one_process(experiment: Experiment) -> Experiment:
-    """Training may take a cluster; an evaluation is one process and at most one GPU."""
-    gpus = min(1, experiment.launch.gpus_per_node)
-    launch = replace(experiment.launch, where="local", nodes=1, gpus_per_node=gpus, trainer={})
-    return replace(experiment, launch=launch)
+def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The launch of an evaluation: training may take a cluster, and this is one process, at most one GPU, or servers that are up.
+
+    Raises:
+        ConfigError: something was asked for by name that is not to be had here.
+    """
+    from aem_exp import compose
+
+    others = {field.name for field in fields(Launch)} - {*HERE}
+    typed = {compose.key_of(text): text.partition("=")[2] for text in overrides}
+    for key, value in typed.items():
+        part = key.removeprefix("launch.").partition(".")[0]
+        if key.startswith("launch.") and part in others:
+            raise ConfigError(key, value, f"decides nothing here; of launch, {', '.join(HERE[1:])} do")
+    own = {key: value for key, value in launch.items() if key not in others}
+    sampler, gpus = own.get("sampler", "local"), own.get("gpus_per_node", 0)
+    if sampler == "engine" and "launch.sampler" in typed:
+        raise ConfigError("launch.sampler", sampler, "is the trainer's; choose from local, served")
+    if sampler == "served" and not own.get("servers"):
+        raise ConfigError("launch.servers", None, "the folder of servers that are up, or launch.sampler=local")
+    if isinstance(gpus, int) and gpus > 1:
+        if "launch.gpus_per_node" in typed:
+            raise ConfigError(
+                "launch.gpus_per_node", gpus, "must be at most 1; larger models are served: launch.sampler"
+            )
+        own["gpus_per_node"] = 1
+    if sampler == "served":
+        for key in ("model.dtype", "model.attention"):
+            if key in typed:
+                raise ConfigError(
+                    key, typed[key], "decides nothing where servers play: they compute as they were started"
+                )
+        return own
+    unread = {key for key in ("servers", "server_seconds") if f"launch.{key}" not in typed}
+    here = {key: value for key, value in own.items() if key not in unread}
+    return here | ({"sampler": "local"} if sampler == "engine" else {})
 
 
 def _check_same(fingerprint: str, folder: Path) -> None:

@@ -8,10 +8,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,7 @@ def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any
         "repeats": exam.repeats,
         **player.identity(),
         **({"temperature": exam.temperature} if player.model else {}),
+        **({"sampler": "served"} if player.model and exam.experiment.launch.sampler == "served" else {}),
         **({"bf16": True} if player.model and exam.experiment.trainer.get("bf16") else {}),
     }
     heat = f"-T{exam.temperature:g}" if player.model else ""
@@ -185,19 +187,34 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
     from aem_exp import players
     from aem_exp.episodes import Episodes, record
 
+    def keep(part: Sequence["Trajectory"]) -> None:
+        heed(exam.panel, part)
+        kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in part])
+        kept.write(done)
+
     wanted = episodes(exam.panel, exam.repeats)
     kept = Episodes(folder, len(wanted))  # a part is named by how many episodes come before it
     done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
     if done < len(wanted):
         line.say(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
-        with players.at(player, exam.experiment, exam.world, exam.temperature, line.turn) as plays:
+        with (
+            players.at(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
+            closing(plays(wanted[done:])) as played,
+        ):
             line.begin(player.name, done, len(wanted), exam.experiment.env.max_turns)
-            for start in range(done, len(wanted), exam.at_once):
-                part = wanted[start : start + exam.at_once]
-                line.part(start, len(part))
-                heed(exam.panel, played := plays(part))
-                kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in played])
-                kept.write(start)
+            while done < len(wanted):
+                line.part(done, min(exam.at_once, len(wanted) - done))
+                part: list[Trajectory] = []
+                try:
+                    for trajectory in islice(played, exam.at_once):
+                        part.append(trajectory)
+                except BaseException:  # what was played before stays
+                    if part:
+                        with suppress(Stop):
+                            keep(part)
+                    raise
+                keep(part)
+                done += len(part)
             line.part(len(wanted), 0)
     result = _result(exam, player, kept.finish()) | {"identity": identity}
     disk.write(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")

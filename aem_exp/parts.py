@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_exp import checkpoints, config, disk, metrics, policy, provenance, ranks
-from aem_exp.config import ConfigError, Experiment
+from aem_exp.config import Experiment
 from aem_exp.interrupt import Enough, Interrupted, Signals
 from aem_exp.values import Stop
 
@@ -202,8 +202,6 @@ class Parts:
         return publisher(self.servers, self.experiment.launch.server_weights)
 
     def _servers(self) -> Any:
-        from filelock import FileLock, Timeout
-
         from aem_exp import addresses
         from aem_exp.servers import Servers
 
@@ -214,12 +212,7 @@ class Parts:
             folder = addresses.of_job(self.folder)
             ranks.shared(lambda: addresses.gather(folder, launch.server_nodes, launch.server_seconds))
         if self.first:
-            self.alone = FileLock(folder / "lock")
-            try:
-                self.alone.acquire(timeout=0)
-            except Timeout:
-                remedy = "another run uses these servers: each would play with the weights of the other"
-                raise ConfigError("launch.servers", str(folder), remedy) from None
+            self.alone = addresses.claim(folder)
         return Servers(folder, launch.server_seconds)
 
     def _sampler(self, trainer: Any, sampling: Any) -> Any:

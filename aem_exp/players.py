@@ -1,25 +1,32 @@
-"""Who plays a panel: a model under a sampler, uniformly random admissible actions, or a player that the world brings along."""
+"""Who plays a panel: a model under a sampler, uniformly random admissible actions, or a player that the world brings along.
 
-from collections.abc import Callable, Iterator, Sequence
+A model is loaded here, or servers have its weights: then they are told to read them, and this process knows its words alone.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from aem_exp import policy
+from aem_exp import addresses, policy
 from aem_exp.config import Experiment, Model
 from aem_exp.envs import Task, Turn, World
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory
-from aem_exp.sample import LocalSampler, Sample, Sampling, generator
+from aem_exp.sample import Asked, Independent, LocalSampler, Sample, Sampling, generator
+from aem_exp.served import ServedSampler
+from aem_exp.servers import Servers
 from aem_exp.stage import Reply, Serial, Stage
 from aem_exp.workers import stage_of
 
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
-Play = Callable[[Sequence[Episode]], list[Trajectory]]
+Played = Generator[Trajectory, None, None]
+Play = Callable[[Sequence[Episode]], Played]  # in order, one by one
 RENDERING = ("dtype", "attention", "system", "thinking")  # settings of a model that decide what its weights say
 
 
@@ -41,45 +48,126 @@ class Player:
         return {"model": chosen, "weights": policy.fingerprint(self.folder)}
 
 
+class Watcher(Protocol):
+    """Who hears of each turn."""
+
+    def turn(self, live: int) -> None:
+        """So many episodes have played another turn, together."""
+
+    def alone(self, slot: int, turn: int) -> None:
+        """The episode in a slot has played this turn, by itself; after the first, whatever was in the slot before is over."""
+
+
 @contextmanager
 def at(
-    player: Player, experiment: Experiment, world: World, temperature: float, tell: Callable[[int], None]
+    player: Player, experiment: Experiment, world: World, temperature: float, at_once: int, watcher: Watcher
 ) -> Iterator[Play]:
-    """The player at its place: a function that plays episodes. `tell` hears after each turn how many were still live."""
+    """The player at its place: a function that plays episodes, `at_once` at a time."""
     launch, rules = experiment.launch, experiment.env
     if player.name in (SCRIPTED, ORACLE):
         with closing(Serial(world)) as here:  # who looks at the environments has them at hand
-            yield lambda episodes: act(episodes, here, partial(_told, world, player.name, here), rules.max_turns)
+            choose = partial(_told, world, player.name, here)
+            yield _in_parts(lambda episodes: act(episodes, here, choose, rules.max_turns), at_once)
         return
     with closing(stage_of(world, rules.make, launch)) as stage:
         if player.model is None:
             with closing(world.env()) as env:
-                yield lambda episodes: act(episodes, stage, partial(_anything, env.parse), rules.max_turns)
+                choose = partial(_anything, env.parse)
+                yield _in_parts(lambda episodes: act(episodes, stage, choose, rules.max_turns), at_once)
             return
-        if launch.threads:
-            torch.set_num_threads(launch.threads)
-        device = policy.device(launch)
-        model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
-        chat = Chat(tokenizer, player.model.system, player.model.thinking)
-        sampler = _Watched(LocalSampler(model.to(device), chat.end_ids, Sampling(temperature)), tell)
-        trained_in_bf16 = bool(experiment.trainer.get("bf16"))
-        with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
-            yield partial(Rollout(stage, rules, chat).play, sampler=sampler)
+        with (_served if launch.sampler == "served" else _loaded)(player, experiment) as (make, tokenizer):
+            chat = Chat(tokenizer, player.model.system, player.model.thinking)
+            sampler = make(chat.end_ids, Sampling(temperature))
+            rollout = Rollout(stage, rules, chat, at_once)
+            if isinstance(sampler, Independent):
+                yield partial(rollout.flow, sampler=_WatchedAlone(sampler, watcher))
+            else:
+                yield _in_parts(partial(rollout.play, sampler=_Watched(sampler, watcher)), at_once)
+
+
+Make = Callable[[Sequence[int], Sampling], Any]  # a sampler, from end tokens and how it samples
+
+
+@contextmanager
+def _loaded(player: Player, experiment: Experiment) -> Iterator[tuple[Make, Any]]:
+    """What makes a sampler of a model that is loaded here, and its tokenizer."""
+    assert player.model
+    launch = experiment.launch
+    if launch.threads:
+        torch.set_num_threads(launch.threads)
+    device = policy.device(launch)
+    model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
+    trained_in_bf16 = bool(experiment.trainer.get("bf16"))
+    with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
+        yield partial(LocalSampler, model.to(device)), tokenizer
+
+
+@contextmanager
+def _served(player: Player, experiment: Experiment) -> Iterator[tuple[Make, Any]]:
+    """What makes a sampler of servers that have a model's weights, and its tokenizer."""
+    assert player.model and experiment.launch.servers
+    tokenizer, where = policy.words(player.model, player.folder), Path(experiment.launch.servers)
+    lock = addresses.claim(where)
+    try:
+        servers = Servers(where, experiment.launch.server_seconds)
+        try:
+            servers.hold(Path(player.folder), policy.names(player.folder), experiment.env.context_tokens)
+            yield partial(ServedSampler, servers), tokenizer
+        finally:
+            servers.hang_up()
+    finally:
+        lock.release()
+
+
+def _in_parts(play: Callable[[Sequence[Episode]], list[Trajectory]], size: int) -> Play:
+    """Plays episodes `size` at a time, and the next ones when somebody wants them."""
+
+    def played(episodes: Sequence[Episode]) -> Played:
+        for start in range(0, len(episodes), size):
+            yield from play(episodes[start : start + size])
+
+    return played
 
 
 class _Watched:
-    """A sampler that tells after every turn how many episodes were still live."""
+    """A sampler whose episodes are watched, all of them together."""
 
-    def __init__(self, sampler: Any, tell: Callable[[int], None]) -> None:
-        self.sampler, self.tell = sampler, tell
+    def __init__(self, sampler: Any, watcher: Watcher) -> None:
+        self.sampler, self.watcher = sampler, watcher
 
     def session(self) -> "_Watched":
-        return _Watched(self.sampler.session(), self.tell)
+        return _Watched(self.sampler.session(), self.watcher)
 
     def generate(self, slots: Sequence[int], *rest: Any) -> Any:
         samples = self.sampler.generate(slots, *rest)
-        self.tell(len(slots))
+        self.watcher.turn(len(slots))
         return samples
+
+
+class _WatchedAlone:
+    """A sampler whose episodes are watched, each by itself."""
+
+    def __init__(self, sampler: Independent, watcher: Watcher) -> None:
+        self.sampler, self.watcher = sampler, watcher
+
+    def session(self) -> "_WatchedSession":
+        return _WatchedSession(self.sampler.session(), self.watcher)
+
+    def hang_up(self) -> None:
+        self.sampler.hang_up()
+
+
+class _WatchedSession:
+    def __init__(self, session: Asked, watcher: Watcher) -> None:
+        self.session, self.watcher = session, watcher
+
+    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+        sample = self.session.ask(slot, prompt, key, budget)
+        self.watcher.alone(slot, key[-1] + 1)
+        return sample
+
+    def generate(self, *asked: Any) -> Any:
+        return self.session.generate(*asked)
 
 
 Choose = Callable[[Episode, int, Turn, int], str]  # episode, its slot, what it last saw, number of the turn -> response

@@ -97,6 +97,14 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def names(folder: str) -> list[str]:
+    """What a folder of weights may be called: its path, and last its hub id where it is one of the hub's cache."""
+    path = Path(folder).resolve()
+    repo = path.parent.parent.name
+    hub = [repo.removeprefix("models--").replace("--", "/")] if path.parent.name == "snapshots" else []
+    return [folder, str(path), *hub]
+
+
 def device(launch: Launch) -> Any:
     """The torch device that is asked for: a GPU, or the CPU.
 
@@ -113,17 +121,28 @@ def device(launch: Launch) -> Any:
     return torch.accelerator.current_accelerator()
 
 
-def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
-    """The model, on the CPU and ready for training, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def words(model: Model, folder: str) -> Any:
+    """The tokenizer of a model."""
+    from transformers import AutoTokenizer
 
-    code = {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_code(model))
     if tokenizer.chat_template is None:
         raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _code(model: Model) -> dict[str, bool]:
+    return {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
+
+
+def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
+    """The model, on the CPU and ready for training, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, code = words(model, folder), _code(model)
     attention = {"attn_implementation": model.attention} if model.attention else {}
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype), **attention, **code)
     if model.lora:
@@ -137,6 +156,15 @@ def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def positions(shape: dict[str, Any]) -> tuple[int, bool]:
+    """Tokens in a row that the model of a config.json has positions for (0: it does not say), and whether they are scaled."""
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
+    kind, most = rope.get("rope_type", rope.get("type", "default")), shape.get("max_position_embeddings", 0)
+    if kind == "yarn":
+        most = rope.get("original_max_position_embeddings", most)
+    return int(most * rope.get("factor", 1.0) if kind in ("yarn", "linear", "dynamic") else most), kind != "default"
 
 
 def skeleton(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:

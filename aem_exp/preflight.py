@@ -451,6 +451,28 @@ def _attention(process: Process) -> tuple[int, int, int, int]:
     return getattr(c, "num_key_value_heads", c.num_attention_heads), c.num_attention_heads, c.num_hidden_layers, width
 
 
+def notes(experiment: Experiment) -> list[str]:
+    """What is allowed and yet not what it seems, as the shape of the model says."""
+    if experiment.model.path is None:
+        return []
+    from aem_exp import policy
+
+    env, panels = experiment.env, experiment.evaluation
+    try:
+        most, scaled = policy.positions(json.loads(shape(experiment.model)))
+    except ConfigError:  # told where it is needed
+        return []
+    asked = max(env.context_tokens, panels.context_tokens)
+    if not 0 < most < asked:
+        return []
+    field = "env.context_tokens" if asked == env.context_tokens else "evaluation.context_tokens"
+    told = f"{field}={asked}: beyond the {most:,} positions that its config.json has, the model extrapolates"
+    remedy = (
+        "no server of vLLM's does that" if scaled else "YaRN is rope_parameters there, for trainer and servers alike"
+    )
+    return [f"{told}; {remedy}"]
+
+
 # What does not fit.
 
 

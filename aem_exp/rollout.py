@@ -8,7 +8,7 @@ conversations are independent.
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -171,11 +171,16 @@ class Rollout:
 
         What comes of an episode does not depend on the others, nor on whether it waited for them.
         """
-        size = self.at_once or len(episodes)
         if isinstance(sampler, Independent):
-            return crew.work(episodes, min(size, HANDS), partial(self._alone, sampler), sampler.hang_up)
+            return list(self.flow(episodes, sampler))
+        size = self.at_once or len(episodes)
         starts = range(0, len(episodes), size) if size else ()
         return [t for start in starts for t in self._play(episodes[start : start + size], sampler)]
+
+    def flow(self, episodes: Sequence[Episode], sampler: Independent) -> Generator[Trajectory, None, None]:
+        """The same, one by one and in order: those that come later are played meanwhile."""
+        hands = min(self.at_once or len(episodes), HANDS)
+        return crew.work(episodes, hands, partial(self._alone, sampler), sampler.hang_up)
 
     def _play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         games = {slot: _Game(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}

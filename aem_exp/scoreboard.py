@@ -54,7 +54,7 @@ class Line:
         """Show that a player has played `done` of its episodes."""
         self._forget()
         self.task = self.bar.add_task(player, total=episodes, completed=done, count="")
-        self.max_turns = max_turns
+        self.max_turns, self.over, self.slots = max_turns, done, dict[int, int]()
         self.part(done, 0)
 
     def part(self, done: int, size: int) -> None:
@@ -67,7 +67,14 @@ class Line:
         self.turns += 1
         self._show(self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns)))
 
+    def alone(self, slot: int, turn: int) -> None:
+        """Show that the episode in a slot has played this turn; what was in it before the first has ended."""
+        self.over += turn == 1 and slot in self.slots
+        self.slots[slot] = turn
+        self._show(self.over + sum(min(1.0, t / self.max_turns) for t in list(self.slots.values())))
+
     def _show(self, done: float) -> None:
+        done = max(done, self.over)
         task = self.bar.tasks[-1]
         count = f"{int(done)}/{task.total} episodes"
         self.bar.update(self.task, completed=done, count=count)

@@ -1,11 +1,12 @@
 """Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.serve RUN_DIR`.
 
-What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE`. Decided here is who reaches it: HOST is an
-address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants lies in a file
-for its owner alone. It is written down when it answers, and ends with its run.
+What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE [OPTION ...]`. Decided here is who reaches
+it: HOST is an address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants
+lies in a file for its owner alone. It is written down when it answers, and ends with its run.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     host, dtype = addresses.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
     port = addresses.free_port(host)
     context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
-    words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype]
+    words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype, *_further(weights, context)]
     secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # it is no process of the run
@@ -83,6 +84,16 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
+
+
+def _further(weights: str, context: int) -> list[str]:
+    """Options of vLLM for a context beyond the model's positions: more of them, unscaled, as the trainer has them."""
+    from aem_exp import policy
+
+    most, scaled = policy.positions(json.loads((Path(weights) / "config.json").read_text()))
+    if scaled or not 0 < most < context:
+        return []
+    return ["--hf-overrides", json.dumps({"max_position_embeddings": context})]
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

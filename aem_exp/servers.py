@@ -8,15 +8,17 @@ Who asks keeps to one server while that answers: it has the episode's tokens in 
 server refuses (other 4xx) it would refuse again. Both then end the run, in a sentence.
 
 A server that was started anew has the weights that it was started with. It is told to read the newest before it generates.
+Who only plays may leave a server as it was started, where that can read no other weights and says that it has these.
 """
 
 import asyncio
 import json
+import logging
 import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,9 @@ from aem_exp.values import Stop
 if TYPE_CHECKING:
     import httpx
 
+log = logging.getLogger("aem_exp")
 T = TypeVar("T")
+MODELS = "/v1/models"
 RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
 PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
 CONNECT: Final = 5.0  # seconds
@@ -50,6 +54,8 @@ class Servers:
         self.folder, self.seconds = folder, seconds
         self.urls, self._key = addresses.read(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
+        self.names: Sequence[str] = ()  # of the newest, for who only plays: a server may have been started with them
+        self.context = 0  # tokens that a server must take
         self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
         self._holding = set(self.urls)  # servers that have the newest weights
         self._away: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
@@ -89,6 +95,16 @@ class Servers:
         """Have the servers read the weights of a folder, and return when they have; who is away does it when it is back."""
         self.weights, self._holding = folder, set()
         self._run(lambda: _all([partial(self._patiently, first, _nothing) for first in range(len(self.urls))]))
+
+    def hold(self, folder: Path, names: Sequence[str], context: int) -> None:
+        """Have the servers play as they are with the weights of a folder, which `names` may name, and with so long a context.
+
+        Raises:
+            Unheld: one has other weights and does not read these.
+            Stop: one takes no such context, or none has answered for too long.
+        """
+        self.names, self.context = names, context
+        self.load(folder)
 
     def told(self, weights: Path | None) -> None:
         """Another process has seen to it that the servers have the newest weights: those of a folder, or streamed."""
@@ -160,24 +176,59 @@ class Servers:
             if self.streamed:
                 lost = "was started anew and has lost the weights, which launch.server_weights=nccl sends between steps"
                 raise Stop(f"{url} {lost}; ask the run again, and it goes on from its newest checkpoint", "node")
-            if self.weights is not None:
-                asked = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
-                await self._post(url + RELOAD, asked)
-                await self._post(url + FORGET, {})
+            if self.names:
+                await self._examine(url)
+            elif self.weights is not None:
+                await self._read(url)
             self._holding.add(url)
 
+    async def _read(self, url: str) -> None:
+        """Have a server read the newest weights."""
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+        await self._post(url + RELOAD, asked)
+        await self._post(url + FORGET, {})
+
+    async def _examine(self, url: str) -> None:
+        """See to it that a server has the weights that are asked for: it reads them, or was started with them and reads none."""
+        answer = self._answered(url + MODELS, await self._client.get(url + MODELS))
+        cards = [card for card in answer.get("data") or () if isinstance(card, dict) and not card.get("parent")]
+        longest = min((card.get("max_model_len") or self.context for card in cards), default=self.context)
+        if longest < self.context:
+            told = f"takes {longest:,} tokens at most, and env.context_tokens={self.context}"
+            raise Stop(f"{url} {told}: start it with --max-model-len {self.context}", "config")
+        try:
+            await self._read(url)
+        except _Refused as refused:
+            if refused.status != 404:
+                raise Unheld(f"{refused}; it does not read {self.weights}", "config") from None
+            self._started_with(url, [str(card.get("root") or card.get("id")) for card in cards])
+
+    def _started_with(self, url: str, roots: list[str]) -> None:
+        """Refuse a server that was started with other weights, as it says itself."""
+        said = {*roots, *(str(Path(root).resolve()) for root in roots if root.startswith("/"))}
+        if not said & set(self.names):
+            has = f"has {', '.join(roots) or 'no model'}, and reads no other weights"
+            remedy = f"start it with {self.weights}, or with VLLM_SERVER_DEV_MODE=1 in its environment"
+            raise Unheld(f"{url} {has}: {remedy}", "config")
+        if not any(name.startswith("/") for name in said & set(self.names)):
+            log.warning("%s says that it has %s, and not which revision; here is %s", url, *roots[:1], self.weights)
+
     async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self._client.post(url, json=body)
+        return self._answered(url, await self._client.post(url, json=body))
+
+    def _answered(self, url: str, response: "httpx.Response") -> dict[str, Any]:
         if response.is_success:
             return _object(url, response.content)
-        said = f"answers {response.status_code} {self._words(response)}"
-        if response.status_code in PASSING or response.status_code >= 500:
+        status = response.status_code
+        said = f"answers {status} {self._words(response)}"
+        unread = status == 500 and self.names and url.endswith(RELOAD)  # of a folder that has long been there
+        if (status in PASSING or status >= 500) and not unread:
             raise _Passing(said)
         hint = {
             401: f"; is {self.folder / addresses.KEY} its key?",
             404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
         }
-        raise Stop(f"{url} {said}{hint.get(response.status_code, '')}", "config")
+        raise _Refused(f"{url} {said}{hint.get(status, '')}", status)
 
     def _words(self, response: "httpx.Response") -> str:
         """What a server says about a failure, on one line, and without the key if it should repeat that."""
@@ -189,6 +240,18 @@ class Servers:
             text = response.text
         text = text.replace(self._key, "***") if self._key else text
         return f"({' '.join(text.split())[:SAID]})" if text else ""
+
+
+class Unheld(Stop):
+    """A server has other weights than those that are asked for, and does not read these."""
+
+
+class _Refused(Stop):
+    """What a server refuses, it would refuse again."""
+
+    def __init__(self, sentence: str, status: int):
+        super().__init__(sentence, "config")
+        self.status = status
 
 
 class _Passing(Exception):

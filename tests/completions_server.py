@@ -2,7 +2,7 @@
 
 What it keeps of the protocol: token ids in and out, seeds, temperature and filters, end tokens, budgets, log-probs, the key
 (asked for under /v1 alone, as vLLM does), weights read anew from a folder, words of errors. What it does not: batches; it
-answers one request after another. A test may make it slow, sick or wrong.
+answers one request after another. A test may make it slow, sick or wrong, or start it without a way to read other weights.
 """
 
 import contextlib
@@ -42,9 +42,13 @@ class CompletionsServer:
         fails: statuses that the next requests for tokens get instead of an answer.
         seconds: that each request for tokens takes longer.
         twist: changes an answer before it is sent.
+        develops: whether it has VLLM_SERVER_DEV_MODE=1, and so reads weights.
+        longest: tokens of a request, at most.
+        root: what it says that it was started with.
     """
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
+        self.develops, self.longest, self.root = True, 1 << 20, str(policy)
         self.model = loaded(policy) if isinstance(policy, str | Path) else policy
         self.key, self.seconds, self.twist = key, 0.0, lambda answer: answer
         self.asked, self.reloads, self.fails = [], [], []
@@ -101,10 +105,16 @@ class CompletionsServer:
         }
         return {"object": "text_completion", "choices": [choice]}
 
+    def models(self):
+        card = {"id": "policy", "object": "model", "root": self.root, "parent": None, "max_model_len": self.longest}
+        return 200, {"object": "list", "data": [card, card | {"id": "other", "root": "/adapter", "parent": "policy"}]}
+
     def rpc(self, asked):
         if asked["method"] != "reload_weights":
             return 400, {"error": {"message": "no such method"}}
         folder = Path(asked["kwargs"]["weights_path"])
+        if not folder.is_dir():
+            return 500, {"error": {"message": f"cannot find {folder}"}}
         with self._lock:
             found = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
             missing, strange = self.model.load_state_dict(found, strict=False)
@@ -140,20 +150,32 @@ def _handler(server):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self._say(200 if self.path == "/health" else 404, {})
+            if self.path.startswith("/v1/") and not self._known():
+                self._say(401, {"error": "Unauthorized"})
+            elif self.path == "/v1/models":
+                self._say(*server.models())
+            else:
+                self._say(200 if self.path == "/health" else 404, {})
 
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path.startswith("/v1/") and server.key and self.headers["Authorization"] != f"Bearer {server.key}":
+            length = int(self.headers["Content-Length"])
+            if len(body := self.rfile.read(length)) < length:  # hung up
+                self.close_connection = True
+                return
+            asked = json.loads(body)
+            if self.path.startswith("/v1/") and not self._known():
                 self._say(401, {"error": "Unauthorized"})
             elif self.path == "/v1/completions":
                 self._say(*server.complete(asked))
-            elif self.path == "/collective_rpc":
+            elif self.path == "/collective_rpc" and server.develops:
                 self._say(*server.rpc(asked))
-            elif self.path == "/reset_prefix_cache":
+            elif self.path == "/reset_prefix_cache" and server.develops:
                 self._say(200, {"success": True})
             else:
                 self._say(404, {"detail": "Not Found"})
+
+        def _known(self):
+            return not server.key or self.headers["Authorization"] == f"Bearer {server.key}"
 
         def _say(self, status, answer):
             body = json.dumps(answer).encode()

@@ -9,7 +9,7 @@ import torch
 import weighed
 from weighed import Setting, process
 
-from aem_exp import dispatch, policy, preflight, rehearsal
+from aem_exp import dispatch, policy, preflight, rehearsal, serve
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.preflight import SHAPES, Process, Step, check, memory
@@ -197,6 +197,29 @@ def test_where_the_card_is_not_known_nothing_is_refused(capsys):
     assert "launch.gpu_memory_gb=0: not known" in capsys.readouterr().out
     assert main([*SWE, "launch.gpu_tflops=0", "plan=true"]) == 0
     assert "cost    not known" in capsys.readouterr().out
+
+
+def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
+    assert main([*SWE, "plan=true"]) == 0
+    assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
+    assert not preflight.notes(load([*SWE, "evaluation.context_tokens=0"]))
+    assert not preflight.notes(load([]))
+    tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+    for rope, most in (
+        ({}, 1024),
+        ({"rope_parameters": scaled}, 1024),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 2048),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
+        words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
+        assert not preflight.notes(load([*words, f"env.context_tokens={most}"]))
+        (told,) = preflight.notes(load([*words, f"env.context_tokens={most + 1}"]))
+        assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
+        assert ("no server" in told) == bool(rope)
+        options = serve._further(str(tmp_path), most + 1)
+        assert options == ([] if rope else ["--hf-overrides", json.dumps({"max_position_embeddings": most + 1})])
+        assert serve._further(str(tmp_path), most) == []
 
 
 def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
