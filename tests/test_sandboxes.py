@@ -1,9 +1,11 @@
 """Sandboxes: one contract for all of them, and what must not get out."""
 
 import os
+import platform
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ import images
 import pytest
 from doors import lacking, until
 
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, file_name
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, file_name, seccomp
 from aem_exp.sandboxes.apptainer import Apptainer, build
 from aem_exp.sandboxes.bwrap import Bwrap
 from aem_exp.sandboxes.docker import Docker
@@ -25,6 +27,7 @@ from aem_exp.sandboxes.local import Local
 from aem_exp.values import Missing
 
 pytestmark = pytest.mark.machine
+ARM = platform.machine() == "aarch64"
 LIMITS = Limits(processes=40, memory_mb=200, disk_mb=40, output_mb=1, cpu_seconds=20)
 
 
@@ -145,6 +148,118 @@ def test_who_traces_process_one_ends_all_the_same():
         words = sandbox.command("true")
         assert words.index("unshare") < words.index("bwrap") and "--kill-child" in words
     until(lambda: not processes("7474"), "their end")
+
+
+CALLS = """
+import ctypes, errno, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*words):
+    got = libc.syscall(*map(ctypes.c_long, words))
+    return "done" if got >= 0 else errno.errorcode[ctypes.get_errno()]
+arm = os.uname().machine == "aarch64"
+add, request, keyctl, perf, bpf, fault, kexec, load, log = (
+    (217, 218, 219, 241, 280, 282, 104, 294, 116) if arm else (248, 249, 250, 298, 321, 323, 246, 320, 103))
+kind, name = ctypes.create_string_buffer(b"user"), ctypes.create_string_buffer(b"aem")
+at = ctypes.addressof
+print("add", call(add, at(kind), at(name), at(name), 3, -3))
+print("request", call(request, at(kind), at(name), 0, -3))
+print("keyctl", call(keyctl, 0, -3, 0))
+print("rings", *(call(number, 0, 0) for number in (425, 426, 427)))
+print("machine", *(call(number, 0, 0, 0, 0, 0) for number in (perf, bpf, fault, kexec, load)), call(log, 10, 0, 0))
+print("other", "none" if arm else call(0x40000000 + 39))
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_VSOCK, socket.AF_ALG, 5, 21, 44):
+    try:
+        socket.socket(family, socket.SOCK_RAW if family == socket.AF_NETLINK else
+                      socket.SOCK_SEQPACKET if family == socket.AF_ALG else socket.SOCK_STREAM)
+        print("family", family, "open")
+    except OSError as error:
+        print("family", family, errno.errorcode[error.errno])
+print("high", call(198 if arm else 41, (1 << 40) + socket.AF_VSOCK, 1, 0))
+socket.socketpair()
+print("pair", call(199 if arm else 53, socket.AF_VSOCK, 1, 0, at(name)))
+"""
+
+
+def test_what_a_kernel_can_be_asked_for_is_little():
+    """The keyring of our session, machines beside ours (AF_VSOCK), the log of the kernel; and rings, which would open sockets."""
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/calls.py", CALLS.encode())
+        lines = sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/calls.py", 10).text.splitlines()
+        told = {line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in lines if line.startswith("family")}
+        assert {told[f"family {number}"] for number in (1, 2, 10, 16)} == {"open"}
+        assert {told[f"family {number}"] for number in (40, 38, 5, 21, 44)} == {"EAFNOSUPPORT"}
+        assert [line for line in lines if not line.startswith("family")] == [
+            *("add ENOSYS", "request ENOSYS", "keyctl ENOSYS", "rings ENOSYS ENOSYS ENOSYS"),
+            *("machine ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS", "other " + ("none" if ARM else "ENOSYS")),
+            *("high EAFNOSUPPORT", "pair EAFNOSUPPORT"),
+        ]
+
+
+@pytest.mark.skipif(ARM, reason="x86's own second door")
+def test_calls_of_another_architecture_do_nothing():
+    """32-bit calls have other numbers: 20 is getpid there, 288 is keyctl."""
+    if why := why_no_bwrap():
+        lacking(why)
+    code = bytes.fromhex("b814000000cd80c3")  # mov eax, 20; int 0x80; ret
+    script = (
+        f"import ctypes, mmap; page = mmap.mmap(-1, 4096, prot=7); page.write({code!r});"
+        " print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    if ran.returncode or int(ran.stdout) < 0:
+        pytest.skip("this kernel has none")
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/call.py", script.encode())
+        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/call.py", 10).text == "-38\n"  # ENOSYS
+
+
+def test_the_filter_is_not_left_inside_and_programs_start_under_it():
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        assert sandbox.run("echo /proc/self/fd/*; grep Seccomp: /proc/self/status /proc/1/status", 10).text.split() == [
+            *("/proc/self/fd/0", "/proc/self/fd/1", "/proc/self/fd/2", "/proc/self/fd/3"),  # 3 is the shell's look
+            *("/proc/self/status:Seccomp:", "2", "/proc/1/status:Seccomp:", "2"),
+        ]
+        work = "git init -q . && git -c user.name=a -c user.email=b commit -q --allow-empty -m x && git log --oneline"
+        python = f"{sys.base_prefix}/bin/python3"
+        threads = "from concurrent.futures import *; print(sum(ThreadPoolExecutor(4).map(int, range(9))))"
+        assert sandbox.run(f"{work} | wc -l; {python} -c '{threads}'; (sleep 0 & wait) | cat", 10).text == "1\n36\n"
+
+
+def judged(rules, number, machine, first=0):
+    """What a kernel makes of a call by these rules: 0, or its error."""
+    seen, at, word = struct.pack("<iIQQ", number, machine, 0, first), 0, 0
+    while True:
+        what, then, otherwise, given = struct.unpack_from("<HBBI", rules, 8 * at)
+        if what == 0x06:
+            assert given >> 16 in (0x7FFF, 5)
+            return given & 0xFFFF if given >> 16 == 5 else 0
+        if what == 0x20:
+            (word,) = struct.unpack_from("<I", seen, given)
+        else:
+            at += then if (word == given if what == 0x15 else word >= given) else otherwise
+        at += 1
+
+
+@pytest.mark.parametrize(("machine", "name", "socket"), [("x86_64", 0xC000003E, 41), ("aarch64", 0xC00000B7, 198)])
+def test_the_filter_of_each_machine(machine, name, socket):
+    rules, column = seccomp.rules(machine), ("x86_64", "aarch64").index(machine)
+    refused = {numbers[column] for numbers in seccomp.REFUSED.values()}
+    for number in range(600):
+        if number not in seccomp.SOCKETS[machine]:
+            assert judged(rules, number, name) == (38 if number in refused else 0)
+        assert judged(rules, number, 0x40000003) == judged(rules, number + (1 << 30), name) == 38
+    for family in range(64):
+        assert judged(rules, socket, name, family) == (0 if family in (1, 2, 10, 16) else 97)
+    assert judged(rules, -1, name) == 38
+
+
+def test_a_machine_without_a_filter_says_so(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert "riscv64" in Bwrap().missing() and "docker" in Bwrap().missing()
 
 
 def test_output_without_end_is_cut(sandbox):

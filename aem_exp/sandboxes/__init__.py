@@ -7,7 +7,7 @@ sandbox runs commands. Nothing inside has a network, or can write outside its ow
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
@@ -95,8 +95,12 @@ class Sandbox(ABC):
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
         """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`."""
+        return self._execute(self.command(script), timeout, given)
+
+    def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> Ran:
+        """Run what leads inside, within our limits."""
         most, memory = self.limits.output_mb << 20, self.limits.memory_mb << 20
-        return execute(self.command(script), timeout, given, most=most, memory=memory, env=self.outer)
+        return execute(argv, timeout, given, most=most, memory=memory, env=self.outer, passed=passed)
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file, as a command inside would: no link leads outside. Raises OSError."""

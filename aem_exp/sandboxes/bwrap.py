@@ -6,6 +6,7 @@ a few kilobytes holds the sandbox's mounts while it lives; it ends when ours doe
 
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp import disk
-from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Sandbox, file_name
+from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Sandbox, file_name, seccomp
+from aem_exp.sandboxes.process import sealed
 from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
@@ -81,6 +83,8 @@ class Bwrap:
     def missing(self) -> str | None:
         if absent := [name for name in NEEDED if not shutil.which(name, path=_path())]:
             return f"{', '.join(absent)} not found: apt install bubblewrap util-linux git (or as your system has it)"
+        if why := seccomp.missing(platform.machine()):
+            return why
         try:
             with self.open(Image(), Limits()) as sandbox:
                 ran = sandbox.run("true", PROBE)
@@ -150,6 +154,7 @@ class _Bwrapped(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._at = ""
+        self._rules = seccomp.rules(platform.machine())
         self.outer = {"PATH": _path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
     def start(self) -> None:
@@ -179,11 +184,17 @@ class _Bwrapped(Sandbox):
             holder.kill()
             holder.communicate()
 
-    def command(self, script: str) -> list[str]:
+    def command(self, script: str, *more: str) -> list[str]:
+        """`more`: of bwrap's words, those that hold for one run."""
         if self._holder is None or self._holder.poll() is not None:
             raise Lost("the sandbox is gone")
         # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
-        return [*self._within(self.workdir), "bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+        return [*self._within(self.workdir), *more, "bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+
+    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+        with sealed(self._rules) as rules:
+            number = rules.fileno()
+            return self._execute(self.command(script, "--seccomp", str(number)), timeout, given, (number,))
 
     def _within(self, folder: str) -> list[str]:
         """The words before a command that runs inside, in that folder."""

@@ -41,13 +41,20 @@ def execute(
     most: int = 1 << 20,
     memory: int = 1 << 40,
     env: Mapping[str, str] | None = None,
+    passed: Sequence[int] = (),
 ) -> Ran:
     """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
-    processes."""
+    processes. `passed`: descriptors that it has under their own numbers."""
     began = time.monotonic()
-    with _sealed(given) as stdin:
+    with sealed(given) as stdin:
         child = subprocess.Popen(
-            argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=env
+            argv,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env,
+            pass_fds=passed,
         )
     try:
         output, stopped = _watch(child, began + timeout, most, memory)
@@ -60,9 +67,9 @@ def execute(
     return Ran(output, KILLED if stopped else code, stopped, time.monotonic() - began)
 
 
-def _sealed(data: bytes) -> BinaryIO:
+def sealed(data: bytes) -> BinaryIO:
     """A file in memory that nobody can write any more: whoever reads it may be anybody."""
-    file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    file = os.fdopen(os.memfd_create("given", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
     file.seek(0)
     fcntl.fcntl(
