@@ -1,5 +1,6 @@
 """Sandboxes: one contract for all of them, and what must not get out."""
 
+import errno
 import os
 import platform
 import shutil
@@ -272,6 +273,118 @@ def test_closed_it_is_gone_and_may_be_closed_again(sandbox):
     sandbox.close()
     with pytest.raises(Lost):
         sandbox.run("true", 5)
+
+
+def test_closed_by_another_it_ends_what_runs(sandbox):
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(sandbox.run, "echo begun; sleep 7575 & exec sleep 7575 >&- 2>&-", 60)
+        until(lambda: len(processes("7575")) > 1, "a command")
+        sandbox.close()
+        with pytest.raises(Lost, match="gone"):
+            running.result(timeout=5)
+    until(lambda: not processes("7575"), "their end")
+
+
+@pytest.mark.parametrize("who", ["unshare", "nsenter", "bwrap"])
+def test_what_never_began_is_the_machines_fault(who, tmp_path):
+    if why := why_no_bwrap():
+        lacking(why)
+    (tmp_path / who).write_text(f"#!/bin/sh\necho {who}: Resource temporarily unavailable >&2\nexit 1\n")
+    (tmp_path / who).chmod(0o755)
+    with Bwrap().open(Image(), LIMITS) as sandbox:
+        sandbox.run("true", 5)
+        sandbox.outer = {"PATH": f"{tmp_path}:{sandbox.outer['PATH']}"}
+        open_to_all(tmp_path)
+        with pytest.raises(Lost, match=f"{who}: Resource"):
+            sandbox.run("true", 5)
+
+
+def open_to_all(folder):
+    """So that whom root becomes finds what lies there."""
+    for parent in (folder, *folder.parents[:3]):
+        if parent != Path("/") and parent.owner() == folder.owner():
+            parent.chmod(parent.stat().st_mode | 0o011)
+
+
+def test_without_processes_left_nothing_is_said_of_a_command(monkeypatch):
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(), LIMITS) as sandbox:
+        monkeypatch.setattr("aem_exp.sandboxes.bwrap.SPARE", -LIMITS.processes)
+        with pytest.raises(Lost, match="Resource temporarily"):
+            sandbox.run("true", 5)
+    monkeypatch.undo()
+    with Bwrap().open(Image(hidden=("/usr/nowhere",)), LIMITS) as sandbox, pytest.raises(Lost, match="nowhere"):
+        sandbox.run("true", 5)
+
+
+@pytest.mark.parametrize("backend", [Bwrap(), Docker(), Local(allow_unsafe=True)])
+def test_a_machine_without_processes_is_lost(backend, monkeypatch):
+    def full(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", full)
+    with pytest.raises(Lost, match="Resource temporarily"), backend.open(Image(), LIMITS) as sandbox:
+        sandbox.run("true", 5)
+
+
+def test_a_script_that_is_too_long_is_its_writers_fault(sandbox):
+    ran = sandbox.run(": " + "x" * (1 << 18), 5)
+    assert (ran.text, ran.code) == ("Argument list too long\n", 126)
+
+
+def test_who_ruins_an_image_is_not_the_machine(unpacked):
+    backend, name = unpacked
+    for ruin in ("cd /; rm -rf testbed", "cd /; rm -rf testbed; touch testbed", "rm -rf /bin/*"):
+        with backend.open(Image(name), LIMITS) as sandbox:
+            sandbox.run(ruin, 10)
+            assert sandbox.run("true", 10).code not in (0, 124), ruin
+    with backend.open(Image(name), LIMITS) as sandbox:
+        sandbox.workdir = "/nowhere"
+        with pytest.raises(Lost, match="nowhere"):  # in which nothing has run yet
+            sandbox.run("true", 10)
+
+
+ENDER = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.ptrace.argtypes = [ctypes.c_long] * 4
+libc.ptrace(0x4206, 1, 0, 0x100000)  # PTRACE_SEIZE of process 1, PTRACE_O_EXITKILL
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "kill -9 $$",
+        "kill -9 -1; kill -9 $$",
+        "exit 1",
+        "for f in /proc/*/fd/*; do [ $f -ef /dev/null ] || echo '{ }' > $f; done 2>/dev/null; false",
+        "{python} /tmp/ender.py; kill -9 $$",
+    ],
+)
+def test_no_command_can_seem_never_to_have_begun(script):
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/ender.py", ENDER.encode())
+        assert sandbox.run(script.replace("{python}", f"{sys.base_prefix}/bin/python3"), 10).code
+
+
+@pytest.mark.parametrize("how", ["sleep 7676", "while :; do echo -n x; sleep 0.05; done"])
+def test_a_mount_that_hangs_is_lost(how, tmp_path, monkeypatch):
+    if why := why_no_bwrap():
+        lacking(why)
+    (tmp_path / "mount").write_text(f"#!/bin/sh\n{how}\n")
+    (tmp_path / "mount").chmod(0o755)
+    open_to_all(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 0.5)
+    began = time.monotonic()
+    with pytest.raises(Lost, match=r"could not be mounted: .*0\.5 s"):
+        Bwrap().open(Image(), LIMITS).start()
+    assert time.monotonic() - began < 5
+    until(lambda: not processes("7676"), "its end")
 
 
 # What must not get out.

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from aem_exp import disk
 from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Sandbox, file_name, seccomp
-from aem_exp.sandboxes.process import sealed
+from aem_exp.sandboxes.process import TOO_LONG, hold, release, sealed
 from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
@@ -29,6 +29,7 @@ NAMESPACES: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
 PROBE: Final = 20.0  # seconds
+START: Final = 60.0  # seconds for a sandbox to be mounted
 FILES: Final = 1024  # open at once, of a process: what hides in their buffers is no process's memory
 SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
@@ -154,6 +155,7 @@ class _Bwrapped(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._at = ""
+        self._used = False  # whether something has run in it
         self._rules = seccomp.rules(platform.machine())
         self.outer = {"PATH": _path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
@@ -165,45 +167,60 @@ class _Bwrapped(Sandbox):
         drop = " ".join([*_become_nobody(), *own]) if root else ""
         outer = ["unshare", "--mount", "--propagation", "private"] if root else own
         layers = "image" if self._folder else "host"
-        self._holder = holder = subprocess.Popen(
-            [*outer, "sh", "-c", OUTER, "sh", self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=self.outer,
-        )
-        assert holder.stdout is not None
-        if (said := holder.stdout.readline()) != b"ready\n":
-            self.close()
-            raise Lost(f"the sandbox could not be mounted: {said.decode(errors='replace').strip()}")
+        words = [self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown]
+        try:
+            self._holder = hold([*outer, "sh", "-c", OUTER, "sh", *words], START, self.outer)
+        except Lost as lost:
+            raise Lost(f"the sandbox could not be mounted: {lost}") from None
 
     def close(self) -> None:
         holder, self._holder = self._holder, None
         if holder is not None:
-            holder.kill()
-            holder.communicate()
+            release(holder)
+
+    def alive(self) -> bool:
+        holder = self._holder
+        return holder is not None and holder.poll() is None
 
     def command(self, script: str, *more: str) -> list[str]:
         """`more`: of bwrap's words, those that hold for one run."""
-        if self._holder is None or self._holder.poll() is not None:
+        holder = self._holder
+        if holder is None or not self.alive():
             raise Lost("the sandbox is gone")
         # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
-        return [*self._within(self.workdir), *more, "bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+        shell = ["bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+        return [*self._within(holder.pid, self.workdir), *more, *shell]
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        with sealed(self._rules) as rules:
-            number = rules.fileno()
-            return self._execute(self.command(script, "--seccomp", str(number)), timeout, given, (number,))
+        """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the image for it."""
+        ran, began = self._tried(script, timeout, given)
+        if began:
+            self._used = True
+        elif self._folder is None or not self._used:
+            raise Lost(f"the command did not begin: {ran.text.strip()[-300:]}")
+        else:
+            with _Bwrapped(self._image, self.limits, self._folder) as fresh:
+                fresh.run("true", PROBE)  # Lost, where the machine is at fault
+            ran, _ = self._tried(script, timeout, given)
+        return ran
 
-    def _within(self, folder: str) -> list[str]:
+    def _tried(self, script: str, timeout: float, given: bytes) -> tuple[Ran, bool]:
+        """What became of it, and whether it began: bwrap writes that to a file of which nothing inside has a descriptor."""
+        with sealed(self._rules) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
+            passed = rules.fileno(), status.fileno()
+            more = ("--seccomp", str(passed[0]), "--json-status-fd", str(passed[1]))
+            ran = self._execute(self.command(script, *more), timeout, given, passed)
+            said = os.pread(passed[1], 1 << 12, 0)
+        # An exit code is told of what began alone; whoever was stopped has none, and had at least a process.
+        return ran, ran is TOO_LONG or (b"child-pid" if ran.stopped else b"exit-code") in said
+
+    def _within(self, holder: int, folder: str) -> list[str]:
         """The words before a command that runs inside, in that folder."""
-        assert self._holder is not None
         limits, at = self.limits, self._at
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
             *(_become_nobody() if os.geteuid() == 0 else []),
-            *("nsenter", f"--target={self._holder.pid}", "--user", "--mount", "--preserve-credentials"),
+            *("nsenter", f"--target={holder}", "--user", "--mount", "--preserve-credentials"),
             *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
             *(f"--nofile={FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
             # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.
