@@ -1,6 +1,7 @@
 """Sandboxes: one contract for all of them, and what must not get out."""
 
 import errno
+import json
 import os
 import platform
 import shutil
@@ -546,6 +547,28 @@ def test_local_refuses_unless_it_is_meant():
     assert "allow_unsafe=true" in Local().missing()
     assert Local(allow_unsafe=True).missing() is None
     assert "cannot be opened" in Local(allow_unsafe=True).lacks("debian:12")
+
+
+@pytest.mark.parametrize("told", [{}, {"config": None}, {"config": {"Env": ["A=1=2", "BARE", "", "=x", "B=", "A=3"]}}])
+def test_variables_of_an_image_that_are_none_are_left_out(told, tmp_path):
+    folder = tmp_path / file_name("some/image:1")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(told))
+    sandbox = Bwrap(str(tmp_path)).open(Image("some/image:1", env={"C": "4"}), LIMITS)
+    assert sandbox._image.env == {"C": "4"} | ({"A": "3", "B": ""} if told.get("config") else {})
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b", "a\\b:c", "a b'$(c)"])
+def test_any_folder_can_be_the_temporary_one(name, unpacked, monkeypatch):
+    backend, image = unpacked
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        place = Path(folder, name)
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        for asked in (Image(image), Image()):
+            with (backend if asked.name else Bwrap()).open(asked, LIMITS) as sandbox:
+                assert sandbox.run("echo x > f && cat f", 10).text == "x\n"
 
 
 def test_what_is_not_installed_is_one_sentence(monkeypatch):

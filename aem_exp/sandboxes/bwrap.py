@@ -40,6 +40,7 @@ HOME: Final = "/home/agent"
 WRITABLE: Final = (HOME, "/tmp", "/var/tmp")
 
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
+# The overlay's folders are named from where they lie: a folder above with `:` or `,` in its name would be two options.
 OUTER: Final = """set -e
 at=$1 drop=$2 inner=$3 disk=$4 layers=$5; shift 5
 mount -t tmpfs -o size=1m,mode=755 none "$at"
@@ -63,8 +64,9 @@ mount -t tmpfs -o size="$disk"m,nr_inodes=200k,mode=755 none "$at/rw"
 cd "$at/rw"
 mkdir -p upper work root shm folder/0 folder/1 folder/2 folder/3
 chmod 1777 shm folder/1 folder/2
+cd "$at"
 if [ "$layers" = image ]; then
-  mount -t overlay overlay -o "lowerdir=$at/0,upperdir=$at/rw/upper,workdir=$at/rw/work,userxattr" root
+  mount -t overlay overlay -o lowerdir=0,upperdir=rw/upper,workdir=rw/work,userxattr rw/root
 fi
 echo ready
 exec cat
@@ -114,9 +116,9 @@ class Bwrap:
         if image.name == HOST:
             return _Bwrapped(image, limits, None)
         folder = self._folder(image.name)
-        env = dict(
-            word.split("=", 1) for word in json.loads((folder / "config.json").read_text())["config"].get("Env") or ()
-        )
+        told = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
+        # As Docker does, what has no `=` is left out; what has no name could not be set.
+        env = dict(word.split("=", 1) for word in told if "=" in word[1:])
         return _Bwrapped(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
     def _home(self) -> Path:
