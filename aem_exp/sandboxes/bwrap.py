@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ NAMESPACES: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
 PROBE: Final = 20.0  # seconds
+SETTLE: Final = 0.5  # seconds
 START: Final = 60.0  # seconds for a sandbox to be mounted
 FILES: Final = 1024  # open at once, of a process: what hides in their buffers is no process's memory
 SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
@@ -196,6 +198,9 @@ class _Bwrapped(Sandbox):
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
         """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the image for it."""
         ran, began = self._tried(script, timeout, given)
+        if not began and not ran.stopped:
+            time.sleep(SETTLE)  # what the last command began may still be ending, and count
+            ran, began = self._tried(script, timeout, given)
         if began:
             self._used = True
         elif self._folder is None or not self._used:
