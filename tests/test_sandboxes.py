@@ -1,12 +1,17 @@
 """Sandboxes: one contract for all of them, and what must not get out."""
 
+import errno
+import json
 import os
+import platform
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +22,7 @@ import images
 import pytest
 from doors import lacking, until
 
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, file_name
+from aem_exp.sandboxes import HOST, Image, Limits, Lost, file_name, seccomp
 from aem_exp.sandboxes.apptainer import Apptainer, build
 from aem_exp.sandboxes.bwrap import Bwrap
 from aem_exp.sandboxes.docker import Docker
@@ -25,6 +30,7 @@ from aem_exp.sandboxes.local import Local
 from aem_exp.values import Missing
 
 pytestmark = pytest.mark.machine
+ARM = platform.machine() == "aarch64"
 LIMITS = Limits(processes=40, memory_mb=200, disk_mb=40, output_mb=1, cpu_seconds=20)
 
 
@@ -147,6 +153,118 @@ def test_who_traces_process_one_ends_all_the_same():
     until(lambda: not processes("7474"), "their end")
 
 
+CALLS = """
+import ctypes, errno, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*words):
+    got = libc.syscall(*map(ctypes.c_long, words))
+    return "done" if got >= 0 else errno.errorcode[ctypes.get_errno()]
+arm = os.uname().machine == "aarch64"
+add, request, keyctl, perf, bpf, fault, kexec, load, log = (
+    (217, 218, 219, 241, 280, 282, 104, 294, 116) if arm else (248, 249, 250, 298, 321, 323, 246, 320, 103))
+kind, name = ctypes.create_string_buffer(b"user"), ctypes.create_string_buffer(b"aem")
+at = ctypes.addressof
+print("add", call(add, at(kind), at(name), at(name), 3, -3))
+print("request", call(request, at(kind), at(name), 0, -3))
+print("keyctl", call(keyctl, 0, -3, 0))
+print("rings", *(call(number, 0, 0) for number in (425, 426, 427)))
+print("machine", *(call(number, 0, 0, 0, 0, 0) for number in (perf, bpf, fault, kexec, load)), call(log, 10, 0, 0))
+print("other", "none" if arm else call(0x40000000 + 39))
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_VSOCK, socket.AF_ALG, 5, 21, 44):
+    try:
+        socket.socket(family, socket.SOCK_RAW if family == socket.AF_NETLINK else
+                      socket.SOCK_SEQPACKET if family == socket.AF_ALG else socket.SOCK_STREAM)
+        print("family", family, "open")
+    except OSError as error:
+        print("family", family, errno.errorcode[error.errno])
+print("high", call(198 if arm else 41, (1 << 40) + socket.AF_VSOCK, 1, 0))
+socket.socketpair()
+print("pair", call(199 if arm else 53, socket.AF_VSOCK, 1, 0, at(name)))
+"""
+
+
+def test_what_a_kernel_can_be_asked_for_is_little():
+    """The keyring of our session, machines beside ours (AF_VSOCK), the log of the kernel; and rings, which would open sockets."""
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/calls.py", CALLS.encode())
+        lines = sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/calls.py", 10).text.splitlines()
+        told = {line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in lines if line.startswith("family")}
+        assert {told[f"family {number}"] for number in (1, 2, 10, 16)} == {"open"}
+        assert {told[f"family {number}"] for number in (40, 38, 5, 21, 44)} == {"EAFNOSUPPORT"}
+        assert [line for line in lines if not line.startswith("family")] == [
+            *("add ENOSYS", "request ENOSYS", "keyctl ENOSYS", "rings ENOSYS ENOSYS ENOSYS"),
+            *("machine ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS", "other " + ("none" if ARM else "ENOSYS")),
+            *("high EAFNOSUPPORT", "pair EAFNOSUPPORT"),
+        ]
+
+
+@pytest.mark.skipif(ARM, reason="x86's own second door")
+def test_calls_of_another_architecture_do_nothing():
+    """32-bit calls have other numbers: 20 is getpid there, 288 is keyctl."""
+    if why := why_no_bwrap():
+        lacking(why)
+    code = bytes.fromhex("b814000000cd80c3")  # mov eax, 20; int 0x80; ret
+    script = (
+        f"import ctypes, mmap; page = mmap.mmap(-1, 4096, prot=7); page.write({code!r});"
+        " print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    if ran.returncode or int(ran.stdout) < 0:
+        pytest.skip("this kernel has none")
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/call.py", script.encode())
+        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/call.py", 10).text == "-38\n"  # ENOSYS
+
+
+def test_the_filter_is_not_left_inside_and_programs_start_under_it():
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        assert sandbox.run("echo /proc/self/fd/*; grep Seccomp: /proc/self/status /proc/1/status", 10).text.split() == [
+            *("/proc/self/fd/0", "/proc/self/fd/1", "/proc/self/fd/2", "/proc/self/fd/3"),  # 3 is the shell's look
+            *("/proc/self/status:Seccomp:", "2", "/proc/1/status:Seccomp:", "2"),
+        ]
+        work = "git init -q . && git -c user.name=a -c user.email=b commit -q --allow-empty -m x && git log --oneline"
+        python = f"{sys.base_prefix}/bin/python3"
+        threads = "from concurrent.futures import *; print(sum(ThreadPoolExecutor(4).map(int, range(9))))"
+        assert sandbox.run(f"{work} | wc -l; {python} -c '{threads}'; (sleep 0 & wait) | cat", 10).text == "1\n36\n"
+
+
+def judged(rules, number, machine, first=0):
+    """What a kernel makes of a call by these rules: 0, or its error."""
+    seen, at, word = struct.pack("<iIQQ", number, machine, 0, first), 0, 0
+    while True:
+        what, then, otherwise, given = struct.unpack_from("<HBBI", rules, 8 * at)
+        if what == 0x06:
+            assert given >> 16 in (0x7FFF, 5)
+            return given & 0xFFFF if given >> 16 == 5 else 0
+        if what == 0x20:
+            (word,) = struct.unpack_from("<I", seen, given)
+        else:
+            at += then if (word == given if what == 0x15 else word >= given) else otherwise
+        at += 1
+
+
+@pytest.mark.parametrize(("machine", "name", "socket"), [("x86_64", 0xC000003E, 41), ("aarch64", 0xC00000B7, 198)])
+def test_the_filter_of_each_machine(machine, name, socket):
+    rules, column = seccomp.rules(machine), ("x86_64", "aarch64").index(machine)
+    refused = {numbers[column] for numbers in seccomp.REFUSED.values()}
+    for number in range(600):
+        if number not in seccomp.SOCKETS[machine]:
+            assert judged(rules, number, name) == (38 if number in refused else 0)
+        assert judged(rules, number, 0x40000003) == judged(rules, number + (1 << 30), name) == 38
+    for family in range(64):
+        assert judged(rules, socket, name, family) == (0 if family in (1, 2, 10, 16) else 97)
+    assert judged(rules, -1, name) == 38
+
+
+def test_a_machine_without_a_filter_says_so(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert "riscv64" in Bwrap().missing() and "docker" in Bwrap().missing()
+
+
 def test_output_without_end_is_cut(sandbox):
     ran = sandbox.run("yes", 20)
     assert (ran.stopped, ran.code, len(ran.output)) == ("output", 124, LIMITS.output_mb << 20)
@@ -157,6 +275,119 @@ def test_closed_it_is_gone_and_may_be_closed_again(sandbox):
     sandbox.close()
     with pytest.raises(Lost):
         sandbox.run("true", 5)
+
+
+def test_closed_by_another_it_ends_what_runs(sandbox):
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(sandbox.run, "echo begun; sleep 7575 & exec sleep 7575 >&- 2>&-", 60)
+        until(lambda: len(processes("7575")) > 1, "a command")
+        sandbox.close()
+        with pytest.raises(Lost, match="gone"):
+            running.result(timeout=5)
+    until(lambda: not processes("7575"), "their end")
+
+
+@pytest.mark.parametrize("who", ["unshare", "nsenter", "bwrap"])
+def test_what_never_began_is_the_machines_fault(who, tmp_path):
+    if why := why_no_bwrap():
+        lacking(why)
+    (tmp_path / who).write_text(f"#!/bin/sh\necho {who}: Resource temporarily unavailable >&2\nexit 1\n")
+    (tmp_path / who).chmod(0o755)
+    with Bwrap().open(Image(), LIMITS) as sandbox:
+        sandbox.run("true", 5)
+        sandbox.outer = {"PATH": f"{tmp_path}:{sandbox.outer['PATH']}"}
+        open_to_all(tmp_path)
+        with pytest.raises(Lost, match=f"{who}: Resource"):
+            sandbox.run("true", 5)
+
+
+def open_to_all(folder):
+    """So that whom root becomes finds what lies there."""
+    for parent in (folder, *folder.parents[:3]):
+        if parent != Path("/") and parent.owner() == folder.owner():
+            parent.chmod(parent.stat().st_mode | 0o011)
+
+
+def test_without_processes_left_nothing_is_said_of_a_command(monkeypatch):
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(), LIMITS) as sandbox:
+        monkeypatch.setattr("aem_exp.sandboxes.bwrap.SPARE", -LIMITS.processes)
+        with pytest.raises(Lost, match="Resource temporarily"):
+            sandbox.run("true", 5)
+        threading.Timer(0.2, monkeypatch.undo).start()
+        assert sandbox.run("echo again", 5).text == "again\n"  # none may be left for a moment only
+    with Bwrap().open(Image(hidden=("/usr/nowhere",)), LIMITS) as sandbox, pytest.raises(Lost, match="nowhere"):
+        sandbox.run("true", 5)
+
+
+@pytest.mark.parametrize("backend", [Bwrap(), Docker(), Local(allow_unsafe=True)])
+def test_a_machine_without_processes_is_lost(backend, monkeypatch):
+    def full(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", full)
+    with pytest.raises(Lost, match="Resource temporarily"), backend.open(Image(), LIMITS) as sandbox:
+        sandbox.run("true", 5)
+
+
+def test_a_script_that_is_too_long_is_its_writers_fault(sandbox):
+    ran = sandbox.run(": " + "x" * (1 << 18), 5)
+    assert (ran.text, ran.code) == ("Argument list too long\n", 126)
+
+
+def test_who_ruins_an_image_is_not_the_machine(unpacked):
+    backend, name = unpacked
+    for ruin in ("cd /; rm -rf testbed", "cd /; rm -rf testbed; touch testbed", "rm -rf /bin/*"):
+        with backend.open(Image(name), LIMITS) as sandbox:
+            sandbox.run(ruin, 10)
+            assert sandbox.run("true", 10).code not in (0, 124), ruin
+    with backend.open(Image(name), LIMITS) as sandbox:
+        sandbox.workdir = "/nowhere"
+        with pytest.raises(Lost, match="nowhere"):  # in which nothing has run yet
+            sandbox.run("true", 10)
+
+
+ENDER = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.ptrace.argtypes = [ctypes.c_long] * 4
+libc.ptrace(0x4206, 1, 0, 0x100000)  # PTRACE_SEIZE of process 1, PTRACE_O_EXITKILL
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "kill -9 $$",
+        "kill -9 -1; kill -9 $$",
+        "exit 1",
+        "for f in /proc/*/fd/*; do [ $f -ef /dev/null ] || echo '{ }' > $f; done 2>/dev/null; false",
+        "{python} /tmp/ender.py; kill -9 $$",
+    ],
+)
+def test_no_command_can_seem_never_to_have_begun(script):
+    if why := why_no_bwrap():
+        lacking(why)
+    with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
+        sandbox.put("/tmp/ender.py", ENDER.encode())
+        assert sandbox.run(script.replace("{python}", f"{sys.base_prefix}/bin/python3"), 10).code
+
+
+@pytest.mark.parametrize("how", ["sleep 7676", "while :; do echo -n x; sleep 0.05; done"])
+def test_a_mount_that_hangs_is_lost(how, tmp_path, monkeypatch):
+    if why := why_no_bwrap():
+        lacking(why)
+    (tmp_path / "mount").write_text(f"#!/bin/sh\n{how}\n")
+    (tmp_path / "mount").chmod(0o755)
+    open_to_all(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 0.5)
+    began = time.monotonic()
+    with pytest.raises(Lost, match=r"could not be mounted: .*0\.5 s"):
+        Bwrap().open(Image(), LIMITS).start()
+    assert time.monotonic() - began < 5
+    until(lambda: not processes("7676"), "its end")
 
 
 # What must not get out.
@@ -318,6 +549,28 @@ def test_local_refuses_unless_it_is_meant():
     assert "allow_unsafe=true" in Local().missing()
     assert Local(allow_unsafe=True).missing() is None
     assert "cannot be opened" in Local(allow_unsafe=True).lacks("debian:12")
+
+
+@pytest.mark.parametrize("told", [{}, {"config": None}, {"config": {"Env": ["A=1=2", "BARE", "", "=x", "B=", "A=3"]}}])
+def test_variables_of_an_image_that_are_none_are_left_out(told, tmp_path):
+    folder = tmp_path / file_name("some/image:1")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(told))
+    sandbox = Bwrap(str(tmp_path)).open(Image("some/image:1", env={"C": "4"}), LIMITS)
+    assert sandbox._image.env == {"C": "4"} | ({"A": "3", "B": ""} if told.get("config") else {})
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b", "a\\b:c", "a b'$(c)"])
+def test_any_folder_can_be_the_temporary_one(name, unpacked, monkeypatch):
+    backend, image = unpacked
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        place = Path(folder, name)
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        for asked in (Image(image), Image()):
+            with (backend if asked.name else Bwrap()).open(asked, LIMITS) as sandbox:
+                assert sandbox.run("echo x > f && cat f", 10).text == "x\n"
 
 
 def test_what_is_not_installed_is_one_sentence(monkeypatch):

@@ -117,9 +117,15 @@ new file mode 100644
 @@ -0,0 +1 @@
 +{}
 """
-FORGED = CONFTEST.replace("conftest.py", "pytest.py").format(  # says what is to be heard, and then too much
-    "print('PASSED ' + ' PASSED '.join(__import__('sys').argv)); [print('x' * 10**6) for _ in range(10**9)]"
-)
+
+
+def amok(gold, code):
+    """The repair, and code that its package runs when it is imported."""
+    file = f"{gold.split(b'/')[1].decode()}/__init__.py"
+    head = f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n"
+    return gold + f'{head}@@ -3 +3,2 @@\n __version__ = "0.2"\n+{code}\n'.encode()
+
+
 LINK = """diff --git a/link b/link
 new file mode 120000
 --- /dev/null
@@ -150,17 +156,99 @@ def wrong(made):
             lambda gold: CONFTEST.format("import os; print('PASSED tests/x.py::test_x'); os._exit(0)").encode(),
             "tests_fail",
         ),
-        (lambda gold: gold + CONFTEST.format("while True: pass").encode(), "tests_timeout"),
-        (lambda gold: gold + CONFTEST.format("while True: print('x' * 10000)").encode(), "tests_fail"),
-        (lambda gold: gold + CONFTEST.format("x = bytearray(10**10)").encode(), "tests_fail"),
-        (lambda gold: FORGED.encode(), "tests_fail"),
-        (lambda gold: gold + CONFTEST.format("open('/tmp/big', 'wb').write(bytes(10**9))").encode(), "tests_fail"),
+        (lambda gold: amok(gold, "while True: pass"), "tests_timeout"),
+        (lambda gold: amok(gold, "while True: print('x' * 10000)"), "tests_fail"),
+        (lambda gold: amok(gold, "x = bytearray(10**10)"), "tests_fail"),
+        (lambda gold: amok(gold, "open('/tmp/big', 'wb').write(bytes(10**9))"), "tests_fail"),
     ],
 )
 def test_a_patch_that_is_not_right_is_a_verdict_and_no_crash(world, patch, verdict):
     task = world.tasks("dev")[0]
     found = graded(world, task, patch(world.instance(task).gold.encode()), 3.0)
     assert found in swe_grading.VERDICTS and (verdict is None or found == verdict)
+
+
+def new_file(name, text):
+    """A patch that adds a file."""
+    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n"
+    lines = text.splitlines()
+    return head + f"@@ -0,0 +1,{len(lines)} @@\n" + "".join(f"+{line}\n" for line in lines)
+
+
+PASS = """import pytest
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    report.outcome, report.longrepr = "passed", None
+    return report
+"""
+LIES = """import sys
+for name in {names}:
+    print("PASSED " + name)
+print("1 passed in 0.1s")
+"""
+
+
+def forgeries(row):
+    """Patches that repair nothing, each of which would have the tests seem to pass."""
+    names = json.loads(row["FAIL_TO_PASS"]) + json.loads(row["PASS_TO_PASS"])
+    lies, ini = LIES.format(names=names), "[pytest]\naddopts = -p cheat\npythonpath = .\n"
+    package, files = row["repo"].split("/")[1], sorted({name.partition("::")[0] for name in names})
+    ended = f"{lies}sys.stdout.flush()\n__import__('os')._exit(0)\n"
+    yield "conftest.py", new_file("conftest.py", PASS)
+    yield "tests/conftest.py", new_file("tests/conftest.py", PASS)
+    yield "package conftest", new_file(f"{package}/conftest.py", PASS)
+    yield "pytest.ini", new_file("pytest.ini", ini) + new_file("cheat.py", PASS)
+    yield (
+        "pyproject.toml",
+        new_file("pyproject.toml", "[tool.pytest.ini_options]\naddopts = '-p cheat'\n") + new_file("cheat.py", PASS),
+    )
+    yield "tox.ini", new_file("tests/tox.ini", ini) + new_file("cheat.py", PASS)
+    for name in ("pytest.py", "pytest/__init__.py", "pytest/__main__.py", "_pytest/__init__.py", "pluggy.py"):
+        yield name, new_file(name, ended)
+    for name in ("sitecustomize.py", "usercustomize.py", "encodings.py", "runpy.py", "os.py", "argparse.py"):
+        yield name, new_file(name, ended)
+    yield "tests/__init__.py", new_file("tests/__init__.py", PASS) + new_file("tests/pytest.py", ended)
+    cases = "".join(f"def {name}():\n    pass\n" for name in dict.fromkeys(n.partition("::")[2] for n in names))
+    new = [name for name in files if name == json.loads(row["FAIL_TO_PASS"])[0].partition("::")[0]]
+    replaced = f"rm -rf tests; mkdir tests; for f in {' '.join(files)}; do cat > $f <<'X'\n{cases}X\ndone"
+    yield "tests replaced", f"{replaced}"
+    yield "tests elsewhere", f"{replaced}; mv tests mine; ln -s mine tests"
+    patched = "import _pytest.reports as r\nr.TestReport.failed = property(lambda s: False)\n"
+    yield (
+        "other tests patch pytest",
+        f"for f in {' '.join(set(files) - set(new)) or 'x'}; do cat >> $f <<'X'\n{PASS}\n{patched}X\ndone",
+    )
+    yield "a test's folder", f"rm {new[0]}; mkdir {new[0]}; cat > {new[0]}/test_x.py <<'X'\n{cases}X"
+
+
+def test_what_is_no_repair_is_none_however_it_looks(world):
+    """A patch may bring files that pytest, Python and the shell would heed: tests are graded by ours, and by them alone."""
+    task = next(task for task in world.tasks("train") if not task.id.endswith("0"))
+    instance = world.instance(task)
+    for name, forgery in forgeries(instance.row):
+        if forgery.startswith("diff"):
+            patch = forgery.encode()
+        else:
+            with world.open(host()) as sandbox:
+                sandbox.run(instance.lay, 20, instance.given)
+                ran = sandbox.run(f"{forgery}\ngit add -A && git diff --cached --binary", 20)
+                assert not ran.code and ran.output.startswith(b"diff"), ran.text
+                patch = ran.output
+        assert graded(world, task, patch) == "tests_fail", name
+        if name in ("conftest.py", "os.py", "pytest.ini", "tests elsewhere"):  # nor is a repair less of one for it
+            assert graded(world, task, instance.gold.encode() + patch) == "resolved", name
+
+
+def test_a_hook_that_a_patch_brings_forges_nothing(world):
+    """SWE-bench's last way to apply a patch, `patch`, writes into .git too; what lies there runs when git does."""
+    task = world.tasks("dev")[0]
+    row = world.instance(task).row
+    names = json.loads(row["FAIL_TO_PASS"]) + json.loads(row["PASS_TO_PASS"])
+    lies = [swe_made.START, *(f"PASSED {name}" for name in names), "FAILED other", swe_made.END]
+    hook = "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lies)
+    patch = new_file(".git/hooks/post-checkout", hook).replace("100644", "100755")
+    assert graded(world, task, patch.encode()) == "tests_fail"
 
 
 def test_a_link_of_the_agents_leads_no_grader_outside(world, tmp_path):

@@ -23,6 +23,11 @@ WHEN: Final = 1_700_000_000  # seconds since 1970, of the first commit
 LAY: Final = """set -e
 git init -q -b main . && git fast-import --quiet --force && git checkout -q -f main
 git config user.name agent && git config user.email agent@example.org"""
+# No settings and no plugins of the tree, and of its modules none that has another's name: they are looked for last.
+RUN: Final = (
+    "python3 -P -c 'import sys, pytest; sys.path.append(\"/testbed\"); sys.exit(pytest.main())' -rA -p no:cacheprovider"
+    " -c /dev/null --rootdir=/testbed --noconftest --import-mode=importlib"
+)
 IGNORED: Final = "__pycache__/\n.pytest_cache/\n"
 
 
@@ -253,7 +258,7 @@ def families() -> list[str]:
 
 def bank() -> list[Any]:
     """All that decides what is made, for a fingerprint."""
-    return [MODULES, ISSUES, PACKAGES, LAY, IGNORED]
+    return [MODULES, ISSUES, PACKAGES, LAY, IGNORED, RUN]
 
 
 @cache
@@ -289,8 +294,8 @@ def make(name: str, modules: int, functions: int) -> Made:
     issue = random.choice(ISSUES).format(
         name=function.name, path=path, call=call, value=value, got=_value(function, bug.line, call)
     )
+    asked = {name.partition("::")[0] for name in [*names[function], *visible]}
     stream, commit = _history(files, package)
-    test_patch = diff(test, files[test], hidden)
     row = {
         "instance_id": f"made__{package}-{name}",
         "repo": f"made/{package}",
@@ -298,15 +303,13 @@ def make(name: str, modules: int, functions: int) -> Made:
         "base_commit": commit,
         "problem_statement": issue,
         "patch": diff(path, files[path], fixed),
-        "test_patch": test_patch,
+        "test_patch": diff(test, files[test], hidden),
         "FAIL_TO_PASS": json.dumps(broken),
         "PASS_TO_PASS": json.dumps([*passing, *visible]),
         "image": "host",  # the machine's own system
         "log_parser": "parse_log_pytest",
         "eval_type": "pass_and_fail",
-        "eval_script": _script(
-            commit, test, test_patch, sorted({name.partition("::")[0] for name in [*names[function], *visible]})
-        ),
+        "eval_script": _script({name: text for name, text in sorted({**files, test: hidden}.items()) if name in asked}),
     }
     return Made(row, stream, path, bug.line, function.right)
 
@@ -351,17 +354,18 @@ def _tests(package: str, module: str, functions: Sequence[Function]) -> str:
     )
 
 
-def _script(commit: str, test: str, patch: str, files: Sequence[str]) -> str:
-    """As SWE-bench's: the hidden tests come with it, and go with it."""
+def _script(files: Mapping[str, str]) -> str:
+    """As SWE-bench's, for a tree that a patch has made: all tests are ours, git (whose hooks may not be) is not asked, and of
+    what lies there nothing but the package is heeded."""
+    written = [f"cat > {name} <<'EOF_TESTS'\n{text}EOF_TESTS" for name, text in files.items()]
     return "\n".join(
         [
             "cd /testbed",
-            f"git checkout {commit} -- {test}",
-            f"git apply --verbose - <<'EOF_TESTS'\n{patch}EOF_TESTS",
+            "rm -rf tests && mkdir tests",
+            *written,
             f": '{START}'",
-            f"python3 -m pytest -rA -p no:cacheprovider {' '.join(files)}",
+            f"{RUN} {' '.join(files)}",
             f": '{END}'",
-            f"git checkout {commit} -- {test}",
         ]
     )
 

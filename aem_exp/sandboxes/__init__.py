@@ -7,22 +7,18 @@ sandbox runs commands. Nothing inside has a network, or can write outside its ow
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
 
-from aem_exp.sandboxes.process import Ran, execute
+from aem_exp.sandboxes.process import Lost, Ran, execute
 
 __all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
 SHELL: Final = 30.0  # seconds for our own small commands (put, get)
-
-
-class Lost(RuntimeError):
-    """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +83,33 @@ class Sandbox(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End whatever runs in it and forget what it wrote. May be called twice."""
+        """End whatever runs in it and forget what it wrote. May be called twice, and while another thread runs a command."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it can be entered."""
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
-        """The argument vector that runs this bash script in `workdir` inside."""
+        """The argument vector that runs this bash script in `workdir` inside. Raises `Lost` where it is not alive."""
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`."""
-        most, memory = self.limits.output_mb << 20, self.limits.memory_mb << 20
-        return execute(self.command(script), timeout, given, most=most, memory=memory, env=self.outer)
+        """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`, also where it
+        is closed meanwhile."""
+        return self._execute(self.command(script), timeout, given)
+
+    def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> Ran:
+        """Run what leads inside, within our limits."""
+        return execute(
+            argv,
+            timeout,
+            given,
+            most=self.limits.output_mb << 20,
+            memory=self.limits.memory_mb << 20,
+            env=self.outer,
+            passed=passed,
+            gone=lambda: not self.alive(),
+        )
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file, as a command inside would: no link leads outside. Raises OSError."""

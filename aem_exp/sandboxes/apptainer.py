@@ -85,8 +85,12 @@ class _Contained(Sandbox):
         if layer is not None:
             shutil.rmtree(layer, ignore_errors=True)
 
+    def alive(self) -> bool:
+        layer = self.layer
+        return layer is not None and layer.is_dir()
+
     def command(self, script: str) -> list[str]:
-        if self.layer is None or not self.layer.is_dir():
+        if not self.alive():
             raise Lost("the sandbox is gone")
         limits = self.limits
         env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]

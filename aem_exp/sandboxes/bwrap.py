@@ -6,11 +6,13 @@ a few kilobytes holds the sandbox's mounts while it lives; it ends when ours doe
 
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp import disk
-from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Sandbox, file_name
+from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Sandbox, file_name, seccomp
+from aem_exp.sandboxes.process import TOO_LONG, hold, release, sealed
 from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
@@ -27,6 +30,8 @@ NAMESPACES: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
 PROBE: Final = 20.0  # seconds
+SETTLE: Final = 0.5  # seconds
+START: Final = 60.0  # seconds for a sandbox to be mounted
 FILES: Final = 1024  # open at once, of a process: what hides in their buffers is no process's memory
 SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
@@ -37,6 +42,7 @@ HOME: Final = "/home/agent"
 WRITABLE: Final = (HOME, "/tmp", "/var/tmp")
 
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
+# The overlay's folders are named from where they lie: a folder above with `:` or `,` in its name would be two options.
 OUTER: Final = """set -e
 at=$1 drop=$2 inner=$3 disk=$4 layers=$5; shift 5
 mount -t tmpfs -o size=1m,mode=755 none "$at"
@@ -60,8 +66,9 @@ mount -t tmpfs -o size="$disk"m,nr_inodes=200k,mode=755 none "$at/rw"
 cd "$at/rw"
 mkdir -p upper work root shm folder/0 folder/1 folder/2 folder/3
 chmod 1777 shm folder/1 folder/2
+cd "$at"
 if [ "$layers" = image ]; then
-  mount -t overlay overlay -o "lowerdir=$at/0,upperdir=$at/rw/upper,workdir=$at/rw/work,userxattr" root
+  mount -t overlay overlay -o lowerdir=0,upperdir=rw/upper,workdir=rw/work,userxattr rw/root
 fi
 echo ready
 exec cat
@@ -81,6 +88,8 @@ class Bwrap:
     def missing(self) -> str | None:
         if absent := [name for name in NEEDED if not shutil.which(name, path=_path())]:
             return f"{', '.join(absent)} not found: apt install bubblewrap util-linux git (or as your system has it)"
+        if why := seccomp.missing(platform.machine()):
+            return why
         try:
             with self.open(Image(), Limits()) as sandbox:
                 ran = sandbox.run("true", PROBE)
@@ -109,9 +118,9 @@ class Bwrap:
         if image.name == HOST:
             return _Bwrapped(image, limits, None)
         folder = self._folder(image.name)
-        env = dict(
-            word.split("=", 1) for word in json.loads((folder / "config.json").read_text())["config"].get("Env") or ()
-        )
+        told = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
+        # As Docker does, what has no `=` is left out; what has no name could not be set.
+        env = dict(word.split("=", 1) for word in told if "=" in word[1:])
         return _Bwrapped(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
     def _home(self) -> Path:
@@ -150,6 +159,8 @@ class _Bwrapped(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._at = ""
+        self._used = False  # whether something has run in it
+        self._rules = seccomp.rules(platform.machine())
         self.outer = {"PATH": _path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
     def start(self) -> None:
@@ -160,39 +171,63 @@ class _Bwrapped(Sandbox):
         drop = " ".join([*_become_nobody(), *own]) if root else ""
         outer = ["unshare", "--mount", "--propagation", "private"] if root else own
         layers = "image" if self._folder else "host"
-        self._holder = holder = subprocess.Popen(
-            [*outer, "sh", "-c", OUTER, "sh", self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=self.outer,
-        )
-        assert holder.stdout is not None
-        if (said := holder.stdout.readline()) != b"ready\n":
-            self.close()
-            raise Lost(f"the sandbox could not be mounted: {said.decode(errors='replace').strip()}")
+        words = [self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown]
+        try:
+            self._holder = hold([*outer, "sh", "-c", OUTER, "sh", *words], START, self.outer)
+        except Lost as lost:
+            raise Lost(f"the sandbox could not be mounted: {lost}") from None
 
     def close(self) -> None:
         holder, self._holder = self._holder, None
         if holder is not None:
-            holder.kill()
-            holder.communicate()
+            release(holder)
 
-    def command(self, script: str) -> list[str]:
-        if self._holder is None or self._holder.poll() is not None:
+    def alive(self) -> bool:
+        holder = self._holder
+        return holder is not None and holder.poll() is None
+
+    def command(self, script: str, *more: str) -> list[str]:
+        """`more`: of bwrap's words, those that hold for one run."""
+        holder = self._holder
+        if holder is None or not self.alive():
             raise Lost("the sandbox is gone")
         # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
-        return [*self._within(self.workdir), "bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+        shell = ["bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
+        return [*self._within(holder.pid, self.workdir), *more, *shell]
 
-    def _within(self, folder: str) -> list[str]:
+    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+        """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the image for it."""
+        ran, began = self._tried(script, timeout, given)
+        if not began and not ran.stopped:
+            time.sleep(SETTLE)  # what the last command began may still be ending, and count
+            ran, began = self._tried(script, timeout, given)
+        if began:
+            self._used = True
+        elif self._folder is None or not self._used:
+            raise Lost(f"the command did not begin: {ran.text.strip()[-300:]}")
+        else:
+            with _Bwrapped(self._image, self.limits, self._folder) as fresh:
+                fresh.run("true", PROBE)  # Lost, where the machine is at fault
+            ran, _ = self._tried(script, timeout, given)
+        return ran
+
+    def _tried(self, script: str, timeout: float, given: bytes) -> tuple[Ran, bool]:
+        """What became of it, and whether it began: bwrap writes that to a file of which nothing inside has a descriptor."""
+        with sealed(self._rules) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
+            passed = rules.fileno(), status.fileno()
+            more = ("--seccomp", str(passed[0]), "--json-status-fd", str(passed[1]))
+            ran = self._execute(self.command(script, *more), timeout, given, passed)
+            said = os.pread(passed[1], 1 << 12, 0)
+        # An exit code is told of what began alone; whoever was stopped has none, and had at least a process.
+        return ran, ran is TOO_LONG or (b"child-pid" if ran.stopped else b"exit-code") in said
+
+    def _within(self, holder: int, folder: str) -> list[str]:
         """The words before a command that runs inside, in that folder."""
-        assert self._holder is not None
         limits, at = self.limits, self._at
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
             *(_become_nobody() if os.geteuid() == 0 else []),
-            *("nsenter", f"--target={self._holder.pid}", "--user", "--mount", "--preserve-credentials"),
+            *("nsenter", f"--target={holder}", "--user", "--mount", "--preserve-credentials"),
             *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
             *(f"--nofile={FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
             # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox
-from aem_exp.sandboxes.process import KILLED, Ran, execute
+from aem_exp.sandboxes.process import KILLED, Ran, execute, hold, release
 
 ASK: Final = 20.0  # seconds for the daemon to answer
+START: Final = 120.0  # seconds for a container to start
 GRACE: Final = 10.0  # seconds that a command may need to begin and to end
 WAIT: Final = (
     "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
@@ -22,7 +23,11 @@ SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $c
 
 @dataclass(frozen=True)
 class Docker:
-    """Sandboxes by `program` (docker, podman)."""
+    """Sandboxes by `program` (docker, podman).
+
+    What ends a command runs inside, as that command's user and from an image that it can write: one that means to can outlive
+    its end, and meet the next one. It stays in its container, which ends when we do; grading has one of its own.
+    """
 
     program: str = "docker"
 
@@ -75,31 +80,28 @@ class _Container(Sandbox):
         ]
 
     def start(self) -> None:
-        self._held = subprocess.Popen(
-            self.create(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert self._held.stdout is not None
-        if (said := self._held.stdout.readline()) != b"ready\n":
-            self.close()
-            raise Lost(f"the container did not start: {said.decode(errors='replace').strip()}")
+        try:
+            self._held = hold(self.create(), START)
+        except Lost as lost:
+            execute([self._program, "kill", self.name], ASK)  # it may have begun, unheard
+            raise Lost(f"the container did not start: {lost}") from None
 
     def close(self) -> None:
         held, self._held = self._held, None
         if held is not None:
             execute([self._program, "kill", self.name], ASK)
-            held.kill()
-            held.communicate()
+            release(held)
+
+    def alive(self) -> bool:
+        held = self._held
+        return held is not None and held.poll() is None
 
     def command(self, script: str) -> list[str]:
         words = ["bash", "-c", SCRIPT, "bash", f"{self._seconds:g}", script]
         return [self._program, "exec", "--interactive", "--workdir", self.workdir, self.name, *words]
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        if self._held is None or self._held.poll() is not None:
+        if not self.alive():
             raise Lost("the container is gone")
         self._seconds = timeout
         ran = super().run(script, timeout + GRACE, given)

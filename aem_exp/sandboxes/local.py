@@ -48,8 +48,12 @@ class _Folder(Sandbox):
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
 
+    def alive(self) -> bool:
+        root = self._root
+        return root is not None and root.is_dir()
+
     def command(self, script: str) -> list[str]:
-        if self._root is None or not self._root.is_dir():
+        if not self.alive():
             raise Lost("the sandbox is gone")
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": f"{self._root}/home", "TMPDIR": f"{self._root}/tmp"}
         env |= {"LANG": "C.UTF-8"} | dict(self._image.env)

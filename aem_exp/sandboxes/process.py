@@ -1,22 +1,30 @@
-"""One command of another's making: run, watched, and ended with all that it began."""
+"""Processes that lead inside: a command of another's making, run, watched, and ended with all that it began; one that is held."""
 
+import errno
 import fcntl
 import os
+import select
 import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
-GLANCE: Final = 0.1  # seconds between two looks at the memory
+GLANCE: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
+END: Final = 5.0  # seconds for the kernel to end what is killed
 PAGE: Final = os.sysconf("SC_PAGESIZE")
 KILLED: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
 
+
 Stopped = Literal["", "time", "output", "memory"]
+
+
+class Lost(RuntimeError):
+    """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class Ran:
         return self.output.decode(errors="replace")
 
 
+TOO_LONG: Final = Ran(b"Argument list too long\n", 126)  # what shells say of it
+
+
 def execute(
     argv: Sequence[str],
     timeout: float,
@@ -41,16 +52,37 @@ def execute(
     most: int = 1 << 20,
     memory: int = 1 << 40,
     env: Mapping[str, str] | None = None,
+    passed: Sequence[int] = (),
+    gone: Callable[[], bool] = lambda: False,
 ) -> Ran:
     """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
-    processes."""
+    processes.
+
+    Args:
+        passed: descriptors that it has under their own numbers.
+        gone: whether what it runs in is no more, which ends it.
+
+    Raises:
+        Lost: it is gone, or the machine has no process for us.
+    """
     began = time.monotonic()
-    with _sealed(given) as stdin:
-        child = subprocess.Popen(
-            argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=env
-        )
     try:
-        output, stopped = _watch(child, began + timeout, most, memory)
+        with sealed(given) as stdin:
+            child = subprocess.Popen(
+                argv,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=env,
+                pass_fds=passed,
+            )
+    except OSError as error:
+        if error.errno == errno.E2BIG:  # whoever wrote the command is at fault, not the machine
+            return TOO_LONG
+        raise Lost(f"no process could be begun: {error}") from error
+    try:
+        output, stopped = _watch(child, began + timeout, most, memory, gone)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # also what a finished shell left in its session
@@ -60,9 +92,54 @@ def execute(
     return Ran(output, KILLED if stopped else code, stopped, time.monotonic() - began)
 
 
-def _sealed(data: bytes) -> BinaryIO:
+def hold(argv: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A process that says `ready`, and stays until it is released. Raises Lost with what it says instead, or where it says
+    nothing for so long."""
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env,
+        )
+    except OSError as error:
+        raise Lost(f"no process could be begun: {error}") from error
+    if (said := _line(child, seconds)) != b"ready\n":
+        release(child)
+        what = said.decode(errors="replace").strip()
+        raise Lost(what if said.endswith(b"\n") else f"{what} (no more within {seconds:g} s)".strip())
+    return child
+
+
+def release(child: subprocess.Popen[bytes]) -> None:
+    """End what was held, with all of its session; what hangs in the kernel is left to it."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    for stream in (child.stdin, child.stdout):
+        assert stream is not None
+        stream.close()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(END)
+
+
+def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """Its first line, or as much of it as came."""
+    assert child.stdout is not None
+    descriptor, deadline, said = child.stdout.fileno(), time.monotonic() + seconds, b""
+    while not said.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+        if select.select([descriptor], [], [], left)[0]:
+            if not (byte := os.read(descriptor, 1)):
+                return said + b"\n"
+            said += byte
+    return said
+
+
+def sealed(data: bytes) -> BinaryIO:
     """A file in memory that nobody can write any more: whoever reads it may be anybody."""
-    file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    file = os.fdopen(os.memfd_create("given", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
     file.seek(0)
     fcntl.fcntl(
@@ -71,7 +148,9 @@ def _sealed(data: bytes) -> BinaryIO:
     return file
 
 
-def _watch(child: subprocess.Popen[bytes], deadline: float, most: int, memory: int) -> tuple[bytes, Stopped]:
+def _watch(
+    child: subprocess.Popen[bytes], deadline: float, most: int, memory: int, gone: Callable[[], bool]
+) -> tuple[bytes, Stopped]:
     """Read what it prints until it ends, or has too much of something."""
     assert child.stdout is not None
     descriptor = child.stdout.fileno()
@@ -93,13 +172,23 @@ def _watch(child: subprocess.Popen[bytes], deadline: float, most: int, memory: i
                 return bytes(output), "time"
             if now - looked >= GLANCE:
                 looked = now
-                if resident(child.pid) > memory:
+                if _seen(child, memory, gone):
                     return bytes(output), "memory"
     # it closed its output, which is its end, or very nearly
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(max(0.0, deadline - time.monotonic()))
-        return bytes(output), ""
+    while (left := deadline - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(min(GLANCE, left))
+            return bytes(output), ""
+        if _seen(child, memory, gone):
+            return bytes(output), "memory"
     return bytes(output), "time"
+
+
+def _seen(child: subprocess.Popen[bytes], memory: int, gone: Callable[[], bool]) -> bool:
+    """Whether it takes too much memory. Raises Lost where it has lost its place."""
+    if gone():
+        raise Lost("the sandbox is gone")
+    return resident(child.pid) > memory
 
 
 def _read(descriptor: int) -> bytes | None:

@@ -1,0 +1,70 @@
+"""What a kernel can be asked for inside a sandbox: a filter of system calls, in the kernel's own small language (classic BPF).
+
+Refused as by a kernel that was built without them, so that a program that only tries goes on: what no namespace parts (the
+keyring of our session, the kernel's log, machines beside ours over AF_VSOCK), and what only widens the way to its faults.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+ENOSYS, EAFNOSUPPORT = 38, 97
+FAMILIES: Final = (1, 2, 10, 16)  # of sockets: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; each ends at its own namespace
+AUDIT: Final[Mapping[str, int]] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # how the kernel names machines
+SOCKETS: Final[Mapping[str, Sequence[int]]] = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
+REFUSED: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 and aarch64
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "syslog": (103, 116),
+    "io_uring_setup": (425, 425),  # its rings open sockets without the calls that are looked at here
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+}
+X32: Final = 0x40000000  # from here on x86_64 numbers the same calls once more; elsewhere there are none
+# Of the kernel's `struct seccomp_data`: number, architecture, low half of the first argument (both machines: little end first).
+NUMBER, MACHINE, FIRST = 0, 4, 16
+_LOAD, _IS, _FROM, _GIVE = 0x20, 0x15, 0x35, 0x06  # load a word, jump if equal, jump if at least, return
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
+
+
+def missing(machine: str) -> str | None:
+    """Why there is no filter for a machine, as `platform` names it; None where there is one."""
+    return None if machine in AUDIT else f"no filter of system calls is known for {machine}: take docker or apptainer"
+
+
+def rules(machine: str) -> bytes:
+    """The filter, as `bwrap --seccomp` reads it."""
+    column = list(AUDIT).index(machine)
+    families = [*_each(FAMILIES, _ALLOW), _step(_GIVE, _ERROR | EAFNOSUPPORT)]
+    return b"".join(
+        [
+            _step(_LOAD, MACHINE),
+            _step(_IS, AUDIT[machine], 1, 0),
+            _step(_GIVE, _ERROR | ENOSYS),
+            _step(_LOAD, NUMBER),
+            _step(_FROM, X32, 0, 1),
+            _step(_GIVE, _ERROR | ENOSYS),
+            *_each([numbers[column] for numbers in REFUSED.values()], _ERROR | ENOSYS),
+            _step(_IS, SOCKETS[machine][0], 1, 0),
+            _step(_IS, SOCKETS[machine][1], 0, 1 + len(families)),
+            _step(_LOAD, FIRST),
+            *families,
+            _step(_GIVE, _ALLOW),
+        ]
+    )
+
+
+def _each(numbers: Sequence[int], verdict: int) -> list[bytes]:
+    """The same verdict for each of them, where what is loaded is it."""
+    return [step for number in numbers for step in (_step(_IS, number, 0, 1), _step(_GIVE, verdict))]
+
+
+def _step(what: int, word: int, then: int = 0, otherwise: int = 0) -> bytes:
+    """An instruction; `then`, `otherwise`: how many of the next ones a jump leaves out."""
+    return struct.pack("<HBBI", what, then, otherwise, word)
