@@ -80,7 +80,7 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
     experiment, rows = _json(folder / "experiment.json"), metrics.read(folder)
     result = _json(folder / "result.json") if what == DONE else _json(folder / "diverged.json") if why[0] == NAN else {}
     episodes = _episodes(folder, experiment, result) if result else []
-    launch = experiment["launch"]
+    launch = experiment.get("launch", {})
     return Archive(
         run=folder.name,
         experiment={key: value for key, value in experiment.items() if key not in LEFT_OUT}
