@@ -295,9 +295,9 @@ def main() -> None:
                 costs.append(measure(case, Path(folder), rounds))
                 show(name, case, costs[-1])
     for source in SOURCES:
-        shares, most = [c.share(source) for c in costs], max(c.memory(source) for c in costs)
+        shares, memory = [c.share(source) for c in costs], max(c.memory(source) for c in costs)
         print(
-            f"{source}: {min(shares):.2%} to {max(shares):.2%} of a step without AEM; its peak memory x {most:.3f} at most"
+            f"{source}: {min(shares):.2%} to {max(shares):.2%} of a step without AEM; its peak memory x {memory:.3f} at most"
         )
 
 
