@@ -1,10 +1,11 @@
-"""Training runs whose truth is known, and how often intervals hold it; `python tests/nulls.py` prints the table.
+"""Training runs whose truth is known, and how often intervals hold it; `python tests/nulls.py 20000` prints the table.
 
 A run solves task t with probability logit^-1(a + b_t + c_t + u), where a is its arm's, b_t the task's, c_t what the arm is to
 that task, and u the run's own; it plays each task k times. What is to be covered follows from the same model by integration:
 on this panel (b, c fixed), or over new tasks (b, c drawn anew).
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from scipy.special import expit
 from aem_exp import compare
 
 SEEDS, EFFECTS = (3, 5, 10), (0.0, 0.4)  # runs per arm; what the one arm has more, in logits: some 6 points
-TASKS, REPEATS, SIMULATIONS = 140, 4, 4000
+TASKS, REPEATS, SIMULATIONS, AT_ONCE = 140, 4, 4000, 500
 TASK_SD, ARM_TASK_SD, RUN_SD = 1.5, 0.5, 0.2  # logits; 0.2 is about 3 points
 BASE = 1.0
 PANEL, NEW_TASKS, BOOTSTRAP = "this panel", "new tasks", "this panel, bootstrap"
@@ -31,39 +32,41 @@ class Row:
     simulations: int
 
 
-def rows(seeds: int, effect: float) -> Iterator[Row]:
+def rows(seeds: int, effect: float, simulations: int = SIMULATIONS) -> Iterator[Row]:
     """Coverage of each interval, for so many runs per arm and such an effect."""
     rng = np.random.default_rng([seeds, round(100 * effect)])
-    held: dict[str, list[bool]] = {PANEL: [], NEW_TASKS: [], BOOTSTRAP: []}
+    held: dict[str, list[np.ndarray]] = {PANEL: [], NEW_TASKS: [], BOOTSTRAP: []}
     truth = _over_tasks(effect)
-    for _ in range(SIMULATIONS):
+    for _ in range(simulations // AT_ONCE):
         levels = _levels(effect, rng)
         one, other = (_played(level, seeds, rng) for level in levels)
-        here = float(np.subtract(*(_mean(level) for level in levels)))
-        held[PANEL].append(_holds(compare.welch(one.mean(-1), other.mean(-1)), here))
+        here = _mean(levels[0]) - _mean(levels[1])
+        runs = one.mean(-1), other.mean(-1)
+        held[PANEL].append(_holds(compare.welch(*runs), here))
         held[NEW_TASKS].append(_holds(compare.across_tasks(one, other), truth))
-        held[BOOTSTRAP].append(_bootstrap(one.mean(-1), other.mean(-1), here, rng))
+        held[BOOTSTRAP].append(_bootstrap(*runs, here, rng))
     for method, hits in held.items():
         share = float(np.mean(hits))
-        yield Row(method, seeds, 100 * truth, share, (share * (1 - share) / SIMULATIONS) ** 0.5, SIMULATIONS)
+        yield Row(method, seeds, 100 * truth, share, (share * (1 - share) / simulations) ** 0.5, simulations)
 
 
 def _levels(effect: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The two arms' logits for each task of a panel."""
-    task = BASE + rng.normal(0, TASK_SD, TASKS)
-    own = rng.normal(0, ARM_TASK_SD, (2, TASKS))
+    """The two arms' logits for each task of a panel, panel by panel."""
+    task = BASE + rng.normal(0, TASK_SD, (AT_ONCE, TASKS))
+    own = rng.normal(0, ARM_TASK_SD, (2, AT_ONCE, TASKS))
     return task + own[0] + effect, task + own[1]
 
 
-def _played(level_T: np.ndarray, seeds: int, rng: np.random.Generator) -> np.ndarray:
-    chance = expit(level_T + rng.normal(0, RUN_SD, (seeds, 1)))
+def _played(level: np.ndarray, seeds: int, rng: np.random.Generator) -> np.ndarray:
+    """Scores: (panels, runs, tasks)."""
+    chance = expit(level[:, None] + rng.normal(0, RUN_SD, (AT_ONCE, seeds, 1)))
     return rng.binomial(REPEATS, chance) / REPEATS
 
 
-def _mean(level_T: np.ndarray) -> float:
-    """What runs score on this panel on average: over their own part, by Gauss and Hermite."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(21)
-    return float((expit(level_T[:, None] + RUN_SD * nodes) @ weights).mean() / weights.sum())
+def _mean(level: np.ndarray) -> np.ndarray:
+    """What runs score on each panel on average: over their own part, by Gauss and Hermite."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(9)
+    return (expit(level[..., None] + RUN_SD * nodes) @ weights).mean(-1) / weights.sum()
 
 
 @cache
@@ -74,21 +77,23 @@ def _over_tasks(effect: float) -> float:
     return float(arms[0] - arms[1])
 
 
-def _holds(found: compare.Interval, truth: float) -> bool:
-    return bool(found.low <= truth <= found.high)
+def _holds(found: compare.Interval, truth: float | np.ndarray) -> np.ndarray:
+    return (found.low <= truth) & (truth <= found.high)
 
 
-def _bootstrap(one: np.ndarray, other: np.ndarray, truth: float, rng: np.random.Generator) -> bool:
+def _bootstrap(one: np.ndarray, other: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The plain bootstrap over seeds, for comparison."""
-    drawn = [rng.choice(x, (500, len(x))).mean(1) for x in (one, other)]
-    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
-    return bool(low <= truth <= high)
+    panels, seeds = one.shape
+    chosen = rng.integers(seeds, size=(2, panels, 500, seeds))
+    drawn = [np.take_along_axis(x[:, None], i, -1).mean(-1) for x, i in zip((one, other), chosen, strict=True)]
+    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975], axis=-1)
+    return (low <= truth) & (truth <= high)
 
 
 if __name__ == "__main__":
     print(f"{'interval':<24} {'runs':>4} {'effect':>7} {'holds the truth':>16}")
     for seeds in SEEDS:
         for effect in EFFECTS:
-            for row in rows(seeds, effect):
+            for row in rows(seeds, effect, int(sys.argv[1]) if len(sys.argv) > 1 else SIMULATIONS):
                 held = f"{100 * row.coverage:.1f} +- {100 * row.error:.1f} %"
                 print(f"{row.method:<24} {row.seeds:>4} {row.effect:>7.1f} {held:>16}")
