@@ -39,17 +39,8 @@ shown, and an oracle, who knows the answer. Asked again it goes on, or shows wha
 """
 KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
 HERE = (  # what an evaluation reads of launch
-    *(
-        "name",
-        "gpus_per_node",
-        "threads",
-        "sampler",
-        "servers",
-        "server_seconds",
-        "workers",
-        "workers_at",
-        "env_seconds",
-    ),
+    *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
+    *("workers", "workers_at", "env_seconds"),
 )
 
 
