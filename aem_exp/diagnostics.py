@@ -2,6 +2,10 @@
 
 Only the mean of alpha over *responses* is 1 by construction. Its token-weighted and advantage-weighted means are a hidden
 change of the step size, and its correlation with length and turn a hidden preference: all are logged.
+
+A response with the advantage A moves the response entropy of its state s by A (S - H(s)), to first order: S is its surprisal,
+-log p of all its tokens, and H(s) what S is on average. That holds for a natural-gradient step on a table of states that are
+visited as often as before; Adam on a clipped ratio, in a network that states share, owes nothing to it.
 """
 
 import torch
@@ -31,6 +35,35 @@ def modulation(
         "alpha_length_corr": correlation(alpha_R, tokens_R),
         "alpha_turn_corr": correlation(alpha_R, turn_R),
     }
+
+
+def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
+    """S - H(s) of each response, in nats, with H(s) the mean surprisal of the *others* at its state; NaN where there are none.
+
+    Never from the response's own token entropies: S minus those leaves noise alone, and drops what they predict.
+    """
+    state_R = torch.unique(state_R, return_inverse=True)[1]
+    surprisal_R, count_S = surprisal_R.double(), torch.bincount(state_R)
+    total_S = surprisal_R.new_zeros(len(count_S)).index_add_(0, state_R, surprisal_R)
+    others_R = count_S[state_R] - 1
+    return surprisal_R - (total_S[state_R] - surprisal_R) / others_R.where(others_R > 0, torch.nan)
+
+
+def drift(advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor) -> dict[str, float]:
+    """How the advantages move the entropy of the states, per response: mean of A (S - H).
+
+    Args:
+        advantage_R: before modulation.
+        given_R: after it; what it adds is `aem`, for the paper mean of A (alpha - 1) (S - H). None: there is none.
+        surprisal_R: nats.
+        state_R: integer id of the state that each response was given in; those alone at theirs say nothing.
+    """
+    relative_R = relative_surprisal(surprisal_R, state_R)
+    known_R = ~relative_R.isnan()
+    if not known_R.any():
+        return {}
+    moved = {"advantage": advantage_R} | ({} if given_R is None else {"aem": given_R - advantage_R})
+    return {name: (value_R * relative_R)[known_R].mean().item() for name, value_R in moved.items()}
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -217,7 +217,8 @@ def alone(folder):
 
 @pytest.mark.parametrize("held", ["whole", "pieces"])
 def test_d_ranks_change_nothing(folder, alone, held):
-    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process.
+    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process,
+    and tell the same drift.
 
     Each holds the whole policy, or its part of every weight.
     """
@@ -228,6 +229,7 @@ def test_d_ranks_change_nothing(folder, alone, held):
     for kind in gloo_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
         assert two.keys() == alone[kind].keys()
+        assert len(two["drift"]) == 2
         for name, weight in alone[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
