@@ -409,7 +409,10 @@ class AEMTrainer(GRPOTrainer):
         lam = self.aem.lam or 0.0
         scope_U = arms.scoped(self.arm, group_U, trajectory_U)
         credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
-        credit.alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        credit.alpha_U = arms.kept(self.arm, advantage_U, alpha_U)
+        if self.arm.keep != "all":
+            credit.metrics["aem/kept_share"] = (credit.alpha_U > 0).float().mean().item()
         credit.addition_U = arms.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
 
     def _gathered(self, value_U: Tensor) -> Tensor:

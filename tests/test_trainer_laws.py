@@ -17,6 +17,7 @@ import torch
 import toy
 
 from aem_exp import advantages
+from aem_exp.arms import Arm
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
@@ -189,6 +190,19 @@ def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
+    given = {}
+    for keep in ("all", "raising", "lowering"):
+        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, arm=Arm(keep=keep))
+        _, ((batch,),) = first_step(trainer)
+        given[keep] = batch["advantages"] * batch["tool_mask"]
+    for keep in ("raising", "lowering"):
+        trained = given[keep] != 0
+        assert trained.any()
+        assert torch.equal(given[keep][trained], given["all"][trained])
+    assert torch.equal(given["raising"] + given["lowering"], given["all"])
 
 
 WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
