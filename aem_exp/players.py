@@ -56,15 +56,22 @@ def at(
             with closing(world.env()) as env:
                 yield lambda episodes: act(episodes, stage, partial(_anything, env.parse), rules.max_turns)
             return
-        if launch.threads:
-            torch.set_num_threads(launch.threads)
-        device = policy.device(launch)
-        model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
-        chat = Chat(tokenizer, player.model.system, player.model.thinking)
-        sampler = _Watched(LocalSampler(model.to(device), chat.end_ids, Sampling(temperature)), tell)
-        trained_in_bf16 = bool(experiment.trainer.get("bf16"))
-        with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
-            yield partial(Rollout(stage, rules, chat).play, sampler=sampler)
+        with voice(player, experiment, temperature) as (sampler, chat):
+            yield partial(Rollout(stage, rules, chat).play, sampler=_Watched(sampler, tell))
+
+
+@contextmanager
+def voice(player: Player, experiment: Experiment, temperature: float) -> Iterator[tuple[LocalSampler, Chat]]:
+    """A model at its place: what samples from it, and how it is spoken to."""
+    assert player.model is not None
+    if experiment.launch.threads:
+        torch.set_num_threads(experiment.launch.threads)
+    device = policy.device(experiment.launch)
+    model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
+    chat = Chat(tokenizer, player.model.system, player.model.thinking)
+    trained_in_bf16 = bool(experiment.trainer.get("bf16"))
+    with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
+        yield LocalSampler(model.to(device), chat.end_ids, Sampling(temperature)), chat
 
 
 class _Watched:

@@ -66,6 +66,10 @@ KNOWS = {
     "players": {"config", "envs", "policy", "render", "rollout", "sample", "stage", "workers"},
     "scoreboard": {"progress"},
     "evaluate": {"compose", "config", "door", "envs", "exam", "players", "policy", "progress", "scoreboard", "worlds"},
+    "proxy": {
+        *("aem", "config", "diagnostics", "disk", "door", "evaluate", "exam", "players", "progress", "rollout"),
+        *("sample", "scoreboard", "show", "values", "workers"),
+    },
     "prepare": {"config", "door", "policy", "progress", "questions", "values", "worlds"},
     "tracking": {"disk", "door", "metrics", "state", "stores", "values", "views"},
     "show": {"episodes", "metrics", "progress", "scores", "tracking"},
