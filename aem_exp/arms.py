@@ -24,6 +24,7 @@ class Arm:
         signal: mean token entropy, or mean surprisal (-log p of the sampled tokens) in its place.
         unit: what gets a coefficient: a response, or each token by its own signal.
         shuffle: permute the coefficients within their scope, by a seeded generator: the placebo.
+        keep: train all units, or those alone whose training raises, or lowers, the entropy of the policy: see `kept`.
         bonus: zeta of EMPG (arXiv 2509.09265): what the clarity of the trajectory's next response adds.
         bonus_lam: k' of EMPG.
         centred: subtract the mean over the batch from the modulated advantages, as EMPG does.
@@ -33,6 +34,7 @@ class Arm:
     signal: Literal["entropy", "surprisal"] = "entropy"
     unit: Literal["response", "token"] = "response"
     shuffle: bool = False
+    keep: Literal["all", "raising", "lowering"] = "all"
     bonus: float = 0.0
     bonus_lam: float = 1.0
     centred: bool = False
@@ -62,6 +64,19 @@ def shuffled(alpha_U: Tensor, scope_U: Tensor, rng: np.random.Generator) -> Tens
     taken = order[torch.argsort(scope_U[order], stable=True)]  # scope by scope, each in random order
     given = torch.argsort(scope_U, stable=True)
     return torch.empty_like(alpha_U).index_copy_(0, given, alpha_U[taken])
+
+
+def kept(arm: Arm, advantage_U: Tensor, alpha_U: Tensor) -> Tensor:
+    """The coefficients of the units that are trained, and 0 for all others: the causal check.
+
+    A trained response moves entropy by A alpha (S - H) (see `diagnostics.drift`), and where lambda is above 0, alpha < 1 stands
+    for S > H. So A (alpha - 1) < 0 raises entropy, by uncertain successes and certain failures; > 0 lowers it, by certain
+    successes and uncertain failures. What is 0 (alpha = 1, as in a gated group, or A = 0) is of neither kind.
+    """
+    if arm.keep == "all":
+        return alpha_U
+    side_U = advantage_U * (alpha_U - 1)
+    return alpha_U.where(side_U < 0 if arm.keep == "raising" else side_U > 0, 0.0)
 
 
 def addition(arm: Arm, advantage_U: Tensor, alpha_U: Tensor, signal_U: Tensor, trajectory_U: Tensor) -> Tensor | None:

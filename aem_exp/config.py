@@ -70,6 +70,7 @@ class Modulation:
     signal: Literal["entropy", "surprisal"] = "entropy"
     unit: Literal["response", "token"] = "response"
     shuffle: bool = False
+    keep: Literal["all", "raising", "lowering"] = "all"
     bonus: Annotated[float, NOT_NEGATIVE] = 0.0
     bonus_lam: float = 1.0
     centred: bool = False

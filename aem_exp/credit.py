@@ -31,7 +31,8 @@ class Credit:
             in its group's mean, `kept` is trained.
         owned_N: ids of the responses of each row.
         units_N: ids of the units of each row.
-        signal_U: what the coefficients are made of; filled as the rows are measured, like `entropy_R`.
+        signal_U: what the coefficients are made of; filled as the rows are measured, like `entropy_R` and `surprisal_R`
+            (the means over a response's tokens).
         addition_U: what is added to the modulated advantages, if anything is.
     """
 
@@ -47,6 +48,7 @@ class Credit:
     advantage_R: Tensor
     response_U: Tensor
     entropy_R: Tensor
+    surprisal_R: Tensor
     signal_U: Tensor
     alpha_U: Tensor | None = None
     addition_U: Tensor | None = None
@@ -59,9 +61,18 @@ class Credit:
     @property
     def alpha_R(self) -> Tensor | None:
         """The coefficient of each response: the mean over its units."""
+        return None if self.alpha_U is None else self._over_units(self.alpha_U)
+
+    @property
+    def given_R(self) -> Tensor | None:
+        """The advantage of each response after modulation: the mean over its units."""
         if self.alpha_U is None:
             return None
-        sums_R = torch.zeros_like(self.entropy_R).index_add_(0, self.response_U, self.alpha_U)
+        given_U = self.advantage_R[self.response_U] * self.alpha_U
+        return self._over_units(given_U if self.addition_U is None else given_U + self.addition_U)
+
+    def _over_units(self, value_U: Tensor) -> Tensor:
+        sums_R = torch.zeros_like(self.entropy_R).index_add_(0, self.response_U, value_U)
         return sums_R / torch.bincount(self.response_U, minlength=len(sums_R)).clamp(min=1)
 
     def owned(self, chosen: Sequence[int]) -> Tensor:
@@ -136,6 +147,7 @@ def assign(
         advantage_R=advantage_R[stays_M[seen.trajectory_R]],
         response_U=response_U,
         entropy_R=torch.zeros(len(tokens_R)),
+        surprisal_R=torch.zeros(len(tokens_R)),
         signal_U=torch.zeros(len(response_U)),
     )
 
@@ -224,11 +236,23 @@ def describe(credit: Credit) -> dict[str, float]:
     }
     for how in sorted({t.ended for t in credit.played}):
         out[f"train/ended_{how}"] = mean([t.ended == how for t in credit.played])
+    out |= {f"drift/{name}": value for name, value in _drift(credit, tokens_R, turn_R == 0).items()}
     alpha_R = credit.alpha_R
     if alpha_R is not None:
         numbers = diagnostics.modulation(alpha_R, credit.entropy_R, credit.advantage_R, tokens_R, turn_R)
         out |= {f"aem/{name}": value for name, value in numbers.items()}
     return out | credit.metrics | _tokens(credit)
+
+
+def _drift(credit: Credit, tokens_R: Tensor, first_R: Tensor) -> dict[str, float]:
+    """The drift of entropy at the first turn, where all members of a group are in the same state."""
+    given_R = credit.given_R
+    return diagnostics.drift(
+        credit.advantage_R[first_R],
+        None if given_R is None else given_R[first_R],
+        (credit.surprisal_R * tokens_R)[first_R],
+        credit.group_R[first_R],
+    )
 
 
 def _tokens(credit: Credit) -> dict[str, float]:

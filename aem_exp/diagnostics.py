@@ -2,6 +2,10 @@
 
 Only the mean of alpha over *responses* is 1 by construction. Its token-weighted and advantage-weighted means are a hidden
 change of the step size, and its correlation with length and turn a hidden preference: all are logged.
+
+A response with the advantage A moves the response entropy of its state s by A (S - H(s)), to first order: S is its surprisal,
+-log p of all its tokens, and H(s) what S is on average. That holds for a natural-gradient step on a table of states that are
+visited as often as before; Adam on a clipped ratio, in a network that states share, owes nothing to it.
 """
 
 import torch
@@ -31,6 +35,75 @@ def modulation(
         "alpha_length_corr": correlation(alpha_R, tokens_R),
         "alpha_turn_corr": correlation(alpha_R, turn_R),
     }
+
+
+def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
+    """S - H(s) of each response, in nats, with H(s) the mean surprisal of the *others* at its state; NaN where there are none.
+
+    Never from the response's own token entropies: S minus those leaves noise alone, and drops what they predict.
+    """
+    state_R = torch.unique(state_R, return_inverse=True)[1]
+    surprisal_R, count_S = surprisal_R.double(), torch.bincount(state_R)
+    total_S = surprisal_R.new_zeros(len(count_S)).index_add_(0, state_R, surprisal_R)
+    others_R = count_S[state_R] - 1
+    return surprisal_R - (total_S[state_R] - surprisal_R) / others_R.where(others_R > 0, torch.nan)
+
+
+def drift(advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor) -> dict[str, float]:
+    """How the advantages move the entropy of the states, per response: mean of A (S - H).
+
+    Args:
+        advantage_R: before modulation.
+        given_R: after it; what it adds is `aem`, for the paper mean of A (alpha - 1) (S - H). None: there is none.
+        surprisal_R: nats.
+        state_R: integer id of the state that each response was given in; those alone at theirs say nothing.
+    """
+    relative_R = relative_surprisal(surprisal_R, state_R)
+    known_R = ~relative_R.isnan()
+    if not known_R.any():
+        return {}
+    moved = {"advantage": advantage_R} | ({} if given_R is None else {"aem": given_R - advantage_R})
+    return {name: (value_R * relative_R)[known_R].mean().item() for name, value_R in moved.items()}
+
+
+def validity(
+    alpha_R: Tensor, relative_R: Tensor, state_R: Tensor, draws: int = 2000, seed: int = 0
+) -> dict[str, float | int | list[float]]:
+    """How well 1 - alpha stands for S - H(s), where coefficients compare the responses of a state.
+
+    Args:
+        alpha_R: their mean is 1 in every state.
+        relative_R: see `relative_surprisal`; its mean is 0 in every state.
+        state_R: ids 0..S-1.
+        draws: of as many states, with replacement, for the 95 % intervals.
+
+    Returns:
+        r: Pearson's, over all responses. states_agree: of the `states_open`, in which alpha differs (the gate leaves it 1 in the
+        others) and surprisal too, those where the two vary together. responses_agree: the share of responses of open states whose
+        two signs are one. Each with its interval; NaN where nothing is open.
+    """
+    x_R, y_R = 1 - alpha_R.double(), relative_R.double()
+    states = int(state_R.max()) + 1
+    parts_RK = torch.stack([x_R * x_R, y_R * y_R, x_R * y_R, (x_R * y_R > 0).double(), torch.ones_like(x_R)], dim=1)
+    sums_SK = x_R.new_zeros(states, 5).index_add_(0, state_R, parts_RK)
+    open_S = (sums_SK[:, 0] > 0) & (sums_SK[:, 1] > 0)
+    xx_S, yy_S, xy_S, same_S, count_S = sums_SK.unbind(1)
+    agree_S = (xy_S > 0) & open_S
+    columns_SK = torch.stack([xx_S, yy_S, xy_S, agree_S, open_S, same_S * open_S, count_S * open_S], dim=1)
+    drawn_DS = torch.randint(states, (draws, states), generator=torch.Generator().manual_seed(seed))
+    out: dict[str, float | int | list[float]] = {"states": states, "responses": len(x_R)}
+    out |= {"states_open": int(open_S.sum()), "states_agree": int(agree_S.sum())}
+    found, spread = _validity(columns_SK.sum(0)), _validity(columns_SK[drawn_DS].sum(1))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    for name in found:
+        out[f"{name}_interval"] = torch.nanquantile(spread[name], ends).tolist()
+    return out | {name: found[name].item() for name in ("r", "responses_agree")}
+
+
+def _validity(total_K: Tensor) -> dict[str, Tensor]:
+    """What sums over states, in the last dimension, add up to; those of states and of responses as shares."""
+    xx, yy, xy, agree, opened, same, counted = total_K.unbind(-1)
+    return {"r": xy / (xx * yy).sqrt(), "states_agree": agree / opened, "responses_agree": same / counted}
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -52,25 +52,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
+    parser = asking("python -m aem_exp.evaluate", ABOUT)
+    parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
+    parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
+    parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
+    parser.add_argument("--only", action="append", choices=PLAYERS, help="leave the other rows out (may be repeated)")
+    asked = asked_by(parser, argv, ("repeats", "tasks", "at_once"))
+    if asked.temperature is not None and not 0 < asked.temperature < math.inf:
+        remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
+        raise ConfigError("--temperature", asked.temperature, remedy)
+    return asked
+
+
+def asking(command: str, about: str) -> door.Parser:
+    """The parser of a door that is pointed at a run or a model."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.evaluate", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = door.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run; or a hub id, or a folder of weights"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="other settings of env, model, launch, outputs"
     )
-    parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
-    parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
-    parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
-    parser.add_argument("--only", action="append", choices=PLAYERS, help="leave the other rows out (may be repeated)")
     parser.add_argument("--at-once", type=int, default=128, help="episodes in memory together (default: 128)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
     parser.add_argument("--config-dir", help="a folder of your own over conf/")
     parser.add_argument(
         "--trust", action="store_true", help="read somebody else's run; its config can call any function"
     )
+    return parser
+
+
+def asked_by(parser: door.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
+    """What a command line asks of such a door; `counts` are its options that are whole numbers of at least 1."""
     asked = parser.parse_intermixed_args(argv)
     if asked.target is None or "=" in asked.target:
         raise ConfigError("RUN_DIR|MODEL", asked.target, "a run dir, a hub id or a folder of weights comes first")
@@ -79,12 +94,9 @@ def _read(argv: list[str]) -> argparse.Namespace:
             raise ConfigError(
                 "RUN_DIR|MODEL", text, f"one at a time, and there is {asked.target}; settings are KEY=VALUE"
             )
-    for option in ("repeats", "tasks", "at_once"):
+    for option in counts:
         if (value := getattr(asked, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", value, "must be a whole number of at least 1")
-    if asked.temperature is not None and not 0 < asked.temperature < math.inf:
-        remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
-        raise ConfigError("--temperature", asked.temperature, remedy)
     return asked
 
 
@@ -93,13 +105,13 @@ def _act(asked: argparse.Namespace) -> int:
 
     progress.quiet()
     door.reach(asked.config_dir)
-    if _is_run(asked.target):
+    if points_at_run(asked.target):
         door.reach_run(asked.target)
     from aem_exp.scoreboard import Line, show
     from aem_exp.servers import Unheld
 
     with Line() as line:
-        exam, players, left_out = _setting(asked)
+        exam, players, left_out = setting(asked)
         found = {}
         for player in players:
             try:
@@ -127,7 +139,7 @@ def _next(asked: argparse.Namespace, exam: Exam) -> str:
         return shlex.join(
             ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
         )
-    if _is_run(asked.target):
+    if points_at_run(asked.target):
         steps = 2 * exam.experiment.trainer["steps"]
         return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
     return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target), *own])
@@ -143,9 +155,9 @@ def _at_path(target: str) -> list[str]:
 # What is asked for.
 
 
-def _setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, str]]:
+def setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, str]]:
     """The exam, who sits it, and why some do not."""
-    is_run = _is_run(asked.target)
+    is_run = points_at_run(asked.target)
     keys = KEYS["run" if is_run else "model"]
     for text in asked.overrides:
         key, _, value = text.lstrip("+~").partition("=")
@@ -170,7 +182,7 @@ def _path(target: str) -> Path:
     return Path(target).expanduser().absolute()
 
 
-def _is_run(target: str) -> bool:
+def points_at_run(target: str) -> bool:
     return (_path(target) / "experiment.json").exists()
 
 
@@ -306,10 +318,10 @@ def _start(original: Experiment) -> str:
 
 def _home(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Player") -> Path:
     """The folder that keeps the evaluations: the run dir, or for a model one named by its weights and its world."""
-    if _is_run(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
+    if points_at_run(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
         return _path(asked.target)
     root = config.outputs_root(experiment)
-    if _is_run(asked.target):
+    if points_at_run(asked.target):
         return root / _path(asked.target).name
     identity = {"env": rules(experiment), "world": world.fingerprint, **policy.identity()}
     return root / f"{experiment.model.name}-{digest(identity)}"

@@ -147,7 +147,7 @@ def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any
     folder = exam.out / "evaluations" / name
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
-        with _alone(folder, line):
+        with alone(folder, line):
             if not (folder / RESULT).exists():
                 _play(exam, player, folder, identity, line)
     return folder, json.loads((folder / RESULT).read_text())
@@ -164,7 +164,7 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, line: "Line") -> Iterator[None]:
+def alone(folder: Path, line: "Line") -> Iterator[None]:
     """One process at a time; whoever comes second waits, and finds the result."""
     from filelock import FileLock, Timeout
 

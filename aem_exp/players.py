@@ -75,14 +75,22 @@ def at(
                 choose = partial(_anything, env.parse)
                 yield _in_parts(lambda episodes: act(episodes, stage, choose, rules.max_turns), at_once)
             return
-        with (_served if launch.sampler == "served" else _loaded)(player, experiment) as (make, tokenizer):
-            chat = Chat(tokenizer, player.model.system, player.model.thinking)
-            sampler = make(chat.end_ids, Sampling(temperature))
+        with voice(player, experiment, temperature) as (sampler, chat):
             rollout = Rollout(stage, rules, chat, at_once)
             if isinstance(sampler, Independent):
                 yield partial(rollout.flow, sampler=_WatchedAlone(sampler, watcher))
             else:
                 yield _in_parts(partial(rollout.play, sampler=_Watched(sampler, watcher)), at_once)
+
+
+@contextmanager
+def voice(player: Player, experiment: Experiment, temperature: float) -> Iterator[tuple[Any, Chat]]:
+    """What samples for a model, which is loaded here or on servers, and how it is spoken to."""
+    assert player.model is not None
+    where = _served if experiment.launch.sampler == "served" else _loaded
+    with where(player, experiment) as (make, tokenizer):
+        chat = Chat(tokenizer, player.model.system, player.model.thinking)
+        yield make(chat.end_ids, Sampling(temperature)), chat
 
 
 Make = Callable[[Sequence[int], Sampling], Any]  # a sampler, from end tokens and how it samples

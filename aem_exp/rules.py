@@ -139,6 +139,10 @@ def _modulation(e: Experiment) -> None:
             )
     if m.bonus_lam != neutral.bonus_lam and not m.bonus:
         raise ConfigError("modulation.bonus_lam", m.bonus_lam, "only read with modulation.bonus above 0")
+    if m.keep != neutral.keep and (m.bonus or m.centred):
+        field = "bonus" if m.bonus else "centred"
+        remedy = f"would train what modulation.keep={m.keep} leaves out; only read with modulation.keep=all"
+        raise ConfigError(f"modulation.{field}", getattr(m, field), remedy)
     if m.bonus and m.unit == "token":
         raise ConfigError("modulation.bonus", m.bonus, "is paid for the next response; needs modulation.unit=response")
 

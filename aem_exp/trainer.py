@@ -326,6 +326,7 @@ class AEMTrainer(GRPOTrainer):
         with self.clock("scoring"):
             for update in updates:
                 update.batches = [self._measure(credit, micro, told) for micro in update.micros]
+            credit.surprisal_R = self._gathered(credit.surprisal_R)
         with self.clock("aem"):
             credit.entropy_R = self._gathered(credit.entropy_R)
             if self.aem.lam is not None:
@@ -356,7 +357,7 @@ class AEMTrainer(GRPOTrainer):
         return out
 
     def _measure(self, credit: Credit, micro: list[int], told: bool) -> Batch:
-        """Pack a micro-batch with its old log-probs, and note the entropies of its responses.
+        """Pack a micro-batch with its old log-probs, and note the entropies and surprisals of its responses.
 
         `told`: the sampler gave log-probs; another engine's are its own, and are corrected for.
         Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
@@ -374,7 +375,9 @@ class AEMTrainer(GRPOTrainer):
         if self.beta:
             batch["ref_per_token_logps"] = self._reference(batch)
         response_NT = aem.responses(batch["tool_mask"])
-        credit.entropy_R[credit.owned(micro)] = aem.response_entropy(entropies, response_NT)
+        owned = credit.owned(micro)
+        credit.entropy_R[owned] = aem.response_entropy(entropies, response_NT)
+        credit.surprisal_R[owned] = aem.response_entropy(-logps, response_NT)
         if self.arm.own_signal:
             signal_NT = entropies if self.arm.signal == "entropy" else -logps
             one_each = self.arm.unit == "token"
@@ -406,7 +409,10 @@ class AEMTrainer(GRPOTrainer):
         lam = self.aem.lam or 0.0
         scope_U = arms.scoped(self.arm, group_U, trajectory_U)
         credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
-        credit.alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        credit.alpha_U = arms.kept(self.arm, advantage_U, alpha_U)
+        if self.arm.keep != "all":
+            credit.metrics["aem/kept_share"] = (credit.alpha_U > 0).float().mean().item()
         credit.addition_U = arms.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
 
     def _gathered(self, value_U: Tensor) -> Tensor:

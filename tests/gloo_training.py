@@ -20,7 +20,7 @@ KINDS = ("grpo", "dapo", "dr_grpo", "adapter")
 
 
 def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """The toy's, after two steps; `how`: the launch's own settings of TRL."""
+    """The toy's, after two steps, and the drift of entropy in the first; `how`: the launch's own settings of TRL."""
     settings = {
         "loss_type": "grpo" if kind == "adapter" else kind,
         "beta": 0.05,
@@ -33,9 +33,12 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (how or {})))
     more = {"model": adapted(folder)} if kind == "adapter" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
+    rows: list[dict[str, float]] = []
+    trainer.aem.report = lambda step, row: rows.append(row)
     trainer.train()
+    drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    return sharded.gathered(trained) or trained.state_dict()
+    return (sharded.gathered(trained) or trained.state_dict()) | {"drift": drift}
 
 
 def adapted(folder: Path) -> Any:

@@ -259,6 +259,8 @@ AT_RESOLVING = [
     ("trainer.oversample=2", "trainer.oversample", "only read with trainer.drop_equal=true"),
     ("modulation.bonus=0.05 | modulation.unit=token", "modulation.bonus", "modulation.unit=response"),
     ("modulation.bonus_lam=2", "modulation.bonus_lam", "modulation.bonus above 0"),
+    ("modulation.keep=raising | modulation.centred=true", "modulation.centred", "modulation.keep=raising"),
+    ("modulation.keep=rising", "modulation.keep", "did you mean raising?"),
     ("modulation.scope=groups", "modulation.scope", "did you mean group?"),
     (
         "launch.trainer.per_device_train_batch_size=1",

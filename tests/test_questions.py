@@ -59,7 +59,9 @@ def test_every_file_resolves_and_each_cell_is_what_it_would_be_alone(file):
 
 def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
     for name in ("ablations", "household_ablations"):
-        assert set(load(name, ["seed=0"]).arms) == set(GROUPS["modulation"])
+        causal = load(name.replace("ablations", "causal"), ["seed=0"]).arms
+        assert set(causal) - {"aem", "none"} == {"raising", "lowering"}
+        assert {*load(name, ["seed=0"]).arms, *causal} == set(GROUPS["modulation"])
     main = {
         (e.env.name, e.model.name, e.baseline.name, e.modulation.name)
         for e in (cell.experiment for cell in load("main", ["seed=0"]).cells)

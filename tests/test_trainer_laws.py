@@ -17,6 +17,7 @@ import torch
 import toy
 
 from aem_exp import advantages
+from aem_exp.arms import Arm
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
@@ -191,6 +192,19 @@ def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
+    given = {}
+    for keep in ("all", "raising", "lowering"):
+        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, arm=Arm(keep=keep))
+        _, ((batch,),) = first_step(trainer)
+        given[keep] = batch["advantages"] * batch["tool_mask"]
+    for keep in ("raising", "lowering"):
+        trained = given[keep] != 0
+        assert trained.any()
+        assert torch.equal(given[keep][trained], given["all"][trained])
+    assert torch.equal(given["raising"] + given["lowering"], given["all"])
+
+
 WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
 
 
@@ -217,7 +231,8 @@ def alone(folder):
 
 @pytest.mark.parametrize("held", ["whole", "pieces"])
 def test_d_ranks_change_nothing(folder, alone, held):
-    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process.
+    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process,
+    and tell the same drift.
 
     Each holds the whole policy, or its part of every weight.
     """
@@ -228,6 +243,7 @@ def test_d_ranks_change_nothing(folder, alone, held):
     for kind in gloo_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
         assert two.keys() == alone[kind].keys()
+        assert len(two["drift"]) == 2
         for name, weight in alone[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"

@@ -1,0 +1,248 @@
+"""Door: does the coefficient see what it stands for? A policy's own responses, sampled anew at states of its episodes.
+
+`python -m aem_exp.proxy RUN_DIR`, or a model. AEM takes the mean token entropy of a response for its relative surprisal,
+S - H(s): its surprisal against what that is on average at its state. Here H(s) is known from other samples at the same state.
+
+The states: one turn of each of so many episodes, any of its turns alike. The paper shows 64 states and a number of samples that
+we could not read; whether its alpha compares those samples, as it does here, or a whole rollout group, is not known to us either.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aem_exp import disk, door, evaluate
+from aem_exp.config import ConfigError, Env
+from aem_exp.evaluate import POLICY, UNTRAINED
+from aem_exp.exam import RESULT, Exam, alone, digest, episodes, rules
+from aem_exp.values import Stop
+
+if TYPE_CHECKING:
+    from aem_exp.players import Player
+    from aem_exp.rollout import Trajectory
+    from aem_exp.sample import Sampler
+    from aem_exp.scoreboard import Line
+
+STATES, SAMPLES, FIGURE = "states.json", "samples.jsonl", "proxy.png"
+GATES = {"gated": 0.1, "ungated": 0.0}  # the paper's, and none
+LAM = 1.0  # the paper's
+
+ABOUT = """\
+Sample a policy's responses again and again at some states of its episodes, and compare 1 - alpha of each (AEM's, the samples
+of a state being its group) with its relative surprisal S - H(s): r over all responses, and how many states and responses agree
+in sign. Beside it the policy that training started from. Asked again it goes on, or shows what is there.
+
+  python -m aem_exp.proxy outputs/household-tiny-grpo-aem-s0-0123456789ab
+  python -m aem_exp.proxy Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=alfworld --samples 8
+"""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a response is given: the exact tokens in front of it, and how long it may be."""
+
+    task: str
+    member: int
+    turn: int
+    prompt: list[int]
+    budget: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    again = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
+    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    parser = evaluate.asking("python -m aem_exp.proxy", ABOUT)
+    parser.add_argument("--panel", default="dev", help="tasks whose episodes pass through the states (default: dev)")
+    parser.add_argument("--states", type=int, default=64, help="default: 64, as in the paper")
+    parser.add_argument("--samples", type=int, default=16, help="responses at each of them (default: 16)")
+    parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="leave the other row out")
+    parser.set_defaults(tasks=None, repeats=1, temperature=1.0)
+    asked = evaluate.asked_by(parser, argv, ("states", "at_once"))
+    if asked.samples < 2:
+        raise ConfigError("--samples", asked.samples, "must be at least 2: each is compared with the others")
+    return asked
+
+
+def _act(asked: argparse.Namespace) -> int:
+    from aem_exp import progress
+
+    progress.quiet()
+    door.reach(asked.config_dir)
+    if evaluate.points_at_run(asked.target):
+        door.reach_run(asked.target)
+        asked.only = asked.only or [POLICY, UNTRAINED]
+    asked.only = asked.only or [POLICY]
+    from aem_exp.scoreboard import Line
+
+    with Line() as line:
+        exam, players, _ = evaluate.setting(asked)
+        if (sampler := exam.experiment.launch.sampler) != "local":
+            raise ConfigError("launch.sampler", sampler, "must be local: servers do not tell the entropies of tokens")
+        found = {player.name: examine(exam, player, asked.states, asked.samples, line) for player in players}
+    results = {name: result for name, (_, result) in found.items()}
+    print(json.dumps(results, indent=1) if asked.json else _table(results, [folder for folder, _ in found.values()]))
+    return 0
+
+
+def examine(exam: Exam, player: "Player", states: int, samples: int, line: "Line") -> tuple[Path, dict[str, Any]]:
+    """The folder of a player's samples and what its `result.json` says; what is not sampled yet is sampled first."""
+    identity = {
+        "env": rules(exam.experiment),
+        "world": exam.world.fingerprint,
+        "panel": [exam.panel.name, exam.panel.hash],
+        "asked": [states, samples, exam.temperature],
+        **player.identity(),
+        **({"bf16": True} if exam.experiment.trainer.get("bf16") else {}),
+    }
+    folder = exam.out / "proxy" / f"{exam.panel.name}-{states}x{samples}-{digest(identity)}-{player.name}"
+    if not (folder / RESULT).exists():
+        disk.check_writable(folder, "outputs")
+        with alone(folder, line):
+            if not (folder / RESULT).exists():
+                _sample(exam, player, states, samples, folder, line)
+                _conclude(folder, samples, identity)
+    return folder, json.loads((folder / RESULT).read_text())
+
+
+def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Path, line: "Line") -> None:
+    """Find the states, unless they are on disk; then sample at those that are not there yet."""
+    from aem_exp import players
+    from aem_exp.rollout import Rollout
+    from aem_exp.workers import stage_of
+
+    env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
+    line.say(f"{player.name}: loading its weights")
+    with (
+        closing(stage_of(exam.world, env.make, launch)) as stage,
+        players.voice(player, exam.experiment, exam.temperature) as (sampler, chat),
+    ):
+        if not (folder / STATES).exists():
+            line.say(f"{player.name}: playing {states} episodes")
+            wanted = sorted(episodes(panel, -(-states // len(panel.tasks))), key=lambda episode: episode.member)
+            rollout = Rollout(stage, env, chat, exam.at_once)
+            chosen = [state for t in rollout.play(wanted[:states], sampler) for state in passed(t, env)]
+            if not chosen:
+                raise Stop(f"no episode of the panel {panel.name} could be played", "env")
+            disk.write(folder / STATES, json.dumps([asdict(state) for state in chosen]))
+        chosen = [State(**state) for state in json.loads((folder / STATES).read_text())]
+        line.say(f"{player.name}: sampling {samples} responses at each of {len(chosen)} states")
+        done, together = len(_lines(folder)), max(1, exam.at_once // samples)
+        for start in range(done, len(chosen), together):
+            said = responses(chosen[start : start + together], samples, sampler)
+            with (folder / SAMPLES).open("a") as file:
+                file.writelines(json.dumps(state) + "\n" for state in said)
+
+
+def passed(trajectory: "Trajectory", env: Env) -> list[State]:
+    """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
+    from aem_exp.rollout import CRASHED
+    from aem_exp.sample import generator
+
+    t = trajectory
+    if t.ended == CRASHED or not t.responses:
+        return []
+    turn = int(generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
+    prompt = list(t.responses[turn].prompt)
+    if env.history == "full":
+        before = [token for r in t.responses[:turn] for token in (*r.prompt, *r.sample.ids)]
+        prompt = before + prompt
+    return [State(t.task.id, t.member, turn, prompt, min(env.response_tokens, env.context_tokens - len(prompt)))]
+
+
+def responses(states: Sequence[State], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
+    """What is sampled at each state: mean token entropies, surprisals (nats) and lengths."""
+    slots = [(state, k) for state in states for k in range(samples)]
+    said = sampler.session().generate(
+        range(len(slots)),
+        [state.prompt for state, _ in slots],
+        [("proxy", state.task, state.member, state.turn, k) for state, k in slots],
+        [state.budget for state, _ in slots],
+    )
+    groups = [said[i * samples : (i + 1) * samples] for i in range(len(states))]
+    return [
+        {
+            "turn": state.turn,
+            "entropy": [sum(s.entropies) / len(s.entropies) for s in group],
+            "surprisal": [-math.fsum(s.logps) for s in group],
+            "tokens": [len(s.ids) for s in group],
+        }
+        for state, group in zip(states, groups, strict=True)
+    ]
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """What is sampled already; half a line, which a killed process left, is taken away."""
+    file = folder / SAMPLES
+    text = file.read_text() if file.exists() else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    disk.write(file, "".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
+    """Compare, draw, and write the result."""
+    import torch
+
+    from aem_exp import aem, diagnostics, show
+
+    said = _lines(folder)
+    entropy_R, surprisal_R = (torch.tensor([v for s in said for v in s[key]]) for key in ("entropy", "surprisal"))
+    state_R = torch.arange(len(said)).repeat_interleave(samples)
+    relative_R = diagnostics.relative_surprisal(surprisal_R, state_R)
+    alphas = {name: aem.coefficients(entropy_R, state_R, LAM, gate) for name, gate in GATES.items()}
+    found = {name: diagnostics.validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
+    show.scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
+    result = {"samples": samples, "turns": [s["turn"] for s in said], **found, "identity": identity}
+    disk.write(folder / RESULT, json.dumps(_known(result), indent=1, allow_nan=False) + "\n")
+
+
+def _known(value: Any) -> Any:
+    """JSON has no NaN: null, where nothing is known."""
+    if isinstance(value, dict):
+        return {key: _known(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_known(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _table(results: dict[str, dict[str, Any]], folders: Sequence[Path]) -> str:
+    """What a person reads."""
+    first = next(iter(results.values()))
+    lines = [
+        f"1 - alpha against S - H(s): {first['ungated']['states']} states, {first['samples']} responses at each",
+        "(in brackets: 95 %, over states; the paper: r = 0.63, 55 of 64 states)",
+        f"{'':20}{'r':>20}{'states agree':>26}{'responses agree':>26}",
+    ]
+    for player, result in results.items():
+        for name, gate in GATES.items():
+            f = result[name]
+            title = f"{player}, gate {gate:g}" if gate else f"{player}, no gate"
+            r = f"{_number(f['r'], '.2f')} {_interval(f['r_interval'], '.2f')}"
+            states = f"{f['states_agree']} of {f['states_open']} {_interval(f['states_agree_interval'], '.0%')}"
+            share = f"{_number(f['responses_agree'], '.0%')} {_interval(f['responses_agree_interval'], '.0%')}"
+            lines.append(f"{title:20}{r:>20}{states:>26}{share:>26}")
+    return "\n".join([*lines, "", *(f"{folder / FIGURE}" for folder in folders)])
+
+
+def _interval(ends: Sequence[float | None], spec: str) -> str:
+    return "[" + ", ".join(_number(end, spec) for end in ends) + "]"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
