@@ -32,6 +32,7 @@ class Asked:
     name: str
     question: str
     file: str
+    source: str  # where its runs were read from
     base: str
     arms: Mapping[str, str]
     seeds: Sequence[int]
@@ -128,6 +129,7 @@ def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     ]
     facts = [
         ("sweep", asked.file),
+        ("read from", asked.source),
         ("base", asked.base or "the default experiment"),
         ("seeds", " ".join(map(str, asked.seeds))),
         ("runs", f"{len(done)} of {sum(len(cell.runs) for cell in cells)} done"),
@@ -174,7 +176,19 @@ def _counted(values: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _provenance(cells: Sequence[Cell]) -> Section:
-    columns = ("point", "arm", "code", "machine", "world", "planned budget", "steps", "episodes", "tokens", "updates")
+    columns = (
+        "point",
+        "arm",
+        "code",
+        "policy",
+        "machine",
+        "world",
+        "planned budget",
+        "steps",
+        "episodes",
+        "tokens",
+        "updates",
+    )
     rows = [[cell.point, cell.arm, *_made_by(cell.done)] for cell in cells if cell.done]
     note = (
         "Budgets match as planned: steps x tasks x group x oversampling. Realised episodes, tokens and updates are means per "
@@ -204,12 +218,20 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
     machines = said(f"{a.provenance.get('device')} x {a.provenance.get('processes', 1)}" for a in done if a.provenance)
     return [
         said((a.provenance.get("commit") or "")[:10] for a in done),
+        said(_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),
         said(findings.IDENTITY["planned budgets (steps x tasks x group x oversampling)"](a) for a in done),
         said(a.result.get("steps") for a in done),
         *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
     ]
+
+
+def _policy(archive: Archive) -> str:
+    """What training began with: a model and its weights, or how it was made."""
+    model = archive.experiment.get("model") or {}
+    revision = archive.provenance.get("weights") or model.get("revision") or ("made here" if model.get("make") else "")
+    return " ".join(filter(None, [model.get("path") or model.get("name"), revision]))
 
 
 def _took(done: Sequence[Archive]) -> list[str]:

@@ -66,7 +66,7 @@ def _act(asked: argparse.Namespace) -> int:
         raise ConfigError("sweep", sweep.name, remedy)
     from aem_exp import chapters, findings, pages
 
-    archives = _archives(sweep, asked.archives)
+    archives, source = _archives(sweep, asked.archives)
     cells = [*_cells(sweep, archives), *_others(sweep, archives, asked.csv)]
     if not any(cell.done for cell in cells):
         remedy = f"none of its {len(sweep.cells)} runs is done; python -m aem_exp.sweep {sweep.name} --local runs them"
@@ -78,17 +78,23 @@ def _act(asked: argparse.Namespace) -> int:
         print(json.dumps([_plain(d) for d in differences], indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = chapters.report(_asked(sweep, cells), cells, differences, published)
+    report = chapters.report(_asked(sweep, cells, source), cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
     page = pages.write(report, folder)
     _show(differences, cells)
-    for heading, text in [("report", str(folder)), *_tracked(sweep, folder, asked), ("open", page.as_uri())]:
+    for heading, text in [
+        ("from", source),
+        ("report", str(folder)),
+        *_tracked(sweep, folder, asked),
+        ("open", page.as_uri()),
+    ]:
         print(f"{heading:<7} {text}")
     return 0
 
 
-def _archives(sweep: "Sweep", given: Path | None) -> "dict[Path, Archive]":
-    """What there is of each run: its run dir, or an archive."""
+def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
+    """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
+    run dir at all, and never mix with some."""
     from aem_exp import archive, state
 
     if given is not None and not given.is_dir():
@@ -96,12 +102,15 @@ def _archives(sweep: "Sweep", given: Path | None) -> "dict[Path, Archive]":
     here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
     states = state.read(here)
     found = {folder: archive.of(folder, found.what, (found.kind, found.sentence)) for folder, found in states.items()}
-    places = [given] if given else [sweep.file.parent / RESULTS / sweep.name] if sweep.file else []
-    for cell in sweep.cells:
-        kept = [file for place in places if (file := place / f"{cell.folder.name}{archive.SUFFIX}").is_file()]
-        if kept and not (cell.folder in found and found[cell.folder].done):
-            found[cell.folder] = archive.read(kept[0])
-    return found
+    place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
+    files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
+    taken = {
+        folder: archive.read(file)
+        for folder, file in files.items()
+        if file.is_file() and not (folder in found and found[folder].done)
+    }
+    places = {f"run dirs in {sweep.cells[0].folder.parent}": len(found), f"archives in {place}": len(taken)}
+    return found | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
 
 
 def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
@@ -143,7 +152,7 @@ def _keep(archives: "Iterable[Archive]", folder: Path) -> None:
     print(f"kept    {len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")
 
 
-def _asked(sweep: "Sweep", cells: "Sequence[Cell]") -> "Asked":
+def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
     from aem_exp.chapters import Asked
 
     base = [word for word in sweep.cells[0].overrides if not word.startswith(("seed=", "launch="))]
@@ -151,7 +160,7 @@ def _asked(sweep: "Sweep", cells: "Sequence[Cell]") -> "Asked":
     arms = {arm: " ".join(words) for arm, words in sweep.arms.items()}
     arms |= {cell.arm: "from elsewhere, by a CSV" for cell in cells if cell.arm not in arms}
     file = str(sweep.file) if sweep.file else sweep.name
-    return Asked(sweep.name, sweep.question, file, shlex.join(common), arms, sweep.seeds)
+    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, sweep.seeds)
 
 
 def _plain(difference: "Difference") -> dict[str, object]:

@@ -82,21 +82,18 @@ def test_an_archive_is_small_and_the_same_each_time(runs, tmp_path):
         assert len(first) < 50_000
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"no gzip",
-        gzip.compress(b"no JSON"),
-        gzip.compress(b"[]"),
-        gzip.compress(json.dumps({"run": "x", "experiment": {}, "what": "done", "evil": 1}).encode()),
-        gzip.compress(
-            json.dumps(
-                {"run": "x", "experiment": {}, "what": "done", "why": ["", ""], "tasks": {"id": [1], "success": []}}
-            ).encode()
-        ),
-        gzip.compress(b"0" * (archive.LARGEST + 2)),
-    ],
-)
+RAGGED = {"run": "x", "experiment": {}, "what": "done", "why": ["", ""], "tasks": {"id": [1], "success": []}}
+BAD = {
+    "no gzip": b"no gzip",
+    "no JSON": gzip.compress(b"no JSON"),
+    "a list": gzip.compress(b"[]"),
+    "other fields": gzip.compress(json.dumps(RAGGED | {"tasks": {}, "evil": 1}).encode()),
+    "ragged": gzip.compress(json.dumps(RAGGED).encode()),
+    "a bomb": gzip.compress(b"0" * (archive.LARGEST + 2)),
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_what_is_no_archive_is_one_sentence(data, tmp_path):
     (tmp_path / "x.json.gz").write_bytes(data)
     with pytest.raises(ConfigError, match="is no archive of a run"):
@@ -129,7 +126,7 @@ def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
 
 
 def made(cells, word="s"):
-    asked = chapters.Asked(word, word, word, word, {c.arm: word for c in cells}, (0, 1))
+    asked = chapters.Asked(word, word, word, word, word, {c.arm: word for c in cells}, (0, 1))
     return chapters.report(asked, cells, findings.differences(cells))
 
 
