@@ -8,6 +8,7 @@ first one is the reference; a *point* is a choice out of one of the products; ov
     arms:
       none: modulation=none
       aem: modulation=aem
+    pairs: [aem none]                                    # optional: what is compared; by default each arm with the first
     products:                                            # optional
       - baseline=grpo,rloo
     seeds: 0,1,2                                         # or range(0,3)
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from aem_exp.compose import Composer
 
 Point = tuple[str, ...]
-KEYS: Final = ("question", "base", "arms", "products", "search", "seeds", "launch")
+KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch")
 COMMON: Final = {  # what no arm and no point may set
     "seed": "seeds stand under seeds:, the same for every arm",
     "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
@@ -84,6 +85,7 @@ class Sweep:
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
+    pairs: tuple[tuple[str, str], ...]  # the comparisons that were declared: an arm, and what it stands against
     search: Mapping[str, Any] | None = None  # the block of a study, which `study` understands
 
 
@@ -100,6 +102,7 @@ class _Question:
     seeds: list[str]  # as overrides
     typed: list[str]
     search: Mapping[str, Any] | None = None
+    pairs: Sequence[str] = ()
 
 
 def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Sweep:
@@ -139,6 +142,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
             seeds=[words[-1] for words in _spread(f"{name}.seeds", [f"seed={_seeds(name, given)}"], composer)],
             typed=typed,
             search=data.get("search"),
+            pairs=data.get("pairs", ()),
         ),
         composer,
     )
@@ -229,12 +233,13 @@ def _read(file: Path) -> dict[str, Any]:
             raise unknown(f"{name}.{key}", value, KEYS)
     if "search" in data:
         data.setdefault("arms", {"base": None})
-    for key in ("question", "arms", "seeds", *(key for key in ("products", "search") if key in data)):
+    for key in ("question", "arms", "seeds", *(key for key in ("pairs", "products", "search") if key in data)):
         if data.get(key) in (None, "", [], {}):
             raise ConfigError(f"{name}.{key}", data.get(key), "must hold something")
     kinds: dict[str, tuple[type, str]] = {
         "question": (str, "a sentence"),
         "products": (list, "a list, one product to an item"),
+        "pairs": (list, "a list, two arms to an item: [aem none, aem shuffled]"),
         "arms": (dict, "a mapping, name: overrides"),
         "search": (dict, "a mapping with space, trials, and more"),
     }
@@ -323,9 +328,25 @@ def _sweep(asked: _Question, composer: "Composer") -> Sweep:
             reached.setdefault((label.arm, label.point), signature)
     _check_different(asked, points, reached)
     seeds = tuple(dict.fromkeys(cell.seed for cell in cells.values()))
-    return Sweep(
-        asked.name, asked.text, asked.file, asked.arms, tuple(points), seeds, tuple(cells.values()), asked.search
-    )
+    pairs, found = _pairs(asked), tuple(cells.values())
+    return Sweep(asked.name, asked.text, asked.file, asked.arms, tuple(points), seeds, found, pairs, asked.search)
+
+
+def _pairs(asked: _Question) -> tuple[tuple[str, str], ...]:
+    """Which arms are compared: those that are asked for, or each with the first."""
+    at, arms = f"{asked.name}.pairs", list(asked.arms)
+    out: list[tuple[str, str]] = []
+    for text in asked.pairs:
+        words = text.split() if isinstance(text, str) else []
+        if len(words) != 2 or words[0] == words[1]:
+            raise ConfigError(at, text, "must be two arms, the second is what the first stands against: aem none")
+        for arm in words:
+            if arm not in arms:
+                raise ConfigError(at, arm, arms)
+        if (words[0], words[1]) in out or (words[1], words[0]) in out:
+            raise ConfigError(at, text, "stands twice")
+        out.append((words[0], words[1]))
+    return tuple(out) or tuple((arm, arms[0]) for arm in arms[1:])
 
 
 def _resolved(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:

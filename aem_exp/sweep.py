@@ -229,15 +229,15 @@ def _power(sweep: "Sweep") -> list[tuple[str, str]]:
     from aem_exp import power
 
     how, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
-    if len(sweep.arms) < 2:
+    if not sweep.pairs:
         return []
     if seeds < 2:
         return [("power", "one seed an arm shows no difference between arms, whatever it is")]
     tasks = how.tasks or _tasks(sweep.cells[0])
     if tasks is None:
         return []
-    arms = len(sweep.arms) - 1
-    points = [power.detectable(seeds, tasks, how.repeats, sd, comparisons=arms) for sd in power.SEED_SDS]
+    comparisons = len(sweep.pairs) * len(sweep.points)
+    points = [power.detectable(seeds, tasks, how.repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS]
     spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
     found = " and ".join(f"{value:.0f}" for value in points)
     text = f"{seeds} seeds x {tasks} tasks find differences of {found} points (4 times in 5, where seeds spread by {spread})"
