@@ -7,6 +7,8 @@ run gives the same bytes.
 import gzip
 import json
 import math
+import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +20,7 @@ from aem_exp import attempts, disk, metrics
 from aem_exp.values import ConfigError
 
 SUFFIX: Final = ".json.gz"
+NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
 LARGEST: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
 DIGITS: Final = 5  # of a number in a curve
 CURVES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
@@ -93,7 +96,7 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
         curves=_curves(rows),
         provenance=_json(folder / "provenance.json"),
         spent=_spent(folder, launch, result, rows),
-        players=_players(folder, result),
+        players=_players(folder, experiment, result),
     )
 
 
@@ -157,14 +160,23 @@ def _spent(
     }
 
 
-def _players(folder: Path, result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Evaluations of others on the panel that ended the run: the untrained policy, say, or a random one."""
+def _players(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations of others, the untrained policy say, on the panel that ended the run and as that was played."""
     kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
-    out = {}
+    final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
     for file in sorted((folder / "evaluations").glob("*/result.json")):
         found = _json(file)
-        if result and found.get("panel_hash") == result["final"]["panel_hash"] and found.get("player") != "policy":
-            out[found["player"]] = {key: found[key] for key in kept if key in found}
+        name, rules = found.get("player"), found.get("identity", {}).get("env", {})
+        alike = all(rules[key] == experiment["env"].get(key) for key in rules)
+        heat = found.get("temperature") in (None, how.get("temperature"))
+        if (
+            final
+            and name not in (None, "policy")
+            and found.get("panel_hash") == final.get("panel_hash")
+            and alike
+            and heat
+        ):
+            out[str(name)] = {key: found[key] for key in kept if key in found}
     return out
 
 
@@ -189,14 +201,47 @@ def read(file: Path) -> Archive:
     try:
         with gzip.open(file) as unfolded:
             text = unfolded.read(LARGEST + 1)
-        data = json.loads(text) if len(text) <= LARGEST else None
-        known = {each.name for each in fields(Archive)}
-        if not isinstance(data, dict) or set(data) - known or not isinstance(data.get("experiment"), dict):
-            raise ValueError(f"not the fields of one, or more than {LARGEST >> 20} MB")
+        if len(text) > LARGEST:
+            raise ValueError(f"more than {LARGEST >> 20} MB")
+        data = json.loads(text, parse_constant=_no_number)
         archive = Archive(**{**data, "why": tuple(data["why"])})
-        shape = {len(archive.tasks[key]) for key in archive.tasks}
-        if len(shape) > 1 or any(len(c) != len(archive.curves["step"]) for c in archive.curves.values()):
-            raise ValueError("lists of unequal length")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        _check(archive, file)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError("archive", str(file), f"is no archive of a run: {error}") from error
     return archive
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _check(archive: Archive, file: Path) -> None:
+    """Refuse what no run leaves. What an archive says is shown as text, and counted as numbers; nothing in it is called."""
+    for each in fields(Archive):
+        wanted = {"run": str, "what": str, "why": tuple}.get(each.name, dict)
+        if not isinstance(getattr(archive, each.name), wanted):
+            raise ValueError(f"{each.name} is no {wanted.__name__}")
+    if archive.run != file.name.removesuffix(SUFFIX) or not NAME.fullmatch(archive.run):
+        raise ValueError(f"its run is called {archive.run!r}")
+    int(archive.experiment["seed"])
+    for part in ("trainer", "env", "model", "baseline", "modulation", "launch"):
+        if not isinstance(archive.experiment.get(part, {}), dict):
+            raise ValueError(f"experiment.{part} is no mapping")
+    tasks, curves = archive.tasks, archive.curves
+    if archive.result and not (tasks["id"] and len({len(tasks[key]) for key in ("id", "kind", *tasks)}) == 1):
+        raise ValueError("tasks of unequal length, or none")
+    repeats = {len(values) for values in tasks.get("success", ())}
+    if len(repeats) > 1 or 0 in repeats:
+        raise ValueError("tasks that were not scored alike often")
+    if not all(0 <= value <= 1 for values in tasks.get("success", ()) for value in values):
+        raise ValueError("a success outside of 0 to 1")
+    if any(len(values) != len(curves["step"]) for values in curves.values()):
+        raise ValueError("curves of unequal length")
+    numbers = [*archive.spent.values(), *archive.endings.values(), *(v for values in curves.values() for v in values)]
+    if not all(value is None or isinstance(value, int | float) for value in numbers):
+        raise ValueError("a text in the place of a number")
+    for name in ("final", "before", "packages"):
+        if not isinstance(archive.result.get(name) or {}, dict):
+            raise ValueError(f"result.{name} is no mapping")
+    if not all({"success", "repeats"} <= set(player) for player in archive.players.values()):
+        raise ValueError("a player without success and repeats")

@@ -5,6 +5,7 @@ Whatever is said follows from tables that stand beside it, and every number in t
 
 import csv
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from aem_exp.pages import Block, Figure, Report, Section, Table, Text
 
 COVERAGE: Final = """\
 How often intervals like these hold the truth, in 20,000 simulated comparisons each, without a difference and with one of 6
-points (python tests/nulls.py 20000; 95 % is asked for; give or take 0.2):
+points (python tests/nulls.py 20000; 95 % is asked for; give or take 0.2). There, 140 tasks are played 4 times, and the runs of
+both arms are as many and spread alike; with 3 runs against 10, up to 7 in 100 intervals miss. A run in ten that breaks down, as
+diverged runs do, is far from what t is made for: none of this holds then.
 runs per arm            3             5            10
 this panel      96.5   96.3   95.4   95.5   94.9   95.1 %
 new tasks       95.7   95.4   95.1   95.1   95.1   95.1 %
@@ -27,7 +30,7 @@ PAPER: Final = "published elsewhere, with other code, hardware and panels: to be
 
 @dataclass(frozen=True)
 class Asked:
-    """What a sweep asked. `arms`: name -> how it differs from the base, in words; the first is the reference."""
+    """What a sweep asked. `arms`: name -> how it differs from the base, in words."""
 
     name: str
     question: str
@@ -35,16 +38,17 @@ class Asked:
     source: str  # where its runs were read from
     base: str
     arms: Mapping[str, str]
+    pairs: Sequence[tuple[str, str]]  # what is compared
     seeds: Sequence[int]
 
 
 def report(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference], published: Path | None = None) -> Report:
-    """All of it; where runs are missing, what there is. `primary`: the differences in success."""
+    """All of it; where runs are missing, what there is. `primary`: the differences in success, as declared; then others."""
     parts = [
         _question(asked, cells),
         _provenance(cells),
         _cells(cells),
-        _differences(cells, primary),
+        _differences(asked, cells, primary),
         _curves(cells),
         _breakdown(cells),
         _sanity(cells),
@@ -66,12 +70,16 @@ def span(interval: Any, sign: bool = True) -> str:
 
 def verdicts(differences: Sequence[Difference]) -> Table:
     """The table that a sweep is run for."""
-    columns = ("point", "arm", "runs", "difference", "95 % interval", "verdict", "p", "detectable", "runs to settle")
+    columns = (
+        *("point", "arm", "against", "runs", "difference", "95 % interval", "verdict", "p", "detectable"),
+        "runs to settle",
+    )
     rows = [
         (
             d.point,
             d.arm,
-            f"{len(d.one)} v {len(d.other)}",
+            d.reference,
+            f"{len(d.one)} v {len(d.other)}{f', {d.diverged} diverged' if d.diverged else ''}",
             points(d.interval.difference, True) if d.interval else "-",
             span(d.interval),
             d.verdict,
@@ -81,14 +89,20 @@ def verdicts(differences: Sequence[Difference]) -> Table:
         )
         for d in differences
     ]
-    reference = differences[0].reference if differences else "-"
     measure = differences[0].measure if differences else SUCCESS
     note = (
-        f"Points of {measure} against {reference}; Welch's t over runs, not paired by seed; the intervals of a point hold all "
-        f"at once (Bonferroni). p: permutation test of runs, to be held against {_level(differences)}. detectable: what arms "
-        "that spread like these would show 4 times in 5; runs to settle: per arm, to show the difference seen, if it is real."
+        f"Points of {measure}; Welch's t over runs, not paired by seed; all intervals of this table hold at once (Bonferroni)"
+        f"{'' if measure == SUCCESS else ', but not together with those of other tables'}. "
+        f"p: by permutation, to be held against {_level(differences)}; it takes the arms to spread alike, so that it may say "
+        "something else, and the verdict is the interval's. detectable: what arms that spread like these would show 4 times in "
+        "5; runs to settle: per arm, to show the difference seen, if it is real."
     )
-    return _without_empty(Table(f"Differences in {measure}", columns, rows, note))
+    if any(d.partial for d in differences):
+        note += " So far: the sweep is not done; who looks before it is, and stops when it suits, has not 95 %."
+    if any(d.diverged for d in differences):
+        note += " Where runs diverged, the intervals do not hold what they promise; look at every seed."
+    rank = "Differences" if measure == SUCCESS else "Secondary: differences"
+    return _without_empty(Table(f"{rank} in {measure}", columns, rows, note))
 
 
 def _level(differences: Sequence[Difference]) -> str:
@@ -100,11 +114,13 @@ def _p(d: Difference) -> str:
     if d.interval is None:
         return "-"
     seeds = min(len(d.one), len(d.other))
-    return f"{d.p:.3g}" if d.p is not None else f"not attainable with {seeds} seeds"
+    if d.p is None:
+        return f"not attainable with {seeds} seeds"
+    return f"{d.p.p:.3g}{f' ± {d.p.error:.1g}' if d.p.error else ''}"
 
 
 def _settle(d: Difference) -> str:
-    if d.interval is None or d.verdict in ("better", "worse"):
+    if not d.open:
         return "-"
     return str(d.enough) if d.enough else f"above {compare.MOST_RUNS}"
 
@@ -123,46 +139,51 @@ def _without_empty(table: Table, column: int = 0) -> Table:
 
 def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     done = [archive for cell in cells for archive in cell.done]
-    arms = [
-        (arm, words or "as the base", "reference" if i == 0 else "")
-        for i, (arm, words) in enumerate(asked.arms.items())
-    ]
+    distinct = {archive.run for archive in done}
     facts = [
         ("sweep", asked.file),
         ("read from", asked.source),
         ("base", asked.base or "the default experiment"),
         ("seeds", " ".join(map(str, asked.seeds))),
         ("runs", f"{len(done)} of {sum(len(cell.runs) for cell in cells)} done"),
+        ("compared", "; ".join(f"{one} against {other}" for one, other in asked.pairs) or "nothing"),
+        ("not compared", "other pairs of arms: they were not declared (`pairs:` of a sweep's file)"),
+        ("primary measure", "success on the final panel, mean over its tasks and repeats"),
         (
-            "primary measure",
-            "success on the final panel, mean over its tasks and repeats; second, the area under the curve",
+            "secondary",
+            "the world's own score, where it has one; the area under the curve of success in training; new tasks",
         ),
     ]
-    for final, count in _counted(_final(a) for a in done if a.result.get("final")):
-        facts.append(("final panel", f"{final}{'' if count == len(done) else f' ({count} runs)'}"))
-    for rule, _ in _counted(a.result["checkpoint_rule"] for a in done if "checkpoint_rule" in a.result):
-        facts.append(("checkpoint", f"{rule}; the same for every run, never the best on the panel it is scored on"))
-    facts.append(("planned power", _power(asked, done)))
-    return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by", ""), arms)])
+    if len(distinct) < len(done):
+        facts.insert(5, ("shared", f"these are {len(distinct)} runs: some stand in several cells"))
+    for name, title in (("final", "final panel"), ("after", "panel of the curves")):
+        for panel, count in _counted(_panel(a, name) for a in done if a.result.get(name)):
+            facts.append((title, f"{panel}{'' if count == len(done) else f' ({count} runs)'}"))
+    rules = _counted(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
+    only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
+    facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules]
+    facts += [("planned power", text) for text in _power(asked, cells)]
+    arms = [(arm, words or "as the base") for arm, words in asked.arms.items()]
+    return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by"), arms)])
 
 
-def _final(archive: Archive) -> str:
-    final, repeats = archive.result["final"], len(archive.tasks["success"][0])
-    return f"{final['panel']} ({final['panel_hash']}), {len(archive.tasks['id'])} tasks x {repeats}"
+def _panel(archive: Archive, which: str) -> str:
+    found, repeats = archive.result[which], len(archive.tasks["success"][0])
+    return f"{found['panel']} ({found['panel_hash']}), {found['episodes'] // repeats} tasks x {repeats}"
 
 
-def _power(asked: Asked, done: Sequence[Archive]) -> str:
-    """What the design could show, before it was run."""
-    seeds, others = len(asked.seeds), len(asked.arms) - 1
-    sized = next((a for a in done if a.tasks), None)
-    if seeds < 2 or not others or sized is None:
-        return "one seed an arm shows no difference between arms" if seeds < 2 else "-"
-    tasks, repeats = len(sized.tasks["id"]), len(sized.tasks["success"][0])
-    found = [power.detectable(seeds, tasks, repeats, sd, comparisons=others) for sd in power.SEED_SDS]
-    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
-    return (
-        f"differences of {' and '.join(f'{x:.1f}' for x in found)} points, 4 times in 5, where seeds spread by {spread}"
-    )
+def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
+    """What the design could show, before it was run; for each size of panel."""
+    seeds, comparisons = len(asked.seeds), len(asked.pairs) * len({cell.point for cell in cells})
+    if seeds < 2 or not comparisons:
+        return ["one seed an arm shows no difference between arms"] if seeds < 2 else []
+    sizes = {(len(a.tasks["id"]), len(a.tasks["success"][0])) for cell in cells for a in cell.done}
+    spread, out = " and ".join(f"{sd:g}" for sd in power.SEED_SDS), []
+    for tasks, repeats in sorted(sizes):
+        found = [power.detectable(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS]
+        told = " and ".join(f"{x:.1f}" for x in found)
+        out.append(f"{tasks} tasks x {repeats}: {told} points, found 4 times in 5, where seeds spread by {spread}")
+    return out
 
 
 def _counted(values: Iterable[str]) -> list[tuple[str, int]]:
@@ -215,9 +236,13 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
     def said(values: Iterable[Any]) -> str:
         return ", ".join(sorted({str(value) for value in values if value})) or "-"
 
-    machines = said(f"{a.provenance.get('device')} x {a.provenance.get('processes', 1)}" for a in done if a.provenance)
+    machines = said(
+        f"{a.provenance.get('device')} x {a.provenance.get('processes', 1)}, {a.provenance.get('machine', '')}"
+        for a in done
+        if a.provenance
+    )
     return [
-        said((a.provenance.get("commit") or "")[:10] for a in done),
+        said(_commit(a.provenance.get("commit") or "") for a in done),
         said(_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),
@@ -225,6 +250,11 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
         said(a.result.get("steps") for a in done),
         *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
     ]
+
+
+def _commit(commit: str) -> str:
+    """In short; a `+` says that there were edits on top of it."""
+    return commit[:10] + ("+" if commit.endswith("+") and len(commit) > 10 else "")
 
 
 def _policy(archive: Archive) -> str:
@@ -280,26 +310,34 @@ def _cells(cells: Sequence[Cell]) -> Section:
 # 4
 
 
-def _differences(cells: Sequence[Cell], primary: Sequence[Difference]) -> Section:
+def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference]) -> Section:
     if not primary:
         return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
+    pairs = list(dict.fromkeys((d.arm, d.reference) for d in primary))
     blocks: list[Block] = []
     if picture := figures.forest(primary):
         blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
     blocks.append(verdicts(primary))
     if told := _cheapest(cells, primary):
         blocks.append(Text(told))
-    blocks += [verdicts(findings.differences(cells, m)) for m in findings.measures(cells) if m != SUCCESS]
-    columns = ("point", "arm", "difference", "95 % interval on new tasks", "says")
+    blocks += [verdicts(findings.differences(cells, pairs, m)) for m in findings.measures(cells) if m != SUCCESS]
+    columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "says")
     rows = [
-        (d.point, d.arm, points(d.interval.difference, True), span(d.new_tasks), compare.verdict(d.new_tasks))
+        (
+            d.point,
+            d.arm,
+            d.reference,
+            points(d.interval.difference, True),
+            span(d.new_tasks),
+            compare.verdict(d.new_tasks),
+        )
         for d in primary
         if d.interval is not None and d.new_tasks is not None
     ]
-    note = "Secondary: what would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
+    note = "What would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
     if rows:
-        blocks.append(_without_empty(Table("Generalisation to new tasks", columns, rows, note)))
-    blocks += _overall(cells)
+        blocks.append(_without_empty(Table("Secondary: generalisation to new tasks", columns, rows, note)))
+    blocks += _overall(cells, pairs)
     return Section("Differences and verdicts", blocks)
 
 
@@ -309,7 +347,7 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
     found = []
     for d in differences:
         both = [took[arm, d.point] for arm in (d.arm, d.reference)]
-        if d.enough and _settle(d) != "-" and all(both):
+        if d.enough and d.open and all(both):
             found.append((d.enough * sum(sum(each) / len(each) for each in both), d))
     if not found:
         return None
@@ -322,23 +360,18 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
     )
 
 
-def _overall(cells: Sequence[Cell]) -> list[Block]:
-    found = findings.overall(cells)
+def _overall(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> list[Block]:
+    found = findings.overall(cells, pairs)
     if not found:
         return []
     columns = (
-        "arm",
-        "points",
-        "probability of improvement",
-        "95 %",
-        "interquartile mean",
-        "95 %",
-        "of the reference",
-        "95 %",
+        *("arm", "against", "points", "probability of improvement", "95 %", "interquartile mean", "95 %"),
+        *("of the other", "95 %"),
     )
     rows = [
         (
             o.arm,
+            o.against,
             str(o.points),
             *(text for s in (o.improvement, o.middle, o.reference) for text in (points(s.value), span(s, False))),
         )
@@ -352,13 +385,17 @@ def _overall(cells: Sequence[Cell]) -> list[Block]:
 
 
 def _curves(cells: Sequence[Cell]) -> Section:
-    band = f"Median over runs, and the middle half of them ({figures.MANY} runs or more; below that, all). Raw, not smoothed. "
-    note = band + "Orange: the arm; blue, dashed: the reference."
-    pictures = [
-        ("Success and response entropy", figures.curves(cells)),
-        ("What else was measured", figures.curves(cells, figures.MORE)),
-    ]
-    blocks: list[Block] = [Figure(title, picture, note) for title, picture in pictures if picture]
+    band = (
+        f"Median over runs, and the middle half of them ({figures.MANY} runs or more; below that, all); of those that got so "
+        "far. Raw, not smoothed; every number is in tables/curves.csv. "
+    )
+    note = band + "Orange: the arm; blue, dashed: the first arm of the same point."
+    many = len([cell for cell in cells if cell.done]) > figures.MOST
+    drawn = [cell for cell in cells if cell.done][: figures.MOST]
+    blocks: list[Block] = [Figure("Success and response entropy", picture, note) for picture in figures.curves(drawn)]
+    if many:
+        blocks.append(Text(f"The first {figures.MOST} cells are drawn; tables/curves.csv has all."))
+    blocks += [Figure("What else was measured", picture, note) for picture in figures.curves(drawn, figures.MORE)]
     return Section("Curves", blocks or [Text("No run has left a curve yet.")])
 
 
@@ -371,7 +408,9 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
     blocks: list[Block] = []
     if len(kinds) > 1:
         rows = [(c.point, c.arm, *(points(_of_kind(runs, kind)) for kind in kinds)) for c, runs in done]
-        blocks.append(_without_empty(Table("Success by kind of task", ("point", "arm", *kinds), rows)))
+        sizes = _counted(kind for kind in done[0][1][0].tasks["kind"])
+        note = f"Tasks of each kind: {', '.join(f'{kind} {count}' for kind, count in sizes)}."
+        blocks.append(_without_empty(Table("Success by kind of task", ("point", "arm", *kinds), rows, note)))
     repeats = min((len(a.tasks["success"][0]) for _, runs in done for a in runs), default=1)
     if repeats > 1:
         heads = [f"{name}{k}" for name in ("pass@", "pass^") for k in range(1, repeats + 1)]
@@ -383,7 +422,7 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
         rows = [(c.point, c.arm, *(points(_ended(runs, ending)) for ending in endings)) for c, runs in done]
         blocks.append(_without_empty(Table("How episodes ended (% of them)", ("point", "arm", *endings), rows)))
     habits = sorted(
-        {name for _, runs in done for a in runs for name in (a.result.get("final") or {}).get("habits", {})}
+        {name for _, runs in done for a in runs for name in ((a.result.get("final") or {}).get("habits") or {})}
     )
     plain = {
         "turns": "turns",
@@ -411,7 +450,8 @@ def _passes(runs: Sequence[Archive], repeats: int) -> list[float]:
 
 
 def _ended(runs: Sequence[Archive], ending: str) -> float:
-    return sum(a.endings.get(ending, 0) for a in runs) / max(1, sum(sum(a.endings.values()) for a in runs))
+    episodes = sum(sum(a.endings.values()) for a in runs)
+    return sum(a.endings.get(ending, 0) for a in runs) / episodes if episodes else math.nan
 
 
 def _said(runs: Sequence[Archive], name: str) -> str:
@@ -420,7 +460,7 @@ def _said(runs: Sequence[Archive], name: str) -> str:
 
 
 def _habit(runs: Sequence[Archive], name: str) -> str:
-    values = [h[name] for a in runs if name in (h := (a.result.get("final") or {}).get("habits", {}))]
+    values = [h[name] for a in runs if name in (h := ((a.result.get("final") or {}).get("habits") or {}))]
     return f"{sum(values) / len(values):.3g}" if values else "-"
 
 
@@ -442,19 +482,27 @@ def _sanity(cells: Sequence[Cell]) -> Section:
     for panel, success in sorted(before):
         rows.append(("before the first step", panel, points(success), "the same policy for all runs with this number"))
     for cell in cells:
-        if cell.done and (cell.arm in ("none", "shuffled") or "lam.value=0" in cell.arm):
-            told = "the placebo: the same coefficients, dealt at random" if cell.arm == "shuffled" else "no modulation"
-            found_ = cell.scores(SUCCESS)
-            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(sum(found_) / len(found_)), told))
+        if cell.done and (told := _control(cell.done[0].experiment.get("modulation") or {})):
+            mean = sum(scored := cell.scores(SUCCESS)) / len(scored)
+            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(mean), told))
     note = "lambda = 0 is no modulation, bit for bit: a law that the tests hold."
     blocks: list[Block] = [Table("What must be told apart from luck", ("row", "panel", "success", ""), rows, note)]
     if done and not any("random" in a.players for _, a in done):
-        told = f"python -m aem_exp.evaluate outputs/{done[0][1].run} --only untrained --only random"
+        told = f"python -m aem_exp.evaluate {shlex.quote(f'outputs/{done[0][1].run}')} --only untrained --only random"
         blocks += [
             Text("The untrained and a random policy on the final panel join this table after:"),
             Text(told, code=True),
         ]
     return Section("Sanity rows", blocks)
+
+
+def _control(modulation: Mapping[str, Any]) -> str:
+    """What an arm is a control for, if it is one."""
+    lam = modulation.get("lam")
+    if modulation.get("shuffle"):
+        return "the placebo: the same coefficients, dealt at random"
+    constant = isinstance(lam, Mapping) and lam.get("value") == 0
+    return "no modulation" if modulation and (lam is None or constant) else ""
 
 
 # 8
@@ -501,7 +549,10 @@ def _reproduce(cells: Sequence[Cell]) -> Section:
         for cell in cells
         for run in cell.runs
     ]
-    note = "A run dir holds its code: python -m aem_exp.run RUN_DIR makes a run again with that."
+    note = (
+        "With the code as it is now; a run dir holds the code that it ran: python -m aem_exp.run RUN_DIR. Of an archive, the "
+        "commit is among the provenance above."
+    )
     columns = ("run", "arm", "point", "seed", "command")
     return Section("Every run, and the command that makes it", [Table("Runs", columns, rows, note)])
 
@@ -510,11 +561,11 @@ def _reproduce(cells: Sequence[Cell]) -> Section:
 
 
 def _reading(cells: Sequence[Cell]) -> Section:
-    few = min((len(cell.done) for cell in cells), default=0)
+    few = min((len(cell.done) for cell in cells if cell.done), default=0)
     said: list[Block] = [
         Text(
             "A verdict is read from its interval alone. `better` and `worse` hold for new training runs with other seeds on "
-            "this panel; the whole family of a point's intervals holds in 95 of 100 sweeps. `no difference shown` is not `no "
+            "this panel; all intervals of the primary table hold at once in 95 of 100 sweeps. `no difference shown` is not `no "
             "difference`: the interval says which effects are ruled out."
         ),
         Text(COVERAGE, code=True),

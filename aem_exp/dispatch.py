@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import config, disk, launch, preflight, provenance
+from aem_exp import attempts, config, disk, launch, preflight, provenance
 from aem_exp.config import Experiment
 from aem_exp.interrupt import Signals
 from aem_exp.ownership import owner
-from aem_exp.values import Elsewhere
+from aem_exp.values import ConfigError, Elsewhere
 
 RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here
@@ -108,8 +107,15 @@ def check_worlds(experiments: Iterable[Experiment]) -> None:
         for e in experiments
     }
     for experiment in asked.values():
-        with suppress(Elsewhere):
+        try:
             worlds.fitting(experiment)
+        except Elsewhere:
+            continue
+        except ConfigError:
+            raise
+        except Exception as error:  # a world's own, of any kind
+            told = f"its world cannot be opened: {attempts.sentence(error)}"
+            raise ConfigError("env.make", experiment.env.make["_target_"], told) from error
 
 
 def check_prepared(experiment: Experiment) -> None:

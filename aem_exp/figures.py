@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ARM, REFERENCE, GREY = "#D55E00", "#0072B2", "#595959"
+MOST: Final = 20  # cells whose curves are drawn: a page of more is too long to read, and to load
+WIDE: Final = 4  # curves side by side
 MANY: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
 CURVES: Final = {  # measured -> what it is called, and in what
     "train/success": "success in training (%)",
-    "eval/success": "success on the panel (%)",
+    "eval/success": "success on the evaluation panel (%)",
     "train/response_entropy": "response entropy (nats)",
 }
 MORE: Final = {
@@ -42,7 +44,7 @@ def forest(differences: Sequence[Difference]) -> str | None:
     shown = [d for d in differences if d.interval is not None]
     if not shown:
         return None
-    axes, save = _page([_named(d.arm, d.point) for d in shown])
+    axes, save = _page([_named(f"{d.arm} - {d.reference}", d.point) for d in shown])
     for row, d in enumerate(reversed(shown)):
         assert d.interval is not None
         low, middle, high = (100 * value for value in (d.interval.low, d.interval.difference, d.interval.high))
@@ -50,9 +52,7 @@ def forest(differences: Sequence[Difference]) -> str | None:
         axes.plot([low, high], [row, row], color=ARM if sure else GREY, linewidth=2)
         axes.plot(middle, row, "D" if sure else "o", color=ARM if sure else GREY, markersize=6)
     axes.axvline(0, color=REFERENCE, linewidth=1, linestyle="--")
-    axes.set_xlabel(
-        f"{shown[0].measure}, difference to {shown[0].reference} (points); all intervals hold at once (95 %)"
-    )
+    axes.set_xlabel(f"difference in {shown[0].measure} (points); all intervals hold at once (95 %)")
     return save()
 
 
@@ -82,18 +82,21 @@ def reach(scores: Sequence[float] | np.ndarray) -> float:
     return float(stats.t.ppf(1 - compare.LEVEL / 2, count - 1) * np.std(scores, ddof=1) / math.sqrt(count))
 
 
-def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> str | None:
-    """Over the steps, arm by arm against the reference of its point: the median over runs, and a band."""
-    names = {n: t for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)}
-    reference = {cell.point: cell for cell in reversed(cells) if cell.done}  # the first of a point, where it is done
-    shown = [cell for cell in cells if cell.done and cell is not reference[cell.point]] or [c for c in cells if c.done]
-    if not names or not shown:
-        return None
+def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> list[str]:
+    """Over the steps, arm by arm beside the first one of its point: the median over runs, and a band; some curves to a figure."""
+    known = [(n, t) for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)]
+    first = {cell.point: cell for cell in reversed(cells)}
+    shown = [cell for cell in cells if cell.done and cell is not first[cell.point]] or [c for c in cells if c.done]
+    parts = [dict(known[start : start + WIDE]) for start in range(0, len(known), WIDE)]
+    return [_curves(shown, first, part) for part in parts] if shown else []
+
+
+def _curves(shown: Sequence[Cell], first: dict[str, Cell], names: dict[str, str]) -> str:
     grid, save = _grid(len(shown), len(names))
     for row, cell in zip(grid, shown, strict=True):
         for axes, (name, title) in zip(row, names.items(), strict=True):
-            if cell is not reference[cell.point]:
-                _band(axes, reference[cell.point], name, title, REFERENCE, "--")
+            if cell is not first[cell.point]:
+                _band(axes, first[cell.point], name, title, REFERENCE, "--")
             _band(axes, cell, name, title, ARM, "-")
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,14 @@
 """What the runs of a sweep come to: cells, differences between arms, and what stands in the way of comparing them.
 
 Everything here follows from archives of runs alone. The primary measure is success on the final panel; the area under the curve
-of success in training comes second, and the world's own score where it has one. A difference is that of an arm to the
-reference, which is the sweep's first arm, at the same point. Nothing is said where it would mislead: see `_refused`.
+of success in training comes second, and the world's own score where it has one. Which arms are compared is declared (by default
+each with the first); they are at every point of the sweep, and all of that together is one family. Nothing is said where it would
+mislead: see `_refused`.
 """
 
 import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,6 +24,7 @@ SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"
 SCORE: Final = "score"
 BUDGET: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
+NAME: Final = re.compile(r"[\w.+=-]{1,100}", re.ASCII)
 COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
 
 
@@ -63,7 +66,8 @@ class Difference:
         one, other: scores of the runs.
         interval: on this panel; None where nothing can be said, and `refusal` says why.
         new_tasks: the interval on tasks like these; only of success.
-        p: of the permutation test; None where so few runs cannot get below the level.
+        p: by permutation; None where so few runs cannot get below the level.
+        diverged: how many of the runs did.
         detectable: the smallest difference that arms like these would show 4 times in 5.
         enough: runs per arm that would show the difference that was seen 4 times in 5; None above 200.
         partial: runs are missing.
@@ -79,10 +83,16 @@ class Difference:
     interval: Interval | None = None
     refusal: str = ""
     new_tasks: Interval | None = None
-    p: float | None = None
+    p: compare.Permutation | None = None
     detectable: float = math.nan
     enough: int | None = None
     partial: bool = False
+    diverged: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it is compared, and nothing was shown."""
+        return self.interval is not None and compare.verdict(self.interval) not in ("better", "worse")
 
     @property
     def verdict(self) -> str:
@@ -94,12 +104,19 @@ class Difference:
 def measured(archive: Archive, measure: str) -> float | None:
     """A run's number; None where it has none."""
     if measure == AREA:
-        values = [value for _, value in archive.curve("train/success")]
-        return sum(values) / len(values) if values else None
+        return _area(archive)
     if measure == SCORE:
         per_task = archive.tasks.get("score")
         return _mean([_mean(repeats) for repeats in per_task]) if per_task else None
     return _mean(archive.success)
+
+
+def _area(archive: Archive) -> float | None:
+    """Mean success in training over all steps that were planned; after a run has diverged, it stays where it was."""
+    planned, values = archive.experiment.get("trainer", {}).get("steps"), archive.curve("train/success")
+    if not planned or not values:
+        return None
+    return (sum(value for _, value in values) + (planned - len(values)) * values[-1][1]) / planned
 
 
 def measures(cells: Sequence[Cell]) -> list[str]:
@@ -108,18 +125,22 @@ def measures(cells: Sequence[Cell]) -> list[str]:
     return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measured(a, m) is not None for a in done)]
 
 
-def differences(cells: Sequence[Cell], measure: str = SUCCESS) -> list[Difference]:
-    """Every arm against the first one, point by point; the intervals of a point hold all at once."""
-    out = []
-    for point in dict.fromkeys(cell.point for cell in cells):
-        reference, *others = [cell for cell in cells if cell.point == point]
-        out += [_difference(cell, reference, measure, len(others)) for cell in others]
-    return out
+def differences(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]], measure: str = SUCCESS) -> list[Difference]:
+    """Each pair of arms, the second being what the first stands against, point by point; all intervals hold at once."""
+    known = {(cell.arm, cell.point): cell for cell in cells}
+    points = dict.fromkeys(cell.point for cell in cells)
+    both = [
+        (known[pair[0], point], known[pair[1], point])
+        for point in points
+        for pair in pairs
+        if (pair[0], point) in known and (pair[1], point) in known
+    ]
+    return [_difference(cell, reference, measure, len(both)) for cell, reference in both]
 
 
 def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> Difference:
     one, other = cell.scores(measure), reference.scores(measure)
-    partial = any(not run.done for run in (*cell.runs, *reference.runs))
+    runs = (*cell.runs, *reference.runs)
     known: dict[str, Any] = {
         "arm": cell.arm,
         "reference": reference.arm,
@@ -128,8 +149,11 @@ def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> 
         "one": tuple(one),
         "other": tuple(other),
         "comparisons": comparisons,
-        "partial": partial,
+        "partial": any(not run.done for run in runs),
+        "diverged": sum("diverged" in archive.result for archive in (*cell.done, *reference.done)),
     }
+    if (cell.done and not one) or (reference.done and not other):
+        return Difference(**known, refusal="not measured")
     if refusal := _refused(cell, reference) or compare.why_not(one, other):
         return Difference(**known, refusal=refusal)
     interval = compare.welch(one, other, comparisons)
@@ -191,30 +215,45 @@ def troubles(cells: Sequence[Cell]) -> list[tuple[str, str, int, str]]:
     return out
 
 
+def curves(cells: Sequence[Cell]) -> list[tuple[object, ...]]:
+    """What was measured over the steps, a row per number: arm, point, seed, run, step, measured, value."""
+    rows: list[tuple[object, ...]] = [("arm", "point", "seed", "run", "step", "measured", "value")]
+    for cell in cells:
+        for archive in cell.done:
+            for name in archive.curves:
+                if name != "step":
+                    known = (cell.arm, cell.point, archive.seed, archive.run)
+                    rows += [(*known, step, name, value) for step, value in archive.curve(name)]
+    return rows
+
+
 # Over the points of a sweep.
 
 
 @dataclass(frozen=True)
 class Overall:
-    """An arm against the reference over all points: how likely a run of it is to score above one of the reference."""
+    """An arm against another over all points: how likely a run of it is to score above one of the other."""
 
     arm: str
+    against: str
     points: int
     improvement: compare.Summary
     middle: compare.Summary  # interquartile mean of the arm
     reference: compare.Summary
 
 
-def overall(cells: Sequence[Cell]) -> list[Overall]:
-    """Arms that have enough points and runs for it (see `compare.enough`)."""
-    first, *others = dict.fromkeys(cell.arm for cell in cells)
-    known = {(cell.arm, cell.point): cell.scores(SUCCESS) for cell in cells}
+def overall(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> list[Overall]:
+    """Pairs of arms with enough points and runs (see `compare.enough`), none of them refused, and no run in two points."""
+    known = {(cell.arm, cell.point): cell for cell in cells}
     out = []
-    for arm in others:
-        pairs = [(known[arm, point], known[first, point]) for a, point in known if a == arm and (first, point) in known]
-        if compare.enough(pairs):
-            one, other = ([pair[i] for pair in pairs] for i in (0, 1))
-            out.append(Overall(arm, len(pairs), compare.improvement(pairs), compare.middle(one), compare.middle(other)))
+    for arm, against in pairs:
+        found = [(cell, known[against, p]) for (a, p), cell in known.items() if a == arm and (against, p) in known]
+        runs = [archive.run for pair in found for cell in pair for archive in cell.done]
+        scores = [(one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in found if not _refused(one, other)]
+        if compare.enough(scores) and len(scores) == len(found) and len(set(runs)) == len(runs):
+            one, other = ([pair[i] for pair in scores] for i in (0, 1))
+            summary = compare.improvement(scores)
+            out.append(Overall(arm, against, len(scores), summary, compare.middle(one), compare.middle(other)))
     return out
 
 
@@ -235,6 +274,10 @@ def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         seeds = sorted({int(row["seed"]) for row in rows if row["arm"] == arm})
         mine = {seed: [r for r in rows if r["arm"] == arm and int(r["seed"]) == seed] for seed in seeds}
+        ends = {max(int(row["step"]) for row in played) for played in mine.values()}
+        if len(ends) > 1:
+            told = f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
+            raise ConfigError("--csv", f"{file}, {arm}", told)
         out[arm] = tuple(Run(seed, _foreign(file, arm, seed, mine[seed], panel)) for seed in seeds)
     return out
 
@@ -250,11 +293,11 @@ def _rows(file: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 2):
         try:
             int(row["seed"]), int(row["step"])
-            good = 0 <= float(row["success"]) <= 1
+            good = 0 <= float(row["success"]) <= 1 and bool(row["task"]) and NAME.fullmatch(row["arm"])
         except (TypeError, ValueError):
-            good = False
+            good = None
         if not good:
-            told = "seed and step must be whole numbers, success between 0 and 1"
+            told = "seed and step must be whole numbers, success between 0 and 1, an arm a name of letters, digits, . _ + = -"
             raise ConfigError("--csv", f"{file}, line {number}", told)
     return rows
 

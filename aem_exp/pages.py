@@ -11,6 +11,7 @@ from typing import Final
 from aem_exp import disk
 
 TEMPLATE: Final = "report.html"
+LISTED: Final = ".written"  # in a folder of tables: which of them a report wrote
 CODE: Final = ("command",)  # columns that hold what is typed
 
 
@@ -99,34 +100,54 @@ def markdown(report: Report) -> str:
 def _markdown(block: Block) -> list[str]:
     match block:
         case Text(text, True):
-            return ["```", text, "```"]
+            fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
+            return [fence, text, fence]
         case Text(text):
             return [_cell(text)]
         case Figure(title):
             return [f"(In the HTML page: a figure, {title}.)"]
-    heads = ["" if column == "" else column for column in block.columns]
     rules = ["---:" if numeric else "---" for numeric in block.numeric]
     body = [
-        [f"`{cell}`" if c in CODE and cell else _cell(cell) for c, cell in zip(heads, row, strict=True)]
+        [_typed(cell) if c in CODE and cell else _cell(cell) for c, cell in zip(block.columns, row, strict=True)]
         for row in block.rows
     ]
-    rows = [f"| {' | '.join(row)} |" for row in (heads, rules, *body)]
-    return [f"**{block.title}**", "", *rows, *(["", block.note] if block.note else [])]
+    rows = [f"| {' | '.join(row)} |" for row in (map(_cell, block.columns), rules, *body)]
+    return [f"**{_cell(block.title)}**", "", *rows, *(["", _cell(block.note)] if block.note else [])]
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"([|<>\[\]])", r"\\\1", text).replace("\n", " ")
+    """A text whose signs mean nothing to Markdown."""
+    return re.sub(r"([\\`*_|<>&\[\]])", r"\\\1", text).replace("\n", " ")
 
 
-def write(report: Report, folder: Path) -> Path:
-    """`index.html`, `report.md` and `tables/*.csv`; the page."""
+def _typed(text: str) -> str:
+    return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
+
+
+def _csv(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    return f"'{cell}" if re.match(r"[=+@\t\r-](?![\d.]+$)", cell) and cell != "-" else cell
+
+
+def write(report: Report, folder: Path, curves: Sequence[Sequence[object]]) -> list[Path]:
+    """`index.html`, `report.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
+
+    Tables that an earlier report left, and this one has not, are removed; nothing else is.
+    """
+    tables: dict[str, Sequence[Sequence[object]]] = {f"{t.name}.csv": [t.columns, *t.rows] for t in report.tables()}
+    tables["curves.csv"] = curves
     (folder / "tables").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "tables").glob("*.csv"):
-        old.unlink()
-    for table in report.tables():
+    listed = folder / "tables" / LISTED
+    for name in set(listed.read_text().split() if listed.is_file() else ()) - set(tables):
+        if re.fullmatch(r"[a-z0-9_]+\.csv", name):
+            (folder / "tables" / name).unlink(missing_ok=True)
+    for name, rows in tables.items():
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
-        disk.write(folder / "tables" / f"{table.name}.csv", text.getvalue())
+        csv.writer(text, lineterminator="\n").writerows(
+            [[_csv(c) if isinstance(c, str) else c for c in r] for r in rows]
+        )
+        disk.write(folder / "tables" / name, text.getvalue())
+    disk.write(listed, "".join(f"{name}\n" for name in tables))
     disk.write(folder / "report.md", markdown(report))
     disk.write(folder / "index.html", html(report))
-    return folder / "index.html"
+    return [folder / "index.html", folder / "report.md", *(folder / "tables" / name for name in tables)]

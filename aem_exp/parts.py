@@ -125,13 +125,19 @@ class Parts:
         return self._result(after, final)
 
     def _diverged(self, stop: Stop) -> None:
-        """Score the weights of the last update that was finite: a comparison that left such runs out would favour their arm."""
+        """Score the weights as the last finite update left them: a comparison without such runs would favour their arm."""
         log.warning("%s; scoring the policy as it is", stop)
-        how = self.experiment.evaluation
-        result = self._result(self._exam(how.panel), self._exam(how.final)) | {"diverged": str(stop)}
+        how, file = self.experiment.evaluation, self.folder / DIVERGED
+        if self.first:
+            file.unlink(missing_ok=True)
+        try:
+            result = self._result(self._exam(how.panel), self._exam(how.final)) | {"diverged": str(stop)}
+        except Exception as error:  # of many kinds, as its numbers may be anything; it is the first that counts
+            log.warning("it cannot be scored: %s", error)
+            return
         if self.episodes:
             self.episodes.finish()
-            disk.write(self.folder / DIVERGED, json.dumps(result, indent=1) + "\n")
+            disk.write(file, json.dumps(result, indent=1) + "\n")
 
     def _result(self, after: Any, final: Any) -> dict[str, Any]:
         last = checkpoints.newest(self.folder)

@@ -17,6 +17,8 @@ from aem_exp import door
 from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from aem_exp.archive import Archive
     from aem_exp.chapters import Asked
     from aem_exp.findings import Cell, Difference
@@ -71,23 +73,19 @@ def _act(asked: argparse.Namespace) -> int:
     if not any(cell.done for cell in cells):
         remedy = f"none of its {len(sweep.cells)} runs is done; python -m aem_exp.sweep {sweep.name} --local runs them"
         raise ConfigError("sweep", sweep.name, remedy)
-    if asked.archive:
-        _keep(archives.values(), asked.archive)
-    differences = findings.differences(cells)
+    kept = _keep(archives.values(), asked.archive) if asked.archive else []
+    others = [(cell.arm, next(iter(sweep.arms))) for cell in cells if cell.arm not in sweep.arms]
+    differences = [*findings.differences(cells, sweep.pairs), *findings.differences(cells, others)]
     if asked.json:
         print(json.dumps([_plain(d) for d in differences], indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
     report = chapters.report(_asked(sweep, cells, source), cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
-    page = pages.write(report, folder)
+    files = pages.write(report, folder, findings.curves(cells))
     _show(differences, cells)
-    for heading, text in [
-        ("from", source),
-        ("report", str(folder)),
-        *_tracked(sweep, folder, asked),
-        ("open", page.as_uri()),
-    ]:
+    tracked = _tracked(sweep, folder, files, asked)
+    for heading, text in [("from", source), *kept, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
         print(f"{heading:<7} {text}")
     return 0
 
@@ -95,13 +93,12 @@ def _act(asked: argparse.Namespace) -> int:
 def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
     """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
     run dir at all, and never mix with some."""
-    from aem_exp import archive, state
+    from aem_exp import archive
 
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
-    states = state.read(here)
-    found = {folder: archive.of(folder, found.what, (found.kind, found.sentence)) for folder, found in states.items()}
+    found = {folder: _read_dir(folder) for folder in here}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
     taken = {
@@ -111,6 +108,18 @@ def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive],
     }
     places = {f"run dirs in {sweep.cells[0].folder.parent}": len(found), f"archives in {place}": len(taken)}
     return found | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
+
+
+def _read_dir(folder: Path) -> "Archive":
+    """The archive of a run dir. One that cannot be read is one run that is not done; the others are compared."""
+    from aem_exp import archive, attempts, state
+
+    try:
+        found = state.read([folder])[folder]
+        return archive.of(folder, found.what, (found.kind, found.sentence))
+    except Exception as error:  # of many kinds: files may be missing, cut short, or another version's
+        why = f"its run dir cannot be read: {attempts.sentence(error)}"
+        return archive.Archive(folder.name, {}, "unreadable", ("", why))
 
 
 def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
@@ -144,12 +153,12 @@ def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Pat
     return out
 
 
-def _keep(archives: "Iterable[Archive]", folder: Path) -> None:
+def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
     from aem_exp import archive
 
     done = [each for each in archives if each.done]
     size = sum(archive.write(each, folder).stat().st_size for each in done)
-    print(f"kept    {len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")
+    return [("kept", f"{len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")]
 
 
 def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
@@ -160,7 +169,7 @@ def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
     arms = {arm: " ".join(words) for arm, words in sweep.arms.items()}
     arms |= {cell.arm: "from elsewhere, by a CSV" for cell in cells if cell.arm not in arms}
     file = str(sweep.file) if sweep.file else sweep.name
-    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, sweep.seeds)
+    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, sweep.pairs, sweep.seeds)
 
 
 def _plain(difference: "Difference") -> dict[str, object]:
@@ -173,39 +182,51 @@ def _plain(difference: "Difference") -> dict[str, object]:
 
 
 def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
-    """The verdicts, for the terminal."""
+    """Scores and verdicts, for the terminal."""
     from rich.console import Console
-    from rich.table import Table
 
     from aem_exp import chapters, findings
 
     console = Console(highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("arm", "runs", "success", "difference", "95 %, all at once", "verdict"):
-        table.add_column(
-            column, header_style="bold", justify="right" if column in ("success", "difference") else "left"
+    scores = [(cell, cell.scores(findings.SUCCESS)) for cell in cells]
+    rows = [
+        (
+            f"{cell.arm} {cell.point}".strip(),
+            f"{len(found)} of {len(cell.runs)}",
+            chapters.points(sum(found) / len(found)) if found else "-",
         )
-    known = {(d.arm, d.point): d for d in differences}
-    for cell in cells:
-        scores, d = cell.scores(findings.SUCCESS), known.get((cell.arm, cell.point))
-        mean = chapters.points(sum(scores) / len(scores)) if scores else "-"
-        told = (
-            (
-                chapters.points(d.interval.difference, True) if d.interval else "-",
-                chapters.span(d.interval),
-                d.verdict.partition(";")[0],
-            )
-            if d
-            else ("", "", "reference")
+        for cell, found in scores
+    ]
+    console.print(_table(("arm", "runs", "success"), rows))
+    console.print()
+    compared = [
+        (
+            f"{d.arm} against {d.reference} {d.point}".strip(),
+            chapters.points(d.interval.difference, True) if d.interval else "-",
+            chapters.span(d.interval),
+            d.verdict.partition(";")[0],
         )
-        table.add_row(f"{cell.arm} {cell.point}".strip(), f"{len(scores)} of {len(cell.runs)}", mean, *told)
-    console.print(table)
+        for d in differences
+    ]
+    console.print(_table(("success in points", "", "95 %, all at once", "verdict"), compared))
     if wrong := findings.troubles(cells):
         console.print(f"{len(wrong)} runs are not done as planned; the report names them", style="yellow")
     console.print()
 
 
-def _tracked(sweep: "Sweep", folder: Path, asked: argparse.Namespace) -> list[tuple[str, str]]:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        right = column in ("success", "") and number > 0
+        table.add_column(column, header_style="bold", justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _tracked(sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argparse.Namespace) -> list[tuple[str, str]]:
     """Log the report as an artifact of the sweep, where its runs are tracked."""
     from aem_exp import stores, tracking
 
@@ -213,7 +234,7 @@ def _tracked(sweep: "Sweep", folder: Path, asked: argparse.Namespace) -> list[tu
     uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
     if asked.no_tracking or uri == stores.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
         return []
-    return tracking.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder)
+    return tracking.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)
 
 
 if __name__ == "__main__":

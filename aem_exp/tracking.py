@@ -43,6 +43,7 @@ POINTS, PARAMS, PARAM_CHARS, TAG_CHARS = 1000, 100, 6000, 8000  # what MLflow ta
 
 DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 KEY = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag that begins with `mlflow.`
+NOTE, REPORTS = "mlflow.note.content", "Reports of sweeps:"  # an experiment's description, and our part of it
 REPORT = "aem.report"  # tag of the run that holds a report: the sweep
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
 CHARTS = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
@@ -645,8 +646,10 @@ def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> li
     return there.lines(*links)
 
 
-def report(outputs: Path, uri: str, experiment: str, sweep: str, folder: Path) -> list[tuple[str, str]]:
-    """Log the report of a sweep as artifacts of a run of its own, name it on the experiment's page, and tell where.
+def report(
+    outputs: Path, uri: str, experiment: str, sweep: str, folder: Path, files: Iterable[Path]
+) -> list[tuple[str, str]]:
+    """Log the files of a sweep's report as artifacts of a run of its own, name it on the experiment's page, and tell where.
 
     Best effort, as `views`.
     """
@@ -658,7 +661,9 @@ def report(outputs: Path, uri: str, experiment: str, sweep: str, folder: Path) -
         number, client = store.reach(), store.client
         known = client.search_runs([number], f"tags.`{REPORT}` = '{sweep}'", max_results=1)
         run = known[0] if known else client.create_run(number, run_name=f"report of {sweep}", tags={REPORT: sweep})
-        client.log_artifacts(run.info.run_id, str(folder))
+        for file in files:
+            inside = file.relative_to(folder).parent
+            client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))
         client.set_terminated(run.info.run_id)
         there = stores.page(uri, f"#/experiments/{number}/runs/{run.info.run_id}/artifacts")
         client.set_experiment_tag(number, f"{tag(sweep)}.report", run.info.run_id)
@@ -669,17 +674,16 @@ def report(outputs: Path, uri: str, experiment: str, sweep: str, folder: Path) -
 
 
 def _describe(client: Any, experiment: str) -> None:
-    """Link the reports of all sweeps from the description of an experiment, which its page shows."""
+    """Link the reports of all sweeps in the description of an experiment, which its page shows; what else stands there stays."""
     tags = client.get_experiment(experiment).tags
     runs = {
         name.removeprefix("aem.sweep.").removesuffix(".report"): run
         for name, run in tags.items()
         if name.endswith(".report")
     }
-    lines = [
-        f"- report of [{sweep}](#/experiments/{experiment}/runs/{run}/artifacts)" for sweep, run in sorted(runs.items())
-    ]
-    client.set_experiment_tag(experiment, "mlflow.note.content", "\n".join(["Reports of sweeps:", "", *lines]))
+    lines = [f"- [{sweep}](#/experiments/{experiment}/runs/{run}/artifacts)" for sweep, run in sorted(runs.items())]
+    others = [part for part in tags.get(NOTE, "").split("\n\n") if part and not part.startswith(REPORTS)]
+    client.set_experiment_tag(experiment, NOTE, "\n\n".join([*others, "\n".join([REPORTS, *lines])]))
 
 
 def _client(uri: str) -> Any:

@@ -52,9 +52,13 @@ def test_across_tasks_by_hand():
 
 def test_across_tasks_is_never_surer_than_on_this_panel():
     rng = np.random.default_rng(0)
-    one, other = rng.random((2, 200, 5, 40))
-    wide, narrow = compare.across_tasks(one, other), compare.welch(one.mean(-1), other.mean(-1))
-    assert (wide.error >= narrow.error - 1e-12).all()
+    one, other = rng.random((2, 200, 3, 40)) + rng.normal(0, 0.2, (2, 200, 3, 1))
+    for comparisons in (1, 6):
+        wide, narrow = (
+            compare.across_tasks(one, other, comparisons),
+            compare.welch(one.mean(-1), other.mean(-1), comparisons),
+        )
+        assert (wide.error >= narrow.error - 1e-12).all() and (wide.low <= narrow.low + 1e-12).all()
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,7 @@ def test_what_has_no_interval(one, other, why):
         (-0.05, -0.01, "worse"),
         (-0.013, 0.052, "no difference shown; effects above 5.2 points are ruled out"),
         (math.nan, math.nan, "nothing can be said"),
+        (-1.2, 1.4, "nothing can be said: the interval is wider than the scale"),
     ],
 )
 def test_verdicts(low, high, said):
@@ -86,14 +91,28 @@ def test_verdicts(low, high, said):
 
 def test_permutation_by_hand():
     """All of one arm above all of the other: the most extreme of C(8, 4) = 70 ways, and its mirror."""
-    assert compare.permutation([5, 6, 7, 8], [1, 2, 3, 4]) == pytest.approx(2 / 70)
+    assert compare.permutation([5, 6, 7, 8], [1, 2, 3, 4]) == compare.Permutation(pytest.approx(2 / 70), 0.0)
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (6, 5), (4, 9)])
+def test_permutation_is_scipys(sizes):
+    rng = np.random.default_rng(3)
+    one, other = (rng.integers(0, 12, size) / 12 + 0.1 * shift for size, shift in zip(sizes, (1, 0), strict=True))
+    theirs = stats.permutation_test((one, other), lambda x, y: x.mean() - y.mean(), n_resamples=np.inf)
+    assert compare.permutation(one, other).p == pytest.approx(theirs.pvalue)
+
+
+def test_too_many_permutations_are_sampled_and_say_so():
+    rng = np.random.default_rng(4)
+    found = compare.permutation(rng.normal(0.3, 1, 20), rng.normal(0, 1, 20))
+    assert 0 < found.error < 0.005 and 0 < found.p <= 1
 
 
 @pytest.mark.parametrize(("seeds", "floor"), [(3, 0.10), (5, 2 / 252)])
 def test_the_floor_of_a_permutation(seeds, floor):
     assert compare.floor(seeds, seeds) == pytest.approx(floor)
     apart = compare.permutation([*range(10, 10 + seeds)], [*range(seeds)])
-    assert apart is None if floor > 0.05 else apart == pytest.approx(floor)
+    assert apart is None if floor > 0.05 else apart.p == pytest.approx(floor)
     assert compare.permutation([*range(10, 15)], [*range(5)], comparisons=7) is None  # 0.0079 > 0.05 / 7
 
 

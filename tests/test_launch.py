@@ -252,6 +252,9 @@ def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
     assert err == "aem_exp: env.make.limits.memory=5: no such key; did you mean memory_mb?\n", err
     err = desk.door("aem_exp", *words, "env=swe", code=2)
     assert err.startswith("aem_exp: model.path=Qwen/Qwen3-32B: its weights are not on this machine; "), err
+    (desk.folder / "ruin.py").write_text("def Ruin(): return 1 / 0\n")
+    err = desk.door("aem_exp", *CELL, "env.make={_target_: ruin.Ruin}", code=2)
+    assert err.startswith("aem_exp: env.make=ruin.Ruin: ") and "ZeroDivisionError" in err, err
     (desk.folder / "empty").mkdir()
     (desk.folder / "empty" / "config.json").write_text("{}")
     err = desk.door("aem_exp", *words, "env=swe", f"model.path={desk.folder / 'empty'}", code=2)

@@ -21,7 +21,10 @@ seeds: 0
 launch: launch=slurm_cpu
 """
 RUIN = "from slow import Slow\n\n\nclass Ruin(Slow):\n"
-BROKEN = RUIN + "    def tasks(self, split):\n        raise RuntimeError('the map is lost')\n"
+BROKEN = (  # on a node, and not where it is submitted: that would be refused
+    "import os\n" + RUIN + "    def tasks(self, split):\n        if 'SLURM_JOB_ID' in os.environ:\n"
+    "            raise RuntimeError('the map is lost')\n        return super().tasks(split)\n"
+)
 WHOLE = RUIN + "    pass\n"
 
 
