@@ -665,12 +665,17 @@ def report(
             inside = file.relative_to(folder).parent
             client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))
         client.set_terminated(run.info.run_id)
-        there = stores.page(uri, f"#/experiments/{number}/runs/{run.info.run_id}/artifacts")
+        there = stores.page(uri, _shown(number, run.info.run_id))
         client.set_experiment_tag(number, f"{tag(sweep)}.report", run.info.run_id)
         _describe(client, number)
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"the report is not there: {_reason(error)}")]
     return there.lines()
+
+
+def _shown(experiment: str, run: str) -> str:
+    """Where MLflow shows a report."""
+    return f"#/experiments/{experiment}/runs/{run}/artifacts/index.html?workflowType=machine_learning"
 
 
 def _describe(client: Any, experiment: str) -> None:
@@ -681,7 +686,7 @@ def _describe(client: Any, experiment: str) -> None:
         for name, run in tags.items()
         if name.endswith(".report")
     }
-    lines = [f"- [{sweep}](#/experiments/{experiment}/runs/{run}/artifacts)" for sweep, run in sorted(runs.items())]
+    lines = [f"- [{sweep}]({_shown(experiment, run)})" for sweep, run in sorted(runs.items())]
     others = [part for part in tags.get(NOTE, "").split("\n\n") if part and not part.startswith(REPORTS)]
     client.set_experiment_tag(experiment, NOTE, "\n\n".join([*others, "\n".join([REPORTS, *lines])]))
 
