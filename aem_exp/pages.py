@@ -28,7 +28,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """For each column, whether it holds numbers."""
         return [
-            bool(self.rows) and all(re.match(r"^([-+±]?\d|-$|$)", row[i]) for row in self.rows)
+            bool(self.rows) and all(re.fullmatch(r"[-+]?[\d,.]+( ± \S+)?|-?", row[i]) for row in self.rows)
             for i in range(len(self.columns))
         ]
 

@@ -83,7 +83,7 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
         return 0
     _show(sweep, states, todo)
     if not (asked.submit or asked.local):
-        print(f"\nnext    {_next(sweep, todo, typed)}")
+        print(f"\nnext    {_next(sweep, todo, typed, asked)}")
         return 0
     if asked.submit:
         _check_submits(todo)
@@ -96,8 +96,15 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
         print("\nnothing is missing")
     elif asked.local:
         code = _run_here(todo, asked.at_once)
-    print(f"next    python -m aem_exp.status {sweep.name}")
+    whole = sweep.file is not None and (not todo or (asked.local and not code))
+    print(f"next    {_report(asked) if whole else f'python -m aem_exp.status {sweep.name}'}")
     return code
+
+
+def _report(asked: argparse.Namespace) -> str:
+    """The command that compares what was run."""
+    own = ["--config-dir", asked.config_dir] if asked.config_dir else []
+    return shlex.join(["python", "-m", "aem_exp.report", asked.sweep, *asked.overrides, *own])
 
 
 def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
@@ -254,10 +261,12 @@ def _tasks(cell: "Cell") -> int | None:
         return None
 
 
-def _next(sweep: "Sweep", todo: Sequence["Cell"], typed: str) -> str:
+def _next(sweep: "Sweep", todo: Sequence["Cell"], typed: str, asked: argparse.Namespace) -> str:
     """The command that most likely comes next."""
     if not todo:
-        return f"python -m aem_exp.status {sweep.name}"
+        return (
+            typed.replace("aem_exp.sweep", "aem_exp.report") if sweep.file else f"python -m aem_exp.status {sweep.name}"
+        )
     return f"{typed} {'--submit' if todo[0].experiment.launch.where == 'slurm' else '--local'}"
 
 

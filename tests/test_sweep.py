@@ -84,7 +84,8 @@ def test_asked_again_only_what_is_missing_runs(desk, carried_out):
     broken.unlink()
     (broken.parent / "provenance.json").unlink()
     assert "to run  1 of 2 cells" in ask("aem_exp.sweep", "quick.yaml", "--retry", "crash", "--local")
-    assert "nothing is missing" in ask("aem_exp.sweep", "quick.yaml", "--local")
+    said = ask("aem_exp.sweep", "quick.yaml", "--local")
+    assert "nothing is missing" in said and said.endswith("next    python -m aem_exp.report quick.yaml\n")
     assert "2 done" in ask("aem_exp.status", "--once")
 
 
