@@ -264,9 +264,7 @@ def _tasks(cell: "Cell") -> int | None:
 def _next(sweep: "Sweep", todo: Sequence["Cell"], typed: str, asked: argparse.Namespace) -> str:
     """The command that most likely comes next."""
     if not todo:
-        return (
-            typed.replace("aem_exp.sweep", "aem_exp.report") if sweep.file else f"python -m aem_exp.status {sweep.name}"
-        )
+        return _report(asked) if sweep.file else f"python -m aem_exp.status {sweep.name}"
     return f"{typed} {'--submit' if todo[0].experiment.launch.where == 'slurm' else '--local'}"
 
 
