@@ -40,7 +40,7 @@ def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
     def whats():
         return {group: row["what"] for group, row in status().items()}
 
-    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--at-once", "2", SLOW="0.06")
+    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--at-once", "2", SLOW="0.035")
     assert "sent    3 cells as job" in said
     assert set(whats().values()) <= {"queued", "running"}
     again = desk.door("aem_exp.sweep", "hold.yaml", "--submit")
