@@ -52,7 +52,15 @@ def read(folders: Sequence[Path]) -> dict[Path, State]:
     """The state of each run; the scheduler is asked once."""
     cards = {folder: launch.card(folder) for folder in folders}
     jobs = launch.jobs(card["job"] for card in cards.values() if card)
-    return {folder: _state(folder, cards[folder], jobs) for folder in folders}
+    return {folder: _readable(folder, cards[folder], jobs) for folder in folders}
+
+
+def _readable(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:
+    """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
+    try:
+        return _state(folder, card, jobs)
+    except (ValueError, KeyError) as error:
+        return State(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.sentence(error)}")
 
 
 def _state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:

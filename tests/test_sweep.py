@@ -187,7 +187,9 @@ def test_a_state_is_read_from_what_a_kill_left(tmp_path):
     row = {"step": 4, "time/logged_at": 1, "train/success": 0.5}
     half = run(attempts=[start], metrics=[row])
     (half / "attempts.jsonl").open("a").write('{"event": "sto')
-    found = state.read([new, killed, stopped, nan, half])
+    ruined = run()
+    (ruined / "experiment.json").write_text('{"trainer":')
+    found = state.read([new, killed, stopped, nan, half, ruined])
     seen = {folder: (s.what, s.kind, s.missing) for folder, s in found.items()}
     assert seen == {
         new: ("new", "", True),
@@ -195,5 +197,7 @@ def test_a_state_is_read_from_what_a_kill_left(tmp_path):
         stopped: ("stopped", "", True),
         nan: ("failed", "nan", False),
         half: ("failed", "killed", True),
+        ruined: ("failed", "disk", False),
     }
+    assert found[ruined].sentence.startswith("its run dir cannot be read: JSONDecodeError")
     assert (found[half].step, found[half].steps, found[half].score) == (4, 9, ("train/success", 0.5))
