@@ -39,11 +39,6 @@ class Arm:
     bonus_lam: float = 1.0
     centred: bool = False
 
-    @property
-    def own_signal(self) -> bool:
-        """Whether the coefficients are made of something else than response entropies."""
-        return (self.signal, self.unit) != ("entropy", "response")
-
 
 def scoped(arm: Arm, group_U: Tensor, trajectory_U: Tensor) -> Tensor:
     """Which units share a range of entropies."""

@@ -378,11 +378,9 @@ class AEMTrainer(GRPOTrainer):
         owned = credit.owned(micro)
         credit.entropy_R[owned] = aem.response_entropy(entropies, response_NT)
         credit.surprisal_R[owned] = aem.response_entropy(-logps, response_NT)
-        if self.arm.own_signal:
+        if self.arm.unit == "token":
             signal_NT = entropies if self.arm.signal == "entropy" else -logps
-            one_each = self.arm.unit == "token"
-            signal_U = signal_NT[response_NT >= 0] if one_each else aem.response_entropy(signal_NT, response_NT)
-            credit.signal_U[credit.units(micro)] = signal_U
+            credit.signal_U[credit.units(micro)] = signal_NT[response_NT >= 0]
         return batch
 
     def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor) -> None:
@@ -402,7 +400,10 @@ class AEMTrainer(GRPOTrainer):
 
     def _modulate(self, credit: Credit, step: int) -> None:
         """Give each unit its coefficient; all ranks compute the same."""
-        credit.signal_U = self._gathered(credit.signal_U) if self.arm.own_signal else credit.entropy_R
+        if self.arm.unit == "token":
+            credit.signal_U = self._gathered(credit.signal_U)
+        else:
+            credit.signal_U = credit.entropy_R if self.arm.signal == "entropy" else credit.surprisal_R
         trajectory_U = credit.trajectory_R[credit.response_U]
         group_U, advantage_U = credit.group_M[trajectory_U], credit.advantage_R[credit.response_U]
         rng = generator((self.args.seed, "shuffle", step))
