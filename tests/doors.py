@@ -24,6 +24,17 @@ SMALL = [
     "launch.save_every=2",
 ]
 
+SHORT = [  # a policy that wins now and then, hardly trained: to be scored
+    "model.make.steps=120",
+    "model.make.habit_steps=10",
+    "model.make.episodes=512",
+    "trainer.steps=2",
+    "trainer.tasks_per_step=2",
+    "trainer.group_size=4",
+    "trainer.mini_batch=4",
+    "tracking=off",
+]
+
 
 def door(cache, outputs, *words, wait=True):
     """`python -m aem_exp` in a process of its own."""

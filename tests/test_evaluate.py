@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import toy
+from doors import SHORT
 
 from aem_exp import config, evaluate, exam, scores
 from aem_exp.config import ConfigError
@@ -22,17 +23,7 @@ from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
 from aem_exp.envs.household import Household
 from aem_exp.scores import Outcome
 
-SMALL = [
-    "model.make.steps=120",
-    "model.make.habit_steps=10",
-    "model.make.episodes=512",
-    "trainer.steps=2",
-    "trainer.tasks_per_step=2",
-    "trainer.group_size=4",
-    "trainer.mini_batch=4",
-    "evaluation.tasks=12",
-    "tracking=off",
-]
+SMALL = [*SHORT, "evaluation.tasks=12"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ from itertools import islice
 import pandas as pd
 import pytest
 from completions_server import CompletionsServer
+from doors import SHORT
 from filelock import FileLock
 
 from aem_exp import config, crew, evaluate, players, policy, servers, worlds
@@ -18,18 +19,7 @@ from aem_exp.scoreboard import Line
 from aem_exp.served import seed
 
 KEY = "k-7f3a"
-SMALL = [
-    "model.make.steps=120",
-    "model.make.habit_steps=10",
-    "model.make.episodes=512",
-    "trainer.steps=2",
-    "trainer.tasks_per_step=2",
-    "trainer.group_size=4",
-    "trainer.mini_batch=4",
-    "trainer.learning_rate=0.01",  # so that two steps can be seen in what is said
-    "evaluation.tasks=8",
-    "tracking=off",
-]
+SMALL = [*SHORT, "trainer.learning_rate=0.01", "evaluation.tasks=8"]  # so that two steps can be seen in what is said
 PROGRESS = ("policy", "untrained", "random")  # what is at work, in a line
 MODELS = ["--only", "policy", "--only", "untrained"]
 PANEL = ["--panel", "dev", "--tasks", "6", "--repeats", "2"]
