@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from aem_exp import attempts, disk, metrics
@@ -70,7 +71,7 @@ class Archive:
     @property
     def success(self) -> list[float]:
         """Of each task of the final panel, the mean over its repeats."""
-        return [sum(repeats) / len(repeats) for repeats in self.tasks["success"]]
+        return [fmean(repeats) for repeats in self.tasks["success"]]
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, value), where it was measured."""
@@ -81,8 +82,9 @@ class Archive:
 def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
     """The archive of a run dir; `what` and `why`: its state."""
     experiment, rows = _json(folder / "experiment.json"), metrics.read(folder)
-    result = _json(folder / "result.json") if what == DONE else _json(folder / "diverged.json") if why[0] == NAN else {}
-    episodes = _episodes(folder, experiment, result) if result else []
+    scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
+    result = _json(folder / scored) if scored else {}
+    episodes = _episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
     return Archive(
         run=folder.name,
@@ -107,7 +109,7 @@ def _json(file: Path) -> dict[str, Any]:
     return {}
 
 
-def _episodes(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The episodes of the final panel, the last time that it was played."""
     import pyarrow.parquet
 
@@ -121,16 +123,14 @@ def _tasks(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in episodes:
         by_task.setdefault(row["task"], []).append(row)
-    out: dict[str, list[Any]] = {
-        "id": list(by_task),
-        "kind": [rows[0]["kind"] for rows in by_task.values()],
-        "success": [[0.0 if r["ended"] == "crashed" else r["won"] for r in rows] for rows in by_task.values()],
-    }
-    if any(row["score"] is not None for row in episodes):
-        out["score"] = [
-            [0.0 if r["ended"] == "crashed" else r["score"] or 0.0 for r in rows] for rows in by_task.values()
-        ]
-    return out
+
+    def each(name: str) -> list[list[float]]:
+        """Of every episode of a task; one whose world crashed has nothing."""
+        return [[0.0 if r["ended"] == "crashed" else r[name] or 0.0 for r in rows] for rows in by_task.values()]
+
+    kinds = [rows[0]["kind"] for rows in by_task.values()]
+    scored = any(row["score"] is not None for row in episodes)
+    return {"id": list(by_task), "kind": kinds, "success": each("won")} | ({"score": each("score")} if scored else {})
 
 
 def _curves(rows: Sequence[metrics.Row]) -> dict[str, list[float | None]]:

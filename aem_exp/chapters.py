@@ -6,6 +6,7 @@ Whatever is said follows from tables that stand beside it, and every number in t
 import csv
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 from aem_exp import compare, figures, findings, power, scores
 from aem_exp.archive import Archive
-from aem_exp.findings import SCORE, SUCCESS, Cell, Difference
+from aem_exp.findings import SCORE, SUCCESS, Cell, Difference, Pair, mean
 from aem_exp.pages import Block, Figure, Report, Section, Table, Text
 
 COVERAGE: Final = """\
@@ -38,7 +39,7 @@ class Asked:
     source: str  # where its runs were read from
     base: str
     arms: Mapping[str, str]
-    pairs: Sequence[tuple[str, str]]  # what is compared
+    families: Sequence[Sequence[Pair]]  # what is compared: what was declared, then runs from elsewhere
     seeds: Sequence[int]
 
 
@@ -125,13 +126,11 @@ def _settle(d: Difference) -> str:
     return str(d.enough) if d.enough else f"above {compare.MOST_RUNS}"
 
 
-def _without_empty(table: Table, column: int = 0) -> Table:
+def _without_empty(table: Table) -> Table:
     """The table without a first column that says nothing."""
-    if any(row[column] for row in table.rows):
+    if any(row[0] for row in table.rows):
         return table
-    keep = [i for i in range(len(table.columns)) if i != column]
-    rows = [[row[i] for i in keep] for row in table.rows]
-    return Table(table.title, [table.columns[i] for i in keep], rows, table.note)
+    return Table(table.title, table.columns[1:], [row[1:] for row in table.rows], table.note)
 
 
 # 1
@@ -139,14 +138,14 @@ def _without_empty(table: Table, column: int = 0) -> Table:
 
 def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     done = [archive for cell in cells for archive in cell.done]
-    distinct = {archive.run for archive in done}
+    distinct, declared = {archive.run for archive in done}, asked.families[0]
     facts = [
         ("sweep", asked.file),
         ("read from", asked.source),
         ("base", asked.base or "the default experiment"),
         ("seeds", " ".join(map(str, asked.seeds))),
         ("runs", f"{len(done)} of {sum(len(cell.runs) for cell in cells)} done"),
-        ("compared", "; ".join(f"{one} against {other}" for one, other in asked.pairs) or "nothing"),
+        ("compared", "; ".join(f"{one} against {other}" for one, other in declared) or "nothing"),
         ("not compared", "other pairs of arms: they were not declared (`pairs:` of a sweep's file)"),
         ("primary measure", "success on the final panel, mean over its tasks and repeats"),
         (
@@ -157,11 +156,11 @@ def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     if len(distinct) < len(done):
         facts.insert(5, ("shared", f"these are {len(distinct)} runs: some stand in several cells"))
     for name, title in (("final", "final panel"), ("after", "panel of the curves")):
-        for panel, count in _counted(_panel(a, name) for a in done if a.result.get(name)):
+        for panel, count in Counter(_panel(a, name) for a in done if a.result.get(name)).items():
             facts.append((title, f"{panel}{'' if count == len(done) else f' ({count} runs)'}"))
-    rules = _counted(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
+    rules = Counter(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
     only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
-    facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules]
+    facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules.items()]
     facts += [("planned power", text) for text in _power(asked, cells)]
     arms = [(arm, words or "as the base") for arm, words in asked.arms.items()]
     return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by"), arms)])
@@ -174,7 +173,7 @@ def _panel(archive: Archive, which: str) -> str:
 
 def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
     """What the design could show, before it was run; for each size of panel."""
-    seeds, comparisons = len(asked.seeds), len(asked.pairs) * len({cell.point for cell in cells})
+    seeds, comparisons = len(asked.seeds), len(asked.families[0]) * len({cell.point for cell in cells})
     if seeds < 2 or not comparisons:
         return ["one seed an arm shows no difference between arms"] if seeds < 2 else []
     sizes = {(len(a.tasks["id"]), len(a.tasks["success"][0])) for cell in cells for a in cell.done}
@@ -184,13 +183,6 @@ def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
         told = " and ".join(f"{x:.1f}" for x in found)
         out.append(f"{tasks} tasks x {repeats}: {told} points, found 4 times in 5, where seeds spread by {spread}")
     return out
-
-
-def _counted(values: Iterable[str]) -> list[tuple[str, int]]:
-    found: dict[str, int] = {}
-    for value in values:
-        found[value] = found.get(value, 0) + 1
-    return list(found.items())
 
 
 # 2
@@ -217,7 +209,7 @@ def _provenance(cells: Sequence[Cell]) -> Section:
     )
     spent = ("point", "arm", "minutes a run", "GPU-hours a run", "starts with changes")
     time = [[cell.point, cell.arm, *_took(cell.done)] for cell in cells if cell.done]
-    packages = _counted(
+    packages = Counter(
         ", ".join(f"{name} {number}" for name, number in a.result.get("packages", {}).items())
         for cell in cells
         for a in cell.done
@@ -227,7 +219,7 @@ def _provenance(cells: Sequence[Cell]) -> Section:
         [
             _without_empty(Table("Provenance", columns, rows, note)),
             _without_empty(Table("Time", spent, time)),
-            *(Text(f"{count} runs with {text}.") for text, count in packages if text),
+            *(Text(f"{count} runs with {text}.") for text, count in packages.items() if text),
         ],
     )
 
@@ -246,7 +238,7 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
         said(_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),
-        said(findings.IDENTITY["planned budgets (steps x tasks x group x oversampling)"](a) for a in done),
+        said(findings.budget(a) for a in done),
         said(a.result.get("steps") for a in done),
         *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
     ]
@@ -268,11 +260,11 @@ def _took(done: Sequence[Archive]) -> list[str]:
     seconds = [a.spent["seconds"] for a in done if "seconds" in a.spent]
     hours = [a.spent["seconds"] * a.spent.get("gpus", 0) / 3600 for a in done if "seconds" in a.spent]
     resumed = sum(bool(a.result.get("resumed")) for a in done)
-    return [f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-", _average(hours, 1), str(resumed)]
+    return [_average([each / 60 for each in seconds], 1), _average(hours, 1), str(resumed)]
 
 
 def _average(values: Sequence[float], digits: int = 0) -> str:
-    return f"{sum(values) / len(values):,.{digits}f}" if values else "-"
+    return f"{mean(values):,.{digits}f}" if values else "-"
 
 
 # 3
@@ -287,12 +279,11 @@ def _cells(cells: Sequence[Cell]) -> Section:
         rows = []
         for cell in cells:
             found = cell.scores(measure)
-            mean = sum(found) / len(found) if found else math.nan
-            half = figures.reach(found)
-            low, high = max(0.0, mean - half), min(1.0, mean + half)
+            middle, half = mean(found), compare.reach(found)
+            low, high = max(0.0, middle - half), min(1.0, middle + half)
             own = f"[{points(low)}, {points(high)}]" if math.isfinite(half) else "-"
             seeds = " ".join(points(value) for value in found)
-            rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", points(mean), own, seeds))
+            rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", points(middle), own, seeds))
         note = "In points of 100; each interval is one arm's own (Student's t over runs): to compare arms, see the differences."
         blocks.append(_without_empty(Table(f"{measure.capitalize()} of each cell", columns, rows, note)))
     if wrong := findings.troubles(cells):
@@ -313,14 +304,15 @@ def _cells(cells: Sequence[Cell]) -> Section:
 def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference]) -> Section:
     if not primary:
         return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
-    pairs = list(dict.fromkeys((d.arm, d.reference) for d in primary))
     blocks: list[Block] = []
     if picture := figures.forest(primary):
         blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
     blocks.append(verdicts(primary))
     if told := _cheapest(cells, primary):
         blocks.append(Text(told))
-    blocks += [verdicts(findings.differences(cells, pairs, m)) for m in findings.measures(cells) if m != SUCCESS]
+    blocks += [
+        verdicts(findings.differences(cells, asked.families, m)) for m in findings.measures(cells) if m != SUCCESS
+    ]
     columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "says")
     rows = [
         (
@@ -337,7 +329,7 @@ def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Differen
     note = "What would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
     if rows:
         blocks.append(_without_empty(Table("Secondary: generalisation to new tasks", columns, rows, note)))
-    blocks += _overall(cells, pairs)
+    blocks += _overall(cells, asked.families[0])
     return Section("Differences and verdicts", blocks)
 
 
@@ -348,7 +340,7 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
     for d in differences:
         both = [took[arm, d.point] for arm in (d.arm, d.reference)]
         if d.enough and d.open and all(both):
-            found.append((d.enough * sum(sum(each) / len(each) for each in both), d))
+            found.append((d.enough * sum(map(mean, both)), d))
     if not found:
         return None
     seconds, d = min(found, key=lambda pair: pair[0])
@@ -360,7 +352,7 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
     )
 
 
-def _overall(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> list[Block]:
+def _overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Block]:
     found = findings.overall(cells, pairs)
     if not found:
         return []
@@ -390,12 +382,10 @@ def _curves(cells: Sequence[Cell]) -> Section:
         "far. Raw, not smoothed; every number is in tables/curves.csv. "
     )
     note = band + "Orange: the arm; blue, dashed: the first arm of the same point."
-    many = len([cell for cell in cells if cell.done]) > figures.MOST
-    drawn = [cell for cell in cells if cell.done][: figures.MOST]
-    blocks: list[Block] = [Figure("Success and response entropy", picture, note) for picture in figures.curves(drawn)]
-    if many:
+    blocks: list[Block] = [Figure("Success and response entropy", picture, note) for picture in figures.curves(cells)]
+    if sum(bool(cell.done) for cell in cells) > figures.MOST:
         blocks.append(Text(f"The first {figures.MOST} cells are drawn; tables/curves.csv has all."))
-    blocks += [Figure("What else was measured", picture, note) for picture in figures.curves(drawn, figures.MORE)]
+    blocks += [Figure("What else was measured", picture, note) for picture in figures.curves(cells, figures.MORE)]
     return Section("Curves", blocks or [Text("No run has left a curve yet.")])
 
 
@@ -408,8 +398,8 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
     blocks: list[Block] = []
     if len(kinds) > 1:
         rows = [(c.point, c.arm, *(points(_of_kind(runs, kind)) for kind in kinds)) for c, runs in done]
-        sizes = _counted(kind for kind in done[0][1][0].tasks["kind"])
-        note = f"Tasks of each kind: {', '.join(f'{kind} {count}' for kind, count in sizes)}."
+        sizes = Counter(done[0][1][0].tasks["kind"])
+        note = f"Tasks of each kind: {', '.join(f'{kind} {count}' for kind, count in sizes.items())}."
         blocks.append(_without_empty(Table("Success by kind of task", ("point", "arm", *kinds), rows, note)))
     repeats = min((len(a.tasks["success"][0]) for _, runs in done for a in runs), default=1)
     if repeats > 1:
@@ -431,7 +421,7 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
         "response_entropy": "entropy (nats)",
     }
     rows = [
-        (c.point, c.arm, *(_said(runs, name) for name in plain), *(_habit(runs, h) for h in habits)) for c, runs in done
+        (c.point, c.arm, *(_said(runs, name) for name in plain), *(_said(runs, h) for h in habits)) for c, runs in done
     ]
     note = "Means over runs, on the final panel; turns and tokens per episode."
     blocks.append(_without_empty(Table("Episodes", ("point", "arm", *plain.values(), *habits), rows, note)))
@@ -439,14 +429,13 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
 
 
 def _of_kind(runs: Sequence[Archive], kind: str) -> float:
-    values = [s for a in runs for s, k in zip(a.success, a.tasks["kind"], strict=True) if k == kind]
-    return sum(values) / len(values) if values else math.nan
+    return mean([s for a in runs for s, k in zip(a.success, a.tasks["kind"], strict=True) if k == kind])
 
 
 def _passes(runs: Sequence[Archive], repeats: int) -> list[float]:
     wins = [(len(r), sum(x >= 1 for x in r)) for a in runs for r in a.tasks["success"]]
     how = (scores.pass_at, scores.pass_hat)
-    return [sum(f(n, c, k) for n, c in wins) / len(wins) for f in how for k in range(1, repeats + 1)]
+    return [mean([f(n, c, k) for n, c in wins]) for f in how for k in range(1, repeats + 1)]
 
 
 def _ended(runs: Sequence[Archive], ending: str) -> float:
@@ -454,14 +443,15 @@ def _ended(runs: Sequence[Archive], ending: str) -> float:
     return sum(a.endings.get(ending, 0) for a in runs) / episodes if episodes else math.nan
 
 
+def _final(archive: Archive) -> Mapping[str, Any]:
+    """What a run's score on the final panel says, the world's own numbers among it."""
+    final = archive.result.get("final") or {}
+    return (final.get("habits") or {}) | final
+
+
 def _said(runs: Sequence[Archive], name: str) -> str:
-    values = [value for a in runs if (value := (a.result.get("final") or {}).get(name)) is not None]
-    return f"{sum(values) / len(values):.3g}" if values else "-"
-
-
-def _habit(runs: Sequence[Archive], name: str) -> str:
-    values = [h[name] for a in runs if name in (h := ((a.result.get("final") or {}).get("habits") or {}))]
-    return f"{sum(values) / len(values):.3g}" if values else "-"
+    values = [value for a in runs if (value := _final(a).get(name)) is not None]
+    return f"{mean(values):.3g}" if values else "-"
 
 
 # 7
@@ -483,8 +473,7 @@ def _sanity(cells: Sequence[Cell]) -> Section:
         rows.append(("before the first step", panel, points(success), "the same policy for all runs with this number"))
     for cell in cells:
         if cell.done and (told := _control(cell.done[0].experiment.get("modulation") or {})):
-            mean = sum(scored := cell.scores(SUCCESS)) / len(scored)
-            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(mean), told))
+            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(mean(cell.scores(SUCCESS))), told))
     note = "lambda = 0 is no modulation, bit for bit: a law that the tests hold."
     blocks: list[Block] = [Table("What must be told apart from luck", ("row", "panel", "success", ""), rows, note)]
     if done and not any("random" in a.players for _, a in done):
@@ -518,13 +507,10 @@ def _elsewhere(cells: Sequence[Cell], published: Path | None) -> Section:
         names = tuple(e[key]["name"] for key in ("env", "model", "baseline", "modulation"))
         for row in known:
             if names == tuple(row[key] for key in ("env", "model", "baseline", "modulation")):
-                ours = {SUCCESS: cell.scores(SUCCESS), SCORE: cell.scores(SCORE)}
+                arm = f"{cell.arm} {cell.point}".strip()
                 for measure in (SUCCESS, SCORE):
                     if row[measure]:
-                        mean = sum(ours[measure]) / len(ours[measure]) if ours[measure] else math.nan
-                        rows.append(
-                            (f"{cell.arm} {cell.point}".strip(), measure, points(mean), row[measure], row["source"])
-                        )
+                        rows.append((arm, measure, points(mean(cell.scores(measure))), row[measure], row["source"]))
     if not rows:
         return Section("Published numbers", [Text("None are known for these worlds, models and arms.")])
     return Section(

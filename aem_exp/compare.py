@@ -86,9 +86,8 @@ def across_tasks(one_NT: Any, other_NT: Any, comparisons: int = 1) -> Interval:
     rest = [(_rest(x) / (x.shape[-2] * tasks), (x.shape[-2] - 1) * (tasks - 1)) for x in arms]
     found = _interval(apart_T.mean(axis=-1), [*runs, *drawn], rest, comparisons)
     here = welch(one.mean(axis=-1), other.mean(axis=-1), comparisons)
-    reach = np.fmax(
-        found.high - found.difference, here.high - here.difference
-    )  # tasks add freedom, but no knowledge of runs
+    # Tasks add degrees of freedom, but nothing to what is known of runs.
+    reach = np.fmax(found.high - found.difference, here.high - here.difference)
     return replace(found, low=found.difference - reach, high=found.difference + reach)
 
 
@@ -108,6 +107,14 @@ def _interval(difference: Any, added: Sequence[Any], removed: Sequence[Any], com
         freedom = variance**2 / sum(square**2 / free for square, free in (*added, *removed))
         reach = stats.t.ppf(1 - LEVEL / comparisons / 2, freedom) * np.sqrt(variance)
     return Interval(difference, difference - reach, difference + reach, np.sqrt(variance), freedom)
+
+
+def reach(scores_N: Sequence[float] | Numbers) -> float:
+    """Half of the 95 % interval of one arm's mean over runs (Student's t); NaN for a single run."""
+    count = len(scores_N)
+    if count < 2:
+        return math.nan
+    return float(stats.t.ppf(1 - LEVEL / 2, count - 1) * np.std(scores_N, ddof=1) / math.sqrt(count))
 
 
 def verdict(interval: Interval) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 
 from aem_exp import compare
 from aem_exp.findings import SUCCESS, Cell, Difference
+from aem_exp.show import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ARM, REFERENCE, GREY = "#D55E00", "#0072B2", "#595959"
+ARM, REFERENCE = ORANGE, BLUE
 MOST: Final = 20  # cells whose curves are drawn: a page of more is too long to read, and to load
 WIDE: Final = 4  # curves side by side
 MANY: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
@@ -66,27 +67,18 @@ def dots(cells: Sequence[Cell]) -> str | None:
         scores = 100 * np.asarray(cell.scores(SUCCESS))
         colour = REFERENCE if cell.arm == cells[0].arm else ARM
         axes.plot(scores, [row] * len(scores), "|", color=colour, markersize=11, alpha=0.8)
-        half = reach(scores)
+        half = compare.reach(scores)
         axes.errorbar(scores.mean(), row, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
     axes.set_xlabel("success on the final panel (%): every run, and the mean with its 95 % interval")
     return save()
-
-
-def reach(scores: Sequence[float] | np.ndarray) -> float:
-    """Half of the 95 % interval of a mean over runs (Student's t); NaN for a single one."""
-    from scipy import stats
-
-    count = len(scores)
-    if count < 2:
-        return math.nan
-    return float(stats.t.ppf(1 - compare.LEVEL / 2, count - 1) * np.std(scores, ddof=1) / math.sqrt(count))
 
 
 def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> list[str]:
     """Over the steps, arm by arm beside the first one of its point: the median over runs, and a band; some curves to a figure."""
     known = [(n, t) for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)]
     first = {cell.point: cell for cell in reversed(cells)}
-    shown = [cell for cell in cells if cell.done and cell is not first[cell.point]] or [c for c in cells if c.done]
+    done = [cell for cell in cells if cell.done]
+    shown = ([cell for cell in done if cell is not first[cell.point]] or done)[:MOST]
     parts = [dict(known[start : start + WIDE]) for start in range(0, len(known), WIDE)]
     return [_curves(shown, first, part) for part in parts] if shown else []
 

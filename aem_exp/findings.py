@@ -8,23 +8,24 @@ mislead: see `_refused`.
 
 import csv
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from aem_exp import compare
 from aem_exp.archive import Archive
 from aem_exp.compare import Interval
+from aem_exp.rules import NAME
 from aem_exp.values import ConfigError
 
 SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"
 SCORE: Final = "score"
 BUDGET: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
-NAME: Final = re.compile(r"[\w.+=-]{1,100}", re.ASCII)
+Pair = tuple[str, str]  # an arm, and what it stands against
 COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
 
 
@@ -107,8 +108,8 @@ def measured(archive: Archive, measure: str) -> float | None:
         return _area(archive)
     if measure == SCORE:
         per_task = archive.tasks.get("score")
-        return _mean([_mean(repeats) for repeats in per_task]) if per_task else None
-    return _mean(archive.success)
+        return mean([mean(repeats) for repeats in per_task]) if per_task else None
+    return mean(archive.success)
 
 
 def _area(archive: Archive) -> float | None:
@@ -125,17 +126,15 @@ def measures(cells: Sequence[Cell]) -> list[str]:
     return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measured(a, m) is not None for a in done)]
 
 
-def differences(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]], measure: str = SUCCESS) -> list[Difference]:
-    """Each pair of arms, the second being what the first stands against, point by point; all intervals hold at once."""
+def differences(cells: Sequence[Cell], families: Sequence[Sequence[Pair]], measure: str = SUCCESS) -> list[Difference]:
+    """Each pair of arms, the second being what the first stands against, point by point; a family's intervals hold at once."""
     known = {(cell.arm, cell.point): cell for cell in cells}
-    points = dict.fromkeys(cell.point for cell in cells)
-    both = [
-        (known[pair[0], point], known[pair[1], point])
-        for point in points
-        for pair in pairs
-        if (pair[0], point) in known and (pair[1], point) in known
-    ]
-    return [_difference(cell, reference, measure, len(both)) for cell, reference in both]
+    points, out = dict.fromkeys(cell.point for cell in cells), list[Difference]()
+    for pairs in families:
+        asked = [((one, point), (other, point)) for point in points for one, other in pairs]
+        both = [(known[one], known[other]) for one, other in asked if one in known and other in known]
+        out += [_difference(cell, reference, measure, len(both)) for cell, reference in both]
+    return out
 
 
 def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> Difference:
@@ -185,7 +184,8 @@ def _tasks(ids: Sequence[str]) -> str:
     return sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
 
 
-def _budget(archive: Archive) -> str | None:
+def budget(archive: Archive) -> str | None:
+    """What a run was to play: steps x tasks x group x oversampling; None where that is not known."""
     trainer = archive.experiment.get("trainer", {})
     return " x ".join(str(trainer.get(key, 1)) for key in BUDGET) if trainer else None
 
@@ -194,7 +194,7 @@ IDENTITY: Final[Mapping[str, Callable[[Archive], str | None]]] = {
     "panels": lambda archive: (archive.result.get("final") or {}).get("panel_hash"),
     "tasks of the panels": lambda archive: _tasks(archive.tasks["id"]) if archive.tasks else None,
     "worlds (fingerprints)": lambda archive: archive.result.get("fingerprint"),
-    "planned budgets (steps x tasks x group x oversampling)": _budget,
+    "planned budgets (steps x tasks x group x oversampling)": budget,
     "checkpoint rules": lambda archive: archive.result.get("checkpoint_rule"),
 }
 
@@ -242,7 +242,7 @@ class Overall:
     reference: compare.Summary
 
 
-def overall(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> list[Overall]:
+def overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Overall]:
     """Pairs of arms with enough points and runs (see `compare.enough`), none of them refused, and no run in two points."""
     known = {(cell.arm, cell.point): cell for cell in cells}
     out = []
@@ -259,6 +259,8 @@ def overall(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]]) -> list[Ove
 
 # Runs of other frameworks.
 
+Steps = dict[int, dict[str, list[float]]]  # step -> task -> success of each episode
+
 
 def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
     """Arms of a CSV with the columns arm, seed, step, task, success: each seed a run, scored at its last step.
@@ -269,16 +271,17 @@ def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
     Raises:
         ConfigError: the file is not that.
     """
-    rows = _rows(file)
+    runs: dict[str, dict[int, Steps]] = {}
+    for row in _rows(file):
+        steps = runs.setdefault(row["arm"], {}).setdefault(int(row["seed"]), {})
+        steps.setdefault(int(row["step"]), {}).setdefault(row["task"], []).append(float(row["success"]))
     out: dict[str, tuple[Run, ...]] = {}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        seeds = sorted({int(row["seed"]) for row in rows if row["arm"] == arm})
-        mine = {seed: [r for r in rows if r["arm"] == arm and int(r["seed"]) == seed] for seed in seeds}
-        ends = {max(int(row["step"]) for row in played) for played in mine.values()}
+    for arm, seeds in runs.items():
+        ends = {max(steps) for steps in seeds.values()}
         if len(ends) > 1:
             told = f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
             raise ConfigError("--csv", f"{file}, {arm}", told)
-        out[arm] = tuple(Run(seed, _foreign(file, arm, seed, mine[seed], panel)) for seed in seeds)
+        out[arm] = tuple(Run(seed, _foreign(file, arm, seed, seeds[seed], panel)) for seed in sorted(seeds))
     return out
 
 
@@ -302,12 +305,9 @@ def _rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _foreign(file: Path, arm: str, seed: int, rows: Sequence[Mapping[str, str]], panel: Sequence[str]) -> Archive:
-    last = max(int(row["step"]) for row in rows)
-    played: dict[str, list[float]] = {}
-    for row in rows:
-        if int(row["step"]) == last:
-            played.setdefault(row["task"], []).append(float(row["success"]))
+def _foreign(file: Path, arm: str, seed: int, steps: Steps, panel: Sequence[str]) -> Archive:
+    last = max(steps)
+    played = steps[last]
     where = f"{file}, {arm}, seed {seed}, step {last}"
     if set(played) != set(panel):
         lacks, more = len(set(panel) - set(played)), len(set(played) - set(panel))
@@ -316,17 +316,17 @@ def _foreign(file: Path, arm: str, seed: int, rows: Sequence[Mapping[str, str]],
         )
     if len({len(repeats) for repeats in played.values()}) > 1:
         raise ConfigError("--csv", where, "must score every task alike often")
-    steps = sorted({int(row["step"]) for row in rows})
-    means = [_mean([float(row["success"]) for row in rows if int(row["step"]) == step]) for step in steps]
+    means = [mean([x for scores in steps[step].values() for x in scores]) for step in sorted(steps)]
     return Archive(
         run=f"{file.name}: {arm}, seed {seed}",
         experiment={"seed": seed},
         what="done",
         result={"steps": last},
         tasks={"id": list(panel), "kind": [""] * len(panel), "success": [played[task] for task in panel]},
-        curves={"step": [float(step) for step in steps], "eval/success": [*means]},
+        curves={"step": [float(step) for step in sorted(steps)], "eval/success": [*means]},
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return fmean(values) if values else math.nan

@@ -22,7 +22,7 @@ from aem_exp import disk, door, evaluate
 from aem_exp.config import ConfigError, Env
 from aem_exp.evaluate import POLICY, UNTRAINED
 from aem_exp.exam import RESULT, Exam, alone, digest, episodes, rules
-from aem_exp.values import Stop
+from aem_exp.values import Stop, known
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
@@ -205,16 +205,7 @@ def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     found = {name: diagnostics.validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
     show.scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
     result = {"samples": samples, "turns": [s["turn"] for s in said], **found, "identity": identity}
-    disk.write(folder / RESULT, json.dumps(_known(result), indent=1, allow_nan=False) + "\n")
-
-
-def _known(value: Any) -> Any:
-    """JSON has no NaN: null, where nothing is known."""
-    if isinstance(value, dict):
-        return {key: _known(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_known(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    disk.write(folder / RESULT, json.dumps(known(result), indent=1, allow_nan=False) + "\n")
 
 
 def _table(results: dict[str, dict[str, Any]], folders: Sequence[Path]) -> str:

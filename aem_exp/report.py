@@ -5,7 +5,6 @@ It changes no run, asks no tracker, and says of a sweep that is half done what i
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp import door
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from aem_exp.chapters import Asked
     from aem_exp.findings import Cell, Difference
     from aem_exp.questions import Sweep
+    from aem_exp.state import State
 
 ABOUT = """\
 Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
@@ -74,13 +74,13 @@ def _act(asked: argparse.Namespace) -> int:
         remedy = f"none of its {len(sweep.cells)} runs is done; python -m aem_exp.sweep {sweep.name} --local runs them"
         raise ConfigError("sweep", sweep.name, remedy)
     kept = _keep(archives.values(), asked.archive) if asked.archive else []
-    others = [(cell.arm, next(iter(sweep.arms))) for cell in cells if cell.arm not in sweep.arms]
-    differences = [*findings.differences(cells, sweep.pairs), *findings.differences(cells, others)]
+    question = _asked(sweep, cells, source)
+    differences = findings.differences(cells, question.families)
     if asked.json:
-        print(json.dumps([_plain(d) for d in differences], indent=1))
+        print(json.dumps(known([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = chapters.report(_asked(sweep, cells, source), cells, differences, published)
+    report = chapters.report(question, cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
     files = pages.write(report, folder, findings.curves(cells))
     _show(differences, cells)
@@ -93,12 +93,12 @@ def _act(asked: argparse.Namespace) -> int:
 def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
     """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
     run dir at all, and never mix with some."""
-    from aem_exp import archive
+    from aem_exp import archive, state
 
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
-    found = {folder: _read_dir(folder) for folder in here}
+    found = {folder: _read_dir(folder, how) for folder, how in state.read(here).items()}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
     taken = {
@@ -110,13 +110,12 @@ def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive],
     return found | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
 
 
-def _read_dir(folder: Path) -> "Archive":
+def _read_dir(folder: Path, how: "State") -> "Archive":
     """The archive of a run dir. One that cannot be read is one run that is not done; the others are compared."""
-    from aem_exp import archive, attempts, state
+    from aem_exp import archive, attempts
 
     try:
-        found = state.read([folder])[folder]
-        return archive.of(folder, found.what, (found.kind, found.sentence))
+        return archive.of(folder, how.what, (how.kind, how.sentence))
     except Exception as error:  # of many kinds: files may be missing, cut short, or another version's
         why = f"its run dir cannot be read: {attempts.sentence(error)}"
         return archive.Archive(folder.name, {}, "unreadable", ("", why))
@@ -168,17 +167,10 @@ def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
     common = [word for word in base if all(word in cell.overrides for cell in sweep.cells)]
     arms = {arm: " ".join(words) for arm, words in sweep.arms.items()}
     arms |= {cell.arm: "from elsewhere, by a CSV" for cell in cells if cell.arm not in arms}
+    first, *_ = sweep.arms
+    others = [(arm, first) for arm in arms if arm not in sweep.arms]
     file = str(sweep.file) if sweep.file else sweep.name
-    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, sweep.pairs, sweep.seeds)
-
-
-def _plain(difference: "Difference") -> dict[str, object]:
-    def known(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: known(item) for key, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: known(value) for key, value in asdict(difference).items()} | {"verdict": difference.verdict}
+    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, (sweep.pairs, others), sweep.seeds)
 
 
 def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
@@ -193,7 +185,7 @@ def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
         (
             f"{cell.arm} {cell.point}".strip(),
             f"{len(found)} of {len(cell.runs)}",
-            chapters.points(sum(found) / len(found)) if found else "-",
+            chapters.points(findings.mean(found)),
         )
         for cell, found in scores
     ]

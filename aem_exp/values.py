@@ -64,6 +64,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+def known(value: Any) -> Any:
+    """A value for JSON, which has no NaN: null, where a number is not known."""
+    if isinstance(value, Mapping):
+        return {key: known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def closest(word: Any, choices: Iterable[str]) -> str | None:
     """The choice that was probably meant: the one with these initials (`lr`), or the nearest spelling."""
     choices = list(choices)

@@ -110,8 +110,8 @@ KNOWS = {
     "power": set(),
     "compare": {"power"},
     "archive": {"attempts", "disk", "metrics", "values"},
-    "findings": {"archive", "compare", "values"},
-    "figures": {"compare", "findings"},
+    "findings": {"archive", "compare", "rules", "values"},
+    "figures": {"compare", "findings", "show"},
     "pages": {"disk"},
     "chapters": {"archive", "compare", "figures", "findings", "pages", "power", "scores"},
     "report": {

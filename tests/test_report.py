@@ -75,6 +75,13 @@ def test_the_same_numbers_are_the_same_bytes(runs):
         assert draw(cells) == draw(cells) and draw(cells).startswith("<svg")
 
 
+def test_without_the_first_arm_no_other_takes_its_place(runs):
+    """Each arm is drawn in a row of its own, beside nothing."""
+    cells = [Cell("none", "", (Run(0, None),)), cell("aem", runs["aem"][:2]), cell("batch", runs["batch"][:2])]
+    (picture,) = figures.curves(cells)
+    assert ">aem<" in picture and ">batch<" in picture and figures.REFERENCE.lower() not in picture
+
+
 def test_an_archive_is_small_and_the_same_each_time(runs, tmp_path):
     for kept in runs["aem"][:2]:
         first = archive.write(kept, tmp_path).read_bytes()
@@ -157,12 +164,14 @@ def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
 def compared(cells, *measure):
     """Each arm with the first."""
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    return findings.differences(cells, [(arm, arms[0]) for arm in arms[1:]], *measure)
+    return findings.differences(cells, [[(arm, arms[0]) for arm in arms[1:]]], *measure)
 
 
 def made(cells, word="s"):
     arms = {c.arm: word for c in cells}
-    asked = chapters.Asked(word, word, word, word, word, arms, [(arm, cells[0].arm) for arm in list(arms)[1:]], (0, 1))
+    asked = chapters.Asked(
+        word, word, word, word, word, arms, [[(arm, cells[0].arm) for arm in list(arms)[1:]]], (0, 1)
+    )
     return chapters.report(asked, cells, compared(cells))
 
 
