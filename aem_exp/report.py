@@ -64,14 +64,15 @@ def _act(asked: argparse.Namespace) -> int:
     door.reach(asked.config_dir)
     sweep = questions.load(asked.sweep, asked.overrides, asked.config_dir)
     if sweep.search is not None:
-        remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {sweep.name} shows them"
+        remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(asked.sweep)} shows them"
         raise ConfigError("sweep", sweep.name, remedy)
     from aem_exp import chapters, findings, pages
 
     archives, source = _archives(sweep, asked.archives)
     cells = [*_cells(sweep, archives), *_others(sweep, archives, asked.csv)]
     if not any(cell.done for cell in cells):
-        remedy = f"none of its {len(sweep.cells)} runs is done; python -m aem_exp.sweep {sweep.name} --local runs them"
+        runs_them = f"python -m aem_exp.sweep {shlex.quote(asked.sweep)} --local runs them"
+        remedy = f"none of its {len(sweep.cells)} runs is done; {runs_them}"
         raise ConfigError("sweep", sweep.name, remedy)
     kept = _keep(archives.values(), asked.archive) if asked.archive else []
     question = _asked(sweep, cells, source)
