@@ -4,8 +4,12 @@ Every estimator has the same shape, whatever the history, so that a row of many 
 path: `estimator(played, *, over, ...) -> advantage_R`. Shapes: M trajectories, R responses (turns), G groups.
 
 `over` names the population that a response's score is compared with: `trajectories` of the group (each counts once), or
-`turns` of the group (each trajectory counts as often as it has turns: the verl-agent reference). A group with a single
-survivor, or none, has nothing to compare: its advantage is 0.
+`turns` of the group (each trajectory counts as often as it has turns: the verl-agent reference).
+
+Two rules hold for every estimator. A trajectory that is the only one in its group has nothing to compare with: its
+advantages are 0, however many turns it has. And equal values have no excess over each other: statistics are computed in
+float64, and where the largest value of a population is its smallest, it is also its mean, with a standard deviation of 0.
+Rounding would otherwise give equal returns advantages of the order of 1, as it is divided by a spread of its own size.
 """
 
 from dataclasses import dataclass
@@ -48,6 +52,11 @@ class Played:
     def score_R(self) -> Tensor:
         return self.return_M[self.trajectory_R] - self.penalty_R
 
+    @property
+    def alone_R(self) -> Tensor:
+        """Which responses belong to a trajectory that is the only one in its group."""
+        return (torch.bincount(self.group_M) < 2)[self.group_R]
+
     def population(self, over: Over) -> tuple[Tensor, Tensor]:
         """The values that statistics are taken over, and their groups."""
         return (self.score_R, self.group_R) if over == "turns" else (self.return_M, self.group_M)
@@ -58,24 +67,26 @@ def group_normalised(played: Played, *, over: Over = "trajectories", eps: Eps = 
 
     A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
     """
-    mean_G, std_G, count_G = _statistics(*played.population(over))
-    group_R = played.group_R
-    return _compared(played.score_R - mean_G[group_R], count_G[group_R], std_G[group_R], eps)
+    group = _Statistics(*played.population(over))
+    return _advantage(played, group.scaled(group.excess(played.score_R, played.group_R), played.group_R, eps))
 
 
 def group_centred(played: Played, *, over: Over = "trajectories") -> Tensor:
     """Dr. GRPO (arXiv 2503.20783): score - mean of the group."""
-    mean_G, _, count_G = _statistics(*played.population(over))
-    return _compared(played.score_R - mean_G[played.group_R], count_G[played.group_R])
+    group = _Statistics(*played.population(over))
+    return _advantage(played, group.excess(played.score_R, played.group_R))
 
 
 def leave_one_out(played: Played, *, over: Over = "trajectories") -> Tensor:
-    """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn."""
-    mean_G, _, count_G = _statistics(*played.population(over))
-    group_R, score_R = played.group_R, played.score_R
-    own_R = score_R if over == "turns" else played.return_M[played.trajectory_R]
-    others_R = (mean_G[group_R] * count_G[group_R] - own_R) / (count_G[group_R] - 1).clamp(min=1)
-    return _compared(score_R - others_R, count_G[group_R])
+    """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn.
+
+    Of n values, own - mean of the others = n / (n - 1) * (own - mean of all).
+    """
+    group, group_R = _Statistics(*played.population(over)), played.group_R
+    own_R = played.score_R if over == "turns" else played.return_M[played.trajectory_R]
+    count_R = group.count_G[group_R]
+    excess_R = group.excess(own_R, group_R) * count_R / (count_R - 1).clamp(min=1)
+    return _advantage(played, played.score_R - own_R + excess_R)
 
 
 def batch_whitened(
@@ -86,12 +97,14 @@ def batch_whitened(
     With `group_baseline`, the mean of its group is subtracted from a score first (the paper's REINFORCE++-baseline).
     """
     value, group = played.population(over)
-    score_R, alone_R = played.score_R, torch.full_like(played.trajectory_R, 2)
-    if group_baseline:
-        mean_G, _, count_G = _statistics(value, group)
-        value, score_R, alone_R = value - mean_G[group], score_R - mean_G[played.group_R], count_G[played.group_R]
-    mean, std, count = _statistics(value, torch.zeros_like(group))
-    return _compared(score_R - mean, count.expand_as(alone_R).minimum(alone_R), std, eps)
+    whole, whole_R = torch.zeros_like(group), torch.zeros_like(played.trajectory_R)
+    if not group_baseline:
+        batch = _Statistics(value, whole)
+        alone_R = torch.full_like(played.alone_R, len(played.return_M) < 2)
+        return _advantage(played, batch.scaled(batch.excess(played.score_R, whole_R), whole_R, eps), alone_R)
+    groups = _Statistics(value, group)
+    batch = _Statistics(groups.excess(value, group), whole)  # their mean is 0: subtracting it would add its rounding
+    return _advantage(played, batch.scaled(groups.excess(played.score_R, played.group_R), whole_R, eps))
 
 
 def step_compared(
@@ -110,10 +123,11 @@ def step_compared(
     """
     episode_R = group_normalised(played, over=over, eps=eps) if norm == "std" else group_centred(played, over=over)
     value_R = discounted(played.reward_R, played.trajectory_R, gamma) - played.penalty_R
-    mean_S, std_S, count_S = _statistics(value_R, played.state_R)
-    state_R = played.state_R
-    scale = (std_S[state_R], eps) if norm == "std" else ()
-    return episode_R + omega * _compared(value_R - mean_S[state_R], count_S[state_R], *scale)
+    state = _Statistics(value_R, played.state_R)
+    step_R = state.excess(value_R, played.state_R)
+    if norm == "std":
+        step_R = state.scaled(step_R, played.state_R, eps)
+    return _advantage(played, episode_R + omega * step_R)
 
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
@@ -126,17 +140,30 @@ def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
     return reward_R.new_tensor(out)
 
 
-def _statistics(value: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sample standard deviation and count of each group."""
-    groups = int(group.max()) + 1 if len(group) else 0
-    count_G = torch.bincount(group, minlength=groups)
-    mean_G = value.new_zeros(groups).index_add_(0, group, value) / count_G.clamp(min=1)
-    squares_G = value.new_zeros(groups).index_add_(0, group, (value - mean_G[group]) ** 2)
-    return mean_G, (squares_G / (count_G - 1).clamp(min=1)).sqrt(), count_G
+class _Statistics:
+    """Mean, sample standard deviation and count of each group of a population, in float64."""
+
+    def __init__(self, value: Tensor, group: Tensor):
+        groups = int(group.max()) + 1 if len(group) else 0
+        value = value.double()
+        self.count_G = torch.bincount(group, minlength=groups)
+        zero_G = value.new_zeros(groups)
+        low_G, high_G = (zero_G.scatter_reduce(0, group, value, how, include_self=False) for how in ("amin", "amax"))
+        self.mean_G = zero_G.index_add(0, group, value) / self.count_G.clamp(min=1)
+        self.mean_G = torch.where(low_G == high_G, low_G, self.mean_G)  # exactly: a mean of equal values is rounded
+        squares_G = zero_G.index_add(0, group, (value - self.mean_G[group]) ** 2)
+        self.std_G = (squares_G / (self.count_G - 1).clamp(min=1)).sqrt()
+
+    def excess(self, value: Tensor, group: Tensor) -> Tensor:
+        """What values have over the mean of their group."""
+        return value - self.mean_G[group]
+
+    def scaled(self, excess: Tensor, group: Tensor, eps: float) -> Tensor:
+        """... in standard deviations of their group, if it has any spread."""
+        return excess / torch.where(self.std_G > 0, self.std_G + eps, 1.0)[group]
 
 
-def _compared(excess_R: Tensor, count_R: Tensor, std_R: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """What a score has over its population, in its standard deviations where it has one; 0 where it stands alone."""
-    if std_R is not None:
-        excess_R = excess_R / torch.where(std_R > eps, std_R + eps, 1.0)
-    return torch.where(count_R < 2, 0.0, excess_R)
+def _advantage(played: Played, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
+    """The advantages, in the precision of what was played; 0 for a response that has nothing to be compared with."""
+    alone_R = played.alone_R if alone_R is None else alone_R
+    return torch.where(alone_R, 0.0, excess_R).to(played.return_M.dtype)

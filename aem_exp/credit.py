@@ -144,7 +144,7 @@ def assign(
         units_N=_ranges([sum(row.mask) for row in all_rows]) if unit == "token" else owned_N,
         group_M=seen.group_M[stays_M],
         trajectory_R=torch.tensor([m for m, t in enumerate(kept) for _ in t.responses], dtype=torch.long),
-        advantage_R=advantage_R[stays_M[seen.trajectory_R]],
+        advantage_R=advantage_R[stays_M[seen.trajectory_R]].float(),
         response_U=response_U,
         entropy_R=torch.zeros(len(tokens_R)),
         surprisal_R=torch.zeros(len(tokens_R)),
@@ -153,17 +153,17 @@ def assign(
 
 
 def _seen(counted: Sequence[Trajectory], penalty: float, mask_cut: bool) -> Played:
-    """What the estimator is shown."""
+    """What the estimator is shown, in float64: rounded to float32, equal returns could differ."""
     group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in counted))}
     turns = [(m, t, r) for m, t in enumerate(counted) for r in t.responses]
     states: dict[tuple[int, str], int] = {}
     cut = [mask_cut and t.ended in CUT for t in counted]
     return Played(
-        return_M=torch.tensor([_return(t, mask_cut) for t in counted]),
+        return_M=torch.tensor([_return(t, mask_cut) for t in counted], dtype=torch.float64),
         group_M=torch.tensor([group[t.draw] for t in counted], dtype=torch.long),
         trajectory_R=torch.tensor([m for m, *_ in turns], dtype=torch.long),
-        reward_R=torch.tensor([0.0 if cut[m] else r.reward for m, _, r in turns]),
-        penalty_R=torch.tensor([0.0 if r.valid or cut[m] else penalty for m, _, r in turns]),
+        reward_R=torch.tensor([0.0 if cut[m] else r.reward for m, _, r in turns], dtype=torch.float64),
+        penalty_R=torch.tensor([0.0 if r.valid or cut[m] else penalty for m, _, r in turns], dtype=torch.float64),
         state_R=torch.tensor(
             [states.setdefault((t.draw, r.observation), len(states)) for _, t, r in turns], dtype=torch.long
         ),

@@ -6,6 +6,7 @@ of its own. Only live episodes are generated: all of them together, turn by turn
 conversations are independent.
 """
 
+import math
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -75,8 +76,8 @@ class Trajectory:
 
     @property
     def ret(self) -> float:
-        """The episode's return: the sum of its rewards."""
-        return sum(r.reward for r in self.responses)
+        """The episode's return: the sum of its rewards, rounded once, so that the same rewards in any order are the same return."""
+        return math.fsum(r.reward for r in self.responses)
 
     @property
     def won(self) -> float:

@@ -1,7 +1,9 @@
 """Credit assignment against numbers made by hand."""
 
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,7 @@ def played(return_M, penalty_R, trajectory_R, group_M, reward_R=None, state_R=No
 
 
 whitened_in_group = partial(batch_whitened, group_baseline=True)
+IN_GROUPS = (group_normalised, group_centred, leave_one_out, whitened_in_group, step_compared)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,6 @@ whitened_in_group = partial(batch_whitened, group_baseline=True)
         (leave_one_out, "trajectories", FREE_R, [1, 1, 1, -1, 0, 0]),
         (leave_one_out, "trajectories", PENALTY_R, [1, 0.9, 1, -1, 0, 0]),
         (leave_one_out, "turns", FREE_R, [1 / 3, 1 / 3, 1 / 3, -1, 0, 0]),
-        # A trajectory alone in its group has no other to be compared with, but its turns have each other: both won.
         (group_normalised, "trajectories", FREE_R, [0.70710, 0.70710, 0.70710, -0.70710, 0, 0]),
         (group_normalised, "turns", FREE_R, [0.5, 0.5, 0.5, -1.5, 0, 0]),  # mean 3/4, sample std 1/2
         # REINFORCE++ whitens over the batch: returns (1, 0, 1), mean 2/3, sample std sqrt(1/3); turns (1, 1, 1, 0, 1, 1).
@@ -114,3 +116,95 @@ def test_nothing_was_played():
     nothing, none = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
         assert len(estimator(Played(nothing, none, none, nothing, nothing, none))) == 0
+
+
+# Equal values, and a trajectory that is alone in its group.
+
+
+def test_equal_returns_whose_mean_is_rounded_teach_nothing():
+    """In float32 the mean of 13 times 99.9 is not 99.9, and its standard deviation is above eps."""
+    seen = played(torch.full((13,), 99.9), torch.zeros(13), torch.arange(13), torch.zeros(13).long())
+    for estimator in (*IN_GROUPS, batch_whitened):
+        for over in ("trajectories", "turns"):
+            assert not estimator(seen, over=over).any(), (estimator, over)
+
+
+def test_equal_step_returns_teach_nothing():
+    """All eight won in three turns, by the same states: nothing tells one step from another."""
+    n, zeros = 8, torch.zeros
+    seen = Played(
+        torch.full((n,), 10.0),
+        zeros(n).long(),
+        torch.arange(n).repeat_interleave(3),
+        torch.tensor([0.0, 0.0, 10.0] * n),
+        zeros(3 * n),
+        torch.tensor([0, 1, 2] * n),
+    )
+    assert not step_compared(seen).any()
+
+
+@pytest.mark.parametrize("over", ["trajectories", "turns"])
+@pytest.mark.parametrize("estimator", IN_GROUPS)
+def test_a_lone_survivor_has_no_advantage(estimator, over):
+    """Its turns have different scores and share a state, but there is no other trajectory to compare it with."""
+    penalty_R, state_R = torch.tensor([0.0, 0.1, 0.0, 0.0]), torch.zeros(4).long()
+    seen = played(torch.ones(1), penalty_R, torch.zeros(4).long(), torch.zeros(1).long(), state_R=state_R)
+    assert not estimator(seen, over=over).any()
+
+
+def ragged(rng, groups=100):
+    """A step of ragged groups with non-dyadic rewards; in a third of the groups, all trajectories are alike."""
+    trajectories, group_M, state_R = [], [], []
+    for group in range(groups):
+        alike, turns = rng.random() < 1 / 3, int(rng.integers(1, 9))
+        rewards = rng.choice([0.1, 0.7, 10 / 3, 99.9, -0.3], size=turns)
+        for _ in range(rng.integers(1, 14)):
+            if not alike:
+                rewards = rng.choice([0.1, 0.7, 10 / 3, 99.9, -0.3], size=rng.integers(1, 9))
+            states = np.arange(turns) if alike else rng.integers(0, 4, size=len(rewards))
+            trajectories.append(rewards)
+            group_M.append(group)
+            state_R.extend(10 * group + states)
+    owner = np.repeat(np.arange(len(trajectories)), [len(rewards) for rewards in trajectories])
+    returns = [math.fsum(rewards) for rewards in trajectories]
+    return np.array(returns), np.array(group_M), owner, np.concatenate(trajectories), np.array(state_R)
+
+
+def reference(value, group, of, eps):
+    """(of - mean) / (sample standard deviation + eps) of each group of `value`, one by one, by NumPy."""
+    out = np.zeros(len(of[0]))
+    for g in np.unique(group):
+        among, own = value[group == g], of[1] == g
+        spread = among.std(ddof=1) if len(among) > 1 else 0.0
+        if among.max() > among.min():
+            out[own] = (of[0][own] - among.mean()) / (spread + eps if eps is not None else 1.0)
+    return out
+
+
+def test_ten_thousand_ragged_groups_agree_with_the_formulas_and_equal_ones_are_zero():
+    alike = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        gamma = float(rng.uniform(0.5, 1.0))
+        return_M, group_M, owner_R, reward_R, state_R = ragged(rng)
+        none_R = np.zeros(len(owner_R))
+        seen = Played(*map(torch.from_numpy, (return_M, group_M, owner_R, reward_R, none_R, state_R)))
+        group_R, score_R = group_M[owner_R], return_M[owner_R]
+        lone_R = (np.bincount(group_M) == 1)[group_R]
+        step_R = discounted(seen.reward_R, seen.trajectory_R, gamma).numpy()
+        for over, value, group in (("trajectories", return_M, group_M), ("turns", score_R, group_R)):
+            mean = np.where(lone_R, 0, reference(value, group, (score_R, group_R), None))
+            std = np.where(lone_R, 0, reference(value, group, (score_R, group_R), 1e-6))
+            step = np.where(lone_R, 0, reference(step_R, state_R, (step_R, state_R), 1e-6))
+            expected = {group_centred: mean, group_normalised: std, partial(step_compared, gamma=gamma): std + step}
+            for estimator, wanted in expected.items():
+                found = estimator(seen, over=over).numpy()
+                np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-7)
+            single = Played(*(t.float() if t.is_floating_point() else t for t in vars(seen).values()))
+            equal_R = np.array([np.ptp(return_M[group_M == g]) == 0 for g in range(100)])[group_R]
+            same_R = equal_R & np.array([np.ptp(step_R[state_R == s]) == 0 for s in state_R])
+            for estimator in IN_GROUPS:
+                zero_R = same_R if estimator is step_compared else equal_R
+                assert not any(estimator(each, over=over).numpy()[zero_R].any() for each in (seen, single))
+        alike += len(np.unique(group_R[same_R]))
+    assert alike > 3000  # lone trajectories among them
