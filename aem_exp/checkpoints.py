@@ -13,24 +13,28 @@ from aem_exp import disk
 _MARK = "step.json"
 
 
-def mark(checkpoint: Path, step: int, ranks: int) -> None:
+def mark(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
     """Declare a checkpoint complete: every rank has written its part of the state after `step` steps."""
-    disk.write(checkpoint / _MARK, json.dumps({"step": step, "ranks": ranks}))
+    disk.write(checkpoint / _MARK, json.dumps({"step": step, "updates": updates, "ranks": ranks}))
 
 
 def newest(run_dir: Path) -> Path | None:
     complete = [path for path in run_dir.glob("checkpoint-*") if (path / _MARK).exists()]
-    return max(complete, key=updates, default=None)
-
-
-def updates(checkpoint: Path) -> int:
-    """Optimizer steps taken when it was saved."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
+    return max(complete, key=_number, default=None)
 
 
 def steps(checkpoint: Path) -> int:
     """Steps that were trained when it was saved."""
     return json.loads((checkpoint / _MARK).read_text())["step"]
+
+
+def updates(checkpoint: Path) -> int:
+    """Updates that were made when it was saved; what transformers counts, and names it by, includes steps without any."""
+    return json.loads((checkpoint / _MARK).read_text()).get("updates", _number(checkpoint))
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def in_pieces(checkpoint: Path) -> bool:

@@ -34,6 +34,7 @@ class Credit:
         signal_U: what the coefficients are made of; filled as the rows are measured, like `entropy_R` and `surprisal_R`
             (the means over a response's tokens).
         addition_U: what is added to the modulated advantages, if anything is.
+        trained: whether the step has updates; it has none where its loss is zero.
     """
 
     played: list[Trajectory]
@@ -52,6 +53,7 @@ class Credit:
     signal_U: Tensor
     alpha_U: Tensor | None = None
     addition_U: Tensor | None = None
+    trained: bool = True
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -64,12 +66,16 @@ class Credit:
         return None if self.alpha_U is None else self._over_units(self.alpha_U)
 
     @property
+    def given_U(self) -> Tensor:
+        """The advantage of each unit, after modulation if there is any."""
+        advantage_U = self.advantage_R[self.response_U]
+        given_U = advantage_U if self.alpha_U is None else advantage_U * self.alpha_U
+        return given_U if self.addition_U is None else given_U + self.addition_U
+
+    @property
     def given_R(self) -> Tensor | None:
         """The advantage of each response after modulation: the mean over its units."""
-        if self.alpha_U is None:
-            return None
-        given_U = self.advantage_R[self.response_U] * self.alpha_U
-        return self._over_units(given_U if self.addition_U is None else given_U + self.addition_U)
+        return None if self.alpha_U is None else self._over_units(self.given_U)
 
     def _over_units(self, value_U: Tensor) -> Tensor:
         sums_R = torch.zeros_like(self.entropy_R).index_add_(0, self.response_U, value_U)
@@ -231,7 +237,7 @@ def describe(credit: Credit) -> dict[str, float]:
         "train/positive_share": mean((credit.advantage_R > 0).tolist()),
         "train/negative_share": mean((credit.advantage_R < 0).tolist()),
         "train/zero_advantage_groups": _still(credit),
-        "train/rows": len(credit.rows),
+        "train/rows": len(credit.rows) if credit.trained else 0,
         "train/episodes": len(credit.played),
     }
     for how in sorted({t.ended for t in credit.played}):
@@ -258,13 +264,14 @@ def _drift(credit: Credit, tokens_R: Tensor, first_R: Tensor) -> dict[str, float
 def _tokens(credit: Credit) -> dict[str, float]:
     """Where the generated tokens went: trained, filtered or crashed; nothing is lost."""
     generated = sum(t.tokens for t in credit.played)
-    trained = sum(sum(row.mask) for row in credit.rows)
+    measured = sum(sum(row.mask) for row in credit.rows)
+    trained = measured if credit.trained else 0
     gone = {id(t) for t in (*credit.dropped, *credit.filtered)}
     crashed = sum(t.tokens for t in credit.played if t.ended == CRASHED and id(t) not in gone)
     return {
         "train/tokens_generated": generated,
         "train/tokens_trained": trained,
-        "train/tokens_filtered": sum(t.tokens for t in (*credit.dropped, *credit.filtered)),
+        "train/tokens_filtered": sum(t.tokens for t in (*credit.dropped, *credit.filtered)) + measured - trained,
         "train/tokens_crashed": crashed,
         "train/useful_share": trained / max(1, generated),
     }

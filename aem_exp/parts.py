@@ -85,7 +85,8 @@ class Parts:
         launch = experiment.launch
         stage = stage_of(world, experiment.env.make, launch, ranks.number())
         self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
-        self.time = Time(experiment.trainer["steps"], start.step)
+        made = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
+        self.time = Time(experiment.trainer["steps"], start.step, made)
         self.episodes = Episodes(folder, start.measured) if self.first else None
         self.scores: dict[str, Any] = {}
         self.crashes: set[str] = set()  # kinds that were told
@@ -140,12 +141,11 @@ class Parts:
             disk.write(file, json.dumps(result, indent=1) + "\n")
 
     def _result(self, after: Any, final: Any) -> dict[str, Any]:
-        last = checkpoints.newest(self.folder)
         return {
             "experiment": self.experiment.name,
             "signature": config.signature(self.experiment),
             "steps": self.time.step,
-            "updates": checkpoints.updates(last) if last else 0,
+            "updates": self.time.updates,
             "before": self.before,
             "after": asdict(after),
             "final": asdict(final),

@@ -64,6 +64,7 @@ class Time:
 
     steps: int
     step: int = 0
+    updates: int = 0  # made so far
     closing: bool = False  # the update at hand is the last one of its step
 
     @property
@@ -269,19 +270,29 @@ class AEMTrainer(GRPOTrainer):
     # The way of the data: episodes -> credit -> updates -> TRL's loss.
 
     def updates(self) -> Iterator[list[Batch]]:
-        """The updates of all steps that are left. A step is played when its first update is asked for."""
+        """The updates of all steps that are left. A step is played when its first update is asked for.
+
+        A step without updates yields one of no micro-batches. It leaves no gradients, so the optimizer skips every weight,
+        and what happens at the end of a step happens.
+        """
         while not self.time.over:
             step = self.time.step
             played, dropped = self.play(step)
             credit = self.credit(played, dropped=dropped)
             updates = self.batches(credit, step)
             self._note(credit, len(updates))
-            for i, batches in enumerate(updates):
-                self.time.closing = i == len(updates) - 1
+            self.time.updates += len(updates)
+            for i, batches in enumerate(updates or [[]]):
+                self.time.closing = i >= len(updates) - 1
                 yield batches
 
     def play(self, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Play until there are enough groups that can teach: those, and what was played besides (DAPO, arXiv 2503.14476)."""
+        """Play until there are enough groups that can teach: those, and what was played besides (DAPO, arXiv 2503.14476).
+
+        Where all rounds together have too few, the last one is kept whole, as in verl-agent. A round that brings exactly as
+        many as are needed ends the play and its equal groups are dropped; verl-agent keeps them in that case. They have no
+        advantage, but count in a mean over tokens, and get the KL and entropy terms.
+        """
         kept: list[Trajectory] = []
         dropped: list[Trajectory] = []
         for number in range(self.rounds):
@@ -291,7 +302,7 @@ class AEMTrainer(GRPOTrainer):
             if len({t.draw for t in kept}) >= self.groups:
                 break
         else:
-            if self.rounds > 1 or not kept:  # the cap: as the reference, keep the last round whole
+            if self.rounds > 1 or not kept:
                 kept, dropped = kept + equal, dropped[: len(dropped) - len(equal)]
         self.aem.metrics["train/rounds"] = number + 1
         return kept, dropped
@@ -320,7 +331,9 @@ class AEMTrainer(GRPOTrainer):
         return played
 
     def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
-        """The updates of a step. Old log-probs, entropies and coefficients are measured once and stay fixed."""
+        """The updates of a step; none where its loss is zero. Old log-probs, entropies and coefficients are measured once and
+        stay fixed.
+        """
         updates = self._plan(credit, step)
         told = all(row.logps for row in credit.rows)
         with self.clock("scoring"):
@@ -331,6 +344,9 @@ class AEMTrainer(GRPOTrainer):
             credit.entropy_R = self._gathered(credit.entropy_R)
             if self.aem.lam is not None:
                 self._modulate(credit, step)
+            if self._loss_is_zero(credit):
+                credit.trained = False
+                return []
             for update in updates:
                 for micro, batch in zip(update.micros, update.batches, strict=True):
                     batch["advantages"] = _advantages(credit, micro, batch["tool_mask"], self.arm.unit)
@@ -338,6 +354,11 @@ class AEMTrainer(GRPOTrainer):
             for batch in update.batches:
                 self._weigh(batch, update, len(credit.kept) / len(credit.rows))
         return [update.batches for update in updates] * self.epochs
+
+    def _loss_is_zero(self, credit: Credit) -> bool:
+        """Whether no term of the loss has a gradient. With one of zero, Adam's momentum would move the weights all the same."""
+        other_terms = self.beta or self._bonus or self.aux_loss_enabled
+        return not credit.rows or not (other_terms or credit.given_U.any())
 
     def _plan(self, credit: Credit, step: int) -> list[Update]:
         lengths = [len(row.prompt) + len(row.completion) for row in credit.rows]
@@ -502,7 +523,7 @@ class AEMTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            checkpoints.mark(folder, self.time.step, self.accelerator.num_processes)
+            checkpoints.mark(folder, self.time.step, self.time.updates, self.accelerator.num_processes)
 
     # Scoring.
 

@@ -14,24 +14,27 @@ import torch
 import toy
 from peft import LoraConfig, get_peft_model
 
-from aem_exp import ranks, sharded
+from aem_exp import advantages, ranks, sharded
 
-KINDS = ("grpo", "dapo", "dr_grpo", "adapter")
+KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "still")
 
 
 def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """The toy's, after two steps, and the drift of entropy in the first; `how`: the launch's own settings of TRL."""
     settings = {
-        "loss_type": "grpo" if kind == "adapter" else kind,
+        "loss_type": "grpo" if kind in ("adapter", "still") else kind,
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,
         "optim": "sgd",
         "max_grad_norm": 0.0,
     }
+    if kind == "still":  # the second step has no loss: weights would decay if it had an update
+        settings |= {"beta": 0.0, "entropy_coef": 0.0, "max_grad_norm": 1.0, "weight_decay": 10.0}
     run = toy.experiment("window", learning_rate=1e-3, **settings)
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (how or {})))
-    more = {"model": adapted(folder)} if kind == "adapter" else {}
+    more: dict[str, Any] = {"model": adapted(folder)} if kind == "adapter" else {}
+    more |= {"estimator": Once()} if kind == "still" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     rows: list[dict[str, float]] = []
     trainer.aem.report = lambda step, row: rows.append(row)
@@ -39,6 +42,17 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return (sharded.gathered(trained) or trained.state_dict()) | {"drift": drift}
+
+
+class Once:
+    """GRPO's advantages in the first step, and none after it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, played: advantages.Played) -> torch.Tensor:
+        self.steps += 1
+        return advantages.group_normalised(played) * (self.steps == 1)
 
 
 def adapted(folder: Path) -> Any:

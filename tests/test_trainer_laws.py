@@ -9,6 +9,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import gloo_training
@@ -315,3 +316,87 @@ def test_lora_trains_the_adapter_alone(folder):
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed
     assert all("lora_" in n for n in changed)
+
+
+# A step whose loss is zero.
+
+
+class Fair(toy.Chatter):
+    """Every trajectory of a group gets the same return."""
+
+    def _turn(self, text, reward=0.0, *rest):
+        return super()._turn(text, 0.1, *rest)
+
+
+class FairWorld(toy.ChatterWorld):
+    def env(self):
+        return Fair()
+
+
+class Sometimes(toy.ChatterWorld):
+    """Returns differ, until `fair` is set."""
+
+    fair = False
+
+    def env(self):
+        return Fair() if self.fair else super().env()
+
+
+@pytest.mark.parametrize("changes", [{}, {"drop_equal": True}, {"drop_equal": True, "rounds": 2, "groups": 4}], ids=str)
+def test_a_step_without_advantages_updates_nothing(folder, changes):
+    """The third step of four teaches nothing: Adam's momentum must not move the weights, nor a weight decay shrink them."""
+    run = toy.experiment("full", steps=4, weight_decay=0.1, mini_batch=8, optim="adamw_torch")
+    world, seen = Sometimes(), []
+    rollout = Rollout(Serial(world), run.env, toy.Chat(toy.policy(folder)[1]))
+    trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout, **changes)
+
+    def report(step, metrics):
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        moments = [state["step"].item() for state in trainer.optimizer.state.values()]
+        seen.append((metrics, weights, moments))
+        rollout.stage.envs.clear()
+        world.fair = step == 2
+
+    trainer.aem.report = report
+    trainer.train()
+    (_, _, _), (_, before, taken), (still, after, also), (again, last, _) = seen
+    assert torch.equal(before, after) and taken == also
+    assert not torch.equal(after, last)
+    assert still["train/updates"] == still["train/useful_share"] == still["train/tokens_trained"] == still["train/rows"] == 0
+    assert still["train/tokens_filtered"] == still["train/tokens_generated"] > 0
+    assert again["train/updates"] > 0 and again["train/useful_share"] > 0
+    assert trainer.time.step == 4
+    assert trainer.time.updates == sum(metrics["train/updates"] for metrics, *_ in seen)
+
+
+@pytest.mark.parametrize("term", [{"beta": 0.05}, {"entropy_coef": 0.01}], ids=str)
+def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
+    run = toy.experiment("full", steps=1, **term)
+    seen = []
+    trainer = toy.trainer(folder, run, rollout=Rollout(Serial(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1])))
+    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
+
+
+def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
+    run = toy.experiment("full", steps=1)
+    seen = []
+    rollout = Rollout(Serial(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    trainer = toy.trainer(folder, run, lam=1.0, arm=Arm(scope="batch", bonus=0.05, centred=True), rollout=rollout)
+    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == 1
+
+
+def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
+    """All are cut by the number of turns, and leave the loss."""
+    run = toy.experiment("full", steps=1)
+    run = replace(run, env=replace(run.env, max_turns=1))
+    seen = []
+    long = [Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)]
+    trainer = toy.trainer(folder, run, lam=1.0, mask_cut=True, draw=lambda step, number=0: long)
+    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 0
+    assert seen[0]["train/tokens_filtered"] == seen[0]["train/tokens_generated"]
