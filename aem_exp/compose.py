@@ -81,7 +81,9 @@ def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]
     experiment = read(folder, trust)
     if not (folder / "result.json").exists():
         raise ConfigError("from", parent, "is not finished; ask it again to go on, and continue it when it is")
-    tree = to_dict(experiment) | {"parent": signature(experiment), "parent_dir": str(folder), "resume": "exact"}
+    tree = to_dict(experiment)
+    tree |= {"parent": signature(experiment), "parent_dir": str(folder), "parent_steps": experiment.trainer["steps"]}
+    tree |= {"resume": "exact"}
     chosen = {text.lstrip("+").partition("=")[0] for text in overrides}
     return {key: value for key, value in tree.items() if key not in chosen & set(BRANCHES)}
 
@@ -249,7 +251,7 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
             remedy = f"with from=, {' and '.join(BRANCHES)} can be chosen anew; of the rest, single keys"
             raise ConfigError(key, value, remedy)
         return [("" if key in FIELDS and not continued else "+") + text.lstrip("+")]
-    if key in ("parent", "parent_dir"):
+    if key in ("parent", "parent_dir", "parent_steps"):
         raise ConfigError(key, value, "is set by from=RUN_DIR")
     if key.partition(".")[0] not in FIELDS:
         raise _stranger(key, value, groups)

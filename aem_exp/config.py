@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["ConfigError", "instantiate"]
 Count = Annotated[int, NOT_NEGATIVE]
 Size = Annotated[int, AT_LEAST_1]
-EXECUTION = ("name", "launch", "outputs", "tracking", "parent_dir", "resume")  # recorded, and not hashed
+EXECUTION = (
+    "name",
+    "launch",
+    "outputs",
+    "tracking",
+    "parent_dir",
+    "parent_steps",
+    "resume",
+)  # recorded, and not hashed
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ class Experiment:
     tracking: str | None = None
     parent: str | None = None  # signature of the run at whose end this one begins, by `from=RUN_DIR`
     parent_dir: str | None = None  # where that one lies
+    parent_steps: Count = 0  # steps that it has: the first step of this run is the next one
     resume: Literal["exact", "inexact"] = "exact"  # inexact: go on though code, libraries or machine changed
 
 
@@ -364,4 +373,8 @@ def choices(roots: list[Path]) -> dict[str, dict[str, Path]]:
         for group in groups:
             for file in sorted((root / group).glob("**/*.yaml")):
                 out[group][str(file.relative_to(root / group).with_suffix(""))] = file
-    return out
+    # A folder that is named as a choice holds parts of it, which are none by themselves: see conf/baseline/gigpo.yaml.
+    return {
+        group: {name: file for name, file in files.items() if name.rpartition("/")[0] not in files}
+        for group, files in out.items()
+    }

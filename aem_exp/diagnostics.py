@@ -1,7 +1,8 @@
 """What a step shows of the method: pure numbers for the log.
 
 Only the mean of alpha over *responses* is 1 by construction. Its token-weighted and advantage-weighted means are a hidden
-change of the step size, and its correlation with length and turn a hidden preference: all are logged.
+change of the step size, its means over positive and over negative advantages a hidden change of their balance, and its
+correlation with length and turn a hidden preference: all are logged.
 
 A response with the advantage A moves the response entropy of its state s by A (S - H(s)), to first order: S is its surprisal,
 -log p of all its tokens, and H(s) what S is on average. That holds for a natural-gradient step on a table of states that are
@@ -19,22 +20,39 @@ def modulation(
     tokens_R: Tensor,
     turn_R: Tensor,
 ) -> dict[str, float]:
-    """Statistics of the coefficients of one step (R responses)."""
+    """Statistics of the coefficients of one step (R responses).
+
+    Returns:
+        alpha_*: quantiles; means over tokens, over |A|, and over the responses with A > 0 and with A < 0 (left out where there
+            are none); correlations with the number of tokens and with the turn.
+        advantage_balance, advantage_balance_token: sum of alpha A / sum of |A|; the second counts each response as often as it
+            has tokens, as a mean over tokens does.
+        entropy_std: of the responses' entropies, in nats.
+    """
     if not len(alpha_R):
         return {}
     low, median, high = torch.quantile(alpha_R, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    weight_R = advantage_R.abs()
-    mass = weight_R.sum()
-    return {
+    one_R = torch.ones_like(alpha_R)
+    out = {
         "alpha_q05": low,
         "alpha_q50": median,
         "alpha_q95": high,
         "entropy_std": entropy_R.std(correction=0).item(),
-        "alpha_token_mean": ((alpha_R * tokens_R).sum() / tokens_R.sum()).item(),
-        "alpha_advantage_mean": ((alpha_R * weight_R).sum() / mass).item() if mass > 0 else 1.0,
+        "alpha_token_mean": _ratio(alpha_R, tokens_R, tokens_R),
+        "alpha_advantage_mean": _ratio(alpha_R, advantage_R.abs(), advantage_R.abs(), nothing=1.0),
+        "advantage_balance": _ratio(alpha_R, advantage_R, advantage_R.abs()),
+        "advantage_balance_token": _ratio(alpha_R, tokens_R * advantage_R, tokens_R * advantage_R.abs()),
         "alpha_length_corr": correlation(alpha_R, tokens_R),
         "alpha_turn_corr": correlation(alpha_R, turn_R),
     }
+    signs = {"alpha_positive_mean": advantage_R > 0, "alpha_negative_mean": advantage_R < 0}
+    return out | {name: _ratio(alpha_R, one_R * of_R, one_R * of_R) for name, of_R in signs.items() if of_R.any()}
+
+
+def _ratio(alpha_R: Tensor, weight_R: Tensor, mass_R: Tensor, nothing: float = 0.0) -> float:
+    """The weighted sum of alpha over the sum of the masses; `nothing` where that is 0."""
+    mass = mass_R.sum().item()
+    return (alpha_R * weight_R).sum().item() / mass if mass > 0 else nothing
 
 
 def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:

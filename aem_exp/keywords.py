@@ -61,6 +61,7 @@ OURS: Final[dict[str, Any]] = {
     "oversample": Count,  # tasks drawn per round, as a multiple of tasks_per_step
     "rounds": Count,  # rounds of play until tasks_per_step groups have unequal returns (DAPO's dynamic sampling)
     "drop_equal": bool,  # groups of equal returns leave the step
+    "count_masked": bool,  # masked trajectories count among the rows that a loss is the mean of
     "loss_constant": Count | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
 }
 SCIENCE: Final[dict[str, Any]] = {
@@ -106,6 +107,7 @@ NEUTRAL: Final[dict[str, Any]] = {
     "oversample": 1,
     "rounds": 1,
     "drop_equal": False,
+    "count_masked": False,
     "mask_truncated_completions": False,
     "warmup_steps": 0.0,
     "weight_decay": 0.0,
@@ -188,6 +190,7 @@ INSTEAD: Final[dict[str, str]] = {
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
 }
+ROW_MEANS: Final = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over rows; the others, over tokens
 ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
     "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),

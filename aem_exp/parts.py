@@ -86,7 +86,7 @@ class Parts:
         stage = stage_of(world, experiment.env.make, launch, ranks.number())
         self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
         made = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
-        self.time = Time(experiment.trainer["steps"], start.step, made)
+        self.time = Time(experiment.trainer["steps"], start.step, experiment.parent_steps, made)
         self.episodes = Episodes(folder, start.measured) if self.first else None
         self.scores: dict[str, Any] = {}
         self.crashes: set[str] = set()  # kinds that were told

@@ -76,7 +76,7 @@ class Trajectory:
 
     @property
     def ret(self) -> float:
-        """The episode's return: the sum of its rewards, rounded once, so that the same rewards in any order are the same return."""
+        """The episode's return: the sum of its rewards, rounded once; the same rewards in another order are the same return."""
         return math.fsum(r.reward for r in self.responses)
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
+from aem_exp.keywords import ROW_MEANS
 from aem_exp.values import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ TEMPLATES: Final = {  # history -> template -> what it may quote
 }
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 MOMENTS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
+CONSTANT: Final = "aem_exp.schedules.Constant"
 UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -58,6 +60,9 @@ def notes(e: Experiment) -> list[str]:
         out.append(
             f"trainer.loss_type={t['loss_type']} weights a sequence ratio by length; GSPO's own loss_type is grpo"
         )
+    if e.parent_steps and (anew := _changing(e)):
+        span = f"steps {e.parent_steps + 1} to {t['steps']}"
+        out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; the parent's has ended")
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
     if e.modulation.lam is not None and not any(v for k, v in e.modulation.lam.items() if k != "_target_"):
@@ -97,6 +102,13 @@ def notes(e: Experiment) -> list[str]:
     if e.evaluation.every == 0:
         out.append("evaluation.every=0: the dev panel is not read while training")
     return out
+
+
+def _changing(e: Experiment) -> list[str]:
+    """What follows the progress of a run."""
+    lam, shape = e.modulation.lam or {}, e.trainer["lr_scheduler_type"]
+    fields = {"modulation.lam": lam.get("_target_", CONSTANT), "trainer.lr_scheduler_type": shape}
+    return [f"{field}={value}" for field, value in fields.items() if value not in (CONSTANT, "constant")]
 
 
 def _name(e: Experiment) -> None:
@@ -209,6 +221,11 @@ def _loss(e: Experiment) -> None:
         remedy += "use env.history=window and env.window=N"
         remedy += " and modulation.unit=response" if e.modulation.unit == "token" else ""
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
+    if t["count_masked"] and not t["mask_truncated_completions"]:
+        raise ConfigError("trainer.count_masked", True, "only read with trainer.mask_truncated_completions=true")
+    if t["count_masked"] and t["loss_type"] not in ROW_MEANS:
+        remedy = f"only read with a loss that is a mean over rows (trainer.loss_type={', '.join(ROW_MEANS)})"
+        raise ConfigError("trainer.count_masked", True, remedy)
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t["loss_type"] == loss and t["importance_sampling_level"] != level:
             raise ConfigError("trainer.loss_type", loss, f"needs trainer.importance_sampling_level={level}")

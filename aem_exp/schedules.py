@@ -1,7 +1,8 @@
 """The strength lambda as a function of progress.
 
 The paper uses a constant 1; every other shape is this project's extension. A schedule is a frozen callable of progress in
-[0, 1] (0 at the first step, 1 at the last), so it has no state to lose when a run resumes.
+[0, 1] (0 at the first step of a run, 1 at its last), so it has no state to lose when a run resumes. A run that continues
+another (`from=`) has a schedule of its own, over the steps that it adds.
 """
 
 import math

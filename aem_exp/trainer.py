@@ -35,7 +35,7 @@ from aem_exp.arms import Arm
 from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment, instantiate
 from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
-from aem_exp.keywords import OURS
+from aem_exp.keywords import OURS, ROW_MEANS
 from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Row, Trajectory
 from aem_exp.sample import Sampler, generator
 from aem_exp.values import Stop
@@ -43,7 +43,6 @@ from aem_exp.values import Stop
 Batch = dict[str, Tensor]
 PAPER = Arm()
 
-_ROW_MEANS = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over the rows of a micro-batch
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
 _ENGINE_GAP = 0.1  # nats that another engine may differ on average, by its own arithmetic
 _COMPARE_EVERY = 50  # steps
@@ -60,17 +59,23 @@ _LOGGED = {
 
 @dataclass
 class Time:
-    """Where a run is. The trainer plays steps, the callback ends them."""
+    """Where a run is. The trainer plays steps, the callback ends them.
+
+    Attributes:
+        steps: all steps, those of a run that this one continues included.
+        first: steps of that run. What follows progress, lambda and the learning rate, spans the other steps.
+    """
 
     steps: int
     step: int = 0
+    first: int = 0
     updates: int = 0  # made so far
     closing: bool = False  # the update at hand is the last one of its step
 
     @property
     def progress(self) -> float:
-        """0 at the first step, 1 at the last."""
-        return self.step / max(1, self.steps - 1)
+        """0 at the first step of this run, 1 at its last."""
+        return (self.step - self.first) / max(1, self.steps - self.first - 1)
 
     @property
     def over(self) -> bool:
@@ -194,6 +199,7 @@ class AEMTrainer(GRPOTrainer):
         drop_equal: groups of equal returns leave the step.
         rounds: rounds of play per step, at most: more are played until there are enough groups (DAPO's dynamic sampling).
         mask_cut: trajectories that the world did not end are not trained; see `credit.assign`.
+        count_masked: they count among the rows that a loss is the mean of.
         trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
         publish: hands this trainer's weights to whatever generates in other processes, before play that follows an update;
             None: what generates has these very weights, or sees to it.
@@ -222,6 +228,7 @@ class AEMTrainer(GRPOTrainer):
         drop_equal: bool = False,
         rounds: int = 1,
         mask_cut: bool = False,
+        count_masked: bool = False,
         trust_sampler: bool = True,
         publish: Callable[[Any], None] | None = None,
         penalty: float = 0.0,
@@ -257,7 +264,7 @@ class AEMTrainer(GRPOTrainer):
             mask_cut=mask_cut,
             unit=arm.unit,
         )
-        self.arm, self.mask_cut = arm, mask_cut
+        self.arm, self.mask_cut, self.count_masked = arm, mask_cut, count_masked
         self.groups, self.drop_equal, self.rounds = groups, drop_equal, rounds
         self.device_tokens = device_tokens
         self.mini_batch, self.epochs, self.device_rows = mini_batch, epochs, device_rows
@@ -352,7 +359,7 @@ class AEMTrainer(GRPOTrainer):
                     batch["advantages"] = _advantages(credit, micro, batch["tool_mask"], self.arm.unit)
         for update in updates:
             for batch in update.batches:
-                self._weigh(batch, update, len(credit.kept) / len(credit.rows))
+                self._weigh(batch, update, self._averaged(credit) / len(credit.rows))
         return [update.batches for update in updates] * self.epochs
 
     def _loss_is_zero(self, credit: Credit) -> bool:
@@ -386,11 +393,11 @@ class AEMTrainer(GRPOTrainer):
         batch = pack(credit.rows, micro, self._tokenizer.pad_token_id)
         if self.trust_sampler:
             logps, entropies = measured(credit.rows, micro, batch["completion_ids"].shape[1])
-            self._compare(batch, logps)
+            self._compare(batch, logps, entropies)
         else:
             logps, entropies = self._score(self.model, batch)
             if told:
-                self._correct(batch, credit.rows, micro, logps)
+                self._correct(batch, credit.rows, micro, logps, entropies)
         if self.mini_batch or self.epochs > 1:
             batch["old_per_token_logps"] = logps
         if self.beta:
@@ -404,17 +411,24 @@ class AEMTrainer(GRPOTrainer):
             credit.signal_U[credit.units(micro)] = signal_NT[response_NT >= 0]
         return batch
 
-    def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor) -> None:
-        """Weigh each token by how much likelier the policy finds it than the engine that sampled it did, up to a cap."""
-        sampled, _ = measured(rows, micro, batch["completion_ids"].shape[1])
+    def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor, entropies: Tensor) -> None:
+        """Weigh each token by how much likelier the policy finds it than the engine that sampled it did, up to a cap.
+
+        The engine's entropies are compared as its log-probs are, where it has any.
+        """
+        sampled, told = measured(rows, micro, batch["completion_ids"].shape[1])
         apart = (logps - sampled) * batch["tool_mask"]
-        gap = (apart.abs().sum() / batch["tool_mask"].sum().clamp(min=1)).item()
-        self.aem.metrics["train/sampler_gap"] = gap
-        if gap > _ENGINE_GAP:
-            raise Stop(
-                f"the engine's log-probs are {gap:.2g} nats away from the policy's on average (at most {_ENGINE_GAP}): "
-                "it does not sample from these weights, or at another temperature"
-            )
+        gaps = {"sampler_gap": ("log-probs", apart)}
+        if all(rows[i].entropies for i in micro if i != DEAD):
+            gaps["sampler_entropy_gap"] = ("entropies", (entropies - told) * batch["tool_mask"])
+        for name, (what, difference) in gaps.items():
+            gap = (difference.abs().sum() / batch["tool_mask"].sum().clamp(min=1)).item()
+            self.aem.metrics[f"train/{name}"] = gap
+            if gap > _ENGINE_GAP:
+                raise Stop(
+                    f"the engine's {what} are {gap:.2g} nats away from the policy's on average (at most {_ENGINE_GAP}): "
+                    "it does not sample from these weights, or at another temperature"
+                )
         if self.use_vllm and self.vllm_importance_sampling_correction:
             low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
             batch["importance_sampling_ratio"] = apart.exp().clamp(min=low, max=high)
@@ -441,20 +455,27 @@ class AEMTrainer(GRPOTrainer):
         """What each rank measured of its own rows, on all of them."""
         return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
-    def _weigh(self, batch: Batch, update: Update, trajectories_per_row: float) -> None:
+    def _averaged(self, credit: Credit) -> int:
+        """How many rows, or trajectories, a loss that is a mean over them divides by in a step; see `count_masked`."""
+        counted = [*credit.kept, *(credit.filtered if self.count_masked else ())]
+        if self.loss_type == "dr_grpo" or self.rollout.env.history == "full":
+            return len(counted)
+        return sum(len(t.responses) for t in counted)
+
+    def _weigh(self, batch: Batch, update: Update, averaged_per_row: float) -> None:
         """Make the sum over micro-batches, and the mean over ranks, an average over the whole update.
 
         `loss_weight` multiplies what TRL returns. `bonus_weight` takes that back for the entropy bonus, which TRL averages
-        over the tokens of a micro-batch whatever the loss. Dr. GRPO divides by a constant per trajectory, not per row.
+        over the tokens of a micro-batch whatever the loss. Dr. GRPO divides by a constant per trajectory, not per row, and
+        masked trajectories, which have no rows, may count: `averaged_per_row` says how many are counted for each row.
         """
         ranks = self.accelerator.num_processes
         token_share = batch["tool_mask"].sum().item() * ranks / max(1, update.tokens)
         weight = 1.0
         if self.loss_type == "bnpo":
             weight = token_share
-        elif self.loss_type in _ROW_MEANS:
-            rows = update.live_rows * (trajectories_per_row if self.loss_type == "dr_grpo" else 1)
-            weight = len(batch["tool_mask"]) * ranks / rows
+        elif self.loss_type in ROW_MEANS:
+            weight = len(batch["tool_mask"]) * ranks / (update.live_rows * averaged_per_row)
         batch["num_items_in_batch"] = torch.tensor(float(update.tokens))
         batch["loss_weight"] = torch.tensor(weight)
         batch["bonus_weight"] = torch.tensor(token_share / weight if weight else 0.0)
@@ -509,7 +530,7 @@ class AEMTrainer(GRPOTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate follows steps, like every schedule here: the updates of a step share it."""
-        scheduler = super().create_scheduler(self.time.steps, optimizer)
+        scheduler = super().create_scheduler(self.time.steps - self.time.first, optimizer)
         self.lr_scheduler = scheduler if isinstance(scheduler, _PerStep) else _PerStep(scheduler, self.time)
         return self.lr_scheduler
 
@@ -547,17 +568,22 @@ class AEMTrainer(GRPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
             return self._score(self.model, batch)[0]
 
-    def _compare(self, batch: Batch, logps: Tensor) -> None:
+    def _compare(self, batch: Batch, logps: Tensor, entropies: Tensor) -> None:
         """Now and then, check that the sampler sampled from the distribution that is trained."""
         if self.time.step % _COMPARE_EVERY or "train/sampler_gap" in self.aem.metrics:
             return
-        gap = ((self._score(self.model, batch)[0] - logps).abs() * batch["tool_mask"]).max().item()
-        self.aem.metrics["train/sampler_gap"] = gap
-        if gap > _SAMPLER_GAP:
-            raise RuntimeError(
-                f"the sampler's log-probs are {gap:.2g} nats away from the trainer's (at most {_SAMPLER_GAP} in float32): "
-                "the two do not share weights, temperature or positions"
-            )
+        scored = self._score(self.model, batch)
+        for what, metric, ours, theirs in (
+            ("log-probs", "train/sampler_gap", logps, scored[0]),
+            ("entropies", "train/sampler_entropy_gap", entropies, scored[1]),
+        ):
+            gap = ((theirs - ours).abs() * batch["tool_mask"]).max().item()
+            self.aem.metrics[metric] = gap
+            if gap > _SAMPLER_GAP:
+                raise RuntimeError(
+                    f"the sampler's {what} are {gap:.2g} nats away from the trainer's (at most {_SAMPLER_GAP} in float32): "
+                    "the two do not share weights, temperature or positions"
+                )
 
 
 class _PerStep:
@@ -571,9 +597,11 @@ class _PerStep:
             self._scheduler.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the place in time alone: rate and shape are the config's, which a continued run may have changed."""
+        """Take none of the state: rate and shape are the config's, and where a run is, its time says. Both may differ from the
+        run that this one continues."""
         scheduler = self._scheduler
-        scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
+        scheduler.last_epoch = self._time.step - self._time.first
+        scheduler._step_count = scheduler.last_epoch + 1
         scheduler._last_lr = [
             base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
@@ -647,6 +675,7 @@ def build(
         drop_equal=settings["drop_equal"],
         rounds=settings["rounds"],
         mask_cut=settings.get("mask_truncated_completions", False),
+        count_masked=settings.get("count_masked", False),
         trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.get("bf16"),
         penalty=experiment.env.invalid_penalty,
         **recorders,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_exp import config, keywords, targets
 from aem_exp.__main__ import main
-from aem_exp.compose import compose
+from aem_exp.compose import Composer, compose
 from aem_exp.config import ConfigError, Experiment, load
 from aem_exp.values import closest, convert
 
@@ -138,10 +138,16 @@ REFERENCES = {
         "trainer.group_size": 8,
         "trainer.mini_batch": "all",
         "trainer.learning_rate": 1e-6,
+        "trainer.weight_decay": 0.01,
+        "trainer.max_grad_norm": 1.0,
         "trainer.loss_type": "dr_grpo",
         "trainer.loss_constant": 1,
         "trainer.epsilon": 0.2,
         "trainer.epsilon_high": 0.28,
+        "trainer.mask_truncated_completions": True,
+        "trainer.count_masked": True,
+        "trainer.drop_equal": True,
+        "trainer.oversample": 2,
         "trainer.beta": 0.0,
         "trainer.entropy_coef": 0.0,
         "evaluation.temperature": 1.0,
@@ -158,6 +164,21 @@ def test_experiments_are_the_reference_settings(name):
     if name != "swebench_32b":
         assert "epsilon_high" not in experiment.trainer
         assert {"<think>", "</think>", "<action>", "</action>"} <= set(experiment.env.prompt["window"].split())
+
+
+@pytest.mark.parametrize(("name", "norm"), [("alfworld_1_5b", "std"), ("webshop_1_5b", "mean")])
+def test_gigpo_has_the_norm_that_the_reference_has_for_the_env(name, norm):
+    """verl-agent's scripts: mode=mean_std_norm in ALFWorld, mode=mean_norm in WebShop."""
+    for overrides in ([f"+experiment={name}", "baseline=gigpo"], ["baseline=gigpo", f"+experiment={name}"]):
+        advantage = load(overrides).baseline.advantage
+        assert (advantage["norm"], advantage["over"]) == (norm, "turns")
+        assert config.to_dict(load(overrides)) == config.to_dict(config.resolve(Composer().compose(overrides)))
+    assert (
+        load([f"+experiment={name}", "baseline=gigpo", "baseline.advantage.norm=std"]).baseline.advantage["norm"]
+        == "std"
+    )
+    with pytest.raises(ConfigError, match="choose from"):
+        load(["baseline=gigpo/webshop"])
 
 
 # Where ours depart from verl-agent on purpose: train, dev and test are disjoint, and whole panels are scored.
@@ -257,6 +278,7 @@ AT_RESOLVING = [
     ("trainer.scale_rewards=none", "trainer.scale_rewards", "baseline.advantage"),
     ("trainer.rounds=3", "trainer.rounds", "only read with trainer.drop_equal=true"),
     ("trainer.oversample=2", "trainer.oversample", "only read with trainer.drop_equal=true"),
+    ("trainer.count_masked=true", "trainer.count_masked", "only read with trainer.mask_truncated_completions=true"),
     ("modulation.bonus=0.05 | modulation.unit=token", "modulation.bonus", "modulation.unit=response"),
     ("modulation.bonus_lam=2", "modulation.bonus_lam", "modulation.bonus above 0"),
     ("modulation.keep=raising | modulation.centred=true", "modulation.centred", "modulation.keep=raising"),

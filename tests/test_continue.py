@@ -1,5 +1,6 @@
 """Beyond one run: continued with `from=`, run again by hand, with other code, with workers; and what stops it for good."""
 
+import contextlib
 import json
 import os
 import signal
@@ -48,6 +49,32 @@ def test_continued_with_other_settings_they_count(unbroken, cache, tmp_path):
     assert row["train/learning_rate"] == 1e-6
     assert not any(key.startswith("aem/") for key in row)
     assert "-none-" in folder.name
+
+
+def test_continued_its_schedules_are_its_own(unbroken, cache, tmp_path):
+    """Lambda and the learning rate span the steps that the run adds; also where it is interrupted."""
+    steps = 40
+    words = [f"from={unbroken[0]}", f"trainer.steps={6 + steps}", "modulation=linear", "launch.save_every=1"]
+    words += ["trainer.lr_scheduler_type=linear", "trainer.learning_rate=1e-4"]
+    plan = door(cache, tmp_path, *words, "plan=true")
+    anew = "modulation.lam=aem_exp.schedules.Linear and trainer.lr_scheduler_type=linear: a new schedule over steps 7 to 46"
+    assert anew in plan.stdout
+    first = door(cache, tmp_path, *words, wait=False)
+    wait_for(first, lambda: True, lambda: any(mark["step"] > 7 for mark in saved(tmp_path)))
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = door(cache, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in metrics(folder_of(tmp_path)) if "train/loss" in row]
+    assert [row["aem/lam"] for row in rows] == pytest.approx([1 - i / (steps - 1) for i in range(steps)])
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-4 * (1 - i / steps) for i in range(steps)])
+
+
+def saved(outputs):
+    """What the complete checkpoints of a live run say; older ones are removed meanwhile."""
+    for mark in outputs.glob("*/checkpoint-*/step.json"):
+        with contextlib.suppress(FileNotFoundError):
+            yield json.loads(mark.read_text())
 
 
 @pytest.mark.parametrize(

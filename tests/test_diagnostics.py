@@ -47,6 +47,25 @@ def test_it_is_how_entropy_moves_under_a_natural_gradient():
         torch.testing.assert_close(slope, advantage * (surprisal - entropy(logits_V)), atol=1e-6, rtol=0)
 
 
+def test_what_coefficients_do_to_the_balance_of_signs_and_lengths_by_hand():
+    """alpha A = (2, 1, -1/2, 0): their sum is 5/2, of |A| 4. With 1, 2, 3 and 4 tokens: 5/2 of 9."""
+    alpha_R = torch.tensor([2.0, 1.0, 0.25, 0.75])
+    advantage_R = torch.tensor([1.0, 1.0, -2.0, 0.0])
+    tokens_R, turn_R = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    found = diagnostics.modulation(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
+    assert found["advantage_balance"] == pytest.approx(2.5 / 4)
+    assert found["advantage_balance_token"] == pytest.approx((2 + 2 - 1.5) / 9)
+    assert found["alpha_positive_mean"] == pytest.approx(1.5)
+    assert found["alpha_negative_mean"] == pytest.approx(0.25)
+    assert found["alpha_advantage_mean"] == pytest.approx(3.5 / 4)
+    assert found["alpha_token_mean"] == pytest.approx((2 + 2 + 0.75 + 3) / 10)
+    assert found["alpha_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, tokens_R]))[0, 1].item())
+    assert found["alpha_turn_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, turn_R]))[0, 1].item())
+    none = diagnostics.modulation(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
+    assert none["advantage_balance"] == none["advantage_balance_token"] == 0
+    assert not {"alpha_positive_mean", "alpha_negative_mean"} & none.keys()
+
+
 # A step.
 
 

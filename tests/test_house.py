@@ -26,7 +26,7 @@ KNOWS = {
     "envs": {"values"},
     "keywords": {"values"},
     "targets": {"values"},
-    "rules": {"values", "config", "stores"},
+    "rules": {"config", "keywords", "stores", "values"},
     "config": {"keywords", "rules", "targets", "values", "compose"},
     "compose": {"keywords", "config", "rules", "values"},
     "diagnostics": set(),

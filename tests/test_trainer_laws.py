@@ -22,6 +22,7 @@ from aem_exp.arms import Arm
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
+from aem_exp.values import Stop
 
 LOSSES = {
     "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
@@ -290,6 +291,24 @@ def test_a_sampler_that_is_off_is_noticed(folder):
         trainer.train()
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_entropies_that_the_sampler_has_wrong_are_noticed(folder, trusted):
+    """Its log-probs are right."""
+    trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, trust_sampler=trusted)
+    play = trainer.play
+
+    def wrong(step):
+        played = play(step)
+        for trajectory in played[0]:
+            for response in trajectory.responses:
+                response.sample.entropies[:] = [2 * entropy for entropy in response.sample.entropies]
+        return played
+
+    trainer.play = wrong
+    with pytest.raises((RuntimeError, Stop), match=r"entropies are .* nats away"):
+        trainer.train()
+
+
 def test_scored_entropies_equal_sampled_ones(folder):
     """Where the sampler is not trusted (bf16, vLLM), one scoring pass measures the same log-probs and entropies."""
     batches = []
@@ -362,7 +381,7 @@ def test_a_step_without_advantages_updates_nothing(folder, changes):
     (_, _, _), (_, before, taken), (still, after, also), (again, last, _) = seen
     assert torch.equal(before, after) and taken == also
     assert not torch.equal(after, last)
-    assert still["train/updates"] == still["train/useful_share"] == still["train/tokens_trained"] == still["train/rows"] == 0
+    assert not any(still[f"train/{name}"] for name in ("updates", "useful_share", "tokens_trained", "rows"))
     assert still["train/tokens_filtered"] == still["train/tokens_generated"] > 0
     assert again["train/updates"] > 0 and again["train/useful_share"] > 0
     assert trainer.time.step == 4
@@ -394,9 +413,31 @@ def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
     run = toy.experiment("full", steps=1)
     run = replace(run, env=replace(run.env, max_turns=1))
     seen = []
-    long = [Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)]
+    long = [
+        Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)
+    ]
     trainer = toy.trainer(folder, run, lam=1.0, mask_cut=True, draw=lambda step, number=0: long)
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 0
     assert seen[0]["train/tokens_filtered"] == seen[0]["train/tokens_generated"]
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_masked_trajectories_count_in_a_mean_over_rows_if_asked(folder, history, kind):
+    """Where they count, the loss of the others is divided by more rows, and nothing else changes."""
+    run = toy.experiment(history, loss_type=kind)
+    run = replace(run, env=replace(run.env, max_turns=3))  # a quarter of the tasks would take four
+    results = []
+    for count_masked in (False, True):
+        trainer = toy.trainer(folder, run, mask_cut=True, count_masked=count_masked, device_rows=3)
+        credit, (update,) = first_step(trainer)
+        results.append(gradients(trainer, update))
+    assert len(credit.filtered) == 4
+    trained, masked = len(credit.kept), len(credit.filtered)
+    if (history, kind) == ("window", "grpo"):
+        trained, masked = len(credit.rows), sum(len(t.responses) for t in credit.filtered)
+    factor = trained / (trained + masked)
+    (loss, grads), counted = results
+    close(counted, (loss * factor, {name: grad * factor for name, grad in grads.items()}))
