@@ -69,6 +69,11 @@ class Archive:
         return int(self.experiment["seed"])
 
     @property
+    def method(self) -> int | None:
+        """The revision of the method, 0 where a run recorded none; None for a run of another framework."""
+        return int(self.provenance.get("method", 0)) if self.provenance else None
+
+    @property
     def success(self) -> list[float]:
         """Of each task of the final panel, the mean over its repeats."""
         return [fmean(repeats) for repeats in self.tasks["success"]]
@@ -223,7 +228,7 @@ def _check(archive: Archive, file: Path) -> None:
             raise ValueError(f"{each.name} is no {wanted.__name__}")
     if archive.run != file.name.removesuffix(SUFFIX) or not NAME.fullmatch(archive.run):
         raise ValueError(f"its run is called {archive.run!r}")
-    int(archive.experiment["seed"])
+    int(archive.experiment["seed"]), int(archive.provenance.get("method", 0))
     for part in ("trainer", "env", "model", "baseline", "modulation", "launch"):
         if not isinstance(archive.experiment.get(part, {}), dict):
             raise ValueError(f"experiment.{part} is no mapping")

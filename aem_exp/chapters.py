@@ -161,6 +161,9 @@ def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     rules = Counter(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
     only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
     facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules.items()]
+    if len(found := findings.revisions(done)) > 1:
+        told = ", ".join(f"{number} ({len(runs)} runs)" for number, runs in found.items())
+        facts.append(("method revisions", f"{told}: the same experiment trains differently in each; compared as asked"))
     facts += [("planned power", text) for text in _power(asked, cells)]
     arms = [(arm, words or "as the base") for arm, words in asked.arms.items()]
     return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by"), arms)])
@@ -193,6 +196,7 @@ def _provenance(cells: Sequence[Cell]) -> Section:
         "point",
         "arm",
         "code",
+        "method",
         "policy",
         "machine",
         "world",
@@ -235,6 +239,7 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
     )
     return [
         said(_commit(a.provenance.get("commit") or "") for a in done),
+        ", ".join(map(str, findings.revisions(done))) or "-",
         said(_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),

@@ -8,7 +8,7 @@ mislead: see `_refused`.
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -197,6 +197,15 @@ IDENTITY: Final[Mapping[str, Callable[[Archive], str | None]]] = {
     "planned budgets (steps x tasks x group x oversampling)": budget,
     "checkpoint rules": lambda archive: archive.result.get("checkpoint_rule"),
 }
+
+
+def revisions(done: Iterable[Archive]) -> dict[int, list[str]]:
+    """The names of runs by the revision of the method that trained them; those of other frameworks have none."""
+    out: dict[int, list[str]] = {}
+    for run, method in {archive.run: archive.method for archive in done}.items():
+        if method is not None:
+            out.setdefault(method, []).append(run)
+    return dict(sorted(out.items()))
 
 
 def troubles(cells: Sequence[Cell]) -> list[tuple[str, str, int, str]]:

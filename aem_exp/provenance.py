@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import config, disk, policy, targets
+from aem_exp import METHOD, config, disk, policy, targets
 from aem_exp.config import ConfigError, Experiment
 
 FILE, CODE = "provenance.json", "code"
@@ -76,6 +76,11 @@ def read(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / FILE).read_text())
 
 
+def revision(run_dir: Path) -> int | None:
+    """The revision of the method that a run is trained by; None where it has not begun."""
+    return int(read(run_dir).get("method", 0)) if (run_dir / FILE).exists() else None
+
+
 def _against(run_dir: Path, now: Mapping[str, Any], code: Mapping[str, Path]) -> list[str]:
     before = read(run_dir) if (run_dir / FILE).exists() else {}
     return [*_changes(before, now), *_edited(run_dir / CODE, code)]
@@ -90,6 +95,7 @@ def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, A
         "packages": {name: version(name) for name in PACKAGES},
         "weights": policy.fingerprint(weights) if weights else None,
         "commit": _commit(_HERE),
+        "method": METHOD,
     }
 
 
@@ -97,7 +103,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences that may change a result; the minor version of Python and the commit are only recorded."""
     old, new = ({**data.get("packages", {}), **data} for data in (before, now))
     keys = ("processes", "device", "machine", "weights", *PACKAGES)
-    return [f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and old[key] != new[key]]
+    changed = [f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and old[key] != new[key]]
+    if before and before.get("method", 0) != now["method"]:
+        changed.append(f"method revision {before.get('method', 0)}, now {now['method']}")
+    return changed
 
 
 # Code: file in the frozen copy -> where it lies now.

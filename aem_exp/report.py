@@ -51,6 +51,9 @@ def _read(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="archives", type=Path, help="archives of runs that are not here as run dirs")
     parser.add_argument("--archive", type=Path, metavar="FOLDER", help="write an archive of every run that is done")
     parser.add_argument("--csv", type=Path, action="append", default=[], help="runs of others, as further arms")
+    parser.add_argument(
+        "--across-revisions", action="store_true", help="compare runs of different method revisions too"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: OUTPUTS/reports/SWEEP)")
     parser.add_argument("--json", action="store_true", help="print the differences as JSON and nothing else")
     parser.add_argument("--no-tracking", action="store_true", help="do not log the report to MLflow")
@@ -74,6 +77,7 @@ def _act(asked: argparse.Namespace) -> int:
         runs_them = f"python -m aem_exp.sweep {shlex.quote(asked.sweep)} --local runs them"
         remedy = f"none of its {len(sweep.cells)} runs is done; {runs_them}"
         raise ConfigError("sweep", sweep.name, remedy)
+    _check_revisions(sweep, cells, asked.across_revisions)
     kept = _keep(archives.values(), asked.archive) if asked.archive else []
     question = _asked(sweep, cells, source)
     differences = findings.differences(cells, question.families)
@@ -151,6 +155,21 @@ def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Pat
                 raise ConfigError("--csv", f"{file}, {arm}", "is the name of another arm here")
             out.append(Cell(arm, "", runs))
     return out
+
+
+def _check_revisions(sweep: "Sweep", cells: "Sequence[Cell]", across: bool) -> None:
+    """Refuse to pool or compare runs of different revisions of the method, unless that was asked for."""
+    from aem_exp import findings
+
+    found = findings.revisions(archive for cell in cells for archive in cell.done)
+    if len(found) > 1 and not across:
+        told = [f"{len(runs)} of method revision {number} ({_few(runs)})" for number, runs in found.items()]
+        remedy = "the same experiment trains differently in each; run the older ones again, or compare all the same: "
+        raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(told)}; {remedy}--across-revisions")
+
+
+def _few(runs: Sequence[str], most: int = 3) -> str:
+    return ", ".join(runs[:most]) + (f", and {len(runs) - most} more" if len(runs) > most else "")
 
 
 def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:

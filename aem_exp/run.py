@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import (
+    METHOD,
     addresses,
     checkpoints,
     config,
@@ -164,6 +165,7 @@ def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed:
         "aem.signature": config.signature(experiment),
         "aem.arm": config.arm(experiment),
         "aem.env_fingerprint": fingerprint,
+        "aem.method": str(METHOD),
         **({"aem.parent": experiment.parent} if experiment.parent else {}),
         **({"aem.resumed": "inexact"} if resumed else {}),
         **({"git.commit": commit} if commit else {}),

@@ -190,6 +190,8 @@ def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]
     from rich.console import Console
     from rich.table import Table
 
+    from aem_exp.state import DONE
+
     console = Console(highlight=False)
     console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -207,7 +209,9 @@ def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]
             console.print(
                 f"  {cell.group} seed {cell.seed}: {state.kind or state.what}: {state.sentence}", soft_wrap=True
             )
-    facts = (("to run", f"{len(todo)} of {len(sweep.cells)} cells"), *_cost(sweep, todo), *_power(sweep))
+    to_run = ("to run", f"{len(todo)} of {len(sweep.cells)} cells")
+    finished = [folder for folder, how in states.items() if how.what == DONE]
+    facts = (to_run, *_cost(sweep, todo), *_power(sweep), *_revisions(finished))
     for heading, text in facts:
         console.print(f"[bold]{heading:<7}[/bold] {text}", soft_wrap=True)
 
@@ -249,6 +253,18 @@ def _power(sweep: "Sweep") -> list[tuple[str, str]]:
     found = " and ".join(f"{value:.0f}" for value in points)
     text = f"{seeds} seeds x {tasks} tasks find differences of {found} points (4 times in 5, where seeds spread by {spread})"
     return [("power", text)]
+
+
+def _revisions(done: Sequence[Path]) -> list[tuple[str, str]]:
+    """Whether runs that are done were trained by another revision of the method than those to come would be."""
+    from aem_exp import METHOD, provenance
+
+    others = [number for folder in done if (number := provenance.revision(folder)) not in (METHOD, None)]
+    if not others:
+        return []
+    numbers = ", ".join(map(str, sorted(set(others))))
+    text = f"{len(others)} of the finished runs are of method revision {numbers}, and this code is {METHOD}: the report refuses"
+    return [("note", f"{text} to compare them with newer ones; to run them again, move their folders away")]
 
 
 def _tasks(cell: "Cell") -> int | None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from doors import SMALL, door, folder_of, inside, metrics, wait_for
 
-from aem_exp import checkpoints
+from aem_exp import METHOD, checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_mlflow")
 
@@ -139,7 +139,8 @@ def test_the_run_dir_is_the_job(unbroken, cache, tmp_path):
     results = [json.loads((f / "result.json").read_text()) for f in (folder, source)]
     assert results[0] == results[1]
     assert "success on tasks never trained on" in done.stdout
-    assert json.loads((source / "provenance.json").read_text())["packages"]["torch"]
+    provenance = json.loads((source / "provenance.json").read_text())
+    assert provenance["packages"]["torch"] and provenance["method"] == METHOD
 
 
 def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):

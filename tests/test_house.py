@@ -135,7 +135,7 @@ KNOWS = {
     "status": {"board", "door", "members", "state", "values"},
     "sweep": {
         *("attempts", "config", "dispatch", "door", "members", "power", "progress", "questions", "state", "stores"),
-        *("study", "tracking", "values", "views", "worlds"),
+        *("provenance", "study", "tracking", "values", "views", "worlds"),
     },
     "study": {
         *("attempts", "compose", "config", "disk", "dispatch", "launch", "provenance", "questions", "state", "stores"),
@@ -239,7 +239,7 @@ def imported(tree):
 def ours(name):
     """The room that an import names, if it is one of ours."""
     parts = name.split(".")
-    if parts[0] != "aem_exp" or len(parts) == 1:
+    if parts[0] != "aem_exp" or len(parts) == 1 or parts[1].isupper():  # a constant of the package itself
         return None
     inner = ".".join(parts[1:3])
     return inner if inner in KNOWS else parts[1]

@@ -271,6 +271,38 @@ def test_nothing_of_others_is_removed_and_no_cell_is_a_formula(runs, tmp_path):
     assert (tmp_path / "tables" / "t.csv").read_text().splitlines() == ["a", "'=1+1", "-0.5", "+2.0", "-"]
 
 
+# Revisions of the method.
+
+
+def revised(kept, method):
+    return replace(kept, provenance=kept.provenance | {"method": method})
+
+
+def test_runs_of_two_revisions_are_named_and_not_compared_unless_asked(tmp_path, monkeypatch, capsys, runs):
+    """Seven arms of ten runs, recorded before there were revisions; one arm has moved on in three of its runs."""
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
+    folder = tmp_path / "archives"
+    for arm, kept in runs.items():
+        for i, each in enumerate(kept):
+            archive.write(revised(each, 1) if arm == "aem" and i < 3 else each, folder)
+    assert {archive.read(file).method for file in folder.glob("*aem-s[345]-*")} == {0}
+    assert report.main(["household_grpo", "--from", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "--across-revisions" in err
+    assert "67 of method revision 0 (" in err and "3 of method revision 1 (" in err
+    assert all(kept.run in err for kept in runs["aem"][:3])
+    assert not (tmp_path / "reports").exists()
+    assert report.main(["household_grpo", "--from", str(folder), "--across-revisions"]) == 0
+    page = (tmp_path / "reports" / "household_grpo" / "report.md").read_text()
+    assert "0 (67 runs), 1 (3 runs)" in page and "better" in page + capsys.readouterr().out
+
+
+def test_one_revision_is_no_matter(runs):
+    newer = [cell(arm, [revised(kept, 1) for kept in runs[arm][:3]]) for arm in ("none", "aem")]
+    assert findings.revisions(newer[0].done).keys() == {1}
+    assert "method revisions" not in pages.markdown(made(newer))
+
+
 # Runs of other frameworks.
 
 
