@@ -156,7 +156,7 @@ class Cluster:
         tables = ["--no-defaults", "--user=root", *own, *UNSAFE]
         install = ["mariadb-install-db", *tables, "--auth-root-authentication-method=normal", "--skip-test-db"]
         with (self.folder / "log" / "mariadb-install-db").open("w") as log:
-            subprocess.run(install, env=self.env, stdout=log, stderr=log, check=True, timeout=60)
+            subprocess.run(install, env=self.env, stdout=log, stderr=log, check=True, timeout=600)
         database = self.folder / "mariadb.socket"
         self._daemon("mariadbd", *tables, "--skip-networking", f"--socket={database}", f"--pid-file={database}.pid")
         self._until(database.exists)
@@ -189,7 +189,7 @@ class Cluster:
                 guard, env=self.env | extra, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
-    def _until(self, done: Callable[[], bool], seconds: float = 60) -> None:
+    def _until(self, done: Callable[[], bool], seconds: float = 600) -> None:
         """Wait; a daemon that ends meanwhile, or too long a wait, is an error that points to the logs."""
         end = time.monotonic() + seconds
         while not done():
@@ -203,11 +203,11 @@ class Cluster:
         for process in self.daemons.values():
             process.terminate()
         for process in self.daemons.values():
-            process.wait(30)
+            process.wait(120)
 
     def run(self, *words: str) -> str:
         """Run a command of SLURM and return what it prints."""
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr or done.stdout}"
         return done.stdout
 
@@ -233,7 +233,7 @@ class Cluster:
         lines = self.run("sacct", "-nPXaD", "--format=State", f"--jobs={job}").splitlines()
         return [line.split()[0] for line in lines]
 
-    def wait(self, job: str, states: Collection[str], seconds: float = 60, accounted: bool = True) -> dict[str, str]:
+    def wait(self, job: str, states: Collection[str], seconds: float = 600, accounted: bool = True) -> dict[str, str]:
         """Wait until a job, or each of its tasks, is in one of some states; if it has ended, `accounted`, until sacct says so."""
         end = time.monotonic() + seconds
         while True:
@@ -248,7 +248,7 @@ class Cluster:
     def node_states(self) -> dict[str, str]:
         """The state of each node, such as idle, mixed, down or idle* (does not answer); none before the controller answers."""
         words = ["sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T"]
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=600)
         return dict(line.split() for line in done.stdout.splitlines())
 
     def kill_node(self, name: str, tell: bool = False) -> None:
@@ -257,7 +257,7 @@ class Cluster:
         Until it knows, keep jobs with GPUs off the node: SLURM 22.05 would start them there, and then elsewhere without GPUs.
         """
         self.daemons[name].terminate()
-        self.daemons.pop(name).wait(30)
+        self.daemons.pop(name).wait(120)
         if tell:
             self.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 

@@ -45,6 +45,8 @@ class CompletionsServer:
         develops: whether it has VLLM_SERVER_DEV_MODE=1, and so reads weights.
         longest: tokens of a request, at most.
         root: what it says that it was started with.
+        ends_at: the number of the request for tokens over which it dies, unanswered; 0: none.
+        ended: set when it has ended.
     """
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
@@ -52,6 +54,7 @@ class CompletionsServer:
         self.model = loaded(policy) if isinstance(policy, str | Path) else policy
         self.key, self.seconds, self.twist = key, 0.0, lambda answer: answer
         self.asked, self.reloads, self.fails = [], [], []
+        self.ends_at, self.ended = 0, threading.Event()
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         self._http = _Http((host, port), _handler(self))
@@ -71,10 +74,16 @@ class CompletionsServer:
         for connection in self._http.connections:  # as if the process had died
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        self.ended.set()
 
     def complete(self, asked):
         with self._lock:
             self.asked.append(asked)
+            dies = len(self.asked) == self.ends_at
+        if dies:
+            self.__exit__()
+            return 500, {}
+        with self._lock:
             if self.fails:
                 return self.fails.pop(0), {"error": {"message": "the engine is not well"}}
             self.at_once += 1

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,8 @@ SMALL = [
     "launch.save_every=2",
 ]
 
+LONG = 600  # seconds, for what takes a few: the suite must pass on a machine that is ten times as slow as it could be
+
 SHORT = [  # a policy that wins now and then, hardly trained: to be scored
     "model.make.steps=120",
     "model.make.habit_steps=10",
@@ -43,7 +46,7 @@ def door(cache, outputs, *words, wait=True):
     started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if not wait:
         return started
-    out, err = started.communicate(timeout=300)
+    out, err = started.communicate(timeout=LONG)
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
@@ -78,7 +81,7 @@ def moved(folder):
     return bool(norms) and min(norms) > 0
 
 
-def wait_for(started, folder_found, reached, timeout=180):
+def wait_for(started, folder_found, reached, timeout=LONG):
     """Wait until a live run has reached something."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -89,10 +92,36 @@ def wait_for(started, folder_found, reached, timeout=180):
     raise AssertionError("the run never got there")
 
 
-def until(seen, what, seconds=90):
+def until(seen, what, seconds=LONG):
     """Wait until something is seen; what it is. `what`: its name, or a function that has more to say where it did not come."""
     end = time.monotonic() + seconds
     while not (value := seen()):
         assert time.monotonic() < end, f"{what() if callable(what) else what} did not come"
         time.sleep(0.1)
     return value
+
+
+class Beside:
+    """Runs something in a thread beside the test; `end` waits for it, and raises what it raised."""
+
+    def __init__(self, work, *args):
+        self._work, self._args, self._result, self._error = work, args, None, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._result = self._work(*self._args)
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def busy(self):
+        return self._thread.is_alive()
+
+    def end(self, seconds=LONG):
+        self._thread.join(seconds)
+        assert not self.busy, f"{self._work} has not ended"
+        if self._error:
+            raise self._error
+        return self._result

@@ -134,7 +134,7 @@ def test_the_run_dir_is_the_job(unbroken, cache, tmp_path):
         subprocess.run(["cp", "-r", str(source / part), str(folder)], check=True)
     env = {**os.environ, "AEM_CACHE": str(cache), "PYTHONPATH": str(folder / "code"), "MLFLOW_TRACKING_URI": "off"}
     command = [sys.executable, "-m", "aem_exp.run", str(folder)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     results = [json.loads((f / "result.json").read_text()) for f in (folder, source)]
     assert results[0] == results[1]
@@ -160,7 +160,7 @@ def test_a_run_goes_on_with_other_code_only_when_told(cache, tmp_path):
         if until:
             wait_for(started, lambda: True, until)
             started.send_signal(signal.SIGKILL)
-        return started, *started.communicate(timeout=200)
+        return started, *started.communicate(timeout=600)
 
     ask(until=lambda: list((tmp_path / "out").glob("*/checkpoint-*/step.json")))
     mine.write_text(mine.read_text() + "# edited\n")
@@ -283,6 +283,6 @@ def test_asked_after_the_end_it_says_what_changed_since(unbroken, cache, tmp_pat
     file.write_text(file.read_text() + "# as it was\n")
     env = {**os.environ, "AEM_CACHE": str(cache)}
     command = [sys.executable, "-m", "aem_exp.run", str(copy)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "since this run, aem_exp/advantages.py was edited" in done.stdout

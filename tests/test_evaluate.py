@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import toy
-from doors import SHORT
+from doors import SHORT, wait_for
 
 from aem_exp import config, evaluate, exam, scores
 from aem_exp.config import ConfigError
@@ -148,11 +147,7 @@ def test_killed_it_goes_on_and_ends_the_same(trained, capsys, tmp_path):
     broken = [*words, f"outputs={tmp_path / 'broken'}"]
     command = [sys.executable, "-m", "aem_exp.evaluate", *map(str, broken)]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while len(list((tmp_path / "broken").rglob("episodes/*.parquet"))) < 2:
-        assert started.poll() is None, started.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(started, lambda: True, lambda: len(list((tmp_path / "broken").rglob("episodes/*.parquet"))) >= 2)
     started.send_signal(signal.SIGKILL)
     started.communicate()
     assert not list((tmp_path / "broken").rglob("result.json"))

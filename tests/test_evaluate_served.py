@@ -4,13 +4,12 @@ import json
 import shutil
 import signal
 import threading
-import time
 from itertools import islice
 
 import pandas as pd
 import pytest
 from completions_server import CompletionsServer
-from doors import SHORT
+from doors import LONG, SHORT, Beside
 from filelock import FileLock
 
 from aem_exp import config, crew, evaluate, players, policy, servers, worlds
@@ -19,6 +18,7 @@ from aem_exp.scoreboard import Line
 from aem_exp.served import seed
 
 KEY = "k-7f3a"
+PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
 SMALL = [*SHORT, "trainer.learning_rate=0.01", "evaluation.tasks=8"]  # so that two steps can be seen in what is said
 PROGRESS = ("policy", "untrained", "random")  # what is at work, in a line
 MODELS = ["--only", "policy", "--only", "untrained"]
@@ -62,7 +62,7 @@ def server(untrained, where):
         yield started
 
 
-def words(target, where, outputs, *more, seconds=20):
+def words(target, where, outputs, *more, seconds=300):
     served = ["launch.sampler=served", f"launch.servers={where}", f"launch.server_seconds={seconds}"]
     return [str(target), *served, f"outputs={outputs}", *map(str, [*PANEL, *more])]
 
@@ -134,18 +134,9 @@ def test_where_a_server_ends_it_says_so_and_goes_on_when_asked_again(
     trained, untrained, server, where, capsys, tmp_path
 ):
     whole = ask(capsys, words(trained, where, tmp_path / "whole", "--only", "policy"))
-    broken = words(trained, where, tmp_path / "broken", "--only", "policy", "--at-once", 4, seconds=0.5)
-    server.seconds = 0.02
-
-    def end():
-        while not list((tmp_path / "broken").rglob("episodes/*.parquet")):
-            time.sleep(0.01)
-        server.__exit__()
-
-    ending = threading.Thread(target=end)
-    ending.start()
+    broken = words(trained, where, tmp_path / "broken", "--only", "policy", "--at-once", 4, seconds=PATIENCE)
+    server.ends_at = len(server.asked) * 7 // 4  # in the midst of the second evaluation, by when some have ended
     told = ask(capsys, broken, code=1)
-    ending.join()
     assert "no server has answered" in told and "cannot be reached" in told
     rows = sum(len(pd.read_parquet(file)) for file in (tmp_path / "broken").rglob("episodes/*.parquet"))
     assert 4 <= rows < 12
@@ -167,21 +158,17 @@ def test_a_server_that_is_started_anew_meanwhile_reads_the_weights_first(
     trained, untrained, server, where, capsys, tmp_path
 ):
     whole = ask(capsys, words(trained, where, tmp_path / "whole", "--only", "policy"))
-    server.seconds, server.asked[:] = 0.02, []
-    later = []
+    server.ends_at = len(server.asked) + 8
 
     def restart():
-        while len(server.asked) < 8:
-            time.sleep(0.01)
-        server.__exit__()
-        later.append(CompletionsServer(untrained, KEY, server.port).__enter__())
+        assert server.ended.wait(LONG)
+        return CompletionsServer(untrained, KEY, server.port).__enter__()
 
-    restarting = threading.Thread(target=restart)
-    restarting.start()
+    restarting = Beside(restart)
     assert ask(capsys, words(trained, where, tmp_path / "again", "--only", "policy")) == whole
-    restarting.join()
-    assert later[0].reloads == ["model"] and later[0].asked
-    later[0].__exit__()
+    later = restarting.end()
+    assert later.reloads == ["model"] and later.asked
+    later.__exit__()
 
 
 def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, server, where, capsys, tmp_path):
@@ -193,7 +180,7 @@ def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, se
     def do(hand, piece):
         begun.append(piece)
         if piece == 0:
-            assert slow.wait(20)
+            assert slow.wait(LONG)
         if piece == 7:
             slow.set()  # all others were begun while the first was at work
         return hand, piece
@@ -267,10 +254,8 @@ def test_what_a_server_cannot_do_is_one_sentence_before_anything_is_played(
     trained, server, where, capsys, tmp_path, spoil, told
 ):
     spoil(server, where)
-    start = time.monotonic()
     sentence = ask(capsys, words(trained, where, tmp_path), code=1)
-    assert told in sentence
-    assert not server.asked and time.monotonic() - start < 15
+    assert told in sentence and not server.asked
 
 
 def test_servers_of_a_run_are_not_taken_from_it(trained, server, where, capsys, tmp_path):

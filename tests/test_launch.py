@@ -39,7 +39,7 @@ class Site:
     def door(self, room, *words, code=0, **env):
         command = [sys.executable, "-m", room, *map(str, words)]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
@@ -223,7 +223,7 @@ def test_a_prepared_run_needs_no_network(desk):
     assert desk.states(folder)[0].kind == "user"
     code = {"PYTHONPATH": str(folder / "code"), "PYTHONSAFEPATH": "1"}
     command = ["unshare", "-n", sys.executable, "-m", "aem_exp.run", str(folder)]
-    done = subprocess.run(command, env=desk.env | code, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=desk.env | code, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert desk.states(folder)[0].what == "done"
 

@@ -45,13 +45,13 @@ class Browser:
     def ask(self, method: str, path: str, **body: Any) -> Any:
         data = json.dumps(body).encode() if method == "POST" else None
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)["value"]
 
     def read(self, script: str) -> Any:
         return self.ask("POST", "/execute/sync", script=f"return {script}", args=[])
 
-    def open(self, address: str, until: str, seconds: float = 40) -> str:
+    def open(self, address: str, until: str, seconds: float = 300) -> str:
         """Open a page, wait until a script finds what it looks for, and return the page's text."""
         self.ask("POST", "/url", url=address)
         end = time.monotonic() + seconds
@@ -76,7 +76,7 @@ def answers(address: str, seconds: float) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(address, timeout=2).read()
+            urllib.request.urlopen(address, timeout=20).read()
             return
         except OSError:
             assert time.monotonic() < end, f"{address} does not answer"

@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from doors import lacking
+from doors import lacking, until
 from test_tracking import TOGETHER, Server, all_names, in_mlflow, script
 
 RUNS = 50
@@ -34,9 +33,12 @@ def database() -> Iterator[str]:
     subprocess.run([*other, f"{BIN}/initdb", *data, "-A", "trust", "-U", "postgres", "--no-sync"], check=True, **how)
     settings = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
     process = subprocess.Popen([*other, f"{BIN}/postgres", *data, *settings], **how)
-    while subprocess.run([f"{BIN}/pg_isready", "-q", "-h", str(folder)], check=False).returncode:
+
+    def ready():
         assert process.poll() is None
-        time.sleep(0.1)
+        return not subprocess.run([f"{BIN}/pg_isready", "-q", "-h", str(folder)], check=False).returncode
+
+    until(ready, "PostgreSQL")
     yield f"postgresql+psycopg2:///postgres?host={folder}&user=postgres"
     process.kill()
     process.wait()

@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from doors import SMALL, door, folder_of, inside, metrics, wait_for
+from doors import LONG, SMALL, door, folder_of, inside, metrics, wait_for
 
 from aem_exp import checkpoints
 
@@ -126,7 +126,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
         lambda: "train/success" in (folder_of(tmp_path) / "metrics.jsonl").read_text(),
     )
     started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=LONG)
     assert started.returncode == 130
     assert re.search(rf"to go on from step \d+: {sys.executable} -m aem_exp.run {folder_of(tmp_path)}", err)
     assert "Traceback" not in out + err
@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_one_sentence(cache, tmp_path, words, said):
     words = [*SMALL, *words] if words[0].split("=")[0] not in ("model", "+experiment") else words
     env = {**os.environ, "AEM_CACHE": str(cache)}
     command = [sys.executable, "-m", "aem_exp", *words]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(text in done.stderr for text in said), done.stderr
@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_costs_nothing(cache, small_disk, unbroken):
     started = door(cache, small_disk, *SMALL, wait=False)
     wait_for(started, lambda: True, lambda: list(small_disk.glob("*/checkpoint-*/step.json")))
     (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
-    _, err = started.communicate(timeout=120)
+    _, err = started.communicate(timeout=600)
     assert started.returncode == 1, err
     assert err.strip().startswith("aem_exp: the disk is full")
     assert "Traceback" not in err

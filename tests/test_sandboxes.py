@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import images
 import pytest
-from doors import lacking, until
+from doors import LONG, lacking, until
 
 from aem_exp.sandboxes import HOST, Image, Limits, Lost, file_name, seccomp
 from aem_exp.sandboxes.apptainer import Apptainer, build
@@ -115,8 +114,8 @@ def test_files_go_in_and_come_out(sandbox):
 
 def test_what_takes_too_long_is_ended_with_all_that_it_began(sandbox):
     leaves = "" if sandbox.kind == "local" else "setsid"  # there, a process that leaves its session stays
-    ran = sandbox.run(f"echo begun; {leaves} sleep 7171 & sleep 7171", 0.4)
-    assert (ran.text, ran.code, ran.stopped) == ("begun\n", 124, "time") and ran.seconds < 5
+    ran = sandbox.run(f"echo begun; {leaves} sleep 7171 & sleep 7171", 4)
+    assert (ran.text, ran.code, ran.stopped) == ("begun\n", 124, "time") and ran.seconds < 7171
     until(lambda: not processes("7171"), "their end")
 
 
@@ -283,7 +282,7 @@ def test_closed_by_another_it_ends_what_runs(sandbox):
         until(lambda: len(processes("7575")) > 1, "a command")
         sandbox.close()
         with pytest.raises(Lost, match="gone"):
-            running.result(timeout=5)
+            running.result(timeout=LONG)
     until(lambda: not processes("7575"), "their end")
 
 
@@ -382,11 +381,9 @@ def test_a_mount_that_hangs_is_lost(how, tmp_path, monkeypatch):
     (tmp_path / "mount").chmod(0o755)
     open_to_all(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 0.5)
-    began = time.monotonic()
-    with pytest.raises(Lost, match=r"could not be mounted: .*0\.5 s"):
+    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 4)
+    with pytest.raises(Lost, match=r"could not be mounted: .*4 s"):
         Bwrap().open(Image(), LIMITS).start()
-    assert time.monotonic() - began < 5
     until(lambda: not processes("7676"), "its end")
 
 
@@ -640,11 +637,9 @@ def test_apptainers_command_lines(tmp_path):
     assert not layer.exists() and "run aem_exp.prepare" in backend.lacks("some/image:1")
 
 
-def test_a_command_costs_some_milliseconds():
+def test_many_commands_after_each_other():
     if why := why_no_bwrap():
         lacking(why)
     with Bwrap().open(Image(), LIMITS) as sandbox:
-        began = time.monotonic()
         for _ in range(20):
-            assert sandbox.run("true", 10).code == 0
-    assert time.monotonic() - began < 20  # only that none hangs: tests/bench/sandbox.py measures
+            assert sandbox.run("true", 60).code == 0

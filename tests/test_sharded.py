@@ -37,7 +37,7 @@ def start(cache, folder):
 
 
 def ended(started):
-    out, err = started.communicate(timeout=300)
+    out, err = started.communicate(timeout=600)
     return started.returncode, out + err
 
 

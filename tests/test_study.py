@@ -63,11 +63,11 @@ class Desk:
         for process in self.begun:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-                process.communicate(timeout=60)
+                process.communicate(timeout=600)
 
     def door(self, *words, code=0, room="aem_exp.sweep", **env):
         started = self.begin(*words, room=room, **env)
-        out, _ = started.communicate(timeout=120)
+        out, _ = started.communicate(timeout=600)
         assert started.returncode == code, out + self.logs()
         return out
 
@@ -158,7 +158,7 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
     begun = desk.begin("tiny.yaml", "--local", "--at-once", "2", SLOW="0.01")
     worker, number, run = until(lambda: journal(desk) and desk.holding(), "a trial in its midst")
     os.kill(json.loads((worker / "owner.json").read_text())["pid"], signal.SIGKILL)
-    out, _ = begun.communicate(timeout=120)
+    out, _ = begun.communicate(timeout=600)
     assert begun.returncode == 1 and f"failed: {worker.name}" in out
     assert "2 complete, 0 pruned, 0 running, 1 stopped, 0 failed, 0 missing" in out
     assert {t["trial"]: t["state"] for t in desk.plan()["trials"]}[number] == "stopped"

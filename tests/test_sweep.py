@@ -8,7 +8,7 @@ import sys
 
 import mlflow
 import pytest
-from doors import SMALL, until
+from doors import LONG, SMALL, until
 
 from aem_exp import members, state, status, sweep
 
@@ -26,7 +26,7 @@ def desk(tmp_path_factory, cache):
 
     def ask(room, *words, code=0):
         command = [sys.executable, "-m", room, *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -141,7 +141,7 @@ def test_terminated_it_ends_what_it_began(desk):
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: list(folder.glob("ended/*/before.json")), "a run in its midst")
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped; to go on: python -m aem_exp.sweep" in err
     (begun,) = (folder / "ended").glob("*/attempts.jsonl")

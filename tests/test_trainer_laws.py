@@ -240,7 +240,7 @@ def test_d_ranks_change_nothing(folder, alone, held):
     """
     script = [gloo_training.__file__, str(folder), *(["pieces"] if held == "pieces" else [])]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in gloo_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
