@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from aem_exp import keywords, rules, targets
 from aem_exp.targets import instantiate
+from aem_exp.trust import check as check_owner
 from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, Missing, build
 
 if TYPE_CHECKING:
@@ -185,15 +186,15 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
         ConfigError: there is none, it was edited, or it is somebody else's and not to be trusted.
     """
     folder = Path(folder).expanduser().absolute()
+    check_owner(folder, trust)
     file = folder / "experiment.json"
     try:
-        owner, data = file.stat().st_uid, json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        data = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"is damaged: {error}"
         raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name}: {why}") from error
-    if owner != os.getuid() and not trust:
-        remedy = "belongs to somebody else, and its config can call any function; read it, then add --trust"
-        raise ConfigError("RUN_DIR", str(folder), remedy)
+    if not isinstance(data, dict):
+        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name} is damaged: no mapping")
     experiment = _bound(from_dict(data))
     if not folder.name.endswith(f"-{signature(experiment)}"):
         remedy = f"{file.name} hashes to {signature(experiment)}: it was edited, or written by another version"

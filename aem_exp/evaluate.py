@@ -104,9 +104,7 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp import progress
 
     progress.quiet()
-    door.reach(asked.config_dir)
-    if points_at_run(asked.target):
-        door.reach_run(asked.target)
+    door.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
     from aem_exp.scoreboard import Line, show
     from aem_exp.servers import Unheld
 

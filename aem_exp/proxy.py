@@ -79,11 +79,9 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp import progress
 
     progress.quiet()
-    door.reach(asked.config_dir)
-    if evaluate.points_at_run(asked.target):
-        door.reach_run(asked.target)
-        asked.only = asked.only or [POLICY, UNTRAINED]
-    asked.only = asked.only or [POLICY]
+    is_run = evaluate.points_at_run(asked.target)
+    door.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
+    asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
     from aem_exp.scoreboard import Line
 
     with Line() as line:

@@ -244,7 +244,7 @@ def _read() -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach_frozen(asked.run_dir / provenance.CODE)
+    door.reach_frozen(asked.run_dir, asked.trust)
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
