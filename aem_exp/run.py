@@ -114,6 +114,8 @@ def _play(
 def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     """Make the run dir what this start needs; where it begins."""
     _room(folder, weights)
+    for sentence in checkpoints.set_aside(folder):
+        log.warning(sentence)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
         checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
     start = parts.found(folder)
@@ -152,7 +154,9 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
 
 def _end_of(parent: Path) -> Path:
     """The last checkpoint of a finished run."""
-    checkpoint, steps = checkpoints.newest(parent), config.read(parent, trust=True).trainer["steps"]
+    checkpoint, steps = next(iter(checkpoints.marked(parent)), None), config.read(parent, trust=True).trainer["steps"]
+    if checkpoint and (why := checkpoints.damage(checkpoint)):
+        raise ConfigError("from", str(parent), f"its last checkpoint is damaged: {why}; put a good copy there")
     if checkpoint is None or checkpoints.steps(checkpoint) != steps:
         raise ConfigError("from", str(parent), f"has no checkpoint of its last step, {steps}; it may have been removed")
     return checkpoint

@@ -19,7 +19,7 @@ KNOWS = {
     "metrics": {"disk"},
     "stores": {"metrics", "values"},
     "progress": set(),
-    "checkpoints": {"disk"},
+    "checkpoints": {"disk", "values"},
     "door": {"stores", "trust", "values"},
     "trust": {"values"},
     "download": {"disk", "progress", "values"},
