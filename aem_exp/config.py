@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from aem_exp import keywords, rules, targets
+from aem_exp import disk, keywords, rules, targets
 from aem_exp.targets import instantiate
 from aem_exp.trust import check as check_owner
 from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, Missing, build
@@ -188,14 +188,9 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
     folder = Path(folder).expanduser().absolute()
     check_owner(folder, trust)
     file = folder / "experiment.json"
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"is damaged: {error}"
-        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name}: {why}") from error
-    if not isinstance(data, dict):
-        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name} is damaged: no mapping")
-    experiment = _bound(from_dict(data))
+    if not os.access(file, os.R_OK):
+        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; no {file.name} can be read there")
+    experiment = _bound(from_dict(disk.read(file)))
     if not folder.name.endswith(f"-{signature(experiment)}"):
         remedy = f"{file.name} hashes to {signature(experiment)}: it was edited, or written by another version"
         raise ConfigError("RUN_DIR", str(folder), remedy)
@@ -302,8 +297,8 @@ def nearest(experiment: Experiment) -> tuple[Path, list[str]] | None:
     found = []
     for file in outputs_root(experiment).glob("*/experiment.json"):
         try:
-            found.append((file.parent, diff(from_dict(json.loads(file.read_text())), experiment)))
-        except (ConfigError, ValueError, OSError):  # written by another version, or half written
+            found.append((file.parent, diff(from_dict(disk.read(file)), experiment)))
+        except ConfigError:  # written by another version, or damaged
             continue
     return min(found, key=lambda pair: len(pair[1]), default=None)
 

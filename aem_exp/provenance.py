@@ -74,7 +74,7 @@ def freeze(runs: Mapping[Path, Experiment]) -> None:
 
 def read(run_dir: Path) -> dict[str, Any]:
     """What `begin` wrote."""
-    return json.loads((run_dir / FILE).read_text())
+    return disk.read(run_dir / FILE, "processes", "packages", "commit", "resumed")
 
 
 def revision(run_dir: Path) -> int | None:

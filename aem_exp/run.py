@@ -126,6 +126,7 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     if start.scored and start.checkpoint is None and provenance.changes(folder, experiment, weights, ranks.count()):
         (folder / parts.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
         start = parts.found(folder)
+    parts.check_record(folder, start)
     changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, ranks.count())
     disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return replace(start, changes=changes)

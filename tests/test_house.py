@@ -28,7 +28,7 @@ KNOWS = {
     "keywords": {"values"},
     "targets": {"values"},
     "rules": {"config", "keywords", "stores", "values"},
-    "config": {"keywords", "rules", "targets", "trust", "values", "compose"},
+    "config": {"disk", "keywords", "rules", "targets", "trust", "values", "compose"},
     "compose": {"keywords", "config", "rules", "values"},
     "diagnostics": set(),
     "render": set(),
@@ -46,7 +46,7 @@ KNOWS = {
     "rollout": {"config", "crew", "envs", "render", "sample", "stage"},
     "batch": {"rollout"},
     "credit": {"advantages", "diagnostics", "rollout", "values"},
-    "episodes": {"rollout"},
+    "episodes": {"disk", "rollout", "values"},
     "policy": {"config", "disk", "envs", "targets"},
     "tiny": {"values", "config", "envs", "render", "rollout", "sample", "stage"},
     "scores": set(),
@@ -70,7 +70,19 @@ KNOWS = {
     },
     "scoreboard": {"progress"},
     "evaluate": {
-        *("compose", "config", "door", "envs", "exam", "players", "policy", "progress", "scoreboard", "servers"),
+        *(
+            "compose",
+            "config",
+            "disk",
+            "door",
+            "envs",
+            "exam",
+            "players",
+            "policy",
+            "progress",
+            "scoreboard",
+            "servers",
+        ),
         "worlds",
     },
     "proxy": {
@@ -79,8 +91,8 @@ KNOWS = {
     },
     "prepare": {"config", "door", "policy", "progress", "questions", "values", "worlds"},
     "tracking": {"disk", "door", "metrics", "state", "stores", "values", "views"},
-    "show": {"episodes", "metrics", "progress", "scores", "tracking"},
-    "attempts": {"values"},
+    "show": {"disk", "episodes", "metrics", "progress", "scores", "tracking", "values"},
+    "attempts": {"disk", "values"},
     "board": {"progress", "state"},
     "dispatch": {
         *("attempts", "config", "disk", "door", "interrupt", "launch", "ownership", "policy", "preflight"),
@@ -110,7 +122,7 @@ KNOWS = {
     },
     "power": set(),
     "compare": {"power"},
-    "archive": {"attempts", "disk", "metrics", "values"},
+    "archive": {"attempts", "disk", "episodes", "metrics", "values"},
     "findings": {"archive", "compare", "rules", "values"},
     "figures": {"compare", "findings", "show"},
     "pages": {"disk"},
@@ -132,7 +144,7 @@ KNOWS = {
     },
     "questions": {"compose", "config", "rules", "values"},
     "ranks": set(),
-    "state": {"attempts", "launch", "metrics", "ownership"},
+    "state": {"attempts", "disk", "episodes", "launch", "metrics", "ownership", "values"},
     "status": {"board", "door", "members", "state", "values"},
     "sweep": {
         *("attempts", "config", "dispatch", "door", "members", "power", "progress", "questions", "state", "stores"),
@@ -218,7 +230,7 @@ SPEAKS = {
     "optuna": {"study"},
     "matplotlib": {"figures", "show"},
     "jinja2": {"pages"},
-    "pyarrow": {"archive", "episodes", "exam", "show"},
+    "pyarrow": {"episodes", "exam"},
 }
 
 
