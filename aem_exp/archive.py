@@ -87,7 +87,7 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
     """The archive of a run dir; `what` and `why`: its state.
 
     Raises:
-        ConfigError: a file of it is damaged.
+        Damaged: with the file's name.
     """
     experiment, rows = disk.read(folder / "experiment.json"), metrics.read(folder)
     scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
@@ -171,7 +171,7 @@ def _players(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, A
     for file in sorted((folder / "evaluations").glob("*/result.json")):
         try:
             found = disk.read(file)
-        except ConfigError:  # of another player: it is asked again where it is missed
+        except disk.Damaged:  # of another player: it is asked again where it is missed
             continue
         name, rules = found.get("player"), found.get("identity", {}).get("env", {})
         alike = all(rules[key] == experiment["env"].get(key) for key in rules)

@@ -62,6 +62,8 @@ def seconds(folder: Path) -> float | None:
 
 def kind(error: BaseException) -> str:
     """The class of a failure, which decides what helps: config, nan, env, oom, disk, hang, or crash for the unforeseen."""
+    if isinstance(error, disk.Damaged):
+        return "disk"
     if isinstance(error, ConfigError):
         return "config"
     if isinstance(error, Stop):

@@ -12,6 +12,10 @@ from typing import Any
 from aem_exp.values import ConfigError
 
 
+class Damaged(ConfigError):
+    """A file of a run dir is not what was written."""
+
+
 def cache() -> Path:
     """Where what is made once lies: $AEM_CACHE, else ~/.cache/aem_exp."""
     return Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
@@ -39,7 +43,7 @@ def read(file: Path, *keys: str) -> dict[str, Any]:
     """The mapping that a file of a run dir holds as JSON; `keys`: what it has at least.
 
     Raises:
-        ConfigError: the file cannot be read, or is not what a run writes.
+        Damaged: the file cannot be read, or is not what a run writes.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -56,7 +60,7 @@ def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     """The mappings that a file of a run dir holds as JSON, one per line; a last line that a kill cut short is left out.
 
     Raises:
-        ConfigError: the file cannot be read, or a line of it is not what a run writes.
+        Damaged: the file cannot be read, or a line of it is not what a run writes.
     """
     rows = list[dict[str, Any]]()
     try:
@@ -71,10 +75,10 @@ def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     return rows
 
 
-def damaged(file: Path, why: Exception | str, further: str = "") -> ConfigError:
+def damaged(file: Path, why: Exception | str, further: str = "") -> Damaged:
     """The error for a file of a run dir that is not what was written; `further`: what else helps than a good copy."""
     remedy = f"put a good copy of it there{further}, or move the run dir away and run again"
-    return ConfigError("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_why(why)}); {remedy}")
+    return Damaged("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_why(why)}); {remedy}")
 
 
 def _why(error: Exception | str) -> str:

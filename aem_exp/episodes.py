@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import disk
-from aem_exp.values import ConfigError
+from aem_exp.disk import Damaged
 
 if TYPE_CHECKING:
     from aem_exp.rollout import Response, Trajectory
@@ -89,7 +89,7 @@ class Episodes:
             for part in sorted(self._parts.glob("*.parquet")):
                 try:
                     table = read(part, schema=_schema())
-                except ConfigError as error:
+                except Damaged as error:
                     log.warning("%s lacks the episodes of %s: %s", FILE, part.name, error.remedy.partition(";")[0])
                     continue
                 writer.write_table(table)
@@ -107,7 +107,7 @@ class Episodes:
         for number, part in enumerate(kept):
             try:
                 check(part)
-            except ConfigError:
+            except Damaged:
                 for lost in kept[number:]:
                     lost.unlink()
                 return part
@@ -170,7 +170,7 @@ def read(file: Path, **how: Any) -> Any:
     """A table of episodes, its checksums checked; `how`: as pyarrow's `read_table` takes it.
 
     Raises:
-        ConfigError: it is damaged.
+        Damaged: with its name.
     """
     import pyarrow.parquet
 
@@ -184,7 +184,7 @@ def check(file: Path) -> None:
     """Read all of a record, and keep nothing of it.
 
     Raises:
-        ConfigError: it is damaged.
+        Damaged: with its name.
     """
     import pyarrow.parquet
 
@@ -195,7 +195,7 @@ def check(file: Path) -> None:
         raise _damaged(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> ConfigError:
+def _damaged(file: Path, error: Exception) -> Damaged:
     further = ", or remove it: then the record lacks these episodes" if file.parent.name == PARTS else ""
     return disk.damaged(file, error, further)
 

@@ -54,7 +54,7 @@ def check_record(folder: Path, start: Start) -> None:
     """Refuse to go on with a run that could not be recorded to its end.
 
     Raises:
-        ConfigError: the score before the first step, or a part of the episodes, is damaged.
+        Damaged: the score before the first step, or a part of the episodes.
     """
     from aem_exp import episodes
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aem_exp import disk, episodes, metrics, tracking
 from aem_exp.progress import ENTROPY, GATED, RECENT, SUCCESS
 from aem_exp.scores import wilson
-from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,7 +56,7 @@ def _unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
     """What is read; where its file is damaged, nothing, and a sentence in `gaps`."""
     try:
         return read()
-    except ConfigError as error:
+    except disk.Damaged as error:
         gaps.append(error.remedy.partition("; ")[0])
         return None
 

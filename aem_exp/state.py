@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from aem_exp import attempts, disk, episodes, launch, metrics, ownership
 from aem_exp.launch import Job
-from aem_exp.values import ConfigError
 
 RESULT: Final = "result.json"
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
@@ -67,7 +66,7 @@ def _readable(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) ->
     """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
     try:
         return _state(folder, card, jobs)
-    except ConfigError as error:
+    except disk.Damaged as error:
         return State(FAILED, kind="disk", sentence=error.remedy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return State(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.sentence(error)}")

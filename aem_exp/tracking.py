@@ -65,7 +65,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def read_card(run_dir: Path) -> dict[str, Any]:
     """What this run is called in MLflow; empty where it is not there."""
     path = run_dir / CARD
-    return disk.read(path, "uri", "run_id", "experiment_id", "artifacts", "status", "tags") if path.exists() else {}
+    return disk.read(path, "uri", "run_id", "experiment_id") if path.exists() else {}
 
 
 def save_card(run_dir: Path, card: dict[str, Any]) -> None:

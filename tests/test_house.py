@@ -46,7 +46,7 @@ KNOWS = {
     "rollout": {"config", "crew", "envs", "render", "sample", "stage"},
     "batch": {"rollout"},
     "credit": {"advantages", "diagnostics", "rollout", "values"},
-    "episodes": {"disk", "rollout", "values"},
+    "episodes": {"disk", "rollout"},
     "policy": {"config", "disk", "envs", "targets"},
     "tiny": {"values", "config", "envs", "render", "rollout", "sample", "stage"},
     "scores": set(),
@@ -91,7 +91,7 @@ KNOWS = {
     },
     "prepare": {"config", "door", "policy", "progress", "questions", "values", "worlds"},
     "tracking": {"disk", "door", "metrics", "state", "stores", "values", "views"},
-    "show": {"disk", "episodes", "metrics", "progress", "scores", "tracking", "values"},
+    "show": {"disk", "episodes", "metrics", "progress", "scores", "tracking"},
     "attempts": {"disk", "values"},
     "board": {"progress", "state"},
     "dispatch": {
@@ -144,7 +144,7 @@ KNOWS = {
     },
     "questions": {"compose", "config", "rules", "values"},
     "ranks": set(),
-    "state": {"attempts", "disk", "episodes", "launch", "metrics", "ownership", "values"},
+    "state": {"attempts", "disk", "episodes", "launch", "metrics", "ownership"},
     "status": {"board", "door", "members", "state", "values"},
     "sweep": {
         *("attempts", "config", "dispatch", "door", "members", "power", "progress", "questions", "state", "stores"),
