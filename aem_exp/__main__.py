@@ -97,9 +97,8 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
         raise ConfigError("--cfg", asked.cfg, ["job"])
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
-    door.reach(asked.config_dir)
-    for parent in [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]:
-        door.reach_run(parent)
+    parents = [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]
+    door.reach(asked.config_dir, parents, asked.trust)
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 

@@ -11,13 +11,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from aem_exp import attempts, disk, metrics
+from aem_exp import attempts, disk, episodes, metrics
 from aem_exp.values import ConfigError
 
 SUFFIX: Final = ".json.gz"
@@ -85,11 +84,15 @@ class Archive:
 
 
 def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
-    """The archive of a run dir; `what` and `why`: its state."""
-    experiment, rows = _json(folder / "experiment.json"), metrics.read(folder)
+    """The archive of a run dir; `what` and `why`: its state.
+
+    Raises:
+        Damaged: with the file's name.
+    """
+    experiment, rows = disk.read(folder / "experiment.json"), metrics.read(folder)
     scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
     result = _json(folder / scored) if scored else {}
-    episodes = _episodes(folder, result) if result else []
+    played = _episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
     return Archive(
         run=folder.name,
@@ -98,8 +101,8 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
         what=what,
         why=why,
         result=result,
-        tasks=_tasks(episodes),
-        endings=dict(sorted(Counter(row["ended"] for row in episodes).items())),
+        tasks=_tasks(played),
+        endings=dict(sorted(Counter(row["ended"] for row in played).items())),
         curves=_curves(rows),
         provenance=_json(folder / "provenance.json"),
         spent=_spent(folder, launch, result, rows),
@@ -108,19 +111,15 @@ def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a file of a run dir says; nothing where it was half written: then the run failed, and says so itself."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads(file.read_text()))
-    return {}
+    """What a file of a run dir says; nothing where there is none: then the run failed, and says so itself."""
+    return disk.read(file) if file.exists() else {}
 
 
 def _episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The episodes of the final panel, the last time that it was played."""
-    import pyarrow.parquet
-
     columns = ["split", "step", "task", "kind", "won", "score", "ended", "draw", "member"]
     chosen = [("split", "==", result["final"]["panel"]), ("step", "==", result["steps"])]
-    rows = pyarrow.parquet.read_table(folder / "episodes.parquet", columns=columns, filters=chosen).to_pylist()
+    rows = episodes.read(folder / episodes.FILE, columns=columns, filters=chosen).to_pylist()
     return rows[-int(result["final"]["episodes"]) :]
 
 
@@ -170,7 +169,10 @@ def _players(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, A
     kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
     final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
     for file in sorted((folder / "evaluations").glob("*/result.json")):
-        found = _json(file)
+        try:
+            found = disk.read(file)
+        except disk.Damaged:  # of another player: it is asked again where it is missed
+            continue
         name, rules = found.get("player"), found.get("identity", {}).get("env", {})
         alike = all(rules[key] == experiment["env"].get(key) for key in rules)
         heat = found.get("temperature") in (None, how.get("temperature"))

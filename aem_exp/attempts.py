@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from aem_exp import disk
 from aem_exp.values import ConfigError, Stop
 
 FILE = "attempts.jsonl"
@@ -48,9 +49,7 @@ def attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0) -> It
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; a last line that a kill cut short is left out."""
-    file = folder / FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return disk.read_lines(folder / FILE, "event", "at")
 
 
 def seconds(folder: Path) -> float | None:
@@ -63,6 +62,8 @@ def seconds(folder: Path) -> float | None:
 
 def kind(error: BaseException) -> str:
     """The class of a failure, which decides what helps: config, nan, env, oom, disk, hang, or crash for the unforeseen."""
+    if isinstance(error, disk.Damaged):
+        return "disk"
     if isinstance(error, ConfigError):
         return "config"
     if isinstance(error, Stop):

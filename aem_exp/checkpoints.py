@@ -1,40 +1,102 @@
-"""Which checkpoint of a run counts: the newest one that was written to its end.
+"""Which checkpoint of a run counts: the newest one that was written to its end, and is as it was written.
 
 transformers leaves an interrupted save behind like a finished one. Here a mark is written last, so a folder without it is
-never resumed from.
+never resumed from. The mark has the size and the CRC-32 of every file: it finds what a disk or a copy has damaged, at 2 GB/s
+and core; it is no protection against somebody who changes files on purpose.
 """
 
 import json
 import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Final
 
 from aem_exp import disk
+from aem_exp.values import ConfigError
 
-_MARK = "step.json"
+_MARK: Final = "step.json"
+_AT_ONCE: Final = 1 << 24  # bytes read together
+_READERS: Final = 4  # files read at the same time
 
 
 def mark(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
-    """Declare a checkpoint complete: every rank has written its part of the state after `step` steps."""
-    disk.write(checkpoint / _MARK, json.dumps({"step": step, "updates": updates, "ranks": ranks}))
+    """Declare a checkpoint complete: every rank has written its part of the state after `step` steps.
+
+    It reads all files once, which are still in memory right after they were written.
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _MARK)
+    names = [str(path.relative_to(checkpoint)) for path in files]
+    facts = [{"size": path.stat().st_size, "crc32": crc} for path, crc in zip(files, _crcs(files), strict=True)]
+    content = {"step": step, "updates": updates, "ranks": ranks, "files": dict(zip(names, facts, strict=True))}
+    disk.write(checkpoint / _MARK, json.dumps(content))
 
 
 def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint whose files have their sizes; their content is not read."""
+    return next((checkpoint for checkpoint in marked(run_dir) if not damage(checkpoint, content=False)), None)
+
+
+def marked(run_dir: Path) -> list[Path]:
+    """The checkpoints that were once complete, newest first."""
     complete = [path for path in run_dir.glob("checkpoint-*") if (path / _MARK).exists()]
-    return max(complete, key=_number, default=None)
+    return sorted(complete, key=_number, reverse=True)
+
+
+def damage(checkpoint: Path, content: bool = True) -> str:
+    """How a checkpoint differs from what was written; empty where it does not, or an older version wrote down nothing.
+
+    Args:
+        content: read every file, not only its size.
+    """
+    try:
+        wanted = {checkpoint / name: facts for name, facts in _read(checkpoint).get("files", {}).items()}
+        sizes = {file: facts["size"] for file, facts in wanted.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"{_MARK} cannot be read: {error}"
+    for file, size in sizes.items():
+        name = file.relative_to(checkpoint)
+        if not file.is_file():
+            return f"{name} is missing"
+        if (here := file.stat().st_size) != size:
+            return f"{name} has {here:,} bytes instead of {size:,}"
+    files = list(wanted) if content else []
+    for file, crc in zip(files, _crcs(files), strict=True):
+        if crc != wanted[file].get("crc32"):
+            return f"the content of {file.relative_to(checkpoint)} has changed"
+    return ""
+
+
+def set_aside(run_dir: Path) -> list[str]:
+    """Rename checkpoints that are damaged and newer than an undamaged one, so that this one counts; a sentence for each.
+
+    Raises:
+        ConfigError: none is undamaged.
+    """
+    damaged = dict[Path, str]()
+    for checkpoint in marked(run_dir):
+        if not (why := damage(checkpoint)):
+            break
+        damaged[checkpoint] = why
+    else:
+        if damaged:
+            told = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+            remedy = "put a good copy of one there, or move the run dir away to train anew"
+            raise ConfigError("RUN_DIR", str(run_dir), f"no checkpoint of it is undamaged ({told}); {remedy}")
+    for checkpoint in damaged:
+        shutil.rmtree(_aside(checkpoint), ignore_errors=True)
+        checkpoint.rename(_aside(checkpoint))
+    return [f"{path.name} is damaged ({why}); it is now {_aside(path).name}" for path, why in damaged.items()]
 
 
 def steps(checkpoint: Path) -> int:
     """Steps that were trained when it was saved."""
-    return json.loads((checkpoint / _MARK).read_text())["step"]
+    return int(_read(checkpoint)["step"])
 
 
 def updates(checkpoint: Path) -> int:
     """Updates that were made when it was saved; what transformers counts, and names it by, includes steps without any."""
-    return json.loads((checkpoint / _MARK).read_text()).get("updates", _number(checkpoint))
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
+    return int(_read(checkpoint).get("updates", _number(checkpoint)))
 
 
 def in_pieces(checkpoint: Path) -> bool:
@@ -48,3 +110,30 @@ def adopt(checkpoint: Path, run_dir: Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=disk.link)
     disk.write(copy / _MARK, (checkpoint / _MARK).read_text())
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    content = json.loads((checkpoint / _MARK).read_text())
+    int(content["step"])
+    return dict(content)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _aside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"damaged-{checkpoint.name}")
+
+
+def _crcs(files: list[Path]) -> list[int]:
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(_crc, files))
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with file.open("rb") as data:
+        while part := data.read(_AT_ONCE):
+            value = zlib.crc32(part, value)
+    return value

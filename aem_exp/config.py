@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from aem_exp import keywords, rules, targets
+from aem_exp import disk, keywords, rules, targets
 from aem_exp.targets import instantiate
+from aem_exp.trust import check as check_owner
 from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, Missing, build
 
 if TYPE_CHECKING:
@@ -185,16 +186,11 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
         ConfigError: there is none, it was edited, or it is somebody else's and not to be trusted.
     """
     folder = Path(folder).expanduser().absolute()
+    check_owner(folder, trust)
     file = folder / "experiment.json"
-    try:
-        owner, data = file.stat().st_uid, json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; {file.name}: {why}") from error
-    if owner != os.getuid() and not trust:
-        remedy = "belongs to somebody else, and its config can call any function; read it, then add --trust"
-        raise ConfigError("RUN_DIR", str(folder), remedy)
-    experiment = _bound(from_dict(data))
+    if not os.access(file, os.R_OK):
+        raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; no {file.name} can be read there")
+    experiment = _bound(from_dict(disk.read(file)))
     if not folder.name.endswith(f"-{signature(experiment)}"):
         remedy = f"{file.name} hashes to {signature(experiment)}: it was edited, or written by another version"
         raise ConfigError("RUN_DIR", str(folder), remedy)
@@ -301,8 +297,8 @@ def nearest(experiment: Experiment) -> tuple[Path, list[str]] | None:
     found = []
     for file in outputs_root(experiment).glob("*/experiment.json"):
         try:
-            found.append((file.parent, diff(from_dict(json.loads(file.read_text())), experiment)))
-        except (ConfigError, ValueError, OSError):  # written by another version, or half written
+            found.append((file.parent, diff(from_dict(disk.read(file)), experiment)))
+        except ConfigError:  # written by another version, or damaged
             continue
     return min(found, key=lambda pair: len(pair[1]), default=None)
 

@@ -1,13 +1,19 @@
 """Files that are whole or absent, and folders that can take them."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from aem_exp.values import ConfigError
+
+
+class Damaged(ConfigError):
+    """A file of a run dir is not what was written."""
 
 
 def cache() -> Path:
@@ -31,6 +37,53 @@ def write(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)
+
+
+def read(file: Path, *keys: str) -> dict[str, Any]:
+    """The mapping that a file of a run dir holds as JSON; `keys`: what it has at least.
+
+    Raises:
+        Damaged: the file cannot be read, or is not what a run writes.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no mapping")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it has no {missing[0]}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, error) from error
+    return content
+
+
+def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """The mappings that a file of a run dir holds as JSON, one per line; a last line that a kill cut short is left out.
+
+    Raises:
+        Damaged: the file cannot be read, or a line of it is not what a run writes.
+    """
+    rows = list[dict[str, Any]]()
+    try:
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        for line in lines:
+            row = json.loads(line.decode())
+            if not (isinstance(row, dict) and all(key in row for key in keys)):
+                raise ValueError(f"no mapping with {' and '.join(keys)}")
+            rows.append(row)
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, f"line {len(rows) + 1}: {_why(error)}", ", or remove the line") from error
+    return rows
+
+
+def damaged(file: Path, why: Exception | str, further: str = "") -> Damaged:
+    """The error for a file of a run dir that is not what was written; `further`: what else helps than a good copy."""
+    remedy = f"put a good copy of it there{further}, or move the run dir away and run again"
+    return Damaged("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_why(why)}); {remedy}")
+
+
+def _why(error: Exception | str) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from aem_exp import attempts, config, disk, launch, preflight, provenance
+from aem_exp import attempts, config, disk, door, launch, preflight, provenance
 from aem_exp.config import Experiment
 from aem_exp.interrupt import Signals
 from aem_exp.ownership import owner
@@ -84,7 +84,8 @@ def here(
 def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":
     """A process with the code that lies in its folder; Ctrl-C is for its parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
+    environment.setdefault("PYTHONSAFEPATH", door.IN_A_JOB)  # not this folder before the code
     command = [sys.executable, "-u", "-m", room, str(folder)]
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -5,11 +5,14 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from aem_exp import trust
 from aem_exp.values import ConfigError, Stop
+
+IN_A_JOB = "job"  # PYTHONSAFEPATH as our jobs have it: frozen code comes first, and the current folder may follow
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,22 +27,45 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
 
 
-def reach(*folders: str | Path | None) -> None:
-    """Let `_target_` name a user's own modules: where they stand, also under the console script, and in `folders`."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    sys.path.extend(os.path.abspath(folder) for folder in folders if folder is not None)
+def reach(config_dir: str | Path | None = None, runs: Sequence[str | Path] = (), trusted: bool = False) -> None:
+    """Let `_target_` name a user's own modules: where they stand, in `config_dir`, and where they stand nowhere else, as `runs`
+    have frozen them. All of these come after the standard library.
+
+    Raises:
+        ConfigError: a run dir is somebody else's, and not trusted; then nothing is reached.
+    """
+    for run_dir in runs:
+        trust.check(run_dir, trusted)
+    folders = [*_here(), *([] if config_dir is None else [config_dir]), *(_code(run_dir) for run_dir in runs)]
+    sys.path.extend(path for path in map(os.path.abspath, folders) if path not in sys.path)
 
 
-def reach_run(run_dir: str | Path) -> None:
-    """Let `_target_` name a user's own modules that a run has frozen, where they stand nowhere else."""
-    sys.path.append(os.path.abspath(Path(run_dir).expanduser() / "code"))
+def reach_frozen(run_dir: Path, trusted: bool = False) -> None:
+    """Let `_target_` name a user's own modules as a run has frozen them, before those that lie where they stand; the standard
+    library comes before both.
+
+    Raises:
+        ConfigError: the run dir is somebody else's, and not trusted; then nothing is reached.
+    """
+    trust.check(run_dir, trusted)
+    code = os.path.abspath(_code(run_dir))
+    others = [place for place in sys.path if not _standard(place) and place != code]
+    sys.path[:] = [*filter(_standard, sys.path), code, *others]
+    sys.path.extend(path for path in _here() if path not in sys.path)
 
 
-def reach_frozen(code: Path) -> None:
-    """Let `_target_` name a user's own modules as they were frozen in `code`, before those that lie where they stand."""
-    sys.path.insert(0, str(code.absolute()))
-    sys.path.append(os.getcwd())
+def _code(run_dir: str | Path) -> Path:
+    return Path(run_dir).expanduser() / "code"
+
+
+def _here() -> list[str]:
+    """The current folder, unless Python was told (-P) to find no modules there."""
+    job = os.environ.get("PYTHONSAFEPATH") == IN_A_JOB
+    return [] if sys.flags.safe_path and not job else [os.getcwd()]
+
+
+def _standard(place: str) -> bool:
+    return place in trust.standard_library()
 
 
 def answer(act: Callable[[], int], onward: Callable[[], str] = str) -> int:

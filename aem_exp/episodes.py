@@ -6,16 +6,23 @@ While a run lives the rows stand in parts, one per checkpoint, so that a kill co
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aem_exp import disk
+from aem_exp.disk import Damaged
+
 if TYPE_CHECKING:
     from aem_exp.rollout import Response, Trajectory
 
 Record = dict[str, Any]
+log = logging.getLogger("aem_exp")
+FILE, PARTS = "episodes.parquet", "episodes"
+_MAGIC = b"PAR1"  # a Parquet file begins and ends with it
 
 
 def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
@@ -52,7 +59,7 @@ class Episodes:
     """The episodes of a run, written part by part."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
-        self.file, self._parts = run_dir / "episodes.parquet", run_dir / "episodes"
+        self.file, self._parts = run_dir / FILE, run_dir / PARTS
         self._parts.mkdir(parents=True, exist_ok=True)
         self._waiting: list[Record] = []
         for part in self._parts.glob("*.parquet"):
@@ -67,16 +74,25 @@ class Episodes:
         import pyarrow.parquet
 
         part = self._parts / f"{step:07d}.parquet"
-        pyarrow.parquet.write_table(self._table(), part.with_suffix(".part"))
+        pyarrow.parquet.write_table(self._table(), part.with_suffix(".part"), write_page_checksum=True)
         os.replace(part.with_suffix(".part"), part)
 
     def finish(self) -> Path:
-        """Join the parts, and what was played since the last of them."""
+        """Join the parts, and what was played since the last of them.
+
+        A part that was damaged meanwhile is left out, and told: at this point, it must not cost the run its result.
+        """
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetWriter(self.file.with_suffix(".part"), _schema(), compression="zstd") as writer:
+        kept: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+        with pyarrow.parquet.ParquetWriter(self.file.with_suffix(".part"), _schema(), **kept) as writer:
             for part in sorted(self._parts.glob("*.parquet")):
-                writer.write_table(pyarrow.parquet.read_table(part, schema=_schema()))
+                try:
+                    table = read(part, schema=_schema())
+                except Damaged as error:
+                    log.warning("%s lacks the episodes of %s: %s", FILE, part.name, error.remedy.partition(";")[0])
+                    continue
+                writer.write_table(table)
             writer.write_table(self._table())
         os.replace(self.file.with_suffix(".part"), self.file)
         return self.file
@@ -84,6 +100,18 @@ class Episodes:
     def forget(self) -> None:
         """Drop the parts; only once the result is written, or a kill in between would cost them."""
         shutil.rmtree(self._parts)
+
+    def drop_damaged(self) -> Path | None:
+        """Remove the first part that is damaged, and all that follow it; which one that was."""
+        kept = sorted(self._parts.glob("*.parquet"))
+        for number, part in enumerate(kept):
+            try:
+                check(part)
+            except Damaged:
+                for lost in kept[number:]:
+                    lost.unlink()
+                return part
+        return None
 
     def _table(self) -> Any:
         import pyarrow
@@ -133,17 +161,68 @@ def _schema() -> Any:
 # To read.
 
 
-def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
-    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
-    file = run_dir / "episodes.parquet"
-    parts = [file] if file.exists() else sorted((run_dir / "episodes").glob("*.parquet"))
-    if not parts:
-        return []
-    import pyarrow.compute
+def parts(run_dir: Path, step: int) -> list[Path]:
+    """The parts of a live run that were written up to a step."""
+    return [part for part in sorted((run_dir / PARTS).glob("*.parquet")) if int(part.stem) <= step]
+
+
+def read(file: Path, **how: Any) -> Any:
+    """A table of episodes, its checksums checked; `how`: as pyarrow's `read_table` takes it.
+
+    Raises:
+        Damaged: with its name.
+    """
     import pyarrow.parquet
 
+    try:
+        return pyarrow.parquet.read_table(file, page_checksum_verification=True, **how)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def check(file: Path) -> None:
+    """Read all of a record, and keep nothing of it.
+
+    Raises:
+        Damaged: with its name.
+    """
+    import pyarrow.parquet
+
+    try:
+        for _ in pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).iter_batches():
+            pass
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> Damaged:
+    further = ", or remove it: then the record lacks these episodes" if file.parent.name == PARTS else ""
+    return disk.damaged(file, error, further)
+
+
+def cut_short(run_dir: Path) -> str:
+    """That the record of a run is no whole Parquet file, in a sentence; only its ends are read."""
+    file = run_dir / FILE
+    if not file.exists():
+        return ""
+    with file.open("rb") as data:
+        begin, size = data.read(4), data.seek(0, os.SEEK_END)
+        data.seek(max(0, size - 8))
+        length, end = int.from_bytes(data.read(4), "little"), data.read(4)
+    whole = begin == end == _MAGIC and length + 12 <= size
+    return "" if whole else f"{FILE} is damaged (it is no whole Parquet file)"
+
+
+def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
+    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
+    file = run_dir / FILE
+    files = [file] if file.exists() else sorted((run_dir / PARTS).glob("*.parquet"))
+    if not files:
+        return []
+    import pyarrow.compute
+
     kept = pyarrow.compute.field("responses").is_valid()
-    rows = [row for part in parts for row in pyarrow.parquet.read_table(part, filters=kept).to_pylist()]
+    rows = [row for part in files for row in read(part, filters=kept).to_pylist()]
     held_out = [row for row in rows if row["split"] != "train" and row["member"] == 0]
     trained = [row for row in rows if row["split"] == "train"]
     first = min((row["step"] for row in held_out), default=0)

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import config, door, worlds
+from aem_exp import config, disk, door, worlds
 from aem_exp.config import ConfigError, Experiment, Launch
 from aem_exp.envs import World
 from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
@@ -104,9 +104,7 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp import progress
 
     progress.quiet()
-    door.reach(asked.config_dir)
-    if points_at_run(asked.target):
-        door.reach_run(asked.target)
+    door.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
     from aem_exp.scoreboard import Line, show
     from aem_exp.servers import Unheld
 
@@ -262,7 +260,7 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 def _check_same(fingerprint: str, folder: Path) -> None:
     """Refuse a world whose rules have changed since the run: its numbers would stand beside those of another game."""
-    trained = json.loads((folder / RESULT).read_text())["fingerprint"]
+    trained = disk.read(folder / RESULT, "fingerprint")["fingerprint"]
     if fingerprint != trained:
         remedy = f"was trained in the world {trained}, and this version plays {fingerprint}; with the code that it ran:"
         command = f"PYTHONPATH={folder / 'code'} python -m aem_exp.evaluate {folder}"

@@ -150,7 +150,7 @@ def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any
         with alone(folder, line):
             if not (folder / RESULT).exists():
                 _play(exam, player, folder, identity, line)
-    return folder, json.loads((folder / RESULT).read_text())
+    return folder, disk.read(folder / RESULT, "success")
 
 
 def rules(experiment: Experiment) -> dict[str, Any]:
@@ -194,6 +194,8 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
 
     wanted = episodes(exam.panel, exam.repeats)
     kept = Episodes(folder, len(wanted))  # a part is named by how many episodes come before it
+    if lost := kept.drop_damaged():
+        log.warning("%s of %s is damaged: what it held, and what followed, is played again", lost.name, folder)
     done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
     if done < len(wanted):
         line.say(f"{player.name}: loading {'its weights' if player.model else 'the world'}")

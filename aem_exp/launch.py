@@ -185,7 +185,8 @@ def _start(folder: str, room: str, nodes: int, place: str) -> None:
     code = os.path.join(folder, "code")
     os.environ |= {
         "PYTHONPATH": f"{code}{os.pathsep}{before}" if before else code,
-        "PYTHONSAFEPATH": "1",  # not the folder that the job was submitted from
+        # Not the folder that the job was submitted from, before the code (see door.IN_A_JOB).
+        "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH") or "job",
         "AEM_JOB": os.environ["SLURM_JOB_ID"],
         "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
         "COLUMNS": "120",

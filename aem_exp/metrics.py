@@ -25,9 +25,7 @@ def sanitised(name: str) -> str:
 
 def read(run_dir: Path) -> list[Row]:
     """Return the rows of a run in step order; a last line that a kill cut short is left out."""
-    path = run_dir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return disk.read_lines(run_dir / METRICS, "step")
 
 
 class Mirror:

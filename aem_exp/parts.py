@@ -50,6 +50,20 @@ def found(folder: Path) -> Start:
     return Start(checkpoints.steps(checkpoint) if checkpoint else 0, checkpoint, (folder / BEFORE).exists())
 
 
+def check_record(folder: Path, start: Start) -> None:
+    """Refuse to go on with a run that could not be recorded to its end.
+
+    Raises:
+        Damaged: the score before the first step, or a part of the episodes.
+    """
+    from aem_exp import episodes
+
+    if start.scored:
+        disk.read(folder / BEFORE, "success")
+    for part in episodes.parts(folder, start.measured):
+        episodes.check(part)
+
+
 class Parts:
     """The parts of one run in one of its processes. All play and train; the first keeps records."""
 
@@ -238,7 +252,7 @@ class Parts:
         """Score the policy before the first step; once, also in a run that is resumed."""
         file = self.folder / BEFORE
         if self.start.scored:
-            self.before = json.loads(file.read_text())
+            self.before = disk.read(file)
         else:
             with self.signals.prompt():
                 score = self._exam(self.experiment.evaluation.panel)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -28,7 +29,11 @@ def locate(model: Model) -> str:
     With `trust_remote_code`, only where its code is the one that was reviewed.
     """
     folder = _folder(model)
+    if (Path(folder) / "adapter_config.json").exists():
+        remedy = "is an adapter (adapter_config.json), whose weights lie elsewhere; merge it into them (merge_and_unload of peft)"
+        raise ConfigError("model.path", model.path, remedy)
     if model.trust_remote_code:
+        _check_own_code(Path(folder))
         digest = sha256()
         for file in sorted(Path(folder).rglob("*.py")):
             digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
@@ -36,6 +41,29 @@ def locate(model: Model) -> str:
             remedy = f"the code in {folder} hashes to {digest.hexdigest()}; review it, then set that"
             raise ConfigError("model.code_sha256", model.code_sha256, remedy)
     return folder
+
+
+def _check_own_code(folder: Path) -> None:
+    """Refuse a model that names code of another folder, `auto_map: {...: "other/folder--file.Class"}`: no hash covers that."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            named = list(_code_names(json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("model.path", str(folder), f"{file.name} is damaged: {error}") from error
+        for name in named:
+            if "--" in name:
+                remedy = (
+                    f"auto_map in {file.name} names code of another folder ({name}), which code_sha256 does not cover"
+                )
+                raise ConfigError("model.trust_remote_code", True, f"{remedy}; copy that code into {folder}, review it")
+
+
+def _code_names(data: Any, inside: bool = False) -> Iterator[str]:
+    """The texts below every `auto_map`, at any depth."""
+    if isinstance(data, str) and inside:
+        yield data
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from _code_names(value, inside or key == "auto_map")
 
 
 def _folder(model: Model) -> str:
@@ -138,16 +166,48 @@ def _code(model: Model) -> dict[str, bool]:
 
 
 def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
-    """The model, on the CPU and ready for training, and its tokenizer."""
+    """The model, on the CPU and ready for training, and its tokenizer.
+
+    Raises:
+        ConfigError: the folder does not hold every tensor of the model, or holds others.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    tokenizer, code = words(model, folder), _code(model)
+    tokenizer, how = (
+        words(model, folder),
+        {**_code(model), "output_loading_info": True, "ignore_mismatched_sizes": True},
+    )
     attention = {"attn_implementation": model.attention} if model.attention else {}
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype), **attention, **code)
+    try:
+        policy, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, model.dtype), **attention, **how
+        )
+    except (SafetensorError, OSError) as error:
+        why = f"its weights cannot be read ({' '.join(str(error).split())[:200]}); fetch or copy them again"
+        raise ConfigError("model.path", folder, why) from error
+    _check_whole(policy, folder, report)
     if model.lora:
         torch.manual_seed(seed)  # the adapter starts at random
     return _adapted(policy, model.lora), tokenizer
+
+
+def _check_whole(policy: Any, folder: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are not all of the model's: transformers would go on with random numbers in their place.
+
+    A tensor that is tied to another need not be there, and a buffer is none of the weights.
+    """
+    spared = {*policy.all_tied_weights_keys, *(name for name, _ in policy.named_buffers())}
+    other_shape = sorted(name for name, *_ in report["mismatched_keys"])
+    for what, names in (
+        ("lack", sorted({*report["missing_keys"]} - spared)),
+        ("have another shape for", other_shape),
+        ("hold what the model of config.json has no place for:", sorted(report["unexpected_keys"])),
+    ):
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+            raise ConfigError("model.path", folder, f"its weights {what} {some}; fetch or copy them again")
 
 
 def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:

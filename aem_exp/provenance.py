@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import METHOD, config, disk, policy, targets
+from aem_exp import METHOD, config, disk, policy, targets, trust
 from aem_exp.config import ConfigError, Experiment
 
 FILE, CODE = "provenance.json", "code"
@@ -59,6 +59,7 @@ def freeze(runs: Mapping[Path, Experiment]) -> None:
     """Freeze the code for runs that jobs will start; a run that has begun keeps the code that it began with."""
     commit, codes = _commit(_HERE) or "", dict[frozenset[str], dict[str, Path]]()
     for run_dir, experiment in runs.items():
+        trust.check(run_dir)  # a job finds its modules there first
         if not (run_dir / FILE).exists():
             modules = _modules(experiment)
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def freeze(runs: Mapping[Path, Experiment]) -> None:
 
 def read(run_dir: Path) -> dict[str, Any]:
     """What `begin` wrote."""
-    return json.loads((run_dir / FILE).read_text())
+    return disk.read(run_dir / FILE, "processes", "packages", "commit", "resumed")
 
 
 def revision(run_dir: Path) -> int | None:

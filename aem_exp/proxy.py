@@ -79,11 +79,9 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp import progress
 
     progress.quiet()
-    door.reach(asked.config_dir)
-    if evaluate.points_at_run(asked.target):
-        door.reach_run(asked.target)
-        asked.only = asked.only or [POLICY, UNTRAINED]
-    asked.only = asked.only or [POLICY]
+    is_run = evaluate.points_at_run(asked.target)
+    door.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
+    asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
     from aem_exp.scoreboard import Line
 
     with Line() as line:
@@ -113,7 +111,7 @@ def examine(exam: Exam, player: "Player", states: int, samples: int, line: "Line
             if not (folder / RESULT).exists():
                 _sample(exam, player, states, samples, folder, line)
                 _conclude(folder, samples, identity)
-    return folder, json.loads((folder / RESULT).read_text())
+    return folder, disk.read(folder / RESULT)
 
 
 def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Path, line: "Line") -> None:
@@ -184,11 +182,9 @@ def responses(states: Sequence[State], samples: int, sampler: "Sampler") -> list
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """What is sampled already; half a line, which a killed process left, is taken away."""
-    file = folder / SAMPLES
-    text = file.read_text() if file.exists() else ""
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    disk.write(file, "".join(whole))
-    return [json.loads(line) for line in whole]
+    said = disk.read_lines(folder / SAMPLES, "entropy", "surprisal")
+    disk.write(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in said))
+    return said
 
 
 def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:

@@ -114,6 +114,8 @@ def _play(
 def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     """Make the run dir what this start needs; where it begins."""
     _room(folder, weights)
+    for sentence in checkpoints.set_aside(folder):
+        log.warning(sentence)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
         checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
     start = parts.found(folder)
@@ -124,6 +126,7 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     if start.scored and start.checkpoint is None and provenance.changes(folder, experiment, weights, ranks.count()):
         (folder / parts.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
         start = parts.found(folder)
+    parts.check_record(folder, start)
     changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, ranks.count())
     disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return replace(start, changes=changes)
@@ -152,7 +155,9 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
 
 def _end_of(parent: Path) -> Path:
     """The last checkpoint of a finished run."""
-    checkpoint, steps = checkpoints.newest(parent), config.read(parent, trust=True).trainer["steps"]
+    checkpoint, steps = next(iter(checkpoints.marked(parent)), None), config.read(parent, trust=True).trainer["steps"]
+    if checkpoint and (why := checkpoints.damage(checkpoint)):
+        raise ConfigError("from", str(parent), f"its last checkpoint is damaged: {why}; put a good copy there")
     if checkpoint is None or checkpoints.steps(checkpoint) != steps:
         raise ConfigError("from", str(parent), f"has no checkpoint of its last step, {steps}; it may have been removed")
     return checkpoint
@@ -244,7 +249,7 @@ def _read() -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach_frozen(asked.run_dir / provenance.CODE)
+    door.reach_frozen(asked.run_dir, asked.trust)
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")

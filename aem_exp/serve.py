@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import addresses, config, disk, door, launch, provenance, servers
+from aem_exp import addresses, config, disk, door, launch, servers
 from aem_exp.config import Experiment
 from aem_exp.values import Stop
 
@@ -35,7 +35,7 @@ def _read() -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach_frozen(asked.run_dir / provenance.CODE)
+    door.reach_frozen(asked.run_dir)
     run_dir = asked.run_dir.expanduser().absolute()
     experiment, folder = config.read(run_dir), addresses.of_job(run_dir)
     heard: list[int] = []

@@ -3,13 +3,12 @@
 It reads run dirs and decides nothing.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aem_exp import episodes, metrics, tracking
+from aem_exp import disk, episodes, metrics, tracking
 from aem_exp.progress import ENTROPY, GATED, RECENT, SUCCESS
 from aem_exp.scores import wilson
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
+T = TypeVar("T")
 Rows = Sequence[dict[str, float]]
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
@@ -29,11 +29,15 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    result, repeats = _json(run_dir / "result.json"), _repeats(run_dir)
+    result, repeats, gaps = _json(run_dir / "result.json"), _repeats(run_dir), list[str]()
+    rows = _unless_damaged(lambda: metrics.read(run_dir), gaps) or []
+    page = _unless_damaged(lambda: tracking.page(run_dir), gaps)
+    if (record := run_dir / episodes.FILE).exists():
+        _unless_damaged(lambda: episodes.check(record), gaps)
     console.print()
     console.print("success on tasks never trained on, with the 95 % interval of one run (Wilson)", style="italic")
     console.print(_scores(result, repeats))
-    if (picture := _charts(metrics.read(run_dir), console.width)) is not None:
+    if (picture := _charts(rows, console.width)) is not None:
         console.print()
         console.print(picture)
         console.print()
@@ -41,10 +45,20 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
         console.print(
             f"{crashed} episodes crashed in training and were left out; episodes.parquet says how", style="yellow"
         )
-    page = tracking.page(run_dir)
+    for gap in gaps:
+        console.print(gap, style="yellow", markup=False, soft_wrap=True)
     for name, text in [("run", str(run_dir)), *(page.lines() if page else ())]:
         console.print(f"  [bold]{name:<7}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
+
+
+def _unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
+    """What is read; where its file is damaged, nothing, and a sentence in `gaps`."""
+    try:
+        return read()
+    except disk.Damaged as error:
+        gaps.append(error.remedy.partition("; ")[0])
+        return None
 
 
 def _scores(result: dict[str, Any], repeats: int) -> "RenderableType":
@@ -251,4 +265,4 @@ def _repeats(run_dir: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return disk.read(path)

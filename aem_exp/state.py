@@ -1,14 +1,14 @@
 """How far a run is, and what ails it: read from its run dir and from the scheduler, changing neither."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import attempts, launch, metrics, ownership
+from aem_exp import attempts, disk, episodes, launch, metrics, ownership
 from aem_exp.launch import Job
 
 RESULT: Final = "result.json"
@@ -50,16 +50,25 @@ class State:
 
 def read(folders: Sequence[Path]) -> dict[Path, State]:
     """The state of each run; the scheduler is asked once."""
-    cards = {folder: launch.card(folder) for folder in folders}
-    jobs = launch.jobs(card["job"] for card in cards.values() if card)
+    cards = {folder: _card(folder) for folder in folders}
+    jobs = launch.jobs(card["job"] for card in cards.values() if "job" in card)
     return {folder: _readable(folder, cards[folder], jobs) for folder in folders}
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """Which job had a run last; nothing where that cannot be read."""
+    with suppress(OSError, ValueError):
+        return dict(launch.card(folder))
+    return {}
 
 
 def _readable(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:
     """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
     try:
         return _state(folder, card, jobs)
-    except (ValueError, KeyError) as error:
+    except disk.Damaged as error:
+        return State(FAILED, kind="disk", sentence=error.remedy)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return State(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.sentence(error)}")
 
 
@@ -77,7 +86,8 @@ def _state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> St
         "log": card.get("log", ""),
     }
     if (folder / RESULT).exists():
-        return State(DONE, **known)
+        disk.read(folder / RESULT)
+        return State(DONE, sentence=episodes.cut_short(folder), **known)
     if owner := ownership.owner(folder):
         return State(RUNNING, left=_left(rows, steps), sentence=owner, **known)
     job = jobs.get(card.get("job", ""))
@@ -130,7 +140,7 @@ def _last_words(log: Path) -> tuple[str, str]:
 
 def _steps(folder: Path) -> int:
     file = folder / "experiment.json"
-    return int(json.loads(file.read_text())["trainer"]["steps"]) if file.exists() else 0
+    return int(disk.read(file, "trainer")["trainer"]["steps"]) if file.exists() else 0
 
 
 def _score(rows: Sequence[metrics.Row]) -> tuple[str, float] | None:

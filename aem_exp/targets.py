@@ -1,14 +1,19 @@
 """`_target_`: bound to its signature without importing it, then called.
 
-A config may name any function or class that Python can import from here, the user's own included. What it takes is read
-from its source, so that a misspelt keyword is refused before torch, or a world, is loaded.
+A config may name a function or class of this package or of the user's own modules, wherever these are imported from. It may
+not name one of the standard library, or of the libraries that this package needs for itself: among these are functions that
+run whatever they are given. What a target takes is read from its source, so that a misspelt keyword is refused before torch, or
+a world, is loaded.
 """
 
 import ast
 import functools
 import importlib
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +24,9 @@ from aem_exp.values import ConfigError, closest, convert, unknown
 
 _TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 _HOPS: Final = 8  # imports to follow from a package to where a name is defined
+_OURS: Final = "aem_exp"
+_NEEDED: Final = ("peft",)  # libraries that a config may name: the keywords of model.lora are those of peft.LoraConfig
+_INSTALLERS: Final = ("pip", "setuptools", "wheel")  # in every environment, and nobody's own
 
 
 @dataclass
@@ -66,7 +74,9 @@ def bind(at: str, block: Mapping[str, Any], positional: int = 0, supplied: Seque
 
 def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
     """Import the target and call it with the block's keywords; `partial` leaves the call to whoever has the rest."""
-    module, _, name = str(block["_target_"]).rpartition(".")
+    path = str(block["_target_"])
+    _check_allowed("_target_", path)
+    module, _, name = path.rpartition(".")
     target = getattr(importlib.import_module(module), name)
     keywords = {key: _made(value) for key, value in block.items() if key != "_target_"}
     return functools.partial(target, **keywords) if partial else target(**keywords)
@@ -88,7 +98,59 @@ def _path(at: str, block: Mapping[str, Any]) -> str:
     path = block.get("_target_")
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")) or "." not in path:
         raise ConfigError(f"{at}._target_", path, "must be the dotted name of a function or class, package.module.name")
+    _check_allowed(f"{at}._target_", path)
     return path
+
+
+# Whose function may be called.
+
+
+def _check_allowed(field: str, path: str) -> None:
+    """Refuse a target by its name alone, before anything is imported.
+
+    A package that the user has installed is the user's own, unless this package needs it.
+    """
+    head = path.partition(".")[0]
+    if head in (_OURS, *_NEEDED):
+        return
+    remedy = "name a function of aem_exp or of a module of your own, which may call it"
+    if head in sys.stdlib_module_names or head in sys.builtin_module_names:
+        raise ConfigError(field, path, f"{head} is a module of Python's standard library; {remedy}")
+    if library := _library(head):
+        raise ConfigError(field, path, f"{head} comes with {library}, a library of this program; {remedy}")
+
+
+@functools.cache
+def _library(head: str) -> str | None:
+    """The distribution that a module is installed by, where this package needs it, or pip does."""
+    spec = _spec(head)
+    places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+    if not any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places):
+        return None
+    found = {_normal(name) for name in metadata.packages_distributions().get(head, ())}
+    return next(iter(sorted(found & _libraries())), None)
+
+
+@functools.cache
+def _libraries() -> frozenset[str]:
+    """The distributions that this package needs, all of its extras included, and what those need in turn."""
+    found, waiting = set(_INSTALLERS), ["aem-exp"]
+    while waiting:
+        name = waiting.pop()
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of an extra; or this package runs where it is not installed
+            continue
+        for need in needs:
+            needed = re.match(r"[\w.-]+", need)
+            if needed and (name == "aem-exp" or "extra ==" not in need) and _normal(needed[0]) not in found:
+                found.add(_normal(needed[0]))
+                waiting.append(needed[0])
+    return frozenset(found)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _bound(at: str, key: str, value: Any, signature: Signature) -> Any:
@@ -108,6 +170,8 @@ def _signature(at: str, path: str) -> Signature:
     found = _definition(module, name)
     if found is None and _tree(module) is not None:
         raise ConfigError(f"{at}._target_", path, f"{module} has no {name}" + _suggestion(name, _names(module)))
+    if found is not None and path.startswith(f"{_OURS}."):  # not what our modules import for themselves
+        _check_allowed(f"{at}._target_", f"{found[0]}.{name}")
     return Signature(open=True) if found is None else _read(*found)
 
 

@@ -63,8 +63,9 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def read_card(run_dir: Path) -> dict[str, Any]:
+    """What this run is called in MLflow; empty where it is not there."""
     path = run_dir / CARD
-    return json.loads(path.read_text()) if path.exists() else {}
+    return disk.read(path, "uri", "run_id", "experiment_id") if path.exists() else {}
 
 
 def save_card(run_dir: Path, card: dict[str, Any]) -> None:

@@ -50,10 +50,10 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch, ownership, progress, provenance, ranks
+    from aem_exp import dispatch, ownership, progress, ranks
 
     worker = asked.worker_dir.expanduser().absolute()
-    door.reach_frozen(worker / provenance.CODE)
+    door.reach_frozen(worker)
     progress.quiet()
     study = read(worker)
     config.check_here(study.base)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -729,6 +730,53 @@ def test_targets_are_bound_without_importing(mine, target, keywords_, field):
             targets.bind("x", block)
         assert caught.value.field == field
     assert "mine.things" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("builtins.eval", "builtins is a module of Python's standard library"),
+        ("os.system", "os is a module of Python's standard library"),
+        ("posix.system", "standard library"),
+        ("importlib.import_module", "standard library"),
+        ("shutil.rmtree", "standard library"),
+        ("msvcrt.getch", "standard library"),
+        ("torch.hub.load", "torch comes with torch, a library of this program"),
+        ("yaml.unsafe_load", "comes with pyyaml"),
+        ("joblib.load", "comes with joblib"),  # a library's library
+        ("pip.main", "comes with pip"),
+        ("numpy.os.system", "comes with numpy"),
+        ("aem_exp.config.find_spec", "importlib is a module"),  # imported there, for itself
+        ("aem_exp.config.os.system", "no module aem_exp.config.os"),
+    ],
+)
+def test_targets_that_run_whatever_they_are_given_are_refused_by_name(mine, target, said):
+    nested = {"_target_": "mine.things.Plain", "whatever": {"_target_": target}}
+    for block, field in (({"_target_": target}, "x._target_"), (nested, "x.whatever._target_")):
+        with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+            targets.bind("x", block)
+        assert caught.value.field == field
+    if not target.startswith("aem_exp."):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            targets.instantiate({"_target_": target})
+    assert "mine.things" not in sys.modules
+
+
+def test_a_package_that_the_user_installed_may_be_named(tmp_path, monkeypatch):
+    """By pip, beside the libraries of this package; or in place (`pip install -e`)."""
+    site = tmp_path / "site-packages"
+    (site / "installed_plugin").mkdir(parents=True)
+    (site / "installed_plugin/__init__.py").write_text("def estimate(played):\n    return played\n")
+    record = site / "installed_plugin-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: installed-plugin\nVersion: 1.0\nRequires-Dist: torch\n"
+    )
+    (record / "RECORD").write_text("installed_plugin/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(site))
+    block = {"_target_": "installed_plugin.estimate"}
+    assert targets.bind("x", block, positional=1) == block
+    assert targets.instantiate(block, partial=True)(5) == 5
 
 
 def test_instantiate():

@@ -1,13 +1,19 @@
 """Every door: a mistake is one sentence and exit code 2, whatever stops says how to go on, and no credential is shown."""
 
 import errno
+import os
+import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from aem_exp import door, evaluate, run, tracking
 from aem_exp.values import ConfigError, Stop
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,28 @@ def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     for name in ("both", "only_here"):
         (tmp_path / f"module_{name}.py").touch()
-    (tmp_path / "code" / "module_both.py").touch()
-    door.reach_frozen(tmp_path / "code")
+    for name in ("module_both", "colorsys"):
+        (tmp_path / "code" / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "code")  # as a job has it
+    door.reach_frozen(tmp_path)
     assert find_spec("module_both").origin == str(tmp_path / "code" / "module_both.py")
     assert find_spec("module_only_here").origin == str(tmp_path / "module_only_here.py")
+    assert find_spec("colorsys").origin == sysconfig.get_paths()["stdlib"] + "/colorsys.py"
+
+
+WHERE = (
+    "import sys; from aem_exp import door; door.reach(); print([p for p in sys.path if p == sys.argv[1]], sys.path[0])"
+)
+
+
+@pytest.mark.parametrize(("options", "found"), [([], True), (["-P"], False)], ids=str)
+def test_the_current_folder_comes_last_or_not_at_all(tmp_path, options, found):
+    """As under the console script: Python itself puts a script's folder first, not this one. `-P` is heeded."""
+    script = tmp_path / "bin" / "script.py"
+    script.parent.mkdir()
+    script.write_text(WHERE)
+    command = [sys.executable, *options, str(script), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert (str([str(tmp_path)]) in done.stdout) == found
+    assert done.stdout.split()[-1] != str(tmp_path)

@@ -65,8 +65,8 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
     assert "1 done, 1 failed" in table
     rows = json.loads(ask("aem_exp.status", "quick", "--json"))
     (failed,) = [row for row in rows if row["what"] == "failed"]
-    assert (failed["kind"], failed["missing"], failed["seed"]) == ("crash", False, "1")
-    assert "JSONDecodeError" in failed["sentence"]
+    assert (failed["kind"], failed["missing"], failed["seed"]) == ("disk", False, "1")
+    assert "provenance.json is damaged" in failed["sentence"]
 
 
 def test_a_report_of_half_a_sweep_says_what_is_missing(desk, carried_out):
@@ -74,7 +74,7 @@ def test_a_report_of_half_a_sweep_says_what_is_missing(desk, carried_out):
     said = ask("aem_exp.report", "quick.yaml", "--no-tracking")
     assert "0 of 1" in said and "not compared: no run" in said and "1 runs are not done as planned" in said
     page = (folder / "out" / "reports" / "quick" / "report.md").read_text()
-    assert "failed (crash: JSONDecodeError" in page
+    assert "unreadable" in page and "provenance.json is damaged" in page
 
 
 def test_asked_again_only_what_is_missing_runs(desk, carried_out):
@@ -83,7 +83,7 @@ def test_asked_again_only_what_is_missing_runs(desk, carried_out):
     (broken,) = [path for path in (folder / "out").glob("*/before.json") if path.read_text() == "{}"]
     broken.unlink()
     (broken.parent / "provenance.json").unlink()
-    assert "to run  1 of 2 cells" in ask("aem_exp.sweep", "quick.yaml", "--retry", "crash", "--local")
+    assert "to run  1 of 2 cells" in ask("aem_exp.sweep", "quick.yaml", "--retry", "disk", "--local")
     said = ask("aem_exp.sweep", "quick.yaml", "--local")
     assert "nothing is missing" in said and said.endswith("next    python -m aem_exp.report quick.yaml\n")
     assert "2 done" in ask("aem_exp.status", "--once")
@@ -199,5 +199,5 @@ def test_a_state_is_read_from_what_a_kill_left(tmp_path):
         half: ("failed", "killed", True),
         ruined: ("failed", "disk", False),
     }
-    assert found[ruined].sentence.startswith("its run dir cannot be read: JSONDecodeError")
+    assert found[ruined].sentence.startswith("experiment.json is damaged (Expecting value")
     assert (found[half].step, found[half].steps, found[half].score) == (4, 9, ("train/success", 0.5))
