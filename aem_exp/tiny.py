@@ -9,6 +9,7 @@ A world that wants such a policy offers, besides its tasks and environments, `wo
 and `expert(env, random, noise)` (a response of its scripted player).
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,11 +25,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from aem_exp.config import Env
 from aem_exp.envs import TextEnv, World
 from aem_exp.render import Chat
-from aem_exp.rollout import Episode, Rollout, Row, rows
+from aem_exp.rollout import CRASHED, Episode, Rollout, Row, Trajectory, rows
 from aem_exp.sample import Sample
 from aem_exp.stage import Serial
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Stop
 
+log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
 UNKNOWN: Final = "<unk>"
 END: Final = "<|im_end|>"
@@ -196,7 +198,27 @@ def demonstrate(
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(stage):
-        return rows(Rollout(stage, env, Chat(tokenizer)).play(draws, player), env.history)
+        played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
+    whole = [t for t in played if t.responses and t.ended != CRASHED]
+    _tell_crashes(played, whole)
+    return rows(whole, env.history)
+
+
+def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
+    """Say how many demonstrations were lost, and why the first was.
+
+    Raises:
+        Stop: all of them.
+    """
+    lost = next((t for t in played if t.ended == CRASHED), None)
+    if not whole:
+        first = lost or played[0]
+        remedy = "its first prompt does not fit into env.context_tokens"
+        told = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
+        raise Stop(told, "env")
+    if lost:
+        told = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
+        log.warning(told, len(played) - len(whole), len(played), lost.task.id, lost.error)
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
@@ -228,7 +250,7 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
 def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
     """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
     served = 0
-    while served < steps:
+    while demonstrations and served < steps:
         order = random.sample(range(len(demonstrations)), len(demonstrations))
         order.sort(key=lambda i: len(demonstrations[i].prompt) + len(demonstrations[i].completion))
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]
