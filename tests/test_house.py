@@ -100,7 +100,7 @@ KNOWS = {
     "board": {"progress", "state"},
     "dispatch": {
         *("attempts", "config", "disk", "interrupt", "launch", "ownership", "policy", "preflight", "provenance"),
-        *("stores", "values", "worlds"),
+        *("smoke", "stores", "values", "worlds"),
     },
     "preflight": {"config", "policy", "rehearsal", "values"},
     "rehearsal": {"sample"},

@@ -321,3 +321,11 @@ def test_a_door_says_one_sentence_and_a_plan_the_same(mine, capsys):
         said = capsys.readouterr().err
         assert said == f"aem_exp: env.make._target_=someones_parts.Boom: {WRONG['Boom']} {at(mine, 'Boom')}\n"
     assert main(["env=Boom", "--config-dir", str(mine), "--cfg", "job"]) == 0  # nothing is played
+
+
+def test_a_submission_tries_every_part_of_its_experiments(mine):
+    from aem_exp import dispatch
+
+    first, second = load([], mine), load(["modulation.lam={_target_: someones_parts.Texts}"], mine)
+    with pytest.raises(ConfigError, match=r"someones_parts\.Texts: must return a finite number, not 'half'"):
+        dispatch.check_worlds([first, second])
