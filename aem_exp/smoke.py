@@ -24,6 +24,7 @@ log = logging.getLogger("aem_exp")
 SECONDS: Final = 3.0
 LOOK: Final = 0.5  # for seeing whether games of panels are games of training
 LOOK_TRAIN, LOOK_PANEL, LOOK_TURNS = 32, 8, 8  # tasks, and turns of each
+OPENING: Final = 3  # of what was seen: the goal, and the first turn
 THREAD: Final = "smoke test"
 TARGET: Final = "env.make._target_"
 TINY: Final = "aem_exp.tiny.make"
@@ -68,13 +69,17 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
         log.info("%s: not tried before the run, as its environments start other programs or processes", name)
         return
     part = _World(experiment, world)
-    if boxed(lambda over: part.play(tasks[:2], over), SECONDS) is None:
+    changed = boxed(lambda over: part.changed(tasks[:2], over), SECONDS)
+    if changed is None:
         log.warning(
             "%s: two episodes were not played in %g s, so it was not tried before the run; "
             "launch.workers=N and launch.env_seconds=S replace an environment that hangs",
             name,
             SECONDS,
         )
+    elif changed:
+        told = "%s: task %s was another game when it was played again; a group plays one game, so its chance must be the task's"
+        log.warning(told, name, changed)
 
 
 def games(
@@ -111,24 +116,49 @@ class _World:
         self.path = experiment.env.make["_target_"]
         self.tiny = (experiment.model.make or {}).get("_target_") == TINY
 
-    def play(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
-        """What was seen and said in an episode of each task, until nobody wants more."""
+    def changed(self, tasks: Sequence[Task], over: threading.Event) -> str:
+        """Play the tasks, the first one twice, each in an environment that has played the other. Its id, where it was not
+        the same game again; else nothing.
+        """
         if self.tiny:
             self._check_words()
+        one, two = self._env(), self._env()
+        if one is two:
+            where = defined(self.world.env)
+            remedy = f"env() must make an environment each time, and returned the same one twice ({where})"
+            raise ConfigError(TARGET, self.path, remedy)
+        first = self._episode(one, tasks[0], (), over)
+        for task in tasks[1:]:
+            self._episode(two, task, self.habits, over)
+        again = self._episode(two, tasks[0], (), over)
+        for env in (one, two):
+            self._close(env)
+        return "" if over.is_set() or first[:OPENING] == again[:OPENING] else tasks[0].id
+
+    def play(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
+        """What was seen and said in an episode of each task, until nobody wants more."""
+        env = self._env()
+        played = [self._episode(env, task, self.habits, over) for task in tasks if not over.is_set()]
+        self._close(env)
+        return played
+
+    @property
+    def habits(self) -> tuple[float, ...]:
+        """What the making of a small policy also tells the scripted player: noise and shyness."""
+        return (0.0, 0.0) if self.tiny else ()
+
+    def _env(self) -> TextEnv:
         with blaming(TARGET, self.path, "env()", self.world.env):
             env = self.world.env()
         for name in ("parse", "reset", "step", "close"):
             if not callable(getattr(env, name, None)):
                 remedy = f"what its env() returns has no method {name}, which aem_exp.envs.TextEnv asks for"
                 raise ConfigError(TARGET, self.path, remedy)
-        played = []
-        for number, task in enumerate(tasks):
-            if not over.is_set():
-                habits = (0.0, 0.0) if self.tiny and number else ()  # the player is called in both ways
-                played.append(self._episode(env, task, habits, over))
+        return env
+
+    def _close(self, env: TextEnv) -> None:
         with blaming(TARGET, self.path, "close", env.close):
             env.close()
-        return played
 
     def _episode(self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event) -> tuple[Any, ...]:
         """The goal, and turn by turn what was seen, offered, answered and earned."""

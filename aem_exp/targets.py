@@ -68,6 +68,9 @@ def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
     """Import the target and call it with the block's keywords; `partial` leaves the call to whoever has the rest."""
     module, _, name = str(block["_target_"]).rpartition(".")
     target = getattr(importlib.import_module(module), name)
+    if not callable(target):
+        remedy = f"is a {type(target).__name__}, and must be a class or a function"
+        raise ConfigError("_target_", block["_target_"], remedy)
     keywords = {key: _made(value) for key, value in block.items() if key != "_target_"}
     return functools.partial(target, **keywords) if partial else target(**keywords)
 

@@ -43,6 +43,7 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, a sign
+LOOKED_AT: Final = 256  # demonstrations, and responses, whose words are looked up
 _FIELD: Final = r"\{\w*\}"  # of a prompt template
 
 
@@ -172,12 +173,15 @@ class _ScriptedSampler:
 
     def __init__(self, world: Teachable, stage: Serial, tokenizer: Any, random: Random, *habits: float) -> None:
         self.world, self.stage, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
+        self.said: dict[str, None] = {}  # the first responses that differ, in order
 
     def session(self) -> "_ScriptedSampler":
         return self
 
     def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
         responses = [self.world.expert(self.stage.envs[slot], self.random, *self.habits) for slot in slots]
+        if len(self.said) < LOOKED_AT:
+            self.said |= dict.fromkeys(responses)
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
         return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
@@ -201,6 +205,9 @@ def demonstrate(
         played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
     whole = [t for t in played if t.responses and t.ended != CRASHED]
     _tell_crashes(played, whole)
+    if not shyness:  # the shy player uses the same words
+        seen = [r.observation for t in whole[:LOOKED_AT] for r in t.responses]
+        _tell_unknown(tokenizer, list(player.said), seen)
     return rows(whole, env.history)
 
 
@@ -219,6 +226,28 @@ def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> 
     if lost:
         told = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
         log.warning(told, len(played) - len(whole), len(played), lost.task.id, lost.error)
+
+
+def _tell_unknown(tokenizer: PreTrainedTokenizerFast, said: Sequence[str], seen: Sequence[str]) -> None:
+    """Warn of words that the world does not list: the policy would never say them, and read them as one."""
+    for texts, what in (
+        (said, "what the scripted player says, and the policy cannot"),
+        (seen, "what is seen, and the policy reads <unk> for it"),
+    ):
+        if words := _unknown(tokenizer, texts):
+            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+            log.warning("its words() lack %s: %s%s", what, ", ".join(words[:10]), more)
+
+
+def _unknown(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
+    """What in some texts has no token of its own."""
+    found: dict[str, None] = {}
+    for text in dict.fromkeys(texts):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token == tokenizer.unk_token_id:
+                found[text[start:end]] = None
+    return list(found)
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:

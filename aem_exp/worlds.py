@@ -22,8 +22,12 @@ def opened(experiment: Experiment) -> World:
     with blaming(TARGET, path, "making it"):
         world: World = config.instantiate(make)
     for name in ("fingerprint", "splits", "tasks", "env"):
-        if not hasattr(world, name):
+        with blaming(TARGET, path, name):
+            there = hasattr(world, name)
+        if not there:
             raise ConfigError(TARGET, path, f"has no {name}, which aem_exp.envs.World asks for")
+        if name in ("tasks", "env") and not callable(getattr(world, name)):
+            raise ConfigError(TARGET, path, f"its {name} must be a method")
     names = [] if isinstance(world.splits, str) or not isinstance(world.splits, Iterable) else list(world.splits)
     if not isinstance(world.fingerprint, str) or "train" not in names:
         remedy = "must have a text as its fingerprint, and a tuple of names, train among them, as its splits"

@@ -13,7 +13,7 @@ from aem_exp.values import ConfigError
 MODULE = '''
 import itertools, sqlite3, threading
 from random import Random
-import torch
+import numpy, torch
 from aem_exp.envs import Draws, Task, Turn
 
 class Env:
@@ -61,6 +61,22 @@ class Percent(World):
         def step(self, response): return Turn("no", 1.0, terminated=True, metrics={"won": 100.0})
 class NoClose(World):
     def env(self): return type("Half", (), dict.fromkeys(("reset", "step", "parse"), print))()
+class OneForAll(World):
+    one = Env(9)
+    def env(self): return self.one  # here: OneForAll
+class Listed(World):
+    tasks = ["a", "b"]
+class Property(World):
+    @property
+    def fingerprint(self): raise KeyError("no version")  # here: Property
+class NumpyFlag(World):
+    class kind(Env):
+        def step(self, response): return Turn("no", terminated=numpy.bool_(True), metrics={"won": 1.0})  # here: NumpyFlag
+class Dice(World):
+    class kind(Env):
+        def reset(self, task): return super().reset(task) and Turn(f"guess {next(throws)}")
+throws = itertools.count()
+made = World()
 class NoEnv(World):
     def env(self): raise OSError("no such board")  # here: NoEnv
 class Mute(World):
@@ -197,6 +213,10 @@ WRONG = {
     "Silent": "no turn of a step says metrics['won']",
     "Percent": "metrics['won'] must be 0.0 or 1.0, not 100.0",
     "NoClose": "what its env() returns has no method close, which aem_exp.envs.TextEnv asks for",
+    "OneForAll": "env() must make an environment each time, and returned the same one twice",
+    "Listed": "its tasks must be a method",
+    "Property": "fingerprint failed: KeyError: 'no version'",
+    "NumpyFlag": "Turn.terminated must be a bool, not numpy.bool",
     "NoEnv": "env() failed: OSError: no such board",
     "Mute": "what expert() returns must be a str, not NoneType",
     "Narrow": "expert() failed: TypeError",
@@ -227,6 +247,17 @@ def test_a_world_that_its_keywords_break_is_one_sentence(mine):
     assert said.endswith(at(mine, "Broken"))
     said = refused(mine, "env=World", "+env.make.most=abc")  # it only notices as it plays
     assert "reset failed: TypeError: " in said
+
+
+def test_a_game_that_is_another_when_played_again_is_said(mine, caplog):
+    with caplog.at_level(logging.INFO):
+        assert worlds.fitting(load(["env=Dice"], mine))
+    assert "env Dice: task train-0 was another game when it was played again" in caplog.text
+
+
+def test_what_is_no_class_is_one_sentence(mine):
+    said = refused(mine, "env=World", "env.make._target_=someones_parts.made")
+    assert "someones_parts.made: is a World, and must be a class or a function" in said
 
 
 def test_a_world_of_training_tasks_alone_is_one_sentence(mine):

@@ -299,3 +299,26 @@ def test_demonstrations_that_crash_are_said_and_left_out(caplog):
     packed = tiny.demonstrate(odd, rules(), tokenizer(), 8, 0.0, 0.0, Random(0))
     assert len(packed) == 4
     assert "4 of 8 episodes of the scripted player crashed and are not imitated; task train-1: " in caplog.text
+
+
+class Wordless(Crumbling):
+    """The household, whose words lack two that are needed."""
+
+    def __init__(self, lacks):
+        super().__init__(lambda task: False)
+        self.lacks = lacks
+
+    def words(self):
+        return [word for word in self.house.words() if not any(lack in word.split() for lack in self.lacks)]
+
+
+def test_words_that_the_world_lacks_are_named(tmp_path, caplog):
+    tiny.make(Wordless({"mug", "take"}), rules(), tmp_path / "policy", **SMALL)
+    said, seen = [record.getMessage() for record in caplog.records]
+    assert said.startswith("its words() lack what the scripted player says, and the policy cannot: ") and "take" in said
+    assert seen == "its words() lack what is seen, and the policy reads <unk> for it: mug"
+
+
+def test_of_a_world_that_lists_its_words_nothing_is_said(tmp_path, caplog):
+    made(tmp_path / "policy")
+    assert not caplog.records
