@@ -4,16 +4,15 @@ Shapes: M trajectories that are trained, R responses and N rows, each in the ord
 turn by turn. U units: the responses, or their tokens, whichever get coefficients. All ranks hold all of it.
 """
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aem_exp import diagnostics
+from aem_exp import blame, diagnostics
 from aem_exp.advantages import Played
 from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Row, Trajectory, rows
 from aem_exp.values import Stop
@@ -131,8 +130,7 @@ def assign(
     """
     counted = [t for t in played if t.ended != CRASHED and t.responses]
     seen = _seen(counted, penalty, mask_cut)
-    advantage_R = _asked(estimator, seen)
-    _check(advantage_R, estimator, len(seen.trajectory_R))
+    advantage_R = advantages(estimator, seen)
     stays_M = torch.tensor([not (mask_cut and t.ended in CUT) for t in counted], dtype=torch.bool)
     kept = [t for t, stays in zip(counted, stays_M.tolist(), strict=True) if stays]
     all_rows = rows(kept, history)
@@ -180,32 +178,39 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
-def _asked(estimator: Estimator, seen: Played) -> Tensor:
-    """The advantages; an estimator, which may be a user's, that fails is told with its line."""
+def advantages(estimator: Estimator, seen: Played) -> Tensor:
+    """What an estimator, which may be a user's, makes of a step: one finite advantage per response.
+
+    Raises:
+        Stop: it fails, or returns something else; with the file and the line.
+    """
     try:
-        return estimator(seen)
+        advantage_R: Any = estimator(seen)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        at = f"{where.filename}, line {where.lineno}"
-        raise Stop(f"{_name(estimator)} failed: {type(error).__name__}: {error} ({at})") from error
+        raise Stop(f"{_name(estimator)} failed: {blame.sentence(error)} ({blame.place(error, estimator)})") from error
+    responses, where = len(seen.trajectory_R), f"({blame.defined(estimator)})"
+    if not isinstance(advantage_R, Tensor):
+        kind = type(advantage_R).__name__
+        raise Stop(f"{_name(estimator)} must return a tensor of one advantage per response, not {kind} {where}")
+    if advantage_R.shape != (responses,):
+        shape = tuple(advantage_R.shape)
+        told = f"returned advantages of shape {shape} for {responses} responses: one each"
+        raise Stop(f"{_name(estimator)} {told} {where}")
+    if advantage_R.is_complex():
+        raise Stop(
+            f"{_name(estimator)} must return real numbers, not {str(advantage_R.dtype).removeprefix('torch.')} {where}"
+        )
+    if not advantage_R.isfinite().all():
+        strange = int((~advantage_R.isfinite()).sum())
+        raise Stop(
+            f"{_name(estimator)} returned {strange} of {responses} advantages that are not finite {where}", "nan"
+        )
+    return advantage_R
 
 
 def _name(estimator: Estimator) -> str:
     function = getattr(estimator, "func", estimator)
     return f"{function.__module__}.{getattr(function, '__name__', function)}"
-
-
-def _check(advantage_R: Tensor, estimator: Estimator, responses: int) -> None:
-    name = _name(estimator)
-    if advantage_R.shape != (responses,):
-        raise Stop(
-            f"{name} returned advantages of shape {tuple(advantage_R.shape)} for {responses} responses: one each"
-        )
-    if not advantage_R.isfinite().all():
-        raise Stop(
-            f"{name} returned {int((~advantage_R.isfinite()).sum())} of {responses} advantages that are not finite",
-            "nan",
-        )
 
 
 def annotate(credit: Credit) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aem_exp import attempts, config, disk, door, launch, preflight, provenance
@@ -95,14 +95,16 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
 
 
-def check_worlds(experiments: Iterable[Experiment]) -> None:
-    """Refuse worlds that a job could not open; those that many experiments share are opened once.
+def check_worlds(experiments: Sequence[Experiment]) -> None:
+    """Refuse worlds that a job could not open, and functions that would fail in it; what many experiments share is tried once.
 
     Raises:
         ConfigError: with the command that helps.
     """
-    from aem_exp import worlds
+    from aem_exp import smoke, worlds
 
+    for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
+        smoke.check_parts(experiment)
     asked = {
         repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
         for e in experiments

@@ -7,7 +7,7 @@ An exam is on disk part by part: killed and asked again it goes on, and ends wit
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import disk, scores
+from aem_exp.blame import blaming, demanding
 from aem_exp.config import ConfigError, Env, Experiment
 from aem_exp.envs import Task, World
 from aem_exp.scores import Outcome, Score
+from aem_exp.stage import plain
 from aem_exp.values import Stop
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aem_exp")
 RESULT = "result.json"
+TARGET = "env.make._target_"
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,56 @@ def panel(
         raise ConfigError(fields[0], name, "must name a panel of held-out tasks, such as dev or test")
     if name not in world.splits:
         raise ConfigError(fields[0], name, [split for split in world.splits if split != "train"])
-    full = world.tasks(name)
+    full = listed(world, name)
     if tasks > len(full) or not len(full):
         raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
-    chosen = list(full[:tasks] if tasks else full)
+    chosen = drawn(world, name, full, range(tasks or len(full)))
     twice = next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None)
     if twice is not None:
         raise ConfigError(fields[0], name, f"two of its tasks have the id {twice!r}; each must have its own")
     text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
     return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
+
+
+def listed(world: World, split: str) -> Sequence[Task]:
+    """The tasks of a split, as the world has them.
+
+    Raises:
+        ConfigError: the world has something else.
+    """
+    path, call = name_of(world), f"tasks({split!r})"
+    with blaming(TARGET, path, call, world.tasks):
+        tasks: Any = world.tasks(split)
+    if isinstance(tasks, str | Mapping) or not (hasattr(tasks, "__len__") and hasattr(tasks, "__getitem__")):
+        remedy = f"{call} must return a list of tasks, or aem_exp.envs.Draws, not a {type(tasks).__name__}"
+        raise ConfigError(TARGET, path, remedy)
+    return tasks
+
+
+def drawn(world: World, split: str, tasks: Sequence[Task], chosen: Iterable[int]) -> list[Task]:
+    """Some tasks of a split.
+
+    Raises:
+        ConfigError: they cannot be made, or are none.
+    """
+    path, call = name_of(world), f"tasks({split!r})"
+    with blaming(TARGET, path, call, world.tasks):
+        found = [tasks[index] for index in chosen]
+    for task in found:
+        if not isinstance(task, Task):
+            remedy = f"{call} must hold aem_exp.envs.Task, not {type(task).__name__}"
+            raise ConfigError(TARGET, path, remedy)
+        with demanding(TARGET, path, world.tasks, f"{call}: "):
+            for what, kind in (("id", str), ("seed", int), ("kind", str)):
+                if not isinstance(value := getattr(task, what), kind):
+                    raise TypeError(f"the {what} of a task must be a {kind.__name__}, not {type(value).__name__}")
+            plain(task)
+    return found
+
+
+def name_of(world: World) -> str:
+    """What a config calls the world."""
+    return f"{type(world).__module__}.{type(world).__qualname__}"
 
 
 def play(
@@ -102,15 +146,38 @@ def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
     if begun and not any("won" in t.responses[-1].metrics for t in begun):
         told = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
         raise Stop(f"{told}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
-    if len(begun) > 1 and len({(t.goal, t.responses[0].observation) for t in begun}) == 1 < len(
-        {t.draw for t in begun}
-    ):
+    if _one_game(begun):
         log.warning(
-            "all games of the panel %s begin alike; where a task's seed changes nothing, none is held out", panel.name
+            "all games of the panel %s begin alike and answer alike; where a task's seed changes nothing, none is held out",
+            panel.name,
         )
     if 2 * (cut := sum(t.ended == CONTEXT for t in played)) >= len(played):
         remedy = "raise env.context_tokens, or show less of the past: env.history=window env.window=2"
         log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
+
+
+def _one_game(begun: Sequence["Trajectory"]) -> bool:
+    """Whether games of different tasks begin alike, and answered alike wherever the same was said.
+
+    In a game of guessing they begin alike, and then answer differently. Where no two players said the same, nothing is known.
+    """
+    if len({(t.goal, t.responses[0].observation) for t in begun}) != 1:
+        return False
+    answers: dict[
+        tuple[str, ...], tuple[Any, ...]
+    ] = {}  # what was said until then -> the answer, and whose task it was
+    met = False
+    for t in begun:
+        said: tuple[str, ...] = ()
+        seen = [*(r.observation for r in t.responses[1:]), t.ended]
+        for response, observation in zip(t.responses, seen, strict=True):
+            said = (*said, response.text)
+            answer = observation, response.reward, response.valid, response.metrics
+            before, draw = answers.setdefault(said, (answer, t.draw))
+            if before != answer:
+                return False
+            met = met or draw != t.draw
+    return met
 
 
 # One player on one panel, on disk.

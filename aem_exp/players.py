@@ -15,7 +15,7 @@ import torch
 
 from aem_exp import addresses, policy
 from aem_exp.config import Experiment, Model
-from aem_exp.envs import Task, Turn, World
+from aem_exp.envs import Task, Turn, World, tagged
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory
 from aem_exp.sample import Asked, Independent, LocalSampler, Sample, Sampling, generator
@@ -201,7 +201,7 @@ def act(episodes: Sequence[Episode], stage: Stage, choose: Choose, max_turns: in
 def _anything(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
     """A random admissible action; `parse` is the world's, and tells how it wants to be spoken to."""
     random = generator((*episode.key, RANDOM, number))
-    return _spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
+    return tagged.spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
 
 
 def _told(world: Any, name: str, stage: Serial, episode: Episode, slot: int, turn: Turn, number: int) -> str:
@@ -221,12 +221,6 @@ def _heard(trajectory: Trajectory, reply: Reply) -> Turn | None:
     if reply.turn.done:
         trajectory.ended = OVER if reply.turn.terminated else STOPPED
     return None if reply.turn.done else reply.turn
-
-
-def _spoken(parse: Callable[[str], str], action: str) -> str:
-    """A response that this world reads as the action: in tags where it looks for those, else bare."""
-    tagged = f"<think></think><action>{action}</action>"
-    return tagged if parse(tagged).casefold() == action.casefold() else action
 
 
 def why_not(name: str, experiment: Experiment, world: World, task: Task) -> str | None:

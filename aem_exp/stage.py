@@ -75,44 +75,49 @@ class Serial:
         try:
             if isinstance(asked, str):
                 env = self.envs[slot]
-                turn, action = _checked("step", env.step(asked)), _text("parse()", env.parse(asked))
+                turn, action = checked("step", env.step(asked)), text("parse()", env.parse(asked))
             else:
                 plain(asked)
                 if slot not in self.envs:
                     self.envs[slot] = self._make()
                 env = self.envs[slot]
-                turn, action = _checked("reset", env.reset(asked)), ""
-            return Reply(turn, _text("goal", env.goal), action)
+                turn, action = checked("reset", env.reset(asked)), ""
+            return Reply(turn, text("goal", env.goal), action)
         except Exception as error:
             with suppress(Exception):  # KeyError: it was not even made
                 self.envs.pop(slot).close()
             return failed(error)
 
 
-def _checked(call: str, turn: Any) -> Turn:
+def checked(call: str, turn: Any) -> Turn:
     """What an environment returned, as the plain Turn that its contract promises.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
     if not isinstance(turn, Turn):
-        raise TypeError(f"{call} must return a Turn, not {type(turn).__name__}")
+        raise TypeError(f"{call} must return a Turn, not {kind_of(turn)}")
     for name in ("terminated", "truncated", "valid"):
         if not isinstance(getattr(turn, name), bool):
-            raise TypeError(f"Turn.{name} must be a bool, not {type(getattr(turn, name)).__name__}")
+            raise TypeError(f"Turn.{name} must be a bool, not {kind_of(getattr(turn, name))}")
     if not isinstance(turn.actions, tuple | list | None):
-        raise TypeError(f"Turn.actions must be a tuple of str or None, not {type(turn.actions).__name__}")
+        raise TypeError(f"Turn.actions must be a tuple of str or None, not {kind_of(turn.actions)}")
     if not isinstance(turn.metrics, dict):
-        raise TypeError(f"Turn.metrics must be a dict, not {type(turn.metrics).__name__}")
-    observation, reward = _text("Turn.observation", turn.observation), _number("Turn.reward", turn.reward)
-    actions = None if turn.actions is None else tuple(_text("Turn.actions", action) for action in turn.actions)
-    metrics = {_text("Turn.metrics", key): _number(f"Turn.metrics[{key!r}]", n) for key, n in turn.metrics.items()}
+        raise TypeError(f"Turn.metrics must be a dict, not {kind_of(turn.metrics)}")
+    observation, reward = text("Turn.observation", turn.observation), _number("Turn.reward", turn.reward)
+    actions = None if turn.actions is None else tuple(text("Turn.actions", action) for action in turn.actions)
+    metrics = {text("Turn.metrics", key): _number(f"Turn.metrics[{key!r}]", n) for key, n in turn.metrics.items()}
     return Turn(observation, reward, turn.terminated, turn.truncated, turn.valid, actions, metrics)
 
 
-def _text(name: str, value: Any) -> str:
+def text(name: str, value: Any) -> str:
+    """A text that any tokenizer and any file take.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+        raise TypeError(f"{name} must be a str, not {kind_of(value)}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:  # no tokenizer and no file would take it
@@ -120,6 +125,12 @@ def _text(name: str, value: Any) -> str:
     if size > LARGEST:
         raise ValueError(f"{name} has {size:,} bytes, more than the {LARGEST:,} that are allowed")
     return str(value)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, with its module where it is none of Python's own."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _number(name: str, value: Any) -> float:

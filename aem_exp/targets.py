@@ -78,6 +78,9 @@ def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
     _check_allowed("_target_", path)
     module, _, name = path.rpartition(".")
     target = getattr(importlib.import_module(module), name)
+    if not callable(target):
+        remedy = f"is a {type(target).__name__}, and must be a class or a function"
+        raise ConfigError("_target_", block["_target_"], remedy)
     keywords = {key: _made(value) for key, value in block.items() if key != "_target_"}
     return functools.partial(target, **keywords) if partial else target(**keywords)
 

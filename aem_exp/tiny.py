@@ -9,6 +9,7 @@ A world that wants such a policy offers, besides its tasks and environments, `wo
 and `expert(env, random, noise)` (a response of its scripted player).
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,11 +25,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from aem_exp.config import Env
 from aem_exp.envs import TextEnv, World
 from aem_exp.render import Chat
-from aem_exp.rollout import Episode, Rollout, Row, rows
+from aem_exp.rollout import CRASHED, Episode, Rollout, Row, Trajectory, rows
 from aem_exp.sample import Sample
 from aem_exp.stage import Serial
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Stop
 
+log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
 UNKNOWN: Final = "<unk>"
 END: Final = "<|im_end|>"
@@ -41,6 +43,7 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, a sign
+LOOKED_AT: Final = 256  # demonstrations, and responses, whose words are looked up
 _FIELD: Final = r"\{\w*\}"  # of a prompt template
 
 
@@ -170,12 +173,15 @@ class _ScriptedSampler:
 
     def __init__(self, world: Teachable, stage: Serial, tokenizer: Any, random: Random, *habits: float) -> None:
         self.world, self.stage, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
+        self.said: dict[str, None] = {}  # the first responses that differ, in order
 
     def session(self) -> "_ScriptedSampler":
         return self
 
     def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
         responses = [self.world.expert(self.stage.envs[slot], self.random, *self.habits) for slot in slots]
+        if len(self.said) < LOOKED_AT:
+            self.said |= dict.fromkeys(responses)
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
         return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
@@ -196,7 +202,52 @@ def demonstrate(
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(stage):
-        return rows(Rollout(stage, env, Chat(tokenizer)).play(draws, player), env.history)
+        played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
+    whole = [t for t in played if t.responses and t.ended != CRASHED]
+    _tell_crashes(played, whole)
+    if not shyness:  # the shy player uses the same words
+        seen = [r.observation for t in whole[:LOOKED_AT] for r in t.responses]
+        _tell_unknown(tokenizer, list(player.said), seen)
+    return rows(whole, env.history)
+
+
+def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
+    """Say how many demonstrations were lost, and why the first was.
+
+    Raises:
+        Stop: all of them.
+    """
+    lost = next((t for t in played if t.ended == CRASHED), None)
+    if not whole:
+        first = lost or played[0]
+        remedy = "its first prompt does not fit into env.context_tokens"
+        told = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
+        raise Stop(told, "env")
+    if lost:
+        told = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
+        log.warning(told, len(played) - len(whole), len(played), lost.task.id, lost.error)
+
+
+def _tell_unknown(tokenizer: PreTrainedTokenizerFast, said: Sequence[str], seen: Sequence[str]) -> None:
+    """Warn of words that the world does not list: the policy would never say them, and read them as one."""
+    for texts, what in (
+        (said, "what the scripted player says, and the policy cannot"),
+        (seen, "what is seen, and the policy reads <unk> for it"),
+    ):
+        if words := _unknown(tokenizer, texts):
+            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+            log.warning("its words() lack %s: %s%s", what, ", ".join(words[:10]), more)
+
+
+def _unknown(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
+    """What in some texts has no token of its own."""
+    found: dict[str, None] = {}
+    for text in dict.fromkeys(texts):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token == tokenizer.unk_token_id:
+                found[text[start:end]] = None
+    return list(found)
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
@@ -228,7 +279,7 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
 def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
     """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
     served = 0
-    while served < steps:
+    while demonstrations and served < steps:
         order = random.sample(range(len(demonstrations)), len(demonstrations))
         order.sort(key=lambda i: len(demonstrations[i].prompt) + len(demonstrations[i].completion))
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from doors import lacking, until
 
+from aem_exp import worlds
 from aem_exp.config import instantiate, load
 from aem_exp.envs import Task
 from aem_exp.stage import Serial
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Missing
 from aem_exp.workers import Workers
 
 pytestmark = pytest.mark.machine
@@ -70,6 +71,48 @@ def test_a_lake_is_walked_over_in_words():
     assert [turn.done for turn in turns] == [False] * 5 + [True]
     assert (turns[-1].reward, turns[-1].metrics["won"]) == (1.0, 1.0)
     assert env.step("down").reward == 0
+
+
+def readme_taxi(folder):
+    """The example of README.md, as printed."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    found = re.search(r"```yaml\n# conf/env/taxi\.yaml[^\n]*\n(.*?)```", text, re.DOTALL)
+    (folder / "env").mkdir()
+    (folder / "env/taxi.yaml").write_text(found[1])
+    return load(["env=taxi", "model.make=null", "model.path=a/b"], folder)
+
+
+def test_the_taxi_of_the_readme_is_driven(tmp_path):
+    """All that the goal speaks of can be read: where the taxi is, the passenger, and where they want to go."""
+    needs("gymnasium")
+    experiment = readme_taxi(tmp_path)
+    world = instantiate(experiment.env.make)
+    env, task = world.env(), Task("a", seed=1)
+    first = env.reset(task)
+    marks = re.findall(r"\[(\w+) (.)\]", first.observation)
+    assert marks == [("purple", "R"), ("yellow", " "), ("blue", "B")]
+    assert all(colour in world.goal for colour, _ in marks)
+    ways = ["east", "south", "south", "pickup", "north", "north", "west", "west", "west", "north", "north"]
+    turns = [env.step(word) for word in [*ways, "dropoff"]]
+    taken = next(turn for turn in turns if "[green" in turn.observation)
+    assert "[yellow blue B]" in turns[2].observation or "[blue yellow B]" in turns[2].observation
+    assert "blue" not in taken.observation and "[purple R]" in taken.observation
+    assert "\x1b" not in "".join(turn.observation for turn in turns)
+    assert (turns[-1].terminated, turns[-1].metrics["won"]) == (True, 1.0)
+
+
+def test_what_an_example_needs_is_one_sentence(tmp_path):
+    """Its library, and a policy: there is no scripted player."""
+    needs("gymnasium")
+    for words, folder in ((["env=frozen_lake"], None), (["env=taxi"], tmp_path)):
+        if folder:
+            readme_taxi(folder)
+        with pytest.raises(ConfigError, match=r"has no scripted player to imitate; load a policy: model=NAME"):
+            worlds.fitting(load(words, folder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)
+            with pytest.raises(Missing, match=r"needs Gymnasium: pip install 'aem-exp\[gymnasium\]'"):
+                worlds.fitting(load([*words, "model.make=null", "model.path=a/b"], folder))
 
 
 def test_what_is_no_action_changes_nothing():

@@ -31,7 +31,8 @@ class World:
     splits = ("train", "dev", "test")
     words_ = ("yes", "no", "perhaps")
     def tasks(self, split):
-        return [Task(f"{split}-{i}", seed=i, payload={"word": w}) for i, w in enumerate(self.words_ * 20)]
+        first = 1000 * self.splits.index(split)
+        return [Task(f"{split}-{i}", seed=first + i, payload={"word": w}) for i, w in enumerate(self.words_ * 20)]
     def env(self): return Echo()
     def words(self): return ("say", *self.words_)
     def expert(self, env, random, noise=0.0, shyness=0.0): return random.choice(self.words_) if noise else env.word
@@ -122,6 +123,100 @@ def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, 
     assert main([f"from={run_dir}", "trainer.steps=2"]) == 0
 
 
+# Held-out games that are games of training.
+
+GAMES = """
+from random import Random
+from aem_exp.envs import Draws, Task, Turn
+
+class Guess:
+    goal = "guess"
+    def parse(self, response): return response.strip()
+    def reset(self, task):
+        self.number = self.secret(task)
+        return Turn("guess", metrics={"won": 0.0})
+    def secret(self, task): return Random(task.seed).randint(0, 10**6)
+    def step(self, response):
+        won = response.strip() == str(self.number)
+        return Turn("no", float(won), terminated=won, metrics={"won": float(won)})
+    def close(self): pass
+
+class Guessing:
+    "All games begin alike; a hidden number is all that tells them apart."
+    fingerprint, splits, game = "g", ("train", "dev", "test"), Guess
+    first = {"train": 0, "dev": 10**6, "test": 2 * 10**6}
+    size = 4096
+    def tasks(self, split): return Draws(self.size if split == "train" else 40, lambda i: self.draw(split, i))
+    def draw(self, split, i): return Task(f"{split}-{i}", seed=self.first[split] + i)
+    def env(self): return self.game()
+    def words(self): return ["guess"]
+    def expert(self, env, random, noise=0.0, shyness=0.0): return str(env.number)
+
+class Few(Guessing):
+    "Two numbers: a coincidence is no leak."
+    class game(Guess):
+        def secret(self, task): return Random(task.seed).randint(0, 1)
+class ByName(Guessing):
+    "Its games are told apart by their ids, and all seeds are 0."
+    class game(Guess):
+        def secret(self, task): return task.id
+    def draw(self, split, i): return Task(f"{split}-{i}")
+class SameObject(Guessing):
+    all = Draws(100, lambda i: Task(f"t-{i}", seed=i))
+    def tasks(self, split): return self.all
+class SameIds(Guessing):
+    def draw(self, split, i): return Task(f"t-{i}", seed=i)
+class LastIds(Guessing):
+    def tasks(self, split):
+        return Draws(10**5, self.one) if split == "train" else Draws(40, lambda i: self.one(10**5 - 40 + i))
+    def one(self, i): return Task(f"t-{i}", seed=i)
+class SameSeeds(Guessing):
+    def draw(self, split, i): return Task(f"{split}-{i}", seed=i)
+class SeedsAmong(Guessing):
+    "Where nobody would look who looks at random."
+    size = 10**6
+    first = {"train": 0, "dev": 123_457, "test": 2 * 10**6}
+class SameGames(Guessing):
+    size = 900
+    class game(Guess):
+        def secret(self, task): return task.seed % 1000
+    first = {"train": 0, "dev": 1000, "test": 2000}
+class ListedSeeds(Guessing):
+    def tasks(self, split): return [Task(f"{split}-{i}", seed=i % 20) for i in range(60)]
+class SameIdOtherGame(Guessing):
+    def draw(self, split, i): return Task(f"{i}", seed=self.first[split] + i)
+"""
+LEAKS = {
+    "SameObject": "env SameObject=t-0: is a task of train and of the panel dev",
+    "SameIds": "env SameIds=t-0: is a task of train and of the panel dev",
+    "LastIds": "env LastIds=t-99960: is a task of train and of the panel dev",
+    "SameSeeds": "env SameSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-0",
+    "SeedsAmong": "env SeedsAmong=dev-0: of the panel dev: seed, kind and payload are those of train-123457",
+    "ListedSeeds": "env ListedSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-",
+    "SameGames": "env SameGames=dev-0: plays exactly as train-0 of train does",
+}
+
+
+@pytest.fixture
+def games(mine, monkeypatch):
+    (mine / "guessed.py").write_text(GAMES)
+    for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
+        (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
+    return mine
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_held_out_game_that_is_one_of_training_is_refused(games, name):
+    with pytest.raises(ConfigError) as told:
+        fitting(games, name)
+    assert str(told.value).startswith(LEAKS[name])
+
+
+@pytest.mark.parametrize("name", ["Guessing", "Few", "ByName", "SameIdOtherGame"])
+def test_games_that_only_begin_alike_are_not(games, name):
+    assert fitting(games, name).fingerprint == "g"
+
+
 # What is heard when a panel was played.
 
 
@@ -153,3 +248,33 @@ def test_who_won_must_be_told(caplog):
 def test_what_makes_a_score_say_little_is_said(how, said, caplog):
     text = heed(played(**how), caplog)
     assert said in text and bool(said) == bool(text)
+
+
+def guessed(*numbers):
+    """Games of guessing: they begin alike, and answer as the hidden number, that of the task, wants it."""
+    games = []
+    for number, guesses in enumerate(numbers):
+        said = [
+            Response(
+                [],
+                Sample([1], [0.0], [0.0]),
+                "guess" if i == 0 else "no",
+                text,
+                metrics={"won": float(text == str(number))},
+            )
+            for i, text in enumerate(guesses)
+        ]
+        games.append(Trajectory(Task(f"t{number}", number), number, 0, said, ended="over"))
+    return games
+
+
+@pytest.mark.parametrize(
+    ("games", "warned"),
+    [
+        (guessed(["0"], ["0", "1"]), False),  # the same was said, and one of them had won
+        (guessed(["7"], ["8"]), False),  # nobody said the same: nothing is known
+        (guessed(["7", "8"], ["7", "8"]), True),  # the same was said, and the same was answered
+    ],
+)
+def test_a_game_of_guessing_is_not_taken_for_one_game(games, warned, caplog):
+    assert ("begin alike and answer alike" in heed(games, caplog)) == warned

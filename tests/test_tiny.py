@@ -12,7 +12,7 @@ from aem_exp import tiny
 from aem_exp.config import instantiate, load
 from aem_exp.envs.household import Household
 from aem_exp.render import Chat
-from aem_exp.values import ConfigError
+from aem_exp.values import ConfigError, Stop
 
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "episodes": 16, "steps": 3, "habit_steps": 1, "batch": 8}
 WORLDS = ["default", "roomy", "tags"]
@@ -255,3 +255,70 @@ def test_a_world_that_cannot_teach_is_refused(tmp_path, has):
     assert caught.value.field == "model.make"
     assert caught.value.remedy
     assert not (tmp_path / "policy").exists()
+
+
+class Crumbling:
+    """The household, some of whose games cannot be entered."""
+
+    def __init__(self, fails):
+        self.house, self.fails = world(), fails
+
+    def __getattr__(self, name):
+        return getattr(self.house, name)
+
+    def env(self):
+        env = self.house.env()
+        enter = env.reset
+
+        def reset(task):
+            if self.fails(task):
+                raise RuntimeError("the door is stuck")
+            return enter(task)
+
+        env.reset = reset
+        return env
+
+
+def test_nothing_to_imitate_is_no_batch():
+    assert list(tiny._batches([], 5, 32, random.Random(0))) == []
+
+
+def test_a_world_that_cannot_be_entered_ends_with_a_sentence(tmp_path):
+    with pytest.raises(Stop) as told:
+        tiny.make(Crumbling(lambda task: True), rules(), tmp_path / "policy", **SMALL)
+    said = str(told.value)
+    assert told.value.kind == "env"
+    assert said.startswith(
+        "no episode of the scripted player could be played; task train-0: RuntimeError: the door is stuck"
+    )
+    assert not (tmp_path / "policy").exists()
+
+
+def test_demonstrations_that_crash_are_said_and_left_out(caplog):
+    odd = Crumbling(lambda task: task.seed % 2)
+    packed = tiny.demonstrate(odd, rules(), tokenizer(), 8, 0.0, 0.0, Random(0))
+    assert len(packed) == 4
+    assert "4 of 8 episodes of the scripted player crashed and are not imitated; task train-1: " in caplog.text
+
+
+class Wordless(Crumbling):
+    """The household, whose words lack two that are needed."""
+
+    def __init__(self, lacks):
+        super().__init__(lambda task: False)
+        self.lacks = lacks
+
+    def words(self):
+        return [word for word in self.house.words() if not any(lack in word.split() for lack in self.lacks)]
+
+
+def test_words_that_the_world_lacks_are_named(tmp_path, caplog):
+    tiny.make(Wordless({"mug", "take"}), rules(), tmp_path / "policy", **SMALL)
+    said, seen = [record.getMessage() for record in caplog.records]
+    assert said.startswith("its words() lack what the scripted player says, and the policy cannot: ") and "take" in said
+    assert seen == "its words() lack what is seen, and the policy reads <unk> for it: mug"
+
+
+def test_of_a_world_that_lists_its_words_nothing_is_said(tmp_path, caplog):
+    made(tmp_path / "policy")
+    assert not caplog.records

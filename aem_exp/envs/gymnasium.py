@@ -10,7 +10,17 @@ from typing import Any, Final
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
 from aem_exp.values import ConfigError, Missing
 
-_MARKED: Final = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m")  # coloured in a terminal: where one stands
+RULES: Final = 2  # raise when the same task would read or play differently
+_COLOUR: Final = re.compile(r"\x1b\[([\d;]*)m")
+_NAMES: Final = {
+    1: "red",
+    2: "green",
+    3: "yellow",
+    4: "blue",
+    5: "purple",
+    6: "cyan",
+    7: "white",
+}  # last digit of a code
 
 
 class GymnasiumEnv(ForeignEnv):
@@ -38,7 +48,23 @@ class GymnasiumEnv(ForeignEnv):
             raise TypeError(
                 f"its observations are {kind}, and it renders no text: kwargs: {{render_mode: ansi}}, where it can"
             )
-        return _MARKED.sub(r"[\1]", text).strip()
+        return coloured(text).strip()
+
+
+def coloured(text: str) -> str:
+    """A text for a terminal in plain words: what is coloured stands in brackets, with its colour where there are several."""
+    before, *rest = _COLOUR.split(text)
+    pieces: list[tuple[list[str], str]] = []
+    names: list[str] = []
+    for codes, piece in zip(rest[::2], rest[1::2], strict=True):
+        found = [_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
+        names = [*names, *filter(None, found)] if found else []  # no colour: all of them end
+        pieces.append((names, piece))
+    several = len({name for names, piece in pieces for name in names if piece}) > 1
+    return before + "".join(
+        f"[{' '.join([*names, piece] if several else [piece])}]" if names and piece else piece
+        for names, piece in pieces
+    )
 
 
 class Gymnasium(ForeignWorld):
@@ -88,7 +114,7 @@ class Gymnasium(ForeignWorld):
             raise ConfigError(
                 "env.make.kwargs.render_mode", mode, "renders no text: ansi, or none where it returns text"
             )
-        how = [id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
+        how = [RULES, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
         self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def env(self) -> GymnasiumEnv:

@@ -55,6 +55,8 @@ class OpenEnv(ForeignWorld):
         sizes: games per split.
     """
 
+    external = True  # a session of the server for each environment
+
     def __init__(
         self,
         base_url: str = "http://127.0.0.1:8000",

@@ -137,6 +137,7 @@ class Repositories:
     """
 
     splits = ("train", "dev", "test")
+    external = True  # a sandbox for each environment
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """How worlds read a response: in tags, as verl-agent does (`<think>..</think><action>..</action>`), or bare."""
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 _CHINESE: Final = re.compile(r"[\u4e00-\u9fff]")
@@ -24,3 +25,9 @@ def read(response: str, longest: int, tail: int = 30) -> tuple[str, bool]:
 def bare(response: str, longest: int) -> tuple[str, bool]:
     """The whole response as the action, and whether it is short enough for one."""
     return " ".join(response[: 4 * longest].lower().split())[:longest], len(response) <= 4 * longest
+
+
+def spoken(parse: Callable[[str], str], action: str) -> str:
+    """A response that a world reads as the action, by its `parse`: in tags where it looks for those, else bare."""
+    tags = f"<think></think><action>{action}</action>"
+    return tags if parse(tags).casefold() == action.casefold() else action

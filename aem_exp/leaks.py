@@ -1,0 +1,73 @@
+"""Held-out games that are games of training: found before a run, by what tasks say of themselves and by how they play.
+
+Two tasks are the same game where all of them is equal; where seed, kind and payload are, since a world takes all its chance
+from them (unless no seed of the training tasks differs from another: then the world tells its games apart by something else);
+and where they play alike: goal, observations, answers and rewards under the same player. Alike at the beginning is not enough,
+and neither is a coincidence: a game of guessing has a hidden number, and few numbers come up twice. So only games that tell all
+looked-at training tasks apart are compared, and half of the panel's must be known.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from aem_exp.envs import Task
+from aem_exp.values import ConfigError
+
+MOST: Final = 128  # training tasks that are looked at, where they are made when asked for
+AIMED: Final = 16  # tasks of a panel whose seeds are looked for among the others
+LEAST: Final = 8  # games that must be told apart before any is said to be the same
+
+
+def looked_at(train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> list[int]:
+    """Which training tasks to compare: all of a list; else the first, the last, some between, and those of a panel's seeds."""
+    size = len(train)
+    if size <= MOST or isinstance(train, list | tuple):
+        return list(range(size))
+    ends = [*range(MOST // 2), *range(size - MOST // 4, size)]
+    between = range(0, size, size // (MOST // 4))
+    first = getattr(train[0], "seed", 0)
+    aimed = [task.seed - first for held_out in panels.values() for task in held_out[:AIMED]]
+    return list(dict.fromkeys([*ends, *between, *(index for index in aimed if 0 <= index < size)]))
+
+
+def refuse_shared(env: str, train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> None:
+    """Compare training tasks with those of panels by what they say.
+
+    Raises:
+        ConfigError: one is in both.
+    """
+    known = {_text(task, task.id): task for task in train}
+    seeds = {_text(task): task for task in train} if len({task.seed for task in train}) > 1 else {}
+    for split, held_out in panels.items():
+        for task in held_out:
+            if _text(task, task.id) in known:
+                raise ConfigError(f"env {env}", task.id, f"is a task of train and of the panel {split}")
+            if twin := seeds.get(_text(task)):
+                remedy = f"seed, kind and payload are those of {twin.id}, a task of train, so it is the same game"
+                raise ConfigError(
+                    f"env {env}", task.id, f"of the panel {split}: {remedy}; give each split its own seeds"
+                )
+
+
+def refuse_alike(
+    env: str, train: Mapping[str, tuple[Any, ...]], panels: Mapping[str, Mapping[str, tuple[Any, ...]]]
+) -> None:
+    """Compare them by how they played: task id -> what was seen and said.
+
+    Raises:
+        ConfigError: half of the games of a panel or more are those of training tasks.
+    """
+    known = {played: name for name, played in train.items()}
+    if len(train) < LEAST or len(known) < len(train):
+        return
+    for split, held_out in panels.items():
+        twins = [(name, known[played]) for name, played in held_out.items() if played in known]
+        if twins and 2 * len(twins) >= len(held_out):
+            told = f"plays exactly as {twins[0][1]} of train does: goal, observations and rewards"
+            share = f"{len(twins)} of {len(held_out)} games of the panel {split} are games of train"
+            raise ConfigError(f"env {env}", twins[0][0], f"{told}; {share}, under other ids and seeds")
+
+
+def _text(task: Task, name: str = "") -> str:
+    return json.dumps([name, task.seed, task.kind, task.payload], sort_keys=True)

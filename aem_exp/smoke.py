@@ -1,0 +1,293 @@
+"""A smoke test of what a user may have written: a world, an advantage function, a schedule, before any policy is made.
+
+Two episodes are played, and the functions are called on a step that is made up. What they raise, or return though they must
+not, is one sentence with the user's own file and line. It takes `SECONDS` at most, whatever they do: who needs longer is left
+alone in a thread, with a note.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any, Final, TypeVar
+
+from aem_exp import config
+from aem_exp.blame import blaming, defined, demanding
+from aem_exp.config import ConfigError, Experiment
+from aem_exp.envs import Task, TextEnv, Turn, World, tagged
+from aem_exp.stage import checked, text
+from aem_exp.values import Stop
+
+T = TypeVar("T")
+log = logging.getLogger("aem_exp")
+SECONDS: Final = 3.0
+LOOK: Final = 0.5  # for seeing whether games of panels are games of training
+LOOK_TRAIN, LOOK_PANEL, LOOK_TURNS = 32, 8, 8  # tasks, and turns of each
+OPENING: Final = 3  # of what was seen: the goal, and the first turn
+THREAD: Final = "smoke test"
+TARGET: Final = "env.make._target_"
+TINY: Final = "aem_exp.tiny.make"
+OWN: Final = "aem_exp.advantages."  # functions that our own tests try
+
+
+def boxed(work: Callable[[threading.Event], T], seconds: float) -> T | None:
+    """What some work gives; None where it is not done in so many seconds. It is given an event: then nobody wants it any more.
+
+    Raises:
+        Exception: what it raised, also when it was tried again in this thread: what only another thread raises is no fault.
+    """
+    over, done = threading.Event(), list[tuple[T | None, BaseException | None]]()
+
+    def run() -> None:
+        try:
+            done.append((work(over), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, name=THREAD, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    over.set()
+    if not done:
+        return None
+    result, error = done[0]
+    return result if error is None else work(threading.Event())
+
+
+# A world.
+
+
+def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> None:
+    """Play two episodes: by the scripted player, or else by random actions.
+
+    Raises:
+        ConfigError: the world does not do what its contract says.
+    """
+    name = f"env {experiment.env.name}"
+    if starts_programs(world):
+        log.info("%s: not tried before the run, as its environments start other programs or processes", name)
+        return
+    part = _World(experiment, world)
+    changed = boxed(lambda over: part.changed(tasks[:2], over), SECONDS)
+    if changed is None:
+        log.warning(
+            "%s: two episodes were not played in %g s, so it was not tried before the run; "
+            "launch.workers=N and launch.env_seconds=S replace an environment that hangs",
+            name,
+            SECONDS,
+        )
+    elif changed:
+        told = "%s: task %s was another game when it was played again; a group plays one game, so its chance must be the task's"
+        log.warning(told, name, changed)
+
+
+def games(
+    experiment: Experiment, world: World, splits: Mapping[str, Sequence[Task]]
+) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """How some tasks of each split play under one player: what was seen and said, by id. Nothing where that takes long."""
+    if starts_programs(world):
+        return {}
+    part = _World(experiment, world)
+    part.turns = min(part.turns, LOOK_TURNS)
+    some = {split: tasks[: LOOK_TRAIN if split == "train" else LOOK_PANEL] for split, tasks in splits.items()}
+
+    def look(over: threading.Event) -> dict[str, dict[str, tuple[Any, ...]]]:
+        return {
+            split: dict(zip([task.id for task in tasks], part.play(tasks, over), strict=False))
+            for split, tasks in some.items()
+        }
+
+    try:
+        return boxed(look, LOOK) or {}
+    except ConfigError:  # two episodes were played well: one that crashes later costs no more than itself
+        return {}
+
+
+def starts_programs(world: World) -> bool:
+    return bool(getattr(world, "external", False) or getattr(world, "own_process", False))
+
+
+class _World:
+    """A world as a config names it, and how it is played."""
+
+    def __init__(self, experiment: Experiment, world: World) -> None:
+        self.world, self.turns = world, experiment.env.max_turns
+        self.path = experiment.env.make["_target_"]
+        self.tiny = (experiment.model.make or {}).get("_target_") == TINY
+
+    def changed(self, tasks: Sequence[Task], over: threading.Event) -> str:
+        """Play the tasks, the first one twice, each in an environment that has played the other. Its id, where it was not
+        the same game again; else nothing.
+        """
+        if self.tiny:
+            self._check_words()
+        one, two = self._env(), self._env()
+        if one is two:
+            where = defined(self.world.env)
+            remedy = f"env() must make an environment each time, and returned the same one twice ({where})"
+            raise ConfigError(TARGET, self.path, remedy)
+        first = self._episode(one, tasks[0], (), over)
+        for task in tasks[1:]:
+            self._episode(two, task, self.habits, over)
+        again = self._episode(two, tasks[0], (), over)
+        for env in (one, two):
+            self._close(env)
+        return "" if over.is_set() or first[:OPENING] == again[:OPENING] else tasks[0].id
+
+    def play(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
+        """What was seen and said in an episode of each task, until nobody wants more."""
+        env = self._env()
+        played = [self._episode(env, task, self.habits, over) for task in tasks if not over.is_set()]
+        self._close(env)
+        return played
+
+    @property
+    def habits(self) -> tuple[float, ...]:
+        """What the making of a small policy also tells the scripted player: noise and shyness."""
+        return (0.0, 0.0) if self.tiny else ()
+
+    def _env(self) -> TextEnv:
+        with blaming(TARGET, self.path, "env()", self.world.env):
+            env = self.world.env()
+        for name in ("parse", "reset", "step", "close"):
+            if not callable(getattr(env, name, None)):
+                remedy = f"what its env() returns has no method {name}, which aem_exp.envs.TextEnv asks for"
+                raise ConfigError(TARGET, self.path, remedy)
+        return env
+
+    def _close(self, env: TextEnv) -> None:
+        with blaming(TARGET, self.path, "close", env.close):
+            env.close()
+
+    def _episode(self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event) -> tuple[Any, ...]:
+        """The goal, and turn by turn what was seen, offered, answered and earned."""
+        random = Random(0)
+        turn = self._turn("reset", env.reset, task)
+        with demanding(TARGET, self.path, type(env)):
+            seen: list[Any] = [text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
+        won: list[float] = []
+        turns = 0
+        while not turn.done and turns < self.turns and not over.is_set():
+            response = self._response(env, turn, random, habits)
+            turn = self._turn("step", env.step, response)
+            turns += 1
+            won += [turn.metrics["won"]] if "won" in turn.metrics else []
+            seen += [response, turn.observation, turn.actions, turn.reward, turn.done]
+        with demanding(TARGET, self.path, env.step):
+            if turns and turn.done and not won:
+                raise ValueError(
+                    "no turn of a step says metrics['won'], which evaluation reports as success: 0.0 or 1.0"
+                )
+            if strange := [value for value in won if value not in (0.0, 1.0)]:
+                raise ValueError(f"metrics['won'] must be 0.0 or 1.0, not {strange[0]}")
+        return tuple(seen)
+
+    def _turn(self, name: str, call: Callable[[Any], Turn], asked: Task | str) -> Turn:
+        with blaming(TARGET, self.path, name, call):
+            turn = call(asked)
+        with demanding(TARGET, self.path, call):
+            return checked(name, turn)
+
+    def _response(self, env: TextEnv, turn: Turn, random: Random, habits: tuple[float, ...]) -> str:
+        """What is said next. The action in it is read too, as later prompts quote it."""
+        response: Any = "look"
+        if expert := getattr(self.world, "expert", None):
+            with blaming(TARGET, self.path, "expert()", expert):
+                response = expert(env, random, *habits)
+            with demanding(TARGET, self.path, expert):
+                text("what expert() returns", response)
+        with blaming(TARGET, self.path, "parse()", env.parse):
+            if turn.actions and not expert:
+                response = tagged.spoken(env.parse, random.choice(turn.actions))
+            action = env.parse(response)
+        with demanding(TARGET, self.path, env.parse):
+            text("what parse() returns", action)
+        return str(response)
+
+    def _check_words(self) -> None:
+        """A small policy has a token for each of the words."""
+        world: Any = self.world
+        with blaming(TARGET, self.path, "words()", world.words):
+            words = world.words()
+            if not isinstance(words, str):
+                words = list(words)
+        with demanding(TARGET, self.path, world.words):
+            if isinstance(words, str):
+                raise TypeError("words() must list words, and returns one text")
+            if strange := [word for word in words if not isinstance(word, str)]:
+                raise TypeError(f"words() must list words, and lists {strange[0]!r}")
+
+
+# What an experiment calls besides.
+
+
+def check_parts(experiment: Experiment) -> None:
+    """Call the advantage function on a step that is made up, where it is the user's own; and the schedule.
+
+    Raises:
+        ConfigError: they fail, or return something else.
+    """
+    _check_schedule(experiment)
+    if not str(experiment.baseline.advantage["_target_"]).startswith(OWN):
+        what = f"baseline.advantage {experiment.baseline.name}"
+        if boxed(lambda _: _check_advantage(experiment), SECONDS) is None:
+            log.warning("%s: gave no answer in %g s, so it was not tried before the run", what, SECONDS)
+
+
+def _check_schedule(experiment: Experiment) -> None:
+    block = experiment.modulation.lam
+    if block is None:
+        return
+    field, path = "modulation.lam._target_", block["_target_"]
+    with blaming(field, path, "making it"):
+        schedule = config.instantiate(block)
+    if not callable(schedule):
+        raise ConfigError(field, path, "makes no schedule: it must be callable with the progress of a run, from 0 to 1")
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        with blaming(field, path, f"progress {progress:g}", schedule):
+            lam = schedule(progress)
+        if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam):
+            remedy = f"must return a finite number, not {lam!r} at progress {progress:g} ({defined(schedule)})"
+            raise ConfigError(field, path, remedy)
+
+
+def _check_advantage(experiment: Experiment) -> bool:
+    from aem_exp import credit
+
+    block = experiment.baseline.advantage
+    field, path = "baseline.advantage._target_", block["_target_"]
+    with blaming(field, path, "importing it"):
+        estimator = config.instantiate(block, partial=True)
+    try:
+        credit.advantages(estimator, _made_up(experiment.trainer))
+    except Stop as stop:
+        raise ConfigError(field, path, str(stop)) from stop
+    return True
+
+
+def _made_up(settings: dict[str, Any]) -> Any:
+    """What was played in a step: as many tasks and trajectories as the experiment has, of one to three turns; half of them win.
+
+    Where groups of equal returns are trained on, the first is one.
+    """
+    import torch
+
+    from aem_exp.advantages import Played
+
+    groups, size = settings["tasks_per_step"], settings["group_size"]
+    won = [
+        float(m % 2 and (g > 0 or groups == 1 or settings["drop_equal"])) for g in range(groups) for m in range(size)
+    ]
+    turns = [1 + m % 3 for m in range(groups * size)]
+    owners = [m for m, count in enumerate(turns) for _ in range(count)]
+    last = [turn == count - 1 for count in turns for turn in range(count)]
+    doubles = {"dtype": torch.float64}
+    return Played(
+        return_M=torch.tensor(won, **doubles),
+        group_M=torch.arange(groups).repeat_interleave(size),
+        trajectory_R=torch.tensor(owners),
+        reward_R=torch.tensor([won[m] * end for m, end in zip(owners, last, strict=True)], **doubles),
+        penalty_R=torch.zeros(len(owners), **doubles),
+        state_R=torch.arange(len(owners)),
+    )
