@@ -199,7 +199,7 @@ def make_way(number: int) -> None:
     Where the time is nearly up (USR2), the first process asks for the new start. Where a job is preempted, SLURM does that
     itself, but only for one that has not ended.
     """
-    if OURS not in os.environ:
+    if OURS not in os.environ or number == signal.SIGINT:
         return
     if number == signal.SIGUSR2 and ranks.first():
         _requeue(os.environ[OURS])

@@ -491,11 +491,13 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
     code = 0
     if asked.local and workers:
 
-        def failed(worker: Path, code: int, last: str) -> bool:
-            say(f"{'failed: ' if code else ''}{worker.name}: {last}")
-            return code != 0
+        def ended(worker: Path, code: int, last: str) -> str:
+            if not code:
+                say(f"{worker.name}: {last}")
+            return last if code else ""
 
-        code = 1 if dispatch.here(ROOM, workers, max(1, asked.at_once), say, failed) else 0
+        names = {worker: worker.name for worker in workers}
+        code = 1 if dispatch.here(ROOM, workers, max(1, asked.at_once), say, ended, names) else 0
         _show(standing(study), say)
     say(f"next     python -m aem_exp.status {study.name}")
     return code

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,8 @@ def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
     """Each cell in a process of its own; one that fails stops no other. How many failed decides the exit code."""
     from aem_exp import dispatch
 
-    failed = dispatch.run_here([cell.experiment for cell in todo], max(1, at_once), print)
+    named = {f"{cell.group} seed {cell.seed}": cell.experiment for cell in todo}
+    failed = dispatch.run_here(named, max(1, at_once), partial(print, flush=True))
     if failed:
         print(f"\n{failed} of {len(todo)} cells did not finish; python -m aem_exp.status says why")
     return 1 if failed else 0

@@ -82,8 +82,8 @@ KNOWS = {
     "attempts": {"values"},
     "board": {"progress", "state"},
     "dispatch": {
-        *("attempts", "config", "disk", "interrupt", "launch", "ownership", "policy", "preflight", "provenance"),
-        *("stores", "values", "worlds"),
+        *("attempts", "config", "disk", "interrupt", "launch", "ownership", "policy", "preflight", "progress"),
+        *("provenance", "stores", "values", "worlds"),
     },
     "preflight": {"config", "policy", "rehearsal", "values"},
     "rehearsal": {"sample"},

@@ -159,12 +159,12 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
     worker, number, run = until(lambda: journal(desk) and desk.holding(), "a trial in its midst")
     os.kill(json.loads((worker / "owner.json").read_text())["pid"], signal.SIGKILL)
     out, _ = begun.communicate(timeout=600)
-    assert begun.returncode == 1 and f"failed: {worker.name}" in out
+    assert begun.returncode == 1 and f"{worker.name}: failed: " in out
     assert "2 complete, 0 pruned, 0 running, 1 stopped, 0 failed, 0 missing" in out
     assert {t["trial"]: t["state"] for t in desk.plan()["trials"]}[number] == "stopped"
 
     out = desk.sweep("--local")
-    assert out.count("log in") == 1 and f"told     trial {number}: complete" in out
+    assert out.count("start   worker") == 1 and f"told     trial {number}: complete" in out
     assert len(starts(run)) == 2 and starts(run)[1] > 0  # it went on
     assert "3 complete, 0 pruned, 0 running, 0 stopped, 0 failed, 0 missing" in out
     assert "chosen on dev" in out and "python -m aem_exp model.make.steps=25" in out
