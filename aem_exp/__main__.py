@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import door
+from aem_exp import disk, door
 from aem_exp.values import ConfigError, Missing
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def _run(experiment: "Experiment") -> int:
     _check(experiment)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
+    if not finished:
+        disk.check_writable(folder if folder.exists() else folder.parent, "outputs")
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
     if experiment.launch.where == "slurm" and not finished:
         return _submit(experiment, folder)

@@ -39,15 +39,37 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
     return list(zip(folders, ids, strict=True))
 
 
+def check_begins(experiments: Iterable[Experiment], submit: bool) -> None:
+    """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
+
+    Raises:
+        ConfigError: which launch is wrong, that there is no SLURM, or that the folder of the runs takes no files.
+    """
+    roots = set()
+    for experiment in experiments:
+        if not submit:
+            config.check_here(experiment)
+            if experiment.launch.gpus_per_node:
+                from aem_exp import policy
+
+                policy.device(experiment.launch)
+        elif experiment.launch.where != "slurm":
+            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
+            raise ConfigError("launch", experiment.launch.name, remedy)
+        roots.add(config.outputs_root(experiment))
+    if submit and roots:
+        launch.check()
+    for root in roots:
+        disk.check_writable(root, "outputs")
+
+
 def run_here(experiments: Mapping[str, Experiment], at_once: int, say: Say) -> int:
     """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `here`."""
-    for experiment in experiments.values():
-        config.check_here(experiment)
     folders = _written(list(experiments.values()))
     names = dict(zip(folders, experiments, strict=True))
 
     def ended(folder: Path, code: int, last: str) -> str:
-        return "" if (folder / RESULT).exists() else last
+        return "" if (folder / RESULT).exists() else last.removeprefix("aem_exp: ")
 
     say(f"logs    {folders[0].parent}/*/{LOG}")
     return here("aem_exp.run", folders, at_once, say, ended, names)
@@ -79,7 +101,7 @@ def here(room: str, folders: Sequence[Path], at_once: int, say: Say, ended: Ende
                     why = ended(folder, process.returncode, _last_line(folder / LOG))
                     took, left = tally.end(folder, failed=bool(why), waiting=len(waiting))
                     end = f"failed: {why}" if why else f"{_score(folder)}{took}"
-                    say(f"{tally.done}/{tally.all:<6} {names[folder]}: {end}{left}")
+                    say(f"{f'{tally.done}/{tally.all}':<7} {names[folder]}: {end}{left}")
         except BaseException:
             _stop(list(live), say)
             raise

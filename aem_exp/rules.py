@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import prod
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ TEMPLATES: Final = {  # history -> template -> what it may quote
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 MOMENTS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
 CONSTANT: Final = "aem_exp.schedules.Constant"
+MOST_EPISODES: Final = 1_000_000  # of a step: more is a slip of the finger
 UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -199,6 +201,11 @@ def _quoted(template: str) -> set[str]:
 
 def _sizes(e: Experiment) -> None:
     t, world = e.trainer, e.launch.nodes * max(1, e.launch.gpus_per_node)
+    sizes = {key: t[key] for key in ("group_size", "tasks_per_step", "oversample")}
+    if (played := prod(sizes.values())) > MOST_EPISODES:
+        key = max(sizes, key=sizes.__getitem__)
+        remedy = f"makes {played:,} episodes a step, and {MOST_EPISODES:,} is the most"
+        raise ConfigError(f"trainer.{key}", t[key], remedy)
     episodes = t["tasks_per_step"] * t["group_size"]
     asked = f"trainer.tasks_per_step={t['tasks_per_step']} x trainer.group_size={t['group_size']} = {episodes}"
     if e.env.history == "full" and _rows(e) > episodes:

@@ -249,6 +249,8 @@ def _act(asked: argparse.Namespace) -> int:
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
     if ranks.first():
+        if not (folder / RESULT).exists():
+            disk.check_writable(folder, "RUN_DIR")
         print(f"run       {folder}", flush=True)
     return at_terminal(experiment, folder)
 
