@@ -44,10 +44,8 @@ def check_continued(e: Experiment, parent: Experiment) -> None:
     for field, (old, new) in kept.items():
         if old != new:
             raise ConfigError(field, new, f"must stay {shown(old)}: weights and optimizer are those of {e.parent_dir}")
-    if e.trainer["steps"] <= parent.trainer["steps"]:
-        remedy = (
-            f"must be above {parent.trainer['steps']}, the steps of {e.parent_dir}: steps are counted from its start"
-        )
+    if e.trainer["steps"] <= e.parent_steps:
+        remedy = f"must be above {e.parent_steps}, the steps of {e.parent_dir}: steps are counted from its start"
         raise ConfigError("trainer.steps", e.trainer["steps"], remedy)
 
 
@@ -64,7 +62,7 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.parent_steps and (anew := _changing(e)):
         span = f"steps {e.parent_steps + 1} to {t['steps']}"
-        out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; the parent's has ended")
+        out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; not the parent's")
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
     if e.modulation.lam is not None and not any(v for k, v in e.modulation.lam.items() if k != "_target_"):

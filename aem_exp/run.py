@@ -22,6 +22,7 @@ from aem_exp import (
     addresses,
     checkpoints,
     config,
+    continued,
     disk,
     door,
     launch,
@@ -115,7 +116,7 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     """Make the run dir what this start needs; where it begins."""
     _room(folder, weights)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
-        checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
+        checkpoints.adopt(continued.checkpoint(experiment), folder)
     start = parts.found(folder)
     asked = experiment.launch.trainer.get("fsdp", False)
     if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:
@@ -148,14 +149,6 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         wait=False,
         live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
     )
-
-
-def _end_of(parent: Path) -> Path:
-    """The last checkpoint of a finished run."""
-    checkpoint, steps = checkpoints.newest(parent), config.read(parent, trust=True).trainer["steps"]
-    if checkpoint is None or checkpoints.steps(checkpoint) != steps:
-        raise ConfigError("from", str(parent), f"has no checkpoint of its last step, {steps}; it may have been removed")
-    return checkpoint
 
 
 def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed: list[str]) -> dict[str, str]:

@@ -29,7 +29,8 @@ KNOWS = {
     "targets": {"values"},
     "rules": {"config", "keywords", "stores", "values"},
     "config": {"keywords", "rules", "targets", "values", "compose"},
-    "compose": {"keywords", "config", "rules", "values"},
+    "compose": {"continued", "keywords", "config", "rules", "values"},
+    "continued": {"checkpoints", "config", "ownership", "values"},
     "diagnostics": set(),
     "render": set(),
     "sample": set(),
@@ -154,8 +155,8 @@ KNOWS = {
         "values",
     },
     "run": {
-        *("attempts", "checkpoints", "config", "disk", "door", "interrupt", "launch", "members", "ownership"),
-        *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking"),
+        *("attempts", "checkpoints", "config", "continued", "disk", "door", "interrupt", "launch", "members"),
+        *("ownership", "parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking"),
         *("addresses", "values", "views", "worlds"),
     },
     "__main__": {
