@@ -135,7 +135,7 @@ def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None)
     assert sweep.search is not None
     search = searched(sweep.search, at)
     folder = cell.folder.parent / FOLDER / sweep.name
-    over = Path(config_dir).expanduser().absolute() if config_dir else None
+    over = Path(config_dir).expanduser().absolute() if config_dir else sweep.config_dir
     study = Study(folder, sweep.question, cell.overrides, over, search)
     for text in typed:
         if key_of(text) in search.space:

@@ -131,10 +131,11 @@ KNOWS = {
             "values",
         ),
     },
-    "questions": {"compose", "config", "rules", "values"},
+    "questions": {"compose", "config", "door", "rules", "values"},
+    "labels": set(),
     "ranks": set(),
     "state": {"attempts", "launch", "metrics", "ownership"},
-    "status": {"board", "door", "members", "state", "values"},
+    "status": {"board", "door", "labels", "members", "questions", "state", "values"},
     "sweep": {
         *("attempts", "config", "dispatch", "door", "members", "power", "progress", "questions", "state", "stores"),
         *("provenance", "study", "tracking", "values", "views", "worlds"),
