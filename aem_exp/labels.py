@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from aem_exp.values import shown
+
 BLOCKS: Final = ("name", "env", "model", "baseline", "modulation")  # named by people; the first two tell most
 APART: Final = (
     "seed",
@@ -21,7 +23,7 @@ def labels(experiments: Sequence[Data]) -> list[str]:
     """A label for each: the names that are not the same everywhere, and where those leave two alike, the settings that differ."""
     named = [[_name(data, block) for block in BLOCKS] for data in experiments]
     differs = [len(set(column)) > 1 for column in zip(*named, strict=True)]
-    out = [" ".join(word for word, shown in zip(row, differs, strict=True) if shown) for row in named]
+    out = [" ".join(word for word, differ in zip(row, differs, strict=True) if differ) for row in named]
     out = [label or "+".join(row[3:]) for label, row in zip(out, named, strict=True)]
     alike: dict[tuple[str, Any], list[int]] = {}
     for i, label in enumerate(out):
@@ -44,7 +46,7 @@ def _differences(experiments: Sequence[Data]) -> list[list[str]]:
     keys = list(dict.fromkeys(key for each in flat for key in each))
     differ = [key for key in keys if len({repr(each.get(key)) for each in flat}) > 1]
     more = ["..."] if len(differ) > MOST else []
-    return [[f"{key.rpartition('.')[2]}={each.get(key)}" for key in differ[:MOST]] + more for each in flat]
+    return [[f"{key.rpartition('.')[2]}={shown(each.get(key))}" for key in differ[:MOST]] + more for each in flat]
 
 
 def _dotted(data: Data, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -206,7 +206,8 @@ def _shown(experiment: Experiment, folder: Path) -> int:
             ) from stop
         except Interrupted as stop:
             if ranks.first():
-                print(f"{stop}; step {parts.found(folder).step} is saved", flush=True)
+                step = parts.found(folder).step
+                print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
             launch.make_way(stop.signal)
             raise
     if ranks.first():

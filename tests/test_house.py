@@ -132,7 +132,7 @@ KNOWS = {
         ),
     },
     "questions": {"compose", "config", "door", "rules", "values"},
-    "labels": set(),
+    "labels": {"values"},
     "ranks": set(),
     "state": {"attempts", "launch", "metrics", "ownership"},
     "status": {"board", "door", "labels", "members", "questions", "state", "values"},

@@ -38,6 +38,8 @@ def test_a_label_says_what_differs_and_no_more():
     rate = rates[0]["trainer"]["learning_rate"]
     assert labels.labels(rates) == [f"aem learning_rate={rate}", "aem learning_rate=0.0001", "none"]
     assert labels.labels([data(), data("launch.threads=3", "outputs=elsewhere")]) == ["grpo+aem", "grpo+aem"]
+    assert labels.labels([data(), data("model.revision=null")]) == ["grpo+aem", "grpo+aem"]
+    assert labels.labels([data(), data("trainer.delta=2.0")]) == ["grpo+aem delta=null", "grpo+aem delta=2.0"]
     assert labels.labels([]) == []
 
 
