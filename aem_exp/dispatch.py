@@ -39,13 +39,12 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
     return list(zip(folders, ids, strict=True))
 
 
-def check_begins(experiments: Iterable[Experiment], submit: bool) -> None:
+def check_begins(experiments: Sequence[Experiment], submit: bool, outputs: Path) -> None:
     """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
 
     Raises:
         ConfigError: which launch is wrong, that there is no SLURM, or that the folder of the runs takes no files.
     """
-    roots = set()
     for experiment in experiments:
         if not submit:
             config.check_here(experiment)
@@ -56,11 +55,9 @@ def check_begins(experiments: Iterable[Experiment], submit: bool) -> None:
         elif experiment.launch.where != "slurm":
             remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
             raise ConfigError("launch", experiment.launch.name, remedy)
-        roots.add(config.outputs_root(experiment))
-    if submit and roots:
+    if submit and experiments:
         launch.check()
-    for root in roots:
-        disk.check_writable(root, "outputs")
+    disk.check_writable(outputs, "outputs")
 
 
 def run_here(experiments: Mapping[str, Experiment], at_once: int, say: Say) -> int:

@@ -89,7 +89,7 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
         print(json.dumps(_as_json(sweep, states, todo), indent=1))
         return 0
     if asked.submit or asked.local:
-        dispatch.check_begins([cell.experiment for cell in todo], asked.submit)
+        dispatch.check_begins([cell.experiment for cell in todo], asked.submit, _outputs(sweep))
     _show(sweep, states, todo)
     if not (asked.submit or asked.local):
         print(f"\nnext    {_next(sweep, todo, typed, asked)}")
@@ -120,7 +120,7 @@ def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
 
     search = study.of(sweep, asked.overrides, asked.config_dir)
     if (asked.submit or asked.local) and not asked.json:
-        dispatch.check_begins([search.base], asked.submit)
+        dispatch.check_begins([search.base], asked.submit, search.outputs)
         _views(sweep)
     return study.carry_out(search, asked, typed, print)
 
