@@ -155,6 +155,40 @@ def test_stopped_it_ends_what_it_began(desk, number):
     assert checkpoints.newest(begun.parent) is not None
 
 
+STUBBORN = """
+import signal, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: print("asked by", signal.Signals(number).name, flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(1)
+"""
+STOPS = """
+import subprocess, sys
+from aem_exp import dispatch
+from aem_exp.interrupt import Signals
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+sys.stdin.readline()
+with Signals():
+    dispatch._stop([child], lambda text: None)
+print("ended by", -child.returncode, flush=True)
+"""
+
+
+def test_a_cell_that_does_not_end_is_ended_by_further_ctrl_c():
+    """First it is asked to save, then to leave at once, then it is killed."""
+    command = [sys.executable, "-c", STOPS, STUBBORN]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stdout.readline() == "up\n"
+    process.stdin.write("\n")
+    assert process.stdout.readline() == "asked by SIGTERM\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked by SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=LONG)
+    assert out == f"ended by {signal.SIGKILL.value}\n"
+
+
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
