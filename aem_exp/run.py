@@ -58,7 +58,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     Raises:
         ConfigError: before any work.
         Owned: another process runs it.
-        Interrupted: by TERM or USR2, at the end of a step, all of which is saved.
+        Interrupted: by Ctrl-C, TERM or USR2, at the end of a step, all of which is saved.
         Stop: it cannot go on.
     """
     config.check_here(experiment)

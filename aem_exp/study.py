@@ -146,15 +146,16 @@ def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None)
 
 def searched(block: Mapping[str, Any], at: str) -> Search:
     """The block `search:` of a file, typed."""
-    for key in ("space", "trials"):
-        if not block.get(key):
-            raise ConfigError(f"{at}.{key}", block.get(key), "must hold something")
-    space = block["space"]
+    space = block.get("space")
     for key, text in space.items() if isinstance(space, Mapping) else ():
         if not isinstance(text, str):
             remedy = "must be text such as interval(1e-4, 1e-3), range(1, 9) or choice(a, b)"
             raise ConfigError(f"{at}.space.{key}", text, remedy)
-    return build(Search, block, at)
+    search = build(Search, block, at)
+    for key in ("space", "trials"):
+        if not block.get(key):
+            raise ConfigError(f"{at}.{key}", block.get(key), "must hold something")
+    return search
 
 
 def _check(study: Study, at: str) -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import optuna
@@ -15,7 +14,7 @@ from doors import until
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from aem_exp import attempts, checkpoints, questions, study
+from aem_exp import attempts, checkpoints, dispatch, questions, study
 from aem_exp import trial as room
 from aem_exp.values import ConfigError
 
@@ -360,11 +359,11 @@ def test_what_is_wrong_is_one_sentence(asked, text, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked):
+def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked, desk):
     with pytest.raises(ConfigError, match="is searched"):
         asked(typed=["trainer.learning_rate=1e-3"])
     with pytest.raises(ConfigError, match="runs here; to submit"):
-        study.carry_out(asked(), Namespace(json=False, submit=True, local=False), "", print)
+        dispatch.check_begins([asked().base], True, desk.outputs)
 
 
 @pytest.mark.machine
