@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import door
+from aem_exp import disk, door
 from aem_exp.values import ConfigError, Missing
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ folder. Asked again, it resumes, or shows what is there. Without arguments:
 """
 OPTIONS = """\
 Options
-  from=RUN_DIR      begin where a finished run ended, with its settings: from=RUN_DIR trainer.steps=200
+  from=RUN_DIR      begin where a run ended or was stopped, with its settings: from=RUN_DIR trainer.steps=200
   resume=inexact    go on with a run although code, libraries or machine have changed; the run is marked
   plan=true         show the run's folder, its size, what it needs and what is odd about it; run nothing
   -m                several values (seed=0,1,2 modulation=none,aem): a sweep; --submit or --local carries it out
@@ -129,6 +129,8 @@ def _run(experiment: "Experiment") -> int:
     _check(experiment)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
+    if not finished:
+        disk.check_writable(folder if folder.exists() else folder.parent, "outputs")
     print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
     if experiment.launch.where == "slurm" and not finished:
         return _submit(experiment, folder)
@@ -228,7 +230,7 @@ def _about(experiment: "Experiment") -> list[str]:
     odd = [f"note    {note}" for note in (*notes(experiment), *preflight.notes(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
-        begun = f"from    {Path(experiment.parent_dir).name}, at step {parent.trainer['steps']}"
+        begun = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"
         return [*odd, begun, *(f"        {x}" for x in diff(parent, experiment))]
     near = None if run_dir(experiment).exists() else nearest(experiment)
     if near and 0 < len(near[1]) <= MOST_DIFFERENCES:

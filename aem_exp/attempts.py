@@ -19,6 +19,10 @@ from aem_exp.values import ConfigError, Stop
 
 FILE = "attempts.jsonl"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
+KINDS = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `state`)
+    *("config", "crash", "disk", "env", "hang", "nan", "oom"),
+    *("killed", "node", "time", "unseen", "user"),
+)
 IDLE = 2  # starts of a job in a row that may get nowhere
 
 

@@ -16,13 +16,17 @@ from aem_exp.state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, S
 
 COLOURS: Mapping[str, str] = {DONE: "green", RUNNING: "blue", QUEUED: "cyan", STOPPED: "yellow", FAILED: "red", NEW: ""}
 EVERY = 5.0  # seconds between looks
+HEADINGS = ("id", "run", "seed", "state", "step", "left", "success", "starts", "job")
+OPTIONAL = ("left", "success", "starts", "job")  # left out where they are empty
+LEAST = 10  # columns of a name, which goes on in the next line: so that a table fits into 80
 MOST = 60  # rows; of larger sweeps only those that need a look
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run on the board: what it is called there, and how it is."""
+    """A run on the board: the first digits of its signature, what it is called there, and how it is."""
 
+    id: str
     name: str
     seed: str
     state: State
@@ -47,13 +51,24 @@ def board(lines: Sequence[Line], title: str) -> Group:
     shown = list(lines)
     if len(shown) > MOST:
         shown = [line for line in lines if line.state.what not in (DONE, NEW)][:MOST]
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    for heading in ("run", "seed", "state", "step", "left", "success", "starts", "job", ""):
+    rows = [_row(line) for line in shown]
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    columns = [heading for heading in HEADINGS if heading not in OPTIONAL or any(row[heading] for row in rows)]
+    for heading in columns:
         right = heading in ("seed", "step", "left", "success", "starts")
-        table.add_column(heading, header_style="bold", justify="right" if right else "left", no_wrap=bool(heading))
-    for line in shown:
-        table.add_row(*_row(line))
-    return Group(table, Text(f"\n{counted(lines)}" + (f"; {len(shown)} shown" if len(shown) < len(lines) else "")))
+        how = {"overflow": "fold", "min_width": LEAST} if heading == "run" else {"no_wrap": True}
+        table.add_column(heading, header_style="bold", justify="right" if right else "left", **how)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in columns))
+    whole = counted(lines) + (f"; {len(shown)} shown" if len(shown) < len(lines) else "")
+    return Group(Text(title, "italic"), table, *_notes(shown), Text(f"\n{whole}"))
+
+
+def _notes(lines: Sequence[Line]) -> list[Text]:
+    """Why runs wait or have failed, below the table: a sentence needs its width."""
+    notes = [line for line in lines if line.state.sentence and line.state.what in (FAILED, STOPPED, QUEUED)]
+    said = [Text.assemble((f"{line.id}  ", "bold"), (line.state.sentence, "bright_black")) for line in notes]
+    return [Text(), *said] if said else []
 
 
 def counted(lines: Sequence[Line]) -> str:
@@ -62,11 +77,12 @@ def counted(lines: Sequence[Line]) -> str:
     return ", ".join(f"{counts[what]} {what}" for what in STATES if counts[what]) or "no runs"
 
 
-def _row(line: Line) -> list[Text | str]:
+def _row(line: Line) -> dict[str, Text | str]:
     state = line.state
     what = Text(f"{state.what}{f' ({state.kind})' if state.kind else ''}", COLOURS[state.what])
     left = "" if math.isnan(state.left) else clock(state.left)
     score = f"{state.score[0].partition('/')[0]} {state.score[1]:.0%}" if state.score else ""
     step = f"{state.step}/{state.steps}" if state.steps else ""
-    starts = str(state.starts) if state.starts else ""
-    return [line.name, line.seed, what, step, left, score, starts, state.job, Text(state.sentence, "bright_black")]
+    starts = str(state.starts) if state.starts > 1 else ""
+    cells = (line.id, line.name, line.seed, what, step, left, score, starts, state.job)
+    return dict(zip(HEADINGS, cells, strict=True))

@@ -28,8 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from aem_exp import keywords
-from aem_exp.config import Experiment, choices, config_roots, read, signature, to_dict
+from aem_exp import continued, keywords
+from aem_exp.config import Experiment, choices, config_roots, read, to_dict
 from aem_exp.rules import TEMPLATES
 from aem_exp.values import ConfigError, closest, unknown
 
@@ -76,14 +76,11 @@ def _check_read(tree: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:
-    """What a finished run was, without the blocks that are chosen anew."""
+    """What another run was, without the blocks that are chosen anew."""
     folder = Path(parent).expanduser().absolute()
     experiment = read(folder, trust)
-    if not (folder / "result.json").exists():
-        raise ConfigError("from", parent, "is not finished; ask it again to go on, and continue it when it is")
-    tree = to_dict(experiment)
-    tree |= {"parent": signature(experiment), "parent_dir": str(folder), "parent_steps": experiment.trainer["steps"]}
-    tree |= {"resume": "exact"}
+    name, steps = continued.origin(parent, experiment)
+    tree = to_dict(experiment) | {"parent": name, "parent_dir": str(folder), "parent_steps": steps, "resume": "exact"}
     chosen = {text.lstrip("+").partition("=")[0] for text in overrides}
     return {key: value for key, value in tree.items() if key not in chosen & set(BRANCHES)}
 

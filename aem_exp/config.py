@@ -143,9 +143,11 @@ class Experiment:
     launch: Launch = field(default_factory=Launch)
     outputs: str | None = None
     tracking: str | None = None
-    parent: str | None = None  # signature of the run at whose end this one begins, by `from=RUN_DIR`
+    parent: str | None = (
+        None  # the run that this one continues, by `from=RUN_DIR`: its signature, and @STEP where it was stopped
+    )
     parent_dir: str | None = None  # where that one lies
-    parent_steps: Count = 0  # steps that it has: the first step of this run is the next one
+    parent_steps: Count = 0  # steps that it has made: the first step of this run is the next one
     resume: Literal["exact", "inexact"] = "exact"  # inexact: go on though code, libraries or machine changed
 
 

@@ -4,20 +4,24 @@ or on its way, is not sent again.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aem_exp import attempts, config, disk, door, launch, preflight, provenance
 from aem_exp.config import Experiment
-from aem_exp.interrupt import Signals
+from aem_exp.interrupt import AGAIN, Signals
 from aem_exp.ownership import owner
+from aem_exp.progress import clock
 from aem_exp.values import ConfigError, Elsewhere
 
 RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here
+Say = Callable[[str], None]
 
 
 def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
@@ -35,50 +39,118 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
     return list(zip(folders, ids, strict=True))
 
 
-def run_here(experiments: Sequence[Experiment], at_once: int, say: Callable[[str], None]) -> int:
-    """Run experiments on this machine, with the code as it is now; how many failed. See `here`."""
+def check_begins(experiments: Sequence[Experiment], submit: bool, outputs: Path) -> None:
+    """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
+
+    Raises:
+        ConfigError: which launch is wrong, that there is no SLURM, or that the folder of the runs takes no files.
+    """
     for experiment in experiments:
-        config.check_here(experiment)
+        if not submit:
+            config.check_here(experiment)
+            if experiment.launch.gpus_per_node:
+                from aem_exp import policy
 
-    def failed(folder: Path, code: int, last: str) -> bool:
-        done = (folder / RESULT).exists()
-        if not done:
-            say(f"failed: {folder.name}: {last}")
-        return not done
+                policy.device(experiment.launch)
+        elif experiment.launch.where != "slurm":
+            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
+            raise ConfigError("launch", experiment.launch.name, remedy)
+    if submit and experiments:
+        launch.check()
+    disk.check_writable(outputs, "outputs")
 
-    return here("aem_exp.run", _written(experiments), at_once, say, failed)
+
+def run_here(experiments: Mapping[str, Experiment], at_once: int, say: Say) -> int:
+    """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `here`."""
+    folders = _written(list(experiments.values()))
+    names = dict(zip(folders, experiments, strict=True))
+
+    def ended(folder: Path, code: int, last: str) -> str:
+        return "" if (folder / RESULT).exists() else last.removeprefix("aem_exp: ")
+
+    say(f"logs    {folders[0].parent}/*/{LOG}")
+    return here("aem_exp.run", folders, at_once, say, ended, names)
 
 
-def here(
-    room: str,
-    folders: Sequence[Path],
-    at_once: int,
-    say: Callable[[str], None],
-    failed: Callable[[Path, int, str], bool],
-) -> int:
+Ended = Callable[
+    [Path, int, str], str
+]  # folder, exit code, the last line that was printed -> why it failed, or nothing
+
+
+def here(room: str, folders: Sequence[Path], at_once: int, say: Say, ended: Ended, names: Mapping[Path, str]) -> int:
     """`python -m ROOM FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
 
-    Stopped, it asks those that run to save and end, and waits for them. `failed` is given the folder, the exit code and the
-    last line that was printed; it says what is to be said of that.
+    Each end is said, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
+    waits for them.
     """
-    waiting, live, failures = list(folders), dict[subprocess.Popen[bytes], Path](), 0
-    try:
-        with Signals():  # TERM ends as Ctrl-C does
+    waiting, live, tally = list(folders), dict[subprocess.Popen[bytes], Path](), _Tally(len(folders), at_once)
+    with Signals():  # TERM ends as Ctrl-C does
+        try:
             while waiting or live:
                 while waiting and len(live) < at_once:
                     folder = waiting.pop(0)
-                    say(f"[{len(folders) - len(waiting)}/{len(folders)}] {folder.name}; log in {folder / LOG}")
+                    say(f"start   {names[folder]}")
+                    tally.begin(folder)
                     live[_started(room, folder)] = folder
                 time.sleep(0.2)
                 for process in [process for process in live if process.poll() is not None]:
                     folder = live.pop(process)
-                    failures += failed(folder, process.returncode, _last_line(folder / LOG))
-    finally:
-        for process in live:
-            process.terminate()
-        for process in live:
-            process.wait()
-    return failures
+                    why = ended(folder, process.returncode, _last_line(folder / LOG))
+                    took, left = tally.end(folder, failed=bool(why), waiting=len(waiting))
+                    end = f"failed: {why}" if why else f"{_score(folder)}{took}"
+                    say(f"{f'{tally.done}/{tally.all}':<7} {names[folder]}: {end}{left}")
+        except BaseException:
+            _stop(list(live), say)
+            raise
+    return tally.failed
+
+
+class _Tally:
+    """How many processes have ended, how long they took, and how long the others will."""
+
+    def __init__(self, count: int, at_once: int) -> None:
+        self.all, self.at_once, self.done, self.failed = count, at_once, 0, 0
+        self._begun: dict[Path, float] = {}
+        self._took: list[float] = []
+
+    def begin(self, folder: Path) -> None:
+        self._begun[folder] = time.monotonic()
+
+    def end(self, folder: Path, failed: bool, waiting: int) -> tuple[str, str]:
+        """The time that it took, and the time that is left, in words; the latter is empty where it is not known."""
+        now = time.monotonic()
+        seconds = now - self._begun.pop(folder)
+        self.done, self.failed = self.done + 1, self.failed + failed
+        if not failed:
+            self._took.append(seconds)
+        if not self._took or self.done == self.all:
+            return clock(seconds), ""
+        each = sum(self._took) / len(self._took)
+        left = waiting * each + sum(max(0.0, each - (now - begun)) for begun in self._begun.values())
+        return clock(seconds), f"; about {clock(left / min(self.at_once, self.all - self.done))} left"
+
+
+def _score(folder: Path) -> str:
+    """The success of a finished run before and after its training, where the folder is one."""
+    if not (folder / RESULT).exists():
+        return ""
+    result = json.loads((folder / RESULT).read_text())
+    before, after, final = (result[when]["success"] for when in ("before", "after", "final"))
+    panel, last = (result[when]["panel"].partition("[")[0] for when in ("after", "final"))
+    return f"{panel} {before:.0%} -> {after:.0%}, {last} {final:.0%}, "
+
+
+def _stop(live: Sequence["subprocess.Popen[bytes]"], say: Say) -> None:
+    """Ask processes to save and end, and wait for them. Another Ctrl-C asks them to leave at once; a third kills them."""
+    if live:
+        say(f"stopping: {len(live)} at work save at the end of their step; {AGAIN}")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        with suppress(KeyboardInterrupt):
+            for process in live:
+                process.send_signal(number)
+            for process in live:
+                process.wait()
+            return
 
 
 def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":

@@ -1,7 +1,8 @@
-"""A polite end. TERM (preemption, `scancel`, `kill`) and USR2 (a time limit that comes near) are heard at once, and obeyed
-where nothing is lost: in training at the end of a step, elsewhere on the spot.
+"""How a run ends early. Ctrl-C (INT), TERM (preemption, `scancel`, `kill`) and USR2 (a time limit that comes near) are noted
+at once, and obeyed where nothing is lost: in training at the end of a step, elsewhere immediately.
 """
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, Self
 
-HEARD = (signal.SIGTERM, signal.SIGUSR2)
+log = logging.getLogger("aem_exp")
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+AGAIN = "press it again to leave at once"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +37,9 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in HEARD}
+            # A shell starts a command with `&` so that it ignores Ctrl-C; it still does.
+            wanted = [n for n in HEARD if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +47,7 @@ class Signals:
             signal.signal(number, handler)
 
     def deferred(self) -> AbstractContextManager[None]:
-        """Only note what is heard: whoever works here asks `heard` when it is safe to stop."""
+        """Only note what is heard: whoever works here asks `heard` when it is safe to stop. A second Ctrl-C is obeyed."""
         return self._patience(True)
 
     @contextmanager
@@ -62,6 +67,11 @@ class Signals:
             self._patient = before
 
     def _hear(self, number: int, _: FrameType | None) -> None:
+        again = self.heard is not None and number == signal.SIGINT
         self.heard = number
-        if not self._patient:
+        if again or not self._patient:
             raise Interrupted(number)
+        name, press = ("Ctrl-C", f"; {AGAIN}") if number == signal.SIGINT else (signal.Signals(number).name, "")
+        sentence = f"{name}: saving at the end of this step{press}"
+        # In a thread: the main one may have been interrupted in the middle of a write, and a stream takes no second one.
+        threading.Thread(target=log.warning, args=[sentence], daemon=True).start()

@@ -26,6 +26,7 @@ from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
 SERVER = "vllm_server.sh"  # of the site: what a node that serves runs
 JOB = "job.json"  # in a run dir: which job has it
 OURS = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
+LOGIN = "submit from a login node of your cluster, or choose launch=local"
 LIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
 
 
@@ -117,8 +118,13 @@ def check() -> None:
     site()
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
-            remedy = f"{program} is not on the PATH; submit from a login node of your cluster, or choose launch=local"
-            raise ConfigError("launch.where", "slurm", remedy)
+            raise ConfigError("launch.where", "slurm", f"{program} is not on the PATH; {LOGIN}")
+    if shutil.which("sinfo") is None:
+        return
+    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        why = next((line for line in asked.stderr.splitlines() if line.strip()), f"exit code {asked.returncode}")
+        raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN}")
 
 
 def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
@@ -200,7 +206,7 @@ def make_way(number: int) -> None:
     Where the time is nearly up (USR2), the first process asks for the new start. Where a job is preempted, SLURM does that
     itself, but only for one that has not ended.
     """
-    if OURS not in os.environ:
+    if OURS not in os.environ or number == signal.SIGINT:
         return
     if number == signal.SIGUSR2 and ranks.first():
         _requeue(os.environ[OURS])

@@ -28,12 +28,16 @@ def read(outputs: Path, name: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: it was not.
     """
-    file = outputs / FOLDER / f"{name}.json"
-    if not file.exists():
-        known = sorted(path.stem for path in (outputs / FOLDER).glob("*.json"))
+    names = known(outputs)
+    if name not in names:
         remedy = f"no sweep of that name was begun in {outputs}; begin it with: python -m aem_exp.sweep {name} --submit"
-        raise ConfigError("sweep", name, known, remedy)
-    return json.loads(file.read_text())["members"]
+        raise ConfigError("sweep", name, names, remedy)
+    return json.loads((outputs / FOLDER / f"{name}.json").read_text())["members"]
+
+
+def known(outputs: Path) -> list[str]:
+    """The names of the sweeps that were recorded."""
+    return sorted(path.stem for path in (outputs / FOLDER).glob("*.json"))
 
 
 def leave_links(outputs: Path, name: str, lines: Sequence[str]) -> None:
@@ -50,10 +54,10 @@ def links(outputs: Path, name: str) -> str:
 
 def label(folder: Path, sweep: str, group: str) -> bool:
     """Tell a run that a sweep calls it so; whether that was news."""
-    known = labels(folder)
-    if known.get(sweep) == group:
+    so_far = labels(folder)
+    if so_far.get(sweep) == group:
         return False
-    disk.write(folder / LABELS, json.dumps({**known, sweep: group}) + "\n")
+    disk.write(folder / LABELS, json.dumps({**so_far, sweep: group}) + "\n")
     return True
 
 

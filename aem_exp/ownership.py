@@ -53,7 +53,7 @@ def owner(folder: Path) -> str | None:
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime
         pid, host = (folder / LOCK).read_text().split()[:2]
-    except (FileNotFoundError, ValueError):  # nobody's, or being written at this moment
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # nobody's, or being written at this moment
         return None
     if silent > STALE or (host == platform.node() and not _lives(int(pid))):
         return None

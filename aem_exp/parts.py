@@ -83,7 +83,7 @@ class Parts:
         from aem_exp import sharded
         from aem_exp.episodes import Episodes
         from aem_exp.render import Chat
-        from aem_exp.rollout import Rollout
+        from aem_exp.rollout import Rollout, Watcher
         from aem_exp.trainer import Time
         from aem_exp.workers import stage_of
 
@@ -98,7 +98,8 @@ class Parts:
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         launch = experiment.launch
         stage = stage_of(world, experiment.env.make, launch, ranks.number())
-        self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes)
+        self.watcher = watch if isinstance(watch, Watcher) else None
+        self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes, self.watcher)
         made = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
         self.time = Time(experiment.trainer["steps"], start.step, experiment.parent_steps, made)
         self.episodes = Episodes(folder, start.measured) if self.first else None
@@ -246,7 +247,7 @@ class Parts:
             return EngineSampler(trainer, self.chat.end_ids, sampling)
         from aem_exp.sample import LocalSampler
 
-        return LocalSampler(self.model, self.chat.end_ids, sampling)
+        return LocalSampler(self.model, self.chat.end_ids, sampling, self.watcher.token if self.watcher else None)
 
     def _begin(self) -> None:
         """Score the policy before the first step; once, also in a run that is resumed."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,8 +17,8 @@ from aem_exp import addresses, policy
 from aem_exp.config import Experiment, Model
 from aem_exp.envs import Task, Turn, World, tagged
 from aem_exp.render import Chat
-from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory
-from aem_exp.sample import Asked, Independent, LocalSampler, Sample, Sampling, generator
+from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory, Watcher
+from aem_exp.sample import Independent, LocalSampler, Sample, Sampling, generator
 from aem_exp.served import ServedSampler
 from aem_exp.servers import Servers
 from aem_exp.stage import Reply, Serial, Stage
@@ -48,16 +48,6 @@ class Player:
         return {"model": chosen, "weights": policy.fingerprint(self.folder)}
 
 
-class Watcher(Protocol):
-    """Who hears of each turn."""
-
-    def turn(self, live: int) -> None:
-        """So many episodes have played another turn, together."""
-
-    def alone(self, slot: int, turn: int) -> None:
-        """The episode in a slot has played this turn, by itself; after the first, whatever was in the slot before is over."""
-
-
 @contextmanager
 def at(
     player: Player, experiment: Experiment, world: World, temperature: float, at_once: int, watcher: Watcher
@@ -76,11 +66,12 @@ def at(
                 yield _in_parts(lambda episodes: act(episodes, stage, choose, rules.max_turns), at_once)
             return
         with voice(player, experiment, temperature) as (sampler, chat):
-            rollout = Rollout(stage, rules, chat, at_once)
+            rollout = Rollout(stage, rules, chat, at_once, watcher)
             if isinstance(sampler, Independent):
-                yield partial(rollout.flow, sampler=_WatchedAlone(sampler, watcher))
+                yield partial(rollout.flow, sampler=sampler)
             else:
-                yield _in_parts(partial(rollout.play, sampler=_Watched(sampler, watcher)), at_once)
+                sampler.watch = watcher.token
+                yield _in_parts(partial(rollout.play, sampler=sampler), at_once)
 
 
 @contextmanager
@@ -135,47 +126,6 @@ def _in_parts(play: Callable[[Sequence[Episode]], list[Trajectory]], size: int) 
             yield from play(episodes[start : start + size])
 
     return played
-
-
-class _Watched:
-    """A sampler whose episodes are watched, all of them together."""
-
-    def __init__(self, sampler: Any, watcher: Watcher) -> None:
-        self.sampler, self.watcher = sampler, watcher
-
-    def session(self) -> "_Watched":
-        return _Watched(self.sampler.session(), self.watcher)
-
-    def generate(self, slots: Sequence[int], *rest: Any) -> Any:
-        samples = self.sampler.generate(slots, *rest)
-        self.watcher.turn(len(slots))
-        return samples
-
-
-class _WatchedAlone:
-    """A sampler whose episodes are watched, each by itself."""
-
-    def __init__(self, sampler: Independent, watcher: Watcher) -> None:
-        self.sampler, self.watcher = sampler, watcher
-
-    def session(self) -> "_WatchedSession":
-        return _WatchedSession(self.sampler.session(), self.watcher)
-
-    def hang_up(self) -> None:
-        self.sampler.hang_up()
-
-
-class _WatchedSession:
-    def __init__(self, session: Asked, watcher: Watcher) -> None:
-        self.session, self.watcher = session, watcher
-
-    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
-        sample = self.session.ask(slot, prompt, key, budget)
-        self.watcher.alone(slot, key[-1] + 1)
-        return sample
-
-    def generate(self, *asked: Any) -> Any:
-        return self.session.generate(*asked)
 
 
 Choose = Callable[[Episode, int, Turn, int], str]  # episode, its slot, what it last saw, number of the turn -> response

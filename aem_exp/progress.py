@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 RECENT = 10  # steps in a moving mean
 EVERY = 10.0  # seconds between lines where there is no terminal
+SLOW = 2.0  # seconds after which a step, or a panel, shows how far its play is
 SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
 CRASHED = "train/ended_crashed"
 
@@ -65,6 +66,8 @@ class Progress:
         self.times = deque[float](maxlen=RECENT + 1)
         self.crashed = deque[float](maxlen=RECENT)
         self.printed, self.ended = -math.inf, False
+        self.turns, self.play, self.played = 0, "", -math.inf
+        self.slots = dict[int, int]()
         self.open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -85,7 +88,8 @@ class Progress:
 
     def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Show that `step` of `steps` is done."""
-        self.step, self.steps, self.stage = step, steps, ""
+        self.step, self.steps, self.stage, self.stage_since = step, steps, "", time.monotonic()
+        self._play("")
         for name, values in self.recent.items():
             if not math.isnan(value := metrics.get(name, math.nan)):
                 values.append(value)
@@ -101,12 +105,38 @@ class Progress:
     def say(self, stage: str) -> None:
         """Show what the run is at between steps."""
         self.stage, self.stage_since = stage, time.monotonic()
+        self._play("")
         if self.live is None:
+            self.played = self.stage_since
             self.console.print(stage, soft_wrap=True, markup=False)
 
     def warn(self, sentence: str) -> None:
         """Show a sentence that stays."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
+
+    def turn(self, live: int) -> None:
+        """Show that `live` episodes have played another turn together; 0: they are over."""
+        self.turns = self.turns + 1 if live else 0
+        self._play(f"turn {self.turns} of {live} episodes" if live else "")
+
+    def token(self, count: int) -> None:
+        """Show that the turn at hand has so many tokens."""
+        self._play(f"turn {self.turns + 1}, {count} tokens")
+
+    def alone(self, slot: int, turn: int) -> None:
+        """Show that an episode has played a turn by itself."""
+        self.slots[slot] = turn
+        self._play(f"{sum(self.slots.values())} turns of {len(self.slots)} episodes at a time")
+
+    def _play(self, how_far: str) -> None:
+        """Note how far the play is, and say it where there is no terminal and nothing was said for long."""
+        self.play = how_far
+        if not how_far:
+            self.turns, self.slots = 0, {}
+        elif self.live is None and (now := time.monotonic()) - max(self.printed, self.played) >= self.every:
+            self.played = now
+            what = self.stage or f"step {self.step + 1}/{self.steps}"
+            self.console.print(f"{what}: {how_far}", soft_wrap=True, markup=False)
 
     def _facts(self) -> list[str]:
         names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
@@ -127,9 +157,10 @@ class Progress:
     def _line(self) -> "RenderableType":
         from rich.text import Text
 
-        line = Text(no_wrap=True, overflow="ellipsis")
+        line, slow = Text(no_wrap=True, overflow="ellipsis"), time.monotonic() - self.stage_since >= SLOW
         if self.steps:
-            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in self._facts())
+            at = [self.play] if slow and self.play and not self.stage else []
+            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in [*at, *self._facts()])
             room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
             full = round(room * self.step / self.steps)
             line.append("train ", "bold").append("━" * full, "blue").append("─" * (room - full), "bright_black")
@@ -137,6 +168,7 @@ class Progress:
             line.append("" if self.stage else facts)
         if self.stage:
             line.append(f"  {self.stage} …  ").append(clock(time.monotonic() - self.stage_since), "bright_black")
+            line.append(f"  {self.play}" if slow else "", "bright_black")
         return line
 
 

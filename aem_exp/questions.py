@@ -13,6 +13,7 @@ first one is the reference; a *point* is a choice out of one of the products; ov
       - baseline=grpo,rloo
     seeds: 0,1,2                                         # or range(0,3)
     launch: launch=local                                 # optional: how much machine
+    config_dir: ../my_conf                               # optional: a folder over conf/, seen from this file
 
 With `search:` in the place of arms and products it is a study (see `study`), and its one cell what the search goes around.
 What stands later in a cell wins: base, launch, arm, point, what was typed, seed. Everything that is wrong with a cell is
@@ -28,14 +29,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from aem_exp import config, rules
+from aem_exp import config, door, rules
 from aem_exp.values import ConfigError, convert, unknown
 
 if TYPE_CHECKING:
     from aem_exp.compose import Composer
 
 Point = tuple[str, ...]
-KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch")
+KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch", "config_dir")
 COMMON: Final = {  # what no arm and no point may set
     "seed": "seeds stand under seeds:, the same for every arm",
     "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
@@ -87,6 +88,7 @@ class Sweep:
     cells: tuple[Cell, ...]
     pairs: tuple[tuple[str, str], ...]  # the comparisons that were declared: an arm, and what it stands against
     search: Mapping[str, Any] | None = None  # the block of a study, which `study` understands
+    config_dir: Path | None = None  # that its configs were composed with
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
 
     Args:
         overrides: over every cell, as typed; `seed=0,1` stands in the place of the file's seeds.
-        config_dir: a folder laid over `conf/`, as in `config.load`.
+        config_dir: a folder laid over `conf/`, as in `config.load`; in the place of the one that the file names.
 
     Raises:
         ConfigError: anything that is wrong with it, or with a cell of it, which is named.
@@ -118,7 +120,9 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
     from aem_exp.compose import Composer, key_of
 
     file = _file(file_or_name)
-    data, composer, name = _read(file), Composer(config_dir), file.stem
+    data, name = _read(file), file.stem
+    config_dir = config_dir or _own_configs(file, data)
+    composer = Composer(config_dir)
     typed = [text for text in overrides if key_of(text) != "seed"]
     seeds = [text.partition("=")[2] for text in overrides if key_of(text) == "seed"]
     given = seeds[-1] if seeds else data["seeds"]
@@ -131,7 +135,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
         "overrides": typed,
     }.items():
         _check_single(f"{name}.{at}", words, composer)
-    return _sweep(
+    sweep = _sweep(
         _Question(
             name=name,
             text=data["question"].strip(),
@@ -146,6 +150,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
         ),
         composer,
     )
+    return replace(sweep, config_dir=Path(config_dir).expanduser().absolute() if config_dir else None)
 
 
 def grid(overrides: Sequence[str], config_dir: str | Path | None = None) -> Sweep:
@@ -199,11 +204,28 @@ def _root() -> Path:
     return config.conf_root().parent / "sweeps"
 
 
-def _file(asked: str | Path) -> Path:
+def find(asked: str | Path) -> Path | None:
+    """The file of a sweep, by its path or by its name in `sweeps/`."""
     name = Path(asked).expanduser()
     places = [name, _root() / f"{name}.yaml", _root().parent / name]
-    if found := next((place for place in places if place.is_file()), None):
-        return found.absolute()
+    found = next((place for place in places if place.is_file()), None)
+    return found.absolute() if found else None
+
+
+def _own_configs(file: Path, data: Mapping[str, Any]) -> Path | None:
+    """The folder over `conf/` that the file names, seen from where it lies; its modules can be named by configs."""
+    if "config_dir" not in data:
+        return None
+    folder = file.parent / Path(data["config_dir"]).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{file.stem}.config_dir", data["config_dir"], f"there is no folder {folder}")
+    door.reach(folder)
+    return folder
+
+
+def _file(asked: str | Path) -> Path:
+    if found := find(asked):
+        return found
     names = [file.stem for file in sorted(_root().glob("*.yaml"))]
     raise ConfigError("sweep", asked, names, "or the path of a file of yours")
 
@@ -242,6 +264,7 @@ def _read(file: Path) -> dict[str, Any]:
         "pairs": (list, "a list, two arms to an item: [aem none, aem shuffled]"),
         "arms": (dict, "a mapping, name: overrides"),
         "search": (dict, "a mapping with space, trials, and more"),
+        "config_dir": (str, "a folder, seen from this file"),
     }
     for key, (kind, words) in kinds.items():
         if key in data and not isinstance(data[key], kind):

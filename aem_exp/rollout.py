@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from aem_exp import crew
 from aem_exp.config import Env
@@ -155,16 +155,31 @@ class Clock:
             self._at[name] = self._at.get(name, 0) + by
 
 
+@runtime_checkable
+class Watcher(Protocol):
+    """Who is told how far the play is."""
+
+    def turn(self, live: int) -> None:
+        """So many episodes have played another turn, together; 0: all of them are over."""
+
+    def token(self, count: int) -> None:
+        """The turn that they are at has so many tokens by now, where they are sampled in this process."""
+
+    def alone(self, slot: int, turn: int) -> None:
+        """The episode in a slot has played this turn, by itself; after the first, whatever was in the slot before is over."""
+
+
 class Rollout:
     """Plays episodes on a stage with one sampler.
 
     Args:
         stage: steps the environments.
         at_once: episodes that are live at a time, which bounds memory; 0: all.
+        watcher: told of each turn.
     """
 
-    def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0):
-        self.stage, self.env, self.chat, self.at_once = stage, env, chat, at_once
+    def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
+        self.stage, self.env, self.chat, self.at_once, self.watcher = stage, env, chat, at_once, watcher
         self.clock = Clock(first="generation")  # so what counts for environments is time without any
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
@@ -194,10 +209,14 @@ class Rollout:
                 if self.env.history == "window":
                     session = sampler.session()
                 samples = _ask(session, live)
+            if self.watcher:
+                self.watcher.turn(len(live))
             said = {slot: game.say(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)}
             with self.clock("environment"):
                 replies = self.stage.step(said)
             live = {slot: game for slot, game in live.items() if game.hear(replies[slot])}
+        if self.watcher:
+            self.watcher.turn(0)
         return [game.trajectory for game in games.values()]
 
     @contextmanager
@@ -220,6 +239,8 @@ class Rollout:
                 session = sampler.session()
             with self.clock("generation"):
                 sample = session.ask(slot, game.prompt, game.key, game.budget)
+            if self.watcher:
+                self.watcher.alone(slot, len(game.trajectory.responses) + 1)
             said = game.say(sample)
             with self.clock("environment"):
                 reply = self.stage.step({slot: said})[slot]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import prod
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ TEMPLATES: Final = {  # history -> template -> what it may quote
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 MOMENTS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
 CONSTANT: Final = "aem_exp.schedules.Constant"
+MOST_EPISODES: Final = 1_000_000  # of a step: more is a slip of the finger
 UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -42,10 +44,8 @@ def check_continued(e: Experiment, parent: Experiment) -> None:
     for field, (old, new) in kept.items():
         if old != new:
             raise ConfigError(field, new, f"must stay {shown(old)}: weights and optimizer are those of {e.parent_dir}")
-    if e.trainer["steps"] <= parent.trainer["steps"]:
-        remedy = (
-            f"must be above {parent.trainer['steps']}, the steps of {e.parent_dir}: steps are counted from its start"
-        )
+    if e.trainer["steps"] <= e.parent_steps:
+        remedy = f"must be above {e.parent_steps}, the steps of {e.parent_dir}: steps are counted from its start"
         raise ConfigError("trainer.steps", e.trainer["steps"], remedy)
 
 
@@ -62,7 +62,7 @@ def notes(e: Experiment) -> list[str]:
         )
     if e.parent_steps and (anew := _changing(e)):
         span = f"steps {e.parent_steps + 1} to {t['steps']}"
-        out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; the parent's has ended")
+        out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; not the parent's")
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
     if e.modulation.lam is not None and not any(v for k, v in e.modulation.lam.items() if k != "_target_"):
@@ -199,6 +199,11 @@ def _quoted(template: str) -> set[str]:
 
 def _sizes(e: Experiment) -> None:
     t, world = e.trainer, e.launch.nodes * max(1, e.launch.gpus_per_node)
+    sizes = {key: t[key] for key in ("group_size", "tasks_per_step", "oversample")}
+    if (played := prod(sizes.values())) > MOST_EPISODES:
+        key = max(sizes, key=sizes.__getitem__)
+        remedy = f"makes {played:,} episodes a step, and {MOST_EPISODES:,} is the most"
+        raise ConfigError(f"trainer.{key}", t[key], remedy)
     episodes = t["tasks_per_step"] * t["group_size"]
     asked = f"trainer.tasks_per_step={t['tasks_per_step']} x trainer.group_size={t['group_size']} = {episodes}"
     if e.env.history == "full" and _rows(e) > episodes:

@@ -22,6 +22,7 @@ from aem_exp import (
     addresses,
     checkpoints,
     config,
+    continued,
     disk,
     door,
     launch,
@@ -57,7 +58,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     Raises:
         ConfigError: before any work.
         Owned: another process runs it.
-        Interrupted: by TERM or USR2, at the end of a step, all of which is saved.
+        Interrupted: by Ctrl-C, TERM or USR2, at the end of a step, all of which is saved.
         Stop: it cannot go on.
     """
     config.check_here(experiment)
@@ -117,7 +118,7 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     for sentence in checkpoints.set_aside(folder):
         log.warning(sentence)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
-        checkpoints.adopt(_end_of(Path(experiment.parent_dir)), folder)
+        checkpoints.adopt(continued.checkpoint(experiment), folder)
     start = parts.found(folder)
     asked = experiment.launch.trainer.get("fsdp", False)
     if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:
@@ -151,16 +152,6 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         wait=False,
         live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
     )
-
-
-def _end_of(parent: Path) -> Path:
-    """The last checkpoint of a finished run."""
-    checkpoint, steps = next(iter(checkpoints.marked(parent)), None), config.read(parent, trust=True).trainer["steps"]
-    if checkpoint and (why := checkpoints.damage(checkpoint)):
-        raise ConfigError("from", str(parent), f"its last checkpoint is damaged: {why}; put a good copy there")
-    if checkpoint is None or checkpoints.steps(checkpoint) != steps:
-        raise ConfigError("from", str(parent), f"has no checkpoint of its last step, {steps}; it may have been removed")
-    return checkpoint
 
 
 def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed: list[str]) -> dict[str, str]:
@@ -218,7 +209,8 @@ def _shown(experiment: Experiment, folder: Path) -> int:
             ) from stop
         except Interrupted as stop:
             if ranks.first():
-                print(f"{stop}; step {parts.found(folder).step} is saved", flush=True)
+                step = parts.found(folder).step
+                print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
             launch.make_way(stop.signal)
             raise
     if ranks.first():
@@ -254,6 +246,8 @@ def _act(asked: argparse.Namespace) -> int:
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
     if ranks.first():
+        if not (folder / RESULT).exists():
+            disk.check_writable(folder, "RUN_DIR")
         print(f"run       {folder}", flush=True)
     return at_terminal(experiment, folder)
 

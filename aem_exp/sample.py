@@ -6,7 +6,7 @@ nothing else: neither the batch a response happens to be in, nor the rank, chang
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
@@ -68,10 +68,12 @@ def generator(key: tuple) -> np.random.Generator:
 
 
 class LocalSampler:
-    """Samples from a causal LM of transformers on its own device."""
+    """Samples from a causal LM of transformers on its own device; `watch` receives how many tokens a turn has by now."""
 
-    def __init__(self, model: Any, end_ids: Sequence[int], sampling: Sampling):
-        self.model, self.end_ids, self.sampling = model, list(end_ids), sampling
+    def __init__(
+        self, model: Any, end_ids: Sequence[int], sampling: Sampling, watch: Callable[[int], None] | None = None
+    ):
+        self.model, self.end_ids, self.sampling, self.watch = model, list(end_ids), sampling, watch
 
     def session(self) -> "LocalSession":
         return LocalSession(self)
@@ -116,6 +118,8 @@ class LocalSession:
         for t in range(longest):
             token_B, logp_B, entropy_B = _draw(scores_BV, draws_BT[:, t], self._sampler.sampling)
             columns.append((token_B, logp_B, entropy_B, live_B))
+            if self._sampler.watch:
+                self._sampler.watch(t + 1)
             live_B = live_B & ~torch.isin(token_B, end_E) & (t + 1 < budget_B)
             if not live_B.any():
                 break

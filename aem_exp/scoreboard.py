@@ -1,5 +1,6 @@
 """What a person sees of an evaluation: a live line with what is left, and the tables at the end. It decides nothing."""
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from aem_exp.progress import EVERY, clock, heard
 
+OFTEN = 0.1  # seconds between two looks at the tokens of a turn
 Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says
 
 
@@ -22,8 +24,8 @@ class Line:
         self.console = console or Console(stderr=True, highlight=False)
         what = TextColumn("{task.description}", markup=False)
         count = TextColumn("{task.fields[count]}", markup=False)
-        self.bar = Progress(what, BarColumn(30), count, TimeRemainingColumn(), console=self.console, transient=True)
-        self.every, self.said = every, time.monotonic()
+        self.bar = Progress(what, BarColumn(20), count, TimeRemainingColumn(), console=self.console, transient=True)
+        self.every, self.said, self.shown = every, time.monotonic(), -math.inf
         self.task: Any = None
         self.open = ExitStack()
 
@@ -59,13 +61,24 @@ class Line:
 
     def part(self, done: int, size: int) -> None:
         """Show that the `size` episodes after `done` are being played."""
-        self.done, self.size, self.turns = done, size, 0
+        self.done, self.size, self.turns, self.tokens = done, size, 0, 0
         self._show(done)
 
     def turn(self, live: int) -> None:
         """Show that `live` episodes of the part have played another turn; none of them needs more than all the rest."""
-        self.turns += 1
-        self._show(self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns)))
+        self.turns, self.live, self.tokens = self.turns + 1, live, 0
+        self._show(self._played())
+
+    def token(self, count: int) -> None:
+        """Show that the turn at hand has so many tokens."""
+        self.tokens = count
+        if time.monotonic() - self.shown >= OFTEN:
+            self._show(self._played())
+
+    def _played(self) -> float:
+        """How many episodes have been played, parts of episodes included."""
+        live = self.live if self.turns else self.size
+        return self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns))
 
     def alone(self, slot: int, turn: int) -> None:
         """Show that the episode in a slot has played this turn; what was in it before the first has ended."""
@@ -76,12 +89,20 @@ class Line:
     def _show(self, done: float) -> None:
         done = max(done, self.over)
         task = self.bar.tasks[-1]
-        count = f"{int(done)}/{task.total} episodes"
+        count = f"{int(done)}/{task.total} episodes{self._turn()}"
+        self.shown = time.monotonic()
         self.bar.update(self.task, completed=done, count=count)
         if not self.console.is_terminal and time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
             left = f"  {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
             self.console.print(f"{task.description} {count}{left}", markup=False)
+
+    def _turn(self) -> str:
+        """The turn at hand, where all play it together, and its tokens."""
+        if self.slots or not self.size or self.turns >= self.max_turns or not (self.turns or self.tokens):
+            return ""
+        tokens = f", {self.tokens} tokens" if self.tokens else ""
+        return f", turn {self.turns + 1}/{self.max_turns}{tokens}"
 
     def _forget(self) -> None:
         if self.task is not None:

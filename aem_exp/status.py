@@ -8,21 +8,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aem_exp import door, members
+from aem_exp import door, labels, members
 from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
     from aem_exp.board import Line
+    from aem_exp.state import State
 
 ABOUT = """\
 Show how far runs are, what failed, and why; nothing is changed.
 
   python -m aem_exp.status                  all runs in ./outputs, or $AEM_OUTPUTS
-  python -m aem_exp.status household_quick  the runs of a sweep
+  python -m aem_exp.status household_quick  the runs of a sweep: its name or its file, as for sweep and report
   python -m aem_exp.status --json | jq      for programs
 """
 
@@ -35,65 +37,112 @@ def main(argv: list[str] | None = None) -> int:
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = door.Parser("python -m aem_exp.status", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("sweep", nargs="?", help="a sweep that was begun, by its name")
+    parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/, or of a sweep that was begun")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
+    parser.add_argument("--config-dir", help="a folder of your own over conf/, as the sweep was run with")
     parser.add_argument("--outputs", help="the folder of the runs (default: $AEM_OUTPUTS, or ./outputs)")
     parser.add_argument("--once", action="store_true", help="show them once, also on a terminal")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    return parser.parse_args(argv)
+    asked = parser.parse_intermixed_args(argv)
+    if asked.config_dir and not asked.sweep:
+        raise ConfigError("--config-dir", asked.config_dir, "only read with a sweep")
+    return asked
 
 
 def _act(asked: argparse.Namespace) -> int:
     outputs = Path(asked.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
-    if not outputs.is_dir():
-        raise ConfigError("--outputs", str(outputs), "there is no such folder, so no run")
-    runs = _sweep(outputs, asked.sweep) if asked.sweep else _all(outputs)
+    name, runs = _sweep(outputs, asked) if asked.sweep else ("all runs", _all(_there(outputs)))
+    outputs = runs[0].folder.parent if runs else outputs
     if asked.json:
         from aem_exp import state
 
-        states = state.read([folder for folder, _, _ in runs])
-        rows = [
-            {"run": str(f), "group": n, "seed": s, **_plain(asdict(states[f])), "missing": states[f].missing}
-            for f, n, s in runs
-        ]
-        print(json.dumps(rows, indent=1))
+        states = state.read([run.folder for run in runs])
+        print(json.dumps([_as_json(run, states[run.folder]) for run in runs], indent=1))
         return 0
     from rich.console import Console
 
     from aem_exp import board
 
-    title = f"{asked.sweep or 'all runs'} in {outputs}"
+    title = f"{name} in {outputs}"
     if asked.once:
         Console(highlight=False).print(board.board(look(runs), title))
     else:
         board.watch(lambda: look(runs), title)
-    if asked.sweep and (links := members.links(outputs, asked.sweep)):
+    if asked.sweep and (links := members.links(outputs, name)):
         print(f"\n{links}")
     return 0
 
 
-Runs = Sequence[tuple[Path, str, str]]  # folder, name on the board, seed
+@dataclass(frozen=True)
+class Run:
+    """A run as it is listed. `group`: what programs read; `label`: the same for people, as short as the table allows."""
+
+    folder: Path
+    group: str
+    seed: str
+    label: str
 
 
-def look(runs: Runs) -> list["Line"]:
+def look(runs: Sequence[Run]) -> list["Line"]:
     """The runs as they are now."""
     from aem_exp import state
     from aem_exp.board import Line
 
-    states = state.read([folder for folder, _, _ in runs])
-    return [Line(name, seed, states[folder]) for folder, name, seed in runs]
+    states = state.read([run.folder for run in runs])
+    return [Line(_id(run.folder), run.label, run.seed, states[run.folder]) for run in runs]
 
 
-def _all(outputs: Path) -> Runs:
-    found = []
-    for file in sorted(outputs.glob("*/experiment.json")):
-        data = json.loads(file.read_text())
-        name = f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
-        found.append((file.parent, name, str(data["seed"])))
-    return found
+def _id(folder: Path) -> str:
+    """The first digits of the signature that a run dir's name ends with."""
+    return folder.name.rpartition("-")[2][:6]
 
 
-def _sweep(outputs: Path, name: str) -> Runs:
-    return [(outputs / m["run"], m["group"], str(m["seed"])) for m in members.read(outputs, name)]
+def _there(outputs: Path) -> Path:
+    if not outputs.is_dir():
+        raise ConfigError("--outputs", str(outputs), "there is no such folder, so no run")
+    return outputs
+
+
+def _all(outputs: Path) -> list[Run]:
+    """Every run of a folder; one whose files cannot be read has its folder for a name."""
+    folders, read = [file.parent for file in sorted(outputs.glob("*/experiment.json"))], dict[Path, Any]()
+    for folder in folders:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            data = json.loads((folder / "experiment.json").read_text())
+            read[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
+            labels.labels([data])
+    known = [folder for folder in folders if folder in read]
+    short = dict(zip(known, labels.labels([read[folder][0] for folder in known]), strict=True))
+    return [
+        Run(folder, read[folder][1], str(read[folder][0].get("seed", "?")), short[folder])
+        if folder in read
+        else Run(folder, folder.name, "?", folder.name)
+        for folder in folders
+    ]
+
+
+def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
+    """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
+    from aem_exp import questions
+
+    typed = bool(asked.overrides or asked.config_dir)
+    if not questions.find(asked.sweep) or (not typed and asked.sweep in members.known(outputs)):
+        return asked.sweep, _recorded(_there(outputs), asked.sweep)
+    door.reach(asked.config_dir)
+    own = [f"outputs='{outputs}'"] if asked.outputs else []
+    sweep = questions.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
+    if sweep.search is not None:  # its runs are those that were asked for
+        return sweep.name, _recorded(_there(sweep.cells[0].folder.parent), sweep.name)
+    return sweep.name, [Run(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]
+
+
+def _recorded(outputs: Path, name: str) -> list[Run]:
+    return [Run(outputs / m["run"], m["group"], str(m["seed"]), m["group"]) for m in members.read(outputs, name)]
+
+
+def _as_json(run: Run, state: "State") -> dict[str, object]:
+    row = {"run": str(run.folder), "group": run.group, "seed": run.seed}
+    return {**row, **_plain(asdict(state)), "missing": state.missing}
 
 
 def _plain(row: dict[str, object]) -> dict[str, object]:

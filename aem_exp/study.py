@@ -132,19 +132,30 @@ def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None)
     (cell,) = sweep.cells
     at = f"{sweep.name}.search"
     views.tag(sweep.name)  # refuses a name that is none
-    search = build(Search, sweep.search, at)
     assert sweep.search is not None
-    for key in ("space", "trials"):
-        if not sweep.search.get(key):
-            raise ConfigError(f"{at}.{key}", sweep.search.get(key), "must hold something")
+    search = searched(sweep.search, at)
     folder = cell.folder.parent / FOLDER / sweep.name
-    over = Path(config_dir).expanduser().absolute() if config_dir else None
+    over = Path(config_dir).expanduser().absolute() if config_dir else sweep.config_dir
     study = Study(folder, sweep.question, cell.overrides, over, search)
     for text in typed:
         if key_of(text) in search.space:
             raise ConfigError("overrides", text, f"is searched; change it in {at}.space")
     _check(study, at)
     return study
+
+
+def searched(block: Mapping[str, Any], at: str) -> Search:
+    """The block `search:` of a file, typed."""
+    space = block.get("space")
+    for key, text in space.items() if isinstance(space, Mapping) else ():
+        if not isinstance(text, str):
+            remedy = "must be text such as interval(1e-4, 1e-3), range(1, 9) or choice(a, b)"
+            raise ConfigError(f"{at}.space.{key}", text, remedy)
+    search = build(Search, block, at)
+    for key in ("space", "trials"):
+        if not block.get(key):
+            raise ConfigError(f"{at}.{key}", block.get(key), "must hold something")
+    return search
 
 
 def _check(study: Study, at: str) -> None:
@@ -470,32 +481,26 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
     """Send, or run here, what is missing."""
     from aem_exp import dispatch, launch
 
-    launching = study.base.launch
-    if asked.submit:
-        if launching.where != "slurm":
-            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu; or --local"
-            raise ConfigError("launch", launching.name, remedy)
-        launch.check()
-    else:
-        config.check_here(study.base)
     dispatch.check_worlds([study.base])
     dispatch.check_prepared(study.base)
     with study.alone():
         workers = _settled(study, asked.retry)
         if asked.submit and workers:
             logs = study.folder / "logs"
-            ids = launch.submit(workers, launching, study.name, logs, asked.at_once, room=ROOM)
+            ids = launch.submit(workers, study.base.launch, study.name, logs, asked.at_once, room=ROOM)
             say(f"sent     {len(ids)} workers as job {ids[0].partition('_')[0]}; logs in {logs}")
     if not workers:
         say("\nnothing is missing")
     code = 0
     if asked.local and workers:
 
-        def failed(worker: Path, code: int, last: str) -> bool:
-            say(f"{'failed: ' if code else ''}{worker.name}: {last}")
-            return code != 0
+        def ended(worker: Path, code: int, last: str) -> str:
+            if not code:
+                say(f"{worker.name}: {last}")
+            return last if code else ""
 
-        code = 1 if dispatch.here(ROOM, workers, max(1, asked.at_once), say, failed) else 0
+        names = {worker: worker.name for worker in workers}
+        code = 1 if dispatch.here(ROOM, workers, max(1, asked.at_once), say, ended, names) else 0
         _show(standing(study), say)
     say(f"next     python -m aem_exp.status {study.name}")
     return code

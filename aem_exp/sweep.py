@@ -8,10 +8,12 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp import door
+from aem_exp.attempts import KINDS
 from aem_exp.values import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from aem_exp.questions import Cell, Sweep
     from aem_exp.state import State
 
+ALL = "all"  # classes of failures
 ABOUT = """\
 Plan the experiments of a question, and send or run those that are missing.
 
@@ -44,7 +47,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell")
     parser.add_argument("--submit", action="store_true", help="send what is missing to SLURM, as one array")
     parser.add_argument("--local", action="store_true", help="run what is missing here")
-    parser.add_argument("--at-once", type=int, default=0, help="cells that run at a time")
+    parser.add_argument("--at-once", type=int, help="cells that run at a time")
     parser.add_argument(
         "--retry", metavar="CLASS", action="append", default=[], help="also cells that failed so; or: all"
     )
@@ -53,8 +56,12 @@ def _read(argv: list[str]) -> argparse.Namespace:
     asked = parser.parse_intermixed_args(argv)
     if asked.submit and asked.local:
         raise ConfigError("--submit", True, "or --local, not both")
-    if asked.at_once < 0:
+    if asked.at_once is not None and asked.at_once < 1:
         raise ConfigError("--at-once", asked.at_once, "must be a whole number of at least 1")
+    for kind in asked.retry:
+        if kind not in (ALL, *KINDS):
+            raise ConfigError("--retry", kind, (ALL, *KINDS))
+    asked.at_once = asked.at_once or 0
     return asked
 
 
@@ -72,7 +79,7 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
 
 def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """Show the plan of a sweep, and do what `asked` says with it; `typed`: the command that asked."""
-    from aem_exp import state
+    from aem_exp import dispatch, state
 
     if sweep.search is not None:
         return _study(sweep, asked, typed)
@@ -81,12 +88,12 @@ def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     if asked.json:
         print(json.dumps(_as_json(sweep, states, todo), indent=1))
         return 0
+    if asked.submit or asked.local:
+        dispatch.check_begins([cell.experiment for cell in todo], asked.submit, _outputs(sweep))
     _show(sweep, states, todo)
     if not (asked.submit or asked.local):
         print(f"\nnext    {_next(sweep, todo, typed, asked)}")
         return 0
-    if asked.submit:
-        _check_submits(todo)
     _record(sweep)
     if todo and asked.submit:
         _submit(sweep, todo, asked.at_once)
@@ -109,16 +116,17 @@ def _report(asked: argparse.Namespace) -> str:
 
 def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """The same for a search, whose cells nobody knows before they are asked for."""
-    from aem_exp import study
+    from aem_exp import dispatch, study
 
     search = study.of(sweep, asked.overrides, asked.config_dir)
     if (asked.submit or asked.local) and not asked.json:
+        dispatch.check_begins([search.base], asked.submit, search.outputs)
         _views(sweep)
     return study.carry_out(search, asked, typed, print)
 
 
 def _wanted(state: "State", retry: Sequence[str]) -> bool:
-    return state.missing or (state.what == "failed" and (state.kind in retry or "all" in retry))
+    return state.missing or (state.what == "failed" and (state.kind in retry or ALL in retry))
 
 
 def _record(sweep: "Sweep") -> None:
@@ -150,18 +158,12 @@ def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
         print(f"sent    {len(sent)} cells as job {sent[0][1].partition('_')[0]}; logs in {logs}")
 
 
-def _check_submits(todo: Sequence["Cell"]) -> None:
-    for cell in todo:
-        if cell.experiment.launch.where != "slurm":
-            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
-            raise ConfigError("launch", cell.experiment.launch.name, remedy)
-
-
 def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
     """Each cell in a process of its own; one that fails stops no other. How many failed decides the exit code."""
     from aem_exp import dispatch
 
-    failed = dispatch.run_here([cell.experiment for cell in todo], max(1, at_once), print)
+    named = {f"{cell.group} seed {cell.seed}": cell.experiment for cell in todo}
+    failed = dispatch.run_here(named, max(1, at_once), partial(print, flush=True))
     if failed:
         print(f"\n{failed} of {len(todo)} cells did not finish; python -m aem_exp.status says why")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 T = TypeVar("T")
+LARGEST, SIZE = 2**63 - 1, 2**32 - 1  # of whole numbers: of any, and of our sizes and seeds (numpy's largest seed)
 
 
 class ConfigError(Exception):
@@ -116,6 +117,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         ConfigError: it does not fit.
     """
     origin, args = get_origin(hint), get_args(hint)
+    most = SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST
+    if hint is not Any and isinstance(value, int) and abs(value) > most:
+        raise ConfigError(field, value, f"must be at most {most:,}")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build(hint, value, field)
     if origin is Annotated:

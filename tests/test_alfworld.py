@@ -194,9 +194,7 @@ def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
 
 def test_where_the_engine_is_not_installed_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(alfworld_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install 'aem-exp\[alfworld\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install .*\[alfworld\]'"):
         Generated()
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -39,6 +40,75 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
     result = json.loads((child / "result.json").read_text())
     assert result["before"] == json.loads((parent / "result.json").read_text())["after"]
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.fixture(scope="module")
+def stopped(cache, tmp_path_factory, unbroken):
+    """The unbroken run once more, stopped after 4 of its 6 steps."""
+    from aem_exp import config, run
+    from aem_exp.interrupt import Enough
+
+    outputs = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AEM_CACHE", str(cache))
+        patch.setenv("MLFLOW_TRACKING_URI", "off")
+        with pytest.raises(Enough):
+            run.run(config.load([*SMALL, f"outputs={outputs}"]), lambda step, steps, row: step == 4)
+    return folder_of(outputs)
+
+
+def test_from_a_run_that_was_stopped_it_begins_there(unbroken, stopped, cache, tmp_path):
+    """With the same settings it ends as the run would have; the parent can still be resumed by itself."""
+    marks = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    plan = door(cache, tmp_path, f"from={stopped}", "modulation=none", "plan=true")
+    assert f"from    {stopped.name}, at step 4" in plan.stdout, plan.stdout + plan.stderr
+    folder = inside(cache, tmp_path, f"from={stopped}")
+    assert metrics(folder)[-1] == metrics(unbroken[0])[-1]
+    assert [row["step"] for row in metrics(folder)] == [4, 5, 6]
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (unbroken[0] / weights).read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in marks} == marks
+
+
+def test_a_branch_is_named_by_where_it_begins(unbroken, stopped, tmp_path):
+    """Steps of an unfinished parent are hashed; those of a finished one are not, so that old signatures stand."""
+    from aem_exp.config import load, signature
+
+    parent = stopped.name.rpartition("-")[2]
+    branch = load([f"from={stopped}", "modulation=none"])
+    assert (branch.parent, branch.parent_steps) == (f"{parent}@4", 4)
+    earlier = tmp_path / stopped.name
+    subprocess.run(["cp", "-r", str(stopped), str(earlier)], check=True)
+    newest = checkpoints.newest(earlier)
+    steps = {checkpoints.steps(path): path for path in earlier.glob("checkpoint-*")}
+    assert checkpoints.steps(newest) == 4 and 2 in steps
+    subprocess.run(["rm", "-r", str(newest)], check=True)
+    other = load([f"from={earlier}", "modulation=none"])
+    assert (other.parent, other.parent_steps) == (f"{parent}@2", 2)
+    end = load([f"from={unbroken[0]}", "trainer.steps=9", "modulation=none"])
+    assert (end.parent, end.parent_steps) == (parent, 6)
+    assert len({signature(replace(e, trainer=end.trainer)) for e in (branch, other, end)}) == 3
+
+
+def test_a_run_at_work_is_branched_when_it_has_stopped(stopped):
+    from aem_exp.config import ConfigError, load
+    from aem_exp.ownership import owning
+
+    with owning(stopped), pytest.raises(ConfigError, match=rf"is at work, at step 4; stop it, .*process {os.getpid()}"):
+        load([f"from={stopped}", "modulation=none"])
+
+
+def test_a_parent_that_went_on_meanwhile_is_told(stopped, cache, tmp_path, monkeypatch):
+    """Between a plan and its job the checkpoint may have been replaced by a later one."""
+    from aem_exp import run
+    from aem_exp.config import ConfigError, load
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    branch = load([f"from={stopped}", "modulation=none", f"outputs={tmp_path}"])
+    with pytest.raises(ConfigError, match="has gone on to step 4, and step 2 is no longer there"):
+        run.run(replace(branch, parent_steps=2))
+    with pytest.raises(ConfigError, match="has no checkpoint of step 5"):
+        run.run(replace(branch, parent_steps=5))
 
 
 def test_continued_with_other_settings_they_count(unbroken, cache, tmp_path):
@@ -105,7 +175,7 @@ def test_a_run_dir_that_is_none_or_was_edited_is_refused(unbroken, tmp_path):
     text = (unbroken[0] / "experiment.json").read_text()
     (copy / "experiment.json").write_text(text)
     assert read(copy).trainer["steps"] == 6
-    with pytest.raises(ConfigError, match="is not finished"):
+    with pytest.raises(ConfigError, match=f"stands at step 0 and has no checkpoint.*: python -m aem_exp.run {copy}"):
         load([f"from={copy}", "trainer.steps=9"])
     (copy / "experiment.json").write_text(text.replace('"steps": 6', '"steps": 7'))
     with pytest.raises(ConfigError, match="it was edited"):

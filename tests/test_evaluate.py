@@ -298,7 +298,7 @@ def test_at_a_terminal_it_says_who_reached_what_and_what_comes_next(trained, cap
         (["RUN/model", "--trust"], "only read with a run dir"),
         (
             ["RUN/model", "env=alfworld"],
-            "has no json_2.1.1" if all(map(find_spec, ALFWORLD)) else "'aem-exp[alfworld]'",
+            "has no json_2.1.1" if all(map(find_spec, ALFWORLD)) else "[alfworld]'",
         ),
         (["RUN", "RUN"], "one at a time"),
         (["RUN/model", "env=household", "evaluation.final=nope"], "decides nothing here"),

@@ -9,7 +9,7 @@ import toy
 from aem_exp.aem import responses
 from aem_exp.batch import measured, pack
 from aem_exp.render import Chat
-from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, rows
+from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, Watcher, rows
 from aem_exp.sample import LocalSampler, Sample, Sampling, generator
 from aem_exp.stage import Serial
 
@@ -198,3 +198,31 @@ def test_a_panel_may_be_played_by_other_rules(folder):
     with rollout.under(toy.env("full", max_turns=1)):
         assert {len(t.responses) for t in rollout.play(toy.draw(0), sampler)} == {1}
     assert max(len(t.responses) for t in rollout.play(toy.draw(0), sampler)) > 1
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_who_watches_is_told_of_every_turn_and_token(folder, history):
+    class Watching:
+        def __init__(self):
+            self.heard = []
+
+        def turn(self, live):
+            self.heard.append(live)
+
+        def token(self, count):
+            self.heard.append(str(count))
+
+        def alone(self, slot, turn):
+            raise AssertionError("these episodes are played together")
+
+    watcher = Watching()
+    assert isinstance(watcher, Watcher)
+    model, tokenizer = toy.policy(folder, history)
+    chat = Chat(tokenizer)
+    sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN, watcher.token)
+    played = Rollout(Serial(SOUND), toy.env(history), chat, watcher=watcher).play(toy.draw(0), sampler)
+    expected = []
+    for turn in range(max(len(t.responses) for t in played)):
+        said = [len(t.responses[turn].sample.ids) for t in played if len(t.responses) > turn]
+        expected += [*map(str, range(1, max(said) + 1)), len(said)]
+    assert watcher.heard == [*expected, 0]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from doors import LONG, SMALL, door, folder_of, inside, metrics, wait_for
+from doors import LONG, SMALL, door, folder_of, inside, metrics, until, wait_for
 
 from aem_exp import checkpoints
 
@@ -118,8 +117,11 @@ def tracked(folder):
     return {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in names}
 
 
-def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
-    started = door(cache, tmp_path, *SMALL, "trainer.steps=300", wait=False)
+@pytest.mark.usefixtures("no_mlflow")
+def test_ctrl_c_saves_at_the_end_of_its_step(unbroken, cache, tmp_path):
+    """Not only at the steps that `launch.save_every` names; asked again, it ends as if it had never stopped."""
+    words = [*SMALL, "launch.save_every=5"]
+    started = door(cache, tmp_path, *words, wait=False)
     wait_for(
         started,
         lambda: list(tmp_path.glob("*/metrics.jsonl")),
@@ -128,8 +130,58 @@ def test_ctrl_c_leaves_a_run_that_resumes(cache, tmp_path):
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=LONG)
     assert started.returncode == 130
-    assert re.search(rf"to go on from step \d+: {sys.executable} -m aem_exp.run {folder_of(tmp_path)}", err)
+    assert "Ctrl-C: saving at the end of this step; press it again to leave at once" in out
+    folder = folder_of(tmp_path)
+    step = checkpoints.steps(checkpoints.newest(folder))
+    assert 0 < step < 6 and step == metrics(folder)[-1]["step"]
+    assert f"to go on from step {step}: {sys.executable} -m aem_exp.run {folder}" in err
     assert "Traceback" not in out + err
+    done = door(cache, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder) == metrics(unbroken[0])
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (unbroken[0] / weights).read_bytes()
+
+
+@pytest.mark.usefixtures("no_mlflow")
+def test_ctrl_c_before_the_first_step_leaves_promptly(cache, tmp_path):
+    """The panel alone would take hours: nothing can be saved yet, so nothing is waited for."""
+    many = ["evaluation.tasks=0", "evaluation.repeats=2000"]
+    started = door(cache, tmp_path, *SMALL, *many, wait=False)
+    until(lambda: "playing the dev" in started.stdout.readline(), "the first panel")
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=LONG)
+    assert started.returncode == 130
+    assert "to go on from step 0: " in err
+
+
+def test_ctrl_c_twice_leaves_at_once():
+    from aem_exp.interrupt import Interrupted, Signals
+
+    with Signals() as signals, signals.deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert signals.heard == signal.SIGINT
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+    with Signals() as signals, signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        with pytest.raises(Interrupted) as stop:
+            signal.raise_signal(signal.SIGINT)
+    assert stop.value.signal == signal.SIGINT
+
+
+def test_a_run_in_the_background_of_a_shell_ignores_ctrl_c():
+    """The shell has told it to: Ctrl-C is for the command in the foreground."""
+    from aem_exp.interrupt import Signals
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.heard is None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("no_mlflow")

@@ -132,6 +132,59 @@ def test_one_line_on_a_terminal() -> None:
     assert printed(console).count("\n") <= 2, "the line is drawn over itself"
 
 
+def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(line: progress.Progress) -> None:
+        line.say("playing the dev panel")
+        line.token(1)
+        line.turn(4)
+        line.token(7)
+
+    console = terminal()
+    with progress.Progress(console=console, every=0.0) as line:
+        play(line)
+        line.turn(0)
+        line(0, 3, {})
+        line.token(2)
+        line(1, 3, {})
+    panel = "playing the dev panel"
+    panels = [panel, f"{panel}: turn 1, 1 tokens", f"{panel}: turn 1 of 4 episodes", f"{panel}: turn 2, 7 tokens"]
+    assert printed(console).splitlines() == [*panels, "step 0/3", "step 1/3: turn 1, 2 tokens", "step 1/3"]
+    few = terminal()
+    with progress.Progress(console=few) as line:
+        play(line)
+    assert printed(few).splitlines() == [panel]  # it was said a moment ago
+    monkeypatch.setattr(progress, "SLOW", 0.0)
+    with progress.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
+        play(line)
+        assert str(line._line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
+        line(0, 3, {})
+        line.turn(12)
+        assert str(line._line()).endswith("0/3  turn 1 of 12 episodes")
+        line.alone(0, 1)
+        line.alone(5, 3)
+        assert str(line._line()).endswith("0/3  4 turns of 2 episodes at a time")
+
+
+def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aem_exp import scoreboard
+
+    monkeypatch.setattr(scoreboard, "OFTEN", 0.0)
+    console = terminal(80)
+    with scoreboard.Line(console, every=0.0) as line:
+        line.begin("policy", 0, 2, max_turns=8)
+        line.part(0, 2)
+        line.token(5)
+        line.turn(2)
+        line.token(120)
+    said = [text.partition("  ")[0] for text in printed(console).splitlines()]
+    assert said == [
+        *["policy 0/2 episodes"] * 2,
+        "policy 0/2 episodes, turn 1/8, 5 tokens",
+        "policy 0/2 episodes, turn 2/8",
+        "policy 0/2 episodes, turn 2/8, 120 tokens",
+    ]
+
+
 def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.Progress(enabled=False) as line:
         logging.getLogger("aem_exp").warning("x")

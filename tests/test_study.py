@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import optuna
@@ -15,7 +14,7 @@ from doors import until
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from aem_exp import attempts, checkpoints, questions, study
+from aem_exp import attempts, checkpoints, dispatch, questions, study
 from aem_exp import trial as room
 from aem_exp.values import ConfigError
 
@@ -159,12 +158,12 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
     worker, number, run = until(lambda: journal(desk) and desk.holding(), "a trial in its midst")
     os.kill(json.loads((worker / "owner.json").read_text())["pid"], signal.SIGKILL)
     out, _ = begun.communicate(timeout=600)
-    assert begun.returncode == 1 and f"failed: {worker.name}" in out
+    assert begun.returncode == 1 and f"{worker.name}: failed: " in out
     assert "2 complete, 0 pruned, 0 running, 1 stopped, 0 failed, 0 missing" in out
     assert {t["trial"]: t["state"] for t in desk.plan()["trials"]}[number] == "stopped"
 
     out = desk.sweep("--local")
-    assert out.count("log in") == 1 and f"told     trial {number}: complete" in out
+    assert out.count("start   worker") == 1 and f"told     trial {number}: complete" in out
     assert len(starts(run)) == 2 and starts(run)[1] > 0  # it went on
     assert "3 complete, 0 pruned, 0 running, 0 stopped, 0 failed, 0 missing" in out
     assert "chosen on dev" in out and "python -m aem_exp model.make.steps=25" in out
@@ -360,11 +359,11 @@ def test_what_is_wrong_is_one_sentence(asked, text, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked):
+def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked, desk):
     with pytest.raises(ConfigError, match="is searched"):
         asked(typed=["trainer.learning_rate=1e-3"])
     with pytest.raises(ConfigError, match="runs here; to submit"):
-        study.carry_out(asked(), Namespace(json=False, submit=True, local=False), "", print)
+        dispatch.check_begins([asked().base], True, desk.outputs)
 
 
 @pytest.mark.machine

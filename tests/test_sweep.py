@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import mlflow
 import pytest
 from doors import LONG, SMALL, until
 
-from aem_exp import members, state, status, sweep
+from aem_exp import checkpoints, members, state, status, sweep
 
 TINY = [word for word in SMALL if not word.startswith(("trainer.steps", "evaluation.every"))] + ["trainer.steps=2"]
 
@@ -60,6 +61,8 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
     _, ask = desk
     _, said, _ = carried_out
     assert "1 of 2 cells did not finish" in said
+    assert re.search(r"/2 +aem seed 1: failed: ", said)
+    assert re.search(r"/2 +none seed 1: dev \d+% -> \d+%, test \d+%, [\d:]+ (s|min)", said)
     table = ask("aem_exp.status", "quick")
     assert "viewStateShareKey=aem.quick.curves" in table
     assert "1 done, 1 failed" in table
@@ -133,20 +136,57 @@ def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
     assert [run.data.tags["aem.sweep.quick"] for run in runs] == ["none"]
 
 
-def test_terminated_it_ends_what_it_began(desk):
-    """kill of the door asks its cells to save and end, and waits for them."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_stopped_it_ends_what_it_began(desk, number):
+    """kill of the door, or Ctrl-C, asks its cells to save and end, and waits for them."""
     folder, ask = desk
     command = [sys.executable, "-m", "aem_exp.sweep", "quick.yaml", "--local", "seed=7", "trainer.steps=50"]
-    env = {**os.environ, "AEM_OUTPUTS": str(folder / "ended"), "AEM_CACHE": ask.cache}
+    env = {**os.environ, "AEM_OUTPUTS": str(folder / number.name), "AEM_CACHE": ask.cache}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: list(folder.glob("ended/*/before.json")), "a run in its midst")
-    process.terminate()
-    _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 128 + signal.SIGTERM
+    until(lambda: list(folder.glob(f"{number.name}/*/before.json")), "a run in its midst")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=LONG)
+    assert process.returncode == 128 + number
+    assert "stopping: 1 at work save at the end of their step; press it again to leave at once" in out
     assert "stopped; to go on: python -m aem_exp.sweep" in err
-    (begun,) = (folder / "ended").glob("*/attempts.jsonl")
+    (begun,) = (folder / number.name).glob("*/attempts.jsonl")
     assert json.loads(begun.read_text().splitlines()[-1])["event"] == "stopped"
     assert state.read([begun.parent])[begun.parent].what == "stopped"
+    assert checkpoints.newest(begun.parent) is not None
+
+
+STUBBORN = """
+import signal, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: print("asked by", signal.Signals(number).name, flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(1)
+"""
+STOPS = """
+import subprocess, sys
+from aem_exp import dispatch
+from aem_exp.interrupt import Signals
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+sys.stdin.readline()
+with Signals():
+    dispatch._stop([child], lambda text: None)
+print("ended by", -child.returncode, flush=True)
+"""
+
+
+def test_a_cell_that_does_not_end_is_ended_by_further_ctrl_c():
+    """First it is asked to save, then to leave at once, then it is killed."""
+    command = [sys.executable, "-c", STOPS, STUBBORN]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stdout.readline() == "up\n"
+    process.stdin.write("\n")
+    assert process.stdout.readline() == "asked by SIGTERM\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked by SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=LONG)
+    assert out == f"ended by {signal.SIGKILL.value}\n"
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from aem_exp.extras import install
 from aem_exp.values import Missing
 
 NOTHING: Final = "Nothing happens."
 GAMES: Final = 64  # translated games that a process keeps
-INSTALL: Final = "pip install 'aem-exp[alfworld]' (it compiles two packages: a C++ compiler, make and cmake)"
+COMPILES: Final = "(it compiles two packages: a C++ compiler, make and cmake)"
 PACKAGES: Final = ("alfworld", "textworld", "fast_downward")
 
 ERRAND: Final = "ERRAND7F3A"  # stands in a grammar for the errand of one game
@@ -42,7 +43,7 @@ def check_installed() -> None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise Missing("env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise Missing("env.make", "alfworld", f"needs {', '.join(missing)}: {INSTALL}")
+        raise Missing("env.make", "alfworld", f"needs {', '.join(missing)}: {install('alfworld')} {COMPILES}")
 
 
 class Scene(NamedTuple):

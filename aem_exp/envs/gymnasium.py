@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.extras import install
 from aem_exp.values import ConfigError, Missing
 
 RULES: Final = 2  # raise when the same task would read or play differently
@@ -94,7 +95,7 @@ class Gymnasium(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("gymnasium") is None:
-            raise Missing("env.make.id", id, "needs Gymnasium: pip install 'aem-exp[gymnasium]'")
+            raise Missing("env.make.id", id, f"needs Gymnasium: {install('gymnasium')}")
         import gymnasium
 
         self.id, self.kwargs = id, dict(kwargs or {})

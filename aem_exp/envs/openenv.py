@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.extras import install
 from aem_exp.values import ConfigError, Elsewhere, Missing
 
 PATIENCE: Final = 10.0  # seconds for a server to tell what it is
@@ -72,7 +73,7 @@ class OpenEnv(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("openenv") is None:
-            raise Missing("env.make.base_url", base_url, "needs OpenEnv's client: pip install 'aem-exp[openenv]'")
+            raise Missing("env.make.base_url", base_url, f"needs OpenEnv's client: {install('openenv')}")
         self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
         self.seconds = seconds
         told = [self._asked("/metadata"), self._asked("/schema")]

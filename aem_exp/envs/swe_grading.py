@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Final, Literal
 
 from aem_exp.envs.swe_rows import Instance
+from aem_exp.extras import install
 from aem_exp.sandboxes import Sandbox
 from aem_exp.values import Missing
 
@@ -30,7 +31,7 @@ _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m|\r")
 
 def check_installed() -> None:
     if find_spec("swebench") is None:
-        raise Missing("env.make", "swe", "grading needs SWE-bench's library: pip install 'aem-exp[swe]'")
+        raise Missing("env.make", "swe", f"grading needs SWE-bench's library: {install('swe')}")
 
 
 def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) -> tuple[Verdict, str]:

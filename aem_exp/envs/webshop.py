@@ -32,6 +32,7 @@ from aem_exp import disk, progress
 from aem_exp.envs import Draws, Task, Turn, tagged, webshop_made, webshop_player
 from aem_exp.envs.webshop_catalogue import Catalogue, Product, catalogue
 from aem_exp.envs.webshop_goals import SHUFFLE, Goal, Goals, Nouns, drawn, score, tagger
+from aem_exp.extras import install
 from aem_exp.values import ConfigError, Missing
 
 RULES: Final = 1  # raise when the same task would play differently
@@ -441,7 +442,7 @@ class Generated(WebShop):
 
 def _check_spacy() -> None:
     if missing := [name for name in ("spacy", "en_core_web_sm") if find_spec(name) is None]:
-        remedy = f"needs {' and '.join(missing)}: pip install spacy && python -m spacy download en_core_web_sm; "
+        remedy = f"needs {' and '.join(missing)}: {install('webshop')} && python -m spacy download en_core_web_sm; "
         raise Missing("env.make.nouns", "spacy", remedy + "or say env.make.nouns=words: scores are then approximate")
 
 
