@@ -19,7 +19,7 @@ import pytest
 import torch
 import toy
 from completions_server import CompletionsServer
-from doors import SMALL, Beside, metrics, until
+from doors import LONG, SMALL, Beside, metrics, until
 from filelock import FileLock
 
 from aem_exp import addresses, config, policy, servers, weights, worlds
@@ -800,3 +800,22 @@ def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
     assert (ended / "result.json").exists()
     left = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(left) > 10 and not any(key.encode() in file.read_bytes() for file in left)
+
+
+def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, monkeypatch):
+    """Who waits for it then does so no more; see `addresses.gather`."""
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "site.yaml").write_text("interface: lo")
+    (site / "vllm_server.sh").write_text("exit 3")
+    words = [*SMALL, "launch.sampler=served", "launch.servers=/nowhere", "launch.server_seconds=300"]
+    experiment = config.load([*words, f"outputs={tmp_path}"])
+    run_dir = config.run_dir(experiment)
+    run_dir.mkdir()
+    (run_dir / "experiment.json").write_text(json.dumps(config.to_dict(experiment)))
+    command, env = [sys.executable, "-m", "aem_exp.serve", str(run_dir)], os.environ | {"AEM_SITE": str(site)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 1 and "has ended with code 3" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(Stop, match=r"the server on .* has ended with code 3; what it says is in the job's log"):
+        addresses.gather(addresses.of_job(run_dir), 1, SECONDS)

@@ -345,6 +345,37 @@ def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
 
 
+@pytest.mark.parametrize(
+    "ruin",
+    [
+        "chmod 000 .",
+        "chmod 000 . .. /tmp ~ 2>/dev/null",
+        "rm -rf .git * .[a-z]*; chmod 0 .",
+        "cd /; rm -rf /testbed; ln -s /nowhere /testbed; touch /testbed",
+    ],
+)
+def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin):
+    """And is no crash, which would leave it out of its group: whatever it says next, and if that is that it has finished."""
+    stage, task = Serial(world), world.tasks("dev")[0]
+    for then in (FINISH, bash("ls"), str(Call("file_editor", {"command": "create", "path": "x", "file_text": "y"}))):
+        stage.reset({0: task})
+        assert not stage.step({0: bash(ruin)})[0].error
+        reply = stage.step({0: then})[0]
+        assert not reply.error, reply.trace
+        if not reply.turn.terminated:
+            assert then != FINISH and "chmod" not in ruin
+            reply = stage.step({0: FINISH})[0]
+        assert reply.turn.terminated and reply.turn.reward == 0
+        assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
+    stage.close()
+
+
+def test_a_patch_whose_hook_locks_the_folder_is_no_crash_of_its_grading(world):
+    hook = "#!/bin/sh\nchmod 000 /testbed\n"
+    patch = new_file(".git/hooks/post-checkout", hook).replace("100644", "100755")
+    assert graded(world, world.tasks("dev")[0], patch.encode()) in ("not_applied", "tests_fail")
+
+
 def test_a_disk_that_it_filled_is_its_own_failure(env, world):
     last = play(env, world.tasks("dev")[0], bash("head -c 200000000 /dev/zero > big"), bash("echo x > y"), FINISH)[-1]
     assert last.metrics["won"] == 0 and last.terminated

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Final, Literal
 
 from aem_exp.envs.swe_rows import Instance
-from aem_exp.sandboxes import Sandbox
+from aem_exp.sandboxes import Ruined, Sandbox
 from aem_exp.values import Missing
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
@@ -51,7 +51,10 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         sandbox.run(instance.lay, APPLY, instance.given)
     if len(patch) > LARGEST or not _applied(sandbox, patch):
         return "not_applied", ""
-    return (_r2e if instance.format == "r2e" else _swebench)(sandbox, instance, seconds)
+    try:
+        return (_r2e if instance.format == "r2e" else _swebench)(sandbox, instance, seconds)
+    except Ruined as ruined:  # by a hook that the patch brought, say
+        return "tests_fail", str(ruined)
 
 
 def _applied(sandbox: Sandbox, patch: bytes) -> bool:

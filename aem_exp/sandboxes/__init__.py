@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
 
-from aem_exp.sandboxes.process import Lost, Ran, execute
+from aem_exp.sandboxes.process import Lost, Ran, Ruined, execute
 
-__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
+__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Ruined", "Sandbox", "file_name"]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
@@ -94,8 +94,12 @@ class Sandbox(ABC):
         """The argument vector that runs this bash script in `workdir` inside. Raises `Lost` where it is not alive."""
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`, also where it
-        is closed meanwhile."""
+        """Run a bash script with `given` on its stdin, for at most `timeout` seconds.
+
+        Raises:
+            Lost: the machine is at fault, or the sandbox is closed meanwhile.
+            Ruined: what ran in it before is at fault.
+        """
         return self._execute(self.command(script), timeout, given)
 
     def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> Ran:

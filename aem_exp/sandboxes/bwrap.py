@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp import disk
-from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Sandbox, file_name, seccomp
+from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Ruined, Sandbox, file_name, seccomp
 from aem_exp.sandboxes.process import TOO_LONG, hold, release, sealed
 from aem_exp.values import Missing
 
@@ -196,20 +196,27 @@ class _Bwrapped(Sandbox):
         return [*self._within(holder.pid, self.workdir), *more, *shell]
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the image for it."""
+        """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the sandbox for it."""
         ran, began = self._tried(script, timeout, given)
         if not began and not ran.stopped:
             time.sleep(SETTLE)  # what the last command began may still be ending, and count
             ran, began = self._tried(script, timeout, given)
-        if began:
-            self._used = True
-        elif self._folder is None or not self._used:
+        if not began and self._used:
+            self._check_machine()
+            ran, began = self._tried(script, timeout, given)
+            if not began and not ran.stopped:
+                raise Ruined(ran.text.strip()[-300:])
+        elif not began:
             raise Lost(f"the command did not begin: {ran.text.strip()[-300:]}")
-        else:
-            with _Bwrapped(self._image, self.limits, self._folder) as fresh:
-                fresh.run("true", PROBE)  # Lost, where the machine is at fault
-            ran, _ = self._tried(script, timeout, given)
+        self._used = True
         return ran
+
+    def _check_machine(self) -> None:
+        """Raise `Lost` where no command begins in a fresh sandbox either."""
+        fresh = _Bwrapped(self._image, self.limits, self._folder)
+        fresh.outer, fresh.workdir = self.outer, self.workdir
+        with fresh:
+            fresh.run("true", PROBE)
 
     def _tried(self, script: str, timeout: float, given: bytes) -> tuple[Ran, bool]:
         """What became of it, and whether it began: bwrap writes that to a file of which nothing inside has a descriptor."""

@@ -27,6 +27,10 @@ class Lost(RuntimeError):
     """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
 
 
+class Ruined(RuntimeError):
+    """No command can begin any more, because of what ran before: it has locked, removed or replaced what each one needs."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command printed (stdout and stderr as they came), how it ended, and in how long."""
