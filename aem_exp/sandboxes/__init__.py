@@ -116,9 +116,11 @@ class Sandbox(ABC):
         )
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file, as a command inside would: no link leads outside. Raises OSError."""
+        """Write a file, as a command inside would: no link leads outside. Raises OSError, also where a pipe or another thing
+        that is no file is in its place."""
         name = shlex.quote(path)
-        ran = self.run(f'mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
+        odd = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
+        ran = self.run(f'{odd}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
         if ran.code:
             raise OSError(f"{path}: {ran.text.strip() or ran.stopped}")
 

@@ -32,7 +32,8 @@ NAMESPACES: Final = (
 PROBE: Final = 20.0  # seconds
 SETTLE: Final = 0.5  # seconds
 START: Final = 60.0  # seconds for a sandbox to be mounted
-FILES: Final = 1024  # open at once, of a process: what hides in their buffers is no process's memory
+FILES: Final = 512  # open at once, of a process: what hides in their buffers is no process's memory
+WATCHERS: Final = 8  # inotify instances of a sandbox: its user has 128 in all
 SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
@@ -44,7 +45,7 @@ WRITABLE: Final = (HOME, "/tmp", "/var/tmp")
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
 # The overlay's folders are named from where they lie: a folder above with `:` or `,` in its name would be two options.
 OUTER: Final = """set -e
-at=$1 drop=$2 inner=$3 disk=$4 layers=$5; shift 5
+at=$1 drop=$2 inner=$3 disk=$4 layers=$5 watchers=$6; shift 6
 mount -t tmpfs -o size=1m,mode=755 none "$at"
 cd "$at"
 mkdir rw none etc
@@ -58,10 +59,11 @@ for shown in "$@"; do
   mount --bind "$shown" "$i"
   i=$((i+1))
 done
-exec $drop sh -c "$inner" sh "$at" "$disk" "$layers"
+exec $drop sh -c "$inner" sh "$at" "$disk" "$layers" "$watchers"
 """
 INNER: Final = """set -e
-at=$1 disk=$2 layers=$3
+at=$1 disk=$2 layers=$3 watchers=$4
+echo "$watchers" 2>/dev/null > /proc/sys/user/max_inotify_instances || true
 mount -t tmpfs -o size="$disk"m,nr_inodes=200k,mode=755 none "$at/rw"
 cd "$at/rw"
 mkdir -p upper work root shm folder/0 folder/1 folder/2 folder/3
@@ -171,7 +173,7 @@ class _Bwrapped(Sandbox):
         drop = " ".join([*_become_nobody(), *own]) if root else ""
         outer = ["unshare", "--mount", "--propagation", "private"] if root else own
         layers = "image" if self._folder else "host"
-        words = [self._at, drop, INNER, str(self.limits.disk_mb), layers, *shown]
+        words = [self._at, drop, INNER, str(self.limits.disk_mb), layers, str(WATCHERS), *shown]
         try:
             self._holder = hold([*outer, "sh", "-c", OUTER, "sh", *words], START, self.outer)
         except Lost as lost:
