@@ -175,7 +175,7 @@ print("request", call(request, at(kind), at(name), 0, -3))
 print("keyctl", call(keyctl, 0, -3, 0))
 print("rings", *(call(number, 0, 0) for number in (425, 426, 427)))
 print("machine", *(call(number, 0, 0, 0, 0, 0) for number in (perf, bpf, fault, kexec, load)), call(log, 10, 0, 0))
-print("memory", call(memory, at(name), 0), call(447, 0),
+print("memory", call(444, 0, 0, 1), call(memory, at(name), 0), call(447, 0),
       *(call(number, 0, 4096, 0o1600) for number in (shared, semaphores)), call(queue, 0, 0o1600))
 print("other", "none" if arm else call(0x40000000 + 39))
 for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_VSOCK, socket.AF_ALG, 5, 21, 44):
@@ -203,7 +203,7 @@ def test_what_a_kernel_can_be_asked_for_is_little():
         assert {told[f"family {number}"] for number in (40, 38, 5, 21, 44)} == {"EAFNOSUPPORT"}
         assert [line for line in lines if not line.startswith("family")] == [
             *("add ENOSYS", "request ENOSYS", "keyctl ENOSYS", "rings ENOSYS ENOSYS ENOSYS"),
-            *("machine ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS", "memory ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS"),
+            *("machine ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS", "memory ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS"),
             "other " + ("none" if ARM else "ENOSYS"),
             *("high EAFNOSUPPORT", "pair EAFNOSUPPORT"),
         ]

@@ -376,6 +376,21 @@ def test_a_patch_whose_hook_locks_the_folder_is_no_crash_of_its_grading(world):
     assert graded(world, world.tasks("dev")[0], patch.encode()) in ("not_applied", "tests_fail")
 
 
+@pytest.mark.parametrize(
+    ("parser", "said"),
+    [("parse_log_django", "'ERROR:'"), ("", "'>>>>> Test Exit Code: ' + '9' * 5000")],
+    ids=["line", "number"],
+)
+def test_a_line_that_the_parser_of_logs_cannot_read_is_no_crash(world, parser, said):
+    """Django's takes what follows `ERROR:` for granted; whatever an agent's code prints is its own failure."""
+    task = world.tasks("dev")[0]
+    instance = world.instance(task)
+    instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
+    patch = amok(instance.gold.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
+    with world.open(host()) as sandbox:
+        assert swe_grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
+
+
 def test_a_disk_that_it_filled_is_its_own_failure(env, world):
     last = play(env, world.tasks("dev")[0], bash("head -c 200000000 /dev/zero > big"), bash("echo x > y"), FINISH)[-1]
     assert last.metrics["won"] == 0 and last.terminated
@@ -496,6 +511,14 @@ def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
             assert "r2e_tests" not in turns[0].observation + turns[1].observation
         assert play(env, task, bash("echo '# nothing' >> README.md"), FINISH)[-1].metrics["end_tests_fail"] == 1
         assert play(env, task, FINISH)[-1].metrics["end_no_patch"] == 1
+        for ruin in (
+            "rm -rf /testbed",
+            "chmod 0 .",
+            "mv /testbed /gone; touch /testbed",
+            "mv /testbed /x; ln -s /y /testbed",
+        ):
+            last = play(env, task, bash(f"cd /; cd /testbed; {ruin}"), bash("ls"))[-1]
+            assert last.terminated and last.reward == 0 and last.metrics["end_no_patch"] == 1, ruin
     env.close()
 
 

@@ -67,18 +67,26 @@ def _applied(sandbox: Sandbox, patch: bytes) -> bool:
 
 
 def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
-    from swebench.harness.grading import get_eval_report
+    from swebench.harness.grading import PARSER_REGISTRY, get_eval_report
     from swebench.harness.utils import make_test_spec
 
     spec = make_test_spec(dict(instance.row))
+    assert spec.log_parser in PARSER_REGISTRY, (
+        f"{instance.id}: no parser {spec.log_parser}"
+    )  # the row's fault, no agent's
     log, stopped = _tested(sandbox, spec.eval_script, seconds)
     if stopped:
         return stopped, log
     told = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
-    with tempfile.NamedTemporaryFile("w", suffix=".log") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", suffix=".log", errors="replace"
+    ) as file:  # it is read in the locale's encoding
         file.write(log)
         file.flush()
-        report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+        try:
+            report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+        except Exception as error:  # of many kinds: parsers take lines for granted, and these may be the agent's
+            return "tests_fail", f"{log}\nno parser could read this: {error}"
     return "resolved" if report["resolved"] else "tests_fail", log
 
 

@@ -27,8 +27,8 @@ class Limits:
 
     Attributes:
         processes: at once (threads count).
-        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. What is no process's (files in
-            memory that are not mapped, buffers of sockets) is not seen: a hard limit takes a memory cgroup around our own.
+        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. The watch counts shared memory,
+            page tables and buffers of sockets with them (see `memory`); what it does not, `bwrap` tells with its size.
         disk_mb: of everything it writes. It lies in memory, beside `memory_mb`.
         output_mb: of one command.
         cpu_seconds: of one process; the wall clock is the caller's `timeout`.

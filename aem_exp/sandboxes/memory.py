@@ -91,8 +91,12 @@ def _buffers(processes: Iterable[Path]) -> int:
 
 
 def _buffer() -> int:
-    told = [_numbers(Path("/proc/sys/net/core", name)) for name in ("wmem_default", "rmem_default")]
-    return max([212_992, *(number for numbers in told for number in numbers)]) + OVER
+    """Bytes that one socket may hold: what was sent or came in, and beside that its options and filters."""
+    sent, came, options = (
+        next(iter(_numbers(Path("/proc/sys/net/core", name))), usual)
+        for name, usual in (("wmem_default", 212_992), ("rmem_default", 212_992), ("optmem_max", 131_072))
+    )
+    return max(sent, came) + options + OVER
 
 
 def _queued(table: Path) -> int:

@@ -2,7 +2,7 @@
 
 Refused as by a kernel that was built without them, so that a program that only tries goes on: what no namespace parts (the
 keyring of our session, the kernel's log, machines beside ours over AF_VSOCK), what only widens the way to its faults, and what
-holds memory that is no process's (files of memfd_create; shared memory, semaphores and queues of System V).
+holds memory that is no process's (files of memfd_create; shared memory, semaphores and queues of System V; Landlock).
 
 Nothing happens, and all seems well, where a program asks for larger buffers of a socket.
 """
@@ -33,6 +33,7 @@ REFUSED: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
+    "landlock_create_ruleset": (444, 444),  # its rules are without number
 }
 SETSOCKOPT: Final[Mapping[str, int]] = {"x86_64": 54, "aarch64": 208}
 SOL_SOCKET: Final = 1
