@@ -262,7 +262,7 @@ def test_a_socket_keeps_its_buffers_and_does_not_complain():
         lacking(why)
     with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
         sandbox.put("/tmp/buffers.py", BUFFERS.encode())
-        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/buffers.py", 10).text == "True\nTrue\n1\n7\n"
+        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/buffers.py", 60).text == "True\nTrue\n1\n7\n"
 
 
 WORK = """
@@ -628,7 +628,7 @@ def test_memory_that_is_no_threads_or_no_processs_is_seen(code):
         lacking(why)
     with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
         sandbox.put("/tmp/take.py", code.encode())
-        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/take.py", 90).stopped == "memory"
+        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/take.py", 300).stopped == "memory"
         assert sandbox.run("echo fine", 10).text == "fine\n"
 
 
@@ -637,7 +637,7 @@ def test_inotify_instances_are_left_for_others():
         lacking(why)
     code = "import ctypes; c = ctypes.CDLL(None); print(sum(c.inotify_init1(0) >= 0 for _ in range(99)))"
     with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
-        got = int(sandbox.run(f'{sys.base_prefix}/bin/python3 -c "{code}"', 20).text)
+        got = int(sandbox.run(f'{sys.base_prefix}/bin/python3 -c "{code}"', 60).text)
         if got == 99:
             pytest.skip("this machine does not let us set its limits of a namespace")
         assert got == 8

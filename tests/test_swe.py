@@ -345,29 +345,28 @@ def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
 
 
+CREATE = str(Call("file_editor", {"command": "create", "path": "x", "file_text": "y"}))
+
+
 @pytest.mark.parametrize(
-    "ruin",
+    ("ruin", "then"),
     [
-        "chmod 000 .",
-        "chmod 000 . .. /tmp ~ 2>/dev/null",
-        "rm -rf .git * .[a-z]*; chmod 0 .",
-        "cd /; rm -rf /testbed; ln -s /nowhere /testbed; touch /testbed",
+        ("chmod 000 .", FINISH),
+        ("chmod 000 . .. /tmp ~ 2>/dev/null", bash("ls")),
+        ("rm -rf .git * .[a-z]*; chmod 0 .", CREATE),
+        ("cd /; rm -rf /testbed; ln -s /nowhere /testbed; touch /testbed", FINISH),
     ],
 )
-def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin):
+def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin, then):
     """And is no crash, which would leave it out of its group: whatever it says next, and if that is that it has finished."""
-    stage, task = Serial(world), world.tasks("dev")[0]
-    for then in (FINISH, bash("ls"), str(Call("file_editor", {"command": "create", "path": "x", "file_text": "y"}))):
-        stage.reset({0: task})
-        assert not stage.step({0: bash(ruin)})[0].error
-        reply = stage.step({0: then})[0]
-        assert not reply.error, reply.trace
-        if not reply.turn.terminated:
-            assert then != FINISH and "chmod" not in ruin
-            reply = stage.step({0: FINISH})[0]
-        assert reply.turn.terminated and reply.turn.reward == 0
-        assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
+    stage = Serial(world)
+    stage.reset({0: world.tasks("dev")[0]})
+    assert not stage.step({0: bash(ruin)})[0].error
+    reply = stage.step({0: then})[0]
     stage.close()
+    assert not reply.error, reply.trace
+    assert reply.turn.terminated and reply.turn.reward == 0
+    assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
 
 
 def test_a_patch_whose_hook_locks_the_folder_is_no_crash_of_its_grading(world):
@@ -511,14 +510,9 @@ def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
             assert "r2e_tests" not in turns[0].observation + turns[1].observation
         assert play(env, task, bash("echo '# nothing' >> README.md"), FINISH)[-1].metrics["end_tests_fail"] == 1
         assert play(env, task, FINISH)[-1].metrics["end_no_patch"] == 1
-        for ruin in (
-            "rm -rf /testbed",
-            "chmod 0 .",
-            "mv /testbed /gone; touch /testbed",
-            "mv /testbed /x; ln -s /y /testbed",
-        ):
-            last = play(env, task, bash(f"cd /; cd /testbed; {ruin}"), bash("ls"))[-1]
-            assert last.terminated and last.reward == 0 and last.metrics["end_no_patch"] == 1, ruin
+    for ruin in ("rm -rf /testbed", "mv /testbed /gone; ln -s /nowhere /testbed"):
+        last = play(env, task, bash(f"cd /; {ruin}"), bash("ls"))[-1]
+        assert last.terminated and last.reward == 0 and last.metrics["end_no_patch"] == 1, ruin
     env.close()
 
 
