@@ -114,9 +114,11 @@ def _check_mine(path: Path, opened: Path | int, field: str) -> None:
         raise ConfigError(field, str(path), f"{remedy}: make a folder of your own (mkdir -m 700), and its files anew")
     if stat.S_IMODE(found.st_mode) & 0o022:
         who = "anybody" if stat.S_IMODE(found.st_mode) & 0o002 else "its group"
-        remedy = f"can be written by {who}, who could have it name another server, which would get your key"
         folder = path if path.is_dir() else path.parent
-        raise ConfigError(field, str(path), f"{remedy}: chmod -R go-w {folder}, though your group may share others")
+        remedy = (
+            f"can be written by {who}, who could name another server, which would get your key: chmod -R go-w {folder}"
+        )
+        raise ConfigError(field, str(path), f"{remedy} (nobody else may write there, not even your group)")
 
 
 def _loopback(host: str) -> bool:

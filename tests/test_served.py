@@ -474,7 +474,7 @@ def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
 def test_what_others_can_write_says_nothing_of_servers(tmp_path, name, mode, said):
     where = written(tmp_path / "s")
     (where / name).chmod(mode | 0o700 if not name else mode)
-    with pytest.raises(ConfigError, match=f"can be written {said}, .*: chmod -R go-w {where}, though") as caught:
+    with pytest.raises(ConfigError, match=f"can be written {said}, .*: chmod -R go-w {where} .nobody else") as caught:
         addresses.read(where)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"launch.servers={where / name}: ")
     subprocess.run(["chmod", "-R", "go-w", where], check=True)
