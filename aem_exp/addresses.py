@@ -2,6 +2,9 @@
 
 `urls` has one address a line (http://10.0.0.7:41234). `key`, for its owner alone, is what every request shows; it stands nowhere
 else, and no sentence repeats it. `weights/` is what servers read. The folder of a job's own servers lies in its run dir.
+
+Whoever can write these files decides where tokens come from, and gets the key. So the folder, `urls` and `key` must belong to
+this user or to root, and nobody else may write them: not even the group, although clusters have folders that a group shares.
 """
 
 import hmac
@@ -24,22 +27,26 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
+LARGEST = 1 << 16  # characters of `urls`, and of `key`
 NONCE, WELCOME = 32, b"welcome\n"
 NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
+GONE = "gone-"  # in that of a job: why the server of a node has ended, which nobody starts again
 
 
 def read(folder: Path) -> tuple[list[str], str]:
     """Where the servers are, and the key that they want ("" where there is none).
 
     Raises:
-        ConfigError: the folder does not say, or others could read its key.
+        ConfigError: the folder does not say, others could read its key, or others could write what it says.
     """
+    _check_mine(folder, folder, "launch.servers")
     try:
-        urls = [line.strip().rstrip("/") for line in (folder / URLS).read_text().splitlines() if line.strip()]
+        told = _read(folder / URLS, "launch.servers")
     except OSError as error:
         raise ConfigError(
             "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
         ) from error
+    urls = [line.strip().rstrip("/") for line in told.splitlines() if line.strip()]
     if not urls:
         raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
     for url in urls:
@@ -63,16 +70,55 @@ def _odd(url: str) -> str | None:
 def _key(folder: Path, urls: list[str], field: str) -> str:
     file = folder / KEY
     try:
-        mode, key = file.stat().st_mode, file.read_text().strip()
+        key = _read(file, field).strip()
     except FileNotFoundError:
         if all(_loopback(urlsplit(url).hostname or "") for url in urls):
             return ""
         raise ConfigError(field, str(folder), f"must have a file {KEY}: anybody could ask without") from None
-    if stat.S_IMODE(mode) & 0o077:
-        raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
+    except OSError as error:
+        raise ConfigError(field, str(file), f"cannot be read: {error.strerror}") from error
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(field, str(file), "must hold a key: printable characters, one line")
     return key
+
+
+def _read(file: Path, field: str) -> str:
+    """What a file of the folder says.
+
+    Raises:
+        OSError: it cannot be read.
+        ConfigError: others can write it, or read it where it is the key; or it is no text.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what it is, is seen before it is read
+    with os.fdopen(descriptor, "rb") as opened:
+        _check_mine(file, descriptor, field)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise ConfigError(field, str(file), "must be a file")
+        if file.name == KEY and stat.S_IMODE(mode) & 0o077:
+            raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
+        data = opened.read(LARGEST + 1)
+    if len(data) > LARGEST or not data.isascii():
+        raise ConfigError(field, str(file), f"must be plain text of at most {LARGEST:,} characters")
+    return data.decode("ascii")
+
+
+def _check_mine(path: Path, opened: Path | int, field: str) -> None:
+    """Refuse what somebody else could have written. `opened`: the path, or its descriptor. What is not there passes."""
+    try:
+        found = os.stat(opened)
+    except OSError:
+        return
+    if found.st_uid not in (os.geteuid(), 0):
+        remedy = f"belongs to user {found.st_uid}, and must be yours or root's"
+        raise ConfigError(field, str(path), f"{remedy}: make a folder of your own (mkdir -m 700), and its files anew")
+    if stat.S_IMODE(found.st_mode) & 0o022:
+        who = "anybody" if stat.S_IMODE(found.st_mode) & 0o002 else "its group"
+        folder = path if path.is_dir() else path.parent
+        remedy = (
+            f"can be written by {who}, who could name another server, which would get your key: chmod -R go-w {folder}"
+        )
+        raise ConfigError(field, str(path), f"{remedy} (nobody else may write there, not even your group)")
 
 
 def _loopback(host: str) -> bool:
@@ -149,7 +195,8 @@ def lenders(folder: Path) -> tuple[list[str], bytes]:
     Raises:
         ConfigError: the folder does not say.
     """
-    found = [file.read_text().strip() for file in sorted(folder.glob(f"{NODE}*"))]
+    _check_mine(folder, folder, "launch.workers_at")
+    found = [_read(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE}*"))]
     if not found or not (folder / KEY).is_file():
         remedy = "says of no node that lends its cores: start python -m aem_exp.lend on some, with this folder"
         raise ConfigError("launch.workers_at", str(folder), remedy)
@@ -193,27 +240,54 @@ def gather(folder: Path, count: int, seconds: float) -> None:
     """Wait until so many servers of a job are well, and write down where they are.
 
     Raises:
-        Stop: they are not, in so many seconds.
+        Stop: they are not, in so many seconds, or one has ended.
     """
     end = time.monotonic() + seconds
     while len(found := sorted(folder.glob(f"{NODE}*"))) < count:
+        if why := gone(folder):
+            raise Stop(f"{why}; what it says is in the job's log", "node")
         if time.monotonic() > end:
             up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
             raise Stop(f"{up}; what the others say is in the job's log", "node")
         time.sleep(0.2)
-    disk.write(folder / URLS, "".join(file.read_text() for file in found))
+    write(folder / URLS, "".join(file.read_text() for file in found))
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file of the folder, for its owner alone whatever the umask is."""
+    disk.write(file, text)
+    file.chmod(0o600)
+
+
+def write_gone(folder: Path, node: str, why: str) -> None:
+    """Write down that the server of a node of this job has ended, which nobody starts again."""
+    (folder / f"{NODE}{node}").unlink(missing_ok=True)
+    write(folder / f"{GONE}{node}", f"{why}\n")
+
+
+def gone(folder: Path) -> str:
+    """Why a server of this job has ended for good; "" where none has, or nobody can know."""
+    for file in sorted(folder.glob(f"{GONE}*")):
+        with suppress(OSError):
+            return file.read_text().strip()
+    return ""
 
 
 def made_key(folder: Path) -> str:
-    """The key of a job's servers; made by the first that asks."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The key of a job's servers; made by the first that asks.
+
+    Raises:
+        ConfigError: others could have written it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     mine = folder / f".{KEY}.{socket.gethostname()}.{os.getpid()}"
     mine.touch(0o600)
     mine.write_text(secrets.token_urlsafe(32))
     with suppress(FileExistsError):
         os.link(mine, folder / KEY)
     mine.unlink()
-    return (folder / KEY).read_text()
+    return _read(folder / KEY, str(folder))
 
 
 def leave(folder: Path) -> None:

@@ -46,7 +46,7 @@ def _act(asked: argparse.Namespace) -> int:
     with socket.create_server((host, 0), backlog=1024) as listening:
         where = f"{host}:{listening.getsockname()[1]}"
         note = folder / f"{addresses.NODE}{socket.gethostname()}-{os.getpid()}"
-        disk.write(note, f"{where}\n")
+        addresses.write(note, f"{where}\n")
         print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
         try:
             _serve(listening, key)

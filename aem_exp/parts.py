@@ -240,7 +240,8 @@ class Parts:
         if self.servers:
             from aem_exp.served import ServedSampler
 
-            return ServedSampler(self.servers, self.chat.end_ids, sampling, trainer.accelerator.process_index)
+            known, rank = policy.vocabulary(self.experiment.model, self.weights), trainer.accelerator.process_index
+            return ServedSampler(self.servers, self.chat.end_ids, sampling, vocabulary=known, rank=rank)
         if self.experiment.launch.sampler == "engine":
             from aem_exp.engine import EngineSampler
 

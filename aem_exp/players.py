@@ -111,7 +111,7 @@ def _served(player: Player, experiment: Experiment) -> Iterator[tuple[Make, Any]
         servers = Servers(where, experiment.launch.server_seconds)
         try:
             servers.hold(Path(player.folder), policy.names(player.folder), experiment.env.context_tokens)
-            yield partial(ServedSampler, servers), tokenizer
+            yield partial(ServedSampler, servers, vocabulary=policy.vocabulary(player.model, player.folder)), tokenizer
         finally:
             servers.hang_up()
     finally:

@@ -161,6 +161,13 @@ def words(model: Model, folder: str) -> Any:
     return tokenizer
 
 
+def vocabulary(model: Model, folder: str) -> int:
+    """How many tokens a model has, those included that its tokenizer does not name."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder, **_code(model)).get_text_config().vocab_size)
+
+
 def _code(model: Model) -> dict[str, bool]:
     return {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import addresses, config, disk, door, launch, servers
+from aem_exp import addresses, answers, config, door, launch
 from aem_exp.config import Experiment
 from aem_exp.values import Stop
 
@@ -44,17 +45,24 @@ def _act(asked: argparse.Namespace) -> int:
     )  # time is nearly up: the run ends its step first, and needs servers for it
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     child = None
-    if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
-        child = _started(experiment, folder)
     try:
+        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
+            child = _started(experiment, folder)
         while not (folder / addresses.OVER).exists():
             if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
-                raise Stop(f"the server on this node has ended with code {child.returncode}", "node")
+                raise Stop(f"the server on {_node()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
+    except Stop as stop:
+        addresses.write_gone(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
+        raise
     finally:
         if child is not None:
             _end(child)
     return 0
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
@@ -76,12 +84,13 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     )
     url = f"http://{host}:{port}"
     end = time.monotonic() + how.server_seconds
-    while not servers.well(url):
-        if child.poll() is not None or time.monotonic() > end:
+    while not answers.well(url):
+        if (code := child.poll()) is not None or time.monotonic() > end:
             _end(child)
-            raise Stop(f"the server on this node did not answer within {how.server_seconds:g} s, or ended", "node")
+            late = f"did not answer within {how.server_seconds:g} s (launch.server_seconds)"
+            raise Stop(f"the server on {_node()} {late if code is None else f'has ended with code {code}'}", "node")
         time.sleep(0.5)
-    disk.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
+    addresses.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
 

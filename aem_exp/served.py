@@ -2,8 +2,8 @@
 
 Every process asks for its own episodes: nothing is gathered, nobody waits for another rank, and each conversation goes on by
 itself. The engine's defaults are never read: temperature, filters, penalties, end tokens and a seed that follows from the
-response's key are sent with every request. An answer that is not exact tokens within the budget ends the run; nothing is
-tokenised again.
+response's key are sent with every request. An answer that is not exact tokens of the vocabulary within the budget, each with
+a log-prob that one can have, ends the run; nothing is tokenised again.
 
 Log-probs that come with the tokens are the server's own: they enter the correction, token by token, and nothing else.
 Entropies it cannot tell; the trainer measures them.
@@ -11,13 +11,21 @@ Entropies it cannot tell; the trainer measures them.
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 from aem_exp.sample import Sample, Sampling
 from aem_exp.servers import Servers
 from aem_exp.values import Stop
 
 PATH = "/v1/completions"
+LEAST, ROUNDING = (
+    -1e4,
+    1e-3,
+)  # log-probs: vLLM writes -9999 for a probability of 0, and a sum of exponentials is rounded
+# Bytes of an answer: for anything, for each token that may be generated (as an id, as text twice, with log-prob and offset), and
+# for each of the prompt, whose ids may be repeated.
+ANY, EACH, REPEATED = 1 << 20, 1 << 10, 16
+WORD: Final = 40  # characters of a value that is shown
 
 
 class ServedSampler:
@@ -25,11 +33,13 @@ class ServedSampler:
 
     Args:
         end_ids: tokens that end a response.
+        vocabulary: tokens that the policy has; an id from there on is none.
         rank: of this process; where all begin with the same server, one would have all the work.
     """
 
-    def __init__(self, servers: Servers, end_ids: Sequence[int], sampling: Sampling, rank: int = 0):
+    def __init__(self, servers: Servers, end_ids: Sequence[int], sampling: Sampling, *, vocabulary: int, rank: int = 0):
         self.servers, self.end_ids, self.sampling, self.rank = servers, list(end_ids), sampling, rank
+        self.vocabulary = vocabulary
 
     def session(self) -> "ServedSession":
         return ServedSession(self)
@@ -57,8 +67,9 @@ class ServedSession:
         asked = [
             self._asked(self._ids[slot], key, budget) for slot, key, budget in zip(slots, keys, budgets, strict=True)
         ]
-        answers = sampler.servers.ask(PATH, asked, [sampler.rank + slot for slot in slots])
-        samples = [_sample(request, answer) for request, answer in zip(asked, answers, strict=True)]
+        firsts = [sampler.rank + slot for slot in slots]
+        answers = sampler.servers.ask(PATH, asked, firsts, [_most(request) for request in asked])
+        samples = [_sample(request, answer, sampler.vocabulary) for request, answer in zip(asked, answers, strict=True)]
         for slot, sample in zip(slots, samples, strict=True):
             self._ids[slot] += sample.ids
         return samples
@@ -89,7 +100,12 @@ def seed(key: tuple) -> int:
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
-def _sample(asked: dict[str, Any], answer: dict[str, Any]) -> Sample:
+def _most(asked: dict[str, Any]) -> int:
+    """Bytes that an answer may have."""
+    return ANY + EACH * int(asked["max_tokens"]) + REPEATED * len(asked["prompt"])
+
+
+def _sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
     """The tokens of an answer.
 
     Raises:
@@ -98,20 +114,31 @@ def _sample(asked: dict[str, Any], answer: dict[str, Any]) -> Sample:
     try:
         choice = answer["choices"][0]
         ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        assert all(type(i) is int for i in ids) and all(isinstance(p, int | float) for p in logps)
+        assert isinstance(ids, list) and isinstance(logps, list)
     except (KeyError, IndexError, TypeError, AssertionError):
         raise _wrong("has no token ids or no log-probs: it must know return_token_ids, as vLLM does") from None
     if choice.get("finish_reason") not in ("stop", "length"):  # aborted, say: half a response is none
-        raise _wrong(f"ended by {choice.get('finish_reason')!r}, and not by an end token or the budget")
+        raise _wrong(f"ended by {_shown(choice.get('finish_reason'))}, and not by an end token or the budget")
     if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, asked["prompt"]):
         raise _wrong("is to another prompt than was sent: the server changed its tokens")
     if not 0 < len(ids) <= asked["max_tokens"]:
         raise _wrong(f"has {len(ids)} tokens, and 1 to {asked['max_tokens']} were asked for")
     if len(logps) != len(ids):
         raise _wrong(f"has {len(ids)} tokens and {len(logps)} log-probs")
+    for one in ids:
+        if type(one) is not int or not 0 <= one < vocabulary:
+            raise _wrong(f"has the token id {_shown(one)}: it must be a whole number from 0 to {vocabulary - 1}")
+    for one in logps:
+        if type(one) not in (int, float) or not LEAST <= one <= ROUNDING:  # nor is NaN in between
+            raise _wrong(f"has the log-prob {_shown(one)}: it must be a number from {LEAST:g} to 0")
     if set(ids[:-1]) & set(asked["stop_token_ids"]):
         raise _wrong("goes on after an end token: the server does not know stop_token_ids")
     return Sample(ids, [float(p) for p in logps], [])
+
+
+def _shown(value: Any) -> str:
+    """A value of a server's, in a few printable characters."""
+    return ascii(value)[:WORD]
 
 
 def _wrong(why: str) -> Stop:

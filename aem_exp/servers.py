@@ -12,7 +12,6 @@ Who only plays may leave a server as it was started, where that can read no othe
 """
 
 import asyncio
-import json
 import logging
 import random
 import threading
@@ -22,22 +21,20 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from aem_exp import addresses
+from aem_exp.answers import Answer, Client, NoAnswer, plain
 from aem_exp.values import Stop
-
-if TYPE_CHECKING:
-    import httpx
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
 MODELS = "/v1/models"
 RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
 PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
-CONNECT: Final = 5.0  # seconds
 PASSING = (408, 409, 425, 429)  # of the 4xx: it may be answered later
-SAID: Final = 300  # characters of a server's own words
+QUIET: Final = 60.0  # seconds in which a server that comes and goes is told of once
+NAMED: Final = 100  # characters of a name that a server gives its weights
 
 
 class Servers:
@@ -49,8 +46,6 @@ class Servers:
     """
 
     def __init__(self, folder: Path, seconds: float):
-        import httpx
-
         self.folder, self.seconds = folder, seconds
         self.urls, self._key = addresses.read(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
@@ -59,13 +54,9 @@ class Servers:
         self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
         self._holding = set(self.urls)  # servers that have the newest weights
         self._away: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
+        self._told: dict[str, float] = {}  # when it was last said of a server that it does not answer (monotonic)
         self._renewing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._client = httpx.AsyncClient(
-            headers=self.headers,
-            timeout=httpx.Timeout(seconds, connect=CONNECT, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
-            trust_env=False,  # they are next door: no proxy, and no credentials of other places
-        )
+        self._client = Client(self.headers, seconds)
         self._over = False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="servers").start()
@@ -75,21 +66,23 @@ class Servers:
         """What a request shows."""
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
-    def ask(self, path: str, bodies: list[dict[str, Any]], firsts: list[int]) -> list[dict[str, Any]]:
-        """Post each body to a server, all at a time; their answers. `firsts`: the number of the server to ask first.
+    def ask(self, path: str, bodies: list[dict[str, Any]], firsts: list[int], most: list[int]) -> list[dict[str, Any]]:
+        """Post each body to a server, all at a time; their answers. Several threads may ask.
 
-        Several threads may ask.
+        Args:
+            firsts: for each body, the number of the server to ask first.
+            most: for each body, bytes that its answer may have.
 
         Raises:
             Stop: a server refuses, or none has answered for too long.
             CancelledError: somebody hung up.
         """
 
-        def sends(body: dict[str, Any]) -> Callable[[str], Awaitable[dict[str, Any]]]:
-            return lambda url: self._post(url + path, body)
+        def sends(body: dict[str, Any], size: int) -> Callable[[str], Awaitable[dict[str, Any]]]:
+            return lambda url: self._post(url + path, body, size)
 
-        pairs = list(zip(bodies, firsts, strict=True))
-        return self._run(lambda: _all([partial(self._patiently, first, sends(body)) for body, first in pairs]))
+        asked = list(zip(firsts, map(sends, bodies, most), strict=True))
+        return self._run(lambda: _all([partial(self._patiently, first, send) for first, send in asked]))
 
     def load(self, folder: Path) -> None:
         """Have the servers read the weights of a folder, and return when they have; who is away does it when it is back."""
@@ -130,12 +123,10 @@ class Servers:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()  # servers see it, and stop
+        await self._client.close()  # servers see it, and stop
 
     async def _patiently(self, first: int, send: Callable[[str], Awaitable[T]]) -> T:
         """Send something until it is answered."""
-        import httpx
-
         pause, since = PAUSE, 0.0
         while True:
             url = self._next(first)
@@ -144,23 +135,30 @@ class Servers:
                 if url not in self._holding:
                     await self._renew(url)
                 answer = await send(url)
-            except (httpx.TransportError, _Passing) as error:
-                why = f"{url} {_sentence(error, self.seconds)}"
-                broke_off = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-                if isinstance(error, httpx.ConnectError) or (broke_off and not self.streamed):
+            except NoAnswer as error:
+                why = f"{url} {error}"
+                if error.unreached or (error.broken and not self.streamed):
                     self._holding.discard(url)  # to read the weights once more costs less than to have old ones
             else:
                 self._away.pop(url, None)
                 return answer
             now = time.monotonic()
             since = since or now
-            if now - since > self.seconds:
-                raise Stop(
-                    f"no server has answered for {now - since:.0f} s (launch.server_seconds); the last: {why}", "node"
-                )
+            self._fail(url, why, now - since)
             self._away[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
             pause = min(2 * pause, LONGEST)
             self.urls = addresses.again(self.folder, self.urls)
+
+    def _fail(self, url: str, why: str, waited: float) -> None:
+        """Say once that a server does not answer, or end the run: it is gone for good, or the limit is reached."""
+        if gone := addresses.gone(self.folder):
+            raise Stop(f"{gone}; {why}", "node")
+        if waited > self.seconds:
+            raise Stop(f"no server has answered for {waited:.0f} s (launch.server_seconds); the last: {why}", "node")
+        now = time.monotonic()
+        if url not in self._away and now - self._told.get(url, -QUIET) >= QUIET:
+            self._told[url] = now
+            log.warning("%s, asking again for up to %g s", why, self.seconds)
 
     def _next(self, first: int) -> str:
         """The server whose turn it is; where that is away, the next one that is not, or will be asked soonest."""
@@ -190,9 +188,9 @@ class Servers:
 
     async def _examine(self, url: str) -> None:
         """See to it that a server has the weights that are asked for: it reads them, or was started with them and reads none."""
-        answer = self._answered(url + MODELS, await self._client.get(url + MODELS))
-        cards = [card for card in answer.get("data") or () if isinstance(card, dict) and not card.get("parent")]
-        longest = min((card.get("max_model_len") or self.context for card in cards), default=self.context)
+        cards = _cards(self._answered(url + MODELS, await self._client.get(url + MODELS)))
+        takes = [card.get("max_model_len") for card in cards]
+        longest = min((most for most in takes if type(most) is int and most > 0), default=self.context)
         if longest < self.context:
             told = f"takes {longest:,} tokens at most, and env.context_tokens={self.context}"
             raise Stop(f"{url} {told}: start it with --max-model-len {self.context}", "config")
@@ -201,45 +199,36 @@ class Servers:
         except _Refused as refused:
             if refused.status != 404:
                 raise Unheld(f"{refused}; it does not read {self.weights}", "config") from None
-            self._started_with(url, [str(card.get("root") or card.get("id")) for card in cards])
+            self._started_with(url, [plain(str(card.get("root") or card.get("id"))) for card in cards])
 
     def _started_with(self, url: str, roots: list[str]) -> None:
         """Refuse a server that was started with other weights, as it says itself."""
         said = {*roots, *(str(Path(root).resolve()) for root in roots if root.startswith("/"))}
         if not said & set(self.names):
-            has = f"has {', '.join(roots) or 'no model'}, and reads no other weights"
+            has = f"has {', '.join(root[:NAMED] for root in roots[:9]) or 'no model'}, and reads no other weights"
             remedy = f"start it with {self.weights}, or with VLLM_SERVER_DEV_MODE=1 in its environment"
             raise Unheld(f"{url} {has}: {remedy}", "config")
         if not any(name.startswith("/") for name in said & set(self.names)):
-            log.warning("%s says that it has %s, and not which revision; here is %s", url, *roots[:1], self.weights)
+            log.warning(
+                "%s says that it has %s, and not which revision; here is %s", url, roots[0][:NAMED], self.weights
+            )
 
-    async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._answered(url, await self._client.post(url, json=body))
+    async def _post(self, url: str, body: dict[str, Any], *most: int) -> dict[str, Any]:
+        return self._answered(url, await self._client.post(url, body, *most))
 
-    def _answered(self, url: str, response: "httpx.Response") -> dict[str, Any]:
-        if response.is_success:
-            return _object(url, response.content)
-        status = response.status_code
-        said = f"answers {status} {self._words(response)}"
+    def _answered(self, url: str, answer: Answer) -> dict[str, Any]:
+        if answer.good:
+            return answer.object(url)
+        status, words = answer.status, answer.words(self._key)
+        said = f"answers {status} ({words})" if words else f"answers {status}"
         unread = status == 500 and self.names and url.endswith(RELOAD)  # of a folder that has long been there
         if (status in PASSING or status >= 500) and not unread:
-            raise _Passing(said)
+            raise NoAnswer(said)
         hint = {
             401: f"; is {self.folder / addresses.KEY} its key?",
             404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
         }
         raise _Refused(f"{url} {said}{hint.get(status, '')}", status)
-
-    def _words(self, response: "httpx.Response") -> str:
-        """What a server says about a failure, on one line, and without the key if it should repeat that."""
-        try:
-            told = response.json()
-            told = told.get("error", told)
-            text = str(told.get("message", told) if isinstance(told, dict) else told)
-        except (ValueError, AttributeError):
-            text = response.text
-        text = text.replace(self._key, "***") if self._key else text
-        return f"({' '.join(text.split())[:SAID]})" if text else ""
 
 
 class Unheld(Stop):
@@ -252,10 +241,6 @@ class _Refused(Stop):
     def __init__(self, sentence: str, status: int):
         super().__init__(sentence, "config")
         self.status = status
-
-
-class _Passing(Exception):
-    """An answer that may be another one later."""
 
 
 async def _nothing(url: str) -> None: ...
@@ -271,34 +256,7 @@ async def _all(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
             task.cancel()
 
 
-def _object(url: str, content: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(content or b"{}")
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise Stop(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
-    return answer
-
-
-def _sentence(error: Exception, seconds: float) -> str:
-    import httpx
-
-    match error:
-        case httpx.ConnectError() | httpx.ConnectTimeout():
-            return "cannot be reached"
-        case httpx.TimeoutException():
-            return f"gave no answer within {seconds:g} s"
-        case httpx.TransportError():
-            return f"broke off ({type(error).__name__})"
-    return str(error)
-
-
-def well(url: str) -> bool:
-    """Whether a server answers."""
-    import httpx
-
-    try:
-        return httpx.get(f"{url}/health", timeout=CONNECT, trust_env=False).is_success
-    except httpx.TransportError:
-        return False
+def _cards(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that a server says it has, adapters left out."""
+    data = answer.get("data")
+    return [card for card in data if isinstance(card, dict) and not card.get("parent")] if type(data) is list else []

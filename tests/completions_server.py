@@ -42,6 +42,7 @@ class CompletionsServer:
         fails: statuses that the next requests for tokens get instead of an answer.
         seconds: that each request for tokens takes longer.
         twist: changes an answer before it is sent.
+        raw: sends the whole answer to a request for tokens itself, given the handler; None: the server does.
         develops: whether it has VLLM_SERVER_DEV_MODE=1, and so reads weights.
         longest: tokens of a request, at most.
         root: what it says that it was started with.
@@ -52,7 +53,7 @@ class CompletionsServer:
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
         self.develops, self.longest, self.root = True, 1 << 20, str(policy)
         self.model = loaded(policy) if isinstance(policy, str | Path) else policy
-        self.key, self.seconds, self.twist = key, 0.0, lambda answer: answer
+        self.key, self.seconds, self.twist, self.raw = key, 0.0, lambda answer: answer, None
         self.asked, self.reloads, self.fails = [], [], []
         self.ends_at, self.ended = 0, threading.Event()
         self.at_once = self.most_at_once = 0
@@ -174,6 +175,10 @@ def _handler(server):
             asked = json.loads(body)
             if self.path.startswith("/v1/") and not self._known():
                 self._say(401, {"error": "Unauthorized"})
+            elif self.path == "/v1/completions" and server.raw:
+                self.close_connection = True
+                with contextlib.suppress(OSError):  # hung up
+                    server.raw(self)
             elif self.path == "/v1/completions":
                 self._say(*server.complete(asked))
             elif self.path == "/collective_rpc" and server.develops:

@@ -29,7 +29,9 @@ def main(folder: Path, place: Path) -> None:
         folder,
         run,
         lam=1.0,
-        make_sampler=lambda t: ServedSampler(known, chat.end_ids, Sampling(), t.accelerator.process_index),
+        make_sampler=lambda t: ServedSampler(
+            known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
+        ),
         trust_sampler=False,
         publish=Files(known),
     )

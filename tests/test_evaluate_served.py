@@ -21,6 +21,7 @@ KEY = "k-7f3a"
 PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
 SMALL = [*SHORT, "trainer.learning_rate=0.01", "evaluation.tasks=8"]  # so that two steps can be seen in what is said
 PROGRESS = ("policy", "untrained", "random")  # what is at work, in a line
+AGAIN = "asking again for up to"  # what is said at once of a server that does not answer
 MODELS = ["--only", "policy", "--only", "untrained"]
 PANEL = ["--panel", "dev", "--tasks", "6", "--repeats", "2"]
 
@@ -74,7 +75,8 @@ def ask(capsys, asked, code=0):
     out, err = capsys.readouterr()
     assert got == code, err
     if code:
-        (sentence,) = [line for line in err.splitlines() if line and not line.startswith(PROGRESS)]
+        lines = [line for line in err.splitlines() if line and not line.startswith(PROGRESS)]
+        (sentence,) = [line for line in lines if AGAIN not in line]
         assert KEY not in err and not out
         return sentence
     return json.loads(out)

@@ -1,5 +1,6 @@
 """Servers that generate, over real HTTP: exact tokens, whatever becomes of a server, and episodes that wait for nobody."""
 
+import gzip
 import inspect
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 import toy
 from completions_server import CompletionsServer
-from doors import SMALL, Beside, metrics, until
+from doors import LONG, SMALL, Beside, metrics, until
 from filelock import FileLock
 
 from aem_exp import addresses, config, policy, servers, weights, worlds
@@ -66,13 +67,18 @@ def place(where, *served, key=KEY):
     return where
 
 
+def sampler_of(known, chat, rank=0):
+    """What asks these servers, in the toy's words."""
+    return ServedSampler(known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=rank)
+
+
 @pytest.fixture
 def served(folder, tmp_path):
     """One server, and a sampler that asks it."""
     saved, chat = policy_of(folder)
     with CompletionsServer(saved, KEY) as server:
         known = Servers(place(tmp_path / "servers", server), SECONDS)
-        yield server, ServedSampler(known, chat.end_ids, Sampling()), chat
+        yield server, sampler_of(known, chat), chat
         known.hang_up()
 
 
@@ -129,20 +135,143 @@ def _choice(**changes):
         (_more, "tokens, and 1 to 5 were asked for"),
         (_choice(token_ids=None), "no token ids"),
         (_choice(token_ids=[]), "has 0 tokens"),
-        (_choice(token_ids=["a"]), "no token ids"),
+        (_choice(token_ids="a"), "no token ids"),
         (_choice(logprobs=None), "no log-probs"),
         (_choice(prompt_token_ids=[1]), "another prompt"),
         (_choice(finish_reason="abort"), "ended by 'abort'"),
+        (_choice(finish_reason="\x1b[31m" + "x" * 999), r"ended by '.x1b.31mx{1,40}, and not"),
         (lambda answer: {"choices": []}, "no token ids"),
+        (lambda answer: {"choices": ["a"]}, "no token ids"),
         (lambda answer: [answer], "no JSON object"),
     ],
-    ids=["long", "no ids", "empty", "text", "no log-probs", "other prompt", "aborted", "no choice", "no object"],
+    ids=[
+        *("long", "no ids", "empty", "text", "no log-probs", "other prompt", "aborted", "shouted", "no choice"),
+        *("a text for a choice", "no object"),
+    ],
 )
 def test_an_answer_that_is_not_exact_ends_the_run(served, twist, said):
     server, sampler, chat = served
     server.twist = twist
     with pytest.raises(Stop, match=said):
         ask(sampler, chat)
+
+
+@pytest.mark.parametrize(
+    "one", ["a", -5, 10**9, 10**400, True, 1.0, None, [1], "last + 1"], ids=lambda one: str(one)[:9]
+)
+def test_a_token_that_the_policy_does_not_have_ends_the_run(served, one):
+    server, sampler, chat = served
+    one = sampler.vocabulary if one == "last + 1" else one
+    server.twist = _choice(token_ids=[one], logprobs={"token_logprobs": [-1.0]})
+    with pytest.raises(Stop, match=r"has the token id .*: it must be a whole number from 0 to") as caught:
+        ask(sampler, chat)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "one", [float("nan"), float("inf"), -float("inf"), 0.01, 7, -(10**400), True, False, None, "-1"]
+)
+def test_a_log_prob_that_no_token_can_have_ends_the_run(served, one):
+    server, sampler, chat = served
+    server.twist = _choice(token_ids=[0], logprobs={"token_logprobs": [one]})
+    with pytest.raises(Stop, match=r"has the log-prob .*: it must be a number from -10000 to 0") as caught:
+        ask(sampler, chat)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("one", [0, -3, 1e-4, -9999.0])
+def test_a_log_prob_may_be_rounded(served, one):
+    server, sampler, chat = served
+    server.twist = _choice(token_ids=[0], logprobs={"token_logprobs": [one]})
+    assert ask(sampler, chat).logps == [one]
+
+
+def head(out, **more):
+    out.send_response(200)
+    for name, value in more.items():
+        out.send_header(name.replace("_", "-"), value)
+    out.end_headers()
+
+
+def test_an_answer_that_comes_byte_by_byte_is_late(served):
+    """Each byte comes in time; all of them do not."""
+    server, sampler, chat = served
+    over = threading.Event()
+
+    def trickle(out):
+        head(out, Content_Length="10000")
+        while not over.wait(0.1):
+            out.wfile.write(b" ")
+
+    server.raw = trickle
+    asking = Beside(ask, replace_servers(sampler, Servers(sampler.servers.folder, 2.0)), chat)
+    try:
+        with pytest.raises(Stop, match="gave no answer within 2 s"):
+            asking.end(60)
+    finally:
+        over.set()
+
+
+def test_an_answer_without_end_is_cut(served):
+    server, sampler, chat = served
+    sent = []
+
+    def pour(out):
+        head(out, Connection="close")
+        while len(sent) < 400:
+            out.wfile.write(bytes(1 << 20))
+            sent.append(1)
+
+    server.raw = pour
+    with pytest.raises(Stop, match=r"answers with more than the 1,0\d\d,\d\d\d bytes that its answer may have"):
+        ask(sampler, chat)
+    assert len(sent) < 100
+
+
+def test_an_answer_that_is_packed_is_not_unpacked(served):
+    server, sampler, chat = served
+    asked = []
+
+    def bomb(out):
+        asked.append(out.headers["Accept-Encoding"])
+        body = gzip.compress(bytes(100 << 20))
+        head(out, Content_Encoding="gzip", Content_Length=str(len(body)))
+        out.wfile.write(body)
+
+    server.raw = bomb
+    with pytest.raises(Stop, match="in the encoding 'gzip', which nobody asked for"):
+        ask(sampler, chat)
+    assert asked == ["identity"]
+
+
+def test_an_answer_nested_without_end_is_one_sentence(served):
+    server, sampler, chat = served
+
+    def nest(out):
+        head(out, Content_Length="500000")
+        out.wfile.write(b"[" * 500_000)
+
+    server.raw = nest
+    with pytest.raises(Stop, match="no JSON object"):
+        ask(sampler, chat)
+
+
+def test_words_of_a_server_reach_a_terminal_as_plain_text(served):
+    server, sampler, chat = served
+    words = "\x1b[31mred\x1b[0m\x07 \x1b]0;title\x07\u202e\x9b5m\nnext"
+
+    def refuse(out):
+        out.send_response(400)
+        out.end_headers()
+        out.wfile.write(said.encode())
+
+    server.raw = refuse
+    for said in (json.dumps({"error": {"message": words}}), words, '{"error":' * 99_999, f"{KEY[:3]}\x07{KEY[3:]}"):
+        with pytest.raises(Stop, match="answers 400") as caught:
+            ask(sampler, chat)
+        sentence = str(caught.value)
+        assert sentence.isprintable() and KEY not in sentence and len(sentence) < 500
+        assert "red" in sentence or words not in said
 
 
 # Servers that are slow, sick, away or somebody else's.
@@ -187,7 +316,7 @@ def test_a_sick_server_and_a_slow_one_end_the_run_when_the_limit_is_reached(serv
 
 
 def replace_servers(sampler, known):
-    return ServedSampler(known, sampler.end_ids, sampler.sampling)
+    return ServedSampler(known, sampler.end_ids, sampler.sampling, vocabulary=sampler.vocabulary)
 
 
 def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights(folder, tmp_path):
@@ -195,7 +324,7 @@ def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights
     other = folder / "policy-full-1"
     toy.policy(folder, "full", seed=1)
     with CompletionsServer(saved, KEY) as first:
-        sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
+        sampler = sampler_of(Servers(place(tmp_path / "s", first), SECONDS), chat)
         before = ask(sampler, chat)
         sampler.servers.load(other)
         newest = ask(sampler, chat)
@@ -217,7 +346,7 @@ def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder
     saved, chat = policy_of(folder)
     toy.policy(folder, "full", seed=1)
     with CompletionsServer(saved, KEY) as first:
-        sampler = ServedSampler(Servers(place(tmp_path / "s", first), SECONDS), chat.end_ids, Sampling())
+        sampler = sampler_of(Servers(place(tmp_path / "s", first), SECONDS), chat)
         sampler.servers.load(folder / "policy-full-1")
         newest = ask(sampler, chat)
         first.seconds = SECONDS
@@ -226,6 +355,38 @@ def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder
     with CompletionsServer(saved, KEY, port=first.port) as again:
         assert waiting.end() == newest and len(again.reloads) == 1
         sampler.servers.hang_up()
+
+
+def test_a_server_that_is_away_is_told_once_at_once(folder, tmp_path, caplog):
+    """By several who ask it, again and again."""
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as first:
+        sampler = sampler_of(Servers(place(tmp_path / "s", first), SECONDS), chat)
+    waiting = [Beside(ask, sampler, chat, ("k", n)) for n in range(3)]
+    told = f"{first.url} cannot be reached, asking again for up to 300 s"
+    until(lambda: told in caplog.messages, "the word")
+    time.sleep(0.5)  # meanwhile they ask again
+    assert all(one.busy for one in waiting)
+    with CompletionsServer(saved, KEY, port=first.port):
+        assert all(one.end().ids for one in waiting)
+    assert caplog.messages == [told]
+    sampler.servers.hang_up()
+
+
+def test_a_server_of_this_job_that_has_ended_for_good_is_not_waited_for(folder, tmp_path):
+    saved, chat = policy_of(folder)
+    with CompletionsServer(saved, KEY) as first:
+        sampler = sampler_of(Servers(place(tmp_path / "s", first), SECONDS), chat)
+    waiting = Beside(ask, sampler, chat)
+    time.sleep(0.3)
+    assert waiting.busy
+    addresses.write_gone(tmp_path / "s", "1", "the server on node7 has ended with code 9")
+    with pytest.raises(Stop, match=r"the server on node7 has ended with code 9; http.* cannot be reached") as stopped:
+        waiting.end(60)
+    assert stopped.value.kind == "node"
+    with pytest.raises(Stop, match="node7 has ended with code 9; what it says is in the job's log"):
+        addresses.gather(tmp_path / "s", 2, SECONDS)
+    sampler.servers.hang_up()
 
 
 @pytest.mark.parametrize(("name", "found"), [("10.1.2.3", True), ("8.8.8.8", False), ("0.0.0.0", False)])
@@ -242,7 +403,7 @@ def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
     saved, chat = policy_of(folder)
     with CompletionsServer(saved, KEY) as server:
-        sampler = ServedSampler(Servers(place(tmp_path / "s", server), SECONDS), chat.end_ids, Sampling())
+        sampler = sampler_of(Servers(place(tmp_path / "s", server), SECONDS), chat)
         sampler.servers.told(None)
         ask(sampler, chat)
     waiting = Beside(ask, sampler, chat)
@@ -259,13 +420,13 @@ def test_an_episode_keeps_its_server_and_goes_to_another_when_that_is_away(folde
     saved, chat = policy_of(folder)
     with CompletionsServer(saved, KEY) as one, CompletionsServer(saved, KEY) as two:
         known = Servers(place(tmp_path / "s", one, two), SECONDS)
-        sampler = ServedSampler(known, chat.end_ids, Sampling())
+        sampler = sampler_of(known, chat)
         for turn in range(3):
             for slot in range(4):
                 ask(sampler, chat, (slot, turn), slot=slot)
         assert [len(one.asked), len(two.asked)] == [6, 6]
         assert {request["seed"] for request in one.asked} == {seed((s, t)) for s in (0, 2) for t in range(3)}
-        other_rank = ServedSampler(known, chat.end_ids, Sampling(), rank=1)
+        other_rank = sampler_of(known, chat, rank=1)
         ask(other_rank, chat, ("rank",))
         assert len(two.asked) == 7
         one.__exit__()
@@ -306,6 +467,71 @@ def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
         addresses.read(where)
     sentence = str(caught.value)
     assert said in sentence and "\n" not in sentence and "pw" not in sentence and KEY not in sentence
+
+
+@pytest.mark.parametrize("name", ["", "urls", "key"])
+@pytest.mark.parametrize(("mode", "said"), [(0o666, "by anybody"), (0o777, "by anybody"), (0o660, "by its group")])
+def test_what_others_can_write_says_nothing_of_servers(tmp_path, name, mode, said):
+    where = written(tmp_path / "s")
+    (where / name).chmod(mode | 0o700 if not name else mode)
+    with pytest.raises(ConfigError, match=f"can be written {said}, .*: chmod -R go-w {where} .nobody else") as caught:
+        addresses.read(where)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"launch.servers={where / name}: ")
+    subprocess.run(["chmod", "-R", "go-w", where], check=True)
+    if name != "key":
+        assert addresses.read(where)[1] == KEY
+
+
+@pytest.mark.parametrize("name", ["", "urls", "key"])
+def test_what_somebody_else_has_written_says_nothing_of_servers(tmp_path, name, monkeypatch):
+    where = written(tmp_path / "s")
+    if os.geteuid() == 0:
+        os.chown(where / name, 12345, -1)
+    else:
+        owner = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(
+        ConfigError, match=r"belongs to user \d+, and must be yours or root's: make a folder of your own"
+    ):
+        addresses.read(where)
+    assert addresses.again(where, ["http://10.0.0.7:1"]) == ["http://10.0.0.7:1"]
+
+
+@pytest.mark.parametrize("name", ["urls", "key"])
+@pytest.mark.parametrize("odd", ["fifo", "folder", "large", "not text"])
+def test_what_is_no_small_text_file_says_nothing_of_servers(tmp_path, name, odd):
+    where = written(tmp_path / "s")
+    file = where / name
+    file.unlink()
+    if odd == "fifo":
+        os.mkfifo(file, 0o600)
+    elif odd == "folder":
+        file.mkdir(0o700)
+    else:
+        file.write_bytes(b"x" * 100_000 if odd == "large" else b"\xff\xfe")
+        file.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"must be a file|must be plain text|Is a directory"):
+        addresses.read(where)
+
+
+def test_what_a_job_writes_down_is_its_owners_alone_whatever_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        where = addresses.of_job(tmp_path)
+        key = addresses.made_key(where)
+        addresses.write(where / f"{addresses.NODE}0", "http://10.0.0.7:41234\n")
+        addresses.gather(where, 1, SECONDS)
+    finally:
+        os.umask(before)
+    assert addresses.read(where) == (["http://10.0.0.7:41234"], key) and addresses.made_key(where) == key
+
+
+def written(where):
+    where.mkdir(0o700)
+    for name, text in (("urls", "http://10.0.0.7:41234\n"), ("key", KEY)):
+        (where / name).write_text(text)
+        (where / name).chmod(0o600)
+    return where
 
 
 # Episodes that wait for nobody.
@@ -373,7 +599,7 @@ def test_environments_work_while_others_generate(folder, tmp_path):
     with CompletionsServer(saved, KEY) as server:
         server.seconds = seconds
         known = Servers(place(tmp_path / "s", server), SECONDS)
-        sampler = ServedSampler(known, chat.end_ids, Sampling())
+        sampler = sampler_of(known, chat)
         stage = Workers({"_target_": "patient.Patient", "low": seconds, "high": seconds}, 4, SECONDS)
         try:
             stage.reset({slot: episodes[slot].task for slot in range(4)})  # processes start
@@ -458,7 +684,7 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             folder,
             toy.experiment(history, steps=3, mini_batch=8),
             lam=1.0,
-            make_sampler=lambda trainer: ServedSampler(known, chat.end_ids, Sampling()),
+            make_sampler=lambda trainer: sampler_of(known, chat),
             trust_sampler=False,
             publish=Files(known),
             **more,
@@ -546,7 +772,7 @@ def test_servers_of_old_weights_are_noticed(folder, tmp_path):
         trainer = toy.trainer(
             folder,
             toy.experiment("full", steps=1),
-            make_sampler=lambda trainer: ServedSampler(known, chat.end_ids, Sampling()),
+            make_sampler=lambda trainer: sampler_of(known, chat),
             trust_sampler=False,
             publish=lambda trainer: None,
         )
@@ -574,3 +800,22 @@ def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
     assert (ended / "result.json").exists()
     left = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(left) > 10 and not any(key.encode() in file.read_bytes() for file in left)
+
+
+def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, monkeypatch):
+    """Who waits for it then does so no more; see `addresses.gather`."""
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "site.yaml").write_text("interface: lo")
+    (site / "vllm_server.sh").write_text("exit 3")
+    words = [*SMALL, "launch.sampler=served", "launch.servers=/nowhere", "launch.server_seconds=300"]
+    experiment = config.load([*words, f"outputs={tmp_path}"])
+    run_dir = config.run_dir(experiment)
+    run_dir.mkdir()
+    (run_dir / "experiment.json").write_text(json.dumps(config.to_dict(experiment)))
+    command, env = [sys.executable, "-m", "aem_exp.serve", str(run_dir)], os.environ | {"AEM_SITE": str(site)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 1 and "has ended with code 3" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(Stop, match=r"the server on .* has ended with code 3; what it says is in the job's log"):
+        addresses.gather(addresses.of_job(run_dir), 1, SECONDS)

@@ -345,6 +345,51 @@ def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
 
 
+CREATE = str(Call("file_editor", {"command": "create", "path": "x", "file_text": "y"}))
+
+
+@pytest.mark.parametrize(
+    ("ruin", "then"),
+    [
+        ("chmod 000 .", FINISH),
+        ("chmod 000 . .. /tmp ~ 2>/dev/null", bash("ls")),
+        ("rm -rf .git * .[a-z]*; chmod 0 .", CREATE),
+        ("cd /; rm -rf /testbed; ln -s /nowhere /testbed; touch /testbed", FINISH),
+    ],
+)
+def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin, then):
+    """And is no crash, which would leave it out of its group: whatever it says next, and if that is that it has finished."""
+    stage = Serial(world)
+    stage.reset({0: world.tasks("dev")[0]})
+    assert not stage.step({0: bash(ruin)})[0].error
+    reply = stage.step({0: then})[0]
+    stage.close()
+    assert not reply.error, reply.trace
+    assert reply.turn.terminated and reply.turn.reward == 0
+    assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
+
+
+def test_a_patch_whose_hook_locks_the_folder_is_no_crash_of_its_grading(world):
+    hook = "#!/bin/sh\nchmod 000 /testbed\n"
+    patch = new_file(".git/hooks/post-checkout", hook).replace("100644", "100755")
+    assert graded(world, world.tasks("dev")[0], patch.encode()) in ("not_applied", "tests_fail")
+
+
+@pytest.mark.parametrize(
+    ("parser", "said"),
+    [("parse_log_django", "'ERROR:'"), ("", "'>>>>> Test Exit Code: ' + '9' * 5000")],
+    ids=["line", "number"],
+)
+def test_a_line_that_the_parser_of_logs_cannot_read_is_no_crash(world, parser, said):
+    """Django's takes what follows `ERROR:` for granted; whatever an agent's code prints is its own failure."""
+    task = world.tasks("dev")[0]
+    instance = world.instance(task)
+    instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
+    patch = amok(instance.gold.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
+    with world.open(host()) as sandbox:
+        assert swe_grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
+
+
 def test_a_disk_that_it_filled_is_its_own_failure(env, world):
     last = play(env, world.tasks("dev")[0], bash("head -c 200000000 /dev/zero > big"), bash("echo x > y"), FINISH)[-1]
     assert last.metrics["won"] == 0 and last.terminated
@@ -465,6 +510,9 @@ def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
             assert "r2e_tests" not in turns[0].observation + turns[1].observation
         assert play(env, task, bash("echo '# nothing' >> README.md"), FINISH)[-1].metrics["end_tests_fail"] == 1
         assert play(env, task, FINISH)[-1].metrics["end_no_patch"] == 1
+    for ruin in ("rm -rf /testbed", "mv /testbed /gone; ln -s /nowhere /testbed"):
+        last = play(env, task, bash(f"cd /; {ruin}"), bash("ls"))[-1]
+        assert last.terminated and last.reward == 0 and last.metrics["end_no_patch"] == 1, ruin
     env.close()
 
 

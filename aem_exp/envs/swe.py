@@ -4,7 +4,7 @@ Decided here: what an episode is, when it is graded, what that is worth, and a w
 (`swe_made`): it needs no image and no download, and takes the same way as the real ones (`swebench`).
 
 An episode is graded when the agent says finish, or has taken its last turn. What takes longer than `episode_seconds` is stopped
-and not graded.
+and not graded. An agent that makes its own sandbox unusable has failed: its episode ends, with no patch.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Any, Final
 from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_tools
 from aem_exp.envs.swe_rows import Instance, instance
 from aem_exp.envs.swe_tools import Call, Mistake, Tools
-from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Sandbox
+from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Ruined, Sandbox
 from aem_exp.values import ConfigError, Elsewhere, unknown
 
 RULES: Final = 1  # raise when the same task would play differently
@@ -82,7 +82,10 @@ class RepositoryEnv:
             return self._turn("The time is up.", truncated=True)
         if call.tool == "finish":
             return self._judged(self._turn("", terminated=True))
-        return self._ended(self._turn(self._tools.use(call, left)))
+        try:
+            return self._ended(self._turn(self._tools.use(call, left)))
+        except Ruined:
+            return self._judged(self._turn("No command can begin in your working directory any more.", terminated=True))
 
     def close(self) -> None:
         sandbox, self._sandbox = self._sandbox, None
@@ -119,9 +122,12 @@ class RepositoryEnv:
             raise Lost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
 
     def _patch(self) -> bytes:
-        """What was changed, new files included. Without a repository any more there is nothing."""
+        """What was changed, new files included. Without a repository any more, or a way into it, there is nothing."""
         assert self._sandbox is not None
-        ran = self._sandbox.run(DIFF.format(tree=self._tree), PATCH)
+        try:
+            ran = self._sandbox.run(DIFF.format(tree=self._tree), PATCH)
+        except Ruined:
+            return b""
         return b"" if ran.code or ran.stopped else ran.output
 
 

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from aem_exp.envs.swe_rows import Instance
 from aem_exp.extras import install
-from aem_exp.sandboxes import Sandbox
+from aem_exp.sandboxes import Ruined, Sandbox
 from aem_exp.values import Missing
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
@@ -52,7 +52,10 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         sandbox.run(instance.lay, APPLY, instance.given)
     if len(patch) > LARGEST or not _applied(sandbox, patch):
         return "not_applied", ""
-    return (_r2e if instance.format == "r2e" else _swebench)(sandbox, instance, seconds)
+    try:
+        return (_r2e if instance.format == "r2e" else _swebench)(sandbox, instance, seconds)
+    except Ruined as ruined:  # by a hook that the patch brought, say
+        return "tests_fail", str(ruined)
 
 
 def _applied(sandbox: Sandbox, patch: bytes) -> bool:
@@ -65,18 +68,26 @@ def _applied(sandbox: Sandbox, patch: bytes) -> bool:
 
 
 def _swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Verdict, str]:
-    from swebench.harness.grading import get_eval_report
+    from swebench.harness.grading import PARSER_REGISTRY, get_eval_report
     from swebench.harness.utils import make_test_spec
 
     spec = make_test_spec(dict(instance.row))
+    assert spec.log_parser in PARSER_REGISTRY, (
+        f"{instance.id}: no parser {spec.log_parser}"
+    )  # the row's fault, no agent's
     log, stopped = _tested(sandbox, spec.eval_script, seconds)
     if stopped:
         return stopped, log
     told = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
-    with tempfile.NamedTemporaryFile("w", suffix=".log") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", suffix=".log", errors="replace"
+    ) as file:  # it is read in the locale's encoding
         file.write(log)
         file.flush()
-        report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+        try:
+            report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+        except Exception as error:  # of many kinds: parsers take lines for granted, and these may be the agent's
+            return "tests_fail", f"{log}\nno parser could read this: {error}"
     return "resolved" if report["resolved"] else "tests_fail", log
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
 
-from aem_exp.sandboxes.process import Lost, Ran, execute
+from aem_exp.sandboxes.process import Lost, Ran, Ruined, execute
 
-__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Sandbox", "file_name"]
+__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Ruined", "Sandbox", "file_name"]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
@@ -27,8 +27,8 @@ class Limits:
 
     Attributes:
         processes: at once (threads count).
-        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. What is no process's (files in
-            memory that are not mapped, buffers of sockets) is not seen: a hard limit takes a memory cgroup around our own.
+        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. The watch counts shared memory,
+            page tables and buffers of sockets with them (see `memory`); what it does not, `bwrap` tells with its size.
         disk_mb: of everything it writes. It lies in memory, beside `memory_mb`.
         output_mb: of one command.
         cpu_seconds: of one process; the wall clock is the caller's `timeout`.
@@ -94,8 +94,12 @@ class Sandbox(ABC):
         """The argument vector that runs this bash script in `workdir` inside. Raises `Lost` where it is not alive."""
 
     def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        """Run a bash script with `given` on its stdin, for at most `timeout` seconds. Raises `Lost`, also where it
-        is closed meanwhile."""
+        """Run a bash script with `given` on its stdin, for at most `timeout` seconds.
+
+        Raises:
+            Lost: the machine is at fault, or the sandbox is closed meanwhile.
+            Ruined: what ran in it before is at fault.
+        """
         return self._execute(self.command(script), timeout, given)
 
     def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> Ran:
@@ -112,9 +116,11 @@ class Sandbox(ABC):
         )
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file, as a command inside would: no link leads outside. Raises OSError."""
+        """Write a file, as a command inside would: no link leads outside. Raises OSError, also where a pipe or another thing
+        that is no file is in its place."""
         name = shlex.quote(path)
-        ran = self.run(f'mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
+        odd = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
+        ran = self.run(f'{odd}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
         if ran.code:
             raise OSError(f"{path}: {ran.text.strip() or ran.stopped}")
 

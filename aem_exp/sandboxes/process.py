@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, Final, Literal
+
+from aem_exp.sandboxes.memory import taken
 
 GLANCE: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
 END: Final = 5.0  # seconds for the kernel to end what is killed
-PAGE: Final = os.sysconf("SC_PAGESIZE")
 KILLED: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
 
 
@@ -25,6 +25,10 @@ Stopped = Literal["", "time", "output", "memory"]
 
 class Lost(RuntimeError):
     """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
+
+
+class Ruined(RuntimeError):
+    """No command can begin any more, because of what ran before: it has locked, removed or replaced what each one needs."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _seen(child: subprocess.Popen[bytes], memory: int, gone: Callable[[], bool])
     """Whether it takes too much memory. Raises Lost where it has lost its place."""
     if gone():
         raise Lost("the sandbox is gone")
-    return resident(child.pid) > memory
+    return taken(child.pid, memory) > memory
 
 
 def _read(descriptor: int) -> bytes | None:
@@ -197,15 +201,3 @@ def _read(descriptor: int) -> bytes | None:
         return os.read(descriptor, 1 << 16)
     except BlockingIOError:
         return None
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory of a process and all below it, as Linux counts them; 0 where it has ended."""
-    total, todo = 0, [pid]
-    while todo:
-        one = todo.pop()
-        with suppress(OSError, ValueError, IndexError):
-            total += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * PAGE
-            for thread in os.listdir(f"/proc/{one}/task"):
-                todo += map(int, Path(f"/proc/{one}/task/{thread}/children").read_text().split())
-    return total

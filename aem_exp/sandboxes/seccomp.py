@@ -1,7 +1,10 @@
 """What a kernel can be asked for inside a sandbox: a filter of system calls, in the kernel's own small language (classic BPF).
 
 Refused as by a kernel that was built without them, so that a program that only tries goes on: what no namespace parts (the
-keyring of our session, the kernel's log, machines beside ours over AF_VSOCK), and what only widens the way to its faults.
+keyring of our session, the kernel's log, machines beside ours over AF_VSOCK), what only widens the way to its faults, and what
+holds memory that is no process's (files of memfd_create; shared memory, semaphores and queues of System V; Landlock).
+
+Nothing happens, and all seems well, where a program asks for larger buffers of a socket.
 """
 
 import struct
@@ -25,10 +28,19 @@ REFUSED: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 
     "userfaultfd": (323, 282),
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "landlock_create_ruleset": (444, 444),  # its rules are without number
 }
+SETSOCKOPT: Final[Mapping[str, int]] = {"x86_64": 54, "aarch64": 208}
+SOL_SOCKET: Final = 1
+BUFFERS: Final = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and both with FORCE
 X32: Final = 0x40000000  # from here on x86_64 numbers the same calls once more; elsewhere there are none
-# Of the kernel's `struct seccomp_data`: number, architecture, low half of the first argument (both machines: little end first).
-NUMBER, MACHINE, FIRST = 0, 4, 16
+# Of the kernel's `struct seccomp_data`: number, architecture, low half of each argument (both machines: little end first).
+NUMBER, MACHINE, FIRST, SECOND, THIRD = 0, 4, 16, 24, 32
 _LOAD, _IS, _FROM, _GIVE = 0x20, 0x15, 0x35, 0x06  # load a word, jump if equal, jump if at least, return
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
@@ -42,6 +54,14 @@ def rules(machine: str) -> bytes:
     """The filter, as `bwrap --seccomp` reads it."""
     column = list(AUDIT).index(machine)
     families = [*_each(FAMILIES, _ALLOW), _step(_GIVE, _ERROR | EAFNOSUPPORT)]
+    options = [
+        _step(_LOAD, SECOND),
+        _step(_IS, SOL_SOCKET, 1, 0),
+        _step(_GIVE, _ALLOW),
+        _step(_LOAD, THIRD),
+        *_each(BUFFERS, _ERROR),  # no error: as if it were done
+        _step(_GIVE, _ALLOW),
+    ]
     return b"".join(
         [
             _step(_LOAD, MACHINE),
@@ -51,6 +71,8 @@ def rules(machine: str) -> bytes:
             _step(_FROM, X32, 0, 1),
             _step(_GIVE, _ERROR | ENOSYS),
             *_each([numbers[column] for numbers in REFUSED.values()], _ERROR | ENOSYS),
+            _step(_IS, SETSOCKOPT[machine], 0, len(options)),
+            *options,
             _step(_IS, SOCKETS[machine][0], 1, 0),
             _step(_IS, SOCKETS[machine][1], 0, 1 + len(families)),
             _step(_LOAD, FIRST),

@@ -61,7 +61,10 @@ def main() -> None:
         (folder / "urls").write_text(server.url)
         server.seconds = asked.answer
         servers = Servers(folder, 60.0)
-        sampler, stage = ServedSampler(servers, chat.end_ids, Sampling()), Workers(make, asked.episodes, 60.0)
+        sampler, stage = (
+            ServedSampler(servers, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer)),
+            Workers(make, asked.episodes, 60.0),
+        )
         stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})  # processes start
         ways = {"in step": InStep(sampler), "by itself": sampler}
         walls, idle, said = {way: [] for way in ways}, {way: [] for way in ways}, {}

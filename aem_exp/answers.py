@@ -1,0 +1,156 @@
+"""What servers answer over HTTP, read within a limit of time and a limit of size.
+
+A server is another program, maybe of another machine: an answer that comes byte by byte, has no end, is packed or is nested
+without end must cost no more than the limits, and its words reach a terminal as plain text.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from aem_exp.values import Stop
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT: Final = 5.0  # seconds
+MOST: Final = 1 << 20  # bytes of an answer that is not tokens
+SAID: Final = 300  # characters of a server's own words
+_COLOUR: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
+class NoAnswer(Exception):
+    """There is no whole answer; `str()` says why, to be read after the server's address.
+
+    Attributes:
+        unreached: there was no connection.
+        broken: there was none, or it ended too early: the server's process may have ended.
+    """
+
+    def __init__(self, why: str, unreached: bool = False, broken: bool = False):
+        super().__init__(why)
+        self.unreached, self.broken = unreached, broken
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A status and a body, which is cut at the limit where the status is no success."""
+
+    status: int
+    content: bytes
+
+    @property
+    def good(self) -> bool:
+        return 200 <= self.status < 300
+
+    def object(self, url: str) -> dict[str, Any]:
+        """The JSON object that it is. Raises Stop where it is none."""
+        try:
+            found = json.loads(self.content or b"{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise Stop(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
+        return found
+
+    def words(self, secret: str) -> str:
+        """What a server says about a failure, on one line, without a secret that it may repeat."""
+        try:
+            told = json.loads(self.content)
+            told = told.get("error", told)
+            text = str(told.get("message", told) if isinstance(told, dict) else told)
+        except (ValueError, AttributeError, RecursionError):
+            text = self.content.decode(errors="replace")
+        text = plain(text)
+        return (text.replace(secret, "***") if secret else text)[:SAID]
+
+
+def plain(text: str) -> str:
+    """Text on one line, without characters that a terminal would obey."""
+    words = " ".join(_COLOUR.sub("", text).split())
+    return "".join(char for char in words if char.isprintable())
+
+
+class Client:
+    """Sends requests. `seconds`: the longest that a whole answer may take."""
+
+    def __init__(self, headers: Mapping[str, str], seconds: float):
+        import httpx
+
+        self.seconds = seconds
+        self._http = httpx.AsyncClient(
+            headers={"Accept-Encoding": "identity", **headers},
+            timeout=httpx.Timeout(seconds, connect=CONNECT, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
+            trust_env=False,  # servers are next door: no proxy, and no credentials of other places
+        )
+
+    async def get(self, url: str) -> Answer:
+        return await self._send("GET", url, None, MOST)
+
+    async def post(self, url: str, body: dict[str, Any], most: int = MOST) -> Answer:
+        """Post a body as JSON.
+
+        Args:
+            most: bytes of the answer.
+
+        Raises:
+            NoAnswer: none came, or not all of it in time.
+            Stop: it is too large, or packed.
+        """
+        return await self._send("POST", url, body, most)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _send(self, method: str, url: str, body: dict[str, Any] | None, most: int) -> Answer:
+        import httpx
+
+        try:
+            async with asyncio.timeout(self.seconds), self._http.stream(method, url, json=body) as response:
+                return await _read(response, url, most)
+        except TimeoutError:
+            raise self._late() from None
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            refused = isinstance(error, httpx.ConnectError)
+            raise NoAnswer("cannot be reached", unreached=refused, broken=refused) from error
+        except httpx.TimeoutException as error:
+            raise self._late() from error
+        except httpx.TransportError as error:
+            ended = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+            raise NoAnswer(f"broke off ({type(error).__name__})", broken=ended) from error
+
+    def _late(self) -> NoAnswer:
+        return NoAnswer(f"gave no answer within {self.seconds:g} s")
+
+
+async def _read(response: "httpx.Response", url: str, most: int) -> Answer:
+    """Read an answer as it comes; unpacked it could be of any size, so it must not be packed."""
+    content, packed = bytearray(), response.headers.get("Content-Encoding", "identity")
+    if packed != "identity":
+        if not response.is_success:
+            return Answer(response.status_code, b"")
+        raise Stop(f"{url} answers in the encoding {plain(packed)[:SAID]!r}, which nobody asked for", "config")
+    async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # it is a generator, which httpx does not say
+        async for part in parts:
+            content += part
+            if len(content) > most:
+                break
+    if len(content) > most and response.is_success:
+        raise Stop(f"{url} answers with more than the {most:,} bytes that its answer may have", "config")
+    return Answer(response.status_code, bytes(content[:most]))
+
+
+def well(url: str) -> bool:
+    """Whether a server answers; what, is not read."""
+    import httpx
+
+    try:
+        with httpx.stream("GET", f"{url}/health", timeout=CONNECT, trust_env=False) as response:
+            return response.is_success
+    except httpx.TransportError:
+        return False
