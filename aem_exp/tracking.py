@@ -513,7 +513,7 @@ def _ready(writer: _Writer) -> None:
     writer.tried.wait()
     if writer.error is not None and not writer.remote.id:
         writer.close("FAILED", patience=0.0)
-        _refused(writer.remote.uri, writer.error)
+        refused(writer.remote.uri, writer.error)
 
 
 def _sent(run_dir: Path) -> str | None:
@@ -535,7 +535,7 @@ def _lacking(run_dir: Path, store: str, why: str) -> str:
     return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"
 
 
-def _refused(uri: str, error: Exception) -> NoReturn:
+def refused(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
@@ -595,7 +595,7 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
             if card["status"] is not None:
                 run.end(card["status"])
     except Exception as error:  # all become a sentence
-        _refused(uri, error)
+        refused(uri, error)
     save_card(run_dir, {**card, "uri": stores.redact(uri)})
     return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {stores.redact(uri)}"
 
@@ -704,17 +704,18 @@ def _client(uri: str) -> Any:
     return client
 
 
-def main() -> int:
-    return door.answer(lambda: _act(_read()))
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    return door.answer(lambda: _act(_read(argv)))
 
 
-def _read() -> argparse.Namespace:
+def _read(argv: list[str] | None) -> argparse.Namespace:
     parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
     verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
     verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
     verb.add_argument("--uri", help="the store, if not the one that the run was logged to")
     verb.add_argument("--reconcile", action="store_true", help="also end runs there that nobody is at any more")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _act(asked: argparse.Namespace) -> int:

@@ -157,9 +157,12 @@ KNOWS = {
         *("parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking"),
         *("addresses", "values", "views", "worlds"),
     },
+    "commands": {"values"},  # and, by name and when asked, the module of each command
+    "completion": {"commands", "config", "values"},
+    "ui": {"door", "stores", "tracking", "values"},
     "__main__": {
-        *("compose", "config", "dispatch", "door", "launch", "preflight", "questions", "run", "stores", "sweep"),
-        *("values", "worlds"),
+        *("commands", "completion", "compose", "config", "dispatch", "door", "launch", "preflight", "questions", "run"),
+        *("stores", "sweep", "values", "worlds"),
     },
     "sandboxes": {"sandboxes.process"},
     "sandboxes.process": set(),
@@ -239,7 +242,9 @@ def imported(tree):
 def ours(name):
     """The room that an import names, if it is one of ours."""
     parts = name.split(".")
-    if parts[0] != "aem_exp" or len(parts) == 1 or parts[1].isupper():  # a constant of the package itself
+    if (
+        parts[0] != "aem_exp" or len(parts) == 1 or parts[1].isupper() or parts[1][0] == "_"
+    ):  # a constant of the package itself
         return None
     inner = ".".join(parts[1:3])
     return inner if inner in KNOWS else parts[1]

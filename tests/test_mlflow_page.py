@@ -92,13 +92,13 @@ def driver() -> str:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
-    """A finished run, served by the command that its terminal shows."""
+    """A finished run, served by `aem-exp ui`, which its terminal shows."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     driver()
     run_dir, uri = tmp_path / "outputs" / "run", stores.resolve_uri(None, tmp_path / "outputs")
     tracking.create_sqlite(tmp_path / "outputs" / "mlflow.db")
     with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
-        words = shlex.split(stores.serve_command(uri, port := stores.free_port())[0])
+        words = shlex.split(stores.ui_command(uri, port := stores.free_port()))
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
     monkeypatch.setattr(stores, "free_port", lambda: port)
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
@@ -112,7 +112,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     assert page is not None
     assert page.command == shlex.join(words)
     yield page
-    os.killpg(server.pid, signal.SIGKILL)
+    server.terminate()
     server.wait()
 
 

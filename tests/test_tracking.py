@@ -255,13 +255,15 @@ def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str)
 
 
 class Server:
-    """A real `mlflow server`, by the command that a run prints."""
+    """A real `mlflow server`, by the command that `aem-exp ui` gives."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        command, self.uri = stores.serve_command(uri, stores.free_port(5200 + os.getpid() % 500))
+        port = stores.free_port(5200 + os.getpid() % 500)
+        words, environment = stores.serve_command(uri, port)
+        self.uri = stores.site(port)
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
-            shlex.split(command), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
+            words, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
         )
 
     def wait(self, seconds: float = 600) -> None:
@@ -506,9 +508,8 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert page is not None
     assert page.command is not None
     words = shlex.split(page.command)
-    assert sys.executable in words
-    assert words[words.index("--backend-store-uri") + 1] == card["uri"]
-    port = words[words.index("--port") + 1]
+    assert words[words.index("ui") + 1 :][:2] == ["--uri", str(tmp_path / "a b" / "mlflow.db")]
+    port = words[words.index("--port") + 1] if "--port" in words else "5000"
     assert page.link.startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs/r/")
     assert page.tunnel is not None
     assert page.tunnel.startswith(f"ssh -N -L {port}:127.0.0.1:{port} -p 2222 ")

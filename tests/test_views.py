@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import shlex
 import signal
 import subprocess
 import time
@@ -157,10 +156,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     outputs = tmp_path / "outputs"
     uri = stores.resolve_uri(None, outputs)
     tracking.create_sqlite(outputs / "mlflow.db")
-    command, site = stores.serve_command(uri, stores.free_port(5100))
+    port = stores.free_port(5100)
+    words, environment = stores.serve_command(uri, port)
     with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
         server = subprocess.Popen(
-            shlex.split(command), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
+            words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
         )
     for arm in ARMS:
         for seed in range(3):
@@ -170,7 +170,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
             for step in range(1, 4):
                 run.log(step, {"train/success": (step + seed) / 100, "test/success": 0.99})
-    yield site
+    yield stores.site(port)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
