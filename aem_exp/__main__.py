@@ -285,9 +285,12 @@ def _help(config_dir: str | None) -> str:
 
 
 def _description(file: Path) -> str:
-    with file.open(encoding="utf-8") as text:
-        comments = (line.lstrip("# ").strip() for line in text if line.startswith("#"))
-        return next((comment for comment in comments if comment and not comment.startswith("@")), "")
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        text = stream.read(65536).decode(errors="replace")
+    comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if comment and not comment.startswith("@")), "")
 
 
 def _hydra_help() -> int:

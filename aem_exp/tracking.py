@@ -83,7 +83,7 @@ def _mlflow() -> Any:
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what it raises is told here, in a sentence
     return mlflow
 
 

@@ -35,7 +35,7 @@ class ConfigError(Exception):
         super().__init__(field, value, self.choices, self.remedy)
 
     def __str__(self) -> str:
-        close = closest(self.value, self.choices)
+        close = closest(self.value, self.choices) if self.choices else None
         hint = f"did you mean {close}?" if close else ""
         choices = f"choose from {', '.join(self.choices)}" if self.choices else ""
         why = "; ".join(part for part in (choices, self.remedy) if part)
@@ -60,7 +60,10 @@ class Stop(Exception):
 
 def shown(value: Any) -> str:
     """A value as the command line would write it, cut to a line."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    try:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -106,6 +109,7 @@ AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
 AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
 SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
+LARGEST = 2**63 - 1  # what JSON's and MLflow's readers hold
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes?)", type(None): "null"}
 
 
@@ -116,6 +120,8 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         ConfigError: it does not fit.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ConfigError(field, value, "is too large a number; 64 bits must hold it")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build(hint, value, field)
     if origin is Annotated:
@@ -131,7 +137,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if origin is list and isinstance(value, list):
         return [convert(args[0], item, f"{field}[{i}]") for i, item in enumerate(value)]
     if hint is Any:
-        return _plain(value)
+        return _plain(value, field)
     if hint is float and _is_number(value):
         return float(value)
     if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
@@ -198,8 +204,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, field: str) -> Any:
     """Lists, mappings and scalars only, so that JSON brings back the same value."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): convert(Any, item, f"{field}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [convert(Any, item, f"{field}[{i}]") for i, item in enumerate(value)]
+    return value
