@@ -31,7 +31,7 @@ KNOWS = {
     "yamls": {"values"},
     "compose": {"keywords", "config", "rules", "values", "yamls"},
     "diagnostics": set(),
-    "render": set(),
+    "render": {"values"},
     "sample": set(),
     "engine": {"sample"},
     "crew": set(),

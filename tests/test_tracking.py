@@ -181,6 +181,68 @@ def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
         tracker.log(1, numbers(1))
 
 
+FILLED = """
+    import sys
+    from pathlib import Path
+    from aem_exp import door, progress, stores, tracking
+    from tests_of_tracking import numbers, opened
+    tracking.PATIENCE = 1.0
+    progress.quiet()
+    run_dir, filler = Path(sys.argv[1]), Path(sys.argv[2])
+    def act():
+        with opened(run_dir, stores.resolve_uri(None, run_dir.parent)) as tracker:
+            for step in range(1, 4):
+                tracker.log(step, numbers(step))
+            assert tracker.flush(wait=600)
+            with filler.open("wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(b"x" * 4096)
+                    except OSError:
+                        break
+            for step in range(4, 100_000):
+                tracker.log(step, numbers(step))
+        return 0
+    sys.exit(door.answer(act, lambda: "to go on: COMMAND"))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of four megabytes."""
+    from doors import lacking  # scripts import this file from elsewhere
+
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        lacking("no right to mount a small disk (root can)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # lazily: a store may be open
+
+
+@pytest.mark.machine
+def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tmp_path: Path, small_disk: Path) -> None:
+    run_dir, filler = small_disk / "outputs" / "run", small_disk / "filler"
+    done = script(tmp_path, FILLED, str(run_dir), str(filler))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "aem_exp: the disk is full; free space, and to go on: COMMAND\n"
+    assert not list(run_dir.glob(".*")), "half of a file takes room"
+    rows = metrics.read(run_dir)
+    assert [row["step"] for row in rows[:3]] == [1, 2, 3]
+    last = int(rows[-1]["step"])
+
+    filler.unlink()
+    uri = store(run_dir.parent)
+    with opened(run_dir, uri, resume_step=last) as tracker:
+        tracker.log(last + 1, numbers(last + 1))
+    assert tracker.trouble is None
+    steps = list(range(1, last + 2))
+    assert [row["step"] for row in metrics.read(run_dir)] == steps
+    assert in_mlflow(uri, run_dir).steps == all_names(steps)
+
+
 # ------------------------------------------------------------------------------------------- many runs, killed runs
 
 
