@@ -23,12 +23,15 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
+from urllib.parse import quote
 from uuid import uuid4
 
 from aem_exp import disk, door, metrics, stores
+from aem_exp import views as saved
 from aem_exp.metrics import Mirror, Point
 from aem_exp.values import ConfigError
 
@@ -46,6 +49,7 @@ KEY = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag 
 NOTE, REPORTS = "mlflow.note.content", "Reports of sweeps:"  # an experiment's description, and our part of it
 REPORT = "aem.report"  # tag of the run that holds a report: the sweep
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
+HEADLINES = ("train/success", "train/response_entropy", "train/loss")  # of a run, on one page
 CHARTS = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
 
 
@@ -201,6 +205,8 @@ class _Run:
         known = self.client.get_experiment_by_name(name)
         if known.lifecycle_stage == "deleted":
             self.client.restore_experiment(known.experiment_id)
+        if not saved.exist(known.tags):
+            saved.save(self.client, known.experiment_id)
         return str(known.experiment_id)
 
     def _artifacts(self, experiment: str) -> str | None:
@@ -241,12 +247,14 @@ class _Run:
             "mlflow.user": getpass.getuser(),
             "mlflow.source.name": "aem_exp",
             "mlflow.source.type": "LOCAL",
-            "mlflow.note.content": f"Run dir: `{self.run_dir}` on `{socket.gethostname()}`",
+            NOTE: f"Run dir: `{self.run_dir}` on `{socket.gethostname()}`",
             **self.card["tags"],
         }
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"].rstrip("+")
         run = self.client.create_run(experiment, run_name=self.card["run_name"], tags=_fit(tags, TAG_CHARS))
+        note = f"{_curves(experiment, run.info.run_id)}\n\n{tags[NOTE]}"
+        self.client.set_tag(run.info.run_id, NOTE, note[:TAG_CHARS])
         disk.write(self.run_dir / RUN_ID, run.info.run_id + "\n")
         return run
 
@@ -277,6 +285,17 @@ class _Run:
     def end(self, status: str) -> None:
         if self.client.get_run(self.id).info.status != status:  # or its end would move
             self.client.set_terminated(self.id, status)
+
+
+def _curves(experiment: str, run: str) -> str:
+    """Return the first line of a run's description: links to what its page, sorted by name, shows late or not at all."""
+    keys = quote(json.dumps(HEADLINES, separators=(",", ":")))
+    curves = f"#/metric?runs=%5B%22{run}%22%5D&metric=%22{quote(HEADLINES[0])}%22&experiments=%5B%22{experiment}%22%5D"
+    links = {
+        "Success, entropy and loss": f"{curves}&plot_metric_keys={keys}&x_axis=step&{saved.MENU}",
+        **saved.links("", experiment),
+    }
+    return ", ".join(f"[{name}]({link.removeprefix('/')})" for name, link in links.items())
 
 
 def _fit(values: dict[str, str], chars: int) -> dict[str, str]:
@@ -570,7 +589,10 @@ def page(run_dir: Path) -> stores.Page | None:
     uri = card.get("uri", stores.OFF)
     if uri == stores.OFF or card["run_id"] is None or stores.serverless(uri):
         return None
-    return stores.page(uri, f"#/experiments/{card['experiment_id']}/runs/{card['run_id']}/{CHARTS}")
+    number = card["experiment_id"]
+    there = stores.page(uri, f"#/experiments/{number}/runs/{card['run_id']}/{CHARTS}")
+    table = saved.links(there.link.partition("/#/")[0], number)[f"{saved.ALL}: table"]
+    return replace(there, table=table)
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -629,8 +651,6 @@ def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> li
     The store and its experiments are made where they are not there yet, once and before any run writes to them.
     Best effort: a store that is away costs nothing but the links.
     """
-    from aem_exp import views as saved
-
     if uri == stores.OFF:
         return []
     there, links = stores.page(uri), list[str]()
@@ -653,8 +673,6 @@ def report(
 
     Best effort, as `views`.
     """
-    from aem_exp.views import tag
-
     try:
         stores.probe(uri)
         store = _Run(outputs / experiment, uri, {"experiment": experiment})
@@ -666,7 +684,7 @@ def report(
             client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))
         client.set_terminated(run.info.run_id)
         there = stores.page(uri, _shown(number, run.info.run_id))
-        client.set_experiment_tag(number, f"{tag(sweep)}.report", run.info.run_id)
+        client.set_experiment_tag(number, f"{saved.tag(sweep)}.report", run.info.run_id)
         _describe(client, number)
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"the report is not there: {_reason(error)}")]

@@ -104,7 +104,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
     with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
         for step in range(31):
-            learned = {"train/success": step / 40, "train/response_entropy": 0.6 - step / 100}
+            learned = {"train/success": step / 40, "train/response_entropy": 0.6 - step / 100, "train/loss": 0.01}
             tracker.log(step, learned | {"aem/alpha_q05": 0.7, "aem/alpha_q50": 1.0, "aem/alpha_q95": 1.4})
         for path in show.artifacts(run_dir):
             tracker.artifact(path)
@@ -128,7 +128,7 @@ def browser(page: Page, tmp_path: Path) -> Iterator[Browser]:
 def test_the_link_opens_the_runs_charts(page: Page, browser: Browser) -> None:
     answers(page.link.split("/#")[0] + "/health", 120)
     text = browser.open(page.link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 3")
-    for word in ("household", "grpo+aem/s0", "Model metrics", "aem (3)", "train (2)", "response_entropy", "success"):
+    for word in ("household", "grpo+aem/s0", "Model metrics", "aem (3)", "train (3)", "response_entropy", "success"):
         assert word in text, f"{word!r} is not on the page:\n{text}"
     assert "Evaluation runs" not in text, "the menu is that of trained models"
     png = browser.screenshot("charts.png")
@@ -140,6 +140,18 @@ def test_the_link_opens_the_runs_charts(page: Page, browser: Browser) -> None:
     for word in ("Finished", "aem.seed", "aem.group", "Run dir:", "0.001", "train/success"):
         assert word in text, f"{word!r} is not on the page:\n{text}"
     browser.screenshot("overview.png")
+
+    link = browser.read("[...document.links].find(link => link.innerText.startsWith('Success, entropy')).href")
+    browser.open(link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 3")
+    title = "train/success vs train/response_entropy vs train/loss"
+    text = browser.open(link, f"document.body.innerText.includes('{title}')")
+    assert "grpo+aem/s0" in text and "0.75 (step=30)" in text
+    browser.screenshot("headlines.png")
+
+    assert page.table is not None
+    text = browser.open(page.table, "document.querySelectorAll('[role=gridcell]').length >= 6")
+    assert "all runs: table" in text and "test/success" in text and "1 matching run" in text
+    browser.screenshot("table.png")
 
     figure = "[...document.images].some(image => image.naturalWidth > 800)"
     browser.open(f"{overview}/artifacts/plots/success_entropy.png", figure)

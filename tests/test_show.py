@@ -166,6 +166,7 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
     assert page is not None
     assert f"serve {page.command}" in lines
     assert f"open {page.link}" in lines, "whole, on one line"
+    assert f"table {page.table}" in lines
     assert "ssh -N -L" in text
     assert "success in training" in text
     assert "step 40" in text
