@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ Choices = Mapping[str, Mapping[str, Path]]
 FROM: Final = "from="
 CONTINUED: Final = "continued"
 BRANCHES: Final = ("modulation", "launch")  # groups whose file says all of their block
+MOST_VALUES: Final = 10_000  # of one override of a sweep
 FIELDS: Final = [item.name for item in fields(Experiment)]
 FOREIGN: Final = (HydraException, OmegaConfBaseException, YAMLError)  # what the libraries below raise
 
@@ -181,9 +183,11 @@ class Composer:
         if isinstance(parsed, Glob):
             values = parsed.filter(list(self.groups.get(override.key_or_group, ())))
         else:
-            values = list(override.sweep_string_iterator())
+            values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
         if not values:
             raise ConfigError(key, given, "holds no value")
+        if len(values) > MOST_VALUES:
+            raise ConfigError(key, given, f"holds more than {MOST_VALUES:,} values")
         return [f"{key}={value}" for value in values]
 
     def settled(self, overrides: Sequence[str]) -> list[str]:

@@ -558,7 +558,10 @@ def refused(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
-        stores.refuse(uri, f"cannot be written ({error.strerror}: {error.filename})", "make room or rights there")
+        place = error.filename2 or error.filename  # a copy names its source first
+        stores.refuse(uri, f"cannot be written ({error.strerror}: {place})", "make room or rights there")
+    if "disk is full" in text:
+        stores.refuse(uri, "cannot be written (the disk is full)", "free space there and ask again")
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", stores.redact(uri)])
         stores.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")

@@ -285,6 +285,10 @@ BAD = [
     (SMALL.replace("seeds: 0,1", "seeds:"), "mine.seeds=null: must hold something"),
     (SMALL.replace("seeds: 0,1", "seeds: []"), "mine.seeds=[]: must hold something"),
     (SMALL.replace("seeds: 0,1\n", ""), "mine.seeds=null: must hold something"),
+    (
+        SMALL.replace("seeds: 0,1", "seeds: range(0,1000000000000)"),
+        "mine.seeds: seed=range(0,1000000000000): holds more than 10,000 values",
+    ),
     (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3): holds no value"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,0"), "mine.seeds=seed=0: stands twice"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1: must be a whole number of at least 0"),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from aem_exp import metrics, stores, tracking
+from aem_exp import disk, metrics, stores, tracking
 from aem_exp.tracking import Tracker
 from aem_exp.values import ConfigError
 
@@ -241,6 +242,21 @@ def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tm
     steps = list(range(1, last + 2))
     assert [row["step"] for row in metrics.read(run_dir)] == steps
     assert in_mlflow(uri, run_dir).steps == all_names(steps)
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("left", [0, 700_000], ids=["none", "some"])
+def test_a_store_that_finds_no_room_at_start_says_so(tmp_path: Path, small_disk: Path, left: int) -> None:
+    with opened(tmp_path / "run", stores.OFF) as tracker:
+        for step in range(2000):
+            tracker.log(step, numbers(step))
+    with (small_disk / "filler").open("wb") as file:
+        file.write(b"x" * (shutil.disk_usage(small_disk).free - left))
+    with pytest.raises(ConfigError) as caught:
+        tracking.sync(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
+    sentence = str(caught.value)
+    assert "cannot be written (" in sentence and ("free space" in sentence or "make room" in sentence)
+    assert str(disk.cache()) not in sentence and "\n" not in sentence
 
 
 # ------------------------------------------------------------------------------------------- many runs, killed runs
