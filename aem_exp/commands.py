@@ -66,8 +66,8 @@ def run_dir(words: list[str]) -> str | None:
     An override has an equals sign; a path may have one as well, and then begins with a slash or a dot.
     """
     values = {i + 1 for i, word in enumerate(words) if word in ("--config-dir", "-c", "--cfg")}
-    plain = [word for i, word in enumerate(words) if i not in values and word[:1] not in ("-", "+", "~")]
-    folders = [word for word in plain if "=" not in word or word.startswith(("/", "."))]
+    plain = [word for i, word in enumerate(words) if i not in values and not word.startswith("-")]
+    folders = [word for word in plain if word[:1] in "/." or ("=" not in word and word[:1] not in "+~")]
     if folders and len(plain) > len(folders):
         raise ConfigError("run", folders[0], "takes a run dir, or overrides, not both; from=RUN_DIR continues a run")
     return folders[0] if folders else None

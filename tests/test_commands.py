@@ -79,7 +79,8 @@ def test_run_takes_an_experiment_or_a_run_dir(capsys, tmp_path):
     capsys.readouterr()
     for words in (["/nowhere"], ["--trust", "/nowhere"], ["/no=where", "--inexact"], ["./no=where"]):
         assert "RUN_DIR=" in refused(capsys, "run", *words)
-    assert "a run dir, or overrides, not both" in refused(capsys, "run", "/nowhere", "seed=1")
+    for override in ("seed=1", "+experiment=household_rloo", "~tracking"):
+        assert "a run dir, or overrides, not both" in refused(capsys, "run", "/nowhere", override)
 
 
 def test_nothing_heavy_is_imported_for_help_and_completion(tmp_path):
@@ -230,7 +231,7 @@ def typed(shell, prepare, outputs):
 
 
 @pytest.mark.timeout(LONG)
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.machine)])
 def test_a_terminal_completes(shell, outputs):
     if not shutil.which(shell):
         lacking(f"{shell} is missing (apt-get install {shell})")
@@ -255,39 +256,30 @@ def made(tmp_path_factory):
     return folder
 
 
-def processes_of(session):
-    """The live processes of a session."""
-    found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True).stdout
-    return [line.split()[0] for line in found.splitlines() if "Z" not in line.split()[1]]
-
-
-def children_of(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True).stdout
-    return [int(word) for word in found.split()]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
     command = [sys.executable, "-m", "aem_exp", "ui"]
     environment = {**os.environ, "AEM_OUTPUTS": str(made), "PYTHONPATH": str(ROOT), "MLFLOW_HOST": "0.0.0.0"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said = Beside(lambda: [started.stdout.readline() for _ in range(3)]).end()
-    assert said[0] == f"store   sqlite:///{made}/mlflow.db\n" and "Ctrl-C" in said[2], said
-    link = said[1].split()[1]
-    assert link.startswith("http://127.0.0.1:") and said[1].startswith("open ")
-    assert urllib.request.urlopen(f"{link}/health", timeout=LONG).read() == b"OK"
-    (server,) = children_of(started.pid)
-    assert processes_of(server)
-    addresses = {
-        c.laddr.ip for c in psutil.net_connections() if c.laddr and c.laddr.port == int(link.rpartition(":")[2])
-    }
-    assert addresses == {"127.0.0.1"}
-    started.send_signal(number)
-    _, err = started.communicate(timeout=LONG)
-    assert started.returncode == 128 + number
-    assert "Traceback" not in err and len(err.splitlines()) <= 2, err
-    assert not processes_of(server)
+    try:
+        said = Beside(lambda: [started.stdout.readline() for _ in range(3)]).end()
+        assert said[0] == f"store   sqlite:///{made}/mlflow.db\n" and "Ctrl-C" in said[2], said
+        link = said[1].split()[1]
+        assert link.startswith("http://127.0.0.1:") and said[1].startswith("open ")
+        assert urllib.request.urlopen(f"{link}/health", timeout=LONG).read() == b"OK"
+        tree = psutil.Process(started.pid).children(recursive=True)
+        listening = [c.laddr for child in tree for c in child.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert int(link.rpartition(":")[2]) in {address.port for address in listening}
+        started.send_signal(number)
+        _, err = started.communicate(timeout=LONG)
+        assert started.returncode == 128 + number
+        assert "Traceback" not in err and len(err.splitlines()) <= 2, err
+        assert psutil.wait_procs(tree, timeout=LONG)[1] == []
+    finally:
+        started.terminate()
+        started.wait(LONG)
 
 
 @pytest.mark.parametrize(
