@@ -119,20 +119,19 @@ def ui_command(uri: str, port: int) -> str:
 class Page:
     """Where a person sees something: the link, the command that serves it (None: a server does), the way there by ssh.
 
-    `table`: the link of the table that compares it with others of its kind.
+    `more`: other pages of the same store, as headings and links.
     """
 
     link: str
     command: str | None = None
     tunnel: str | None = None
-    table: str | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
     def lines(self, *links: str) -> list[tuple[str, str]]:
         """What to print, headed; `links`: other pages of the same store, in the place of this one."""
         ways = {"serve": self.command, "tunnel": self.tunnel and f"{self.tunnel}   (on your own machine)"}
         pages = [("open", link) for link in links or (self.link,)]
-        table = [("table", self.table)] if self.table else []
-        return [*((name, text) for name, text in ways.items() if text), *pages, *table]
+        return [*((name, text) for name, text in ways.items() if text), *pages, *self.more]
 
 
 def page(uri: str, path: str = "") -> Page:

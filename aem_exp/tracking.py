@@ -594,8 +594,8 @@ def page(run_dir: Path) -> stores.Page | None:
         return None
     number = card["experiment_id"]
     there = stores.page(uri, f"#/experiments/{number}/runs/{card['run_id']}/{CHARTS}")
-    table = saved.links(there.link.partition("/#/")[0], number)[f"{saved.ALL}: table"]
-    return replace(there, table=table)
+    views_of_all = saved.links(there.link.partition("/#/")[0], number)
+    return replace(there, more=tuple((name.rpartition(" ")[2], link) for name, link in views_of_all.items()))
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:

@@ -148,8 +148,12 @@ def test_the_link_opens_the_runs_charts(page: Page, browser: Browser) -> None:
     assert "grpo+aem/s0" in text and "0.75 (step=30)" in text
     browser.screenshot("headlines.png")
 
-    assert page.table is not None
-    text = browser.open(page.table, "document.querySelectorAll('[role=gridcell]').length >= 6")
+    more = dict(page.more)
+    browser.ask("POST", "/window/rect", width=1900, height=1700)  # a chart out of sight is not on the page
+    text = browser.open(more["curves"], "document.body.innerText.includes('train/loss')")
+    assert text.index("train/success") < text.index("train/response_entropy") < text.index("train/loss")
+    browser.screenshot("curves.png")
+    text = browser.open(more["table"], "document.querySelectorAll('[role=gridcell]').length >= 6")
     assert "all runs: table" in text and "test/success" in text and "1 matching run" in text
     browser.screenshot("table.png")
 
