@@ -253,9 +253,9 @@ class _Run:
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"].rstrip("+")
         run = self.client.create_run(experiment, run_name=self.card["run_name"], tags=_fit(tags, TAG_CHARS))
-        note = f"{_curves(experiment, run.info.run_id)}\n\n{tags[NOTE]}"
-        self.client.set_tag(run.info.run_id, NOTE, note[:TAG_CHARS])
         disk.write(self.run_dir / RUN_ID, run.info.run_id + "\n")
+        note = {NOTE: f"{_curves(experiment, run.info.run_id)}\n\n{tags[NOTE]}"}  # its links name the run itself
+        self.client.set_tag(run.info.run_id, NOTE, _fit(note, TAG_CHARS)[NOTE])
         return run
 
     def _params(self, run: Any) -> None:
