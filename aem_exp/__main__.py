@@ -1,4 +1,4 @@
-"""Door: one experiment, composed, resolved, and run here.
+"""Door: the command `aem-exp`. One experiment, composed, resolved, and run here; or a subcommand (see `commands`).
 
 Nothing heavy is imported before the experiment is known to be sound, and `--help` does not even import Hydra. A user's
 mistake is one sentence and exit code 2.
@@ -9,22 +9,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import disk, door
+from aem_exp import __version__, commands, disk, door
 from aem_exp.values import ConfigError, Missing
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
 
 USAGE = """\
-usage: python -m aem_exp [+experiment=NAME] [GROUP=CHOICE ...] [KEY=VALUE ...] [options]
+usage: aem-exp [run] [+experiment=NAME] [GROUP=CHOICE ...] [KEY=VALUE ...] [options]
+       aem-exp run RUN_DIR [--inexact] [--trust]
+       aem-exp COMMAND ...            (COMMAND --help says more; python -m aem_exp does all this as well)
 
 Trains one policy in one world by multi-turn RL, evaluates it on tasks it has not seen, and keeps everything in one
 folder. Asked again, it resumes, or shows what is there. Without arguments:
 {default}.
 
-  python -m aem_exp modulation=none seed=1
-  python -m aem_exp trainer.steps=20 env.make.receptacles=6
-  python -m aem_exp +experiment=alfworld_1_5b launch=gpu1 --cfg job
+  aem-exp modulation=none seed=1
+  aem-exp trainer.steps=20 env.make.receptacles=6
+  aem-exp +experiment=alfworld_1_5b launch=gpu1 --cfg job
+
+Commands
+{commands}
+  After `run`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
+  on with, as it was. All other words describe an experiment.
 """
 OPTIONS = """\
 Options
@@ -36,6 +43,8 @@ Options
   --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
   --trust           continue a run of somebody else's; its config can call any function
   --hydra-help      help of the library that composes the config
+  --version         the version, and nothing else
+  --completion bash (or zsh) print what completes commands, groups and choices: eval "$(aem-exp --completion bash)"
 
 Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
 (default ~/.cache/aem_exp)."""
@@ -48,8 +57,9 @@ SWITCHES = (
     ("--local",),
     ("--resolve",),
     ("--trust",),
+    ("--version",),
 )
-VALUED = (("-c", "--cfg"), ("--config-dir",))
+VALUED = (("-c", "--cfg"), ("--config-dir",), ("--completion",))
 RESULT = "result.json"
 MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 
@@ -57,7 +67,20 @@ MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return door.answer(lambda: _act(_read(words), words))
+    return door.answer(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> int:
+    """Carry out a subcommand, or one experiment; `run` is a subcommand where it is followed by a run dir."""
+    if words[:1] == ["--complete"]:  # a shell asks, see `completion`
+        from aem_exp.completion import candidates
+
+        print(*candidates(" ".join(words[1:])), sep="\n")
+        return 0
+    name = commands.asked(words)
+    if name == "run" and commands.run_dir(words[1:]) is None:
+        name, words = None, words[1:]
+    return commands.carry_out(name, words[1:]) if name else _act(_read(words), words)
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -82,6 +105,14 @@ def _read(argv: list[str]) -> argparse.Namespace:
 def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.help:
         print(_help(asked.config_dir))
+        return 0
+    if asked.version:
+        print(f"aem-exp {__version__}")
+        return 0
+    if asked.completion:
+        from aem_exp.completion import script
+
+        print(script(asked.completion), end="")
         return 0
     if asked.hydra_help:
         return _hydra_help()
@@ -244,7 +275,8 @@ def _help(config_dir: str | None) -> str:
 
     roots = config_roots(config_dir)
     default = _description(next(root / "config.yaml" for root in roots if (root / "config.yaml").is_file()))
-    lines = [USAGE.format(default=default.rpartition(": ")[2])]
+    known = "\n".join(f"  {name:<9} {command.about}" for name, command in commands.COMMANDS.items())
+    lines = [USAGE.format(default=default.rpartition(": ")[2], commands=known)]
     for group, files in choices(roots).items():
         lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
         width = max(22, *map(len, files))
@@ -254,9 +286,12 @@ def _help(config_dir: str | None) -> str:
 
 
 def _description(file: Path) -> str:
-    with file.open(encoding="utf-8") as text:
-        comments = (line.lstrip("# ").strip() for line in text if line.startswith("#"))
-        return next((comment for comment in comments if comment and not comment.startswith("@")), "")
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        text = stream.read(65536).decode(errors="replace")
+    comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if comment and not comment.startswith("@")), "")
 
 
 def _hydra_help() -> int:

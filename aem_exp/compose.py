@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from aem_exp import continued, keywords
+from aem_exp import continued, keywords, yamls
 from aem_exp.config import Experiment, choices, config_roots, read, to_dict
 from aem_exp.rules import TEMPLATES
 from aem_exp.values import ConfigError, closest, unknown
@@ -37,6 +40,7 @@ Choices = Mapping[str, Mapping[str, Path]]
 FROM: Final = "from="
 CONTINUED: Final = "continued"
 BRANCHES: Final = ("modulation", "launch")  # groups whose file says all of their block
+MOST_VALUES: Final = 10_000  # of one override of a sweep
 FIELDS: Final = [item.name for item in fields(Experiment)]
 FOREIGN: Final = (HydraException, OmegaConfBaseException, YAMLError)  # what the libraries below raise
 
@@ -60,6 +64,9 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
             tree = _composed(lines, roots, base)
     except FOREIGN as error:
         raise ConfigError("config", " ".join(overrides) or "config.yaml", _sentence(error)) from error
+    except RecursionError as error:
+        circle = "defaults: of these files lead in a circle; a file must not ask for one that asks for it"
+        raise ConfigError("config", " ".join(overrides) or "config.yaml", circle) from error
     _check_read(tree, overrides)
     return tree
 
@@ -97,12 +104,36 @@ def _opened(roots: list[Path]) -> Iterator[str]:
     """Hydra with our folders; what is yielded is an override that it needs."""
     main = next(i for i, root in enumerate(roots) if (root / "config.yaml").is_file())
     below = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in roots[main + 1 :])
-    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"):
+    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"), _checked():
         places = GlobalHydra.instance().config_loader().get_search_path()
         for root in roots[:main]:
             places.prepend("config-dir", f"file://{root}", anchor="main")
         # The search path is given even where it is empty: it makes Hydra look at its places anew.
         yield f"hydra.searchpath=[{below}]"
+
+
+@contextmanager
+def _checked() -> Iterator[None]:
+    """Let Hydra read only files that are safe to read; those that it opens here remain so."""
+    kinds = SourcesRegistry.instance().types
+    usual, kinds["file"] = kinds["file"], _CheckedFiles
+    try:
+        yield
+    finally:
+        kinds["file"] = usual
+
+
+class _CheckedFiles(FileConfigSource):
+    """A folder of configs. What is wrong with a file is said with its name."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path))
+        if file.exists():
+            yamls.read(file, "config")
+        try:
+            return super().load_config(config_path)
+        except (ValueError, YAMLError) as error:
+            raise ConfigError("config", str(file), f"is not YAML: {_sentence(error)}") from error
 
 
 # Many at once.
@@ -133,7 +164,7 @@ class Composer:
             tree: DictConfig = pickle.loads(self._trees[chosen])
             values = [override for override in read if override.key_or_group not in self.groups]
             ConfigLoaderImpl._apply_overrides_to_config(values, tree)
-        except FOREIGN:
+        except (*FOREIGN, RecursionError):
             return compose(list(overrides), self.config_dir)
         _check_read(tree, overrides)
         return tree
@@ -149,9 +180,11 @@ class Composer:
         if isinstance(parsed, Glob):
             values = parsed.filter(list(self.groups.get(override.key_or_group, ())))
         else:
-            values = list(override.sweep_string_iterator())
+            values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
         if not values:
             raise ConfigError(key, given, "holds no value")
+        if len(values) > MOST_VALUES:
+            raise ConfigError(key, given, f"holds more than {MOST_VALUES:,} values")
         return [f"{key}={value}" for value in values]
 
     def settled(self, overrides: Sequence[str]) -> list[str]:
@@ -212,6 +245,7 @@ def quotes(cfg: DictConfig, key: str) -> bool:
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Dicts, lists and scalars, with interpolations resolved."""
     tree = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    _check_values(tree)
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -219,6 +253,22 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         if missing:
             raise ConfigError(missing[1], "???", "must be given a value") from error
         raise ConfigError(str(error.full_key or "config"), "${...}", _sentence(error)) from error
+
+
+def _check_values(tree: DictConfig) -> None:
+    """Refuse what would call a function when it is resolved, wherever it came from."""
+    parts: list[tuple[str, Any]] = [("", OmegaConf.to_container(tree))]
+    for key, value in parts:
+        at = f"{key}." if key else ""
+        if isinstance(value, dict):
+            parts += [(f"{at}{name}", item) for name, item in value.items()]
+        elif isinstance(value, list):
+            parts += [(f"{at}{i}", item) for i, item in enumerate(value)]
+        elif isinstance(value, str):
+            try:
+                yamls.check_value(value)
+            except yamls.Refused as error:
+                raise ConfigError(key, value, str(error)) from error
 
 
 def to_yaml(cfg: DictConfig, resolve: bool = False) -> str:
@@ -262,8 +312,12 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
 @cache
 def _parsed(text: str) -> Override:
     try:
+        yamls.check_nesting(text)
+        yamls.check_value(text)
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except yamls.Refused as error:
+        raise ConfigError("override", text, str(error)) from error
+    except (HydraException, ValueError) as error:  # a number of more digits than Python reads is a ValueError
         raise ConfigError("override", text, f"must read key=value ({_sentence(error)})") from error
 
 

@@ -32,11 +32,15 @@ def link(source: str | Path, target: str | Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Replace a file at once, or leave it as it was."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
-    with half.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
+    try:
+        with half.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    except OSError:  # a full disk: what could not be written takes no room
+        half.unlink(missing_ok=True)
+        raise
 
 
 def read(file: Path, *keys: str) -> dict[str, Any]:

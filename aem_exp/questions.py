@@ -21,6 +21,7 @@ said here, before any of them begins.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from aem_exp import config, door, rules
+from aem_exp import config, door, rules, yamls
 from aem_exp.values import ConfigError, convert, unknown
 
 if TYPE_CHECKING:
@@ -234,8 +235,8 @@ class _Yaml(yaml.SafeLoader):
     """YAML, in which a key that stands twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+        count = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((key for key, times in count.items() if times > 1), None):
             raise ConfigError(f"{Path(self.name).stem}.{twice}", None, "stands twice in one block; names differ")
         return super().construct_mapping(node, deep)
 
@@ -243,10 +244,11 @@ class _Yaml(yaml.SafeLoader):
 def _read(file: Path) -> dict[str, Any]:
     """The file's keys, each of the right kind and none of them empty."""
     name = file.stem
+    loader = _Yaml(yamls.read(file, "sweep"))
+    loader.name = str(file)
     try:
-        with file.open(encoding="utf-8") as text:
-            data = yaml.load(text, _Yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # a number of more digits than Python reads is a ValueError
         raise ConfigError("sweep", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError("sweep", str(file), f"must hold the keys {', '.join(KEYS)}")

@@ -5,9 +5,13 @@ A conversation is never re-rendered. Later turns are a suffix to the tokens that
 """
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from aem_exp.values import ConfigError
+
+PATIENCE = 60.0  # seconds for the first rendering, which takes milliseconds: a template is a program, and may not end
 _REPLY = "REPLY7F3A"  # stands in for the assistant's words while the template is asked what follows them
 
 
@@ -24,7 +28,8 @@ class Chat:
         self._head = [{"role": "system", "content": system}] if system else []
         self._options = {} if thinking == "template" else {"enable_thinking": thinking == "on"}
         self._between = lru_cache(4096)(lambda user: self._ids(self._after_reply(user)))  # worlds repeat themselves
-        self.end_ids = tuple(dict.fromkeys([self._between("x")[0], tokenizer.eos_token_id]))
+        first = _ended(lambda: self._between("x")[0], tokenizer)
+        self.end_ids = tuple(dict.fromkeys([first, tokenizer.eos_token_id]))
 
     def start(self, user: str) -> list[int]:
         """Tokens of a fresh conversation that waits for its first response."""
@@ -44,7 +49,10 @@ class Chat:
 
     def _after_reply(self, user: str) -> str:
         text = self._text([*self._head, _user("x"), {"role": "assistant", "content": _REPLY}, _user(user)])
-        return text[text.index(_REPLY) + len(_REPLY) :]
+        _, found, after = text.partition(_REPLY)
+        if not found:
+            raise ValueError("it leaves out what the assistant said")
+        return after
 
     def _text(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._options)
@@ -52,6 +60,30 @@ class Chat:
     def _ids(self, text: str) -> list[int]:
         with self._lock:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ended(render: Callable[[], int], tokenizer: Any) -> int:
+    """Return what is rendered for the first time, beside a clock; what does not end is left to end with this process."""
+    done: list[int] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            done.append(render())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    place = getattr(tokenizer, "name_or_path", "")
+    if errors and (type(errors[0]).__module__.startswith("jinja2") or isinstance(errors[0], ValueError)):
+        raise ConfigError("model.path", place, f"its chat template fails: {errors[0]}") from errors[0]
+    if errors:
+        raise errors[0]
+    if not done:
+        raise ConfigError("model.path", place, f"its chat template did not end within {PATIENCE:.0f} s")
+    return done[0]
 
 
 def _user(text: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import getpass
 import os
 import re
 import shlex
+import shutil
 import socket
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from aem_exp.metrics import METRICS
 from aem_exp.values import ConfigError
 
 OFF = "off"
+PORT = 5000  # where MLflow's pages are served, if it is free
 REACH = 3.0  # seconds for a tracker's port to answer at start
 CHOICES = "sqlite:////folder/mlflow.db, http://host:port, postgresql://…, mysql://…, databricks, off"
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -80,28 +82,56 @@ def probe(uri: str) -> None:
         refuse(uri, f"does not answer ({error.strerror or error})", "start it, correct the address")
 
 
-def serve_command(uri: str, port: int = 5000) -> tuple[str, str]:
-    """Return the command that serves a store on loopback, and the address it serves."""
-    lean = ["MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"]  # starts in half the time
-    words = ["env", *lean, sys.executable, "-m", "mlflow", "server", "--backend-store-uri", redact(uri)]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return shlex.join(words), f"http://127.0.0.1:{port}"
+def outputs() -> Path:
+    """Return the folder of all runs, where nothing else is said."""
+    return Path(os.environ.get("AEM_OUTPUTS") or "outputs").expanduser()
+
+
+def serve_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command of MLflow that serves a store on loopback, and its environment, which holds the credentials."""
+    lean = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # starts in half the time
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return words, {**os.environ, **lean, "MLFLOW_BACKEND_STORE_URI": uri}
+
+
+def site(port: int) -> str:
+    """Return the address of a store that is served here."""
+    return f"http://127.0.0.1:{port}"
+
+
+def ui_command(uri: str, port: int) -> str:
+    """Return the command that serves a store to a person here; what it would choose by itself is left out."""
+    script = Path(sys.executable).with_name("aem-exp")
+    found = shutil.which("aem-exp") == str(script)
+    words = ["aem-exp"] if found else [str(script)] if script.exists() else [sys.executable, "-m", "aem_exp"]
+    try:
+        usual = resolve_uri(None, outputs())
+    except ConfigError:  # the environment names a store that there cannot be
+        usual = OFF
+    named = [] if uri == usual else ["--uri", str(sqlite_file(uri) or redact(uri))]
+    return shlex.join([*words, "ui", *named, *([] if port == PORT else ["--port", str(port)])])
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where a person sees something: the link, the command that serves it (None: a server does), the way there by ssh."""
+    """Where a person sees something: the link, the command that serves it (None: a server does), the way there by ssh.
+
+    `more`: other pages of the same store, as headings and links.
+    """
 
     link: str
     command: str | None = None
     tunnel: str | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
     def lines(self, *links: str) -> list[tuple[str, str]]:
         """What to print, headed; `links`: other pages of the same store, in the place of this one."""
         ways = {"serve": self.command, "tunnel": self.tunnel and f"{self.tunnel}   (on your own machine)"}
-        return [(name, text) for name, text in ways.items() if text] + [
-            ("open", link) for link in links or (self.link,)
-        ]
+        pages = [("open", link) for link in links or (self.link,)]
+        return [*((name, text) for name, text in ways.items() if text), *pages, *self.more]
 
 
 def page(uri: str, path: str = "") -> Page:
@@ -109,11 +139,10 @@ def page(uri: str, path: str = "") -> Page:
     if served(uri):
         return Page(f"{redact(uri).replace('***@', '').rstrip('/')}/{path}")
     port = free_port()
-    command, site = serve_command(uri, port)
-    return Page(f"{site}/{path}", command, tunnel(port))
+    return Page(f"{site(port)}/{path}", ui_command(uri, port), tunnel(port))
 
 
-def free_port(first: int = 5000) -> int:
+def free_port(first: int = PORT) -> int:
     """Return the first port that nobody listens on: another store may be served already."""
     for port in range(first, first + 100):
         with socket.socket() as door:

@@ -23,12 +23,15 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
+from urllib.parse import quote
 from uuid import uuid4
 
 from aem_exp import disk, door, metrics, stores
+from aem_exp import views as saved
 from aem_exp.metrics import Mirror, Point
 from aem_exp.values import ConfigError
 
@@ -46,6 +49,7 @@ KEY = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag 
 NOTE, REPORTS = "mlflow.note.content", "Reports of sweeps:"  # an experiment's description, and our part of it
 REPORT = "aem.report"  # tag of the run that holds a report: the sweep
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
+HEADLINES = ("train/success", "train/response_entropy", "train/loss")  # of a run, on one page
 CHARTS = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
 
 
@@ -84,7 +88,7 @@ def _mlflow() -> Any:
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what it raises is told here, in a sentence
     return mlflow
 
 
@@ -202,6 +206,8 @@ class _Run:
         known = self.client.get_experiment_by_name(name)
         if known.lifecycle_stage == "deleted":
             self.client.restore_experiment(known.experiment_id)
+        if not saved.exist(known.tags):
+            saved.save(self.client, known.experiment_id)
         return str(known.experiment_id)
 
     def _artifacts(self, experiment: str) -> str | None:
@@ -242,13 +248,15 @@ class _Run:
             "mlflow.user": getpass.getuser(),
             "mlflow.source.name": "aem_exp",
             "mlflow.source.type": "LOCAL",
-            "mlflow.note.content": f"Run dir: `{self.run_dir}` on `{socket.gethostname()}`",
+            NOTE: f"Run dir: `{self.run_dir}` on `{socket.gethostname()}`",
             **self.card["tags"],
         }
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"].rstrip("+")
         run = self.client.create_run(experiment, run_name=self.card["run_name"], tags=_fit(tags, TAG_CHARS))
         disk.write(self.run_dir / RUN_ID, run.info.run_id + "\n")
+        note = {NOTE: f"{_curves(experiment, run.info.run_id)}\n\n{tags[NOTE]}"}  # its links name the run itself
+        self.client.set_tag(run.info.run_id, NOTE, _fit(note, TAG_CHARS)[NOTE])
         return run
 
     def _params(self, run: Any) -> None:
@@ -278,6 +286,17 @@ class _Run:
     def end(self, status: str) -> None:
         if self.client.get_run(self.id).info.status != status:  # or its end would move
             self.client.set_terminated(self.id, status)
+
+
+def _curves(experiment: str, run: str) -> str:
+    """Return the first line of a run's description: links to what its page, sorted by name, shows late or not at all."""
+    keys = quote(json.dumps(HEADLINES, separators=(",", ":")))
+    curves = f"#/metric?runs=%5B%22{run}%22%5D&metric=%22{quote(HEADLINES[0])}%22&experiments=%5B%22{experiment}%22%5D"
+    links = {
+        "Success, entropy and loss": f"{curves}&plot_metric_keys={keys}&x_axis=step&{saved.MENU}",
+        **saved.links("", experiment),
+    }
+    return ", ".join(f"[{name}]({link.removeprefix('/')})" for name, link in links.items())
 
 
 def _fit(values: dict[str, str], chars: int) -> dict[str, str]:
@@ -514,7 +533,7 @@ def _ready(writer: _Writer) -> None:
     writer.tried.wait()
     if writer.error is not None and not writer.remote.id:
         writer.close("FAILED", patience=0.0)
-        _refused(writer.remote.uri, writer.error)
+        refused(writer.remote.uri, writer.error)
 
 
 def _sent(run_dir: Path) -> str | None:
@@ -536,11 +555,14 @@ def _lacking(run_dir: Path, store: str, why: str) -> str:
     return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"
 
 
-def _refused(uri: str, error: Exception) -> NoReturn:
+def refused(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
-        stores.refuse(uri, f"cannot be written ({error.strerror}: {error.filename})", "make room or rights there")
+        place = error.filename2 or error.filename  # a copy names its source first
+        stores.refuse(uri, f"cannot be written ({error.strerror}: {place})", "make room or rights there")
+    if "disk is full" in text:
+        stores.refuse(uri, "cannot be written (the disk is full)", "free space there and ask again")
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", stores.redact(uri)])
         stores.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
@@ -571,7 +593,10 @@ def page(run_dir: Path) -> stores.Page | None:
     uri = card.get("uri", stores.OFF)
     if uri == stores.OFF or card["run_id"] is None or stores.serverless(uri):
         return None
-    return stores.page(uri, f"#/experiments/{card['experiment_id']}/runs/{card['run_id']}/{CHARTS}")
+    number = card["experiment_id"]
+    there = stores.page(uri, f"#/experiments/{number}/runs/{card['run_id']}/{CHARTS}")
+    views_of_all = saved.links(there.link.partition("/#/")[0], number)
+    return replace(there, more=tuple((name.rpartition(" ")[2], link) for name, link in views_of_all.items()))
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -596,7 +621,7 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
             if card["status"] is not None:
                 run.end(card["status"])
     except Exception as error:  # all become a sentence
-        _refused(uri, error)
+        refused(uri, error)
     save_card(run_dir, {**card, "uri": stores.redact(uri)})
     return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {stores.redact(uri)}"
 
@@ -630,8 +655,6 @@ def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> li
     The store and its experiments are made where they are not there yet, once and before any run writes to them.
     Best effort: a store that is away costs nothing but the links.
     """
-    from aem_exp import views as saved
-
     if uri == stores.OFF:
         return []
     there, links = stores.page(uri), list[str]()
@@ -654,8 +677,6 @@ def report(
 
     Best effort, as `views`.
     """
-    from aem_exp.views import tag
-
     try:
         stores.probe(uri)
         store = _Run(outputs / experiment, uri, {"experiment": experiment})
@@ -667,7 +688,7 @@ def report(
             client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))
         client.set_terminated(run.info.run_id)
         there = stores.page(uri, _shown(number, run.info.run_id))
-        client.set_experiment_tag(number, f"{tag(sweep)}.report", run.info.run_id)
+        client.set_experiment_tag(number, f"{saved.tag(sweep)}.report", run.info.run_id)
         _describe(client, number)
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"the report is not there: {_reason(error)}")]
@@ -705,17 +726,18 @@ def _client(uri: str) -> Any:
     return client
 
 
-def main() -> int:
-    return door.answer(lambda: _act(_read()))
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    return door.answer(lambda: _act(_read(argv)))
 
 
-def _read() -> argparse.Namespace:
+def _read(argv: list[str] | None) -> argparse.Namespace:
     parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
     verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
     verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
     verb.add_argument("--uri", help="the store, if not the one that the run was logged to")
     verb.add_argument("--reconcile", action="store_true", help="also end runs there that nobody is at any more")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _act(asked: argparse.Namespace) -> int:

@@ -15,7 +15,10 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 T = TypeVar("T")
-LARGEST, SIZE = 2**63 - 1, 2**32 - 1  # of whole numbers: of any, and of our sizes and seeds (numpy's largest seed)
+LARGEST, SIZE = (
+    2**63 - 1,
+    2**32 - 1,
+)  # the largest of whole numbers (JSON's, MLflow's), and of sizes and seeds (numpy's)
 
 
 class ConfigError(Exception):
@@ -36,7 +39,7 @@ class ConfigError(Exception):
         super().__init__(field, value, self.choices, self.remedy)
 
     def __str__(self) -> str:
-        close = closest(self.value, self.choices)
+        close = closest(self.value, self.choices) if self.choices else None
         hint = f"did you mean {close}?" if close else ""
         choices = f"choose from {', '.join(self.choices)}" if self.choices else ""
         why = "; ".join(part for part in (choices, self.remedy) if part)
@@ -61,7 +64,10 @@ class Stop(Exception):
 
 def shown(value: Any) -> str:
     """A value as the command line would write it, cut to a line."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    try:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -118,7 +124,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     """
     origin, args = get_origin(hint), get_args(hint)
     most = SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST
-    if hint is not Any and isinstance(value, int) and abs(value) > most:
+    if isinstance(value, int) and abs(value) > most:
         raise ConfigError(field, value, f"must be at most {most:,}")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build(hint, value, field)
@@ -135,7 +141,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if origin is list and isinstance(value, list):
         return [convert(args[0], item, f"{field}[{i}]") for i, item in enumerate(value)]
     if hint is Any:
-        return _plain(value)
+        return _plain(value, field)
     if hint is float and _is_number(value):
         return float(value)
     if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
@@ -202,8 +208,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, field: str) -> Any:
     """Lists, mappings and scalars only, so that JSON brings back the same value."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): convert(Any, item, f"{field}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [convert(Any, item, f"{field}[{i}]") for i, item in enumerate(value)]
+    return value

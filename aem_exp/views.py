@@ -1,8 +1,9 @@
-"""How a sweep is looked at in MLflow: two saved views of its runs, made from code, each behind one link.
+"""How runs are looked at in MLflow: two saved views of a sweep's runs, and two of all runs, each behind one link.
 
 `SWEEP: curves` shows a mean line per arm and the band between its lowest and highest seed; `SWEEP: table` shows the
-runs, best first. A run belongs to as many sweeps as it has tags `aem.sweep.NAME`. MLflow takes an arm's colour from the
-group's tag and value, and two arms may get the same one.
+runs, best first. `all runs: curves` has a line per run. All are in the menu `Views` of the experiment's page. A run belongs
+to as many sweeps as it has tags `aem.sweep.NAME`. MLflow takes an arm's colour from the group's tag and value, and two arms
+may get the same one.
 
 MLflow documents neither the tag that holds a view nor the state in it; both were seen with 3.17.2, whose page loads
 100 runs, and more when asked. So this is a comfort: a store that refuses a view costs nothing else, and a page that
@@ -23,12 +24,13 @@ from aem_exp.values import ConfigError
 
 VIEW = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
 OURS = f"{VIEW}aem."
+ALL = "all runs"  # no sweep can be called so, and the key of its views is not one of `OURS`: they are not surplus
 MOST = 30  # of our views in an experiment: at 40 in all, MLflow's page lets nobody save another
 KINDS = {"curves": "CHART", "table": "TABLE"}  # and the page's modes; a view does not hold its mode, its link does
 MENU = "workflowType=machine_learning"  # that for trained models
 
 GROUP = "aem.group"
-CURVES = ("train/success", "eval/success", "train/response_entropy", "aem/alpha_q50")
+CURVES = ("train/success", "eval/success", "train/response_entropy", "train/loss", "aem/alpha_q50")
 FOLDED = ("train", "eval", "test", "aem", "time")  # sections that MLflow fills with all other metrics
 RESULTS = {"test/success": 130, "eval/success": 130, "train/response_entropy": 190}  # columns of the table, in pixels
 
@@ -40,10 +42,11 @@ def tag(sweep: str) -> str:
     return f"aem.sweep.{sweep}"
 
 
-def save(client: Any, experiment_id: str, sweep: str, group: str = GROUP) -> dict[str, str]:
+def save(client: Any, experiment_id: str, sweep: str = ALL, group: str = GROUP) -> dict[str, str]:
     """Write or refresh a sweep's views, with an `MlflowClient`; return the name and key of those that were taken.
 
-    `group` is the tag that tells the arms apart. Asking twice changes nothing but the time of the last update.
+    `group` is the tag that tells the arms apart; among all runs, each has a line of its own. Asking twice changes nothing
+    but the time of the last update.
     """
     states = {"curves": _curves(sweep, group), "table": _table(sweep, group)}
     saved: dict[str, str] = {}
@@ -58,7 +61,7 @@ def save(client: Any, experiment_id: str, sweep: str, group: str = GROUP) -> dic
     return saved
 
 
-def links(site: str, experiment_id: str, sweep: str) -> dict[str, str]:
+def links(site: str, experiment_id: str, sweep: str = ALL) -> dict[str, str]:
     """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served."""
     return {
         _name(sweep, kind): f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
@@ -80,7 +83,12 @@ def _name(sweep: str, kind: str) -> str:
 
 
 def _key(sweep: str, kind: str) -> str:
-    return f"aem.{sweep}.{kind}"
+    return f"aem-all-runs.{kind}" if sweep == ALL else f"aem.{sweep}.{kind}"
+
+
+def exist(tags: Mapping[str, str]) -> bool:
+    """Whether an experiment has the views of all of its runs."""
+    return all(VIEW + _key(ALL, kind) in tags for kind in KINDS)
 
 
 def _envelope(name: str, state: Mapping[str, Any], old: str | None) -> str:
@@ -102,7 +110,7 @@ def _surplus(tags: Mapping[str, str]) -> list[str]:
 def _state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
     """Return what both views share; the page fills in its own defaults for all that is not named."""
     return {
-        "searchFilter": f"tags.`{tag(sweep)}` != ''",
+        "searchFilter": "" if sweep == ALL else f"tags.`{tag(sweep)}` != ''",
         "orderByKey": order,
         "orderByAsc": ascending,
         "startTime": "ALL",
@@ -115,7 +123,7 @@ def _curves(sweep: str, group: str) -> dict[str, Any]:
     return {
         **_state(sweep, f"tags.`{group}`", ascending=True),
         **_columns({}),  # MLflow's list of views opens this one as a table, with a row per arm
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
+        "groupBy": None if sweep == ALL else {"aggregateFunction": "average", "groupByKeys": keys},
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,  # a sweep without AEM has no alpha
         "compareRunCharts": list(_charts()),

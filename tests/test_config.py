@@ -805,7 +805,7 @@ def test_a_user_lays_a_folder_over_ours(mine, tmp_path):
     (overlay / "config.yaml").write_text((ROOT / "conf/config.yaml").read_text().replace("seed: 0", "seed: 9"))
     assert load(["modulation=none"], overlay).seed == 9
     (overlay / "baseline/own.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="baseline=own"):
+    with pytest.raises(ConfigError, match=r"baseline/own\.yaml: is not YAML"):
         load(["baseline=own"], overlay)
 
 

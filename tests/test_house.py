@@ -30,10 +30,11 @@ KNOWS = {
     "targets": {"values"},
     "rules": {"config", "keywords", "stores", "values"},
     "config": {"compose", "disk", "keywords", "rules", "targets", "trust", "values"},
-    "compose": {"config", "continued", "keywords", "rules", "values"},
+    "compose": {"config", "continued", "keywords", "rules", "values", "yamls"},
     "continued": {"checkpoints", "config", "ownership", "values"},
+    "yamls": {"values"},
     "diagnostics": set(),
-    "render": set(),
+    "render": {"values"},
     "sample": set(),
     "engine": {"sample"},
     "crew": set(),
@@ -189,7 +190,7 @@ KNOWS = {
             "values",
         ),
     },
-    "questions": {"compose", "config", "door", "rules", "values"},
+    "questions": {"compose", "config", "door", "rules", "values", "yamls"},
     "labels": {"values"},
     "ranks": set(),
     "state": {"attempts", "disk", "episodes", "launch", "metrics", "ownership"},
@@ -218,9 +219,12 @@ KNOWS = {
         *("ownership", "parts", "policy", "progress", "provenance", "ranks", "show", "stores", "tracking"),
         *("addresses", "values", "views", "worlds"),
     },
+    "commands": {"values"},  # and, by name and when asked, the module of each command
+    "completion": {"commands", "config", "values"},
+    "ui": {"door", "stores", "tracking", "values"},
     "__main__": {
-        *("compose", "config", "disk", "dispatch", "door", "launch", "preflight", "questions", "run", "stores"),
-        *("sweep", "values", "worlds"),
+        *("commands", "completion", "compose", "config", "disk", "dispatch", "door", "launch"),
+        *("preflight", "questions", "run", "stores", "sweep", "values", "worlds"),
     },
     "sandboxes": {"sandboxes.process"},
     "sandboxes.memory": set(),
@@ -301,7 +305,9 @@ def imported(tree):
 def ours(name):
     """The room that an import names, if it is one of ours."""
     parts = name.split(".")
-    if parts[0] != "aem_exp" or len(parts) == 1 or parts[1].isupper():  # a constant of the package itself
+    if (
+        parts[0] != "aem_exp" or len(parts) == 1 or parts[1].isupper() or parts[1][0] == "_"
+    ):  # a constant of the package itself
         return None
     inner = ".".join(parts[1:3])
     return inner if inner in KNOWS else parts[1]

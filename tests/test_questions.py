@@ -237,11 +237,8 @@ def test_a_folder_laid_over_conf_is_seen_by_every_cell(tmp_path):
 baseline: {name: grpo, advantage: {_target_: aem_exp.advantages.group_normalised, over: turns, eps: 1.0e-6}}
 trainer: {loss_type: dapo, epsilon: 0.25}
 """)
-    main = (
-        (ROOT / "conf/config.yaml")
-        .read_text()
-        .replace("launch: local\n", "launch: local\n  - override hydra/job_logging: none\n")
-    )
+    main = (ROOT / "conf/config.yaml").read_text()
+    main = main.replace("\n\nname:", "\n  - override hydra/job_logging: none\n\nname:", 1)
     for text in (None, main):  # the second is Hydra's business: the composer leaves it to `compose`
         if text:
             (tmp_path / "own/config.yaml").write_text(text)
@@ -288,6 +285,10 @@ BAD = [
     (SMALL.replace("seeds: 0,1", "seeds:"), "mine.seeds=null: must hold something"),
     (SMALL.replace("seeds: 0,1", "seeds: []"), "mine.seeds=[]: must hold something"),
     (SMALL.replace("seeds: 0,1\n", ""), "mine.seeds=null: must hold something"),
+    (
+        SMALL.replace("seeds: 0,1", "seeds: range(0,1000000000000)"),
+        "mine.seeds: seed=range(0,1000000000000): holds more than 10,000 values",
+    ),
     (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3): holds no value"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,0"), "mine.seeds=seed=0: stands twice"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1: must be a whole number of at least 0"),

@@ -7,7 +7,9 @@ import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aem_exp import render
 from aem_exp.render import Chat
+from aem_exp.values import ConfigError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = {  # template -> (end of a turn, header of a user message)
@@ -66,3 +68,25 @@ def test_a_system_message_comes_first_and_once():
     chat = Chat(tok, system="be brief")
     assert tok.decode(chat.start("first")).startswith("<|im_start|>system\nbe brief<|im_end|>")
     assert "be brief" not in tok.decode(chat.follow("second", 0))
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ENDLESS, "did not end within"),
+        ("{{ raise_exception('no user') }}", "its chat template fails: no user"),
+        ("{% for m in messages %}", "its chat template fails: "),
+        ("{{ messages[0].content }}", "leaves out what the assistant said"),
+    ],
+    ids=["endless", "raises", "open", "silent"],
+)
+def test_a_template_that_does_not_render_is_one_sentence(monkeypatch, template, said):
+    monkeypatch.setattr(render, "PATIENCE", 1.0 if template == ENDLESS else 600.0)
+    tok = tokenizer("qwen2_5")
+    tok.chat_template = template
+    with pytest.raises(ConfigError, match=r"^model\.path=") as caught:
+        Chat(tok)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

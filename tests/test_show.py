@@ -219,6 +219,8 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
     assert page is not None
     assert f"serve {page.command}" in lines
     assert f"open {page.link}" in lines, "whole, on one line"
+    assert [name for name, _ in page.more] == ["curves", "table"]
+    assert all(f"{name} {link}" in lines for name, link in page.more)
     assert "ssh -N -L" in text
     assert "success in training" in text
     assert "step 40" in text

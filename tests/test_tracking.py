@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from aem_exp import metrics, stores, tracking
+from aem_exp import disk, metrics, stores, tracking
 from aem_exp.tracking import Tracker
 from aem_exp.values import ConfigError
 
@@ -181,6 +182,84 @@ def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
         tracker.log(1, numbers(1))
 
 
+FILLED = """
+    import sys
+    from pathlib import Path
+    from aem_exp import door, progress, stores, tracking
+    from tests_of_tracking import numbers, opened
+    tracking.PATIENCE = 1.0
+    progress.quiet()
+    run_dir, filler = Path(sys.argv[1]), Path(sys.argv[2])
+    def act():
+        with opened(run_dir, stores.resolve_uri(None, run_dir.parent)) as tracker:
+            for step in range(1, 4):
+                tracker.log(step, numbers(step))
+            assert tracker.flush(wait=600)
+            with filler.open("wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(b"x" * 4096)
+                    except OSError:
+                        break
+            for step in range(4, 100_000):
+                tracker.log(step, numbers(step))
+        return 0
+    sys.exit(door.answer(act, lambda: "to go on: COMMAND"))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of four megabytes."""
+    from doors import lacking  # scripts import this file from elsewhere
+
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    mount = [*root, "mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if not shutil.which(mount[0]) or subprocess.run(mount, capture_output=True, check=False).returncode:
+        lacking("no right to mount a small disk (root has it)")
+    yield folder
+    subprocess.run([*root, "umount", "-l", str(folder)], check=True)  # lazily: a store may be open
+
+
+@pytest.mark.machine
+def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tmp_path: Path, small_disk: Path) -> None:
+    run_dir, filler = small_disk / "outputs" / "run", small_disk / "filler"
+    done = script(tmp_path, FILLED, str(run_dir), str(filler))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "aem_exp: the disk is full; free space, and to go on: COMMAND\n"
+    assert not list(run_dir.glob(".*")), "half of a file takes room"
+    rows = metrics.read(run_dir)
+    assert [row["step"] for row in rows[:3]] == [1, 2, 3]
+    last = int(rows[-1]["step"])
+
+    filler.unlink()
+    uri = store(run_dir.parent)
+    with opened(run_dir, uri, resume_step=last) as tracker:
+        tracker.log(last + 1, numbers(last + 1))
+    assert tracker.trouble is None
+    steps = list(range(1, last + 2))
+    assert [row["step"] for row in metrics.read(run_dir)] == steps
+    assert in_mlflow(uri, run_dir).steps == all_names(steps)
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("left", [0, 700_000], ids=["none", "some"])
+def test_a_store_that_finds_no_room_at_start_says_so(tmp_path: Path, small_disk: Path, left: int) -> None:
+    with opened(tmp_path / "run", stores.OFF) as tracker:
+        for step in range(2000):
+            tracker.log(step, numbers(step))
+    with (small_disk / "filler").open("wb") as file:
+        file.write(b"x" * (shutil.disk_usage(small_disk).free - left))
+    with pytest.raises(ConfigError) as caught:
+        tracking.sync(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
+    sentence = str(caught.value)
+    assert "cannot be written (" in sentence and ("free space" in sentence or "make room" in sentence)
+    assert str(disk.cache()) not in sentence and "\n" not in sentence
+
+
 # ------------------------------------------------------------------------------------------- many runs, killed runs
 
 
@@ -255,13 +334,15 @@ def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str)
 
 
 class Server:
-    """A real `mlflow server`, by the command that a run prints."""
+    """A real `mlflow server`, by the command that `aem-exp ui` gives."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        command, self.uri = stores.serve_command(uri, stores.free_port(5200 + os.getpid() % 500))
+        port = stores.free_port(5200 + os.getpid() % 500)
+        words, environment = stores.serve_command(uri, port)
+        self.uri = stores.site(port)
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
-            shlex.split(command), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
+            words, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
         )
 
     def wait(self, seconds: float = 600) -> None:
@@ -506,9 +587,8 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert page is not None
     assert page.command is not None
     words = shlex.split(page.command)
-    assert sys.executable in words
-    assert words[words.index("--backend-store-uri") + 1] == card["uri"]
-    port = words[words.index("--port") + 1]
+    assert words[words.index("ui") + 1 :][:2] == ["--uri", str(tmp_path / "a b" / "mlflow.db")]
+    port = words[words.index("--port") + 1] if "--port" in words else "5000"
     assert page.link.startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs/r/")
     assert page.tunnel is not None
     assert page.tunnel.startswith(f"ssh -N -L {port}:127.0.0.1:{port} -p 2222 ")

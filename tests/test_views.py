@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import shlex
 import signal
 import subprocess
 import time
@@ -107,6 +106,24 @@ def test_many_sweeps_leave_room_for_other_peoples_views(client: Any) -> None:
     assert kept == {theirs} | expected - {f"{views.OURS}sweep1.curves", f"{views.OURS}sweep1.table"}
 
 
+def test_views_of_all_runs_stay_beside_those_of_sweeps(client: Any) -> None:
+    experiment = client.create_experiment("household")
+    assert not views.exist(client.get_experiment(experiment).tags)
+    assert (
+        set(views.save(client, experiment))
+        == {"all runs: curves", "all runs: table"}
+        == set(views.links("", experiment))
+    )
+    for index in range(views.MOST):
+        views.save(client, experiment, f"sweep{index}")
+    assert views.exist(client.get_experiment(experiment).tags)
+    states = {view["name"]: view["state"] for view in held(client, experiment).values()}
+    assert [states[f"all runs: {kind}"]["searchFilter"] for kind in views.KINDS] == ["", ""]
+    assert states["all runs: curves"]["groupBy"] is None
+    with pytest.raises(ConfigError):
+        views.tag(views.ALL)
+
+
 def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
     assert views.save(client, "4711", "main") == {}
     experiment = client.create_experiment("household")
@@ -139,6 +156,7 @@ def train(outputs: Path, uri: str, arm: str, seed: int) -> None:
         for step in range(1, STEPS + 1):
             success = top / (1 + math.exp((22 - step) / 8)) + luck
             row = {"train/success": max(0, success + noise.gauss(0, 0.03)), "time/step": 30 + noise.random()}
+            row["train/loss"] = 0.01 + noise.gauss(0, 0.003)
             row["train/response_entropy"] = 0.9 - fall * step / STEPS + noise.gauss(0, 0.02)
             if step % 5 == 0:
                 row |= {"eval/success": max(0, success), "eval/response_entropy": 0.8 - fall * step / STEPS}
@@ -157,10 +175,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     outputs = tmp_path / "outputs"
     uri = stores.resolve_uri(None, outputs)
     tracking.create_sqlite(outputs / "mlflow.db")
-    command, site = stores.serve_command(uri, stores.free_port(5100))
+    port = stores.free_port(5100)
+    words, environment = stores.serve_command(uri, port)
     with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
         server = subprocess.Popen(
-            shlex.split(command), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
+            words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
         )
     for arm in ARMS:
         for seed in range(3):
@@ -170,7 +189,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
             for step in range(1, 4):
                 run.log(step, {"train/success": (step + seed) / 100, "test/success": 0.99})
-    yield site
+    yield stores.site(port)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
@@ -178,7 +197,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def browser(site: str, tmp_path: Path) -> Iterator[Browser]:
     browser = Browser(driver(), tmp_path / "profile")
-    browser.ask("POST", "/window/rect", width=1900, height=1100)  # columns out of sight are not on the page
+    browser.ask("POST", "/window/rect", width=1900, height=1700)  # columns and charts out of sight are not on the page
     yield browser
     browser.close()
 
@@ -209,7 +228,7 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     text = browser.open(links["main: curves"], "document.querySelectorAll('.js-plotly-plot .trace').length >= 20")
     for word in ("main: curves", "Group by: aem.group", "Group: grpo 3", "Group: grpo+aem 3", "6 matching runs"):
         assert word in text, f"{word!r} is not on the page:\n{text}"
-    for word in ("grpo (train/success)", "grpo+aem (train/success)", "curves (4)", "train (", "Model registry"):
+    for word in ("grpo (train/success)", "grpo+aem (train/success)", "curves (5)", "train (", "Model registry"):
         assert word in text, f"{word!r} is not on the page:\n{text}"
     assert "rloo" not in text
     drawn = {title: (lines, bands) for title, lines, bands in browser.read(CHARTS)}
@@ -228,6 +247,20 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     metrics = ["test/success", "eval/success", "train/response_entropy"]
     assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
 
+    links = views.links(site, experiment)  # which every run has saved by then
+    assert views.exist(client.get_experiment(experiment).tags)
+    text = browser.open(links["all runs: table"], "document.querySelectorAll('[role=gridcell]').length >= 84")
+    assert "12 matching runs" in text
+    cells = {(row, column): value for row, column, value in browser.read(CELLS)}
+    assert [cells[row, "metrics.`test/success`"] for row in range(6)] == ["0.99"] * 6, "the best first"
+    assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
+    browser.screenshot("all_table.png")
+    text = browser.open(links["all runs: curves"], "document.querySelectorAll('.js-plotly-plot .trace').length >= 24")
+    drawn = [(title, lines) for title, lines, _ in browser.read(CHARTS)]
+    assert [title for title, _ in drawn] == list(views.CURVES), "success first, then entropy and loss"
+    assert drawn[0] == ("train/success", 12), "a line for each run"
+    browser.screenshot("all_curves.png")
+
     views.save(client, experiment, "all", group=views.tag("all"))
     link = views.links(site, experiment, "all")["all: curves"]
     browser.open(link, "document.body.innerText.includes('rloo 5 (train/success)')")
@@ -239,4 +272,4 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     views.save(client, experiment, "plain")
     link = views.links(site, experiment, "plain")["plain: curves"]
     text = browser.open(link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 9")
-    assert "curves (3)" in text, "no alpha, no chart of it"
+    assert "curves (4)" in text, "no alpha, no chart of it"

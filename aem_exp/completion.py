@@ -1,0 +1,117 @@
+"""What a shell completes after `aem-exp`: commands, options, groups, choices, sweeps, run dirs.
+
+The shells' part is a few lines that ask this program, so that both complete the same, and folders of a user's own count.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Final
+
+from aem_exp import config
+from aem_exp.commands import COMMANDS
+from aem_exp.values import ConfigError
+
+# In bash, a word ends at `=` and `:`; what stands before the last of them is not replaced, so it is cut from each answer.
+BASH: Final = """\
+_aem_exp() {
+    local line="${COMP_LINE:0:COMP_POINT}" answer word head
+    word="${line##* }"
+    head="${word%"${word##*[=:]}"}"
+    COMPREPLY=()
+    while IFS= read -r answer; do
+        [[ $answer == *= ]] && compopt -o nospace 2>/dev/null
+        COMPREPLY+=("${answer#"$head"}")
+    done < <("$1" --complete "$line" 2>/dev/null)
+}
+complete -o default -F _aem_exp aem-exp
+"""
+ZSH: Final = """\
+_aem_exp() {
+    local -a answers
+    answers=("${(@f)$(${(Q)words[1]} --complete "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
+    answers=(${answers:#})
+    (( $#answers )) || { _files; return }
+    compadd -S '' -- ${(M)answers:#*=}
+    compadd -- ${answers:#*=}
+}
+compdef _aem_exp aem-exp
+"""
+SHELLS: Final = {"bash": BASH, "zsh": ZSH}
+OVERRIDDEN: Final = (None, "run", "sweep", "report", "evaluate", "proxy", "prepare")  # commands that take overrides
+NAMED: Final = ("sweep", "report", "prepare", "status")  # ... the name of a sweep first
+HELD: Final = ("run", "evaluate", "proxy", "sync")  # ... a run dir
+FIXED: Final = {"plan": ("true", "false"), "resume": ("exact", "inexact")}
+VALUES: Final = {"--cfg": ("job",), "-c": ("job",), "--completion": tuple(SHELLS)}
+
+
+def script(shell: str) -> str:
+    """Return what a shell evaluates once to complete `aem-exp`."""
+    if shell not in SHELLS:
+        raise ConfigError("--completion", shell, SHELLS)
+    return SHELLS[shell]
+
+
+def candidates(line: str) -> list[str]:
+    """Return what the last word of a command line may become, the whole word each; an empty last word follows a space."""
+    try:
+        words = shlex.split(line)[1:]
+    except ValueError:  # an open quote
+        return []
+    last = words.pop() if words and not line[-1:].isspace() else ""
+    command = words[0] if words and "=" not in words[0] and words[0][:1] not in ("-", "+", "~") else None
+    if command not in (None, *COMMANDS):
+        return []
+    return [word for word in _known(command, words, last) if word.startswith(last)]
+
+
+def _known(command: str | None, words: list[str], last: str) -> Iterable[str]:
+    """All words that could stand at the end."""
+    if words and words[-1] in VALUES:
+        return VALUES[words[-1]]
+    if last.startswith("-"):
+        return _options(command)
+    groups = config.choices(config.config_roots(_config_dir(words))) if command in OVERRIDDEN else {}
+    if "=" in last:
+        return _values(last, groups)
+    known = [f"+{group}=" if group == "experiment" else f"{group}=" for group in groups]
+    if not words:
+        known += COMMANDS
+    if command in NAMED and len(words) == 1:
+        known += sorted(file.stem for file in (config.conf_root().parent / "sweeps").glob("*.yaml"))
+    return [*known, *_run_dirs(last)] if command in HELD and last else known
+
+
+def _config_dir(words: list[str]) -> str | None:
+    at = words.index("--config-dir") + 1 if "--config-dir" in words else len(words)
+    return words[at] if at < len(words) and Path(words[at]).is_dir() else None
+
+
+def _values(last: str, groups: dict[str, dict[str, Path]]) -> list[str]:
+    """Complete `GROUP=CHOICE`, also the last of `GROUP=CHOICE,CHOICE`, and the few keys whose values are known."""
+    key, _, value = last.partition("=")
+    if key == "from":
+        return [f"from={folder}" for folder in _run_dirs(value)]
+    done = value[: value.rfind(",") + 1]
+    return [f"{key}={done}{choice}" for choice in FIXED.get(key) or groups.get(key.lstrip("+"), {})]
+
+
+def _run_dirs(begun: str) -> list[str]:
+    """Return the run dirs beside what was begun to be typed; at first, those of the folder of all runs."""
+    folder = Path(begun).parent if "/" in begun else Path(os.environ.get("AEM_OUTPUTS") or "outputs")
+    return sorted(str(file.parent) for file in folder.expanduser().glob("*/experiment.json"))
+
+
+def _options(command: str | None) -> list[str]:
+    """Return the options of a command, as its own help names them."""
+    module = f"aem_exp.{COMMANDS[command].module}" if command not in (None, "run") else "aem_exp.__main__"
+    first = COMMANDS[command].first if command else ()
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        import_module(module).main([*first, "--help"])
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.getvalue())))

@@ -1,0 +1,124 @@
+"""Door: MLflow's pages of these runs. It serves their store on this machine alone, shows the link, and ends by Ctrl-C."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Final, NoReturn
+from urllib.request import ProxyHandler, build_opener
+
+from aem_exp import door, stores, tracking
+from aem_exp.values import ConfigError, Stop
+
+ABOUT = """\
+Serve the MLflow store of these runs on 127.0.0.1, until Ctrl-C.
+
+  aem-exp ui                          the store of ./outputs, of $AEM_OUTPUTS, or $MLFLOW_TRACKING_URI
+  aem-exp ui --uri runs/mlflow.db     another one
+"""
+START: Final = 300.0  # seconds that MLflow may take to start; on an idle machine it takes 5
+END: Final = 10.0  # ... and to end by itself
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    return door.answer(lambda: _act(_read(argv)))
+
+
+def _read(argv: list[str] | None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = door.Parser("aem-exp ui", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--uri", help="the store: a file that ends in .db, or a URI as MLflow writes it")
+    parser.add_argument("--port", type=int, help="default: the first free one from 5000")
+    return parser.parse_args(argv)
+
+
+def _act(asked: argparse.Namespace) -> int:
+    uri = stores.resolve_uri(asked.uri, stores.outputs())
+    if uri == stores.OFF or stores.serverless(uri):
+        raise ConfigError("--uri", uri, "has no pages that could be served here; name a .db file or a database")
+    if stores.served(uri):
+        print(f"open    {stores.page(uri).link}   (a server serves this store already)")
+        return 0
+    database = stores.sqlite_file(uri)
+    if database is not None and not database.is_file():
+        raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
+    stores.probe(uri)
+    port = _port(asked.port)
+    with _server(uri, port) as (server, log):
+        print(f"store   {stores.redact(uri)}", flush=True)
+        _wait(server, log, uri, port)
+        for heading, text in [("tunnel", stores.tunnel(port)), ("open", stores.site(port))]:
+            if text:
+                print(f"{heading:<7} {text}", flush=True)
+        print("        Ctrl-C ends it", flush=True)
+        raise Stop(f"MLflow's server has ended, with exit code {server.wait()}")
+
+
+def _port(asked: int | None) -> int:
+    if asked is None:
+        return stores.free_port()
+    if not 0 < asked < 65536:
+        raise ConfigError("--port", asked, "must be a whole number from 1 to 65535")
+    if stores.free_port(asked) != asked:
+        raise ConfigError("--port", asked, "another program listens there; without --port, a free one is found")
+    return asked
+
+
+@contextmanager
+def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """A server in a process group of its own, all of which ends with this block; what it says goes to a file."""
+    words, environment = stores.serve_command(uri, port)
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), _leave)
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield server, log
+        finally:
+            _end(server)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(END)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _wait(server: subprocess.Popen[bytes], log: IO[bytes], uri: str, port: int) -> None:
+    """Wait until the server answers.
+
+    Raises:
+        ConfigError: it ended before, as its store cannot be used.
+        Stop: it does not answer.
+    """
+    ask, deadline = build_opener(ProxyHandler({})), time.monotonic() + START
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+            tracking.refused(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
+        try:
+            ask.open(f"{stores.site(port)}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise Stop(f"MLflow's server did not answer within {START:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""YAML that a user gives: what would hang, overflow or show a secret is refused in a sentence, before anything is made of it.
+
+Only the parser's events are read here. An alias costs nothing as an event; what it would become is counted.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from aem_exp.values import ConfigError
+
+LARGEST: Final = 2**20  # bytes of a file
+DEEPEST: Final = 50  # blocks inside of each other
+MOST: Final = 20_000  # values, each alias counted as what it stands for
+PLAIN: Final = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+_Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read(file: Path, field: str) -> str:
+    """Return the text of a YAML file that is safe to load; `field` is what named it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not file.is_file():
+        raise ConfigError(field, str(file), "must be an ordinary file")
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        text = content[:LARGEST].decode()
+        check(text)
+    except OSError as error:
+        raise ConfigError(field, str(file), f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(field, str(file), f"must be UTF-8 text; byte {error.start + 1} is not") from error
+    except (yaml.YAMLError, Refused) as error:
+        why = str(error) if isinstance(error, Refused) else f"is not YAML: {told(error)}"
+        raise ConfigError(field, str(file), why) from error
+    if len(content) > LARGEST:
+        raise ConfigError(field, str(file), f"is too large; such a file has at most {LARGEST >> 20} MB")
+    return text
+
+
+def told(error: Exception) -> str:
+    """Return what a parser says in one line, without the name that it has for a text."""
+    return " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+
+
+class Refused(ValueError):
+    """What is wrong with a text, in words that follow its name."""
+
+
+def check(text: str) -> None:
+    """Refuse a YAML text that grows without measure when it is loaded, or that calls a function.
+
+    Raises:
+        Refused: it does.
+        yaml.YAMLError: it is not YAML.
+    """
+    sizes: dict[str, int | None] = {}  # anchor -> values below it; None while it is open
+    blocks: list[tuple[str | None, int]] = [(None, 0)]  # anchor and values so far of each open block
+    for event in yaml.parse(text, Loader=_Loader):
+        _check_tag(event)
+        if isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 1)
+            if size is None:
+                raise Refused(f"holds itself: *{event.anchor} stands inside of &{event.anchor}")
+        elif isinstance(event, yaml.ScalarEvent):
+            check_value(event.value)
+            size, sizes[event.anchor] = 1, 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            sizes[event.anchor] = None
+            blocks.append((event.anchor, 1))
+            if len(blocks) > DEEPEST:
+                raise Refused(f"is nested too deeply: more than {DEEPEST} blocks inside of each other")
+            continue
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = blocks.pop()
+            sizes[anchor] = size  # type: ignore[index]  # None is a key like any other
+        else:
+            continue
+        anchor, before = blocks.pop()
+        blocks.append((anchor, before + size))
+        if before + size > MOST:
+            raise Refused(f"holds too much: more than {MOST:,} values, aliases counted as what they stand for")
+
+
+def check_value(text: str) -> None:
+    """Refuse a value that Python cannot read as a number, or that calls a function: `${function:...}`.
+
+    `${key}` is well, also with keys in keys. `${oc.env:NAME}` would put the value of a variable into names of folders, hashes
+    and logs, where a secret must not be.
+
+    Raises:
+        Refused: it is one of the two.
+    """
+    if re.search(r"\d{1000}", text):
+        raise Refused("holds a number of more than a thousand digits")
+    depth = 0
+    for i, letter in enumerate(text if "${" in text else ""):
+        if text.startswith("${", i):
+            depth += 1
+        elif letter == "}" and depth:
+            depth -= 1
+        elif letter == ":" and depth:
+            raise Refused(
+                "must not call a function in ${...}, only name keys as in ${env.name}; the shell can fill in a variable: "
+                "outputs=$SCRATCH/runs"
+            )
+
+
+def check_nesting(text: str) -> None:
+    """Refuse an override that is nested too deeply for its parser.
+
+    Raises:
+        Refused: it is.
+    """
+    depth = 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth > DEEPEST:
+            raise Refused(f"is nested too deeply: more than {DEEPEST} brackets inside of each other")
+
+
+def _check_tag(event: Any) -> None:
+    tag = getattr(event, "tag", None)
+    if tag not in (None, "!") and tag not in PLAIN:
+        raise Refused(f"must not have tags such as !{tag.rpartition(':')[2]}")

@@ -1,0 +1,336 @@
+"""The one command: its subcommands, its help, and what a shell completes, asked of real shells."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from doors import LONG, Beside, lacking
+
+from aem_exp import __version__, commands, completion, stores
+from aem_exp.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(sys.executable).with_name("aem-exp")
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@pytest.fixture(autouse=True)
+def own_words(monkeypatch):
+    """A command hands its words on in sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["aem-exp"])
+
+
+def refused(capsys, *words):
+    """The one sentence of a mistake."""
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    try:
+        code = main([name, "--help"])
+    except SystemExit as end:  # argparse's
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 0 and out.startswith("usage: ") and err == ""
+
+
+def test_the_page_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    for name, command in commands.COMMANDS.items():
+        assert any(line.split()[:1] == [name] and command.about in line for line in page.splitlines())
+    assert "--completion" in page and "--version" in page
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"aem-exp {__version__}\n"
+
+
+def test_an_unknown_command_is_one_sentence_with_a_suggestion(capsys):
+    assert "command=statsu: did you mean status? choose from run, sweep," in refused(capsys, "statsu")
+    assert "choose from run, sweep," in refused(capsys, "outputs/household-x")
+    assert "--completion=fish: choose from bash, zsh" in refused(capsys, "--completion", "fish")
+
+
+def test_a_mistake_behind_a_command_is_that_of_its_module(capsys):
+    assert "no-such-sweep" in refused(capsys, "sweep", "no-such-sweep")
+    assert "there is no such folder" in refused(capsys, "status", "--outputs", "/nowhere")
+    assert "name the folder of a run" in refused(capsys, "sync", "/nowhere")
+    assert "--onec: no such option" in refused(capsys, "status", "--onec")
+
+
+def test_run_takes_an_experiment_or_a_run_dir(capsys, tmp_path):
+    assert main(["run", "trainer.steps=7", "--cfg", "job"]) == 0
+    assert "steps: 7" in capsys.readouterr().out
+    assert main(["run", "--config-dir", str(tmp_path), "--cfg", "job"]) == 0
+    capsys.readouterr()
+    for words in (["/nowhere"], ["--trust", "/nowhere"], ["/no=where", "--inexact"], ["./no=where"]):
+        assert "RUN_DIR=" in refused(capsys, "run", *words)
+    for override in ("seed=1", "+experiment=household_rloo", "~tracking"):
+        assert "a run dir, or overrides, not both" in refused(capsys, "run", "/nowhere", override)
+
+
+def test_nothing_heavy_is_imported_for_help_and_completion(tmp_path):
+    script = """
+import sys
+from aem_exp.__main__ import main
+assert main(["--help"]) == main(["--version"]) == main(["--completion", "bash"]) == 0
+assert main(["--complete", "aem-exp modulation=ae"]) == main(["--complete", "aem-exp sweep --"]) == 0
+heavy = {"hydra", "omegaconf", "torch", "transformers", "trl", "mlflow", "optuna", "datasets", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+# What a shell completes.
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """Two runs in ./outputs."""
+    for name in ("household-none-s0", "household-aem-s0"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "experiment.json").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("aem-exp st", ["status"]),
+        ("aem-exp modulation=ae", ["modulation=aem"]),
+        ("aem-exp run modulation=ae", ["modulation=aem"]),
+        ("aem-exp -m modulation=none,ae", ["modulation=none,aem"]),
+        ("aem-exp seed=1 modul", ["modulation="]),
+        ("aem-exp +exp", ["+experiment="]),
+        ("aem-exp +experiment=swe_", ["+experiment=swe_tiny"]),
+        ("aem-exp plan=t", ["plan=true"]),
+        ("aem-exp --hyd", ["--hydra-help"]),
+        ("aem-exp --cfg ", ["job"]),
+        ("aem-exp sweep household_qu", ["household_quick"]),
+        ("aem-exp sweep household_quick --sub", ["--submit"]),
+        ("aem-exp sweep household_quick launch=slurm_", ["launch=slurm_cpu"]),
+        ("aem-exp status --js", ["--json"]),
+        ("aem-exp sync --rec", ["--reconcile"]),
+        ("aem-exp run outputs/household-a", ["outputs/household-aem-s0"]),
+        ("aem-exp evaluate outputs/household-a", ["outputs/household-aem-s0"]),
+        ("aem-exp from=outputs/household-a", ["from=outputs/household-aem-s0"]),
+        ("aem-exp evaluate x --pan", ["--panel"]),
+        ("aem-exp --completion z", ["zsh"]),
+        ("aem-exp nonsense x", []),
+        ("aem-exp 'unclosed ", []),
+        ("/venv/bin/aem-exp repo", ["report"]),
+    ],
+)
+def test_candidates(outputs, line, found):
+    assert completion.candidates(line) == found
+
+
+def test_an_empty_line_offers_commands_and_groups_and_no_options():
+    found = completion.candidates("aem-exp ")
+    assert {"run", "sweep", "ui", "modulation=", "+experiment="} <= set(found)
+    assert not any(word.startswith("-") for word in found)
+
+
+def test_a_folder_of_ones_own_adds_choices(tmp_path):
+    (tmp_path / "modulation").mkdir()
+    (tmp_path / "modulation" / "mine.yaml").write_text("# mine\n")
+    assert completion.candidates(f"aem-exp --config-dir {tmp_path} modulation=mi") == ["modulation=mine"]
+
+
+def test_candidates_are_printed_for_a_shell(capsys):
+    assert main(["--complete", "aem-exp modulation=lam_"]) == 0
+    assert capsys.readouterr().out.split() == ["modulation=lam_2", "modulation=lam_4", "modulation=lam_half"]
+
+
+def path_of_the_script():
+    if not SCRIPT.exists():
+        lacking("the package is not installed: no script aem-exp")
+    return {**os.environ, "PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
+
+
+BASH = """
+eval "$(aem-exp --completion bash)"
+complete -p aem-exp >/dev/null || exit 9
+ask() {  # as bash calls it, whose words are split at =
+    COMP_LINE=$1 COMP_POINT=${#1}
+    _aem_exp aem-exp
+    printf '%s\\n' "${COMPREPLY[@]}" --
+}
+ask "aem-exp st"
+ask "aem-exp modulation=ae"
+ask "aem-exp -m modulation=none,ae"
+ask "aem-exp from=outputs/household-a"
+ask "aem-exp run nothing-like-it"
+"""
+
+
+def test_bash_completes(outputs):
+    done = subprocess.run(
+        ["bash", "--norc", "-c", BASH],
+        env=path_of_the_script(),
+        cwd=outputs,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [part.split() for part in done.stdout.split("--\n")]
+    assert answers == [["status"], ["aem"], ["none,aem"], ["outputs/household-aem-s0"], [], []]
+
+
+def typed(shell, prepare, outputs):
+    """What a shell on a real terminal makes of `echo aem-exp modulation=ae<TAB>` and of a command's name."""
+    import pty
+
+    lines = [
+        *prepare,
+        "aem-exp stat\t--outputs /nowhere 2>&1 | sed s/^/SAID:/\n",
+        "aem-exp modulation=ae\tseed=x\n",
+        "exit\n",
+    ]
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        shell,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=path_of_the_script(),
+        cwd=outputs,
+        start_new_session=True,
+    )
+    os.close(follower)
+    seen = b""
+    try:
+        for line in lines:
+            os.write(leader, line.encode())
+        while chunk := os.read(leader, 4096):
+            seen += chunk
+    except OSError:  # the terminal's end, once the shell has gone
+        pass
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+    return seen.decode()
+
+
+@pytest.mark.timeout(LONG)
+@pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.machine)])
+def test_a_terminal_completes(shell, outputs):
+    if not shutil.which(shell):
+        lacking(f"{shell} is missing (apt-get install {shell})")
+    how = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
+    prepare = {"bash": [], "zsh": ["autoload -U compinit && compinit -u -D\n"]}[shell]
+    seen = typed(how, [*prepare, f'eval "$(aem-exp --completion {shell})"\n'], outputs)
+    assert "--outputs=/nowhere: there is no such folder" in seen, seen
+    assert "seed=x: must be a whole number" in seen, seen
+    assert "modulation=aem" in seen, seen
+
+
+# The pages of MLflow.
+
+
+@pytest.fixture
+def made(tmp_path_factory):
+    """A folder of outputs with an empty store."""
+    from aem_exp import tracking
+
+    folder = tmp_path_factory.mktemp("made") / "outputs"
+    tracking.create_sqlite(folder / "mlflow.db")
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
+    command = [sys.executable, "-m", "aem_exp", "ui"]
+    environment = {**os.environ, "AEM_OUTPUTS": str(made), "PYTHONPATH": str(ROOT), "MLFLOW_HOST": "0.0.0.0"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = Beside(lambda: [started.stdout.readline() for _ in range(3)]).end()
+        assert said[0] == f"store   sqlite:///{made}/mlflow.db\n" and "Ctrl-C" in said[2], said
+        link = said[1].split()[1]
+        assert link.startswith("http://127.0.0.1:") and said[1].startswith("open ")
+        assert urllib.request.urlopen(f"{link}/health", timeout=LONG).read() == b"OK"
+        tree = psutil.Process(started.pid).children(recursive=True)
+        listening = [c.laddr for child in tree for c in child.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert int(link.rpartition(":")[2]) in {address.port for address in listening}
+        started.send_signal(number)
+        _, err = started.communicate(timeout=LONG)
+        assert started.returncode == 128 + number
+        assert "Traceback" not in err and len(err.splitlines()) <= 2, err
+        assert psutil.wait_procs(tree, timeout=LONG)[1] == []
+    finally:
+        started.terminate()
+        started.wait(LONG)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--uri", "nowhere.db"], "there is no such file; a run makes it"),
+        (["--uri", "off"], "has no pages that could be served here"),
+        (["--uri", "gopher://x"], "is not a store that MLflow 3 writes to"),
+        (["--uri", "postgresql://me:pw@127.0.0.1:1/x"], "does not answer"),
+        (["--port", "0"], "must be a whole number from 1"),
+        (["--port", "x"], "invalid int value"),
+    ],
+)
+def test_ui_refuses_what_it_cannot_serve(capsys, made, monkeypatch, words, said):
+    monkeypatch.setenv("AEM_OUTPUTS", str(made))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    err = refused(capsys, "ui", *words)
+    assert said in err and ":pw@" not in err
+
+
+def test_ui_refuses_a_port_that_is_taken(capsys, made):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert "another program listens there" in refused(
+            capsys, "ui", "--uri", str(made / "mlflow.db"), "--port", str(port)
+        )
+
+
+def test_ui_says_what_is_wrong_with_a_store(capsys, tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database at all" * 100)
+    assert main(["ui", "--uri", "mlflow.db"]) == 2
+    err = capsys.readouterr().err
+    assert "file is not a database" in err and err.count("\n") == 1
+
+
+def test_ui_names_the_server_that_there_is(capsys):
+    assert main(["ui", "--uri", "http://user:pw@host:80"]) == 0
+    assert capsys.readouterr().out == "open    http://host:80/   (a server serves this store already)\n"
+
+
+def test_the_command_of_a_run_is_short(made, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("AEM_OUTPUTS", str(made))
+    monkeypatch.setenv("PATH", str(SCRIPT.parent))
+    uri = stores.resolve_uri(None, made)
+    if SCRIPT.exists():
+        assert stores.ui_command(uri, 5000) == "aem-exp ui"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", "/somewhere/bin/python")
+        assert stores.ui_command(uri, 5001) == "/somewhere/bin/python -m aem_exp ui --port 5001"
+    monkeypatch.setenv("AEM_OUTPUTS", "elsewhere")
+    assert stores.ui_command(uri, 5000).endswith(f" ui --uri {made}/mlflow.db")
+    assert stores.ui_command("mysql://me:pw@host/x", 5000).endswith(" ui --uri 'mysql://***@host/x'")
