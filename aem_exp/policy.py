@@ -153,7 +153,10 @@ def words(model: Model, folder: str) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **_code(model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_code(model))
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, "tokenizer", error) from error
     if tokenizer.chat_template is None:
         raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
     if tokenizer.pad_token is None:
@@ -166,6 +169,11 @@ def vocabulary(model: Model, folder: str) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(folder, **_code(model)).get_text_config().vocab_size)
+
+
+def _unreadable(folder: str, what: str, error: Exception) -> ConfigError:
+    why = f"its {what} cannot be read ({' '.join(str(error).split())[:200]}); fetch or copy the folder again"
+    return ConfigError("model.path", folder, why)
 
 
 def _code(model: Model) -> dict[str, bool]:
@@ -192,8 +200,7 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
             folder, dtype=getattr(torch, model.dtype), **attention, **how
         )
     except (SafetensorError, OSError) as error:
-        why = f"its weights cannot be read ({' '.join(str(error).split())[:200]}); fetch or copy them again"
-        raise ConfigError("model.path", folder, why) from error
+        raise _unreadable(folder, "weights", error) from error
     _check_whole(policy, folder, report)
     if model.lora:
         torch.manual_seed(seed)  # the adapter starts at random

@@ -134,7 +134,7 @@ def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Pat
             if not chosen:
                 raise Stop(f"no episode of the panel {panel.name} could be played", "env")
             disk.write(folder / STATES, json.dumps([asdict(state) for state in chosen]))
-        chosen = [State(**state) for state in json.loads((folder / STATES).read_text())]
+        chosen = _states(folder)
         line.say(f"{player.name}: sampling {samples} responses at each of {len(chosen)} states")
         done, together = len(_lines(folder)), max(1, exam.at_once // samples)
         for start in range(done, len(chosen), together):
@@ -178,6 +178,13 @@ def responses(states: Sequence[State], samples: int, sampler: "Sampler") -> list
         }
         for state, group in zip(states, groups, strict=True)
     ]
+
+
+def _states(folder: Path) -> list[State]:
+    try:
+        return [State(**state) for state in json.loads((folder / STATES).read_text())]
+    except (ValueError, TypeError) as error:
+        raise disk.damaged(folder / STATES, error) from error
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:

@@ -112,6 +112,15 @@ def test_weights_that_are_not_all_of_the_models_are_refused(weights, tmp_path, c
     assert said in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_model_whose_other_files_are_damaged_is_refused(weights, tmp_path, name):
+    file = shutil.copytree(weights, tmp_path / "copy") / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        policy.load(Model(), str(file.parent), 0)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_a_tied_head_need_not_be_there(weights, tmp_path):
     folder = shutil.copytree(weights, tmp_path / "copy")
     tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]

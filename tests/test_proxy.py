@@ -8,6 +8,7 @@ import torch
 import toy
 
 from aem_exp import diagnostics, proxy
+from aem_exp.disk import Damaged
 from aem_exp.render import Chat
 from aem_exp.rollout import Rollout
 from aem_exp.sample import LocalSampler, Sampling
@@ -134,3 +135,10 @@ def test_a_mistake_is_one_sentence(capsys, argv, said):
     assert proxy.main(argv) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ['[{"task": "a"', "[1]", "{}x", '[{"tusk": 1}]'])
+def test_states_that_are_damaged_are_one_sentence(tmp_path, text):
+    (tmp_path / proxy.STATES).write_text(text)
+    with pytest.raises(Damaged, match=r"states\.json is damaged"):
+        proxy._states(tmp_path)
