@@ -58,8 +58,8 @@ def boxed(work: Callable[[threading.Event], T], seconds: float) -> T | None:
 # A world.
 
 
-def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> None:
-    """Play two episodes: by the scripted player, or else by random actions.
+def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> bool:
+    """Play two episodes, and one of them again: by the scripted player, or else by random actions. Whether that was possible.
 
     Raises:
         ConfigError: the world does not do what its contract says.
@@ -67,7 +67,7 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
     name = f"env {experiment.env.name}"
     if starts_programs(world):
         log.info("%s: not tried before the run, as its environments start other programs or processes", name)
-        return
+        return False
     part = _World(experiment, world)
     changed = boxed(lambda over: part.changed(tasks[:2], over), SECONDS)
     if changed is None:
@@ -80,14 +80,13 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
     elif changed:
         told = "%s: task %s was another game when it was played again; a group plays one game, so its chance must be the task's"
         log.warning(told, name, changed)
+    return changed is not None
 
 
 def games(
     experiment: Experiment, world: World, splits: Mapping[str, Sequence[Task]]
 ) -> dict[str, dict[str, tuple[Any, ...]]]:
     """How some tasks of each split play under one player: what was seen and said, by id. Nothing where that takes long."""
-    if starts_programs(world):
-        return {}
     part = _World(experiment, world)
     part.turns = min(part.turns, LOOK_TURNS)
     some = {split: tasks[: LOOK_TRAIN if split == "train" else LOOK_PANEL] for split, tasks in splits.items()}
@@ -229,10 +228,20 @@ def check_parts(experiment: Experiment) -> None:
         ConfigError: they fail, or return something else.
     """
     _check_schedule(experiment)
-    if not str(experiment.baseline.advantage["_target_"]).startswith(OWN):
-        what = f"baseline.advantage {experiment.baseline.name}"
-        if boxed(lambda _: _check_advantage(experiment), SECONDS) is None:
-            log.warning("%s: gave no answer in %g s, so it was not tried before the run", what, SECONDS)
+    block = experiment.baseline.advantage
+    if str(block["_target_"]).startswith(OWN):
+        return
+    from aem_exp import credit  # before the time runs: it imports torch
+
+    field, path = "baseline.advantage._target_", block["_target_"]
+    with blaming(field, path, "importing it"):
+        estimator = config.instantiate(block, partial=True)
+    step = _made_up(experiment.trainer)
+    try:
+        if boxed(lambda _: credit.advantages(estimator, step), SECONDS) is None:
+            log.warning("%s: gave no answer in %g s, so it was not tried before the run", path, SECONDS)
+    except Stop as stop:
+        raise ConfigError(field, path, str(stop)) from stop
 
 
 def _check_schedule(experiment: Experiment) -> None:
@@ -250,20 +259,6 @@ def _check_schedule(experiment: Experiment) -> None:
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam):
             remedy = f"must return a finite number, not {lam!r} at progress {progress:g} ({defined(schedule)})"
             raise ConfigError(field, path, remedy)
-
-
-def _check_advantage(experiment: Experiment) -> bool:
-    from aem_exp import credit
-
-    block = experiment.baseline.advantage
-    field, path = "baseline.advantage._target_", block["_target_"]
-    with blaming(field, path, "importing it"):
-        estimator = config.instantiate(block, partial=True)
-    try:
-        credit.advantages(estimator, _made_up(experiment.trainer))
-    except Stop as stop:
-        raise ConfigError(field, path, str(stop)) from stop
-    return True
 
 
 def _made_up(settings: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ def fitting(experiment: Experiment) -> World:
     name, held_out = experiment.env.name, {split: panel.tasks for split, panel in panels.items()}
     some = exam.drawn(world, "train", train, leaks.looked_at(train, held_out))
     leaks.refuse_shared(name, some, held_out)
-    smoke.check_world(experiment, world, some)
-    if played := smoke.games(experiment, world, {"train": some, **held_out}):
+    playable = smoke.check_world(experiment, world, some)
+    if playable and (played := smoke.games(experiment, world, {"train": some, **held_out})):
         leaks.refuse_alike(name, played.pop("train"), played)
     return world

@@ -139,6 +139,7 @@ def test_a_seed_is_all_of_the_chance():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"id": "Taxi-v3"}, "env.make.id=Taxi-v3: Gymnasium does not make it: .*deprecated"),
         ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: Gymnasium does not make it: .*NoLake"),
         ({"kwargs": {"depth": 3}}, "Gymnasium does not make it: .*depth"),
         ({"actions": {"left": 0, "up": 4}}, r"env.make.actions.up=4: is no action of this environment: Discrete\(4\)"),
@@ -148,9 +149,12 @@ def test_a_seed_is_all_of_the_chance():
         ({"sizes": {"train": 0}}, "env.make.sizes.train"),
     ],
 )
-def test_what_gymnasium_does_not_make_is_one_sentence(changes, said):
+def test_what_gymnasium_does_not_make_is_one_sentence(changes, said, recwarn):
+    needs("gymnasium")
+    recwarn.clear()
     with pytest.raises(ConfigError, match=said):
         lake(**changes)
+    assert not recwarn.list  # no line before it
 
 
 def test_an_environment_that_renders_no_text_says_so():

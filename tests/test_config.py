@@ -902,7 +902,7 @@ def test_nothing_heavy_is_imported_before_a_run(tmp_path):
 def test_works_from_any_folder(tmp_path):
     (tmp_path / "own_world.py").write_text(
         "import torch\nfrom aem_exp.envs import Task\nclass World:\n    def __init__(self, size: int = 1): ...\n"
-        "    fingerprint, splits = 'own', ('train', 'dev', 'test')\n"
+        "    external = True\n    fingerprint, splits = 'own', ('train', 'dev', 'test')\n"
         "    def tasks(self, split): return [Task(f'{split}-{i}') for i in range(9)]\n"
         "    def env(self): ...\n"
         "    def words(self): ...\n"

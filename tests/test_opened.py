@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+from doors import LONG
 
-from aem_exp import config, evaluate, exam, worlds
+from aem_exp import config, evaluate, exam, smoke, worlds
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.envs import Task
@@ -200,6 +201,8 @@ LEAKS = {
 @pytest.fixture
 def games(mine, monkeypatch):
     (mine / "guessed.py").write_text(GAMES)
+    monkeypatch.setattr(smoke, "SECONDS", LONG)
+    monkeypatch.setattr(smoke, "LOOK", LONG)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
         (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
     return mine

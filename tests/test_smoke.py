@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+from doors import LONG
 
 from aem_exp import smoke, worlds
 from aem_exp.__main__ import main
@@ -142,6 +143,7 @@ def a_float(played): return 1.0  # here: a_float
 def too_few(played): return played.return_M
 def not_a_number(played): return played.score_R / (played.score_R * 0)
 def raises(played): return played.score_R @ torch.zeros(3, 3)  # here: raises
+def stuck(played): threading.Event().wait()
 def whole(played): return played.score_R.long()
 def complex_(played): return played.score_R * 1j
 def divides(played):
@@ -187,6 +189,8 @@ def mine(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setenv("AEM_CACHE", str(folder / "cache"))
         patch.setenv("AEM_OUTPUTS", str(folder / "outputs"))
+        patch.setattr(smoke, "SECONDS", LONG)
+        patch.setattr(smoke, "LOOK", LONG)
         yield folder
 
 
@@ -279,7 +283,7 @@ def test_who_hangs_is_not_waited_for(mine, caplog, monkeypatch):
     monkeypatch.setattr(smoke, "SECONDS", 0.2)
     with caplog.at_level(logging.INFO):
         world = worlds.fitting(load(["env=Sleeps"], mine))
-    assert world.asked.is_set()
+    assert world.asked.wait(LONG)
     assert "env Sleeps: two episodes were not played in 0.2 s" in caplog.text
     stuck = [thread for thread in threading.enumerate() if thread.name == smoke.THREAD]
     assert stuck and all(thread.daemon for thread in stuck)
@@ -325,6 +329,12 @@ def test_what_an_advantage_does_wrong_is_one_sentence(mine, name):
 )
 def test_parts_that_do_as_they_should_pass(mine, words):
     assert worlds.fitting(load(words, mine))
+
+
+def test_an_advantage_that_does_not_answer_is_not_waited_for(mine, caplog, monkeypatch):
+    monkeypatch.setattr(smoke, "SECONDS", 0.2)
+    smoke.check_parts(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
+    assert "someones_parts.stuck: gave no answer in 0.2 s" in caplog.text
 
 
 SCHEDULES = {

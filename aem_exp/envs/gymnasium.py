@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Final
@@ -43,7 +44,9 @@ class GymnasiumEnv(ForeignEnv):
         self._env.close()
 
     def _text(self, observation: Any) -> str:
-        text = observation if isinstance(observation, str) else self._env.render()
+        text: Any = observation
+        if not isinstance(text, str) and self._env.render_mode is not None:
+            text = self._env.render()
         if not isinstance(text, str):
             kind = type(observation).__name__
             raise TypeError(
@@ -100,9 +103,10 @@ class Gymnasium(ForeignWorld):
 
         self.id, self.kwargs = id, dict(kwargs or {})
         try:
-            env = gymnasium.make(id, **self.kwargs)
-            space, mode = env.action_space, env.render_mode
-            env.close()
+            with warnings.catch_warnings(action="ignore"):  # what is wrong is told below
+                env = gymnasium.make(id, **self.kwargs)
+                space, mode = env.action_space, env.render_mode
+                env.close()
         except Exception as error:  # its own errors, and whatever the environment raises
             why = " ".join(str(error).split())
             raise ConfigError("env.make.id", id, f"Gymnasium does not make it: {why}") from error
