@@ -154,7 +154,7 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
     desk.write(TINY.replace("trials: 4", "trials: 3"))
     assert "3 missing, of 3" in desk.sweep()
     assert not desk.outputs.exists()  # a plan makes nothing
-    begun = desk.begin("tiny.yaml", "--local", "--at-once", "2", SLOW="0.01")
+    begun = desk.begin("tiny.yaml", "--local", "--at-once", "2", SLOW="0.03")
     worker, number, run = until(lambda: journal(desk) and desk.holding(), "a trial in its midst")
     os.kill(json.loads((worker / "owner.json").read_text())["pid"], signal.SIGKILL)
     out, _ = begun.communicate(timeout=600)
@@ -371,7 +371,7 @@ def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked
 def test_on_slurm_a_requeued_worker_has_its_own_trial_again(policy, cluster, cache, tmp_path):
     desk = Desk(tmp_path, cache, **cluster.env)
     desk.write(TINY.replace(" launch.where=local", "").replace("trials: 4", "trials: 3"))
-    assert "sent     3 workers as job" in desk.sweep("--submit", SLOW="0.01")
+    assert "sent     3 workers as job" in desk.sweep("--submit", SLOW="0.03")
     assert " on the way)" in (plan := desk.sweep()) or "0 running" not in plan
     assert "nothing is missing" in desk.sweep("--submit")  # they are on their way
     worker, number, run = until(
