@@ -162,12 +162,12 @@ def _run(experiment: "Experiment") -> int:
     finished = (folder / RESULT).exists()
     if not finished:
         disk.check_writable(folder if folder.exists() else folder.parent, "outputs")
-    print(f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment), sep="\n", flush=True)
+    header = [f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment)]
     if experiment.launch.where == "slurm" and not finished:
-        return _submit(experiment, folder)
+        return _submit(experiment, folder, header)
     from aem_exp.run import at_terminal
 
-    return at_terminal(experiment, folder)
+    return at_terminal(experiment, folder, header)
 
 
 def _check(experiment: "Experiment") -> None:
@@ -178,14 +178,15 @@ def _check(experiment: "Experiment") -> None:
         check_here(experiment)
 
 
-def _submit(experiment: "Experiment", folder: Path) -> int:
+def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     """Send the run to the cluster and return; asked twice, it is not sent again."""
     from aem_exp import dispatch, launch, stores
 
     if by := dispatch.on_its_way(folder):
-        print(f"state   already on its way: {by}; python -m aem_exp.status shows it")
+        print(*header, f"state   already on its way: {by}; python -m aem_exp.status shows it", sep="\n")
         return 0
     ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
+    print(*header, sep="\n")
     print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
     print(f"log     {launch.card(folder)['log']}")
     uri = stores.resolve_uri(experiment.tracking, folder.parent)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from aem_exp import trust
 from aem_exp.values import ConfigError, Stop
@@ -16,7 +16,13 @@ IN_A_JOB = "job"  # PYTHONSAFEPATH as our jobs have it: frozen code comes first,
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are ours: one sentence instead of a usage page."""
+    """argparse, whose complaints are ours: one sentence instead of a usage page.
+
+    Under the command `aem-exp`, its usage line names that.
+    """
+
+    def __init__(self, prog: str | None = None, **rest: Any) -> None:
+        super().__init__(sys.argv[0] if sys.argv[0].startswith("aem-exp ") else prog, **rest)
 
     def error(self, message: str) -> NoReturn:
         subject, _, why = message.partition(": ")

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,19 @@ log = logging.getLogger("aem_exp")
 RESULT = "result.json"
 
 
-def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None = None) -> Path:
-    """Train and evaluate one experiment; the run dir (`folder`: where else than `config.run_dir` says).
+def run(
+    experiment: Experiment,
+    watch: Watch | None = None,
+    folder: Path | None = None,
+    begin: Callable[[], None] | None = None,
+) -> Path:
+    """Train and evaluate one experiment; the run dir.
 
     Returns at once where the result is there. Where several processes share the run (see `ranks`), each calls this.
+
+    Args:
+        folder: the run dir, where it is not the one that `config.run_dir` says.
+        begin: called in the first process when nothing is left that could be refused.
 
     Raises:
         ConfigError: before any work.
@@ -74,7 +84,7 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
     ranks.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
         if not ranks.first():
-            _play(experiment, folder, world, weights, None, signals)
+            _play(experiment, folder, world, weights, None, signals, None)
             return folder
         stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
         disk.check_writable(folder, "outputs")
@@ -82,17 +92,25 @@ def run(experiment: Experiment, watch: Watch | None = None, folder: Path | None 
             if not (folder / RESULT).exists():
                 saved = parts.found(folder).step
                 with attempt(folder, saved, lambda: parts.found(folder).step, experiment.launch.requeues):
-                    _play(experiment, folder, world, weights, watch, signals)
+                    _play(experiment, folder, world, weights, watch, signals, begin)
     return folder
 
 
 def _play(
-    experiment: Experiment, folder: Path, world: Any, weights: str | None, watch: Watch | None, signals: Signals
+    experiment: Experiment,
+    folder: Path,
+    world: Any,
+    weights: str | None,
+    watch: Watch | None,
+    signals: Signals,
+    begin: Callable[[], None] | None,
 ) -> None:
     """A start of the run, in each of its processes, to its result."""
     from aem_exp import show
 
     start = ranks.shared(lambda: _begin(experiment, folder, weights))
+    if begin:
+        begin()
     if start.step > 0:
         log.info("going on from step %d", start.step)
     with _tracker(experiment, folder, world.fingerprint, start) as tracker:
@@ -181,26 +199,36 @@ def _room(folder: Path, weights: str | None) -> None:
 # The door.
 
 
-def at_terminal(experiment: Experiment, folder: Path) -> int:
-    """Run with a live line, and show what there is at the end; the exit code."""
+def at_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
+    """Run with a live line, and show what there is at the end; the exit code.
+
+    Args:
+        header: printed first, unless the run is refused: then its sentence stands alone.
+    """
     progress.quiet()
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
     return door.answer(
-        lambda: _shown(experiment, folder), lambda: f"to go on from step {parts.found(folder).step}: {again}"
+        lambda: _shown(experiment, folder, header), lambda: f"to go on from step {parts.found(folder).step}: {again}"
     )
 
 
-def _shown(experiment: Experiment, folder: Path) -> int:
+def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
     from aem_exp import show
 
+    def begin() -> None:
+        if ranks.first():
+            print(*header, sep="\n", flush=True)
+
     if (folder / RESULT).exists():
+        begin()
         for change in _since(experiment, folder):
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
             with progress.Progress(enabled=ranks.first()) as line:
-                run(experiment, line, folder)
+                run(experiment, line, folder, begin)
         except Owned as owned:
+            begin()
             print(owned)
             return 0 if ranks.count() == 1 else 1  # the other processes of this job end with it
         except Stop as stop:
@@ -245,11 +273,9 @@ def _act(asked: argparse.Namespace) -> int:
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
-    if ranks.first():
-        if not (folder / RESULT).exists():
-            disk.check_writable(folder, "RUN_DIR")
-        print(f"run       {folder}", flush=True)
-    return at_terminal(experiment, folder)
+    if ranks.first() and not (folder / RESULT).exists():
+        disk.check_writable(folder, "RUN_DIR")
+    return at_terminal(experiment, folder, [f"run       {folder}"])
 
 
 if __name__ == "__main__":
