@@ -6,9 +6,9 @@ a few kilobytes holds the sandbox's mounts while it lives; it ends when ours doe
 Memory: a watch looks ten times a second, so a command may take more than `memory_mb` for a moment (0.3 GB more, measured on two
 cores). Beside that, and `disk_mb`, it can have the kernel hold some that is not counted. Measured on a machine of 24 GB (Linux
 6.18): 0.2 GB in attributes of files, or in empty files, of each sandbox; and 0.06 GB in pipes of all sandboxes of a user.
-Computed from the kernel's limits: 1.1 GB in watches of epoll (`fs.epoll.max_user_watches`: 5 % of the machine's memory) and
-0.3 GB in pseudo-terminals (`kernel.pty.max`) of all sandboxes of a user. A hard limit takes a memory cgroup around our own process: a job's, a container's, or that of
-`systemd-run --user --scope -p MemoryMax=64G COMMAND`.
+Computed from the kernel's limits, for all sandboxes of a user: 1.1 GB in watches of epoll (`fs.epoll.max_user_watches`: 5 % of
+the machine's memory) and 0.3 GB in pseudo-terminals (`kernel.pty.max`). For a hard limit, run inside a memory cgroup: a job's, a
+container's, or that of `systemd-run --user --scope -p MemoryMax=64G COMMAND`.
 """
 
 import json
