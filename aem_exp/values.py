@@ -124,7 +124,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     """
     origin, args = get_origin(hint), get_args(hint)
     most = SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST
-    if isinstance(value, int) and abs(value) > most:
+    if hint is not Any and isinstance(value, int) and abs(value) > most:
         raise ConfigError(field, value, f"must be at most {most:,}")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build(hint, value, field)
