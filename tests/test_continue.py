@@ -105,8 +105,8 @@ def test_a_parent_that_went_on_meanwhile_is_told(stopped, cache, tmp_path, monke
 
     monkeypatch.setenv("AEM_CACHE", str(cache))
     branch = load([f"from={stopped}", "modulation=none", f"outputs={tmp_path}"])
-    with pytest.raises(ConfigError, match="has gone on to step 4, and step 2 is no longer there"):
-        run.run(replace(branch, parent_steps=2))
+    with pytest.raises(ConfigError, match="has gone on to step 4, and step 1 is no longer there"):
+        run.run(replace(branch, parent_steps=1))
     with pytest.raises(ConfigError, match="has no checkpoint of step 5"):
         run.run(replace(branch, parent_steps=5))
 

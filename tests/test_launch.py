@@ -254,7 +254,7 @@ def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
     assert err.startswith("aem_exp: model.path=Qwen/Qwen3-32B: its weights are not on this machine; "), err
     (desk.folder / "ruin.py").write_text("def Ruin(): return 1 / 0\n")
     err = desk.door("aem_exp", *CELL, "env.make={_target_: ruin.Ruin}", code=2)
-    assert err.startswith("aem_exp: env.make=ruin.Ruin: ") and "ZeroDivisionError" in err, err
+    assert err.startswith("aem_exp: env.make._target_=ruin.Ruin: ") and "ZeroDivisionError" in err, err
     (desk.folder / "empty").mkdir()
     (desk.folder / "empty" / "config.json").write_text("{}")
     err = desk.door("aem_exp", *words, "env=swe", f"model.path={desk.folder / 'empty'}", code=2)

@@ -51,13 +51,13 @@ def test_a_sweep_loses_a_cell_and_gets_it_back(cluster, cache, tmp_path):
     until(lambda: whats() == {"none": "done", "aem": "failed", "ruin": "failed"}, lambda: f"the end: {status()}")
     ended = status()
     assert (ended["aem"]["kind"], ended["aem"]["missing"]) == ("user", True)
-    assert (ended["ruin"]["kind"], ended["ruin"]["missing"]) == ("crash", False)
+    assert (ended["ruin"]["kind"], ended["ruin"]["missing"]) == ("config", False)
     assert "the map is lost" in ended["ruin"]["sentence"]
     table = desk.door("aem_exp.status", "hold", "--once")
     assert "1 done, 2 failed" in table and "the map is lost" in table
 
     (tmp_path / "ruin.py").write_text(WHOLE)
-    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--retry", "crash")
+    said = desk.door("aem_exp.sweep", "hold.yaml", "--submit", "--retry", "config")
     assert "to run  2 of 3 cells" in said and "sent    2 cells" in said
     until(lambda: set(whats().values()) == {"done"}, lambda: f"all of it: {status()}")
     assert status()["aem"]["starts"] == 2
