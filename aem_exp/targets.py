@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,6 +125,8 @@ def _check_allowed(field: str, path: str) -> None:
 @functools.cache
 def _library(head: str) -> str | None:
     """The distribution that a module is installed by, where this package needs it, or pip does."""
+    from importlib import metadata  # here, as `--help` needs none of it
+
     spec = _spec(head)
     places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
     if not any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places):
@@ -137,6 +138,8 @@ def _library(head: str) -> str | None:
 @functools.cache
 def _libraries() -> frozenset[str]:
     """The distributions that this package needs, all of its extras included, and what those need in turn."""
+    from importlib import metadata
+
     found, waiting = set(_INSTALLERS), ["aem-exp"]
     while waiting:
         name = waiting.pop()
