@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,9 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell with `&`; what tests start must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from doors import SMALL, door, folder_of, lacking, moved
