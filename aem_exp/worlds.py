@@ -6,9 +6,7 @@ from aem_exp import config, exam, leaks, smoke
 from aem_exp.blame import blaming
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.envs import World
-
-TARGET = "env.make._target_"
-TINY = "aem_exp.tiny.make"
+from aem_exp.smoke import TARGET, TINY
 
 
 def opened(experiment: Experiment) -> World:
