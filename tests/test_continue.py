@@ -350,7 +350,7 @@ def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypa
     diverged = archive.of(folder, "failed", ("nan", "..."))
     assert diverged.done == ("not finite" in said or "gradient" in said)
     assert not diverged.done or (diverged.result["diverged"] == str(stopped.value) and len(diverged.success) == 8)
-    assert run.at_terminal(experiment, config.run_dir(experiment)) == 1
+    assert run.at_terminal(experiment, config.run_dir(experiment), []) == 1
 
 
 def test_asked_after_the_end_it_says_what_changed_since(unbroken, cache, tmp_path):
