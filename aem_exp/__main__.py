@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import __version__, commands, disk, door
-from aem_exp.values import ConfigError, Missing
+from aem_exp import __version__, commands
+from aem_exp.core import cli, disk
+from aem_exp.core.errors import ConfigError, Missing
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -67,7 +68,7 @@ MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return door.answer(lambda: _dispatch(words))
+    return cli.answer(lambda: _dispatch(words))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -84,7 +85,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
-    parser = door.Parser(add_help=False, allow_abbrev=False)
+    parser = cli.Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     for switch in SWITCHES:
         parser.add_argument(*switch, action="store_true")
@@ -129,7 +130,7 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
     parents = [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]
-    door.reach(asked.config_dir, parents, asked.trust)
+    cli.reach(asked.config_dir, parents, asked.trust)
     from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
 
@@ -147,7 +148,7 @@ def _grid(asked: argparse.Namespace, argv: list[str]) -> int:
 
     from aem_exp import questions, sweep
 
-    door.reach(asked.config_dir)
+    cli.reach(asked.config_dir)
     how = argparse.Namespace(submit=asked.submit, local=asked.local, at_once=0, retry=[], json=False)
     typed = shlex.join(["python", "-m", "aem_exp", *argv])
     return sweep.carry_out(questions.grid(asked.overrides, asked.config_dir), how, typed)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from aem_exp import disk
-from aem_exp.values import ConfigError, Stop
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError, Stop
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from aem_exp.values import NOT_NEGATIVE, SHARE
+from aem_exp.core.typed import NOT_NEGATIVE, SHARE
 
 Eps = Annotated[float, NOT_NEGATIVE]
 Over = Literal["trajectories", "turns"]

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aem_exp.values import Stop
+from aem_exp.core.errors import Stop
 
 if TYPE_CHECKING:
     import httpx

@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aem_exp import disk
-from aem_exp.values import ConfigError, Stop
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError, Stop
 
 FILE = "attempts.jsonl"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"

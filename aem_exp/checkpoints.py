@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import disk
-from aem_exp.values import ConfigError
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 
 _MARK: Final = "step.json"
 _AT_ONCE: Final = 1 << 24  # bytes read together

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Final
 
 from aem_exp import config
 from aem_exp.commands import COMMANDS
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 # In bash, a word ends at `=` and `:`; what stands before the last of them is not replaced, so it is cut from each answer.
 BASH: Final = """\

@@ -33,8 +33,8 @@ from yaml import YAMLError
 
 from aem_exp import continued, keywords, yamls
 from aem_exp.config import Experiment, choices, config_roots, read, to_dict
+from aem_exp.core.errors import ConfigError, closest, unknown
 from aem_exp.rules import TEMPLATES
-from aem_exp.values import ConfigError, closest, unknown
 
 Choices = Mapping[str, Mapping[str, Path]]
 FROM: Final = "from="

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from aem_exp import disk, keywords, rules, targets
+from aem_exp import keywords, rules, targets
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.trust import check as check_owner
+from aem_exp.core.typed import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, build
 from aem_exp.targets import instantiate
-from aem_exp.trust import check as check_owner
-from aem_exp.values import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, ConfigError, Missing, build
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aem_exp import checkpoints, config, ownership
 from aem_exp.config import Experiment
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 RESULT = "result.json"
 

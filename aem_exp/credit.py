@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aem_exp import blame, diagnostics
+from aem_exp import diagnostics
 from aem_exp.advantages import Played
+from aem_exp.core import user_code
+from aem_exp.core.errors import Stop
 from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Row, Trajectory, rows
-from aem_exp.values import Stop
 
 Estimator = Callable[[Played], Tensor]  # see `advantages`
 CUT = (CONTEXT, TURNS, STOPPED)  # endings that are no end by the rules
@@ -187,8 +188,10 @@ def advantages(estimator: Estimator, seen: Played) -> Tensor:
     try:
         advantage_R: Any = estimator(seen)
     except Exception as error:
-        raise Stop(f"{_name(estimator)} failed: {blame.sentence(error)} ({blame.place(error, estimator)})") from error
-    responses, where = len(seen.trajectory_R), f"({blame.defined(estimator)})"
+        raise Stop(
+            f"{_name(estimator)} failed: {user_code.sentence(error)} ({user_code.place(error, estimator)})"
+        ) from error
+    responses, where = len(seen.trajectory_R), f"({user_code.defined(estimator)})"
     if not isinstance(advantage_R, Tensor):
         kind = type(advantage_R).__name__
         raise Stop(f"{_name(estimator)} must return a tensor of one advantage per response, not {kind} {where}")

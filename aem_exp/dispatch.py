@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import attempts, config, disk, door, launch, preflight, provenance
+from aem_exp import attempts, config, launch, preflight, provenance
 from aem_exp.config import Experiment
+from aem_exp.core import cli, disk
+from aem_exp.core.console import clock
+from aem_exp.core.errors import ConfigError, Elsewhere
 from aem_exp.interrupt import AGAIN, Signals
 from aem_exp.ownership import owner
-from aem_exp.progress import clock
-from aem_exp.values import ConfigError, Elsewhere
 
 RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here
@@ -157,7 +158,7 @@ def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":
     """A process with the code that lies in its folder; Ctrl-C is for its parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
-    environment.setdefault("PYTHONSAFEPATH", door.IN_A_JOB)  # not this folder before the code
+    environment.setdefault("PYTHONSAFEPATH", cli.IN_A_JOB)  # not this folder before the code
     command = [sys.executable, "-u", "-m", room, str(folder)]
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import disk
-from aem_exp.disk import Damaged
+from aem_exp.core import disk
+from aem_exp.core.disk import Damaged
 
 if TYPE_CHECKING:
     from aem_exp.rollout import Response, Trajectory

@@ -16,8 +16,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import config, disk, door, worlds
+from aem_exp import config, worlds
 from aem_exp.config import ConfigError, Experiment, Launch
+from aem_exp.core import cli, disk
 from aem_exp.envs import World
 from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
-    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -65,10 +66,10 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return asked
 
 
-def asking(command: str, about: str) -> door.Parser:
+def asking(command: str, about: str) -> cli.Parser:
     """The parser of a door that is pointed at a run or a model."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run; or a hub id, or a folder of weights"
     )
@@ -84,7 +85,7 @@ def asking(command: str, about: str) -> door.Parser:
     return parser
 
 
-def asked_by(parser: door.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
+def asked_by(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
     """What a command line asks of such a door; `counts` are its options that are whole numbers of at least 1."""
     asked = parser.parse_intermixed_args(argv)
     if asked.target is None or "=" in asked.target:
@@ -101,10 +102,10 @@ def asked_by(parser: door.Parser, argv: list[str], counts: tuple[str, ...]) -> a
 
 
 def _act(asked: argparse.Namespace) -> int:
-    from aem_exp import progress
+    from aem_exp.core import console
 
-    progress.quiet()
-    door.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
+    console.quiet()
+    cli.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
     from aem_exp.scoreboard import Line, show
     from aem_exp.servers import Unheld
 

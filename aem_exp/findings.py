@@ -18,8 +18,8 @@ from typing import Any, Final
 from aem_exp import compare
 from aem_exp.archive import Archive
 from aem_exp.compare import Interval
+from aem_exp.core.errors import ConfigError
 from aem_exp.rules import NAME
-from aem_exp.values import ConfigError
 
 SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"

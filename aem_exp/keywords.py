@@ -12,19 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypedDict, get_args
 
-from aem_exp.values import (
-    AT_LEAST_1,
-    AT_LEAST_2,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    ConfigError,
-    closest,
-    convert,
-    described,
-    unknown,
-)
+from aem_exp.core.errors import ConfigError, closest, unknown
+from aem_exp.core.typed import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, convert, described
 
 Count = Annotated[int, AT_LEAST_1]
 Positive = Annotated[float, POSITIVE]

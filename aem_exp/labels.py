@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from aem_exp.values import shown
+from aem_exp.core.errors import shown
 
 BLOCKS: Final = ("name", "env", "model", "baseline", "modulation")  # named by people; the first two tell most
 APART: Final = (

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from aem_exp import config, disk, ranks
+from aem_exp import config, ranks
 from aem_exp.config import Launch
-from aem_exp.values import AT_LEAST_1, ConfigError, Stop, build
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.typed import AT_LEAST_1, build
 
 SERVER = "vllm_server.sh"  # of the site: what a node that serves runs
 JOB = "job.json"  # in a run dir: which job has it

@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Task
-from aem_exp.values import ConfigError
 
 MOST: Final = 128  # training tasks that are looked at, where they are made when asked for
 AIMED: Final = 16  # tasks of a panel whose seeds are looked for among the others

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
-from aem_exp import addresses, disk, door, launch, workers
+from aem_exp import addresses, launch, workers
+from aem_exp.core import cli, disk
 
 PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
 ABOUT = """\
@@ -27,12 +28,12 @@ Lend the cores of this node to runs that say launch.workers_at=FOLDER, until thi
 
 
 def main(argv: list[str] | None = None) -> int:
-    return door.answer(lambda: _act(_read(argv)))
+    return cli.answer(lambda: _act(_read(argv)))
 
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder on a disk that nodes and runs see")
     return parser.parse_args(argv)
 

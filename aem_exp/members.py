@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aem_exp import disk
-from aem_exp.values import ConfigError
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 
 FOLDER = "sweeps"  # of the outputs
 LABELS = "sweeps.json"  # of a run dir: sweep -> its label there

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from aem_exp import disk
+from aem_exp.core import disk
 
 METRICS = "metrics.jsonl"
 LOGGED_AT = "time/logged_at"  # ms since 1970, in each row; MLflow gets it as the time of the row's points

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from aem_exp import disk
+from aem_exp.core import disk
 
 LOCK, OWNER = "run.lock", "owner.json"
 BEAT = 30.0  # seconds between touches

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from aem_exp import disk
+from aem_exp.core import disk
 
 TEMPLATE: Final = "report.html"
 LISTED: Final = ".written"  # in a folder of tables: which of them a report wrote

@@ -15,10 +15,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, disk, metrics, policy, provenance, ranks
+from aem_exp import checkpoints, config, metrics, policy, provenance, ranks
 from aem_exp.config import Experiment
+from aem_exp.core import disk
+from aem_exp.core.errors import Stop
 from aem_exp.interrupt import Enough, Interrupted, Signals
-from aem_exp.values import Stop
 
 log = logging.getLogger("aem_exp")
 Watch = Callable[

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp import config
 from aem_exp.config import Experiment, Launch, Model
-from aem_exp.values import ConfigError, Missing
+from aem_exp.core.errors import ConfigError, Missing
 
 if TYPE_CHECKING:
     from aem_exp.rehearsal import Rehearsal

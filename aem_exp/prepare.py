@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aem_exp import door
-from aem_exp.values import ConfigError
+from aem_exp.core import cli
+from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -25,19 +25,19 @@ WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return door.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)), lambda: "asked again, it goes on")
+    return cli.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)), lambda: "asked again, it goes on")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("asked", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
     parser.add_argument("--config-dir", help="a folder of your own over conf/")
     return parser.parse_intermixed_args(argv)
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach(asked.config_dir)
+    cli.reach(asked.config_dir)
     for experiment in _different(_experiments(asked)):
         _prepare(experiment)
     print("next    the same words after python -m aem_exp (an experiment), or aem_exp.sweep (a sweep)")
@@ -59,9 +59,10 @@ def _different(experiments: Sequence["Experiment"]) -> list["Experiment"]:
 
 
 def _prepare(experiment: "Experiment") -> None:
-    from aem_exp import config, policy, progress, worlds
+    from aem_exp import config, policy, worlds
+    from aem_exp.core import console
 
-    progress.quiet()
+    console.quiet()
     make = config.instantiate(experiment.env.make, partial=True)
     if hasattr(make.func, "prepare"):
         make.func.prepare(lambda line: print(line, flush=True), **make.keywords)

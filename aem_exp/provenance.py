@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import METHOD, config, disk, policy, targets, trust
+from aem_exp import METHOD, config, policy, targets
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.core import disk, trust
 
 FILE, CODE = "provenance.json", "code"
 COMMIT = ".commit"  # of code that was frozen before its run began

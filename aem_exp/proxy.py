@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import disk, door, evaluate
+from aem_exp import evaluate
 from aem_exp.config import ConfigError, Env
+from aem_exp.core import cli, disk
+from aem_exp.core.disk import known
+from aem_exp.core.errors import Stop
 from aem_exp.evaluate import POLICY, UNTRAINED
 from aem_exp.exam import RESULT, Exam, alone, digest, episodes, rules
-from aem_exp.values import Stop, known
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
-    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
@@ -76,11 +78,11 @@ def _read(argv: list[str]) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    from aem_exp import progress
+    from aem_exp.core import console
 
-    progress.quiet()
+    console.quiet()
     is_run = evaluate.points_at_run(asked.target)
-    door.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
+    cli.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
     asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
     from aem_exp.scoreboard import Line
 

@@ -30,8 +30,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from aem_exp import config, door, rules, yamls
-from aem_exp.values import ConfigError, convert, unknown
+from aem_exp import config, rules, yamls
+from aem_exp.core import cli
+from aem_exp.core.errors import ConfigError, unknown
+from aem_exp.core.typed import convert
 
 if TYPE_CHECKING:
     from aem_exp.compose import Composer
@@ -220,7 +222,7 @@ def _own_configs(file: Path, data: Mapping[str, Any]) -> Path | None:
     folder = file.parent / Path(data["config_dir"]).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{file.stem}.config_dir", data["config_dir"], f"there is no folder {folder}")
-    door.reach(folder)
+    cli.reach(folder)
     return folder
 
 

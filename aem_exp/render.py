@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 PATIENCE = 60.0  # seconds for the first rendering, which takes milliseconds: a template is a program, and may not end
 _REPLY = "REPLY7F3A"  # stands in for the assistant's words while the template is asked what follows them

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import door
-from aem_exp.values import ConfigError, known
+from aem_exp.core import cli
+from aem_exp.core.disk import known
+from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,12 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.report", *argv])
-    return door.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.report", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.report", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("sweep", help="a file, or a name of sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
     parser.add_argument("--from", dest="archives", type=Path, help="archives of runs that are not here as run dirs")
@@ -64,7 +65,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
 def _act(asked: argparse.Namespace) -> int:
     from aem_exp import questions
 
-    door.reach(asked.config_dir)
+    cli.reach(asked.config_dir)
     sweep = questions.load(asked.sweep, asked.overrides, asked.config_dir)
     if sweep.search is not None:
         remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(asked.sweep)} shows them"

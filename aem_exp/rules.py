@@ -8,8 +8,8 @@ from math import prod
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
+from aem_exp.core.errors import ConfigError, shown, unknown
 from aem_exp.keywords import ROW_MEANS
-from aem_exp.values import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -119,7 +119,7 @@ def _name(e: Experiment) -> None:
 def _tracking(e: Experiment) -> None:
     if not e.tracking:
         return
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     if (safe := redact(e.tracking)) != e.tracking:
         remedy = "holds credentials; those come from the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or _TOKEN,"

@@ -24,13 +24,10 @@ from aem_exp import (
     checkpoints,
     config,
     continued,
-    disk,
-    door,
     launch,
     members,
     parts,
     policy,
-    progress,
     provenance,
     ranks,
     stores,
@@ -39,10 +36,11 @@ from aem_exp import (
 )
 from aem_exp.attempts import attempt
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.core import cli, console, disk
+from aem_exp.core.errors import Stop, shown
 from aem_exp.interrupt import Interrupted, Signals
 from aem_exp.ownership import Owned, owning
 from aem_exp.parts import Start, Watch
-from aem_exp.values import Stop, shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -75,7 +73,7 @@ def run(
     folder = folder or config.run_dir(experiment)
     if (folder / RESULT).exists():
         return folder
-    progress.quiet()
+    console.quiet()
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
     if experiment.launch.servers:
@@ -205,9 +203,9 @@ def at_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> 
     Args:
         header: printed first, unless the run is refused: then its sentence stands alone.
     """
-    progress.quiet()
+    console.quiet()
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
-    return door.answer(
+    return cli.answer(
         lambda: _shown(experiment, folder, header), lambda: f"to go on from step {parts.found(folder).step}: {again}"
     )
 
@@ -225,7 +223,7 @@ def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
-            with progress.Progress(enabled=ranks.first()) as line:
+            with console.Progress(enabled=ranks.first()) as line:
                 run(experiment, line, folder, begin)
         except Owned as owned:
             begin()
@@ -256,12 +254,12 @@ def _since(experiment: Experiment, folder: Path) -> list[str]:
 
 
 def main() -> int:
-    return door.answer(lambda: _act(_read()))
+    return cli.answer(lambda: _act(_read()))
 
 
 def _read() -> argparse.Namespace:
     what = "Run, or go on with, what a run dir holds."
-    parser = door.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
     parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
@@ -269,7 +267,7 @@ def _read() -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach_frozen(asked.run_dir, asked.trust)
+    cli.reach_frozen(asked.run_dir, asked.trust)
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from aem_exp.progress import EVERY, clock, heard
+from aem_exp.core.console import EVERY, clock, heard
 
 OFTEN = 0.1  # seconds between two looks at the tokens of a turn
 Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says

@@ -17,26 +17,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import addresses, answers, config, door, launch
+from aem_exp import addresses, answers, config, launch
 from aem_exp.config import Experiment
-from aem_exp.values import Stop
+from aem_exp.core import cli
+from aem_exp.core.errors import Stop
 
 GRACE: Final = 20.0  # seconds for a server to end
 
 
 def main() -> int:
-    return door.answer(lambda: _act(_read()))
+    return cli.answer(lambda: _act(_read()))
 
 
 def _read() -> argparse.Namespace:
     what = "Serve a run's policy from this node, until the run ends; jobs send this."
-    parser = door.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     return parser.parse_args()
 
 
 def _act(asked: argparse.Namespace) -> int:
-    door.reach_frozen(asked.run_dir)
+    cli.reach_frozen(asked.run_dir)
     run_dir = asked.run_dir.expanduser().absolute()
     experiment, folder = config.read(run_dir), addresses.of_job(run_dir)
     heard: list[int] = []

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, Final
 
+from aem_exp.core.errors import Stop
 from aem_exp.sample import Sample, Sampling
 from aem_exp.servers import Servers
-from aem_exp.values import Stop
 
 PATH = "/v1/completions"
 LEAST, ROUNDING = (

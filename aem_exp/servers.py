@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 
 from aem_exp import addresses
 from aem_exp.answers import Answer, Client, NoAnswer, plain
-from aem_exp.values import Stop
+from aem_exp.core.errors import Stop
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")

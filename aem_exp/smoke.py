@@ -13,11 +13,11 @@ from random import Random
 from typing import Any, Final, TypeVar
 
 from aem_exp import config
-from aem_exp.blame import blaming, defined, demanding
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.core.errors import Stop
+from aem_exp.core.user_code import blaming, defined, demanding
 from aem_exp.envs import Task, TextEnv, Turn, World, tagged
 from aem_exp.stage import checked, text
-from aem_exp.values import Stop
 
 T = TypeVar("T")
 log = logging.getLogger("aem_exp")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import attempts, disk, episodes, launch, metrics, ownership
+from aem_exp import attempts, episodes, launch, metrics, ownership
+from aem_exp.core import disk
 from aem_exp.launch import Job
 
 RESULT: Final = "result.json"

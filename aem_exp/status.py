@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import door, labels, members
-from aem_exp.values import ConfigError
+from aem_exp import labels, members
+from aem_exp.core import cli
+from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from aem_exp.board import Line
@@ -31,12 +32,12 @@ Show how far runs are, what failed, and why; nothing is changed.
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return door.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)))
+    return cli.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)))
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.status", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.status", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/, or of a sweep that was begun")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
     parser.add_argument("--config-dir", help="a folder of your own over conf/, as the sweep was run with")
@@ -128,7 +129,7 @@ def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
     typed = bool(asked.overrides or asked.config_dir)
     if not questions.find(asked.sweep) or (not typed and asked.sweep in members.known(outputs)):
         return asked.sweep, _recorded(_there(outputs), asked.sweep)
-    door.reach(asked.config_dir)
+    cli.reach(asked.config_dir)
     own = [f"outputs='{outputs}'"] if asked.outputs else []
     sweep = questions.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
     if sweep.search is not None:  # its runs are those that were asked for

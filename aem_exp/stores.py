@@ -5,7 +5,6 @@ Standard library only, so that a tracker that cannot be used is refused before M
 
 import getpass
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -16,24 +15,14 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from aem_exp.core.errors import ConfigError, redact
 from aem_exp.metrics import METRICS
-from aem_exp.values import ConfigError
 
 OFF = "off"
 PORT = 5000  # where MLflow's pages are served, if it is free
 REACH = 3.0  # seconds for a tracker's port to answer at start
 CHOICES = "sqlite:////folder/mlflow.db, http://host:port, postgresql://…, mysql://…, databricks, off"
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
-
-
-def redact(text: str) -> str:
-    """Hide the credentials of any URI in `text`, and those that the environment holds for the tracker."""
-    text = re.sub(r"(\w://)[^\s/]*@", r"\1***@", text)
-    text = re.sub(r"([?&](?:password|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
-    for secret in filter(None, map(os.environ.get, SECRETS)):
-        text = text.replace(secret, "***") if len(secret) > 3 else text
-    return text
 
 
 def resolve_uri(tracking: str | None, outputs: Path) -> str:

@@ -28,9 +28,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from aem_exp import config, disk
+from aem_exp import config
 from aem_exp.config import Experiment
-from aem_exp.values import AT_LEAST_1, ConfigError, build
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
+from aem_exp.core.typed import AT_LEAST_1, build
 
 if TYPE_CHECKING:
     import optuna
@@ -159,7 +161,7 @@ def searched(block: Mapping[str, Any], at: str) -> Search:
 
 
 def _check(study: Study, at: str) -> None:
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     search, how = study.search, study.base.evaluation
     if search.metric.startswith("test/"):
@@ -242,7 +244,7 @@ def _storage(study: Study) -> Any:
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import SQLAlchemyError
 
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if study.uri is None:
@@ -379,7 +381,7 @@ def fail(opened: "optuna.Study", trial: "FrozenTrial", kind: str, sentence: str)
     """Tell the storage that a trial failed, and why."""
     from optuna.trial import TrialState
 
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     asked = held(opened, trial)
     asked.set_user_attr("class", kind)
@@ -543,7 +545,7 @@ def _stuck(study: Study, trial: "FrozenTrial") -> str | None:
 def _ready(study: Study, worker: Path) -> Path:
     """A folder with all that a worker needs; one that has a trial keeps the code that this began with."""
     from aem_exp import provenance
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     begun = "number" in card_of(worker)
     worker.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import door
 from aem_exp.attempts import KINDS
-from aem_exp.values import ConfigError
+from aem_exp.core import cli
+from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
-    return door.answer(lambda: _act(_read(argv), argv), lambda: f"to go on: {again}")
+    return cli.answer(lambda: _act(_read(argv), argv), lambda: f"to go on: {again}")
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("python -m aem_exp.sweep", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.sweep", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/; none: list them")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell")
     parser.add_argument("--submit", action="store_true", help="send what is missing to SLURM, as one array")
@@ -72,7 +72,7 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
         for name, question in questions.sweeps().items():
             print(f"{name:<22} {question}")
         return 0
-    door.reach(asked.config_dir)
+    cli.reach(asked.config_dir)
     typed = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
     return carry_out(questions.load(asked.sweep, asked.overrides, asked.config_dir), asked, typed)
 
@@ -221,7 +221,7 @@ def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]
 def _cost(sweep: "Sweep", todo: Sequence["Cell"]) -> list[tuple[str, str]]:
     """What the missing cells will take: at most, and as those took that are done."""
     from aem_exp import attempts
-    from aem_exp.progress import clock
+    from aem_exp.core.console import clock
 
     seconds = [took for cell in sweep.cells if (took := attempts.seconds(cell.folder)) is not None]
     machines = [c.experiment.launch for c in todo]

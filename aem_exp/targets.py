@@ -19,7 +19,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Final, Literal
 
-from aem_exp.values import ConfigError, closest, convert, unknown
+from aem_exp.core.errors import ConfigError, closest, unknown
+from aem_exp.core.typed import convert
 
 _TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 _HOPS: Final = 8  # imports to follow from a package to where a name is defined

@@ -30,10 +30,11 @@ from typing import Any, NoReturn, Self
 from urllib.parse import quote
 from uuid import uuid4
 
-from aem_exp import disk, door, metrics, stores
+from aem_exp import metrics, stores
 from aem_exp import views as saved
+from aem_exp.core import cli, disk, errors
+from aem_exp.core.errors import ConfigError
 from aem_exp.metrics import Mirror, Point
-from aem_exp.values import ConfigError
 
 RUN_ID = "mlflow_run_id"
 CARD = "tracking.json"  # what this run is called in MLflow, and where: enough to send it again
@@ -301,7 +302,7 @@ def _curves(experiment: str, run: str) -> str:
 
 def _fit(values: dict[str, str], chars: int) -> dict[str, str]:
     """Redact values, and cut them to what MLflow stores."""
-    safe = {name: stores.redact(value) for name, value in values.items()}
+    safe = {name: errors.redact(value) for name, value in values.items()}
     return {name: value if len(value) <= chars else value[: chars - 1] + "…" for name, value in safe.items()}
 
 
@@ -429,7 +430,7 @@ class Tracker:
             "experiment_id": None,
             "run_id": None,
             **read_card(run_dir),
-            "uri": stores.redact(uri),
+            "uri": errors.redact(uri),
             "experiment": experiment,
             "run_name": run_name,
             "params": _fit(flatten(params or {}), PARAM_CHARS),
@@ -547,7 +548,7 @@ def _sent(run_dir: Path) -> str | None:
 
 def _trouble(writer: _Writer) -> str:
     why = "it is slow" if writer.error is None else _reason(writer.error)
-    return _lacking(writer.remote.run_dir, stores.redact(writer.remote.uri), why)
+    return _lacking(writer.remote.run_dir, errors.redact(writer.remote.uri), why)
 
 
 def _lacking(run_dir: Path, store: str, why: str) -> str:
@@ -564,7 +565,7 @@ def refused(uri: str, error: Exception) -> NoReturn:
     if "disk is full" in text:
         stores.refuse(uri, "cannot be written (the disk is full)", "free space there and ask again")
     if "out-of-date database schema" in text or "Can't locate revision" in text:
-        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", stores.redact(uri)])
+        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", errors.redact(uri)])
         stores.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
     if re.search(r"\b40[13]\b", text):
         stores.refuse(
@@ -581,7 +582,7 @@ def _reason(error: BaseException) -> str:
     for known in ("Connection refused", "timed out", "database or disk is full", "file is not a database", "is locked"):
         if known in text:
             return known
-    return stores.redact((text.splitlines() or [type(error).__name__])[0])[:200]
+    return errors.redact((text.splitlines() or [type(error).__name__])[0])[:200]
 
 
 # -------------------------------------------------------------------------------------------------- finding it again
@@ -622,8 +623,8 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
                 run.end(card["status"])
     except Exception as error:  # all become a sentence
         refused(uri, error)
-    save_card(run_dir, {**card, "uri": stores.redact(uri)})
-    return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {stores.redact(uri)}"
+    save_card(run_dir, {**card, "uri": errors.redact(uri)})
+    return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {errors.redact(uri)}"
 
 
 def _turn(uri: str) -> AbstractContextManager[Any]:
@@ -728,11 +729,11 @@ def _client(uri: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return door.answer(lambda: _act(_read(argv)))
+    return cli.answer(lambda: _act(_read(argv)))
 
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
-    parser = door.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
+    parser = cli.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
     verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
     verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
     verb.add_argument("--uri", help="the store, if not the one that the run was logged to")

@@ -16,8 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aem_exp import config, disk, door, launch
+from aem_exp import config, launch
 from aem_exp.config import Experiment
+from aem_exp.core import cli, disk
+from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.typed import build
 from aem_exp.study import (
     ASKED,
     TRIAL,
@@ -34,27 +37,27 @@ from aem_exp.study import (
     twin,
     values_of,
 )
-from aem_exp.values import ConfigError, Stop, build
 
 
 def main(argv: list[str] | None = None) -> int:
     """Be a worker; the exit code."""
-    return door.answer(lambda: _act(_read(argv), print), lambda: "to go on, ask the sweep again")
+    return cli.answer(lambda: _act(_read(argv), print), lambda: "to go on, ask the sweep again")
 
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
-    parser = door.Parser("python -m aem_exp.trial", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.trial", description=what, allow_abbrev=False)
     parser.add_argument("worker_dir", type=Path)
     return parser.parse_args(argv)
 
 
 def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch, ownership, progress, ranks
+    from aem_exp import dispatch, ownership, ranks
+    from aem_exp.core import console
 
     worker = asked.worker_dir.expanduser().absolute()
-    door.reach_frozen(worker)
-    progress.quiet()
+    cli.reach_frozen(worker)
+    console.quiet()
     study = read(worker)
     config.check_here(study.base)
     if not ranks.first():
@@ -74,7 +77,7 @@ def read(worker: Path) -> Study:
     Raises:
         ConfigError: it is no worker, or the storage is another one here.
     """
-    from aem_exp.stores import redact
+    from aem_exp.core.errors import redact
 
     file = worker / ASKED
     if not file.is_file():
@@ -213,9 +216,9 @@ def _start() -> str:
 
 
 def _line() -> Any:
-    from aem_exp import progress
+    from aem_exp.core import console
 
-    return progress.Progress()
+    return console.Progress()
 
 
 class _Watch:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import IO, Final, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
-from aem_exp import door, stores, tracking
-from aem_exp.values import ConfigError, Stop
+from aem_exp import stores, tracking
+from aem_exp.core import cli, errors
+from aem_exp.core.errors import ConfigError, Stop
 
 ABOUT = """\
 Serve the MLflow store of these runs on 127.0.0.1, until Ctrl-C.
@@ -27,12 +28,12 @@ END: Final = 10.0  # ... and to end by itself
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return door.answer(lambda: _act(_read(argv)))
+    return cli.answer(lambda: _act(_read(argv)))
 
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = door.Parser("aem-exp ui", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("aem-exp ui", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--uri", help="the store: a file that ends in .db, or a URI as MLflow writes it")
     parser.add_argument("--port", type=int, help="default: the first free one from 5000")
     return parser.parse_args(argv)
@@ -51,7 +52,7 @@ def _act(asked: argparse.Namespace) -> int:
     stores.probe(uri)
     port = _port(asked.port)
     with _server(uri, port) as (server, log):
-        print(f"store   {stores.redact(uri)}", flush=True)
+        print(f"store   {errors.redact(uri)}", flush=True)
         _wait(server, log, uri, port)
         for heading, text in [("tunnel", stores.tunnel(port)), ("open", stores.site(port))]:
             if text:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 VIEW = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
 OURS = f"{VIEW}aem."

@@ -27,10 +27,10 @@ from typing import Any, BinaryIO, Final
 
 from aem_exp import addresses
 from aem_exp.config import Launch
+from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, Turn, World
 from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
 from aem_exp.targets import instantiate
-from aem_exp.values import ConfigError, Stop
 
 START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
 CONNECT: Final = 10.0  # seconds to reach a machine that lends

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from aem_exp import config, exam, leaks, smoke
-from aem_exp.blame import blaming
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.core.user_code import blaming
 from aem_exp.envs import World
 from aem_exp.smoke import TARGET, TINY
 

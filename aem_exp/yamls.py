@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 LARGEST: Final = 2**20  # bytes of a file
 DEEPEST: Final = 50  # blocks inside of each other

@@ -12,9 +12,9 @@ from doors import lacking, until
 
 from aem_exp import worlds
 from aem_exp.config import instantiate, load
+from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.envs import Task
 from aem_exp.stage import Serial
-from aem_exp.values import ConfigError, Missing
 from aem_exp.workers import Workers
 
 pytestmark = pytest.mark.machine

@@ -12,10 +12,10 @@ from alfred import official, write
 from doors import lacking
 
 from aem_exp.config import load
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import alfworld, alfworld_engine, alfworld_games, alfworld_player
 from aem_exp.envs.alfworld import AlfWorld, Generated
 from aem_exp.envs.alfworld_engine import NOTHING, Engine
-from aem_exp.values import ConfigError
 
 KINDS = list(alfworld_games.KINDS)
 SMALL, FULL = (11, 8), (28, 45)
@@ -193,7 +193,7 @@ def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
 
 
 def test_where_the_engine_is_not_installed_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(alfworld_engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(alfworld_engine.importlib.util, "importlib", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install .*\[alfworld\]'"):
         Generated()
 
@@ -202,7 +202,7 @@ def test_where_python_is_too_new_it_says_so_installed_or_not(monkeypatch):
     class Version(tuple):
         major, minor = 3, 13
 
-    monkeypatch.setattr(alfworld_engine.sys, "version_info", Version((3, 13, 0)))
+    monkeypatch.setattr(alfworld_engine.sys, "sys", Version((3, 13, 0)))
     with pytest.raises(ConfigError, match=r"runs on Python 3\.11 and 3\.12, and this is 3\.13"):
         Generated()
 

@@ -8,7 +8,7 @@ import pytest
 from doors import SMALL, inside, metrics
 
 from aem_exp import checkpoints
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 
 def saved(run_dir, number, step=None):

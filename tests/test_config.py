@@ -20,7 +20,8 @@ from aem_exp import config, keywords, targets
 from aem_exp.__main__ import main
 from aem_exp.compose import Composer, compose
 from aem_exp.config import ConfigError, Experiment, load
-from aem_exp.values import closest, convert
+from aem_exp.core.errors import closest
+from aem_exp.core.typed import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = config.choices([ROOT / "conf"])
@@ -308,7 +309,7 @@ AT_RESOLVING = [
     ("modulation.lam.valu=1", "modulation.lam.valu", "did you mean value?"),
     ("modulation.lam={_target_:aem_exp.schedules.Linear,end:0}", "modulation.lam.start", "required by"),
     ("baseline.advantage.played=1", "baseline.advantage.played", "no such key"),
-    ("baseline.advantage._target_=aem_exp.disk.cache", "baseline.advantage._target_", "1 argument by"),
+    ("baseline.advantage._target_=aem_exp.core.disk.cache", "baseline.advantage._target_", "1 argument by"),
     ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
     ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
     ("tracking='postgresql://host/db?password=pw'", "tracking", "password=***"),

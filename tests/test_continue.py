@@ -336,7 +336,7 @@ class Broken(Household):
 def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
     """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
     from aem_exp import archive, config, run
-    from aem_exp.values import Stop
+    from aem_exp.core.errors import Stop
 
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     monkeypatch.syspath_prepend(tmp_path)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import door, evaluate, run, tracking
-from aem_exp.values import ConfigError, Stop
+from aem_exp import evaluate, run, tracking
+from aem_exp.core import cli
+from aem_exp.core.errors import ConfigError, Stop
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +53,7 @@ def test_what_stops_says_how_to_go_on(capsys, error, code, said):
     def act():
         raise error
 
-    assert door.answer(act, lambda: "to go on: COMMAND") == code
+    assert cli.answer(act, lambda: "to go on: COMMAND") == code
     err = capsys.readouterr().err
     assert said in err and "=pw" not in err
 
@@ -62,7 +63,7 @@ def test_what_nobody_foresaw_is_not_hidden():
         raise OSError(errno.EIO, "a bad disk")
 
     with pytest.raises(OSError, match="a bad disk"):
-        door.answer(act)
+        cli.answer(act)
 
 
 def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
@@ -74,15 +75,13 @@ def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
     for name in ("module_both", "colorsys"):
         (tmp_path / "code" / f"{name}.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "code")  # as a job has it
-    door.reach_frozen(tmp_path)
+    cli.reach_frozen(tmp_path)
     assert find_spec("module_both").origin == str(tmp_path / "code" / "module_both.py")
     assert find_spec("module_only_here").origin == str(tmp_path / "module_only_here.py")
     assert find_spec("colorsys").origin == sysconfig.get_paths()["stdlib"] + "/colorsys.py"
 
 
-WHERE = (
-    "import sys; from aem_exp import door; door.reach(); print([p for p in sys.path if p == sys.argv[1]], sys.path[0])"
-)
+WHERE = "import sys; from aem_exp.core import cli; cli.reach(); print([p for p in sys.path if p == sys.argv[1]], sys.path[0])"
 
 
 @pytest.mark.parametrize(("options", "found"), [([], True), (["-P"], False)], ids=str)

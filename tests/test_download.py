@@ -12,9 +12,10 @@ import pytest
 from alfred import GAMES, official
 from doors import lacking
 
-from aem_exp import download, prepare
+from aem_exp import prepare
+from aem_exp.core import download
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import alfworld, alfworld_engine
-from aem_exp.values import ConfigError
 
 
 class Shelf(http.server.BaseHTTPRequestHandler):

@@ -91,7 +91,7 @@ def test_entropies_and_log_probs_are_those_of_the_local_sampler(folder):
 
 
 def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(folder):
-    from aem_exp.values import Stop
+    from aem_exp.core.errors import Stop
 
     trainer, _ = engine(folder)
     credit = trainer.credit(

@@ -11,9 +11,9 @@ from random import Random
 import pytest
 
 from aem_exp.config import instantiate, load
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs.household import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, Household, kind_of
 from aem_exp.exam import panel
-from aem_exp.values import ConfigError
 
 TURNS = 80  # generous: a room has eight receptacles
 TREATED = [kind for kind in GOALS if Errand(kind, "", "").verb]

@@ -8,10 +8,10 @@ from doors import LONG
 from aem_exp import config, evaluate, exam, smoke, worlds
 from aem_exp.__main__ import main
 from aem_exp.config import load
+from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task
 from aem_exp.rollout import Response, Trajectory
 from aem_exp.sample import Sample
-from aem_exp.values import ConfigError, Stop
 
 MODULE = """
 from aem_exp.envs import Task, Turn

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from aem_exp import attempts
+from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.ownership import LOCK, OWNER, STALE, Owned, owner, owning
-from aem_exp.values import ConfigError, Stop
 
 HELD = """
 import sys, time

@@ -8,7 +8,7 @@ import torch
 import toy
 
 from aem_exp import diagnostics, proxy
-from aem_exp.disk import Damaged
+from aem_exp.core.disk import Damaged
 from aem_exp.render import Chat
 from aem_exp.rollout import Rollout
 from aem_exp.sample import LocalSampler, Sampling

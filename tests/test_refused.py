@@ -10,7 +10,7 @@ import torch
 
 from aem_exp import __main__ as single
 from aem_exp import sweep
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 HUGE = str(10**30)
@@ -144,7 +144,7 @@ def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
     """`pip install aem-exp[swe]` would replace a checkout by a wheel."""
     import importlib.metadata
 
-    from aem_exp import extras
+    from aem_exp.core import extras
 
     info = tmp_path / "aem_exp-1.0.dist-info"
     info.mkdir()

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from aem_exp import render
+from aem_exp.core.errors import ConfigError
 from aem_exp.render import Chat
-from aem_exp.values import ConfigError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = {  # template -> (end of a turn, header of a user message)

@@ -21,12 +21,12 @@ import images
 import pytest
 from doors import LONG, lacking, until
 
+from aem_exp.core.errors import Missing
 from aem_exp.sandboxes import HOST, Image, Limits, Lost, Ruined, file_name, seccomp
 from aem_exp.sandboxes.apptainer import Apptainer, build
 from aem_exp.sandboxes.bwrap import Bwrap
 from aem_exp.sandboxes.docker import Docker
 from aem_exp.sandboxes.local import Local
-from aem_exp.values import Missing
 
 pytestmark = pytest.mark.machine
 ARM = platform.machine() == "aarch64"

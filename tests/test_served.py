@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from aem_exp import addresses, config, policy, servers, weights, worlds
 from aem_exp.config import ConfigError
+from aem_exp.core.errors import Stop
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
 from aem_exp.run import run
@@ -31,7 +32,6 @@ from aem_exp.sample import Independent, LocalSampler, Sampling
 from aem_exp.served import ServedSampler, seed
 from aem_exp.servers import Servers
 from aem_exp.stage import Serial
-from aem_exp.values import Stop
 from aem_exp.weights import Files
 from aem_exp.workers import Workers
 

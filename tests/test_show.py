@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import episodes, metrics, progress, scores, show, stores, tracking
+from aem_exp import episodes, metrics, scores, show, stores, tracking
+from aem_exp.core import console
 from aem_exp.tracking import Tracker
 
 STEPS = 40
@@ -73,9 +74,9 @@ def terminal(width: int = 120, **more: Any) -> Console:
     return Console(file=io.StringIO(), width=width, highlight=False, **more)
 
 
-def printed(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def printed(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
 
 
 def test_wilson_is_scipys() -> None:
@@ -91,14 +92,14 @@ def test_wilson_is_scipys() -> None:
 
 
 def test_lines_where_there_is_no_terminal() -> None:
-    console = terminal()
-    with progress.Progress(console=console, every=0.0) as line:
+    screen = terminal()
+    with console.Progress(console=screen, every=0.0) as line:
         logging.getLogger("aem_exp").info("playing the dev panel")
         for step in range(4):
             line(step, 3, row(step) | {show.SUCCESS: 0.5})
         logging.getLogger("aem_exp").warning("the tracker is gone [0]")
         logging.getLogger("aem_exp").debug("nobody reads this")
-    lines = printed(console).splitlines()
+    lines = printed(screen).splitlines()
     assert lines[0] == "playing the dev panel"
     assert lines[1] == "step 0/3  success 50%  held-out 0%"
     assert lines[3].startswith("step 2/3  success 50%  entropy 0.79  gated 25%  held-out 0%  0.00 s/step  0 s left")
@@ -108,17 +109,17 @@ def test_lines_where_there_is_no_terminal() -> None:
 
 
 def test_few_lines_where_there_is_no_terminal() -> None:
-    console = terminal()
-    with progress.Progress(console=console) as line:
+    screen = terminal()
+    with console.Progress(console=screen) as line:
         for step in range(1001):
             line(step, 1000, row(step))
-    first, last = printed(console).splitlines()
+    first, last = printed(screen).splitlines()
     assert (first.split()[1], last.split()[1]) == ("0/1000", "1000/1000")
 
 
 def test_one_line_on_a_terminal() -> None:
-    console = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
-    with progress.Progress(console=console) as line:
+    screen = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
+    with console.Progress(console=screen) as line:
         line.say("loading")
         assert "loading …  0 s" in str(line._line())
         for step in range(1, 11):
@@ -129,18 +130,18 @@ def test_one_line_on_a_terminal() -> None:
         assert "left" in shown
         line.say("playing the test panel")
         assert "10/20  playing the test panel …" in str(line._line())
-    assert printed(console).count("\n") <= 2, "the line is drawn over itself"
+    assert printed(screen).count("\n") <= 2, "the line is drawn over itself"
 
 
 def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def play(line: progress.Progress) -> None:
+    def play(line: console.Progress) -> None:
         line.say("playing the dev panel")
         line.token(1)
         line.turn(4)
         line.token(7)
 
-    console = terminal()
-    with progress.Progress(console=console, every=0.0) as line:
+    screen = terminal()
+    with console.Progress(console=screen, every=0.0) as line:
         play(line)
         line.turn(0)
         line(0, 3, {})
@@ -148,13 +149,13 @@ def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> No
         line(1, 3, {})
     panel = "playing the dev panel"
     panels = [panel, f"{panel}: turn 1, 1 tokens", f"{panel}: turn 1 of 4 episodes", f"{panel}: turn 2, 7 tokens"]
-    assert printed(console).splitlines() == [*panels, "step 0/3", "step 1/3: turn 1, 2 tokens", "step 1/3"]
+    assert printed(screen).splitlines() == [*panels, "step 0/3", "step 1/3: turn 1, 2 tokens", "step 1/3"]
     few = terminal()
-    with progress.Progress(console=few) as line:
+    with console.Progress(console=few) as line:
         play(line)
     assert printed(few).splitlines() == [panel]  # it was said a moment ago
-    monkeypatch.setattr(progress, "SLOW", 0.0)
-    with progress.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
+    monkeypatch.setattr(console, "SLOW", 0.0)
+    with console.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
         play(line)
         assert str(line._line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
         line(0, 3, {})
@@ -169,14 +170,14 @@ def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> 
     from aem_exp import scoreboard
 
     monkeypatch.setattr(scoreboard, "OFTEN", 0.0)
-    console = terminal(80)
-    with scoreboard.Line(console, every=0.0) as line:
+    screen = terminal(80)
+    with scoreboard.Line(screen, every=0.0) as line:
         line.begin("policy", 0, 2, max_turns=8)
         line.part(0, 2)
         line.token(5)
         line.turn(2)
         line.token(120)
-    said = [text.partition("  ")[0] for text in printed(console).splitlines()]
+    said = [text.partition("  ")[0] for text in printed(screen).splitlines()]
     assert said == [
         *["policy 0/2 episodes"] * 2,
         "policy 0/2 episodes, turn 1/8, 5 tokens",
@@ -186,14 +187,14 @@ def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.Progress(enabled=False) as line:
+    with console.Progress(enabled=False) as line:
         logging.getLogger("aem_exp").warning("x")
         line(1, 1, row(1))
     assert capsys.readouterr() == ("", "")
 
 
 def test_durations() -> None:
-    assert [progress.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
+    assert [console.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
         "0 s",
         "59 s",
         "1:00 min",
@@ -208,9 +209,9 @@ def test_durations() -> None:
 
 def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
-    console = terminal(100)
-    show.summary(run_dir, console)
-    text = printed(console)
+    screen = terminal(100)
+    show.summary(run_dir, screen)
+    text = printed(screen)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "dev 120 25.0% [18%, 33%] 62.5% [54%, 71%]" in lines
     assert "test 140 - 60.0% [52%, 68%]" in lines
@@ -230,18 +231,18 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
 def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
     (run_dir / "tracking.json").unlink()
     (run_dir / "metrics.jsonl").write_text("")
-    console = terminal(60)
-    show.summary(run_dir, console)
-    assert "62.5%" in printed(console)
+    screen = terminal(60)
+    show.summary(run_dir, screen)
+    assert "62.5%" in printed(screen)
 
 
 def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
     (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
-    console = terminal(100)
-    show.summary(run_dir, console)
+    screen = terminal(100)
+    show.summary(run_dir, screen)
     low, high = scores.wilson(0.625, 30)
-    assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(console)
-    assert "(4 episodes each)" in printed(console)
+    assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(screen)
+    assert "(4 episodes each)" in printed(screen)
 
 
 def test_a_chart_of_blocks() -> None:
@@ -297,8 +298,8 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
 def test_quiet_silences_libraries_and_respects_the_user() -> None:
     code = """
 import os, sys, logging, warnings
-from aem_exp import progress, show
-progress.quiet()
+from aem_exp.core import console; from aem_exp import show
+console.quiet()
 assert not {"torch", "transformers", "trl", "mlflow"} & set(sys.modules)
 assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1" and os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"

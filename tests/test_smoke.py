@@ -9,7 +9,7 @@ from doors import LONG
 from aem_exp import smoke, worlds
 from aem_exp.__main__ import main
 from aem_exp.config import load
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 MODULE = '''
 import itertools, sqlite3, threading

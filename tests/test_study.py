@@ -16,7 +16,7 @@ from optuna.trial import TrialState, create_trial
 
 from aem_exp import attempts, checkpoints, dispatch, questions, study
 from aem_exp import trial as room
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 HERE = Path(__file__).parent
 TINY = """

@@ -12,6 +12,7 @@ import pytest
 from doors import inside, lacking, metrics
 
 from aem_exp.config import instantiate, load
+from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.envs import swe_grading, swe_made, swe_rows
 from aem_exp.envs.swe import Made, host
 from aem_exp.envs.swe_tools import Call
@@ -19,7 +20,6 @@ from aem_exp.envs.swebench import SWEBench
 from aem_exp.sandboxes import Limits, Lost
 from aem_exp.sandboxes.bwrap import Bwrap
 from aem_exp.stage import Serial
-from aem_exp.values import ConfigError, Missing
 
 pytestmark = pytest.mark.machine
 LIMITS = {"memory_mb": 400, "disk_mb": 64, "processes": 64, "output_mb": 1, "cpu_seconds": 60}

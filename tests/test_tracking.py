@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from aem_exp import disk, metrics, stores, tracking
+from aem_exp import metrics, stores, tracking
+from aem_exp.core import disk, errors
+from aem_exp.core.errors import ConfigError
 from aem_exp.tracking import Tracker
-from aem_exp.values import ConfigError
 
 NAMES = ("train/success", "aem/alpha_q50", "time/update")
 
@@ -185,10 +186,10 @@ def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
 FILLED = """
     import sys
     from pathlib import Path
-    from aem_exp import door, progress, stores, tracking
+    from aem_exp.core import cli, console; from aem_exp import stores, tracking
     from tests_of_tracking import numbers, opened
     tracking.PATIENCE = 1.0
-    progress.quiet()
+    console.quiet()
     run_dir, filler = Path(sys.argv[1]), Path(sys.argv[2])
     def act():
         with opened(run_dir, stores.resolve_uri(None, run_dir.parent)) as tracker:
@@ -204,7 +205,7 @@ FILLED = """
             for step in range(4, 100_000):
                 tracker.log(step, numbers(step))
         return 0
-    sys.exit(door.answer(act, lambda: "to go on: COMMAND"))
+    sys.exit(cli.answer(act, lambda: "to go on: COMMAND"))
 """
 
 
@@ -516,7 +517,7 @@ def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch
             raise RuntimeError(busy.pop())
         connect(run)
 
-    monkeypatch.setattr(tracking._Run, "connect", crowded)
+    monkeypatch.setattr(tracking._Run, "_Run", crowded)
     with opened(tmp_path / "run", store(tmp_path)) as tracker:
         tracker.log(1, numbers(1))
     assert not busy
@@ -549,14 +550,14 @@ def test_metric_names_are_spelled_as_mlflow_allows() -> None:
 
 
 def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stores.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
+    assert errors.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
     assert (
-        stores.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
+        errors.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
         == "postgresql+psycopg2://***@h/db?password=***&x=1"
     )
-    assert stores.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
+    assert errors.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter22")
-    assert stores.redact("error: hunter22") == "error: ***"
+    assert errors.redact("error: hunter22") == "error: ***"
     with opened(tmp_path, stores.OFF) as tracker:
         tracker.log(1, numbers(1))
     tracking.save_card(

@@ -19,10 +19,10 @@ import toy
 
 from aem_exp import advantages
 from aem_exp.arms import Arm
+from aem_exp.core.errors import Stop
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
-from aem_exp.values import Stop
 
 LOSSES = {
     "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from aem_exp import trust
-from aem_exp.values import ConfigError
+from aem_exp.core import trust
+from aem_exp.core.errors import ConfigError
 
 OTHER = 12345  # an owner
 MARK = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\n"

@@ -18,8 +18,8 @@ import pytest
 from test_mlflow_page import Browser, answers, driver
 
 from aem_exp import stores, tracking, views
+from aem_exp.core.errors import ConfigError
 from aem_exp.tracking import Tracker
-from aem_exp.values import ConfigError
 
 ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # success at the end, entropy lost
 STEPS = 60

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aem_exp import disk
 from aem_exp.config import instantiate, load, notes
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import webshop_catalogue, webshop_goals, webshop_made, webshop_search, webshop_words
 from aem_exp.envs.webshop import Generated, Shop, WebShop
 from aem_exp.envs.webshop_catalogue import Product, catalogue
 from aem_exp.envs.webshop_goals import Goals, alike, drawn, score, tagger
-from aem_exp.values import ConfigError
 from aem_exp.workers import Workers
 
 GOLDEN = (
@@ -400,7 +400,7 @@ def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monke
 
 def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "thing"
-    code = "import os, signal; from pathlib import Path; from aem_exp import disk\n"
+    code = "import os, signal; from pathlib import Path; from aem_exp.core import disk\n"
     code += f"with disk.making(Path({str(folder)!r})) as empty:\n    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()

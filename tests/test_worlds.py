@@ -20,9 +20,9 @@ from test_adapters import ACTIONS, Server
 
 from aem_exp import targets
 from aem_exp.config import conf_root, instantiate, load
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Turn, webshop_made
 from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
-from aem_exp.values import ConfigError
 
 NAMES = sorted(path.stem for path in (conf_root() / "env").glob("*.yaml"))
 SMALL = {

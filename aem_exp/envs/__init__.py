@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
-from aem_exp import disk, download, progress
+from aem_exp.core import console, disk, download
+from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.envs import Draws, Task, Turn, alfworld_engine, alfworld_games, alfworld_player, household, sized, tagged
 from aem_exp.envs.alfworld_games import Errand
-from aem_exp.values import ConfigError, Missing
 
 log = logging.getLogger("aem_exp")
 RULES: Final = 1  # raise when the same task would play differently
@@ -297,7 +297,7 @@ class AlfWorld(_World):
 
         root = _root(data, there=False)
         disk.check_writable(root.parent, "env.make.data" if data else "ALFWORLD_DATA")
-        with FileLock(root.parent / f".{FOLDER}.lock"), progress.bar("indexing games") as tell:
+        with FileLock(root.parent / f".{FOLDER}.lock"), console.bar("indexing games") as tell:
             if not _is_whole(root, games, tell):
                 for url, size in ARCHIVES:
                     archive = download.fetch(url, root.parent / Path(url).name, size, say)

@@ -21,8 +21,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from aem_exp.extras import install
-from aem_exp.values import Missing
+from aem_exp.core.errors import Missing
+from aem_exp.core.extras import install
 
 NOTHING: Final = "Nothing happens."
 GAMES: Final = 64  # translated games that a process keeps

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Draws, Task, Turn, sized, tagged
-from aem_exp.values import ConfigError
 
 LONGEST: Final = 2000  # characters of an action that are read
 FIRST: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.extras import install
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
-from aem_exp.extras import install
-from aem_exp.values import ConfigError, Missing
 
 RULES: Final = 2  # raise when the same task would read or play differently
 _COLOUR: Final = re.compile(r"\x1b\[([\d;]*)m")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, Final, NamedTuple
 
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Draws, Task, Turn, sized, tagged
-from aem_exp.values import ConfigError
 
 RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")

@@ -8,9 +8,9 @@ import urllib.request
 from importlib.util import find_spec
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError, Elsewhere, Missing
+from aem_exp.core.extras import install
 from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
-from aem_exp.extras import install
-from aem_exp.values import ConfigError, Elsewhere, Missing
 
 PATIENCE: Final = 10.0  # seconds for a server to tell what it is
 

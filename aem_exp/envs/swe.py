@@ -21,11 +21,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError, Elsewhere, unknown
 from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_tools
 from aem_exp.envs.swe_rows import Instance, instance
 from aem_exp.envs.swe_tools import Call, Mistake, Tools
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Ruined, Sandbox
-from aem_exp.values import ConfigError, Elsewhere, unknown
 
 RULES: Final = 1  # raise when the same task would play differently
 LAY: Final = 120.0  # seconds to make a sandbox the agent's

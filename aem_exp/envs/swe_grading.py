@@ -9,10 +9,10 @@ import tempfile
 from importlib.util import find_spec
 from typing import Final, Literal
 
+from aem_exp.core.errors import Missing
+from aem_exp.core.extras import install
 from aem_exp.envs.swe_rows import Instance
-from aem_exp.extras import install
 from aem_exp.sandboxes import Ruined, Sandbox
-from aem_exp.values import Missing
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout")

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from aem_exp import disk
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.sandboxes import PATH, Image
-from aem_exp.values import ConfigError, Missing
 
 Format = Literal["swebench", "r2e"]
 SWEBENCH: Final = (

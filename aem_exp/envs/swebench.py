@@ -8,11 +8,11 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Final
 
+from aem_exp.core.errors import ConfigError, Missing, unknown
 from aem_exp.envs import Draws, Task, swe_rows
 from aem_exp.envs.swe import Repositories
 from aem_exp.envs.swe_rows import Instance, Rows, instance
 from aem_exp.sandboxes import Backend
-from aem_exp.values import ConfigError, Missing, unknown
 
 TRAIN: Final = "R2E-Gym/R2E-Gym-Subset"
 TEST: Final = "SWE-bench/SWE-bench_Verified"

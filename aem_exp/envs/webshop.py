@@ -28,12 +28,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from aem_exp import disk, progress
+from aem_exp.core import console, disk
+from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.extras import install
 from aem_exp.envs import Draws, Task, Turn, tagged, webshop_made, webshop_player
 from aem_exp.envs.webshop_catalogue import Catalogue, Product, catalogue
 from aem_exp.envs.webshop_goals import SHUFFLE, Goal, Goals, Nouns, drawn, score, tagger
-from aem_exp.extras import install
-from aem_exp.values import ConfigError, Missing
 
 RULES: Final = 1  # raise when the same task would play differently
 HITS, PAGE = 50, 10  # products found by a search, and on one page
@@ -352,7 +352,7 @@ class WebShop:
             _check_spacy()
         files = _files(make.get("data"), make.get("catalogue", "small"), make.get("goals", "synthetic"))
         say("build   the catalogue, where it is not built yet")
-        with progress.bar("indexing products") as tell:
+        with console.bar("indexing products") as tell:
             _opened(files, tell)
 
     def _spoken(self, action: str) -> str:

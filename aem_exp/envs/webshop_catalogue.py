@@ -20,9 +20,9 @@ from typing import Any, Final, TextIO
 
 import numpy as np
 
-from aem_exp import disk
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import webshop_search
-from aem_exp.values import ConfigError
 
 log = logging.getLogger("aem_exp")
 BUILD: Final = 1  # raise when the same files would give another folder

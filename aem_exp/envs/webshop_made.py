@@ -11,9 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from aem_exp import disk
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop_catalogue import Catalogue
-from aem_exp.values import ConfigError
 
 RULES: Final = 1  # raise when the same number and seed would give another catalogue
 LEAST, MOST = 100, 2_000_000

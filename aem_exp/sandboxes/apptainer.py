@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from aem_exp import disk
+from aem_exp.core import disk
 from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
 
 PROGRAMS: Final = ("apptainer", "singularity")

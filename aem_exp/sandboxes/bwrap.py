@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import disk
+from aem_exp.core import disk
+from aem_exp.core.errors import Missing
 from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Ruined, Sandbox, file_name, seccomp
 from aem_exp.sandboxes.process import TOO_LONG, hold, release, sealed
-from aem_exp.values import Missing
 
 NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
 NEEDED: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")

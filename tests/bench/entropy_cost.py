@@ -40,7 +40,8 @@ import weighed
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.utils import add_fused_lm_head
 
-from aem_exp import policy, progress, sample
+from aem_exp import policy, sample
+from aem_exp.core import console
 from aem_exp.envs import Task
 from aem_exp.rehearsal import Meter
 from aem_exp.render import Chat
@@ -279,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    progress.quiet()
+    console.quiet()
     disable_progress_bar()
     torch.set_num_threads(1)
     print(torch.cuda.get_device_name() if CUDA else "a CPU, one thread")

@@ -187,9 +187,9 @@ def main() -> None:
     import conftest  # noqa: F401  (environment first)
     import torch
 
-    from aem_exp import progress
+    from aem_exp.core import console
 
-    progress.quiet()
+    console.quiet()
     torch.set_num_threads(1)
     for device_rows in asked.device_rows:
         experiment, *parts = prepared(device_rows)

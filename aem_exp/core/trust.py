@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 
 def check(run_dir: str | Path, trusted: bool = False) -> None:

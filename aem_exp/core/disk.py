@@ -1,15 +1,16 @@
 """Files that are whole or absent, and folders that can take them."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aem_exp.values import ConfigError
+from aem_exp.core.errors import ConfigError
 
 
 class Damaged(ConfigError):
@@ -125,3 +126,12 @@ def check_writable(folder: Path, field: str) -> None:
             probe.flush()
     except OSError as error:
         raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error
+
+
+def known(value: Any) -> Any:
+    """A value for JSON, which has no NaN: null, where a number is not known."""
+    if isinstance(value, Mapping):
+        return {key: known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

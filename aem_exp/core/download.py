@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from aem_exp import disk
-from aem_exp.progress import bar
-from aem_exp.values import ConfigError
+from aem_exp.core import disk
+from aem_exp.core.console import bar
+from aem_exp.core.errors import ConfigError
 
 CHUNK = 1 << 20
 PATIENCE = 30.0  # seconds without a byte

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aem_exp import trust
-from aem_exp.values import ConfigError, Stop
+from aem_exp.core import trust
+from aem_exp.core.errors import ConfigError, Stop, redact
 
 IN_A_JOB = "job"  # PYTHONSAFEPATH as our jobs have it: frozen code comes first, and the current folder may follow
 
@@ -98,7 +98,5 @@ def answer(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
 
 
 def _told(code: int, sentence: str) -> int:
-    from aem_exp.stores import redact
-
     print(redact(sentence), file=sys.stderr)
     return code
