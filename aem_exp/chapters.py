@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import compare, figures, findings, power, scores
+from aem_exp import figures, findings
 from aem_exp.archive import Archive
 from aem_exp.findings import SCORE, SUCCESS, Cell, Difference, Pair, mean
 from aem_exp.pages import Block, Figure, Report, Section, Table, Text
+from aem_exp.stats import compare, power, scores
 
 COVERAGE: Final = """\
 How often intervals like these hold the truth, in 20,000 simulated comparisons each, without a difference and with one of 6

@@ -16,14 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import scores
 from aem_exp.config import ConfigError, Env, Experiment
 from aem_exp.core import disk
 from aem_exp.core.errors import Stop
 from aem_exp.core.user_code import blaming, demanding
 from aem_exp.envs import Task, World
-from aem_exp.scores import Outcome, Score
 from aem_exp.stage import plain
+from aem_exp.stats import scores
+from aem_exp.stats.scores import Outcome, Score
 
 if TYPE_CHECKING:
     from aem_exp.players import Player

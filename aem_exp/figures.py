@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aem_exp import compare
 from aem_exp.findings import SUCCESS, Cell, Difference
 from aem_exp.show import BLUE, GREY, ORANGE
+from aem_exp.stats import compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

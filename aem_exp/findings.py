@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from aem_exp import compare
 from aem_exp.archive import Archive
-from aem_exp.compare import Interval
 from aem_exp.core.errors import ConfigError
 from aem_exp.rules import NAME
+from aem_exp.stats import compare
+from aem_exp.stats.compare import Interval
 
 SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aem_exp import episodes, metrics, tracking
 from aem_exp.core import disk
 from aem_exp.core.console import ENTROPY, GATED, RECENT, SUCCESS
-from aem_exp.scores import wilson
+from aem_exp.stats.scores import wilson
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

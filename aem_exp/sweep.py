@@ -239,7 +239,7 @@ def _cost(sweep: "Sweep", todo: Sequence["Cell"]) -> list[tuple[str, str]]:
 
 def _power(sweep: "Sweep") -> list[tuple[str, str]]:
     """What the sweep will be able to show."""
-    from aem_exp import power
+    from aem_exp.stats import power
 
     how, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
     if not sweep.pairs:

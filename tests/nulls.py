@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from scipy.special import expit
 
-from aem_exp import compare
+from aem_exp.stats import compare
 
 SEEDS, EFFECTS = (3, 5, 10), (0.0, 0.4)  # runs per arm; what the one arm has more, in logits: some 6 points
 TASKS, REPEATS, SIMULATIONS, AT_ONCE = 140, 4, 4000, 500

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from aem_exp import compare, power
+from aem_exp.stats import compare, power
 
 scores = st.lists(st.floats(0, 1), min_size=2, max_size=12)
 

@@ -15,12 +15,13 @@ import pytest
 import toy
 from doors import SHORT, wait_for
 
-from aem_exp import config, evaluate, exam, scores
+from aem_exp import config, evaluate, exam
 from aem_exp.config import ConfigError
 from aem_exp.envs import Task, Turn
 from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
 from aem_exp.envs.household import Household
-from aem_exp.scores import Outcome
+from aem_exp.stats import scores
+from aem_exp.stats.scores import Outcome
 
 SMALL = [*SHORT, "evaluation.tasks=12"]
 

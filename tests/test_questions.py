@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from aem_exp import config, power, questions
+from aem_exp import config, questions
 from aem_exp.compose import Composer
 from aem_exp.config import ConfigError
 from aem_exp.questions import grid, load
+from aem_exp.stats import power
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import episodes, metrics, scores, show, stores, tracking
+from aem_exp import episodes, metrics, show, stores, tracking
 from aem_exp.core import console
+from aem_exp.stats import scores
 from aem_exp.tracking import Tracker
 
 STEPS = 40

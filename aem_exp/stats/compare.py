@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from aem_exp import power
+from aem_exp.stats import power
 
 LEVEL: Final = 0.05  # two-sided, shared among the comparisons of a sweep
 EXACT: Final = 200_000  # permutations that are all tried: 10 runs against 10 are 184,756
