@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp import figures, findings
-from aem_exp.archive import Archive
 from aem_exp.findings import SCORE, SUCCESS, Cell, Difference, Pair, mean
 from aem_exp.pages import Block, Figure, Report, Section, Table, Text
+from aem_exp.rundir.archive import Archive
 from aem_exp.stats import compare, power, scores
 
 COVERAGE: Final = """\

@@ -8,9 +8,10 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import checkpoints, config, ownership
+from aem_exp import config
 from aem_exp.config import Experiment
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import checkpoints, lock
 
 RESULT = "result.json"
 
@@ -30,7 +31,7 @@ def origin(parent: str, experiment: Experiment) -> tuple[str, int]:
         return name, steps
     checkpoint = checkpoints.newest(folder)
     done = checkpoints.steps(checkpoint) if checkpoint else 0
-    if who := ownership.owner(folder):
+    if who := lock.owner(folder):
         raise ConfigError("from", parent, f"is at work, {_at(done)}; stop it, or wait for its end ({who})")
     if checkpoint is None:
         again = shlex.join(["python", "-m", "aem_exp.run", str(folder)])

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import attempts, config, launch, preflight, provenance
+from aem_exp import config, launch, preflight, provenance
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
 from aem_exp.core.console import clock
 from aem_exp.core.errors import ConfigError, Elsewhere
 from aem_exp.interrupt import AGAIN, Signals
-from aem_exp.ownership import owner
+from aem_exp.rundir import attempts
+from aem_exp.rundir.lock import owner
 
 RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here

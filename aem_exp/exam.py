@@ -129,7 +129,7 @@ def episodes(panel: Panel, repeats: int) -> list["Episode"]:
 
 def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
     """Summarise; a partial panel is refused, not averaged."""
-    from aem_exp.episodes import record
+    from aem_exp.rundir.episodes import record
 
     assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
     return scores.score(panel.name, panel.hash, [_outcome(record(0, panel.name, t, True)) for t in played])
@@ -253,7 +253,7 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
     import pyarrow.parquet
 
     from aem_exp import players
-    from aem_exp.episodes import Episodes, record
+    from aem_exp.rundir.episodes import Episodes, record
 
     def keep(part: Sequence["Trajectory"]) -> None:
         heed(exam.panel, part)

@@ -15,11 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aem_exp import checkpoints, config, metrics, policy, provenance, ranks
+from aem_exp import config, policy, provenance, ranks
 from aem_exp.config import Experiment
 from aem_exp.core import disk
 from aem_exp.core.errors import Stop
 from aem_exp.interrupt import Enough, Interrupted, Signals
+from aem_exp.rundir import checkpoints, metrics
 
 log = logging.getLogger("aem_exp")
 Watch = Callable[
@@ -57,7 +58,7 @@ def check_record(folder: Path, start: Start) -> None:
     Raises:
         Damaged: the score before the first step, or a part of the episodes.
     """
-    from aem_exp import episodes
+    from aem_exp.rundir import episodes
 
     if start.scored:
         disk.read(folder / BEFORE, "success")
@@ -82,9 +83,9 @@ class Parts:
         import torch
 
         from aem_exp import sharded
-        from aem_exp.episodes import Episodes
         from aem_exp.render import Chat
         from aem_exp.rollout import Rollout, Watcher
+        from aem_exp.rundir.episodes import Episodes
         from aem_exp.trainer import Time
         from aem_exp.workers import stage_of
 
@@ -284,8 +285,8 @@ class Parts:
     def _exam(self, split: str, recorded: bool = False) -> Any:
         """Score a panel; `recorded`: its episodes stand in the record already."""
         from aem_exp import exam
-        from aem_exp.episodes import record
         from aem_exp.rollout import CRASHED
+        from aem_exp.rundir.episodes import record
         from aem_exp.sample import Sampling
 
         how = self.experiment.evaluation
@@ -314,7 +315,7 @@ class Parts:
             self.enough = True
 
     def _keep(self, step: int, credit: Any) -> None:
-        from aem_exp.episodes import record
+        from aem_exp.rundir.episodes import record
 
         assert self.episodes
         self.episodes.add([record(step, "train", t, in_full=t.draw == 0) for t in credit.played])

@@ -19,10 +19,10 @@ from aem_exp.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from aem_exp.archive import Archive
     from aem_exp.chapters import Asked
     from aem_exp.findings import Cell, Difference
     from aem_exp.questions import Sweep
+    from aem_exp.rundir.archive import Archive
     from aem_exp.state import State
 
 ABOUT = """\
@@ -99,7 +99,8 @@ def _act(asked: argparse.Namespace) -> int:
 def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
     """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
     run dir at all, and never mix with some."""
-    from aem_exp import archive, state
+    from aem_exp import state
+    from aem_exp.rundir import archive
 
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
@@ -118,7 +119,7 @@ def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive],
 
 def _read_dir(folder: Path, how: "State") -> "Archive":
     """The archive of a run dir. One that cannot be read is one run that is not done; the others are compared."""
-    from aem_exp import archive, attempts
+    from aem_exp.rundir import archive, attempts
 
     try:
         return archive.of(folder, how.what, (how.kind, how.sentence))
@@ -174,7 +175,7 @@ def _few(runs: Sequence[str], most: int = 3) -> str:
 
 
 def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
-    from aem_exp import archive
+    from aem_exp.rundir import archive
 
     done = [each for each in archives if each.done]
     size = sum(archive.write(each, folder).stat().st_size for each in done)

@@ -21,11 +21,9 @@ from typing import TYPE_CHECKING, Any
 from aem_exp import (
     METHOD,
     addresses,
-    checkpoints,
     config,
     continued,
     launch,
-    members,
     parts,
     policy,
     provenance,
@@ -34,13 +32,14 @@ from aem_exp import (
     views,
     worlds,
 )
-from aem_exp.attempts import attempt
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import Stop, shown
 from aem_exp.interrupt import Interrupted, Signals
-from aem_exp.ownership import Owned, owning
 from aem_exp.parts import Start, Watch
+from aem_exp.rundir import checkpoints, membership
+from aem_exp.rundir.attempts import attempt
+from aem_exp.rundir.lock import Owned, owning
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -163,7 +162,7 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
         params=config.to_dict(experiment),
         tags=_tags(experiment, fingerprint, commit, start.changes)
-        | {views.tag(sweep): group for sweep, group in members.labels(folder).items()},
+        | {views.tag(sweep): group for sweep, group in membership.labels(folder).items()},
         resume_step=start.measured,
         wait=False,
         live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,

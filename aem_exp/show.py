@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aem_exp import episodes, metrics, tracking
+from aem_exp import tracking
 from aem_exp.core import disk
 from aem_exp.core.console import ENTROPY, GATED, RECENT, SUCCESS
+from aem_exp.rundir import episodes, metrics
 from aem_exp.stats.scores import wilson
 
 if TYPE_CHECKING:

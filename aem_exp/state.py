@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import attempts, episodes, launch, metrics, ownership
+from aem_exp import launch
 from aem_exp.core import disk
 from aem_exp.launch import Job
+from aem_exp.rundir import attempts, episodes, lock, metrics
 
 RESULT: Final = "result.json"
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
@@ -89,7 +90,7 @@ def _state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> St
     if (folder / RESULT).exists():
         disk.read(folder / RESULT)
         return State(DONE, sentence=episodes.cut_short(folder), **known)
-    if owner := ownership.owner(folder):
+    if owner := lock.owner(folder):
         return State(RUNNING, left=_left(rows, steps), sentence=owner, **known)
     job = jobs.get(card.get("job", ""))
     if job is not None and job.live:

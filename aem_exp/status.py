@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import labels, members
+from aem_exp import labels
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import membership
 
 if TYPE_CHECKING:
     from aem_exp.board import Line
@@ -69,7 +70,7 @@ def _act(asked: argparse.Namespace) -> int:
         Console(highlight=False).print(board.board(look(runs), title))
     else:
         board.watch(lambda: look(runs), title)
-    if asked.sweep and (links := members.links(outputs, name)):
+    if asked.sweep and (links := membership.links(outputs, name)):
         print(f"\n{links}")
     return 0
 
@@ -127,7 +128,7 @@ def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
     from aem_exp import questions
 
     typed = bool(asked.overrides or asked.config_dir)
-    if not questions.find(asked.sweep) or (not typed and asked.sweep in members.known(outputs)):
+    if not questions.find(asked.sweep) or (not typed and asked.sweep in membership.known(outputs)):
         return asked.sweep, _recorded(_there(outputs), asked.sweep)
     cli.reach(asked.config_dir)
     own = [f"outputs='{outputs}'"] if asked.outputs else []
@@ -138,7 +139,7 @@ def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
 
 
 def _recorded(outputs: Path, name: str) -> list[Run]:
-    return [Run(outputs / m["run"], m["group"], str(m["seed"]), m["group"]) for m in members.read(outputs, name)]
+    return [Run(outputs / m["run"], m["group"], str(m["seed"]), m["group"]) for m in membership.read(outputs, name)]
 
 
 def _as_json(run: Run, state: "State") -> dict[str, object]:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from aem_exp.core.errors import ConfigError, redact
-from aem_exp.metrics import METRICS
+from aem_exp.rundir.metrics import METRICS
 
 OFF = "off"
 PORT = 5000  # where MLflow's pages are served, if it is free

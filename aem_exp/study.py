@@ -533,7 +533,7 @@ def _settled(study: Study, retry: Sequence[str]) -> list[Path]:
 
 def _stuck(study: Study, trial: "FrozenTrial") -> str | None:
     """Why it is no use to start this trial's worker again, if it is not."""
-    from aem_exp import attempts
+    from aem_exp.rundir import attempts
 
     name = trial.user_attrs.get("run")
     events = attempts.read(study.outputs / name)[-KILLS:] if name else []

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp.attempts import KINDS
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir.attempts import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,29 +131,31 @@ def _wanted(state: "State", retry: Sequence[str]) -> bool:
 
 def _record(sweep: "Sweep") -> None:
     """Write down who belongs to the sweep, where status, MLflow and the report look."""
-    from aem_exp import members, tracking, views
+    from aem_exp import tracking, views
+    from aem_exp.rundir import membership
 
     rows = [
         {"run": cell.folder.name, "arm": label.arm, "group": label.group, "seed": cell.seed}
         for cell in sweep.cells
         for label in cell.labels
     ]
-    members.write(_outputs(sweep), sweep.name, sweep.question, rows)
+    membership.write(_outputs(sweep), sweep.name, sweep.question, rows)
     for cell in sweep.cells:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        if members.label(cell.folder, sweep.name, cell.group):
+        if membership.label(cell.folder, sweep.name, cell.group):
             tracking.mark(cell.folder, {views.tag(sweep.name): cell.group})
 
 
 def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
     """One array for all cells of one size."""
-    from aem_exp import dispatch, members
+    from aem_exp import dispatch
+    from aem_exp.rundir import membership
 
     sizes: dict[str, list[Cell]] = {}
     for cell in todo:
         sizes.setdefault(repr(cell.experiment.launch), []).append(cell)
     for cells in sizes.values():
-        logs = _outputs(sweep) / members.FOLDER / sweep.name
+        logs = _outputs(sweep) / membership.FOLDER / sweep.name
         sent = dispatch.send([cell.experiment for cell in cells], sweep.name, logs, at_once)
         print(f"sent    {len(sent)} cells as job {sent[0][1].partition('_')[0]}; logs in {logs}")
 
@@ -171,14 +173,15 @@ def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
 
 def _views(sweep: "Sweep") -> None:
     """Save views of the sweep in MLflow, and print their links; a tracker that is down costs nothing but them."""
-    from aem_exp import members, stores, tracking
+    from aem_exp import stores, tracking
+    from aem_exp.rundir import membership
 
     experiments = dict.fromkeys(cell.experiment.name for cell in sweep.cells)
     uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, _outputs(sweep))
     lines = [f"{name:<7} {text}" for name, text in tracking.views(_outputs(sweep), uri, experiments, sweep.name)]
     if lines:
         print(*lines, sep="\n")
-    members.leave_links(_outputs(sweep), sweep.name, lines)
+    membership.leave_links(_outputs(sweep), sweep.name, lines)
 
 
 def _outputs(sweep: "Sweep") -> Path:
@@ -220,8 +223,8 @@ def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]
 
 def _cost(sweep: "Sweep", todo: Sequence["Cell"]) -> list[tuple[str, str]]:
     """What the missing cells will take: at most, and as those took that are done."""
-    from aem_exp import attempts
     from aem_exp.core.console import clock
+    from aem_exp.rundir import attempts
 
     seconds = [took for cell in sweep.cells if (took := attempts.seconds(cell.folder)) is not None]
     machines = [c.experiment.launch for c in todo]

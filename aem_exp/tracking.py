@@ -30,11 +30,12 @@ from typing import Any, NoReturn, Self
 from urllib.parse import quote
 from uuid import uuid4
 
-from aem_exp import metrics, stores
+from aem_exp import stores
 from aem_exp import views as saved
 from aem_exp.core import cli, disk, errors
 from aem_exp.core.errors import ConfigError
-from aem_exp.metrics import Mirror, Point
+from aem_exp.rundir import metrics
+from aem_exp.rundir.metrics import Mirror, Point
 
 RUN_ID = "mlflow_run_id"
 CARD = "tracking.json"  # what this run is called in MLflow, and where: enough to send it again

@@ -52,8 +52,9 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch, ownership, ranks
+    from aem_exp import dispatch, ranks
     from aem_exp.core import console
+    from aem_exp.rundir import lock
 
     worker = asked.worker_dir.expanduser().absolute()
     cli.reach_frozen(worker)
@@ -64,9 +65,9 @@ def _act(asked: argparse.Namespace, say: Say) -> int:
         return _follow(worker, study)
     dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
     try:
-        with ownership.owning(worker):
+        with lock.owning(worker):
             return _lead(worker, study, say)
-    except ownership.Owned as owned:
+    except lock.Owned as owned:
         say(str(owned))
         return 0
 
@@ -134,7 +135,8 @@ def _taken(worker: Path, study: Study, opened: Any) -> int | None:
 
 def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
     """Write down who belongs to the study, where status, MLflow and the report look."""
-    from aem_exp import members, tracking, views
+    from aem_exp import tracking, views
+    from aem_exp.rundir import membership
 
     folder = config.run_dir(experiment)
     with study.alone():
@@ -149,17 +151,18 @@ def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> No
             for t in counted(opened.get_trials(deepcopy=False))
             if "run" in t.user_attrs
         ]
-        members.write(study.outputs, study.name, study.question, rows)
+        membership.write(study.outputs, study.name, study.question, rows)
     folder.mkdir(parents=True, exist_ok=True)
     group = f"trial {trial.number}"
-    if members.label(folder, study.name, group):
+    if membership.label(folder, study.name, group):
         tracking.mark(folder, {views.tag(study.name): group})
 
 
 def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: Say) -> int:
     """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
-    from aem_exp import attempts, ownership, ranks, run
+    from aem_exp import ranks, run
     from aem_exp.interrupt import Enough, Interrupted
+    from aem_exp.rundir import attempts, lock
 
     while True:
         if (other := twin(opened, trial)) is not None:
@@ -178,7 +181,7 @@ def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Exp
             say(f"{stop}; the trial stays open")
             launch.make_way(stop.signal)
             raise
-        except ownership.Owned as owned:  # a trial with the same parameters has it
+        except lock.Owned as owned:  # a trial with the same parameters has it
             if ranks.count() > 1:
                 raise Stop(str(owned)) from owned
             _wait(say)
@@ -247,7 +250,7 @@ class _Watch:
 
 def _value(study: Study, folder: Path) -> float:
     """What a finished run gives: the last value of the metric."""
-    from aem_exp import metrics
+    from aem_exp.rundir import metrics
 
     name, rows = metrics.sanitised(study.search.metric), metrics.read(folder)
     found = [row[name] for row in rows if name in row]

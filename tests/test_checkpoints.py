@@ -7,8 +7,8 @@ import shutil
 import pytest
 from doors import SMALL, inside, metrics
 
-from aem_exp import checkpoints
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import checkpoints
 
 
 def saved(run_dir, number, step=None):

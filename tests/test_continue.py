@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from doors import SMALL, door, folder_of, inside, metrics, wait_for
 
-from aem_exp import METHOD, checkpoints
+from aem_exp import METHOD
+from aem_exp.rundir import checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_mlflow")
 
@@ -92,7 +93,7 @@ def test_a_branch_is_named_by_where_it_begins(unbroken, stopped, tmp_path):
 
 def test_a_run_at_work_is_branched_when_it_has_stopped(stopped):
     from aem_exp.config import ConfigError, load
-    from aem_exp.ownership import owning
+    from aem_exp.rundir.lock import owning
 
     with owning(stopped), pytest.raises(ConfigError, match=rf"is at work, at step 4; stop it, .*process {os.getpid()}"):
         load([f"from={stopped}", "modulation=none"])
@@ -335,8 +336,9 @@ class Broken(Household):
 )
 def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
     """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
-    from aem_exp import archive, config, run
+    from aem_exp import config, run
     from aem_exp.core.errors import Stop
+    from aem_exp.rundir import archive
 
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     monkeypatch.syspath_prepend(tmp_path)

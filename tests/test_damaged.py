@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from aem_exp import archive, report, run, state
-from aem_exp.episodes import Episodes, check
+from aem_exp import report, run, state
+from aem_exp.rundir import archive
+from aem_exp.rundir.episodes import Episodes, check
 
 pytestmark = pytest.mark.usefixtures("no_mlflow", "clean")
 

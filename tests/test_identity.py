@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import archive, config
+from aem_exp import config
+from aem_exp.rundir import archive
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "science.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from doors import SMALL, metrics, moved, until
 
-from aem_exp import aem, attempts, config, provenance, state
+from aem_exp import aem, config, provenance, state
+from aem_exp.rundir import attempts
 from aem_exp.sandboxes.bwrap import Bwrap
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]

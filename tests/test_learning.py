@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from aem_exp import metrics
 from aem_exp.config import load
 from aem_exp.run import run
+from aem_exp.rundir import metrics
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from aem_exp import attempts
 from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.ownership import LOCK, OWNER, STALE, Owned, owner, owning
+from aem_exp.rundir import attempts
+from aem_exp.rundir.lock import LOCK, OWNER, STALE, Owned, owner, owning
 
 HELD = """
 import sys, time
 from pathlib import Path
-from aem_exp.ownership import owning
+from aem_exp.rundir.lock import owning
 with owning(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import archive, chapters, figures, findings, pages, questions, report
+from aem_exp import chapters, figures, findings, pages, questions, report
 from aem_exp.config import ConfigError
 from aem_exp.findings import Cell, Run
+from aem_exp.rundir import archive
 from aem_exp.stats import compare
 
 RESULTS = Path(__file__).parents[1] / "sweeps" / "results"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from doors import LONG, SMALL, door, folder_of, inside, metrics, until, wait_for
 
-from aem_exp import checkpoints
+from aem_exp.rundir import checkpoints
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import episodes, metrics, show, stores, tracking
+from aem_exp import show, stores, tracking
 from aem_exp.core import console
+from aem_exp.rundir import episodes, metrics
 from aem_exp.stats import scores
 from aem_exp.tracking import Tracker
 

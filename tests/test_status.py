@@ -7,8 +7,9 @@ import os
 import pytest
 from rich.console import Console
 
-from aem_exp import board, labels, members, questions, report, status, sweep
+from aem_exp import board, labels, questions, report, status, sweep
 from aem_exp.config import load, run_dir, to_dict
+from aem_exp.rundir import membership
 from aem_exp.state import State
 
 BASE = ["trainer.steps=2"]
@@ -129,7 +130,7 @@ def test_a_sweep_that_was_begun_is_known_by_its_name(there, capsys):
     """Where there is no file any more, and with the cells that it was last begun with."""
     whole = questions.load(there / "asked.yaml", ["seed=3"])
     rows = [{"run": c.folder.name, "arm": c.arm, "group": c.group, "seed": c.seed} for c in whole.cells]
-    members.write(there / "out", "asked", whole.question, rows)
+    membership.write(there / "out", "asked", whole.question, rows)
     os.remove(there / "asked.yaml")
     assert shown(capsys, "asked").count(" new ") == 2
 

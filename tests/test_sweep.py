@@ -11,7 +11,8 @@ import mlflow
 import pytest
 from doors import LONG, SMALL, until
 
-from aem_exp import checkpoints, members, state, status, sweep
+from aem_exp import state, status, sweep
+from aem_exp.rundir import checkpoints, membership
 
 TINY = [word for word in SMALL if not word.startswith(("trainer.steps", "evaluation.every"))] + ["trainer.steps=2"]
 
@@ -129,7 +130,7 @@ def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
     rows = json.loads(ask("aem_exp.sweep", "other.yaml", "--json"))["cells"]
     assert [row["state"] for row in rows] == ["done", "new"]
     ask("aem_exp.sweep", "other.yaml", "--local")
-    assert members.labels(folder / "out" / os.path.basename(rows[0]["run"])) == {"quick": "none", "other": "base"}
+    assert membership.labels(folder / "out" / os.path.basename(rows[0]["run"])) == {"quick": "none", "other": "base"}
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
     runs = client.search_runs([experiment.experiment_id], "tags.`aem.sweep.other` = 'base'")

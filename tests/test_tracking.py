@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from aem_exp import metrics, stores, tracking
+from aem_exp import stores, tracking
 from aem_exp.core import disk, errors
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import metrics
 from aem_exp.tracking import Tracker
 
 NAMES = ("train/success", "aem/alpha_q50", "time/update")

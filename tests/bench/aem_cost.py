@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def main(steps: int = 12) -> None:
     import conftest  # noqa: F401  (environment first)
 
-    from aem_exp import config, metrics, run
+    from aem_exp import config, run
+    from aem_exp.rundir import metrics
 
     with tempfile.TemporaryDirectory() as outputs:
         words = [

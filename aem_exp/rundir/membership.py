@@ -16,7 +16,7 @@ LABELS = "sweeps.json"  # of a run dir: sweep -> its label there
 
 
 def write(outputs: Path, name: str, question: str, members: Sequence[dict[str, Any]]) -> None:
-    """Record a sweep. `members`: run (the name of its dir), arm, group and seed of each."""
+    """Record a sweep. `membership`: run (the name of its dir), arm, group and seed of each."""
     (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
     whole = {"question": question, "members": list(members)}
     disk.write(outputs / FOLDER / f"{name}.json", json.dumps(whole, indent=1) + "\n")

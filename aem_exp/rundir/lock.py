@@ -38,7 +38,7 @@ def owning(folder: Path) -> Iterator[None]:
     if lock is None:
         raise Owned(f"{folder} is being run by {_named(folder)}")
     stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=[folder / LOCK, stop], name="aem_exp.ownership", daemon=True)
+    beating = threading.Thread(target=_beat, args=[folder / LOCK, stop], name="aem_exp.rundir.lock", daemon=True)
     try:
         disk.write(folder / OWNER, json.dumps(_me()))
         beating.start()

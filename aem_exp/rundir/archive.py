@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from aem_exp import attempts, episodes, metrics
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import attempts, episodes, metrics
 
 SUFFIX: Final = ".json.gz"
 NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
