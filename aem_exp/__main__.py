@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from aem_exp import __version__, commands
 from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -61,7 +62,6 @@ SWITCHES = (
     ("--version",),
 )
 VALUED = (("-c", "--cfg"), ("--config-dir",), ("--completion",))
-RESULT = "result.json"
 MOST_DIFFERENCES = 8  # of a run that is worth comparing with
 
 

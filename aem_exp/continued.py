@@ -11,9 +11,7 @@ from pathlib import Path
 from aem_exp import config
 from aem_exp.config import Experiment
 from aem_exp.core.errors import ConfigError
-from aem_exp.rundir import checkpoints, lock
-
-RESULT = "result.json"
+from aem_exp.rundir import RESULT, checkpoints, lock
 
 
 def origin(parent: str, experiment: Experiment) -> tuple[str, int]:

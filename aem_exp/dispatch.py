@@ -18,10 +18,9 @@ from aem_exp.core import cli, disk
 from aem_exp.core.console import clock
 from aem_exp.core.errors import ConfigError, Elsewhere
 from aem_exp.interrupt import AGAIN, Signals
-from aem_exp.rundir import attempts
+from aem_exp.rundir import RESULT, attempts
 from aem_exp.rundir.lock import owner
 
-RESULT = "result.json"
 LOG = "local.log"  # of a process that is started here
 Say = Callable[[str], None]
 

@@ -20,7 +20,8 @@ from aem_exp import config, worlds
 from aem_exp.config import ConfigError, Experiment, Launch
 from aem_exp.core import cli, disk
 from aem_exp.envs import World
-from aem_exp.exam import RESULT, Exam, digest, panel, rules, sit
+from aem_exp.exam import Exam, digest, panel, rules, sit
+from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
     from aem_exp.players import Player

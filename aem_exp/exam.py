@@ -21,6 +21,7 @@ from aem_exp.core import disk
 from aem_exp.core.errors import Stop
 from aem_exp.core.user_code import blaming, demanding
 from aem_exp.envs import Task, World
+from aem_exp.rundir import RESULT
 from aem_exp.stage import plain
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from aem_exp.scoreboard import Line
 
 log = logging.getLogger("aem_exp")
-RESULT = "result.json"
 TARGET = "env.make._target_"
 
 

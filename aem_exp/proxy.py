@@ -24,7 +24,8 @@ from aem_exp.core import cli, disk
 from aem_exp.core.disk import known
 from aem_exp.core.errors import Stop
 from aem_exp.evaluate import POLICY, UNTRAINED
-from aem_exp.exam import RESULT, Exam, alone, digest, episodes, rules
+from aem_exp.exam import Exam, alone, digest, episodes, rules
+from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
     from aem_exp.players import Player

@@ -37,7 +37,7 @@ from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import Stop, shown
 from aem_exp.interrupt import Interrupted, Signals
 from aem_exp.parts import Start, Watch
-from aem_exp.rundir import checkpoints, membership
+from aem_exp.rundir import RESULT, checkpoints, membership
 from aem_exp.rundir.attempts import attempt
 from aem_exp.rundir.lock import Owned, owning
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 log = logging.getLogger("aem_exp")
-RESULT = "result.json"
 
 
 def run(

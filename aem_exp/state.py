@@ -11,9 +11,8 @@ from typing import Any, Final
 from aem_exp import launch
 from aem_exp.core import disk
 from aem_exp.launch import Job
-from aem_exp.rundir import attempts, episodes, lock, metrics
+from aem_exp.rundir import RESULT, attempts, episodes, lock, metrics
 
-RESULT: Final = "result.json"
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
 SUCCESS: Final = ("test/success", "eval/success", "train/success")
 ENDS: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
