@@ -131,8 +131,8 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
         raise ConfigError("--resolve", True, "only read with --cfg job")
     parents = [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]
     cli.reach(asked.config_dir, parents, asked.trust)
-    from aem_exp.compose import compose, to_yaml
     from aem_exp.config import resolve
+    from aem_exp.config.compose import compose, to_yaml
 
     tree = compose(asked.overrides, asked.config_dir, asked.trust)
     experiment = resolve(tree)

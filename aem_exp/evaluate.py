@@ -194,7 +194,7 @@ def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
         raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
     tree = config.to_dict(original)
     if asked.overrides:
-        from aem_exp import compose
+        from aem_exp.config import compose
 
         tree = compose.plain(compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust))
     tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], asked.overrides)}
@@ -216,7 +216,7 @@ def _of_model(asked: argparse.Namespace) -> Experiment:
     name = f"{path.parent.name}-model" if path.name == "model" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
     own = [*_at_path(asked.target), f"model.name='{name}'"]
-    from aem_exp import compose
+    from aem_exp.config import compose
 
     tree = compose.plain(compose.compose([*asked.overrides, *own], asked.config_dir))
     return config.resolve({**tree, "launch": _launch(tree["launch"], asked.overrides)})
@@ -228,7 +228,7 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     Raises:
         ConfigError: something was asked for by name that is not to be had here.
     """
-    from aem_exp import compose
+    from aem_exp.config import compose
 
     others = {field.name for field in fields(Launch)} - {*HERE}
     typed = {compose.key_of(text): text.partition("=")[2] for text in overrides}

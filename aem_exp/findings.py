@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from aem_exp.config.rules import NAME
 from aem_exp.core.errors import ConfigError
-from aem_exp.rules import NAME
 from aem_exp.rundir.archive import Archive
 from aem_exp.stats import compare
 from aem_exp.stats.compare import Interval

@@ -15,8 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from aem_exp import targets
-from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate
+from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate, targets
 from aem_exp.core import disk
 from aem_exp.envs import World
 

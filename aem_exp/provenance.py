@@ -15,14 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aem_exp import METHOD, config, policy, targets
-from aem_exp.config import ConfigError, Experiment
+from aem_exp import METHOD, config, policy
+from aem_exp.config import ConfigError, Experiment, targets
 from aem_exp.core import disk, trust
 
 FILE, CODE = "provenance.json", "code"
 COMMIT = ".commit"  # of code that was frozen before its run began
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
-_HERE = Path(__file__).resolve().parent
+_HERE = disk.PACKAGE.resolve()
 
 
 def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:

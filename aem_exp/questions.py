@@ -30,13 +30,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from aem_exp import config, rules, yamls
+from aem_exp import config
+from aem_exp.config import rules, safe_yaml
+from aem_exp.config.schema import Count
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, unknown
 from aem_exp.core.typed import convert
 
 if TYPE_CHECKING:
-    from aem_exp.compose import Composer
+    from aem_exp.config.compose import Composer
 
 Point = tuple[str, ...]
 KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch", "config_dir")
@@ -120,7 +122,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
     Raises:
         ConfigError: anything that is wrong with it, or with a cell of it, which is named.
     """
-    from aem_exp.compose import Composer, key_of
+    from aem_exp.config.compose import Composer, key_of
 
     file = _file(file_or_name)
     data, name = _read(file), file.stem
@@ -162,7 +164,7 @@ def grid(overrides: Sequence[str], config_dir: str | Path | None = None) -> Swee
     Raises:
         ConfigError: as `load`.
     """
-    from aem_exp.compose import Composer, key_of
+    from aem_exp.config.compose import Composer, key_of
 
     composer = Composer(config_dir)
     spread = {text: composer.spread(text) for text in overrides}
@@ -246,7 +248,7 @@ class _Yaml(yaml.SafeLoader):
 def _read(file: Path) -> dict[str, Any]:
     """The file's keys, each of the right kind and none of them empty."""
     name = file.stem
-    loader = _Yaml(yamls.read(file, "sweep"))
+    loader = _Yaml(safe_yaml.read(file, "sweep"))
     loader.name = str(file)
     try:
         data = loader.get_single_data()
@@ -378,14 +380,14 @@ def _pairs(asked: _Question) -> tuple[tuple[str, str], ...]:
 
 def _resolved(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:
     """What `config.load` makes of the overrides with each seed. Where only the seed differs, one is resolved for all."""
-    from aem_exp.compose import quotes, value_of
+    from aem_exp.config.compose import quotes, value_of
 
     tree = composer.compose([*overrides, seeds[0]])
     yield (first := config.resolve(tree))
     alike = first.parent is None and not quotes(tree, "seed")
     for seed in seeds[1:]:
         if alike and isinstance(value_of(seed), int):
-            experiment = replace(first, seed=convert(config.Count, value_of(seed), "seed"))
+            experiment = replace(first, seed=convert(Count, value_of(seed), "seed"))
             rules.check(experiment)
             yield experiment
         else:
@@ -394,7 +396,7 @@ def _resolved(overrides: list[str], seeds: list[str], composer: "Composer") -> I
 
 def _check_common(asked: _Question) -> None:
     """Refuse what is one for all cells and was set for some."""
-    from aem_exp.compose import key_of
+    from aem_exp.config.compose import key_of
 
     places = {f"arms.{arm}": words for arm, words in asked.arms.items()}
     places |= {"products": tuple(word for points in asked.products for point in points for word in point)}

@@ -18,21 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import (
-    METHOD,
-    addresses,
-    config,
-    continued,
-    launch,
-    parts,
-    policy,
-    provenance,
-    ranks,
-    stores,
-    views,
-    worlds,
-)
-from aem_exp.config import ConfigError, Experiment
+from aem_exp import METHOD, addresses, config, launch, parts, policy, provenance, ranks, stores, views, worlds
+from aem_exp.config import ConfigError, Experiment, continuation
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import Stop, shown
 from aem_exp.interrupt import Interrupted, Signals
@@ -132,7 +119,7 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     for sentence in checkpoints.set_aside(folder):
         log.warning(sentence)
     if experiment.parent_dir and checkpoints.newest(folder) is None:
-        checkpoints.adopt(continued.checkpoint(experiment), folder)
+        checkpoints.adopt(continuation.checkpoint(experiment), folder)
     start = parts.found(folder)
     asked = experiment.launch.trainer.get("fsdp", False)
     if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from aem_exp.compose import Composer
+    from aem_exp.config.compose import Composer
     from aem_exp.questions import Sweep
 
 FOLDER: Final = "studies"  # of the outputs
@@ -88,7 +88,7 @@ class Study:
 
     @cached_property
     def composer(self) -> "Composer":
-        from aem_exp.compose import Composer
+        from aem_exp.config.compose import Composer
 
         return Composer(self.config_dir)
 
@@ -129,7 +129,7 @@ def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None)
         ConfigError: anything that is wrong with it, before any trial.
     """
     from aem_exp import views
-    from aem_exp.compose import key_of
+    from aem_exp.config.compose import key_of
 
     (cell,) = sweep.cells
     at = f"{sweep.name}.search"
@@ -198,7 +198,7 @@ def distribution(study: Study, key: str, at: str = "space") -> Any:
     """A parameter's range, as optuna calls it. Choices are kept as they are written, so that overrides are made of them."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    from aem_exp.compose import key_of, value_of
+    from aem_exp.config.compose import key_of, value_of
 
     text, where = study.search.space[key], f"{at}.{key}"
     try:

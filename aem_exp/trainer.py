@@ -34,9 +34,9 @@ from aem_exp import aem, arms, sharded
 from aem_exp.arms import Arm
 from aem_exp.batch import DEAD, measured, pack, plan, split
 from aem_exp.config import Experiment, instantiate
+from aem_exp.config.trainer_keys import OURS, ROW_MEANS
 from aem_exp.core.errors import Stop
 from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
-from aem_exp.keywords import OURS, ROW_MEANS
 from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Row, Trajectory
 from aem_exp.rundir import checkpoints
 from aem_exp.sample import Sampler, generator

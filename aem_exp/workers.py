@@ -27,10 +27,11 @@ from typing import Any, BinaryIO, Final
 
 from aem_exp import addresses
 from aem_exp.config import Launch
+from aem_exp.config.targets import instantiate
+from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, Turn, World
 from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
-from aem_exp.targets import instantiate
 
 START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
 CONNECT: Final = 10.0  # seconds to reach a machine that lends
@@ -238,7 +239,7 @@ def child(connection: socket.socket, log: Any) -> "subprocess.Popen[bytes]":
         env={"PYTHONHASHSEED": "0"}  # a replay comes out the same where a world leans on the order of a set
         | os.environ
         | {f"{library}_NUM_THREADS": "1" for library in THREADS}
-        | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        | {"PYTHONPATH": str(disk.PACKAGE.parent)},
     )
 
 

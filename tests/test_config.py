@@ -9,17 +9,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from aem_exp import config, keywords, targets
+from aem_exp import config
 from aem_exp.__main__ import main
-from aem_exp.compose import Composer, compose
-from aem_exp.config import ConfigError, Experiment, load
+from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys
+from aem_exp.config.compose import Composer, compose
+from aem_exp.core import disk
 from aem_exp.core.errors import closest
 from aem_exp.core.typed import convert
 
@@ -33,7 +34,7 @@ FIXED = [  # what these tests count on, however conf/ is tuned
     *("evaluation.every=10", "launch.trainer={use_cpu: true}"),
 ]
 pytestmark = pytest.mark.usefixtures("clean")
-PACKAGES = Path(keywords.find_spec("trl").submodule_search_locations[0]).parent
+PACKAGES = Path(trainer_keys.find_spec("trl").submodule_search_locations[0]).parent
 
 
 @pytest.fixture(scope="module")
@@ -474,14 +475,14 @@ def test_keys_need_no_plus_and_yaml_spells_on_as_true():
     experiment = load(["trainer.beta=0.1", "+trainer.delta=3", "model.lora={r:8,lora_alpha:16}", "model.thinking=on"])
     assert (experiment.trainer["beta"], experiment.trainer["delta"]) == (0.1, 3.0)
     assert experiment.model.lora == {"r": 8, "lora_alpha": 16}
-    assert convert(config.Literal["on", "off"], True, "x") == "on"
+    assert convert(Literal["on", "off"], True, "x") == "on"
 
 
 def test_the_trainer_block_is_complete_and_typed(default):
     for key, value in default.trainer.items():
         assert value is not None
-        assert convert((keywords.OURS | keywords.SCIENCE)[key], value, key) == value
-    assert set(keywords.NEUTRAL) <= set(default.trainer)
+        assert convert((trainer_keys.OURS | trainer_keys.SCIENCE)[key], value, key) == value
+    assert set(trainer_keys.NEUTRAL) <= set(default.trainer)
 
 
 def test_the_value_is_frozen(default):
@@ -540,9 +541,9 @@ def test_signature_follows_the_science_and_nothing_else(default, part, name):
     assert bool(config.diff(default, other)) == science
 
 
-@pytest.mark.parametrize("key", [*keywords.OURS, *keywords.SCIENCE])
+@pytest.mark.parametrize("key", [*trainer_keys.OURS, *trainer_keys.SCIENCE])
 def test_signature_follows_every_trainer_key(default, key):
-    hint = (keywords.OURS | keywords.SCIENCE)[key]
+    hint = (trainer_keys.OURS | trainer_keys.SCIENCE)[key]
     other = with_trainer(default, **{key: changed(default.trainer.get(key), hint)})
     assert config.signature(other) != config.signature(default)
 
@@ -553,9 +554,9 @@ def test_signature_of_the_rest(default):
     assert config.signature(dataclasses.replace(default, seed=1)) != config.signature(default)
 
 
-@pytest.mark.parametrize("key", keywords.NEUTRAL)
+@pytest.mark.parametrize("key", trainer_keys.NEUTRAL)
 def test_a_neutral_key_changes_nothing(default, key):
-    neutral = with_trainer(default, **{key: keywords.NEUTRAL[key]})
+    neutral = with_trainer(default, **{key: trainer_keys.NEUTRAL[key]})
     data = config.to_dict(neutral)
     del data["trainer"][key]  # as a version wrote it that did not have the key
     assert config.from_dict(data) == neutral
@@ -619,21 +620,23 @@ def test_diff_and_nearest(default, tmp_path):
 
 
 def test_tables_are_grpo_keywords():
-    known = keywords.grpo_keywords()
+    known = trainer_keys.grpo_keywords()
     assert len(known) > 150
-    for table in (keywords.SCIENCE, keywords.EXECUTION, keywords.INSTEAD):
+    for table in (trainer_keys.SCIENCE, trainer_keys.EXECUTION, trainer_keys.INSTEAD):
         assert set(table) <= known
-    assert not known & set(keywords.OURS)
-    tables = [set(keywords.SCIENCE), set(keywords.EXECUTION), set(keywords.INSTEAD)]
+    assert not known & set(trainer_keys.OURS)
+    tables = [set(trainer_keys.SCIENCE), set(trainer_keys.EXECUTION), set(trainer_keys.INSTEAD)]
     assert sum(map(len, tables)) == len(set().union(*tables))
-    assert set(keywords.NEUTRAL) <= set(keywords.SCIENCE | keywords.OURS)
-    assert {key for keys in keywords.ONLY_WITH.values() for key in keys} <= set(keywords.SCIENCE | keywords.OURS)
+    assert set(trainer_keys.NEUTRAL) <= set(trainer_keys.SCIENCE | trainer_keys.OURS)
+    assert {key for keys in trainer_keys.ONLY_WITH.values() for key in keys} <= set(
+        trainer_keys.SCIENCE | trainer_keys.OURS
+    )
 
 
 def test_every_grpo_keyword_is_taken_or_refused_in_a_sentence():
-    for key in keywords.grpo_keywords() - set(keywords.SCIENCE):
+    for key in trainer_keys.grpo_keywords() - set(trainer_keys.SCIENCE):
         with pytest.raises(ConfigError) as caught:
-            keywords.science({key: 1})
+            trainer_keys.science({key: 1})
         assert caught.value.field == f"trainer.{key}" and "no such key" not in str(caught.value)
 
 
@@ -646,8 +649,8 @@ def test_what_may_be_null_is_null_in_trl():
                 options = {keyword.arg: keyword.value for keyword in node.value.keywords}
                 if "default" in options:
                     defaults.setdefault(node.target.id, ast.unparse(options["default"]))
-    needed = {key for keys in keywords.ONLY_WITH.values() for key in keys}
-    left_out = {key for key, hint in keywords.SCIENCE.items() if type(None) in get_args(hint)} - needed
+    needed = {key for keys in trainer_keys.ONLY_WITH.values() for key in keys}
+    left_out = {key for key, hint in trainer_keys.SCIENCE.items() if type(None) in get_args(hint)} - needed
     assert {key: defaults[key] for key in left_out} == dict.fromkeys(left_out, "None")
 
 
@@ -656,9 +659,9 @@ def test_choices_are_those_of_the_libraries():
         tree = ast.parse((PACKAGES / file).read_text())
         return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
-    assert set(get_args(keywords.Loss)) <= strings("trl/trainer/grpo_trainer.py")
-    assert set(get_args(keywords.Shape)) <= strings("transformers/trainer_utils.py")
-    assert set(get_args(keywords.Optimizer)) <= strings("transformers/training_args.py")
+    assert set(get_args(trainer_keys.Loss)) <= strings("trl/trainer/grpo_trainer.py")
+    assert set(get_args(trainer_keys.Shape)) <= strings("transformers/trainer_utils.py")
+    assert set(get_args(trainer_keys.Optimizer)) <= strings("transformers/training_args.py")
 
 
 # Targets
@@ -817,7 +820,7 @@ def test_conf_comes_from_the_environment_the_wheel_or_the_checkout(monkeypatch, 
     with pytest.raises(ConfigError, match="AEM_ROOT"):
         load([])
     monkeypatch.delenv("AEM_ROOT")
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "aem_exp/config.py"))
+    monkeypatch.setattr(disk, "PACKAGE", tmp_path / "aem_exp")
     (tmp_path / "aem_exp/_bundled/conf").mkdir(parents=True)
     assert config.conf_root() == tmp_path / "aem_exp/_bundled/conf"
 

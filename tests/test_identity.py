@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aem_exp import config
+from aem_exp.config import identity
 from aem_exp.rundir import archive
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def choices():
 
 def recorded(choice):
     experiment = loaded(choice)
-    return {"signature": config.signature(experiment), "science": config._science(experiment)}
+    return {"signature": config.signature(experiment), "science": identity._science(experiment)}
 
 
 @pytest.mark.usefixtures("clean")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aem_exp import config, questions
-from aem_exp.compose import Composer
 from aem_exp.config import ConfigError
+from aem_exp.config.compose import Composer
 from aem_exp.questions import grid, load
 from aem_exp.stats import power
 

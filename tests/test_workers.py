@@ -15,10 +15,10 @@ import pytest
 from doors import Beside
 
 from aem_exp import workers
+from aem_exp.config.targets import instantiate
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task
 from aem_exp.stage import Serial
-from aem_exp.targets import instantiate
 from aem_exp.workers import Lenders, Workers
 
 SECONDS = 120.0  # more than any request here needs, on a busy machine too

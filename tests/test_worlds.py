@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adapters import ACTIONS, Server
 
-from aem_exp import targets
-from aem_exp.config import conf_root, instantiate, load
+from aem_exp.config import conf_root, instantiate, load, targets
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Turn, webshop_made
 from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD

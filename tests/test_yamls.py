@@ -6,8 +6,8 @@ import pytest
 
 from aem_exp import questions
 from aem_exp.__main__ import main
-from aem_exp.compose import Composer
 from aem_exp.config import load
+from aem_exp.config.compose import Composer
 from aem_exp.core.errors import ConfigError
 
 SECRET = "hunter2-of-the-environment"

@@ -12,6 +12,8 @@ from typing import Any
 
 from aem_exp.core.errors import ConfigError
 
+PACKAGE = Path(__file__).absolute().parents[1]  # the folder of aem_exp
+
 
 class Damaged(ConfigError):
     """A file of a run dir is not what was written."""

@@ -5,12 +5,12 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from aem_exp.core.disk import PACKAGE
 from aem_exp.core.errors import ConfigError, Stop
 
-_OURS = str(Path(__file__).parent) + os.sep
+_OURS = str(PACKAGE) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 

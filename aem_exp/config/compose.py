@@ -31,10 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from aem_exp import continued, keywords, yamls
-from aem_exp.config import Experiment, choices, config_roots, read, to_dict
+from aem_exp.config import Experiment, choices, config_roots, continuation, read, safe_yaml, to_dict, trainer_keys
+from aem_exp.config.rules import TEMPLATES
 from aem_exp.core.errors import ConfigError, closest, unknown
-from aem_exp.rules import TEMPLATES
 
 Choices = Mapping[str, Mapping[str, Path]]
 FROM: Final = "from="
@@ -86,7 +85,7 @@ def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]
     """What another run was, without the blocks that are chosen anew."""
     folder = Path(parent).expanduser().absolute()
     experiment = read(folder, trust)
-    name, steps = continued.origin(parent, experiment)
+    name, steps = continuation.origin(parent, experiment)
     tree = to_dict(experiment) | {"parent": name, "parent_dir": str(folder), "parent_steps": steps, "resume": "exact"}
     chosen = {text.lstrip("+").partition("=")[0] for text in overrides}
     return {key: value for key, value in tree.items() if key not in chosen & set(BRANCHES)}
@@ -129,7 +128,7 @@ class _CheckedFiles(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path))
         if file.exists():
-            yamls.read(file, "config")
+            safe_yaml.read(file, "config")
         try:
             return super().load_config(config_path)
         except (ValueError, YAMLError) as error:
@@ -266,8 +265,8 @@ def _check_values(tree: DictConfig) -> None:
             parts += [(f"{at}{i}", item) for i, item in enumerate(value)]
         elif isinstance(value, str):
             try:
-                yamls.check_value(value)
-            except yamls.Refused as error:
+                safe_yaml.check_value(value)
+            except safe_yaml.Refused as error:
                 raise ConfigError(key, value, str(error)) from error
 
 
@@ -312,10 +311,10 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
 @cache
 def _parsed(text: str) -> Override:
     try:
-        yamls.check_nesting(text)
-        yamls.check_value(text)
+        safe_yaml.check_nesting(text)
+        safe_yaml.check_value(text)
         return OverridesParser.create().parse_override(text)
-    except yamls.Refused as error:
+    except safe_yaml.Refused as error:
         raise ConfigError("override", text, str(error)) from error
     except (HydraException, ValueError) as error:  # a number of more digits than Python reads is a ValueError
         raise ConfigError("override", text, f"must read key=value ({_sentence(error)})") from error
@@ -325,11 +324,11 @@ def _stranger(key: str, value: str, groups: Choices) -> ConfigError:
     """A key that is neither field nor group: the end of one perhaps, or a typo."""
     parts = {name: part for name, part in vars(Experiment()).items() if is_dataclass(part)}
     known = [f"{name}.{leaf.name}" for name, part in parts.items() for leaf in fields(part)]
-    known += [f"trainer.{name}" for name in keywords.OURS | keywords.SCIENCE]
-    known += [f"launch.trainer.{name}" for name in keywords.EXECUTION]
+    known += [f"trainer.{name}" for name in trainer_keys.OURS | trainer_keys.SCIENCE]
+    known += [f"launch.trainer.{name}" for name in trainer_keys.EXECUTION]
     leaves = {full.rpartition(".")[2]: full for full in reversed(known)}
     heads = list(dict.fromkeys([*FIELDS, *groups]))
-    near = leaves.get(key) or keywords.INSTEAD.get(key) or closest(key, known if "." in key else heads)
+    near = leaves.get(key) or trainer_keys.INSTEAD.get(key) or closest(key, known if "." in key else heads)
     near = near or closest(key.partition(".")[0], heads) or leaves.get(closest(key, leaves) or "")
     if near:
         return ConfigError(key, value, f"no such key or group; did you mean {near}?")

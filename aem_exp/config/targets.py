@@ -12,13 +12,14 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Final, Literal
 
+from aem_exp.config.schema import Experiment
 from aem_exp.core.errors import ConfigError, closest, unknown
 from aem_exp.core.typed import convert
 
@@ -69,7 +70,7 @@ def bind(at: str, block: Mapping[str, Any], positional: int = 0, supplied: Seque
     missing = next((key for key in keywords if key in signature.required and key not in given), None)
     if missing:
         raise ConfigError(f"{at}.{missing}", None, f"required by {path}")
-    return {"_target_": path} | {key: _bound(at, key, value, signature) for key, value in given.items()}
+    return {"_target_": path} | {key: _bound_keyword(at, key, value, signature) for key, value in given.items()}
 
 
 def instantiate(block: Mapping[str, Any], partial: bool = False) -> Any:
@@ -160,7 +161,7 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _bound(at: str, key: str, value: Any, signature: Signature) -> Any:
+def _bound_keyword(at: str, key: str, value: Any, signature: Signature) -> Any:
     if isinstance(value, Mapping) and "_target_" in value:
         return bind(f"{at}.{key}", value)
     return convert(signature.hints.get(key, Any), value, f"{at}.{key}")
@@ -356,3 +357,24 @@ def _alias(module: str, name: str) -> Any:
     """What a name stands for that a module gives to a type: `Over = Literal["trajectories", "turns"]`."""
     found = _definition(module, name)
     return _hint(found[0], found[1].value) if found and isinstance(found[1], ast.Assign) else Any
+
+
+def bind_experiment(e: Experiment) -> Experiment:
+    """Every `_target_` checked against its signature, its keywords typed."""
+    model, modulation, launch = e.model, e.modulation, e.launch
+    if model.path and (Path(model.path).expanduser() / "config.json").is_file():  # one spelling, one signature
+        model = replace(model, path=str(Path(model.path).expanduser().resolve()))
+    folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
+    whole: dict[str, Any] = {n: str(Path(f).expanduser().absolute()) for n, f in folders.items() if f is not None}
+    launch = replace(launch, **whole)  # a job stands elsewhere
+    if model.make is not None:
+        model = replace(model, make=bind("model.make", model.make, supplied=("world", "env", "folder")))
+    if model.lora is not None:
+        lora = bind("model.lora", {"_target_": "peft.LoraConfig", **model.lora}, supplied=("task_type",))
+        model = replace(model, lora={key: value for key, value in lora.items() if key != "_target_"})
+    if modulation.lam is not None:
+        modulation = replace(modulation, lam=bind("modulation.lam", modulation.lam))
+    advantage = bind("baseline.advantage", e.baseline.advantage, positional=1)
+    baseline = replace(e.baseline, advantage=advantage)
+    env = replace(e.env, make=bind("env.make", e.env.make))
+    return replace(e, model=model, env=env, baseline=baseline, modulation=modulation, launch=launch)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from math import prod
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.core.errors import ConfigError, shown, unknown
-from aem_exp.keywords import ROW_MEANS
+from aem_exp.config.trainer_keys import ROW_MEANS
+from aem_exp.core.errors import ConfigError, Missing, shown, unknown
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -370,3 +372,18 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
         _sharded,
     ),
 )
+
+
+def check_here(experiment: Experiment) -> None:
+    """Refuse what another machine, or another number of processes, would have to run."""
+    launch, here = experiment.launch, int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launch.nodes * max(1, launch.gpus_per_node)
+    if here != wanted:
+        asked = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
+        remedy = f"is a run of {wanted} processes, and here are {here}: choose launch=gpu1 or launch=local, submit it"
+        raise Missing("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
+    vllm = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or"
+    if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
+        raise Missing("launch.trainer.use_vllm", True, f"{vllm} false")
+    if launch.server_weights == "nccl" and find_spec("vllm") is None:
+        raise Missing("launch.server_weights", "nccl", f"{vllm} files")

@@ -1,0 +1,44 @@
+"""From a command line to one frozen, typed `Experiment`, whose hash names its run dir.
+
+Everything that can be wrong with an experiment is found here, before anything heavy is imported: `compose` (Hydra) makes one
+tree of YAML files and overrides, `schema` and `saved` make it typed, `targets` checks the functions that it names, `rules`
+refuses contradictions, `identity` hashes it. It imports `core` and `rundir`. Others use the names below.
+"""
+
+from aem_exp.config.identity import arm, diff, outputs_root, run_dir, signature
+from aem_exp.config.loading import load, resolve
+from aem_exp.config.rules import check_here, notes
+from aem_exp.config.saved import from_dict, nearest, read
+from aem_exp.config.schema import Baseline, Env, Evaluation, Experiment, Launch, Model, Modulation, examined, to_dict
+from aem_exp.config.sources import choices, conf_root, config_roots
+from aem_exp.config.targets import instantiate
+from aem_exp.core.errors import ConfigError
+
+__all__ = [
+    "Baseline",
+    "ConfigError",
+    "Env",
+    "Evaluation",
+    "Experiment",
+    "Launch",
+    "Model",
+    "Modulation",
+    "arm",
+    "check_here",
+    "choices",
+    "conf_root",
+    "config_roots",
+    "diff",
+    "examined",
+    "from_dict",
+    "instantiate",
+    "load",
+    "nearest",
+    "notes",
+    "outputs_root",
+    "read",
+    "resolve",
+    "run_dir",
+    "signature",
+    "to_dict",
+]

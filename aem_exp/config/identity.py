@@ -1,0 +1,83 @@
+"""What names a run: the hash of its science, its folder, and how it differs from other runs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aem_exp.config import trainer_keys
+from aem_exp.config.schema import Experiment, to_dict
+
+EXECUTION = (
+    "name",
+    "launch",
+    "outputs",
+    "tracking",
+    "parent_dir",
+    "parent_steps",
+    "resume",
+)  # recorded, and not hashed
+
+
+def signature(experiment: Experiment) -> str:
+    """Hash of the science. Neutral values are left out, so a new option orphans no run."""
+    text = json.dumps(_science(experiment), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def arm(experiment: Experiment) -> str:
+    """Hash of the science without the seed: the runs that answer one question."""
+    return signature(replace(experiment, seed=0))
+
+
+def run_dir(experiment: Experiment) -> Path:
+    """Where this experiment lives: the same place whenever it is asked for."""
+    e = experiment
+    return outputs_root(e) / f"{e.name}-{e.baseline.name}-{e.modulation.name}-s{e.seed}-{signature(e)}"
+
+
+def outputs_root(experiment: Experiment) -> Path:
+    return Path(experiment.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
+
+
+def diff(a: Experiment, b: Experiment) -> list[str]:
+    """How the science of `b` differs from that of `a`, a line per dotted key."""
+    old, new = dict(_dotted(_hashed(a))), dict(_dotted(_hashed(b)))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {_worded(old.get(key))} -> {_worded(new.get(key))}" for key in keys]
+
+
+def _hashed(e: Experiment) -> dict[str, Any]:
+    """The science, complete: without execution, and without names, which are only read by people."""
+    data = to_dict(e)
+    parts = {key: value for key, value in data.items() if key not in EXECUTION}
+    for part in ("model", "env", "baseline", "modulation"):
+        del parts[part]["name"]
+    return parts
+
+
+def _science(e: Experiment) -> dict[str, Any]:
+    neutral = _hashed(Experiment()) | {"trainer": trainer_keys.NEUTRAL}
+    out = {}
+    for key, value in _hashed(e).items():
+        if isinstance(value, dict):
+            out[key] = {k: v for k, v in value.items() if k not in neutral[key] or neutral[key][k] != v}
+        elif value != neutral[key]:
+            out[key] = value
+    return {key: value for key, value in out.items() if value != {}}
+
+
+def _dotted(data: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
+def _worded(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57].replace("\n", " ") + "..."

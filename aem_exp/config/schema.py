@@ -1,0 +1,139 @@
+"""The types of an experiment: a frozen dataclass per config group. Defaults are neutral and never change."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from aem_exp.core.typed import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
+
+Count = Annotated[int, NOT_NEGATIVE]
+
+
+Size = Annotated[int, AT_LEAST_1]
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = ""
+    path: str | None = None  # hub id or local folder, in Hugging Face format
+    revision: str | None = None  # hub commit; resolved and pinned by `prepare`
+    make: dict[str, Any] | None = None  # `_target_` of a policy that is made here instead of loaded (then path is null)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    attention: str | None = None  # attn_implementation; null: what transformers picks
+    lora: dict[str, Any] | None = None  # peft.LoraConfig keywords
+    system: str | None = None  # system message
+    thinking: Literal["on", "off", "template"] = "template"  # template: what the chat template does by itself
+    trust_remote_code: bool = False
+    code_sha256: str | None = None  # required with trust_remote_code: hash of the remote code that was reviewed
+
+
+@dataclass(frozen=True)
+class Env:
+    name: str = ""
+    make: dict[str, Any] = field(default_factory=dict)  # `_target_` of a World, and its keywords
+    history: Literal["full", "window"] = "full"  # full: one row per trajectory | window: every turn is its own row
+    window: Count = 0  # past turns shown in each prompt (history: window)
+    max_turns: Size = 1
+    response_tokens: Size = 1  # budget of one response
+    context_tokens: Size = 1  # budget of a row: prompt and responses
+    invalid_penalty: Annotated[float, NOT_NEGATIVE] = 0.0  # what an invalid turn subtracts from its own score
+    prompt: dict[str, str] = field(default_factory=dict)  # str.format templates, see rules.TEMPLATES
+
+
+@dataclass(frozen=True)
+class Baseline:
+    name: str = ""
+    advantage: dict[str, Any] = field(default_factory=dict)  # `_target_` of a function in advantages.py, and keywords
+
+
+@dataclass(frozen=True)
+class Modulation:
+    name: str = ""
+    lam: dict[str, Any] | None = None  # `_target_` of a schedule; null: no modulation
+    gate: Annotated[float, NOT_NEGATIVE] = 0.0  # nats; 0: every group is modulated
+    # Departures from the paper; see arms.Arm.
+    scope: Literal["group", "trajectory", "batch"] = "group"
+    signal: Literal["entropy", "surprisal"] = "entropy"
+    unit: Literal["response", "token"] = "response"
+    shuffle: bool = False
+    keep: Literal["all", "raising", "lowering"] = "all"
+    bonus: Annotated[float, NOT_NEGATIVE] = 0.0
+    bonus_lam: float = 1.0
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    panel: str = "dev"  # read while training; tuning reads only this
+    final: str = "test"  # opened once, at the end
+    every: Count = 0  # steps between dev evaluations; 0: only before and after
+    repeats: Size = 1
+    temperature: Annotated[float, POSITIVE] = 1.0
+    tasks: Count = 0  # 0: the full panel
+    max_turns: Count = 0  # of its episodes; 0: env.max_turns
+    context_tokens: Count = 0  # 0: env.context_tokens
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How much machine, for how long. Recorded, never hashed: execution decides no result."""
+
+    name: str = ""
+    where: Literal["local", "slurm"] = "local"
+    nodes: Size = 1
+    gpus_per_node: Count = 0
+    cpus_per_task: Count = 0
+    gpu_memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, as its name has it; 0: not known
+    gpu_tflops: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, dense bf16, at its best; 0: not known
+    hours: Annotated[float, NOT_NEGATIVE] = 0.0
+    threads: Count = 0  # torch threads; 0: torch's own choice
+    device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
+    device_tokens: Count = 0  # tokens per micro-batch and device, padding included; 0: no limit
+    device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
+    # Who generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers of other processes.
+    sampler: Literal["local", "engine", "served"] = "local"
+    servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
+    server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `servers` is in the run dir
+    server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
+    server_seconds: Annotated[float, POSITIVE] = 600.0  # for one answer; and how long none may come
+    workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
+    workers_at: str | None = None  # folder of nodes that lend their cores to them (see lend.py); null: this machine
+    env_seconds: Annotated[float, POSITIVE] = (
+        120.0  # an environment that answers later than this has hung (workers > 0)
+    )
+    save_every: Count = 0  # steps between checkpoints; 0: only at the end
+    warn_seconds: Count = 0  # before the time limit of a job: it saves and is requeued; longer than a step and a save
+    requeues: Count = 0  # starts of a job after its first, at most; 0: no limit
+    trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str = ""
+    seed: Count = 0
+    model: Model = field(default_factory=Model)
+    env: Env = field(default_factory=Env)
+    baseline: Baseline = field(default_factory=Baseline)
+    modulation: Modulation = field(default_factory=Modulation)
+    trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords that decide results, and keywords.OURS
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    launch: Launch = field(default_factory=Launch)
+    outputs: str | None = None
+    tracking: str | None = None
+    parent: str | None = (
+        None  # the run that this one continues, by `from=RUN_DIR`: its signature, and @STEP where it was stopped
+    )
+    parent_dir: str | None = None  # where that one lies
+    parent_steps: Count = 0  # steps that it has made: the first step of this run is the next one
+    resume: Literal["exact", "inexact"] = "exact"  # inexact: go on though code, libraries or machine changed
+
+
+def examined(experiment: Experiment) -> Experiment:
+    """The same under the rules that its panels are played by, which may give an episode more room than training does."""
+    env, how = experiment.env, experiment.evaluation
+    turns, tokens = how.max_turns or env.max_turns, how.context_tokens or env.context_tokens
+    return replace(experiment, env=replace(env, max_turns=turns, context_tokens=tokens))
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """What `experiment.json` holds."""
+    return asdict(experiment)
