@@ -181,7 +181,8 @@ def _check(experiment: "Experiment") -> None:
 
 def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     """Send the run to the cluster and return; asked twice, it is not sent again."""
-    from aem_exp import dispatch, launch, stores
+    from aem_exp import dispatch, stores
+    from aem_exp.cluster import slurm
 
     if by := dispatch.on_its_way(folder):
         print(*header, f"state   already on its way: {by}; python -m aem_exp.status shows it", sep="\n")
@@ -189,7 +190,7 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
     print(*header, sep="\n")
     print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
-    print(f"log     {launch.card(folder)['log']}")
+    print(f"log     {slurm.card(folder)['log']}")
     uri = stores.resolve_uri(experiment.tracking, folder.parent)
     if uri != stores.OFF and not stores.serverless(uri):
         for heading, text in stores.page(uri, "#/experiments").lines():

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aem_exp.cluster.run_state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, State
 from aem_exp.core.console import clock
-from aem_exp.state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, State
 
 COLOURS: Mapping[str, str] = {DONE: "green", RUNNING: "blue", QUEUED: "cyan", STOPPED: "yellow", FAILED: "red", NEW: ""}
 EVERY = 5.0  # seconds between looks

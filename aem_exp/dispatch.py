@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import config, launch, preflight, provenance
+from aem_exp import config, preflight, provenance
+from aem_exp.cluster import slurm
+from aem_exp.cluster.signals import AGAIN, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
 from aem_exp.core.console import clock
 from aem_exp.core.errors import ConfigError, Elsewhere
-from aem_exp.interrupt import AGAIN, Signals
 from aem_exp.rundir import RESULT, attempts
 from aem_exp.rundir.lock import owner
 
@@ -31,12 +32,12 @@ def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int 
     Raises:
         ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
     """
-    launch.check()
+    slurm.check()
     check_worlds(experiments)
     for experiment in experiments:
         check_prepared(experiment)
     folders = _written(experiments)
-    ids = launch.submit(folders, experiments[0].launch, name, logs, at_once)
+    ids = slurm.submit(folders, experiments[0].launch, name, logs, at_once)
     return list(zip(folders, ids, strict=True))
 
 
@@ -57,7 +58,7 @@ def check_begins(experiments: Sequence[Experiment], submit: bool, outputs: Path)
             remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
             raise ConfigError("launch", experiment.launch.name, remedy)
     if submit and experiments:
-        launch.check()
+        slurm.check()
     disk.check_writable(outputs, "outputs")
 
 
@@ -215,8 +216,8 @@ def on_its_way(folder: Path) -> str | None:
     """Who has this run, or will have it: a live process, or a job in the queue."""
     if by := owner(folder):
         return by
-    job = launch.card(folder).get("job")
-    known = launch.jobs([job]).get(job) if job else None
+    job = slurm.card(folder).get("job")
+    known = slurm.jobs([job]).get(job) if job else None
     return f"job {known.id}, {known.state.lower()}" if known and known.live else None
 
 

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
-from aem_exp import addresses, launch, workers
+from aem_exp import workers
+from aem_exp.cluster import rendezvous, slurm
 from aem_exp.core import cli, disk
 
 PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
@@ -41,13 +42,13 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 def _act(asked: argparse.Namespace) -> int:
     folder = asked.folder.expanduser().absolute()
     disk.check_writable(folder, "FOLDER")
-    site, _ = launch.site()
-    host, key = addresses.private(site.interface), addresses.made_key(folder).encode()
+    site, _ = slurm.site()
+    host, key = rendezvous.private(site.interface), rendezvous.made_key(folder).encode()
     signal.signal(signal.SIGTERM, _stop)
     with socket.create_server((host, 0), backlog=1024) as listening:
         where = f"{host}:{listening.getsockname()[1]}"
-        note = folder / f"{addresses.NODE}{socket.gethostname()}-{os.getpid()}"
-        addresses.write(note, f"{where}\n")
+        note = folder / f"{rendezvous.NODE}{socket.gethostname()}-{os.getpid()}"
+        rendezvous.write(note, f"{where}\n")
         print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
         try:
             _serve(listening, key)
@@ -74,7 +75,7 @@ def _lend(connection: socket.socket, key: bytes, lent: "set[subprocess.Popen[byt
     with connection:
         connection.settimeout(PATIENCE)
         try:
-            if not addresses.greeted(connection, key):
+            if not rendezvous.greeted(connection, key):
                 return
         except OSError:  # it has nothing to say, or went away
             return

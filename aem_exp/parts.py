@@ -15,11 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aem_exp import config, policy, provenance, ranks
+from aem_exp import config, policy, provenance
+from aem_exp.cluster import distributed
+from aem_exp.cluster.signals import Enough, Interrupted, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import disk
 from aem_exp.core.errors import Stop
-from aem_exp.interrupt import Enough, Interrupted, Signals
 from aem_exp.rundir import checkpoints, metrics
 
 log = logging.getLogger("aem_exp")
@@ -93,13 +94,13 @@ class Parts:
             torch.set_num_threads(experiment.launch.threads)
         self.experiment, self.folder, self.world, self.start = experiment, folder, world, start
         self.weights, self.before = weights, dict[str, Any]()
-        self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, ranks.first()
+        self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, distributed.first()
         log.info("loading %s", weights)
         sharded.read_once(experiment.launch.trainer)
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         launch = experiment.launch
-        stage = stage_of(world, experiment.env.make, launch, ranks.number())
+        stage = stage_of(world, experiment.env.make, launch, distributed.number())
         self.watcher = watch if isinstance(watch, Watcher) else None
         self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes, self.watcher)
         made = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
@@ -113,7 +114,7 @@ class Parts:
 
     def close(self) -> None:
         """Leave environments and servers."""
-        from aem_exp.addresses import leave
+        from aem_exp.cluster.rendezvous import leave
 
         self.rollout.close()
         if self.servers:
@@ -180,7 +181,7 @@ class Parts:
         with self.signals.deferred():
             self.trainer.train(resume_from_checkpoint=checkpoint)
         if not self.time.over:
-            if ranks.shared(lambda: self.enough):
+            if distributed.shared(lambda: self.enough):
                 raise Enough(f"enough was seen at step {self.time.step}")
             raise Interrupted(self.signals.heard or signal.SIGTERM)  # another process may have heard it
 
@@ -225,17 +226,17 @@ class Parts:
         return publisher(self.servers, self.experiment.launch.server_weights)
 
     def _servers(self) -> Any:
-        from aem_exp import addresses
+        from aem_exp.cluster import rendezvous
         from aem_exp.servers import Servers
 
         launch = self.experiment.launch
         if launch.servers:
             folder = Path(launch.servers)
         else:
-            folder = addresses.of_job(self.folder)
-            ranks.shared(lambda: addresses.gather(folder, launch.server_nodes, launch.server_seconds))
+            folder = rendezvous.of_job(self.folder)
+            distributed.shared(lambda: rendezvous.gather(folder, launch.server_nodes, launch.server_seconds))
         if self.first:
-            self.alone = addresses.claim(folder)
+            self.alone = rendezvous.claim(folder)
         return Servers(folder, launch.server_seconds)
 
     def _sampler(self, trainer: Any, sampling: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from aem_exp import addresses, policy
+from aem_exp import policy
+from aem_exp.cluster import rendezvous
 from aem_exp.config import Experiment, Model
 from aem_exp.envs import Task, Turn, World, tagged
 from aem_exp.render import Chat
@@ -106,7 +107,7 @@ def _served(player: Player, experiment: Experiment) -> Iterator[tuple[Make, Any]
     """What makes a sampler of servers that have a model's weights, and its tokenizer."""
     assert player.model and experiment.launch.servers
     tokenizer, where = policy.words(player.model, player.folder), Path(experiment.launch.servers)
-    lock = addresses.claim(where)
+    lock = rendezvous.claim(where)
     try:
         servers = Servers(where, experiment.launch.server_seconds)
         try:

@@ -164,7 +164,7 @@ def processes(launch: Launch) -> int:
 
 
 def capacity(launch: Launch) -> float:
-    """GB of a GPU: as `launch` says, or else of the one that is here; 0: not known."""
+    """GB of a GPU: as `slurm` says, or else of the one that is here; 0: not known."""
     if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
         return launch.gpu_memory_gb
     import torch

@@ -26,7 +26,7 @@ _HERE = disk.PACKAGE.resolve()
 
 
 def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
-    """How what would run now differs from what ran in this folder, in as many processes (or `ranks`)."""
+    """How what would run now differs from what ran in this folder, in as many processes (or `distributed`)."""
     if ranks is None:
         ranks = read(run_dir)["processes"] if (run_dir / FILE).exists() else 1
     return _against(run_dir, _now(experiment, weights, ranks), _code(experiment))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from aem_exp.chapters import Asked
+    from aem_exp.cluster.run_state import State
     from aem_exp.findings import Cell, Difference
     from aem_exp.questions import Sweep
     from aem_exp.rundir.archive import Archive
-    from aem_exp.state import State
 
 ABOUT = """\
 Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
@@ -99,13 +99,13 @@ def _act(asked: argparse.Namespace) -> int:
 def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
     """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
     run dir at all, and never mix with some."""
-    from aem_exp import state
+    from aem_exp.cluster import run_state
     from aem_exp.rundir import archive
 
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
-    found = {folder: _read_dir(folder, how) for folder, how in state.read(here).items()}
+    found = {folder: _read_dir(folder, how) for folder, how in run_state.read(here).items()}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
     taken = {

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import METHOD, addresses, config, launch, parts, policy, provenance, ranks, stores, views, worlds
+from aem_exp import METHOD, config, parts, policy, provenance, stores, views, worlds
+from aem_exp.cluster import distributed, rendezvous, slurm
+from aem_exp.cluster.signals import Interrupted, Signals
 from aem_exp.config import ConfigError, Experiment, continuation
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import Stop, shown
-from aem_exp.interrupt import Interrupted, Signals
 from aem_exp.parts import Start, Watch
 from aem_exp.rundir import RESULT, checkpoints, membership
 from aem_exp.rundir.attempts import attempt
@@ -42,7 +43,7 @@ def run(
 ) -> Path:
     """Train and evaluate one experiment; the run dir.
 
-    Returns at once where the result is there. Where several processes share the run (see `ranks`), each calls this.
+    Returns at once where the result is there. Where several processes share the run (see `distributed`), each calls this.
 
     Args:
         folder: the run dir, where it is not the one that `config.run_dir` says.
@@ -62,11 +63,11 @@ def run(
     world = worlds.fitting(experiment)
     policy.device(experiment.launch)
     if experiment.launch.servers:
-        addresses.read(Path(experiment.launch.servers))
+        rendezvous.read(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
-    ranks.meet(cpu=not experiment.launch.gpus_per_node)
+    distributed.meet(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
-        if not ranks.first():
+        if not distributed.first():
             _play(experiment, folder, world, weights, None, signals, None)
             return folder
         stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
@@ -91,13 +92,13 @@ def _play(
     """A start of the run, in each of its processes, to its result."""
     from aem_exp import show
 
-    start = ranks.shared(lambda: _begin(experiment, folder, weights))
+    start = distributed.shared(lambda: _begin(experiment, folder, weights))
     if begin:
         begin()
     if start.step > 0:
         log.info("going on from step %d", start.step)
     with _tracker(experiment, folder, world.fingerprint, start) as tracker:
-        weights = weights or ranks.shared(lambda: policy.made(experiment, world))
+        weights = weights or distributed.shared(lambda: policy.made(experiment, world))
         playing = parts.Parts(experiment, folder, world, weights, start, tracker, watch, signals)
         try:
             result = playing.play() | {"resumed": start.changes}
@@ -108,7 +109,7 @@ def _play(
                 tracker.artifact(path)
             disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
             playing.episodes.forget()
-        ranks.part()
+        distributed.part()
     if tracker.trouble:
         log.warning(tracker.trouble)
 
@@ -125,11 +126,15 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
     if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:
         remedy = f"{start.checkpoint} was saved with {shown(saved)}: go on with that"
         raise ConfigError("launch.trainer.fsdp", asked, remedy)
-    if start.scored and start.checkpoint is None and provenance.changes(folder, experiment, weights, ranks.count()):
+    if (
+        start.scored
+        and start.checkpoint is None
+        and provenance.changes(folder, experiment, weights, distributed.count())
+    ):
         (folder / parts.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
         start = parts.found(folder)
     parts.check_record(folder, start)
-    changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, ranks.count())
+    changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, distributed.count())
     disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return replace(start, changes=changes)
 
@@ -138,7 +143,7 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
     """What the first process logs to; the others log nothing."""
     from aem_exp import tracking
 
-    if not ranks.first():
+    if not distributed.first():
         return tracking.Silent()
     commit, uri = provenance.read(folder)["commit"], stores.resolve_uri(experiment.tracking, folder.parent)
     return tracking.Tracker.open(
@@ -151,7 +156,7 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         | {views.tag(sweep): group for sweep, group in membership.labels(folder).items()},
         resume_step=start.measured,
         wait=False,
-        live=launch.OURS not in os.environ or stores.sqlite_file(uri) is None,
+        live=slurm.OURS not in os.environ or stores.sqlite_file(uri) is None,
     )
 
 
@@ -199,7 +204,7 @@ def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
     from aem_exp import show
 
     def begin() -> None:
-        if ranks.first():
+        if distributed.first():
             print(*header, sep="\n", flush=True)
 
     if (folder / RESULT).exists():
@@ -208,23 +213,23 @@ def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
-            with console.Progress(enabled=ranks.first()) as line:
+            with console.Progress(enabled=distributed.first()) as line:
                 run(experiment, line, folder, begin)
         except Owned as owned:
             begin()
             print(owned)
-            return 0 if ranks.count() == 1 else 1  # the other processes of this job end with it
+            return 0 if distributed.count() == 1 else 1  # the other processes of this job end with it
         except Stop as stop:
             raise Stop(
                 f"{stop}. The run dir has all up to step {parts.found(folder).step}: {folder}", stop.kind
             ) from stop
         except Interrupted as stop:
-            if ranks.first():
+            if distributed.first():
                 step = parts.found(folder).step
                 print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
-            launch.make_way(stop.signal)
+            slurm.make_way(stop.signal)
             raise
-    if ranks.first():
+    if distributed.first():
         show.summary(folder)
     return 0
 
@@ -256,7 +261,7 @@ def _act(asked: argparse.Namespace) -> int:
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
-    if ranks.first() and not (folder / RESULT).exists():
+    if distributed.first() and not (folder / RESULT).exists():
         disk.check_writable(folder, "RUN_DIR")
     return at_terminal(experiment, folder, [f"run       {folder}"])
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import addresses, answers, config, launch
+from aem_exp import answers, config
+from aem_exp.cluster import rendezvous, slurm
 from aem_exp.config import Experiment
 from aem_exp.core import cli
 from aem_exp.core.errors import Stop
@@ -39,7 +40,7 @@ def _read() -> argparse.Namespace:
 def _act(asked: argparse.Namespace) -> int:
     cli.reach_frozen(asked.run_dir)
     run_dir = asked.run_dir.expanduser().absolute()
-    experiment, folder = config.read(run_dir), addresses.of_job(run_dir)
+    experiment, folder = config.read(run_dir), rendezvous.of_job(run_dir)
     heard: list[int] = []
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
@@ -49,12 +50,12 @@ def _act(asked: argparse.Namespace) -> int:
     try:
         if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
             child = _started(experiment, folder)
-        while not (folder / addresses.OVER).exists():
+        while not (folder / rendezvous.OVER).exists():
             if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
                 raise Stop(f"the server on {_node()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
     except Stop as stop:
-        addresses.write_gone(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
+        rendezvous.write_gone(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
         raise
     finally:
         if child is not None:
@@ -70,18 +71,18 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     """Start the node's server, and write down where it is when it answers."""
     from aem_exp import policy, worlds
 
-    site, place = launch.site()
+    site, place = slurm.site()
     model, how = experiment.model, experiment.launch
     weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
-    host, dtype = addresses.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
-    port = addresses.free_port(host)
+    host, dtype = rendezvous.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
+    port = rendezvous.free_port(host)
     context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
     words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype, *_further(weights, context)]
-    secret = {"VLLM_API_KEY": addresses.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
+    secret = {"VLLM_API_KEY": rendezvous.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # it is no process of the run
     child = subprocess.Popen(
-        ["bash", str(place / launch.SERVER), *words], env=os.environ | secret, start_new_session=True
+        ["bash", str(place / slurm.SERVER), *words], env=os.environ | secret, start_new_session=True
     )
     url = f"http://{host}:{port}"
     end = time.monotonic() + how.server_seconds
@@ -91,7 +92,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
             late = f"did not answer within {how.server_seconds:g} s (launch.server_seconds)"
             raise Stop(f"the server on {_node()} {late if code is None else f'has ended with code {code}'}", "node")
         time.sleep(0.5)
-    addresses.write(folder / f"{addresses.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
+    rendezvous.write(folder / f"{rendezvous.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
 

@@ -1,6 +1,6 @@
 """Servers of other processes that generate (vLLM's): how they are asked, and what when one is away.
 
-A folder says where (see `addresses`). It is read again when somebody does not answer: a server that is started anew may have
+A folder says where (see `rendezvous`). It is read again when somebody does not answer: a server that is started anew may have
 another port.
 
 Who asks keeps to one server while that answers: it has the episode's tokens in its cache. What may pass (no connection, 429,
@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from aem_exp import addresses
 from aem_exp.answers import Answer, Client, NoAnswer, plain
+from aem_exp.cluster import rendezvous
 from aem_exp.core.errors import Stop
 
 log = logging.getLogger("aem_exp")
@@ -47,7 +47,7 @@ class Servers:
 
     def __init__(self, folder: Path, seconds: float):
         self.folder, self.seconds = folder, seconds
-        self.urls, self._key = addresses.read(folder)
+        self.urls, self._key = rendezvous.read(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
         self.names: Sequence[str] = ()  # of the newest, for who only plays: a server may have been started with them
         self.context = 0  # tokens that a server must take
@@ -147,11 +147,11 @@ class Servers:
             self._fail(url, why, now - since)
             self._away[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
             pause = min(2 * pause, LONGEST)
-            self.urls = addresses.again(self.folder, self.urls)
+            self.urls = rendezvous.again(self.folder, self.urls)
 
     def _fail(self, url: str, why: str, waited: float) -> None:
         """Say once that a server does not answer, or end the run: it is gone for good, or the limit is reached."""
-        if gone := addresses.gone(self.folder):
+        if gone := rendezvous.gone(self.folder):
             raise Stop(f"{gone}; {why}", "node")
         if waited > self.seconds:
             raise Stop(f"no server has answered for {waited:.0f} s (launch.server_seconds); the last: {why}", "node")
@@ -225,7 +225,7 @@ class Servers:
         if (status in PASSING or status >= 500) and not unread:
             raise NoAnswer(said)
         hint = {
-            401: f"; is {self.folder / addresses.KEY} its key?",
+            401: f"; is {self.folder / rendezvous.KEY} its key?",
             404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
         }
         raise _Refused(f"{url} {said}{hint.get(status, '')}", status)

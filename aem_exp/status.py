@@ -20,7 +20,7 @@ from aem_exp.rundir import membership
 
 if TYPE_CHECKING:
     from aem_exp.board import Line
-    from aem_exp.state import State
+    from aem_exp.cluster.run_state import State
 
 ABOUT = """\
 Show how far runs are, what failed, and why; nothing is changed.
@@ -56,9 +56,9 @@ def _act(asked: argparse.Namespace) -> int:
     name, runs = _sweep(outputs, asked) if asked.sweep else ("all runs", _all(_there(outputs)))
     outputs = runs[0].folder.parent if runs else outputs
     if asked.json:
-        from aem_exp import state
+        from aem_exp.cluster import run_state
 
-        states = state.read([run.folder for run in runs])
+        states = run_state.read([run.folder for run in runs])
         print(json.dumps([_as_json(run, states[run.folder]) for run in runs], indent=1))
         return 0
     from rich.console import Console
@@ -87,10 +87,10 @@ class Run:
 
 def look(runs: Sequence[Run]) -> list["Line"]:
     """The runs as they are now."""
-    from aem_exp import state
     from aem_exp.board import Line
+    from aem_exp.cluster import run_state
 
-    states = state.read([run.folder for run in runs])
+    states = run_state.read([run.folder for run in runs])
     return [Line(_id(run.folder), run.label, run.seed, states[run.folder]) for run in runs]
 
 

@@ -431,11 +431,11 @@ class Standing:
 
 
 def standing(study: Study) -> Standing:
-    from aem_exp import state
+    from aem_exp.cluster import run_state
 
     workers = sorted(study.folder.glob("worker-*"))
-    states = state.read(workers)
-    live = frozenset(worker for worker in workers if states[worker].what in (state.RUNNING, state.QUEUED))
+    states = run_state.read(workers)
+    live = frozenset(worker for worker in workers if states[worker].what in (run_state.RUNNING, run_state.QUEUED))
     cards = {worker: card_of(worker) for worker in workers}
     holders = {card["number"]: worker for worker, card in cards.items() if "number" in card}
     spare = tuple(worker for worker in workers if worker not in live and "number" not in cards[worker])
@@ -481,7 +481,8 @@ def carry_out(study: Study, asked: argparse.Namespace, typed: str, say: Say) -> 
 
 def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
     """Send, or run here, what is missing."""
-    from aem_exp import dispatch, launch
+    from aem_exp import dispatch
+    from aem_exp.cluster import slurm
 
     dispatch.check_worlds([study.base])
     dispatch.check_prepared(study.base)
@@ -489,7 +490,7 @@ def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
         workers = _settled(study, asked.retry)
         if asked.submit and workers:
             logs = study.folder / "logs"
-            ids = launch.submit(workers, study.base.launch, study.name, logs, asked.at_once, room=ROOM)
+            ids = slurm.submit(workers, study.base.launch, study.name, logs, asked.at_once, room=ROOM)
             say(f"sent     {len(ids)} workers as job {ids[0].partition('_')[0]}; logs in {logs}")
     if not workers:
         say("\nnothing is missing")

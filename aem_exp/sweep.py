@@ -19,8 +19,8 @@ from aem_exp.rundir.attempts import KINDS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aem_exp.cluster.run_state import State
     from aem_exp.questions import Cell, Sweep
-    from aem_exp.state import State
 
 ALL = "all"  # classes of failures
 ABOUT = """\
@@ -79,11 +79,12 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
 
 def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """Show the plan of a sweep, and do what `asked` says with it; `typed`: the command that asked."""
-    from aem_exp import dispatch, state
+    from aem_exp import dispatch
+    from aem_exp.cluster import run_state
 
     if sweep.search is not None:
         return _study(sweep, asked, typed)
-    states = state.read([cell.folder for cell in sweep.cells])
+    states = run_state.read([cell.folder for cell in sweep.cells])
     todo = [cell for cell in sweep.cells if _wanted(states[cell.folder], asked.retry)]
     if asked.json:
         print(json.dumps(_as_json(sweep, states, todo), indent=1))
@@ -195,7 +196,7 @@ def _show(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cell"]
     from rich.console import Console
     from rich.table import Table
 
-    from aem_exp.state import DONE
+    from aem_exp.cluster.run_state import DONE
 
     console = Console(highlight=False)
     console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)

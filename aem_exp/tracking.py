@@ -760,10 +760,10 @@ def _runs(folder: Path) -> list[Path]:
 
 def _reconcile(runs: Iterable[Path]) -> None:
     """Note the end of runs that were killed before they could: MLflow would show them as running for ever."""
-    from aem_exp import state
+    from aem_exp.cluster import run_state
 
-    ends = {state.DONE: "FINISHED", state.FAILED: "FAILED", state.STOPPED: "KILLED"}
-    for run_dir, found in state.read([run for run in runs if (run / CARD).exists()]).items():
+    ends = {run_state.DONE: "FINISHED", run_state.FAILED: "FAILED", run_state.STOPPED: "KILLED"}
+    for run_dir, found in run_state.read([run for run in runs if (run / CARD).exists()]).items():
         card = read_card(run_dir)
         if card["status"] is None and found.what in ends:
             save_card(run_dir, {**card, "status": ends[found.what]})

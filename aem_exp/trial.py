@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aem_exp import config, launch
+from aem_exp import config
+from aem_exp.cluster import slurm
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, Stop
@@ -52,7 +53,8 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch, ranks
+    from aem_exp import dispatch
+    from aem_exp.cluster import distributed
     from aem_exp.core import console
     from aem_exp.rundir import lock
 
@@ -61,7 +63,7 @@ def _act(asked: argparse.Namespace, say: Say) -> int:
     console.quiet()
     study = read(worker)
     config.check_here(study.base)
-    if not ranks.first():
+    if not distributed.first():
         return _follow(worker, study)
     dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
     try:
@@ -160,8 +162,9 @@ def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> No
 
 def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: Say) -> int:
     """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
-    from aem_exp import ranks, run
-    from aem_exp.interrupt import Enough, Interrupted
+    from aem_exp import run
+    from aem_exp.cluster import distributed
+    from aem_exp.cluster.signals import Enough, Interrupted
     from aem_exp.rundir import attempts, lock
 
     while True:
@@ -179,10 +182,10 @@ def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Exp
             return told(opened, trial, "PRUNED", None, say)
         except Interrupted as stop:
             say(f"{stop}; the trial stays open")
-            launch.make_way(stop.signal)
+            slurm.make_way(stop.signal)
             raise
         except lock.Owned as owned:  # a trial with the same parameters has it
-            if ranks.count() > 1:
+            if distributed.count() > 1:
                 raise Stop(str(owned)) from owned
             _wait(say)
         except Exception as error:
@@ -195,7 +198,7 @@ def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Exp
 def _follow(worker: Path, study: Study) -> int:
     """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
     from aem_exp import run
-    from aem_exp.interrupt import Enough, Interrupted
+    from aem_exp.cluster.signals import Enough, Interrupted
 
     while (card := card_of(worker)).get("start") != _start():
         time.sleep(0.5)
@@ -204,7 +207,7 @@ def _follow(worker: Path, study: Study) -> int:
             with suppress(Enough):
                 run.run(study.experiment(card["values"]))
         except Interrupted as stop:
-            launch.make_way(stop.signal)
+            slurm.make_way(stop.signal)
             raise
     return 0
 
@@ -264,7 +267,7 @@ def _value(study: Study, folder: Path) -> float:
 
 
 def _wait(say: Say, seconds: float = 2.0) -> None:
-    from aem_exp.interrupt import Signals
+    from aem_exp.cluster.signals import Signals
 
     say("its parameters are those of a trial that runs; waiting for its end")
     with Signals():

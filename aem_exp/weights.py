@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.addresses import WEIGHTS, free_port
+from aem_exp.cluster.rendezvous import WEIGHTS, free_port
 from aem_exp.servers import Servers
 
 FILE = "model.safetensors"

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from aem_exp import addresses
+from aem_exp.cluster import rendezvous
 from aem_exp.config import Launch
 from aem_exp.config.targets import instantiate
 from aem_exp.core import disk
@@ -213,13 +213,13 @@ class Lenders:
         return process
 
     def _process(self, seat: int) -> _Lent:
-        lenders, key = addresses.lenders(self.folder)
+        lenders, key = rendezvous.lenders(self.folder)
         for number in range(len(lenders)):
             where = lenders[(self.first + seat + number) % len(lenders)]
             host, _, port = where.rpartition(":")
             with suppress(OSError):
                 connection = socket.create_connection((host, int(port)), CONNECT)
-                if addresses.greet(connection, key):
+                if rendezvous.greet(connection, key):
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                     return _Lent(connection, where)
                 connection.close()

@@ -10,7 +10,7 @@ import pieces
 import torch
 import toy
 
-from aem_exp import ranks
+from aem_exp.cluster import distributed
 from aem_exp.render import Chat
 from aem_exp.sample import Sampling
 from aem_exp.served import ServedSampler
@@ -39,7 +39,7 @@ def main(folder: Path, place: Path) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         (place / "rows.json").write_text(json.dumps(rows))
-    ranks.part()
+    distributed.part()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch
 import toy
 from peft import LoraConfig, get_peft_model
 
-from aem_exp import advantages, ranks, sharded
+from aem_exp import advantages, sharded
+from aem_exp.cluster import distributed
 
 KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "still")
 
@@ -70,7 +71,7 @@ def main(folder: Path, how: dict[str, Any]) -> None:
         state = weights(kind, folder, how)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")
-    ranks.part()
+    distributed.part()
 
 
 if __name__ == "__main__":

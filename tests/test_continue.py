@@ -47,7 +47,7 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
 def stopped(cache, tmp_path_factory, unbroken):
     """The unbroken run once more, stopped after 4 of its 6 steps."""
     from aem_exp import config, run
-    from aem_exp.interrupt import Enough
+    from aem_exp.cluster.signals import Enough
 
     outputs = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from aem_exp import report, run, state
+from aem_exp import report, run
+from aem_exp.cluster import run_state
 from aem_exp.rundir import archive
 from aem_exp.rundir.episodes import Episodes, check
 
@@ -101,7 +102,7 @@ def test_of_a_finished_run(copy, monkeypatch, capsys, name, harm, code, what):
     if name != "attempts.jsonl":  # a summary does not read it
         assert f"{name} is damaged" in (err if code else out)
     assert len(err.splitlines()) == bool(code)
-    how = state.read([copy])[copy]
+    how = run_state.read([copy])[copy]
     assert how.what == (what or "done")
     assert (f"{name} is damaged" in how.sentence) == (what is not None)
     read = report._read_dir(copy, how)
@@ -139,7 +140,7 @@ def test_of_a_run_that_would_go_on(begun, monkeypatch, capsys, name, harm):
 def test_one_damaged_run_hides_no_other(copy, unbroken):
     garbage(copy / "experiment.json")
     (copy / "slurm.json").write_text("{")
-    states = state.read([copy, unbroken[0]])
+    states = run_state.read([copy, unbroken[0]])
     assert [how.what for how in states.values()] == ["failed", "done"]
 
 
@@ -167,5 +168,5 @@ def test_a_last_line_that_a_kill_cut_short_is_no_damage(copy):
     rows = len(file.read_text().splitlines())
     with file.open("a") as more:
         more.write('{"step": 7, "tra')
-    assert state.read([copy])[copy].what == "done"
+    assert run_state.read([copy])[copy].what == "done"
     assert len(json.dumps(archive.of(copy, "done").curves["step"]).split(",")) == rows

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from doors import SMALL, metrics, moved, until
 
-from aem_exp import aem, config, provenance, state
+from aem_exp import aem, config, provenance
+from aem_exp.cluster import run_state
 from aem_exp.rundir import attempts
 from aem_exp.sandboxes.bwrap import Bwrap
 
@@ -60,7 +61,7 @@ class Site:
         before = dict(os.environ)
         os.environ.update(self.env)
         try:
-            return [state.read(folders)[folder] for folder in folders]
+            return [run_state.read(folders)[folder] for folder in folders]
         finally:
             os.environ.clear()
             os.environ.update(before)

@@ -76,10 +76,10 @@ def test_a_sweep_is_asked_for_what_there_is(refused, words, said):
 
 def test_the_classes_of_failures_are_all_there_are():
     """Each class that a run dir or a scheduler gives can be retried."""
-    from aem_exp import state
+    from aem_exp.cluster import run_state
     from aem_exp.rundir import attempts
 
-    given = {kind for kind, _ in state.ENDS.values()} | {*state.AGAIN, "env", "oom", "disk", "config", "crash"}
+    given = {kind for kind, _ in run_state.ENDS.values()} | {*run_state.AGAIN, "env", "oom", "disk", "config", "crash"}
     assert given <= set(attempts.KINDS)
 
 

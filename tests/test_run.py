@@ -119,7 +119,7 @@ def tracked(folder):
 
 @pytest.mark.usefixtures("no_mlflow")
 def test_ctrl_c_saves_at_the_end_of_its_step(unbroken, cache, tmp_path):
-    """Not only at the steps that `launch.save_every` names; asked again, it ends as if it had never stopped."""
+    """Not only at the steps that `slurm.save_every` names; asked again, it ends as if it had never stopped."""
     words = [*SMALL, "launch.save_every=5"]
     started = door(cache, tmp_path, *words, wait=False)
     wait_for(
@@ -156,7 +156,7 @@ def test_ctrl_c_before_the_first_step_leaves_promptly(cache, tmp_path):
 
 
 def test_ctrl_c_twice_leaves_at_once():
-    from aem_exp.interrupt import Interrupted, Signals
+    from aem_exp.cluster.signals import Interrupted, Signals
 
     with Signals() as signals, signals.deferred():
         signal.raise_signal(signal.SIGINT)
@@ -173,7 +173,7 @@ def test_ctrl_c_twice_leaves_at_once():
 
 def test_a_run_in_the_background_of_a_shell_ignores_ctrl_c():
     """The shell has told it to: Ctrl-C is for the command in the foreground."""
-    from aem_exp.interrupt import Signals
+    from aem_exp.cluster.signals import Signals
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -22,7 +22,8 @@ from completions_server import CompletionsServer
 from doors import LONG, SMALL, Beside, metrics, until
 from filelock import FileLock
 
-from aem_exp import addresses, config, policy, servers, weights, worlds
+from aem_exp import config, policy, servers, weights, worlds
+from aem_exp.cluster import rendezvous
 from aem_exp.config import ConfigError
 from aem_exp.core.errors import Stop
 from aem_exp.render import Chat
@@ -380,12 +381,12 @@ def test_a_server_of_this_job_that_has_ended_for_good_is_not_waited_for(folder, 
     waiting = Beside(ask, sampler, chat)
     time.sleep(0.3)
     assert waiting.busy
-    addresses.write_gone(tmp_path / "s", "1", "the server on node7 has ended with code 9")
+    rendezvous.write_gone(tmp_path / "s", "1", "the server on node7 has ended with code 9")
     with pytest.raises(Stop, match=r"the server on node7 has ended with code 9; http.* cannot be reached") as stopped:
         waiting.end(60)
     assert stopped.value.kind == "node"
     with pytest.raises(Stop, match="node7 has ended with code 9; what it says is in the job's log"):
-        addresses.gather(tmp_path / "s", 2, SECONDS)
+        rendezvous.gather(tmp_path / "s", 2, SECONDS)
     sampler.servers.hang_up()
 
 
@@ -393,11 +394,11 @@ def test_a_server_of_this_job_that_has_ended_for_good_is_not_waited_for(folder, 
 def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
     monkeypatch.setenv("SLURMD_NODENAME", name)
     if found:
-        assert addresses.private(None) == name
+        assert rendezvous.private(None) == name
     else:
         with pytest.raises(ConfigError, match="must be one of the private network"):
-            addresses.private(None)
-    assert addresses.private("lo") == "127.0.0.1"
+            rendezvous.private(None)
+    assert rendezvous.private("lo") == "127.0.0.1"
 
 
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
@@ -461,10 +462,10 @@ def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
     (where / "urls").write_text("http://10.0.0.7:41234\n")
     (where / "key").write_text(KEY)
     (where / "key").chmod(0o600)
-    assert addresses.read(where) == (["http://10.0.0.7:41234"], KEY)
+    assert rendezvous.read(where) == (["http://10.0.0.7:41234"], KEY)
     spoil(where)
     with pytest.raises(ConfigError) as caught:
-        addresses.read(where)
+        rendezvous.read(where)
     sentence = str(caught.value)
     assert said in sentence and "\n" not in sentence and "pw" not in sentence and KEY not in sentence
 
@@ -475,11 +476,11 @@ def test_what_others_can_write_says_nothing_of_servers(tmp_path, name, mode, sai
     where = written(tmp_path / "s")
     (where / name).chmod(mode | 0o700 if not name else mode)
     with pytest.raises(ConfigError, match=f"can be written {said}, .*: chmod -R go-w {where} .nobody else") as caught:
-        addresses.read(where)
+        rendezvous.read(where)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"launch.servers={where / name}: ")
     subprocess.run(["chmod", "-R", "go-w", where], check=True)
     if name != "key":
-        assert addresses.read(where)[1] == KEY
+        assert rendezvous.read(where)[1] == KEY
 
 
 @pytest.mark.parametrize("name", ["", "urls", "key"])
@@ -493,8 +494,8 @@ def test_what_somebody_else_has_written_says_nothing_of_servers(tmp_path, name, 
     with pytest.raises(
         ConfigError, match=r"belongs to user \d+, and must be yours or root's: make a folder of your own"
     ):
-        addresses.read(where)
-    assert addresses.again(where, ["http://10.0.0.7:1"]) == ["http://10.0.0.7:1"]
+        rendezvous.read(where)
+    assert rendezvous.again(where, ["http://10.0.0.7:1"]) == ["http://10.0.0.7:1"]
 
 
 @pytest.mark.parametrize("name", ["urls", "key"])
@@ -511,19 +512,19 @@ def test_what_is_no_small_text_file_says_nothing_of_servers(tmp_path, name, odd)
         file.write_bytes(b"x" * 100_000 if odd == "large" else b"\xff\xfe")
         file.chmod(0o600)
     with pytest.raises(ConfigError, match=r"must be a file|must be plain text|Is a directory"):
-        addresses.read(where)
+        rendezvous.read(where)
 
 
 def test_what_a_job_writes_down_is_its_owners_alone_whatever_the_umask(tmp_path):
     before = os.umask(0o002)
     try:
-        where = addresses.of_job(tmp_path)
-        key = addresses.made_key(where)
-        addresses.write(where / f"{addresses.NODE}0", "http://10.0.0.7:41234\n")
-        addresses.gather(where, 1, SECONDS)
+        where = rendezvous.of_job(tmp_path)
+        key = rendezvous.made_key(where)
+        rendezvous.write(where / f"{rendezvous.NODE}0", "http://10.0.0.7:41234\n")
+        rendezvous.gather(where, 1, SECONDS)
     finally:
         os.umask(before)
-    assert addresses.read(where) == (["http://10.0.0.7:41234"], key) and addresses.made_key(where) == key
+    assert rendezvous.read(where) == (["http://10.0.0.7:41234"], key) and rendezvous.made_key(where) == key
 
 
 def written(where):
@@ -803,7 +804,7 @@ def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
 
 
 def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, monkeypatch):
-    """Who waits for it then does so no more; see `addresses.gather`."""
+    """Who waits for it then does so no more; see `rendezvous.gather`."""
     monkeypatch.setenv("AEM_CACHE", str(cache))
     site = tmp_path / "site"
     site.mkdir()
@@ -818,4 +819,4 @@ def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, mo
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 1 and "has ended with code 3" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(Stop, match=r"the server on .* has ended with code 3; what it says is in the job's log"):
-        addresses.gather(addresses.of_job(run_dir), 1, SECONDS)
+        rendezvous.gather(rendezvous.of_job(run_dir), 1, SECONDS)

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from aem_exp import board, labels, questions, report, status, sweep
+from aem_exp.cluster.run_state import State
 from aem_exp.config import load, run_dir, to_dict
 from aem_exp.rundir import membership
-from aem_exp.state import State
 
 BASE = ["trainer.steps=2"]
 FILE = """

@@ -11,7 +11,8 @@ import mlflow
 import pytest
 from doors import LONG, SMALL, until
 
-from aem_exp import state, status, sweep
+from aem_exp import status, sweep
+from aem_exp.cluster import run_state
 from aem_exp.rundir import checkpoints, membership
 
 TINY = [word for word in SMALL if not word.startswith(("trainer.steps", "evaluation.every"))] + ["trainer.steps=2"]
@@ -152,7 +153,7 @@ def test_stopped_it_ends_what_it_began(desk, number):
     assert "stopped; to go on: python -m aem_exp.sweep" in err
     (begun,) = (folder / number.name).glob("*/attempts.jsonl")
     assert json.loads(begun.read_text().splitlines()[-1])["event"] == "stopped"
-    assert state.read([begun.parent])[begun.parent].what == "stopped"
+    assert run_state.read([begun.parent])[begun.parent].what == "stopped"
     assert checkpoints.newest(begun.parent) is not None
 
 
@@ -167,7 +168,7 @@ while True:
 STOPS = """
 import subprocess, sys
 from aem_exp import dispatch
-from aem_exp.interrupt import Signals
+from aem_exp.cluster.signals import Signals
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 sys.stdin.readline()
 with Signals():
@@ -230,7 +231,7 @@ def test_a_state_is_read_from_what_a_kill_left(tmp_path):
     (half / "attempts.jsonl").open("a").write('{"event": "sto')
     ruined = run()
     (ruined / "experiment.json").write_text('{"trainer":')
-    found = state.read([new, killed, stopped, nan, half, ruined])
+    found = run_state.read([new, killed, stopped, nan, half, ruined])
     seen = {folder: (s.what, s.kind, s.missing) for folder, s in found.items()}
     assert seen == {
         new: ("new", "", True),

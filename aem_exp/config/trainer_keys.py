@@ -1,6 +1,6 @@
 """Which of GRPOConfig's keywords an experiment may set, where, and what to use in place of the others.
 
-`trainer` holds the science: it decides results and is hashed. `launch.trainer` holds the execution. Both use TRL's own
+`trainer` holds the science: it decides results and is hashed. `slurm.trainer` holds the execution. Both use TRL's own
 keywords; OURS name what TRL's batch arithmetic hides, and TRL's sizes are derived from them. A keyword whose neutral
 value ("off") is known may be left out, and then it *is* that value, whatever TRL's default.
 """
@@ -207,7 +207,7 @@ def science(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def execution(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The `launch.trainer` block: checked and typed. What is null keeps TRL's default."""
+    """The `slurm.trainer` block: checked and typed. What is null keeps TRL's default."""
     typed = _typed("launch.trainer", block, EXECUTION)
     if how := typed.get("fsdp_config"):
         typed["fsdp_config"] = {key: value for key, value in how.items() if value is not None}

@@ -37,7 +37,7 @@ class Archive:
     Attributes:
         run: the name of its dir.
         experiment: what was asked for, without where it ran.
-        what: `done`, or how far it is, as `state` calls it; `why`: the class of a failure and a sentence.
+        what: `done`, or how far it is, as `run_state` calls it; `why`: the class of a failure and a sentence.
         result: what `result.json` says, or `diverged.json`; empty where the run has no score.
         tasks: of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores.
         endings: how the episodes on it ended.

@@ -19,7 +19,7 @@ from aem_exp.core.errors import ConfigError, Stop
 
 FILE = "attempts.jsonl"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-KINDS = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `state`)
+KINDS = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `run_state`)
     *("config", "crash", "disk", "env", "hang", "nan", "oom"),
     *("killed", "node", "time", "unseen", "user"),
 )

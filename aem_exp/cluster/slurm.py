@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from aem_exp import config, ranks
+from aem_exp import config
+from aem_exp.cluster import distributed
 from aem_exp.config import Launch
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError, Stop
@@ -49,7 +50,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the scheduler knows it. `state` in its words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
+    """A job as the scheduler knows it. `run_state` in its words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
 
     id: str
     state: str
@@ -210,7 +211,7 @@ def make_way(number: int) -> None:
     """
     if OURS not in os.environ or number == signal.SIGINT:
         return
-    if number == signal.SIGUSR2 and ranks.first():
+    if number == signal.SIGUSR2 and distributed.first():
         _requeue(os.environ[OURS])
     while True:
         time.sleep(1)

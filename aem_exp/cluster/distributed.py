@@ -1,6 +1,6 @@
 """One run, several processes: what the first of them does alone, and what all of them must know.
 
-Each is started with RANK, WORLD_SIZE and the first one's address in its environment, by `launch` or by torchrun.
+Each is started with RANK, WORLD_SIZE and the first one's address in its environment, by `slurm` or by torchrun.
 """
 
 import os

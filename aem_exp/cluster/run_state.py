@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import launch
+from aem_exp.cluster import slurm
+from aem_exp.cluster.slurm import Job
 from aem_exp.core import disk
-from aem_exp.launch import Job
 from aem_exp.rundir import RESULT, attempts, episodes, lock, metrics
 
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
@@ -52,14 +52,14 @@ class State:
 def read(folders: Sequence[Path]) -> dict[Path, State]:
     """The state of each run; the scheduler is asked once."""
     cards = {folder: _card(folder) for folder in folders}
-    jobs = launch.jobs(card["job"] for card in cards.values() if "job" in card)
+    jobs = slurm.jobs(card["job"] for card in cards.values() if "job" in card)
     return {folder: _readable(folder, cards[folder], jobs) for folder in folders}
 
 
 def _card(folder: Path) -> dict[str, Any]:
     """Which job had a run last; nothing where that cannot be read."""
     with suppress(OSError, ValueError):
-        return dict(launch.card(folder))
+        return dict(slurm.card(folder))
     return {}
 
 
