@@ -16,11 +16,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import config, worlds
+from aem_exp import config
 from aem_exp.config import ConfigError, Experiment, Launch
 from aem_exp.core import cli, disk
-from aem_exp.envs import World
-from aem_exp.exam import Exam, digest, panel, rules, sit
+from aem_exp.envs import World, opening
+from aem_exp.envs.panel import build_panel
+from aem_exp.exam import Exam, digest, rules, sit
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
@@ -166,11 +167,11 @@ def setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, 
     experiment, original = _of_run(asked) if is_run else (_of_model(asked), None)
     config.check_here(experiment)
     experiment = config.examined(experiment)
-    world = worlds.opened(experiment)
+    world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
         _check_same(world.fingerprint, _path(asked.target))
     fields = ("--panel" if asked.panel else "evaluation.final", "--tasks")
-    chosen = panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, fields)
+    chosen = build_panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, fields)
     policy = _policy(asked, experiment, original)
     heat = asked.temperature or experiment.evaluation.temperature
     home = _home(asked, experiment, world, policy)
@@ -313,7 +314,7 @@ def _start(original: Experiment) -> str:
 
     if original.model.path:
         return policy.locate(original.model)
-    return made(original, worlds.opened(original))
+    return made(original, opening.open_world(original))
 
 
 def _home(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Player") -> Path:

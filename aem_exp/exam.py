@@ -6,8 +6,7 @@ An exam is on disk part by part: killed and asked again it goes on, and ends wit
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -16,13 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp.config import ConfigError, Env, Experiment
+from aem_exp.config import Env, Experiment
 from aem_exp.core import disk
 from aem_exp.core.errors import Stop
-from aem_exp.core.user_code import blaming, demanding
-from aem_exp.envs import Task, World
+from aem_exp.envs import World
+from aem_exp.envs.panel import Panel
 from aem_exp.rundir import RESULT
-from aem_exp.stage import plain
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
 
@@ -32,80 +30,6 @@ if TYPE_CHECKING:
     from aem_exp.scoreboard import Line
 
 log = logging.getLogger("aem_exp")
-TARGET = "env.make._target_"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """`hash` covers ids, seeds and payloads of the tasks, in order."""
-
-    name: str
-    tasks: Sequence[Task]
-    hash: str
-
-
-def panel(
-    world: World, name: str, tasks: int = 0, fields: Sequence[str] = ("evaluation.panel", "evaluation.tasks")
-) -> Panel:
-    """The panel of a split; `tasks` > 0 takes its first ones only, under a name that says so.
-
-    Raises:
-        ConfigError: there is no such panel, or not so many tasks in it; `fields` are the settings that asked.
-    """
-    if name == "train":
-        raise ConfigError(fields[0], name, "must name a panel of held-out tasks, such as dev or test")
-    if name not in world.splits:
-        raise ConfigError(fields[0], name, [split for split in world.splits if split != "train"])
-    full = listed(world, name)
-    if tasks > len(full) or not len(full):
-        raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
-    chosen = drawn(world, name, full, range(tasks or len(full)))
-    twice = next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None)
-    if twice is not None:
-        raise ConfigError(fields[0], name, f"two of its tasks have the id {twice!r}; each must have its own")
-    text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
-    return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
-
-
-def listed(world: World, split: str) -> Sequence[Task]:
-    """The tasks of a split, as the world has them.
-
-    Raises:
-        ConfigError: the world has something else.
-    """
-    path, call = name_of(world), f"tasks({split!r})"
-    with blaming(TARGET, path, call, world.tasks):
-        tasks: Any = world.tasks(split)
-    if isinstance(tasks, str | Mapping) or not (hasattr(tasks, "__len__") and hasattr(tasks, "__getitem__")):
-        remedy = f"{call} must return a list of tasks, or aem_exp.envs.Draws, not a {type(tasks).__name__}"
-        raise ConfigError(TARGET, path, remedy)
-    return tasks
-
-
-def drawn(world: World, split: str, tasks: Sequence[Task], chosen: Iterable[int]) -> list[Task]:
-    """Some tasks of a split.
-
-    Raises:
-        ConfigError: they cannot be made, or are none.
-    """
-    path, call = name_of(world), f"tasks({split!r})"
-    with blaming(TARGET, path, call, world.tasks):
-        found = [tasks[index] for index in chosen]
-    for task in found:
-        if not isinstance(task, Task):
-            remedy = f"{call} must hold aem_exp.envs.Task, not {type(task).__name__}"
-            raise ConfigError(TARGET, path, remedy)
-        with demanding(TARGET, path, world.tasks, f"{call}: "):
-            for what, kind in (("id", str), ("seed", int), ("kind", str)):
-                if not isinstance(value := getattr(task, what), kind):
-                    raise TypeError(f"the {what} of a task must be a {kind.__name__}, not {type(value).__name__}")
-            plain(task)
-    return found
-
-
-def name_of(world: World) -> str:
-    """What a config calls the world."""
-    return f"{type(world).__module__}.{type(world).__qualname__}"
 
 
 def play(

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
-from aem_exp import workers
 from aem_exp.cluster import rendezvous, slurm
 from aem_exp.core import cli, disk
+from aem_exp.envs import workers
 
 PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
 ABOUT = """\

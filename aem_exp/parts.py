@@ -84,11 +84,11 @@ class Parts:
         import torch
 
         from aem_exp import sharded
+        from aem_exp.envs.workers import stage_of
         from aem_exp.render import Chat
         from aem_exp.rollout import Rollout, Watcher
         from aem_exp.rundir.episodes import Episodes
         from aem_exp.trainer import Time
-        from aem_exp.workers import stage_of
 
         if experiment.launch.threads:
             torch.set_num_threads(experiment.launch.threads)
@@ -286,24 +286,25 @@ class Parts:
     def _exam(self, split: str, recorded: bool = False) -> Any:
         """Score a panel; `recorded`: its episodes stand in the record already."""
         from aem_exp import exam
+        from aem_exp.envs import panel
         from aem_exp.rollout import CRASHED
         from aem_exp.rundir.episodes import record
         from aem_exp.sample import Sampling
 
         how = self.experiment.evaluation
-        panel = exam.panel(self.world, split, how.tasks)
-        log.info("playing the %s panel: %d tasks x %d", panel.name, len(panel.tasks), how.repeats)
+        chosen = panel.build_panel(self.world, split, how.tasks)
+        log.info("playing the %s panel: %d tasks x %d", chosen.name, len(chosen.tasks), how.repeats)
         sampler = self._sampler(self.trainer, Sampling(how.temperature))
         with self.rollout.under(config.examined(self.experiment).env):
-            played = exam.play(panel, partial(self.trainer.share, sampler=sampler), how.repeats)
+            played = exam.play(chosen, partial(self.trainer.share, sampler=sampler), how.repeats)
         self.rollout.clock.read()  # not part of a step's time
-        exam.heed(panel, played)
+        exam.heed(chosen, played)
         if self.episodes and not recorded:
-            self.episodes.add([record(self.time.step, panel.name, t, in_full=t.draw < 8) for t in played])
-        self.scores[split] = score = exam.score(panel, played)
+            self.episodes.add([record(self.time.step, chosen.name, t, in_full=t.draw < 8) for t in played])
+        self.scores[split] = score = exam.score(chosen, played)
         if score.crashed:
             first = next(t for t in played if t.ended == CRASHED)
-            how_many = f"{score.crashed} of {score.episodes} episodes of the {panel.name} panel crashed"
+            how_many = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
             told = f"{how_many}; task {first.task.id}: {first.error}"
             if score.crashed == score.episodes:
                 raise Stop(told, "env")

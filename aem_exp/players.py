@@ -16,14 +16,14 @@ import torch
 from aem_exp import policy
 from aem_exp.cluster import rendezvous
 from aem_exp.config import Experiment, Model
-from aem_exp.envs import Task, Turn, World, tagged
+from aem_exp.envs import Task, Turn, World, parsing
+from aem_exp.envs.executor import Reply, Serial, Stage
+from aem_exp.envs.workers import stage_of
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory, Watcher
 from aem_exp.sample import Independent, LocalSampler, Sample, Sampling, generator
 from aem_exp.served import ServedSampler
 from aem_exp.servers import Servers
-from aem_exp.stage import Reply, Serial, Stage
-from aem_exp.workers import stage_of
 
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
 Played = Generator[Trajectory, None, None]
@@ -152,7 +152,7 @@ def act(episodes: Sequence[Episode], stage: Stage, choose: Choose, max_turns: in
 def _anything(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
     """A random admissible action; `parse` is the world's, and tells how it wants to be spoken to."""
     random = generator((*episode.key, RANDOM, number))
-    return tagged.spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
+    return parsing.spoken(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
 
 
 def _told(world: Any, name: str, stage: Serial, episode: Episode, slot: int, turn: Turn, number: int) -> str:

@@ -59,14 +59,15 @@ def _different(experiments: Sequence["Experiment"]) -> list["Experiment"]:
 
 
 def _prepare(experiment: "Experiment") -> None:
-    from aem_exp import config, policy, worlds
+    from aem_exp import config, policy
     from aem_exp.core import console
+    from aem_exp.envs import opening
 
     console.quiet()
     make = config.instantiate(experiment.env.make, partial=True)
     if hasattr(make.func, "prepare"):
         make.func.prepare(lambda line: print(line, flush=True), **make.keywords)
-    world = worlds.opened(experiment)
+    world = opening.open_world(experiment)
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)

@@ -120,8 +120,8 @@ def examine(exam: Exam, player: "Player", states: int, samples: int, line: "Line
 def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Path, line: "Line") -> None:
     """Find the states, unless they are on disk; then sample at those that are not there yet."""
     from aem_exp import players
+    from aem_exp.envs.workers import stage_of
     from aem_exp.rollout import Rollout
-    from aem_exp.workers import stage_of
 
     env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
     line.say(f"{player.name}: loading its weights")

@@ -18,9 +18,9 @@ from typing import Any, Final, Protocol, runtime_checkable
 from aem_exp import crew
 from aem_exp.config import Env
 from aem_exp.envs import Task, Turn
+from aem_exp.envs.executor import Reply, Stage
 from aem_exp.render import Chat
 from aem_exp.sample import Independent, Sample, Sampler, Session
-from aem_exp.stage import Reply, Stage
 
 CRASHED, CONTEXT, TURNS, OVER, STOPPED = "crashed", "context", "turns", "over", "stopped"
 OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode

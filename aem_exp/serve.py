@@ -69,11 +69,12 @@ def _node() -> str:
 
 def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     """Start the node's server, and write down where it is when it answers."""
-    from aem_exp import policy, worlds
+    from aem_exp import policy
+    from aem_exp.envs import opening
 
     site, place = slurm.site()
     model, how = experiment.model, experiment.launch
-    weights = policy.locate(model) if model.path else policy.made(experiment, worlds.opened(experiment))
+    weights = policy.locate(model) if model.path else policy.made(experiment, opening.open_world(experiment))
     host, dtype = rendezvous.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
     port = rendezvous.free_port(host)
     context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)

@@ -16,8 +16,9 @@ from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.core.errors import Stop
 from aem_exp.core.user_code import blaming, defined, demanding
-from aem_exp.envs import Task, TextEnv, Turn, World, tagged
-from aem_exp.stage import checked, text
+from aem_exp.envs import Task, TextEnv, Turn, World, parsing
+from aem_exp.envs.executor import checked, text
+from aem_exp.envs.panel import ENV_TARGET
 
 T = TypeVar("T")
 log = logging.getLogger("aem_exp")
@@ -26,7 +27,6 @@ LOOK: Final = 0.5  # for seeing whether games of panels are games of training
 LOOK_TRAIN, LOOK_PANEL, LOOK_TURNS = 32, 8, 8  # tasks, and turns of each
 OPENING: Final = 3  # of what was seen: the goal, and the first turn
 THREAD: Final = "smoke test"
-TARGET: Final = "env.make._target_"
 TINY: Final = "aem_exp.tiny.make"
 OWN: Final = "aem_exp.advantages."  # functions that our own tests try
 
@@ -125,7 +125,7 @@ class _World:
         if one is two:
             where = defined(self.world.env)
             remedy = f"env() must make an environment each time, and returned the same one twice ({where})"
-            raise ConfigError(TARGET, self.path, remedy)
+            raise ConfigError(ENV_TARGET, self.path, remedy)
         first = self._episode(one, tasks[0], (), over)
         for task in tasks[1:]:
             self._episode(two, task, self.habits, over)
@@ -147,23 +147,23 @@ class _World:
         return (0.0, 0.0) if self.tiny else ()
 
     def _env(self) -> TextEnv:
-        with blaming(TARGET, self.path, "env()", self.world.env):
+        with blaming(ENV_TARGET, self.path, "env()", self.world.env):
             env = self.world.env()
         for name in ("parse", "reset", "step", "close"):
             if not callable(getattr(env, name, None)):
                 remedy = f"what its env() returns has no method {name}, which aem_exp.envs.TextEnv asks for"
-                raise ConfigError(TARGET, self.path, remedy)
+                raise ConfigError(ENV_TARGET, self.path, remedy)
         return env
 
     def _close(self, env: TextEnv) -> None:
-        with blaming(TARGET, self.path, "close", env.close):
+        with blaming(ENV_TARGET, self.path, "close", env.close):
             env.close()
 
     def _episode(self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event) -> tuple[Any, ...]:
         """The goal, and turn by turn what was seen, offered, answered and earned."""
         random = Random(0)
         turn = self._turn("reset", env.reset, task)
-        with demanding(TARGET, self.path, type(env)):
+        with demanding(ENV_TARGET, self.path, type(env)):
             seen: list[Any] = [text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
         won: list[float] = []
         turns = 0
@@ -173,7 +173,7 @@ class _World:
             turns += 1
             won += [turn.metrics["won"]] if "won" in turn.metrics else []
             seen += [response, turn.observation, turn.actions, turn.reward, turn.done]
-        with demanding(TARGET, self.path, env.step):
+        with demanding(ENV_TARGET, self.path, env.step):
             if turns and turn.done and not won:
                 raise ValueError(
                     "no turn of a step says metrics['won'], which evaluation reports as success: 0.0 or 1.0"
@@ -183,35 +183,35 @@ class _World:
         return tuple(seen)
 
     def _turn(self, name: str, call: Callable[[Any], Turn], asked: Task | str) -> Turn:
-        with blaming(TARGET, self.path, name, call):
+        with blaming(ENV_TARGET, self.path, name, call):
             turn = call(asked)
-        with demanding(TARGET, self.path, call):
+        with demanding(ENV_TARGET, self.path, call):
             return checked(name, turn)
 
     def _response(self, env: TextEnv, turn: Turn, random: Random, habits: tuple[float, ...]) -> str:
         """What is said next. The action in it is read too, as later prompts quote it."""
         response: Any = "look"
         if expert := getattr(self.world, "expert", None):
-            with blaming(TARGET, self.path, "expert()", expert):
+            with blaming(ENV_TARGET, self.path, "expert()", expert):
                 response = expert(env, random, *habits)
-            with demanding(TARGET, self.path, expert):
+            with demanding(ENV_TARGET, self.path, expert):
                 text("what expert() returns", response)
-        with blaming(TARGET, self.path, "parse()", env.parse):
+        with blaming(ENV_TARGET, self.path, "parse()", env.parse):
             if turn.actions and not expert:
-                response = tagged.spoken(env.parse, random.choice(turn.actions))
+                response = parsing.spoken(env.parse, random.choice(turn.actions))
             action = env.parse(response)
-        with demanding(TARGET, self.path, env.parse):
+        with demanding(ENV_TARGET, self.path, env.parse):
             text("what parse() returns", action)
         return str(response)
 
     def _check_words(self) -> None:
         """A small policy has a token for each of the words."""
         world: Any = self.world
-        with blaming(TARGET, self.path, "words()", world.words):
+        with blaming(ENV_TARGET, self.path, "words()", world.words):
             words = world.words()
             if not isinstance(words, str):
                 words = list(words)
-        with demanding(TARGET, self.path, world.words):
+        with demanding(ENV_TARGET, self.path, world.words):
             if isinstance(words, str):
                 raise TypeError("words() must list words, and returns one text")
             if strange := [word for word in words if not isinstance(word, str)]:

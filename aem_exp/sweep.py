@@ -275,10 +275,10 @@ def _revisions(done: Sequence[Path]) -> list[tuple[str, str]]:
 
 def _tasks(cell: "Cell") -> int | None:
     """The size of the panel that is read at the end, where its world is at hand."""
-    from aem_exp import worlds
+    from aem_exp.envs import opening
 
     try:
-        return len(worlds.opened(cell.experiment).tasks(cell.experiment.evaluation.final))
+        return len(opening.open_world(cell.experiment).tasks(cell.experiment.evaluation.final))
     except ConfigError:
         return None
 

@@ -25,10 +25,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from aem_exp.config import Env
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import TextEnv, World
+from aem_exp.envs.executor import Serial
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Episode, Rollout, Row, Trajectory, rows
 from aem_exp.sample import Sample
-from aem_exp.stage import Serial
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aem_exp.envs import alfworld_games
-from aem_exp.envs.alfworld import COUNTS
+from aem_exp.envs.alfworld import games
+from aem_exp.envs.alfworld.world import COUNTS
 
 GAMES = dict(zip(COUNTS, (24, 6, 6), strict=True))
 
 
-def official(folder: Path, games: dict[str, int] = GAMES) -> Path:
+def official(folder: Path, counts: dict[str, int] = GAMES) -> Path:
     """Write it; the folder, as $ALFWORLD_DATA would name it."""
-    kinds = list(alfworld_games.KINDS)
-    for split, count in games.items():
+    kinds = list(games.KINDS)
+    for split, count in counts.items():
         for number in range(count):
             write(folder, split, kinds[number % len(kinds)], number)
     return folder
@@ -21,7 +21,7 @@ def official(folder: Path, games: dict[str, int] = GAMES) -> Path:
 
 def write(folder: Path, split: str, kind: str, number: int, **changes: Any) -> Path:
     """A game, and what ALFRED says of it; the folder of the trial."""
-    game, errand = alfworld_games.make(kind, f"{split}-{number}", 11, 8)
+    game, errand = games.make(kind, f"{split}-{number}", 11, 8)
     name = f"{kind}-{errand.object}-None-{errand.target}-{number}"
     trial = folder / "json_2.1.1" / split / name / f"trial_T2019_{number:04d}"
     trial.mkdir(parents=True)

@@ -14,8 +14,8 @@ from aem_exp import worlds
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.envs import Task
-from aem_exp.stage import Serial
-from aem_exp.workers import Workers
+from aem_exp.envs.executor import Serial
+from aem_exp.envs.workers import Workers
 
 pytestmark = pytest.mark.machine
 ACTIONS = {"look": "look", "Inventory": "inventory"}

@@ -13,18 +13,19 @@ from doors import lacking
 
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import alfworld, alfworld_engine, alfworld_games, alfworld_player
-from aem_exp.envs.alfworld import AlfWorld, Generated
-from aem_exp.envs.alfworld_engine import NOTHING, Engine
+from aem_exp.envs.alfworld import engine, games, player
+from aem_exp.envs.alfworld import world as alfworld
+from aem_exp.envs.alfworld.engine import NOTHING, Engine
+from aem_exp.envs.alfworld.world import AlfWorld, Generated
 
-KINDS = list(alfworld_games.KINDS)
+KINDS = list(games.KINDS)
 SMALL, FULL = (11, 8), (28, 45)
 
 
 @pytest.fixture(autouse=True)
 def installed(request):
-    if "installed" not in request.node.name and not all(map(find_spec, alfworld_engine.PACKAGES)):
-        lacking(alfworld_engine.INSTALL)
+    if "installed" not in request.node.name and not all(map(find_spec, engine.PACKAGES)):
+        lacking(engine.INSTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def commands(scene, random):
 
 @pytest.mark.parametrize(("kind", "size", "turns"), [*((kind, SMALL, 40) for kind in KINDS), (KINDS[3], FULL, 25)])
 def test_it_says_what_the_stock_class_says(kind, size, turns, tmp_path, monkeypatch):
-    game, _ = alfworld_games.make(kind, f"stock-{turns}", *size)
+    game, _ = games.make(kind, f"stock-{turns}", *size)
     theirs, ours, random = stock(game, tmp_path, monkeypatch), Engine(), Random(kind)
     engines = ours, Engine()  # the second shares what was translated, and goes its own way
     states = [theirs.reset()]
@@ -73,8 +74,8 @@ def test_it_says_what_the_stock_class_says(kind, size, turns, tmp_path, monkeypa
         command = game["walkthrough"][turn] if turn < len(game["walkthrough"]) // 2 else commands(scene, random)
         states.append(theirs.step(command)[0])
         scene, other = ours.step(command), engines[1].step(commands(other, random))
-    for engine in engines:
-        engine.close()
+    for each in engines:
+        each.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +83,7 @@ def test_each_kind_can_be_won_by_who_knows_and_by_who_looks(kind):
     sizes = [*((seed, SMALL) for seed in range(4)), (0, FULL)]
     for seed, size in sizes:
         engine, random = Engine(), Random(seed)
-        game, errand = alfworld_games.make(kind, f"won-{seed}", *size)
+        game, errand = games.make(kind, f"won-{seed}", *size)
         scene = engine.start(game)
         for command in game["walkthrough"]:
             assert not scene.won and command in scene.commands
@@ -93,15 +94,15 @@ def test_each_kind_can_be_won_by_who_knows_and_by_who_looks(kind):
         assert len(places) == size[0]
         while not scene.won:
             assert len(heard) <= 50
-            memory = alfworld_player.Memory(heard, places)
-            scene = engine.step(alfworld_player.command(memory, scene.commands, errand, random))
+            memory = player.Memory(heard, places)
+            scene = engine.step(player.command(memory, scene.commands, errand, random))
             heard.append(scene.text)
         engine.close()
 
 
 def test_games_follow_from_their_seed_alone():
-    games = [alfworld_games.make(KINDS[1], seed, *SMALL) for seed in ("a", "a", "b")]
-    assert games[0] == games[1] != games[2]
+    made = [games.make(KINDS[1], seed, *SMALL) for seed in ("a", "a", "b")]
+    assert made[0] == made[1] != made[2]
     world = Generated(receptacles=6, objects=4, sizes={"train": 60, "dev": 30, "test": 30})
     problems = [world.game(task)["pddl_problem"] for split in world.splits for task in world.tasks(split)]
     assert len(set(problems)) == 120
@@ -114,30 +115,30 @@ def test_names_are_alfworlds_own(tmp_path, monkeypatch):
     from alfworld.agents.utils.misc import Demangler
     from textworld.generator.game import EntityInfo
 
-    engine = Engine()
-    engine.start(alfworld_games.make(KINDS[2], "names", *FULL)[0])
-    ids = list(engine.game.entities)
+    started = Engine()
+    started.start(games.make(KINDS[2], "names", *FULL)[0])
+    ids = list(started.game.entities)
     theirs = Demangler(game_infos={one: EntityInfo(one, "") for one in ids})
-    assert alfworld_engine.names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
+    assert engine.names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
 
 
 def test_old_data_has_its_own_verbs():
     """Before 0.4.0 one put things; the verb is the game's, never ours."""
-    game, errand = alfworld_games.make(KINDS[0], "old", *SMALL)
+    game, errand = games.make(KINDS[0], "old", *SMALL)
     old = game["grammar"].replace('"move {o} to {r}"', '"put {o} in/on {r}"').replace("You move the", "You put the")
     assert old.count("put {o} in/on {r}") == 2
-    engine = Engine()
-    scene = engine.start(game | {"grammar": old})
-    assert engine.reads("put mug 1 in/on desk 1") and not engine.reads("move mug 1 to desk 1")
+    started = Engine()
+    scene = started.start(game | {"grammar": old})
+    assert started.reads("put mug 1 in/on desk 1") and not started.reads("move mug 1 to desk 1")
     heard, places, random = [scene.text], [c[6:] for c in scene.commands if c.startswith("go to ")], Random(0)
     while not scene.won:
-        memory = alfworld_player.Memory(heard, places)
-        scene = engine.step(alfworld_player.command(memory, scene.commands, errand, random))
+        memory = player.Memory(heard, places)
+        scene = started.step(player.command(memory, scene.commands, errand, random))
         heard.append(scene.text)
         assert len(heard) < 40
-    prints = [alfworld_engine.fingerprint(game["pddl_domain"], text) for text in (game["grammar"], old)]
-    other = alfworld_games.make(KINDS[0], "another errand", *SMALL)[0]
-    assert prints[0] == alfworld_engine.fingerprint(other["pddl_domain"], other["grammar"]) != prints[1]
+    prints = [engine.fingerprint(game["pddl_domain"], text) for text in (game["grammar"], old)]
+    other = games.make(KINDS[0], "another errand", *SMALL)[0]
+    assert prints[0] == engine.fingerprint(other["pddl_domain"], other["grammar"]) != prints[1]
 
 
 # Containment.
@@ -161,7 +162,7 @@ def test_nothing_of_this_process_changes(tmp_path, monkeypatch):
     ["__import__('os').getpid()", "r.name.__class__", "().__class__", "r.name + 1", "f(r)", "'"],
 )
 def test_what_a_game_asks_python_to_do_is_not_done(asked):
-    game, _ = alfworld_games.make(KINDS[0], "evil", *SMALL)
+    game, _ = games.make(KINDS[0], "evil", *SMALL)
     evil = game["grammar"].replace("You arrive at {r.name}.", f"You arrive at {{{asked}}}.")
     assert evil != game["grammar"]
     with pytest.raises(Exception, match=r"only names and joined texts|no expression|FailedParse|expecting"):
@@ -183,7 +184,7 @@ def test_what_a_game_asks_python_to_do_is_not_done(asked):
     ],
 )
 def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
-    game, _ = alfworld_games.make(KINDS[0], "malformed", *SMALL)
+    game, _ = games.make(KINDS[0], "malformed", *SMALL)
     engine = Engine()
     with pytest.raises(Exception, match=said):
         engine.start(game | changes)
@@ -193,7 +194,7 @@ def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
 
 
 def test_where_the_engine_is_not_installed_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(alfworld_engine.importlib.util, "importlib", lambda name: None)
+    monkeypatch.setattr(engine.importlib.util, "importlib", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install .*\[alfworld\]'"):
         Generated()
 
@@ -202,7 +203,7 @@ def test_where_python_is_too_new_it_says_so_installed_or_not(monkeypatch):
     class Version(tuple):
         major, minor = 3, 13
 
-    monkeypatch.setattr(alfworld_engine.sys, "sys", Version((3, 13, 0)))
+    monkeypatch.setattr(engine.sys, "sys", Version((3, 13, 0)))
     with pytest.raises(ConfigError, match=r"runs on Python 3\.11 and 3\.12, and this is 3\.13"):
         Generated()
 
@@ -378,7 +379,7 @@ def test_the_reference_prompt_fits_its_budget():
     """50 turns of the largest room: task, two past turns, observation and commands within 2048 tokens, by 3 characters each."""
     rules = load(["+experiment=alfworld_1_5b"]).env
     engine = Engine()
-    scene = engine.start(alfworld_games.make(KINDS[0], "longest", *FULL)[0])
+    scene = engine.start(games.make(KINDS[0], "longest", *FULL)[0])
     pair = rules.prompt["pair"].format(n=49, observation=scene.text, action="x" * alfworld.LONGEST_COMMAND)
     words = {"task": "put a clean x in y", "observation": scene.text, "actions": ", ".join(scene.commands), "step": 48}
     text = rules.prompt["window"].format(**words, turn=49, history=f"{pair}\n{pair}", length=2)

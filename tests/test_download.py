@@ -15,7 +15,8 @@ from doors import lacking
 from aem_exp import prepare
 from aem_exp.core import download
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import alfworld, alfworld_engine
+from aem_exp.envs.alfworld import engine
+from aem_exp.envs.alfworld import world as alfworld
 
 
 class Shelf(http.server.BaseHTTPRequestHandler):
@@ -140,8 +141,8 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
 
 def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
     """One command, two archives, an index; what is then missing are the weights."""
-    if not all(map(alfworld_engine.importlib.util.find_spec, alfworld_engine.PACKAGES)):
-        lacking(alfworld_engine.INSTALL)
+    if not all(map(engine.importlib.util.find_spec, engine.PACKAGES)):
+        lacking(engine.INSTALL)
     made = official(tmp_path / "made")
     files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*.*") if file.is_file()}
     parts = []

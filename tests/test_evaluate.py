@@ -17,8 +17,8 @@ from doors import SHORT, wait_for
 
 from aem_exp import config, evaluate, exam
 from aem_exp.config import ConfigError
-from aem_exp.envs import Task, Turn
-from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
+from aem_exp.envs import Task, Turn, panel
+from aem_exp.envs.alfworld.engine import PACKAGES as ALFWORLD
 from aem_exp.envs.household import Household
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome
@@ -176,9 +176,9 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 
 
 def test_a_random_player_speaks_as_the_world_listens():
+    from aem_exp.envs.executor import Serial
     from aem_exp.players import _anything, act
     from aem_exp.rollout import Episode
-    from aem_exp.stage import Serial
 
     for tags in (False, True):
         world = Household(tags=tags)
@@ -223,7 +223,7 @@ def sat(world, folder, tasks=4):
     from aem_exp.players import Player
     from aem_exp.scoreboard import Line
 
-    chosen = exam.panel(world, "dev", tasks)
+    chosen = panel.build_panel(world, "dev", tasks)
     setting = exam.Exam(toy.experiment(), world, chosen, 2, 1.0, 4, folder)
     with Line() as line:
         return exam.sit(setting, Player("random"), line)[1]
@@ -321,7 +321,7 @@ def test_what_cannot_be_done_is_one_sentence(trained, capsys, words, said):
 def test_a_panel_that_a_config_asks_for_is_named_as_the_config_does():
     for name in ("nope", "train"):
         with pytest.raises(ConfigError, match=f"^evaluation.panel={name}: "):
-            exam.panel(Household(), name)
+            panel.build_panel(Household(), name)
 
 
 @pytest.fixture

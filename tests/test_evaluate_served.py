@@ -12,7 +12,8 @@ from completions_server import CompletionsServer
 from doors import LONG, SHORT, Beside
 from filelock import FileLock
 
-from aem_exp import config, crew, evaluate, players, policy, servers, worlds
+from aem_exp import config, crew, evaluate, players, policy, servers
+from aem_exp.envs import opening
 from aem_exp.sample import LocalSampler, LocalSession
 from aem_exp.scoreboard import Line
 from aem_exp.served import seed
@@ -38,7 +39,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def untrained(trained):
     experiment = config.read(trained)
-    return policy.made(experiment, worlds.opened(experiment))
+    return policy.made(experiment, opening.open_world(experiment))
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +149,7 @@ def test_where_a_server_ends_it_says_so_and_goes_on_when_asked_again(
         firsts = {request["seed"] for request in again.asked}
         keys = [
             ("panel", "dev[:6]", task.id, k, 0)
-            for task in worlds.opened(config.read(trained)).tasks("dev")[:6]
+            for task in opening.open_world(config.read(trained)).tasks("dev")[:6]
             for k in (0, 1)
         ]
         assert len(firsts & {seed(key) for key in keys}) == 12 - rows, "what was played is not played again"

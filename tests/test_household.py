@@ -13,7 +13,7 @@ import pytest
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs.household import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, Household, kind_of
-from aem_exp.exam import panel
+from aem_exp.envs.panel import build_panel
 
 TURNS = 80  # generous: a room has eight receptacles
 TREATED = [kind for kind in GOALS if Errand(kind, "", "").verb]
@@ -112,7 +112,7 @@ PANELS = {  # fingerprint, hashes of dev and test
 def test_a_fingerprint_names_its_tasks(which):
     """Other tasks ask for another fingerprint: where one of these moves, so must the other."""
     made = world(which)
-    assert (made.fingerprint, panel(made, "dev").hash, panel(made, "test").hash) == PANELS[which]
+    assert (made.fingerprint, build_panel(made, "dev").hash, build_panel(made, "test").hash) == PANELS[which]
 
 
 def test_a_goal_is_not_reached_at_the_start():

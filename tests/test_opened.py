@@ -9,7 +9,7 @@ from aem_exp import config, evaluate, exam, smoke, worlds
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.envs import Task
+from aem_exp.envs import Task, opening, panel
 from aem_exp.rollout import Response, Trajectory
 from aem_exp.sample import Sample
 
@@ -103,7 +103,7 @@ def test_words_in_one_text_are_refused(mine):
 
     experiment = load(["env=OneText", "model.make.episodes=1"], mine)
     with pytest.raises(ConfigError, match=r"env.make=OneText: its words\(\) must list words"):
-        policy.made(experiment, worlds.opened(experiment))
+        policy.made(experiment, opening.open_world(experiment))
 
 
 def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
@@ -231,7 +231,7 @@ def played(ended="over", won=True, seen="a {}"):
 
 def heed(trajectories, caplog):
     with caplog.at_level(logging.WARNING):
-        exam.heed(exam.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+        exam.heed(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
 
 

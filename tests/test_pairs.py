@@ -9,10 +9,10 @@ import toy
 
 from aem_exp.config import ConfigError, choices, config_roots, load, rules
 from aem_exp.config.targets import instantiate
+from aem_exp.envs.executor import Serial
 from aem_exp.render import Chat
 from aem_exp.rollout import Rollout
 from aem_exp.sample import LocalSampler, Sampling
-from aem_exp.stage import Serial
 from aem_exp.trainer import AEMCallback, Time, build
 
 GROUPS = choices(config_roots())

@@ -8,10 +8,10 @@ import toy
 
 from aem_exp.aem import responses
 from aem_exp.batch import measured, pack
+from aem_exp.envs.executor import Serial
 from aem_exp.render import Chat
 from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, Watcher, rows
 from aem_exp.sample import LocalSampler, Sample, Sampling, generator
-from aem_exp.stage import Serial
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = Sampling(), toy.ChatterWorld()

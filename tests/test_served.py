@@ -22,19 +22,20 @@ from completions_server import CompletionsServer
 from doors import LONG, SMALL, Beside, metrics, until
 from filelock import FileLock
 
-from aem_exp import config, policy, servers, weights, worlds
+from aem_exp import config, policy, servers, weights
 from aem_exp.cluster import rendezvous
 from aem_exp.config import ConfigError
 from aem_exp.core.errors import Stop
+from aem_exp.envs import opening
+from aem_exp.envs.executor import Serial
+from aem_exp.envs.workers import Workers
 from aem_exp.render import Chat
 from aem_exp.rollout import CRASHED, Clock, Rollout
 from aem_exp.run import run
 from aem_exp.sample import Independent, LocalSampler, Sampling
 from aem_exp.served import ServedSampler, seed
 from aem_exp.servers import Servers
-from aem_exp.stage import Serial
 from aem_exp.weights import Files
-from aem_exp.workers import Workers
 
 HISTORIES = ["full", "window"]
 KEY = "k-123"
@@ -790,7 +791,7 @@ def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
     key, where = "secret-7f3a", tmp_path / "servers"
     words += [f"launch.servers={where}", "launch.server_seconds=60"]
     experiment = config.load([*words, f"outputs={tmp_path / 'out'}"])
-    with CompletionsServer(policy.made(experiment, worlds.opened(experiment)), key) as server:
+    with CompletionsServer(policy.made(experiment, opening.open_world(experiment)), key) as server:
         place(where, server, key=key)
         ended = run(experiment)
         assert server.reloads == ["0", "2", "4"], "before the first step, and after each, of two updates"

@@ -13,13 +13,13 @@ from doors import inside, lacking, metrics
 
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, Missing
-from aem_exp.envs import swe_grading, swe_made, swe_rows
-from aem_exp.envs.swe import Made, host
-from aem_exp.envs.swe_tools import Call
+from aem_exp.envs.executor import Serial
+from aem_exp.envs.swe import generated, grading, rows
+from aem_exp.envs.swe.tools import Call
+from aem_exp.envs.swe.world import Made, host
 from aem_exp.envs.swebench import SWEBench
 from aem_exp.sandboxes import Limits, Lost
 from aem_exp.sandboxes.bwrap import Bwrap
-from aem_exp.stage import Serial
 
 pytestmark = pytest.mark.machine
 LIMITS = {"memory_mb": 400, "disk_mb": 64, "processes": 64, "output_mb": 1, "cpu_seconds": 60}
@@ -33,7 +33,7 @@ def bash(command):
 @pytest.fixture(scope="module")
 def world():
     try:
-        swe_grading.check_installed()
+        grading.check_installed()
     except Missing as missing:
         lacking(str(missing))
     if why := Bwrap().missing():
@@ -52,26 +52,26 @@ def env(world):
 
 
 def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
-    for module, function, bug in swe_made._bugs():
+    for module, function, bug in generated._bugs():
         for number, (call, value) in enumerate(function.cases):
-            assert eval(swe_made._value(function, function.right, call), {"date": date}) == eval(value), (module, call)
+            assert eval(generated._value(function, function.right, call), {"date": date}) == eval(value), (module, call)
             if number == 0:
-                assert swe_made._value(function, bug.line, call) != value, (module, bug.line)
+                assert generated._value(function, bug.line, call) != value, (module, bug.line)
         assert function.code.format(line=bug.line).count(bug.line) == 1
     lines = Counter(
-        line for _, f, bug in swe_made._bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else []))
+        line for _, f, bug in generated._bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else []))
     )
     assert set(lines.values()) == {1}  # a line is wrong in one way, and repaired in one
-    assert len(swe_made.families()) >= 6
+    assert len(generated.families()) >= 6
 
 
 def test_all_follows_from_the_name_and_splits_share_nothing(world):
     seen = {}
     for split in world.splits:
         for task in world.tasks(split)[:150]:
-            made = swe_made.make(task.id, 2, 2)
-            swe_made.make.cache_clear()
-            assert swe_made.make(task.id, 2, 2) == made
+            made = generated.make(task.id, 2, 2)
+            generated.make.cache_clear()
+            assert generated.make(task.id, 2, 2) == made
             seen.setdefault(split, set()).add(made.row["base_commit"])
     assert not seen["train"] & (seen["dev"] | seen["test"]) and not seen["dev"] & seen["test"]
 
@@ -98,12 +98,12 @@ def test_knobs_that_make_no_world_are_refused(changes, field):
 
 def graded(world, task, patch, seconds=300.0):
     with world.open(host()) as sandbox:
-        return swe_grading.grade(sandbox, world.instance(task), patch, seconds)[0]
+        return grading.grade(sandbox, world.instance(task), patch, seconds)[0]
 
 
 def test_gold_resolves_each_family_and_nothing_does_not(world):
     tasks = {task.kind: task for task in world.tasks("train")[:200]}
-    assert set(tasks) == set(swe_made.families())
+    assert set(tasks) == set(generated.families())
     for task in tasks.values():
         gold = world.instance(task).gold.encode()
         assert graded(world, task, gold) == "resolved", task
@@ -137,7 +137,7 @@ new file mode 120000
 
 
 def wrong(made):
-    return swe_made.diff(made.path, made.wrong + "\n", "pass\n")
+    return generated.diff(made.path, made.wrong + "\n", "pass\n")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def wrong(made):
 def test_a_patch_that_is_not_right_is_a_verdict_and_no_crash(world, patch, verdict):
     task = world.tasks("dev")[0]
     found = graded(world, task, patch(world.instance(task).gold.encode()), 6.0 if verdict == "tests_timeout" else 300.0)
-    assert found in swe_grading.VERDICTS and (verdict is None or found == verdict)
+    assert found in grading.VERDICTS and (verdict is None or found == verdict)
 
 
 def new_file(name, text):
@@ -245,7 +245,7 @@ def test_a_hook_that_a_patch_brings_forges_nothing(world):
     task = world.tasks("dev")[0]
     row = world.instance(task).row
     names = json.loads(row["FAIL_TO_PASS"]) + json.loads(row["PASS_TO_PASS"])
-    lies = [swe_made.START, *(f"PASSED {name}" for name in names), "FAILED other", swe_made.END]
+    lies = [generated.START, *(f"PASSED {name}" for name in names), "FAILED other", generated.END]
     hook = "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lies)
     patch = new_file(".git/hooks/post-checkout", hook).replace("100644", "100755")
     assert graded(world, task, patch.encode()) == "tests_fail"
@@ -298,7 +298,7 @@ def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
-    right = swe_made.make(task.id, 2, 2).right
+    right = generated.make(task.id, 2, 2).right
     look = f"git log --all -p | grep -F '{right}'; git fsck --lost-found | head; git stash list"
     turns = play(env, task, bash(f"grep -rlF -e '{hidden}' /testbed /tmp /home /etc 2>/dev/null; echo end"), bash(look))
     assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
@@ -330,7 +330,7 @@ def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
 
 def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
     """git tells changed files by size and second, unless its index is as old as they are: ours must not look younger."""
-    pairs = [(swe_made.make(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
+    pairs = [(generated.make(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
     made, task = next((made, task) for made, task in pairs if len(made.wrong) == len(made.right))
     path = made.path
     write = (
@@ -387,7 +387,7 @@ def test_a_line_that_the_parser_of_logs_cannot_read_is_no_crash(world, parser, s
     instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
     patch = amok(instance.gold.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
     with world.open(host()) as sandbox:
-        assert swe_grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
+        assert grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
 
 
 def test_a_disk_that_it_filled_is_its_own_failure(env, world):
@@ -436,7 +436,7 @@ def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
     folder = inside(cache, tmp_path, "+experiment=swe_tiny", *small)
     result = json.loads((folder / "result.json").read_text())
     verdicts = {name for name in result["after"]["habits"] if name.startswith("end_")}
-    assert verdicts <= {f"end_{name}" for name in swe_grading.VERDICTS} and result["fingerprint"].startswith("swe-")
+    assert verdicts <= {f"end_{name}" for name in grading.VERDICTS} and result["fingerprint"].startswith("swe-")
     assert result["crashed_in_training"] == 0 and len(metrics(folder)) == 3
     text = (folder / "episodes.md").read_text()
     assert "<function=" in text and "testbed" in text
@@ -450,10 +450,10 @@ def hub(tmp_path_factory, world):
     """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
     images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
-    made = swe_made.make("dev-1", 2, 2)
+    made = generated.make("dev-1", 2, 2)
     images.python(folder / "root")
     testbed = folder / "root" / "testbed"
-    subprocess.run(["bash", "-c", swe_made.LAY], input=made.stream, cwd=testbed, check=True)
+    subprocess.run(["bash", "-c", generated.LAY], input=made.stream, cwd=testbed, check=True)
     (testbed / ".git" / "info" / "exclude").write_text("run_tests.sh\nr2e_tests\n")
     (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")
     (folder / "root" / "r2e_tests").mkdir()
@@ -528,7 +528,7 @@ def test_dev_is_held_out_by_hash_and_sizes_choose(hub):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("table", "said"),
     [
         (
             [{"instance_id": "a", "repo": "b"}],
@@ -538,12 +538,12 @@ def test_dev_is_held_out_by_hash_and_sizes_choose(hub):
         (None, "there is no such file"),
     ],
 )
-def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, rows, said):
+def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, table, said):
     file = tmp_path / "rows.jsonl"
-    if rows is not None:
-        file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    if table is not None:
+        file.write_text(table if isinstance(table, str) else "".join(json.dumps(row) + "\n" for row in table))
     with pytest.raises(ConfigError, match=said):
-        swe_rows.Rows(str(file), "train", None, "env.make.train")
+        rows.Rows(str(file), "train", None, "env.make.train")
 
 
 @pytest.mark.parametrize(
@@ -556,15 +556,15 @@ def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, rows, said):
     ],
 )
 def test_a_row_that_is_not_whole_is_one_sentence(changes, said):
-    row = {**swe_made.make("dev-1", 2, 2).row, **changes}
+    row = {**generated.make("dev-1", 2, 2).row, **changes}
     with pytest.raises(ConfigError, match=f"env.make=here: .*{said}"):
-        swe_rows.instance(row, "here")
+        rows.instance(row, "here")
 
 
 def test_rows_of_the_hub_that_are_not_here_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("AEM_CACHE", str(tmp_path))
     with pytest.raises(Missing, match=r"env.make.train=some/rows: .* python -m aem_exp.prepare"):
-        swe_rows.Rows("some/rows", "train", None, "env.make.train")
+        rows.Rows("some/rows", "train", None, "env.make.train")
 
 
 def test_a_lost_image_is_named(world):

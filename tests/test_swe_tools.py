@@ -7,7 +7,7 @@ from doors import lacking
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aem_exp.envs.swe_tools import TOOLS, Call, Mistake, Tools, clip, read
+from aem_exp.envs.swe.tools import TOOLS, Call, Mistake, Tools, clip, read
 from aem_exp.sandboxes import Image, Limits
 from aem_exp.sandboxes.bwrap import Bwrap
 

@@ -20,8 +20,8 @@ import toy
 from aem_exp import advantages
 from aem_exp.arms import Arm
 from aem_exp.core.errors import Stop
+from aem_exp.envs.executor import Serial
 from aem_exp.rollout import Episode, Rollout
-from aem_exp.stage import Serial
 from aem_exp.trainer import episode_tokens
 
 LOSSES = {

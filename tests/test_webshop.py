@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from aem_exp.config import instantiate, load, notes
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import webshop_catalogue, webshop_goals, webshop_made, webshop_search, webshop_words
-from aem_exp.envs.webshop import Generated, Shop, WebShop
-from aem_exp.envs.webshop_catalogue import Product, catalogue
-from aem_exp.envs.webshop_goals import Goals, alike, drawn, score, tagger
-from aem_exp.workers import Workers
+from aem_exp.envs.webshop import catalogue, generated, goals, search, words
+from aem_exp.envs.webshop.catalogue import Product, load_catalogue
+from aem_exp.envs.webshop.goals import Goals, alike, drawn, score, tagger
+from aem_exp.envs.webshop.world import Generated, Shop, WebShop
+from aem_exp.envs.workers import Workers
 
 GOLDEN = (
     Path(__file__).parent / "golden"
@@ -59,14 +59,14 @@ ANALYSED = json.loads((GOLDEN / "lucene_words.json").read_text())  # text, its t
 
 @pytest.mark.parametrize(("text", "terms"), ANALYSED)
 def test_a_text_is_analysed_as_lucene_does(text, terms):
-    assert " ".join(webshop_words.analyze(text)) == terms
+    assert " ".join(words.analyze(text)) == terms
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(text=st.text(max_size=60))
 def test_any_text_is_analysed(text):
-    terms = webshop_words.analyze(text)
-    assert all(terms) and all(len(term) <= webshop_words.LONGEST for term in terms)
+    terms = words.analyze(text)
+    assert all(terms) and all(len(term) <= words.LONGEST for term in terms)
 
 
 # Search.
@@ -74,19 +74,19 @@ def test_any_text_is_analysed(text):
 
 def lucene(texts, asins, query, count):
     """BM25 as Lucene's sources say it, document by document."""
-    docs = [webshop_words.analyze(text) for text in texts]
+    docs = [words.analyze(text) for text in texts]
     used = sum(bool(doc) for doc in docs)
     f32 = lambda x: struct.unpack("f", struct.pack("f", x))[0]  # noqa: E731
     mean = f32(sum(map(len, docs)) / used)
     found = []
     for doc, asin in zip(docs, asins, strict=True):
-        length = webshop_search._decoded(webshop_search._encoded(len(doc)))
+        length = search._decoded(search._encoded(len(doc)))
         cache = np.float32(1) / (
             np.float32(0.9)
             * ((np.float32(1) - np.float32(0.4)) + np.float32(0.4) * np.float32(length) / np.float32(mean))
         )
         total, counts = 0.0, Counter(doc)
-        for term, times in Counter(webshop_words.analyze(query)).items():
+        for term, times in Counter(words.analyze(query)).items():
             if counts[term]:
                 having = sum(term in other for other in docs)
                 weight = np.float32(times) * np.float32(math.log(1 + (used - having + 0.5) / (having + 0.5)))
@@ -101,8 +101,8 @@ def test_it_ranks_as_lucenes_formula_does(tmp_path):
     words = [f"word{i}" for i in range(60)] + ["running", "shoes", "the", "red"]
     texts = [" ".join(random.choices(words, k=random.choice((0, 3, 20, 45, 90, 300)))) for _ in range(120)]
     asins = ["".join(random.choices("B0XYZ123", k=10)) for _ in texts]
-    webshop_search.build(tmp_path, texts, asins)
-    index = webshop_search.Index(tmp_path)
+    search.build(tmp_path, texts, asins)
+    index = search.Index(tmp_path)
     for _ in range(40):
         query = " ".join(random.choices([*words, "nothing"], k=random.randint(1, 6)))
         assert [asins[i] for i in index.search(query, 50)] == lucene(texts, asins, query, 50)
@@ -110,10 +110,10 @@ def test_it_ranks_as_lucenes_formula_does(tmp_path):
 
 
 def test_lengths_survive_lucenes_byte():
-    assert [webshop_search._decoded(webshop_search._encoded(n)) for n in (0, 23, 39, 40, 41, 100, 1000, 123_456)] == [
+    assert [search._decoded(search._encoded(n)) for n in (0, 23, 39, 40, 41, 100, 1000, 123_456)] == [
         *(0, 23, 39, 40, 40, 96, 984, 122_904),
     ]
-    codes = [webshop_search._encoded(n) for n in range(100_000)]
+    codes = [search._encoded(n) for n in range(100_000)]
     assert codes == sorted(codes) and max(codes) < 256
 
 
@@ -121,8 +121,8 @@ def test_many_processes_build_the_same_index(tmp_path, monkeypatch):
     texts, asins = [f"thing {i % 7} of {i % 11} colours" for i in range(400)], [f"B{i:09}" for i in range(400)]
     for name, parallel in (("one", 1 << 30), ("many", 10)):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr(webshop_search, "PARALLEL", parallel)
-        webshop_search.build(tmp_path / name, texts, asins)
+        monkeypatch.setattr(search, "PARALLEL", parallel)
+        search.build(tmp_path / name, texts, asins)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "many" / file.name).read_bytes()
 
@@ -134,7 +134,7 @@ def test_many_processes_build_the_same_index(tmp_path, monkeypatch):
 def test_it_plays_as_the_original_did(official, goals):
     recorded = json.loads((GOLDEN / f"webshop_{goals}.json").read_text())
     files = [official / name for name in FILES]
-    products = catalogue(files[0], files[1], files[2] if goals == "human" else None)
+    products = load_catalogue(files[0], files[1], files[2] if goals == "human" else None)
     mine, prices = Goals(products, seed=7), drawn(products, 7)
     assert len(mine) == recorded["count"]
     for place, (asin, text, attributes, bound, options) in recorded["goals"].items():
@@ -175,7 +175,7 @@ def test_a_likeness_is_thefuzzs():
 )
 def test_the_kind_of_thing_counts(bought, factor):
     wanted = product(title="red cotton shirt", query="shirt", product_category="A \u203a B \u203a C")
-    goal = webshop_goals.Goal("x", "", ["soft"], 10.0, {})
+    goal = goals.Goal("x", "", ["soft"], 10.0, {})
     found = product(**{"query": "shirt", "product_category": "C", "attributes": ["soft"], **bought})
     assert score(found, 5.0, [], goal, wanted, tagger("words")) == factor
     assert score(found, 50.0, [], goal, wanted, tagger("words")) == factor / 2  # too dear
@@ -197,7 +197,7 @@ def product(**fields):
 def test_where_titles_have_little_in_common_little_is_paid():
     words = " ".join(f"w{chr(97 + i)}" for i in range(20))
     wanted = product(title=words, query="q", product_category="A \u203a B")
-    goal = webshop_goals.Goal("x", "", ["soft"], 10.0, {})
+    goal = goals.Goal("x", "", ["soft"], 10.0, {})
     for title, query, factor in [
         ("wa", "q", 0.1),
         ("wa wb wc", "other", 0.5),
@@ -227,7 +227,7 @@ def test_splits_are_disjoint_on_every_worker():
 
 
 def test_verl_agents_split_shuffles_anew_and_says_so():
-    folder = webshop_made.folder(300, 0)
+    folder = generated.folder(300, 0)
     world = WebShop(str(folder), nouns="words", split="verl_agent")
     train, dev, test = (world.tasks(split) for split in world.splits)
     total = len(world._goals(0, 0))
@@ -369,24 +369,24 @@ def test_without_its_tagger_it_says_what_to_do(official):
 
 
 def test_files_are_read_once_by_all(official, monkeypatch):
-    catalogue(official / FILES[0], official / FILES[1], None)
-    monkeypatch.setattr(webshop_catalogue, "_build", lambda *_: pytest.fail("built again"))
-    catalogue(official / FILES[0], official / FILES[1], None)
+    load_catalogue(official / FILES[0], official / FILES[1], None)
+    monkeypatch.setattr(catalogue, "_build", lambda *_: pytest.fail("built again"))
+    load_catalogue(official / FILES[0], official / FILES[1], None)
 
 
 def test_an_element_without_end_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(webshop_catalogue, "LARGEST", 1000)
+    monkeypatch.setattr(catalogue, "LARGEST", 1000)
     (tmp_path / "x.json").write_text('["' + "x" * (3 << 20))
     with pytest.raises(ConfigError, match="an element has more than 1,000 characters"):
-        list(webshop_catalogue._elements(tmp_path / "x.json", list))
+        list(catalogue._elements(tmp_path / "x.json", list))
 
 
 def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(webshop_search, "PARALLEL", 10)
-    monkeypatch.setattr(webshop_search, "CHUNK", 10)
+    monkeypatch.setattr(search, "PARALLEL", 10)
+    monkeypatch.setattr(search, "CHUNK", 10)
     words = "some words of a product"
-    webshop_search.build(tmp_path, [words] * 300, [str(n) for n in range(300)])
-    assert len(webshop_search.Index(tmp_path).search("product", 50)) == 50
+    search.build(tmp_path, [words] * 300, [str(n) for n in range(300)])
+    assert len(search.Index(tmp_path).search("product", 50)) == 50
 
     def texts():
         for number in range(100_000):
@@ -395,7 +395,7 @@ def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monke
             yield words
 
     with pytest.raises(OSError, match="processes that indexed was killed"):
-        webshop_search.build(tmp_path, texts(), [""] * 100_000)
+        search.build(tmp_path, texts(), [""] * 100_000)
 
 
 def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
@@ -414,13 +414,13 @@ def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(t
 
 
 def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(webshop_catalogue, "PIECE", 7)
+    monkeypatch.setattr(catalogue, "PIECE", 7)
     for kind, value in (
         (list, [1.5, "a,]", {"x": [2, None]}, -12345678901]),
         (dict, {"k": 1, "long key": [1, 2], "z": "}"}),
     ):
         (tmp_path / "x.json").write_text(json.dumps(value, indent=1))
-        found = list(webshop_catalogue._elements(tmp_path / "x.json", kind))
+        found = list(catalogue._elements(tmp_path / "x.json", kind))
         assert found == (list(value.items()) if kind is dict else [("", one) for one in value])
 
 

@@ -14,12 +14,11 @@ import psutil
 import pytest
 from doors import Beside
 
-from aem_exp import workers
 from aem_exp.config.targets import instantiate
 from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.envs import Task
-from aem_exp.stage import Serial
-from aem_exp.workers import Lenders, Workers
+from aem_exp.envs import Task, workers
+from aem_exp.envs.executor import Serial
+from aem_exp.envs.workers import Lenders, Workers
 
 SECONDS = 120.0  # more than any request here needs, on a busy machine too
 HANGS = 6.0  # for a request that never returns: more than those beside it need
@@ -580,7 +579,7 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {modules!r})
 from aem_exp.envs import Task
-from aem_exp.workers import Lenders, Workers
+from aem_exp.envs.workers import Lenders, Workers
 stage = Workers({make!r}, 2, 1000)
 stage.reset({{0: Task("a"), 1: Task("b")}})
 print(*[reply.turn.observation for reply in stage.step({{0: "pid", 1: "pid"}}).values()], flush=True)

@@ -20,8 +20,9 @@ from test_adapters import ACTIONS, Server
 
 from aem_exp.config import conf_root, instantiate, load, targets
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Turn, webshop_made
-from aem_exp.envs.alfworld_engine import PACKAGES as ALFWORLD
+from aem_exp.envs import Turn
+from aem_exp.envs.alfworld.engine import PACKAGES as ALFWORLD
+from aem_exp.envs.webshop import generated
 
 NAMES = sorted(path.stem for path in (conf_root() / "env").glob("*.yaml"))
 SMALL = {
@@ -67,7 +68,7 @@ def data(common):
         with FileLock(common / "data.lock"):
             if all(map(find_spec, ALFWORLD)) and not (common / "alfworld").exists():
                 official(common / "alfworld")
-            patch.setenv("WEBSHOP_DATA", str(webshop_made.folder(400, 0)))
+            patch.setenv("WEBSHOP_DATA", str(generated.folder(400, 0)))
         yield
 
 

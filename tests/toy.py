@@ -12,10 +12,10 @@ import torch
 from aem_exp import advantages, schedules, tiny
 from aem_exp.config import Env, Experiment, Launch
 from aem_exp.envs import Task, Turn
+from aem_exp.envs.executor import Serial
 from aem_exp.render import Chat
 from aem_exp.rollout import Episode, Rollout
 from aem_exp.sample import LocalSampler, Sampling
-from aem_exp.stage import Serial
 from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
 
 WORDS = [chr(ord("a") + i) for i in range(12)]

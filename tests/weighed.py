@@ -12,11 +12,11 @@ import toy
 
 from aem_exp import policy, preflight
 from aem_exp.envs import Task, Turn
+from aem_exp.envs.executor import Serial
 from aem_exp.preflight import Memory, Passes, Process
 from aem_exp.rehearsal import Meter
 from aem_exp.render import Chat
 from aem_exp.rollout import Episode, Rollout, Trajectory
-from aem_exp.stage import Serial
 
 
 class Talker(toy.Chatter):

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.core.extras import install
-from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.envs.adapter import ForeignEnv, ForeignWorld
 
 RULES: Final = 2  # raise when the same task would read or play differently
 _COLOUR: Final = re.compile(r"\x1b\[([\d;]*)m")

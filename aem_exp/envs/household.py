@@ -16,7 +16,7 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Draws, Task, Turn, sized, tagged
+from aem_exp.envs import Draws, Task, Turn, parsing, sized
 
 RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
@@ -121,8 +121,8 @@ def listed(things: Iterable[str]) -> str:
 def read_action(response: str, tags: bool) -> tuple[str, bool]:
     """What a response asks for, and whether it could be read."""
     if tags:
-        return tagged.read(response, LONGEST_ACTION)
-    action, short = tagged.bare(response, LONGEST_ACTION)
+        return parsing.read(response, LONGEST_ACTION)
+    action, short = parsing.bare(response, LONGEST_ACTION)
     return action, short and _GRAMMAR.fullmatch(action) is not None
 
 

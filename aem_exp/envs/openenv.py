@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, Elsewhere, Missing
 from aem_exp.core.extras import install
-from aem_exp.envs.foreign import ForeignEnv, ForeignWorld
+from aem_exp.envs.adapter import ForeignEnv, ForeignWorld
 
 PATIENCE: Final = 10.0  # seconds for a server to tell what it is
 

@@ -9,9 +9,10 @@ from hashlib import sha256
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, Missing, unknown
-from aem_exp.envs import Draws, Task, swe_rows
-from aem_exp.envs.swe import Repositories
-from aem_exp.envs.swe_rows import Instance, Rows, instance
+from aem_exp.envs import Draws, Task
+from aem_exp.envs.swe import rows
+from aem_exp.envs.swe.rows import Instance, Rows, instance
+from aem_exp.envs.swe.world import Repositories
 from aem_exp.sandboxes import Backend
 
 TRAIN: Final = "R2E-Gym/R2E-Gym-Subset"
@@ -80,10 +81,10 @@ class SWEBench(Repositories):
         """Fetch rows, then the images of all tasks that there are; asked again, go on."""
         if why := sandbox.missing():
             raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
-        swe_rows.fetch(train, "train", train_revision, "env.make.train", say)
-        swe_rows.fetch(test, "test", test_revision, "env.make.test", say)
-        rows, chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
-        images = dict.fromkeys(name for split, indices in chosen.items() for name in rows[split].images(indices))
+        rows.fetch(train, "train", train_revision, "env.make.train", say)
+        rows.fetch(test, "test", test_revision, "env.make.test", say)
+        tables, chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
+        images = dict.fromkeys(name for split, indices in chosen.items() for name in tables[split].images(indices))
         missing = [image for image in images if sandbox.lacks(image)]
         say(
             f"images  {len(images)} of {sum(map(len, chosen.values()))} tasks, {len(images) - len(missing)} of them here"
@@ -92,7 +93,7 @@ class SWEBench(Repositories):
 
     def _task(self, split: str, row: int) -> Task:
         found = instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
-        return Task(found.id, kind=found.kind, payload={"split": split, "row": row, "sha256": swe_rows.digest(data)})
+        return Task(found.id, kind=found.kind, payload={"split": split, "row": row, "sha256": rows.digest(data)})
 
 
 def _chosen(

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from random import Random
 
-from aem_exp.envs import alfworld_games
-from aem_exp.envs.alfworld_engine import Engine
+from aem_exp.envs.alfworld import games
+from aem_exp.envs.alfworld.engine import Engine
 
 STEPS, GROUP, SIZE = 50, 8, (28, 45)
 
@@ -54,10 +54,10 @@ def main() -> None:
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ALFWORLD_DATA"] = folder
-        ours(alfworld_games.make("look_at_obj_in_light", "warm", 11, 8)[0])  # imports
-        stock(Path(folder), alfworld_games.make("look_at_obj_in_light", "warm", 11, 8)[0], [])
-        for kind in alfworld_games.KINDS:
-            game, _ = alfworld_games.make(kind, "bench", *SIZE)
+        ours(games.make("look_at_obj_in_light", "warm", 11, 8)[0])  # imports
+        stock(Path(folder), games.make("look_at_obj_in_light", "warm", 11, 8)[0], [])
+        for kind in games.KINDS:
+            game, _ = games.make(kind, "bench", *SIZE)
             mine, heard, said = ours(game)
             theirs, told = stock(Path(folder), game, said)
             assert heard == told, kind

@@ -43,10 +43,10 @@ from trl.trainer.utils import add_fused_lm_head
 from aem_exp import policy, sample
 from aem_exp.core import console
 from aem_exp.envs import Task
+from aem_exp.envs.executor import Serial
 from aem_exp.rehearsal import Meter
 from aem_exp.render import Chat
 from aem_exp.rollout import Episode, Rollout
-from aem_exp.stage import Serial
 
 CUDA = torch.cuda.is_available()
 EPISODES, TURNS = 8, 4

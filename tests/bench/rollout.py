@@ -113,10 +113,10 @@ Contender = Callable[[], tuple[float, int, int]]  # plays all episodes: seconds,
 
 
 def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
+    from aem_exp.envs.executor import Serial
     from aem_exp.render import Chat
     from aem_exp.rollout import Episode, Rollout
     from aem_exp.sample import LocalSampler, Sampling
-    from aem_exp.stage import Serial
 
     world, chat = Talk(), Chat(tokenizer)
     rollout, sampler = Rollout(Serial(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())

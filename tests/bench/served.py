@@ -43,12 +43,12 @@ def main() -> None:
     import toy
     from completions_server import CompletionsServer
 
+    from aem_exp.envs.workers import Workers
     from aem_exp.render import Chat
     from aem_exp.rollout import Episode, Rollout
     from aem_exp.sample import Sampling
     from aem_exp.served import ServedSampler
     from aem_exp.servers import Servers
-    from aem_exp.workers import Workers
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())

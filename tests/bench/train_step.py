@@ -45,10 +45,10 @@ Arm = Callable[
 def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any, list[Any]]:
     """The default experiment with one update per step, a loader of its policy, its rollout, and the episodes it played."""
     from aem_exp import config, policy, run
+    from aem_exp.envs.executor import Serial
     from aem_exp.render import Chat
     from aem_exp.rollout import Rollout
     from aem_exp.sample import LocalSampler, Sampling
-    from aem_exp.stage import Serial
 
     # TRL adds 1e-4 to the standard deviation, and we 1e-6
     words = [

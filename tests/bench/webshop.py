@@ -12,9 +12,9 @@ from random import Random
 
 import numpy as np
 
-from aem_exp.envs import webshop_made
-from aem_exp.envs.webshop import Generated, _opened
-from aem_exp.envs.webshop_catalogue import Catalogue
+from aem_exp.envs.webshop import generated
+from aem_exp.envs.webshop.catalogue import Catalogue
+from aem_exp.envs.webshop.world import Generated, _opened
 
 
 def steps(seconds: float = 4.0) -> float:
@@ -66,7 +66,7 @@ def main() -> None:
         searches(Generated(products=1000).catalogue)
         return
     start = time.perf_counter()
-    folder = webshop_made.folder(asked.products, 0)
+    folder = generated.folder(asked.products, 0)
     print(f"made    {asked.products:,} products in {time.perf_counter() - start:.0f} s", flush=True)
     start = time.perf_counter()
     files = folder / "items_shuffle_1000.json", folder / "items_ins_v2_1000.json", None

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from aem_exp.envs import Task, Turn
-from aem_exp.stage import Serial, Stage
-from aem_exp.workers import Workers
+from aem_exp.envs.executor import Serial, Stage
+from aem_exp.envs.workers import Workers
 
 EPISODES, TURNS = 32, 5
 

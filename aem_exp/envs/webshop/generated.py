@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.webshop_catalogue import Catalogue
+from aem_exp.envs.webshop.catalogue import Catalogue
 
 RULES: Final = 1  # raise when the same number and seed would give another catalogue
 LEAST, MOST = 100, 2_000_000

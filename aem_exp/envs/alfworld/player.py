@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
-from aem_exp.envs.alfworld_games import Errand
+from aem_exp.envs.alfworld.games import Errand
 
 TREATED: Final = {"clean": "clean", "heat": "hot", "cool": "cool"}
 _SEEN: Final = re.compile(r"(?:On|The) (?:the )?([a-z]+ \d+)(?: is open. In it)?, you see (.*?)\.")

@@ -18,8 +18,9 @@ from typing import Any, Final, Literal
 
 from aem_exp.core import console, disk, download
 from aem_exp.core.errors import ConfigError, Missing
-from aem_exp.envs import Draws, Task, Turn, alfworld_engine, alfworld_games, alfworld_player, household, sized, tagged
-from aem_exp.envs.alfworld_games import Errand
+from aem_exp.envs import Draws, Task, Turn, household, parsing, sized
+from aem_exp.envs.alfworld import engine, games, player
+from aem_exp.envs.alfworld.games import Errand
 
 log = logging.getLogger("aem_exp")
 RULES: Final = 1  # raise when the same task would play differently
@@ -45,7 +46,7 @@ class AlfWorldEnv:
 
     def __init__(self, read: Callable[[Task], Mapping[str, Any]], tags: bool, reward: float):
         self._read, self._tags, self._reward = read, tags, reward
-        self._engine = alfworld_engine.Engine()
+        self._engine = engine.Engine()
         self.goal = ""
 
     def parse(self, response: str) -> str:
@@ -85,7 +86,7 @@ class AlfWorldEnv:
         return Turn(scene.text, reward, scene.won, valid=valid, actions=self.commands, metrics=dict(metrics or {}))
 
     def _parsed(self, response: str) -> tuple[str, bool]:
-        read = tagged.read if self._tags else tagged.bare
+        read = parsing.read if self._tags else parsing.bare
         return read(response, LONGEST_COMMAND)
 
 
@@ -106,8 +107,8 @@ class _World:
         """The response of the scripted player: with probability `noise` it does anything; and what it ought to open it walks
         past with probability `shyness`, to anywhere else."""
         errand = Errand(env.task.kind, env.task.payload["object"], env.task.payload["target"])
-        memory = alfworld_player.Memory(env.heard, env.places)
-        command = alfworld_player.command(memory, env.commands, errand, random)
+        memory = player.Memory(env.heard, env.places)
+        command = player.command(memory, env.commands, errand, random)
         if random.random() < noise:
             command = random.choice(env.commands)
         elif command.startswith("open") and random.random() < shyness:
@@ -150,20 +151,20 @@ class Generated(_World):
 
     def __init__(
         self,
-        kinds: Sequence[str] = tuple(alfworld_games.KINDS),
+        kinds: Sequence[str] = tuple(games.KINDS),
         receptacles: int = 11,
         objects: int = 8,
         tags: bool = True,
         reward: float = 10.0,
         sizes: dict[str, int] | None = None,
     ):
-        alfworld_engine.check_installed()
+        engine.check_installed()
         self.kinds, self.receptacles, self.objects = list(kinds), receptacles, objects
         self.tags, self.reward = tags, reward
         self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes)
         self._check()
         how = {key: value for key, value in vars(self).items() if key != "sizes"}
-        self.fingerprint = f"alfworld-{_digest(how, alfworld_games.facts().fingerprint, _engine_version())}"
+        self.fingerprint = f"alfworld-{_digest(how, games.facts().fingerprint, _engine_version())}"
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
@@ -175,13 +176,11 @@ class Generated(_World):
 
     def words(self) -> tuple[str, ...]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
-        facts = alfworld_games.facts()
+        facts = games.facts()
         places = [place.lower() for place in facts.holds]
         things = [one.lower() for one in sorted({o for found in facts.holds.values() for o in found})]
         numbers = [str(n) for n in range(self.receptacles + 1)]
-        names = [
-            f"{kind} {number}" for kind in (*places, *things, alfworld_games.LAMP.lower()) for number in numbers[1:]
-        ]
+        names = [f"{kind} {number}" for kind in (*places, *things, games.LAMP.lower()) for number in numbers[1:]]
         return (*PHRASES, *household.PHRASES, *household.WORDS, *places, *things, *names, *numbers)
 
     def _task(self, split: str, index: int) -> Task:
@@ -191,14 +190,14 @@ class Generated(_World):
         return Task(name, kind=kind, payload={"object": errand.object, "target": errand.target})
 
     def _made(self, name: str, kind: str) -> tuple[dict[str, Any], Errand]:
-        return alfworld_games.make(kind, name, self.receptacles, self.objects)
+        return games.make(kind, name, self.receptacles, self.objects)
 
     def _check(self) -> None:
         for kind in self.kinds or [""]:
-            if kind not in alfworld_games.KINDS:
-                raise ConfigError("env.make.kinds", kind, choices=list(alfworld_games.KINDS))
+            if kind not in games.KINDS:
+                raise ConfigError("env.make.kinds", kind, choices=list(games.KINDS))
         for field, number, least, most in (
-            ("receptacles", self.receptacles, 4, alfworld_games.MOST),
+            ("receptacles", self.receptacles, 4, games.MOST),
             ("objects", self.objects, 2, 99),
         ):
             if not least <= number <= most:
@@ -261,7 +260,7 @@ class AlfWorld(_World):
         reward: float = 10.0,
         games: dict[str, int] | None = COUNTS,
     ):
-        alfworld_engine.check_installed()
+        engine.check_installed()
         self.root = _root(data)
         self.tags, self.reward, self.split = tags, reward, split
         index = _index(self.root, games)
@@ -339,10 +338,10 @@ def _check_counts(root: Path, index: Mapping[str, Sequence[Any]], wanted: Mappin
     for folder in wanted or ():
         if folder not in index:
             raise ConfigError(f"env.make.games.{folder}", (wanted or {})[folder], choices=list(index))
-    for folder, games in index.items():
+    for folder, listed in index.items():
         should = (wanted or {}).get(folder)
-        if not games or (should is not None and len(games) != should):
-            said = f"{root / folder} has {len(games)} games that can be played, and should have {should or 'some'}"
+        if not listed or (should is not None and len(listed) != should):
+            said = f"{root / folder} has {len(listed)} games that can be played, and should have {should or 'some'}"
             remedy = "unzip it again (aem_exp.prepare does); or say env.make.games=null to take what is there"
             raise ConfigError("env.make.data", str(root.parent), f"{said}: {remedy}")
 
@@ -431,13 +430,13 @@ def _read(root: Path, trial: Path) -> dict[str, Any] | None:
     file = trial / "game.tw-pddl"
     try:
         about = json.loads((trial / "traj_data.json").read_text())
-        if about["task_type"] not in alfworld_games.KINDS or not file.exists():
+        if about["task_type"] not in games.KINDS or not file.exists():
             return None
         data = file.read_bytes()
         game, params = json.loads(data), about["pddl_params"]
         if not game.get("solvable"):
             return None
-        rules = alfworld_engine.fingerprint(game["pddl_domain"], game["grammar"])
+        rules = engine.fingerprint(game["pddl_domain"], game["grammar"])
         target = params["toggle_target"] or params["parent_target"]
         kind, wanted = about["task_type"], params["object_target"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import alfworld_engine as engine
+from aem_exp.envs.alfworld import engine
 
 RULES: Final = 1  # raise when the same kind and seed would give another game
 ROOMS: Final = {  # what a room has, as often as it has it

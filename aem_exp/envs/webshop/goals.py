@@ -15,8 +15,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from aem_exp.envs.webshop_catalogue import Catalogue, Product
-from aem_exp.envs.webshop_words import STOP
+from aem_exp.envs.webshop.catalogue import Catalogue, Product
+from aem_exp.envs.webshop.words import STOP
 
 SHUFFLE: Final = 233  # the original's seed of the order of goals
 PRICES: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn

@@ -15,7 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from aem_exp.envs.swe_tools import Call
+    from aem_exp.envs.swe.tools import Call
 
 PACKAGES: Final = ("ledger", "almanac", "compass", "pantry")
 START, END = ">>>>> Start Test Output", ">>>>> End Test Output"
@@ -423,7 +423,7 @@ def _id(kind: str, content: bytes) -> str:
 
 def words() -> list[str]:
     """All words, and the wordings that are one token each."""
-    from aem_exp.envs.swe_tools import Call
+    from aem_exp.envs.swe.tools import Call
 
     lines = [line for _, f, bug in _bugs() for line in (bug.line, f.right)]
     paths = [f"{package}/{module}.py" for package in PACKAGES for module in MODULES]

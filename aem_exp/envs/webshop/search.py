@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from aem_exp.envs.webshop_words import analyze
+from aem_exp.envs.webshop.words import analyze
 
 K1, B = 0.9, 0.4  # Anserini's
 PARALLEL: Final = 20_000  # documents; fewer are analysed by one process

@@ -22,9 +22,10 @@ from random import Random
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, Elsewhere, unknown
-from aem_exp.envs import Draws, Task, Turn, sized, swe_grading, swe_made, swe_tools
-from aem_exp.envs.swe_rows import Instance, instance
-from aem_exp.envs.swe_tools import Call, Mistake, Tools
+from aem_exp.envs import Draws, Task, Turn, sized
+from aem_exp.envs.swe import generated, grading, tools
+from aem_exp.envs.swe.rows import Instance, instance
+from aem_exp.envs.swe.tools import Call, Mistake, Tools
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Ruined, Sandbox
 
 RULES: Final = 1  # raise when the same task would play differently
@@ -53,7 +54,7 @@ class RepositoryEnv:
 
     def parse(self, response: str) -> str:
         try:
-            return str(swe_tools.read(response))
+            return str(tools.read(response))
         except Mistake:
             return response.strip()[:LONGEST]
 
@@ -74,7 +75,7 @@ class RepositoryEnv:
             return Turn("", terminated=True, valid=False, metrics={"won": 0.0})
         self.taken += 1
         try:
-            call = swe_tools.read(response)
+            call = tools.read(response)
         except Mistake as mistake:
             return self._ended(self._turn(f"ERROR: {mistake}", valid=False))
         if left <= 0:
@@ -109,9 +110,9 @@ class RepositoryEnv:
         patch = self._patch()
         self.close()  # before the next one is opened: both would take memory
         with self._world.open(self.instance.image) as fresh:
-            verdict, _ = swe_grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
+            verdict, _ = grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
         won = float(verdict == "resolved")
-        shares = {f"end_{name}": float(name == verdict) for name in swe_grading.VERDICTS}
+        shares = {f"end_{name}": float(name == verdict) for name in grading.VERDICTS}
         return replace(turn, reward=won * self._world.reward, metrics={**turn.metrics, "won": won, **shares})
 
     def _lay(self) -> None:
@@ -164,7 +165,7 @@ class Repositories:
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
             if number <= 0:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
-        swe_grading.check_installed()
+        grading.check_installed()
         if why := sandbox.missing():
             raise Elsewhere("env.make.sandbox", type(sandbox).__name__.lower(), why)
         self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
@@ -228,14 +229,14 @@ class Made(Repositories):
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
     ):
-        for field, number, most in (("modules", modules, len(swe_made.MODULES)), ("functions", functions, 4)):
+        for field, number, most in (("modules", modules, len(generated.MODULES)), ("functions", functions, 4)):
             if not 1 <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
         self.sizes = sized({"train": 4096, "dev": 32, "test": 32}, sizes)
         super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
         self.modules, self.functions = modules, functions
         versions = [sys.version_info[:2], importlib.metadata.version("pytest")]
-        self.fingerprint = f"swe-{self._digest(modules, functions, swe_made.bank(), versions)}"
+        self.fingerprint = f"swe-{self._digest(modules, functions, generated.bank(), versions)}"
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
@@ -244,7 +245,7 @@ class Made(Repositories):
 
     def instance(self, task: Task) -> Instance:
         made = self._made(task.id)
-        return replace(instance(made.row, task.id), image=host(), lay=swe_made.LAY, given=made.stream)
+        return replace(instance(made.row, task.id), image=host(), lay=generated.LAY, given=made.stream)
 
     def rehearse(self) -> RepositoryEnv:
         """An environment for demonstrations, which nobody grades."""
@@ -252,29 +253,29 @@ class Made(Repositories):
 
     def words(self) -> Iterable[str]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
-        return swe_made.words()
+        return generated.words()
 
     def expert(self, env: RepositoryEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of a player who looks where the issue points, and knows each wrong line: with probability `noise` it
         looks or writes anywhere; and with probability `shyness` it repairs the line with another one that is wrong too."""
-        path, found = swe_made.named(env.goal), swe_made.recognised(env.seen)
+        path, found = generated.named(env.goal), generated.recognised(env.seen)
         if random.random() < noise:
-            path, found = swe_made.anywhere(random), None
+            path, found = generated.anywhere(random), None
         if env.taken and " is changed:" in env.seen:
             return str(Call("finish", {}))
         if found is None:
-            return swe_made.said(Call("file_editor", {"command": "view", "path": path}))
+            return generated.said(Call("file_editor", {"command": "view", "path": path}))
         wrong, right = found
-        new = swe_made.no_better(wrong, random) if random.random() < shyness else right
-        return swe_made.said(
+        new = generated.no_better(wrong, random) if random.random() < shyness else right
+        return generated.said(
             Call("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new})
         )
 
     def _task(self, name: str) -> Task:
         return Task(name, kind=self._made(name).family)
 
-    def _made(self, name: str) -> swe_made.Made:
-        return swe_made.make(name, self.modules, self.functions)
+    def _made(self, name: str) -> generated.Made:
+        return generated.make(name, self.modules, self.functions)
 
 
 @cache

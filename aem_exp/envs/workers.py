@@ -31,7 +31,7 @@ from aem_exp.config.targets import instantiate
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, Turn, World
-from aem_exp.stage import TRACE, Reply, Serial, Stage, failed, plain
+from aem_exp.envs.executor import TRACE, Reply, Serial, Stage, failed, plain
 
 START: Final = 60.0  # seconds for a child to import and make its world, where it has a core of its own
 CONNECT: Final = 10.0  # seconds to reach a machine that lends
@@ -230,7 +230,7 @@ class Lenders:
 def child(connection: socket.socket, log: Any) -> "subprocess.Popen[bytes]":
     """A worker that speaks through the connection, and writes what it says to nobody to the log."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "aem_exp.workers", str(connection.fileno())],
+        [sys.executable, "-P", "-m", "aem_exp.envs.workers", str(connection.fileno())],
         pass_fds=[connection.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Draws, Task, Turn, sized, tagged
+from aem_exp.envs import Draws, Task, Turn, parsing, sized
 
 LONGEST: Final = 2000  # characters of an action that are read
 FIRST: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
@@ -55,9 +55,9 @@ class ForeignEnv:
 
     def _read(self, response: str) -> tuple[str, bool]:
         if self._world.tags:
-            return tagged.read(response, LONGEST)
+            return parsing.read(response, LONGEST)
         if self._world.actions is not None:
-            return tagged.bare(response, LONGEST)
+            return parsing.bare(response, LONGEST)
         return response[:LONGEST], bool(response.strip()) and len(response) <= LONGEST
 
     def _turn(

@@ -31,9 +31,10 @@ import numpy as np
 from aem_exp.core import console, disk
 from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.core.extras import install
-from aem_exp.envs import Draws, Task, Turn, tagged, webshop_made, webshop_player
-from aem_exp.envs.webshop_catalogue import Catalogue, Product, catalogue
-from aem_exp.envs.webshop_goals import SHUFFLE, Goal, Goals, Nouns, drawn, score, tagger
+from aem_exp.envs import Draws, Task, Turn, parsing
+from aem_exp.envs.webshop import generated, player
+from aem_exp.envs.webshop.catalogue import Catalogue, Product, load_catalogue
+from aem_exp.envs.webshop.goals import SHUFFLE, Goal, Goals, Nouns, drawn, score, tagger
 
 RULES: Final = 1  # raise when the same task would play differently
 HITS, PAGE = 50, 10  # products found by a search, and on one page
@@ -256,8 +257,8 @@ class WebShopEnv:
 
     def _read(self, response: str) -> tuple[str, bool]:
         if self._world.tags:
-            return tagged.read(response, LONGEST, tail=20)
-        action, short = tagged.bare(response, LONGEST)
+            return parsing.read(response, LONGEST, tail=20)
+        action, short = parsing.bare(response, LONGEST)
         action = re.sub(r"\s*([\[\]])\s*", r"\1", action)  # words that a tokenizer parted
         return action, short and re.fullmatch(r"(search|click)\[.+\]", action) is not None
 
@@ -334,16 +335,16 @@ class WebShop:
     def expert(self, env: WebShopEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of a player who reads pages: with probability `noise` it clicks anything; and with probability `shyness`
         it buys before it has chosen the options that were asked for."""
-        action = webshop_player.action(env.shop, env.goal)
+        action = player.action(env.shop, env.goal)
         if random.random() < noise:
             action = random.choice([one for one in env.actions if one != QUERY] or [action])
-        elif action in (f"click[{value}]" for value in webshop_player.wanted(env.goal).values()):
+        elif action in (f"click[{value}]" for value in player.wanted(env.goal).values()):
             action = f"click[{BUY.lower()}]" if random.random() < shyness else action
         return self._spoken(action)
 
     def oracle(self, env: WebShopEnv) -> str:
         """The response of a player who knows which product the goal was made of."""
-        return self._spoken(webshop_player.knowing(env.shop, self.catalogue))
+        return self._spoken(player.knowing(env.shop, self.catalogue))
 
     @classmethod
     def prepare(cls, say: Callable[[str], None], **make: Any) -> None:
@@ -418,9 +419,9 @@ class Generated(WebShop):
         seed: int = 0,
         panels: dict[str, int] | None = None,
     ):
-        if not webshop_made.LEAST <= products <= webshop_made.MOST:
-            raise ConfigError("env.make.products", products, f"choose {webshop_made.LEAST} to {webshop_made.MOST}")
-        data = webshop_made.folder(products, seed)
+        if not generated.LEAST <= products <= generated.MOST:
+            raise ConfigError("env.make.products", products, f"choose {generated.LEAST} to {generated.MOST}")
+        data = generated.folder(products, seed)
         self.panels = {"test": 128, "dev": 128} | (panels or {})
         for name, size in self.panels.items():
             if name not in ("dev", "test") or size < 1:
@@ -437,7 +438,7 @@ class Generated(WebShop):
 
     def words(self) -> tuple[str, ...]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
-        return webshop_made.words(self.catalogue)
+        return generated.words(self.catalogue)
 
 
 def _check_spacy() -> None:
@@ -462,4 +463,4 @@ def _files(data: str | None, catalogue: str, goals: str) -> tuple[Path, Path, Pa
 
 @lru_cache(4)
 def _opened(files: tuple[Path, Path, Path | None], tell: Callable[[int, int], None] = lambda *_: None) -> Catalogue:
-    return catalogue(*files, tell)
+    return load_catalogue(*files, tell)

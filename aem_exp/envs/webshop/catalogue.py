@@ -22,7 +22,7 @@ import numpy as np
 
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import webshop_search
+from aem_exp.envs.webshop import search
 
 log = logging.getLogger("aem_exp")
 BUILD: Final = 1  # raise when the same files would give another folder
@@ -62,7 +62,7 @@ class Catalogue:
             np.load(folder / f"{name}.npy", mmap_mode="r")
             for name in ("starts", "asins", "by_asin", "instructed", "prices")
         )
-        self.index = webshop_search.Index(folder)
+        self.index = search.Index(folder)
         self.product = lru_cache(KEPT)(self._product)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Catalogue:
         return Product(**json.loads(bytes(self._rows[self._starts[number] : self._starts[number + 1]])))
 
 
-def catalogue(
+def load_catalogue(
     products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None] = lambda *_: None
 ) -> Catalogue:
     """The catalogue of some official files, built where it is not there yet.
@@ -131,7 +131,7 @@ def _build(
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
     np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
-    webshop_search.build(folder, _texts(folder, starts), asins, tell)
+    search.build(folder, _texts(folder, starts), asins, tell)
     digests = [_digest(file) for file in (products, attributes, human) if file]
     said = {"name": products.name, "products": len(asins), "fingerprint": digests}
     (folder / "about.json").write_text(json.dumps(said))

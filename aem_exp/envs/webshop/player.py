@@ -3,11 +3,11 @@
 import re
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.envs.webshop_words import analyze
+from aem_exp.envs.webshop.words import analyze
 
 if TYPE_CHECKING:
-    from aem_exp.envs.webshop import Shop
-    from aem_exp.envs.webshop_catalogue import Catalogue
+    from aem_exp.envs.webshop.catalogue import Catalogue
+    from aem_exp.envs.webshop.world import Shop
 
 PATIENCE: Final = 4  # products that are looked at before one is bought as it is
 _PRICE: Final = re.compile(r",? and price lower than ([\d.]+) dollars")

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from aem_exp.core.errors import Missing
 from aem_exp.core.extras import install
-from aem_exp.envs.swe_rows import Instance
+from aem_exp.envs.swe.rows import Instance
 from aem_exp.sandboxes import Ruined, Sandbox
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
