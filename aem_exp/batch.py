@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aem_exp.rollout import Row
+from aem_exp.rollout.rows import Row
 
 DEAD = -1  # a row that fills a rank's share: read like any other, trained on nothing
 

@@ -16,7 +16,8 @@ from aem_exp import diagnostics
 from aem_exp.advantages import Played
 from aem_exp.core import user_code
 from aem_exp.core.errors import Stop
-from aem_exp.rollout import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Row, Trajectory, rows
+from aem_exp.rollout.rows import Row, build_rows
+from aem_exp.rollout.types import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Trajectory
 
 Estimator = Callable[[Played], Tensor]  # see `advantages`
 CUT = (CONTEXT, TURNS, STOPPED)  # endings that are no end by the rules
@@ -134,7 +135,7 @@ def assign(
     advantage_R = advantages(estimator, seen)
     stays_M = torch.tensor([not (mask_cut and t.ended in CUT) for t in counted], dtype=torch.bool)
     kept = [t for t, stays in zip(counted, stays_M.tolist(), strict=True) if stays]
-    all_rows = rows(kept, history)
+    all_rows = build_rows(kept, history)
     tokens_R = [len(r.sample.ids) for t in kept for r in t.responses]
     responses = torch.arange(len(tokens_R))
     response_U = responses.repeat_interleave(torch.tensor(tokens_R, dtype=torch.long)) if unit == "token" else responses

@@ -108,8 +108,8 @@ def _act(asked: argparse.Namespace) -> int:
 
     console.quiet()
     cli.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
+    from aem_exp.rollout.sampling.vllm_client import Unheld
     from aem_exp.scoreboard import Line, show
-    from aem_exp.servers import Unheld
 
     with Line() as line:
         exam, players, left_out = setting(asked)

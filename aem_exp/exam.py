@@ -26,7 +26,7 @@ from aem_exp.stats.scores import Outcome, Score
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
-    from aem_exp.rollout import Episode, Trajectory
+    from aem_exp.rollout.types import Episode, Trajectory
     from aem_exp.scoreboard import Line
 
 log = logging.getLogger("aem_exp")
@@ -42,7 +42,7 @@ def play(
 
 def episodes(panel: Panel, repeats: int) -> list["Episode"]:
     """What is to be played, in the order of the panel."""
-    from aem_exp.rollout import Episode
+    from aem_exp.rollout.types import Episode
 
     return [
         Episode(task, draw, repeat, ("panel", panel.name, task.id, repeat))
@@ -65,7 +65,7 @@ def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
     Raises:
         Stop: the world never says who won.
     """
-    from aem_exp.rollout import CONTEXT, CRASHED
+    from aem_exp.rollout.types import CONTEXT, CRASHED
 
     begun = [t for t in played if t.responses and t.ended != CRASHED]
     if begun and not any("won" in t.responses[-1].metrics for t in begun):
@@ -247,7 +247,7 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
-    from aem_exp.rollout import CRASHED
+    from aem_exp.rollout.types import CRASHED
 
     said = row["responses"]
     return Outcome(

@@ -85,8 +85,8 @@ class Parts:
 
         from aem_exp import sharded
         from aem_exp.envs.workers import stage_of
-        from aem_exp.render import Chat
-        from aem_exp.rollout import Rollout, Watcher
+        from aem_exp.rollout.chat import Chat
+        from aem_exp.rollout.play import Rollout, Watcher
         from aem_exp.rundir.episodes import Episodes
         from aem_exp.trainer import Time
 
@@ -186,7 +186,7 @@ class Parts:
             raise Interrupted(self.signals.heard or signal.SIGTERM)  # another process may have heard it
 
     def _trainer(self) -> Any:
-        from aem_exp.sample import Sampling
+        from aem_exp.rollout.sampling.base import Sampling
         from aem_exp.trainer import AEMCallback, build
 
         experiment, settings = self.experiment, self.experiment.trainer
@@ -221,13 +221,13 @@ class Parts:
         """What hands servers the newest weights, where there are servers."""
         if not self.servers:
             return None
-        from aem_exp.weights import publisher
+        from aem_exp.rollout.sampling.weight_sync import publisher
 
         return publisher(self.servers, self.experiment.launch.server_weights)
 
     def _servers(self) -> Any:
         from aem_exp.cluster import rendezvous
-        from aem_exp.servers import Servers
+        from aem_exp.rollout.sampling.vllm_client import Servers
 
         launch = self.experiment.launch
         if launch.servers:
@@ -241,15 +241,15 @@ class Parts:
 
     def _sampler(self, trainer: Any, sampling: Any) -> Any:
         if self.servers:
-            from aem_exp.served import ServedSampler
+            from aem_exp.rollout.sampling.vllm import ServedSampler
 
             known, rank = policy.vocabulary(self.experiment.model, self.weights), trainer.accelerator.process_index
             return ServedSampler(self.servers, self.chat.end_ids, sampling, vocabulary=known, rank=rank)
         if self.experiment.launch.sampler == "engine":
-            from aem_exp.engine import EngineSampler
+            from aem_exp.rollout.sampling.trl_engine import EngineSampler
 
             return EngineSampler(trainer, self.chat.end_ids, sampling)
-        from aem_exp.sample import LocalSampler
+        from aem_exp.rollout.sampling.local import LocalSampler
 
         return LocalSampler(self.model, self.chat.end_ids, sampling, self.watcher.token if self.watcher else None)
 
@@ -287,9 +287,9 @@ class Parts:
         """Score a panel; `recorded`: its episodes stand in the record already."""
         from aem_exp import exam
         from aem_exp.envs import panel
-        from aem_exp.rollout import CRASHED
+        from aem_exp.rollout.sampling.base import Sampling
+        from aem_exp.rollout.types import CRASHED
         from aem_exp.rundir.episodes import record
-        from aem_exp.sample import Sampling
 
         how = self.experiment.evaluation
         chosen = panel.build_panel(self.world, split, how.tasks)
@@ -349,8 +349,8 @@ def crashed(folder: Path) -> int:
 
 def _draw(experiment: Experiment, tasks: Any, step: int, number: int) -> list[Any]:
     """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
-    from aem_exp.rollout import Episode
-    from aem_exp.sample import generator
+    from aem_exp.rollout.sampling.base import generator
+    from aem_exp.rollout.types import Episode
 
     settings, seed = experiment.trainer, experiment.seed
     count = settings["tasks_per_step"] * settings["oversample"]

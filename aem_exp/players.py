@@ -19,11 +19,13 @@ from aem_exp.config import Experiment, Model
 from aem_exp.envs import Task, Turn, World, parsing
 from aem_exp.envs.executor import Reply, Serial, Stage
 from aem_exp.envs.workers import stage_of
-from aem_exp.render import Chat
-from aem_exp.rollout import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Rollout, Trajectory, Watcher
-from aem_exp.sample import Independent, LocalSampler, Sample, Sampling, generator
-from aem_exp.served import ServedSampler
-from aem_exp.servers import Servers
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout, Watcher
+from aem_exp.rollout.sampling.base import Independent, Sample, Sampling, generator
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.sampling.vllm import ServedSampler
+from aem_exp.rollout.sampling.vllm_client import Servers
+from aem_exp.rollout.types import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
 
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
 Played = Generator[Trajectory, None, None]

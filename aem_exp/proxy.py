@@ -29,8 +29,8 @@ from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
     from aem_exp.players import Player
-    from aem_exp.rollout import Trajectory
-    from aem_exp.sample import Sampler
+    from aem_exp.rollout.sampling.base import Sampler
+    from aem_exp.rollout.types import Trajectory
     from aem_exp.scoreboard import Line
 
 STATES, SAMPLES, FIGURE = "states.json", "samples.jsonl", "proxy.png"
@@ -121,7 +121,7 @@ def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Pat
     """Find the states, unless they are on disk; then sample at those that are not there yet."""
     from aem_exp import players
     from aem_exp.envs.workers import stage_of
-    from aem_exp.rollout import Rollout
+    from aem_exp.rollout.play import Rollout
 
     env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
     line.say(f"{player.name}: loading its weights")
@@ -148,8 +148,8 @@ def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Pat
 
 def passed(trajectory: "Trajectory", env: Env) -> list[State]:
     """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
-    from aem_exp.rollout import CRASHED
-    from aem_exp.sample import generator
+    from aem_exp.rollout.sampling.base import generator
+    from aem_exp.rollout.types import CRASHED
 
     t = trajectory
     if t.ended == CRASHED or not t.responses:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, masking_utils
 
-from aem_exp import sample
+from aem_exp.rollout.sampling import base, local
 
 WEIGHTS, GATHERED, ACTIVATIONS, GRADIENTS = "weights", "gathered", "activations", "gradients"
 LOGITS, CACHE = "logits", "KV cache"
@@ -190,7 +190,7 @@ class Rehearsal:
             ).last_hidden_state[:, -1]
             with _counted(meter, LOGITS):
                 scores = self._model.get_output_embeddings()(hidden).float()
-                sample._draw(scores, torch.empty(episodes, dtype=torch.float64), sample.Sampling())
+                local._draw(scores, torch.empty(episodes, dtype=torch.float64), base.Sampling())
             del first
 
     def _logps(self, meter: Meter, rows: int, tokens: int, completion: int) -> Tensor:

@@ -17,11 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from aem_exp import answers, config
+from aem_exp import config
 from aem_exp.cluster import rendezvous, slurm
 from aem_exp.config import Experiment
 from aem_exp.core import cli
 from aem_exp.core.errors import Stop
+from aem_exp.rollout.sampling import http
 
 GRACE: Final = 20.0  # seconds for a server to end
 
@@ -87,7 +88,7 @@ def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     )
     url = f"http://{host}:{port}"
     end = time.monotonic() + how.server_seconds
-    while not answers.well(url):
+    while not http.well(url):
         if (code := child.poll()) is not None or time.monotonic() > end:
             _end(child)
             late = f"did not answer within {how.server_seconds:g} s (launch.server_seconds)"

@@ -26,9 +26,11 @@ from aem_exp.config import Env
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import TextEnv, World
 from aem_exp.envs.executor import Serial
-from aem_exp.render import Chat
-from aem_exp.rollout import CRASHED, Episode, Rollout, Row, Trajectory, rows
-from aem_exp.sample import Sample
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.rows import Row, build_rows
+from aem_exp.rollout.sampling.base import Sample
+from aem_exp.rollout.types import CRASHED, Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
@@ -208,7 +210,7 @@ def demonstrate(
     if not shyness:  # the shy player uses the same words
         seen = [r.observation for t in whole[:LOOKED_AT] for r in t.responses]
         _tell_unknown(tokenizer, list(player.said), seen)
-    return rows(whole, env.history)
+    return build_rows(whole, env.history)
 
 
 def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:

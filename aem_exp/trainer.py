@@ -37,9 +37,12 @@ from aem_exp.config import Experiment, instantiate
 from aem_exp.config.trainer_keys import OURS, ROW_MEANS
 from aem_exp.core.errors import Stop
 from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
-from aem_exp.rollout import CRASHED, Clock, Episode, Rollout, Row, Trajectory
+from aem_exp.rollout.clock import Clock
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.rows import Row
+from aem_exp.rollout.sampling.base import Sampler, generator
+from aem_exp.rollout.types import CRASHED, Episode, Trajectory
 from aem_exp.rundir import checkpoints
-from aem_exp.sample import Sampler, generator
 
 Batch = dict[str, Tensor]
 PAPER = Arm()

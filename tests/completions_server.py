@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
 
 WANTED = {
     "prompt",

@@ -11,11 +11,11 @@ import torch
 import toy
 
 from aem_exp.cluster import distributed
-from aem_exp.render import Chat
-from aem_exp.sample import Sampling
-from aem_exp.served import ServedSampler
-from aem_exp.servers import Servers
-from aem_exp.weights import Files
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.vllm import ServedSampler
+from aem_exp.rollout.sampling.vllm_client import Servers
+from aem_exp.rollout.sampling.weight_sync import Files
 
 
 def main(folder: Path, place: Path) -> None:

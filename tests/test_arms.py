@@ -8,7 +8,7 @@ import torch
 from aem_exp import aem, arms, diagnostics
 from aem_exp.arms import Arm
 from aem_exp.config import load
-from aem_exp.sample import generator
+from aem_exp.rollout.sampling.base import generator
 
 ENTROPY_R = torch.tensor([0.2, 0.5, 0.8, 1.1, 0.3, 0.9, 0.4])
 GROUP_R = torch.tensor([0, 0, 0, 0, 1, 1, 1])

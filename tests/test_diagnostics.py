@@ -9,8 +9,8 @@ import toy
 from aem_exp import advantages, diagnostics
 from aem_exp.credit import assign, describe
 from aem_exp.envs import Task
-from aem_exp.rollout import OVER, Response, Trajectory
-from aem_exp.sample import Sample
+from aem_exp.rollout.sampling.base import Sample
+from aem_exp.rollout.types import OVER, Response, Trajectory
 
 STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])

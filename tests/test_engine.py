@@ -7,9 +7,10 @@ import torch
 import toy
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.engine import VLLM, EngineSampler
-from aem_exp.render import Chat
-from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.sampling.trl_engine import VLLM, EngineSampler
 
 
 @pytest.fixture

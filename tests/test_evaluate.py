@@ -156,7 +156,7 @@ def test_killed_it_goes_on_and_ends_the_same(trained, capsys, tmp_path):
     assert 2 <= parts < 16
     seen = []
     with pytest.MonkeyPatch.context() as patch:  # which episodes are still played
-        from aem_exp.rollout import Rollout
+        from aem_exp.rollout.play import Rollout
 
         real = Rollout.play
         patch.setattr(Rollout, "play", lambda self, part, sampler: seen.extend(part) or real(self, part, sampler))
@@ -178,7 +178,7 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 def test_a_random_player_speaks_as_the_world_listens():
     from aem_exp.envs.executor import Serial
     from aem_exp.players import _anything, act
-    from aem_exp.rollout import Episode
+    from aem_exp.rollout.types import Episode
 
     for tags in (False, True):
         world = Household(tags=tags)

@@ -12,11 +12,13 @@ from completions_server import CompletionsServer
 from doors import LONG, SHORT, Beside
 from filelock import FileLock
 
-from aem_exp import config, crew, evaluate, players, policy, servers
+from aem_exp import config, evaluate, players, policy
 from aem_exp.envs import opening
-from aem_exp.sample import LocalSampler, LocalSession
+from aem_exp.rollout import threads
+from aem_exp.rollout.sampling import vllm_client
+from aem_exp.rollout.sampling.local import LocalSampler, LocalSession
+from aem_exp.rollout.sampling.vllm import seed
 from aem_exp.scoreboard import Line
-from aem_exp.served import seed
 
 KEY = "k-7f3a"
 PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
@@ -44,7 +46,7 @@ def untrained(trained):
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(servers, "PAUSE", 0.05)
+    monkeypatch.setattr(vllm_client, "PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, se
             slow.set()  # all others were begun while the first was at work
         return hand, piece
 
-    assert [piece for _, piece in crew.work(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
+    assert [piece for _, piece in threads.work(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
 
 
 def test_a_line_counts_episodes_that_play_each_by_itself():
@@ -314,7 +316,7 @@ def test_what_training_took_of_a_cluster_is_left_behind(trained):
 
 def test_what_was_played_stays_whatever_became_of_the_others(trained, server, where, capsys, tmp_path, monkeypatch):
     """Ctrl-C in the midst of a part: its first episodes are not played again."""
-    from aem_exp.rollout import Rollout
+    from aem_exp.rollout.play import Rollout
 
     flow = Rollout.flow
 

@@ -10,8 +10,8 @@ from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, opening, panel
-from aem_exp.rollout import Response, Trajectory
-from aem_exp.sample import Sample
+from aem_exp.rollout.sampling.base import Sample
+from aem_exp.rollout.types import Response, Trajectory
 
 MODULE = """
 from aem_exp.envs import Task, Turn

@@ -10,9 +10,10 @@ import toy
 from aem_exp.config import ConfigError, choices, config_roots, load, rules
 from aem_exp.config.targets import instantiate
 from aem_exp.envs.executor import Serial
-from aem_exp.render import Chat
-from aem_exp.rollout import Rollout
-from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.trainer import AEMCallback, Time, build
 
 GROUPS = choices(config_roots())
@@ -104,8 +105,8 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
     from aem_exp.advantages import leave_one_out
     from aem_exp.credit import assign
     from aem_exp.envs import Task
-    from aem_exp.rollout import OVER, TURNS, Response, Trajectory
-    from aem_exp.sample import Sample
+    from aem_exp.rollout.sampling.base import Sample
+    from aem_exp.rollout.types import OVER, TURNS, Response, Trajectory
 
     def trajectory(member, ended, reward):
         sample = Sample([1, 2], [-1.0, -1.0], [0.5, 0.5])

@@ -10,9 +10,10 @@ import toy
 from aem_exp import diagnostics, proxy
 from aem_exp.core.disk import Damaged
 from aem_exp.envs.executor import Serial
-from aem_exp.render import Chat
-from aem_exp.rollout import Rollout
-from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
 
 # The statistics.
 

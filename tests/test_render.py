@@ -7,9 +7,9 @@ import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from aem_exp import render
 from aem_exp.core.errors import ConfigError
-from aem_exp.render import Chat
+from aem_exp.rollout import chat
+from aem_exp.rollout.chat import Chat
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = {  # template -> (end of a turn, header of a user message)
@@ -84,7 +84,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ids=["endless", "raises", "open", "silent"],
 )
 def test_a_template_that_does_not_render_is_one_sentence(monkeypatch, template, said):
-    monkeypatch.setattr(render, "PATIENCE", 1.0 if template == ENDLESS else 600.0)
+    monkeypatch.setattr(chat, "PATIENCE", 1.0 if template == ENDLESS else 600.0)
     tok = tokenizer("qwen2_5")
     tok.chat_template = template
     with pytest.raises(ConfigError, match=r"^model\.path=") as caught:

@@ -9,9 +9,12 @@ import toy
 from aem_exp.aem import responses
 from aem_exp.batch import measured, pack
 from aem_exp.envs.executor import Serial
-from aem_exp.render import Chat
-from aem_exp.rollout import CONTEXT, CRASHED, Episode, Rollout, Watcher, rows
-from aem_exp.sample import LocalSampler, Sample, Sampling, generator
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout, Watcher
+from aem_exp.rollout.rows import build_rows
+from aem_exp.rollout.sampling.base import Sample, Sampling, generator
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.types import CONTEXT, CRASHED, Episode
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = Sampling(), toy.ChatterWorld()
@@ -35,7 +38,7 @@ def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes)
 def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temperature):
     """Log-probs and entropies of a session that keeps its cache across turns, against one plain forward pass."""
     played, model, tokenizer = play(folder, history, sampling=Sampling(temperature))
-    packed = rows([t for t in played if t.ended != CRASHED], history)
+    packed = build_rows([t for t in played if t.ended != CRASHED], history)
     chosen = list(range(len(packed)))
     batch = pack(packed, chosen, tokenizer.pad_token_id)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -55,7 +58,7 @@ def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temp
 def test_full_history_only_appends(folder):
     """A row is the sampled tokens with the template's tokens between them, once; nothing is rendered anew."""
     played, _, tokenizer = play(folder, "full")
-    for row in rows(played, "full"):
+    for row in build_rows(played, "full"):
         trajectory = played[row.trajectory]
         sampled = [i for r in trajectory.responses for i in r.sample.ids]
         assert [i for i, own in zip(row.completion, row.mask, strict=True) if own] == sampled
@@ -70,7 +73,7 @@ def test_full_history_only_appends(folder):
 def test_a_response_that_was_cut_is_closed_by_a_masked_token(folder):
     played, _, tokenizer = play(folder, "full")
     cut = [
-        (row, k) for row in rows(played, "full") for k, r in enumerate(played[row.trajectory].responses[:-1])
+        (row, k) for row in build_rows(played, "full") for k, r in enumerate(played[row.trajectory].responses[:-1])
         if r.sample.ids[-1] != tokenizer.eos_token_id
     ]  # fmt: skip
     assert cut
@@ -89,7 +92,7 @@ def test_a_window_asks_afresh(folder):
     assert last.count("<|im_start|>") == 2  # one user message, and the header of the answer
     quoted = [long.responses[k].observation for k in range(2)]
     assert all(text in last for text in quoted)
-    assert [row.turns for row in rows([long], "window")] == [[k] for k in range(len(long.responses))]
+    assert [row.turns for row in build_rows([long], "window")] == [[k] for k in range(len(long.responses))]
 
 
 @pytest.mark.parametrize("history", HISTORIES)
@@ -122,7 +125,7 @@ def test_a_full_context_ends_the_episode(folder):
         folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25
     )
     assert CONTEXT in {t.ended for t in played}
-    assert all(len(row.prompt) + len(row.completion) <= 25 for row in rows(played, "full"))
+    assert all(len(row.prompt) + len(row.completion) <= 25 for row in build_rows(played, "full"))
 
 
 def test_a_window_drops_its_history_before_it_gives_up(folder):
@@ -137,7 +140,7 @@ def test_sampling_follows_the_distribution():
     """Inverse-CDF draws from a known distribution: chi-square over 20,000 draws."""
     from scipy.stats import chisquare
 
-    from aem_exp.sample import _draw
+    from aem_exp.rollout.sampling.local import _draw
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
     draws = torch.from_numpy(generator(("chi",)).random(20_000))
@@ -152,7 +155,7 @@ def test_sampling_follows_the_distribution():
     ("sampling", "kept"), [(Sampling(top_k=2), {2, 4}), (Sampling(top_p=0.6), {2, 4}), (Sampling(min_p=0.9), {2})]
 )
 def test_filters_keep_the_likely_tokens(sampling, kept):
-    from aem_exp.sample import _draw
+    from aem_exp.rollout.sampling.local import _draw
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).expand(500, 5)
     tokens, *_ = _draw(logits, torch.from_numpy(generator(("f",)).random(500)), sampling)

@@ -22,20 +22,24 @@ from completions_server import CompletionsServer
 from doors import LONG, SMALL, Beside, metrics, until
 from filelock import FileLock
 
-from aem_exp import config, policy, servers, weights
+from aem_exp import config, policy
 from aem_exp.cluster import rendezvous
 from aem_exp.config import ConfigError
 from aem_exp.core.errors import Stop
 from aem_exp.envs import opening
 from aem_exp.envs.executor import Serial
 from aem_exp.envs.workers import Workers
-from aem_exp.render import Chat
-from aem_exp.rollout import CRASHED, Clock, Rollout
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.clock import Clock
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling import vllm_client, weight_sync
+from aem_exp.rollout.sampling.base import Independent, Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.sampling.vllm import ServedSampler, seed
+from aem_exp.rollout.sampling.vllm_client import Servers
+from aem_exp.rollout.sampling.weight_sync import Files
+from aem_exp.rollout.types import CRASHED
 from aem_exp.run import run
-from aem_exp.sample import Independent, LocalSampler, Sampling
-from aem_exp.served import ServedSampler, seed
-from aem_exp.servers import Servers
-from aem_exp.weights import Files
 
 HISTORIES = ["full", "window"]
 KEY = "k-123"
@@ -50,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Pauses between attempts are as short as the tests."""
-    monkeypatch.setattr(servers, "PAUSE", 0.05)
+    monkeypatch.setattr(vllm_client, "PAUSE", 0.05)
 
 
 def policy_of(folder, history="full"):
@@ -623,7 +627,7 @@ def test_environments_work_while_others_generate(folder, tmp_path):
 
 def test_a_moment_counts_once_and_for_generation_first(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
-    monkeypatch.setattr("aem_exp.rollout.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("aem_exp.rollout.clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
     clock = Clock(first="generation")
     environment, generation, another = (clock(name) for name in ("environment", "generation", "generation"))
     for moment in (environment, generation, another):
@@ -747,7 +751,7 @@ def test_streamed_weights_go_to_every_server(folder, tmp_path):
             self.forgot += 1
 
     clients = [Client(), Client()]
-    publish = weights.Streamed(known)
+    publish = weight_sync.Streamed(known)
     publish._client = lambda url, device: clients[known.urls.index(url)]
     trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
     publish(trainer)

@@ -12,7 +12,7 @@ from aem_exp import tiny
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs.household import Household
-from aem_exp.render import Chat
+from aem_exp.rollout.chat import Chat
 
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "episodes": 16, "steps": 3, "habit_steps": 1, "batch": 8}
 WORLDS = ["default", "roomy", "tags"]

@@ -21,7 +21,8 @@ from aem_exp import advantages
 from aem_exp.arms import Arm
 from aem_exp.core.errors import Stop
 from aem_exp.envs.executor import Serial
-from aem_exp.rollout import Episode, Rollout
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.types import Episode
 from aem_exp.trainer import episode_tokens
 
 LOSSES = {

@@ -13,9 +13,11 @@ from aem_exp import advantages, schedules, tiny
 from aem_exp.config import Env, Experiment, Launch
 from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import Serial
-from aem_exp.render import Chat
-from aem_exp.rollout import Episode, Rollout
-from aem_exp.sample import LocalSampler, Sampling
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.types import Episode
 from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
 
 WORDS = [chr(ord("a") + i) for i in range(12)]

@@ -15,8 +15,9 @@ from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import Serial
 from aem_exp.preflight import Memory, Passes, Process
 from aem_exp.rehearsal import Meter
-from aem_exp.render import Chat
-from aem_exp.rollout import Episode, Rollout, Trajectory
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.types import Episode, Trajectory
 
 
 class Talker(toy.Chatter):

@@ -92,7 +92,7 @@ class Launch:
     # Who generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers of other processes.
     sampler: Literal["local", "engine", "served"] = "local"
     servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
-    server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `servers` is in the run dir
+    server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `vllm_client` is in the run dir
     server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
     server_seconds: Annotated[float, POSITIVE] = 600.0  # for one answer; and how long none may come
     workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own

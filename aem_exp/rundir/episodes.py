@@ -17,7 +17,7 @@ from aem_exp.core import disk
 from aem_exp.core.disk import Damaged
 
 if TYPE_CHECKING:
-    from aem_exp.rollout import Response, Trajectory
+    from aem_exp.rollout.types import Response, Trajectory
 
 Record = dict[str, Any]
 log = logging.getLogger("aem_exp")

@@ -5,7 +5,7 @@
 Random Qwen3 and Qwen2 models play 8 episodes of 4 turns, all of one length, and make one update of them: on a GPU where torch
 has one (in bf16), else on one thread of the CPU. Three sources of entropy, each against the same step without AEM:
 
-    sampler    it measures entropies as it samples (`sample._draw`, against the same without that line)
+    sampler    it measures entropies as it samples (`local._draw`, against the same without that line)
     scoring    old log-probs are scored anyway: the same pass yields entropies (TRL's head, with and without them)
     own pass   nobody scores, so AEM alone pays for `AEMTrainer._score`
 
@@ -40,13 +40,15 @@ import weighed
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.utils import add_fused_lm_head
 
-from aem_exp import policy, sample
+from aem_exp import policy
 from aem_exp.core import console
 from aem_exp.envs import Task
 from aem_exp.envs.executor import Serial
 from aem_exp.rehearsal import Meter
-from aem_exp.render import Chat
-from aem_exp.rollout import Episode, Rollout
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling import local
+from aem_exp.rollout.types import Episode
 
 CUDA = torch.cuda.is_available()
 EPISODES, TURNS = 8, 4
@@ -107,12 +109,12 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
         "generation": lambda: play(trainer),
         "scoring": lambda: trainer._score(trainer.model, batch),
         "update": lambda: train(trainer, batch),
-        "draw": lambda: sample._draw(*draws[-1]),
+        "draw": lambda: local._draw(*draws[-1]),
         "mute draw": lambda: mute(*draws[-1]),
         "head": lambda: trainer._score(heads[0], batch),
         "mute head": lambda: trainer._score(heads[1], batch),
     }
-    assert all(map(torch.equal, sample._draw(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
+    assert all(map(torch.equal, local._draw(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
     train(trainer, batch)  # the optimizer makes its moments
     times, modulating = timed(acts, updates, trainer, rounds)
     entropy = max(0.0, times["head"] - times["mute head"])
@@ -197,7 +199,7 @@ def play(trainer: Any, draw: Callable | None = None) -> list[Any]:
     """Two groups of four; every response has its full length, as the end is one word of many."""
     (task,) = [Task("train-3", 3, kind="turns4")]
     episodes = [Episode(task, d, m, (0, d, m)) for d in range(2) for m in range(EPISODES // 2)]
-    with drawing(draw or sample._draw):
+    with drawing(draw or local._draw):
         return trainer.rollout.play(episodes, trainer.sampler)
 
 
@@ -209,15 +211,15 @@ def train(trainer: Any, batch: dict) -> None:
 
 @contextlib.contextmanager
 def drawing(draw: Callable) -> Iterator[None]:
-    usual, sample._draw = sample._draw, draw
+    usual, local._draw = local._draw, draw
     try:
         yield
     finally:
-        sample._draw = usual
+        local._draw = usual
 
 
 def recording(draws: list[tuple]) -> Callable:
-    usual = sample._draw
+    usual = local._draw
 
     def draw(*args: Any) -> tuple:
         draws[-1:] = [()] * len(draws[-1:])  # all are counted, the last is kept
@@ -228,9 +230,9 @@ def recording(draws: list[tuple]) -> Callable:
 
 
 def mute(scores_BV: torch.Tensor, draw_B: torch.Tensor, sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample._draw` without the entropies."""
+    """`local._draw` without the entropies."""
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
-    kept_BV = sample._filtered(logp_BV.exp(), sampling).double().cumsum(-1)
+    kept_BV = local._filtered(logp_BV.exp(), sampling).double().cumsum(-1)
     token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)
     token_B = token_B.clamp(max=scores_BV.shape[-1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)

@@ -114,9 +114,11 @@ Contender = Callable[[], tuple[float, int, int]]  # plays all episodes: seconds,
 
 def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     from aem_exp.envs.executor import Serial
-    from aem_exp.render import Chat
-    from aem_exp.rollout import Episode, Rollout
-    from aem_exp.sample import LocalSampler, Sampling
+    from aem_exp.rollout.chat import Chat
+    from aem_exp.rollout.play import Rollout
+    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.local import LocalSampler
+    from aem_exp.rollout.types import Episode
 
     world, chat = Talk(), Chat(tokenizer)
     rollout, sampler = Rollout(Serial(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())
@@ -137,7 +139,7 @@ def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
 
 def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     """A rollout_func, called as TRL calls it, on TRL's own `generate`."""
-    from aem_exp.render import Chat
+    from aem_exp.rollout.chat import Chat
 
     chat = Chat(tokenizer)
 

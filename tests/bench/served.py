@@ -44,11 +44,12 @@ def main() -> None:
     from completions_server import CompletionsServer
 
     from aem_exp.envs.workers import Workers
-    from aem_exp.render import Chat
-    from aem_exp.rollout import Episode, Rollout
-    from aem_exp.sample import Sampling
-    from aem_exp.served import ServedSampler
-    from aem_exp.servers import Servers
+    from aem_exp.rollout.chat import Chat
+    from aem_exp.rollout.play import Rollout
+    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.vllm import ServedSampler
+    from aem_exp.rollout.sampling.vllm_client import Servers
+    from aem_exp.rollout.types import Episode
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())

@@ -46,9 +46,10 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
     """The default experiment with one update per step, a loader of its policy, its rollout, and the episodes it played."""
     from aem_exp import config, policy, run
     from aem_exp.envs.executor import Serial
-    from aem_exp.render import Chat
-    from aem_exp.rollout import Rollout
-    from aem_exp.sample import LocalSampler, Sampling
+    from aem_exp.rollout.chat import Chat
+    from aem_exp.rollout.play import Rollout
+    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.local import LocalSampler
 
     # TRL adds 1e-4 to the standard deviation, and we 1e-6
     words = [
@@ -69,7 +70,8 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
 
 def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Path, modulated: bool) -> Arm:
     from aem_exp import config
-    from aem_exp.sample import LocalSampler, Sampling
+    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.local import LocalSampler
     from aem_exp.trainer import AEMCallback, Time, build
 
     model, tokenizer = load()
@@ -111,11 +113,11 @@ def plain(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: P
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from aem_exp import rollout as episodes
+    from aem_exp.rollout import rows as episodes
     from aem_exp.trainer import arguments
 
     model, tokenizer = load()
-    rows = episodes.rows(played, "full")
+    rows = episodes.build_rows(played, "full")
     micro = experiment.launch.device_rows or len(rows)
     micros, odd = divmod(len(rows), micro)
     assert not odd, f"{len(rows)} rows do not divide by {micro}"

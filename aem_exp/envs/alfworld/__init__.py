@@ -1,6 +1,6 @@
 """ALFWorld: household tasks in TextWorld, from the official games or from generated ones.
 
-`world` implements the contract of `aem_exp.envs`; `engine` is the PDDL engine, `games` generates games,
+`world` implements the contract of `aem_exp.envs`; `trl_engine` is the PDDL engine, `games` generates games,
 `player` is the scripted expert.
 """
 

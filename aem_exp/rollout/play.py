@@ -6,153 +6,21 @@ of its own. Only live episodes are generated: all of them together, turn by turn
 conversations are independent.
 """
 
-import math
-import threading
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
-from aem_exp import crew
 from aem_exp.config import Env
-from aem_exp.envs import Task, Turn
+from aem_exp.envs import Turn
 from aem_exp.envs.executor import Reply, Stage
-from aem_exp.render import Chat
-from aem_exp.sample import Independent, Sample, Sampler, Session
+from aem_exp.rollout import threads
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.clock import Clock
+from aem_exp.rollout.sampling.base import Independent, Sample, Sampler, Session
+from aem_exp.rollout.types import CONTEXT, CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
 
-CRASHED, CONTEXT, TURNS, OVER, STOPPED = "crashed", "context", "turns", "over", "stopped"
-OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode
 HANDS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One game to be played: `draw` names its group, `key` seeds its sampling."""
-
-    task: Task
-    draw: int
-    member: int
-    key: tuple
-
-
-@dataclass
-class Response:
-    """What the policy said in one turn, and what came of it.
-
-    `prompt` holds the tokens in front of it that are not in the row yet: all of them with a window, those since the
-    previous response with full history. `entropy` is the mean over its tokens, in nats, where the sampler knows it;
-    `advantage` (before modulation) and `alpha` are known once the step's credit is assigned.
-    """
-
-    prompt: list[int]
-    sample: Sample
-    observation: str
-    text: str
-    reward: float = 0.0
-    valid: bool = True
-    metrics: dict[str, float] = field(default_factory=dict)
-    entropy: float | None = None
-    advantage: float | None = None
-    alpha: float | None = None
-
-
-@dataclass
-class Trajectory:
-    """An episode as it was played. `ended`: over (by the rules), stopped (by the world, before that), turns, context, or
-    crashed (with `error`).
-
-    `goal` is what it asked for, as the world said at its start.
-    """
-
-    task: Task
-    draw: int
-    member: int
-    responses: list[Response] = field(default_factory=list)
-    ended: str = ""
-    error: str = ""
-    goal: str = ""
-
-    @property
-    def ret(self) -> float:
-        """The episode's return: the sum of its rewards, rounded once; the same rewards in another order are the same return."""
-        return math.fsum(r.reward for r in self.responses)
-
-    @property
-    def won(self) -> float:
-        return self.responses[-1].metrics.get("won", 0.0) if self.responses else 0.0
-
-    @property
-    def score(self) -> float | None:
-        """How well it went, from 0 to 1, in worlds that know more than won or lost."""
-        return self.responses[-1].metrics.get("score") if self.responses else None
-
-    @property
-    def habits(self) -> dict[str, float]:
-        """The world's other numbers, each the mean over the turns that have it."""
-        told: dict[str, list[float]] = {}
-        for response in self.responses:
-            for name, value in response.metrics.items():
-                if name not in OUTCOMES:
-                    told.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in told.items()}
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(r.sample.ids) for r in self.responses)
-
-
-@dataclass
-class Row:
-    """What the trainer sees: a prompt, then a completion in which `mask` is 1 on the tokens that the policy sampled.
-
-    `trajectory` indexes the step's trajectories; `turns` are the turns whose responses the row holds, in order.
-    """
-
-    prompt: list[int]
-    completion: list[int]
-    mask: list[int]
-    logps: list[float]
-    entropies: list[float]
-    trajectory: int
-    turns: list[int]
-
-
-class Clock:
-    """Seconds spent, by name: `with clock("generation"): ...`. `read` hands them out and starts afresh.
-
-    A moment counts once, however many threads are at work in it: for `first`, where somebody is at that.
-    """
-
-    def __init__(self, first: str = "") -> None:
-        self.first = first
-        self._seconds: dict[str, float] = {}
-        self._at: dict[str, int] = {}  # how many are at what
-        self._last = 0.0  # when somebody last began or ended something
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._change(name, 1)
-        try:
-            yield
-        finally:
-            self._change(name, -1)
-
-    def read(self) -> dict[str, float]:
-        with self._lock:
-            seconds, self._seconds = self._seconds, {}
-        return seconds
-
-    def _change(self, name: str, by: int) -> None:
-        with self._lock:
-            now, going_on = time.perf_counter(), [name for name, count in self._at.items() if count]
-            if going_on:
-                counted = self.first if self.first in going_on else going_on[0]
-                self._seconds[counted] = self._seconds.get(counted, 0.0) + now - self._last
-            self._last = now
-            self._at[name] = self._at.get(name, 0) + by
 
 
 @runtime_checkable
@@ -196,7 +64,7 @@ class Rollout:
     def flow(self, episodes: Sequence[Episode], sampler: Independent) -> Generator[Trajectory, None, None]:
         """The same, one by one and in order: those that come later are played meanwhile."""
         hands = min(self.at_once or len(episodes), HANDS)
-        return crew.work(episodes, hands, partial(self._alone, sampler), sampler.hang_up)
+        return threads.work(episodes, hands, partial(self._alone, sampler), sampler.hang_up)
 
     def _play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         games = {slot: _Game(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
@@ -362,29 +230,3 @@ class _Game:
 
 def _fill(templates: dict[str, str], name: str, words: dict[str, Any]) -> str:
     return templates[name].format(**words)
-
-
-def rows(trajectories: Sequence[Trajectory], history: str) -> list[Row]:
-    """The rows of a step, trajectory by trajectory and turn by turn."""
-    out: list[Row] = []
-    for index, trajectory in enumerate(trajectories):
-        turns = [
-            Row(r.prompt, r.sample.ids, [1] * len(r.sample.ids), r.sample.logps, r.sample.entropies, index, [turn])
-            for turn, r in enumerate(trajectory.responses)
-        ]
-        out += [_joined(turns)] if history == "full" and turns else turns
-    return out
-
-
-def _joined(turns: list[Row]) -> Row:
-    """One row of all turns: what stood between two responses becomes part of the completion, masked."""
-    row = replace(turns[0], turns=[t.turns[0] for t in turns])
-    for turn in turns[1:]:
-        gap = [0] * len(turn.prompt)
-        row.completion = row.completion + turn.prompt + turn.completion
-        row.mask = row.mask + gap + turn.mask
-        if turn.logps:
-            row.logps = row.logps + [0.0 for _ in gap] + turn.logps
-        if turn.entropies:
-            row.entropies = row.entropies + [0.0 for _ in gap] + turn.entropies
-    return row

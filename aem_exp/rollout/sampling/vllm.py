@@ -14,8 +14,8 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from aem_exp.core.errors import Stop
-from aem_exp.sample import Sample, Sampling
-from aem_exp.servers import Servers
+from aem_exp.rollout.sampling.base import Sample, Sampling
+from aem_exp.rollout.sampling.vllm_client import Servers
 
 PATH = "/v1/completions"
 LEAST, ROUNDING = (

@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from aem_exp.answers import Answer, Client, NoAnswer, plain
 from aem_exp.cluster import rendezvous
 from aem_exp.core.errors import Stop
+from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, plain
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")

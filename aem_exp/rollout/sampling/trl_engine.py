@@ -1,6 +1,6 @@
 """Who generates, where the policy does not sample by itself: TRL's own engine, HF `generate` or vLLM in this process.
 
-The same contract as `sample.LocalSampler`, so a GPU user switches config and nothing else. What the engine does not tell
+The same contract as `local.LocalSampler`, so a GPU user switches config and nothing else. What the engine does not tell
 is measured by the trainer: entropies, and log-probs that can serve as *old* ones. Its own log-probs, where it has any, enter
 the correction for the difference between the two, and nothing else.
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aem_exp.sample import Sample, Sampling
+from aem_exp.rollout.sampling.base import Sample, Sampling
 
 VLLM = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "generation_kwargs")  # of its VLLMGeneration
 

@@ -17,7 +17,7 @@ import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
 from aem_exp.cluster.rendezvous import WEIGHTS, free_port
-from aem_exp.servers import Servers
+from aem_exp.rollout.sampling.vllm_client import Servers
 
 FILE = "model.safetensors"
 

@@ -1,0 +1,64 @@
+"""Who generates: the policy itself, here, with its KV cache kept across the turns of an episode.
+
+A sampler hands out sessions; a session continues many conversations at once and returns exact tokens with the log-prob and
+the entropy of each, so that nothing has to be scored again. Sampling takes its randomness from a key per response and from
+nothing else: neither the batch a response happens to be in, nor the rank, changes it (up to floating-point rounding).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Always explicit: a model's generation_config is never read."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass
+class Sample:
+    """One response: token ids, and per token the log-prob and entropy (nats) of the unfiltered distribution."""
+
+    ids: list[int]
+    logps: list[float]
+    entropies: list[float]
+
+
+class Session(Protocol):
+    def generate(
+        self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
+    ) -> list[Sample]:
+        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens. Slots only ever leave."""
+
+
+class Sampler(Protocol):
+    def session(self) -> Session: ...
+
+
+class Asked(Session, Protocol):
+    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+        """What `generate` does, for one conversation. Several threads may ask at a time, each for its own."""
+
+
+@runtime_checkable
+class Independent(Protocol):
+    """A sampler whose conversations need not wait for each other: while one's environment is at work, others generate."""
+
+    def session(self) -> Asked: ...
+
+    def hang_up(self) -> None:
+        """Make all who wait for an answer give up, now and from now on."""
+
+
+def generator(key: tuple) -> np.random.Generator:
+    """Random numbers that depend on the key alone: the same on any machine, in any order, after any resume."""
+    digest = blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
