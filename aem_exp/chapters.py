@@ -32,7 +32,7 @@ PAPER: Final = "published elsewhere, with other code, hardware and panels: to be
 
 @dataclass(frozen=True)
 class Asked:
-    """What a sweep asked. `arms`: name -> how it differs from the base, in words."""
+    """What a sweep asked. `modulation`: name -> how it differs from the base, in words."""
 
     name: str
     question: str

@@ -83,12 +83,12 @@ class Parts:
     ) -> None:
         import torch
 
-        from aem_exp import sharded
         from aem_exp.envs.workers import stage_of
         from aem_exp.rollout.chat import Chat
         from aem_exp.rollout.play import Rollout, Watcher
         from aem_exp.rundir.episodes import Episodes
-        from aem_exp.trainer import Time
+        from aem_exp.training import fsdp
+        from aem_exp.training.callback import Time
 
         if experiment.launch.threads:
             torch.set_num_threads(experiment.launch.threads)
@@ -96,7 +96,7 @@ class Parts:
         self.weights, self.before = weights, dict[str, Any]()
         self.tracker, self.watch, self.signals, self.first = tracker, watch, signals, distributed.first()
         log.info("loading %s", weights)
-        sharded.read_once(experiment.launch.trainer)
+        fsdp.read_once(experiment.launch.trainer)
         self.model, self.tokenizer = policy.load(experiment.model, weights, experiment.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
         launch = experiment.launch
@@ -187,7 +187,8 @@ class Parts:
 
     def _trainer(self) -> Any:
         from aem_exp.rollout.sampling.base import Sampling
-        from aem_exp.trainer import AEMCallback, build
+        from aem_exp.training.callback import AEMCallback
+        from aem_exp.training.trainer import build
 
         experiment, settings = self.experiment, self.experiment.trainer
         lam = experiment.modulation.lam
@@ -270,10 +271,10 @@ class Parts:
 
     def _save(self) -> None:
         """Write the policy for those who use it, and the record of all episodes."""
-        from aem_exp import sharded
+        from aem_exp.training import fsdp
 
         trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        weights = sharded.gathered(trained)
+        weights = fsdp.gathered(trained)
         if not self.episodes:
             return
         self.episodes.finish()

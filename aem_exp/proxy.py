@@ -201,7 +201,8 @@ def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     """Compare, draw, and write the result."""
     import torch
 
-    from aem_exp import aem, diagnostics, show
+    from aem_exp import aem, show
+    from aem_exp.training import diagnostics
 
     said = _lines(folder)
     entropy_R, surprisal_R = (torch.tensor([v for s in said for v in s[key]]) for key in ("entropy", "surprisal"))

@@ -231,7 +231,7 @@ def check_parts(experiment: Experiment) -> None:
     block = experiment.baseline.advantage
     if str(block["_target_"]).startswith(OWN):
         return
-    from aem_exp import credit  # before the time runs: it imports torch
+    from aem_exp.training import credit  # before the time runs: it imports torch
 
     field, path = "baseline.advantage._target_", block["_target_"]
     with blaming(field, path, "importing it"):

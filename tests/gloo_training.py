@@ -14,8 +14,9 @@ import torch
 import toy
 from peft import LoraConfig, get_peft_model
 
-from aem_exp import advantages, sharded
+from aem_exp import advantages
 from aem_exp.cluster import distributed
+from aem_exp.training import fsdp
 
 KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "still")
 
@@ -42,7 +43,7 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     trainer.train()
     drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    return (sharded.gathered(trained) or trained.state_dict()) | {"drift": drift}
+    return (fsdp.gathered(trained) or trained.state_dict()) | {"drift": drift}
 
 
 class Once:

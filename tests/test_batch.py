@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aem_exp.batch import DEAD, pack, plan, split
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import generator
+from aem_exp.training.batch import DEAD, pack, plan, split
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import toy
 
-from aem_exp import advantages, diagnostics
-from aem_exp.credit import assign, describe
+from aem_exp import advantages
 from aem_exp.envs import Task
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import OVER, Response, Trajectory
+from aem_exp.training import diagnostics
+from aem_exp.training.credit import assign, describe
 
 STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
@@ -135,7 +136,7 @@ def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
 @pytest.mark.parametrize("unit", ["response", "token"])
 def test_what_modulation_gives_is_what_the_loss_gets(folder, unit):
     """Empty of effect at lambda 0, whatever gets a coefficient."""
-    from aem_exp.arms import Arm
+    from aem_exp.training.modulation import Arm
 
     credit = first_step(folder, "full", lam=0.0, arm=Arm(unit=unit))
     torch.testing.assert_close(credit.given_R, credit.advantage_R)

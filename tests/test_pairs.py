@@ -14,7 +14,8 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
-from aem_exp.trainer import AEMCallback, Time, build
+from aem_exp.training.callback import AEMCallback, Time
+from aem_exp.training.trainer import build
 
 GROUPS = choices(config_roots())
 SIZES = ["trainer.steps=3", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
@@ -103,10 +104,10 @@ def test_dynamic_sampling_plays_until_enough_groups_differ(folder):
 def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
     """Compact filtering by hand: two of four turns run out; their return enters the mean as 0, their tokens the account."""
     from aem_exp.advantages import leave_one_out
-    from aem_exp.credit import assign
     from aem_exp.envs import Task
     from aem_exp.rollout.sampling.base import Sample
     from aem_exp.rollout.types import OVER, TURNS, Response, Trajectory
+    from aem_exp.training.credit import assign
 
     def trajectory(member, ended, reward):
         sample = Sample([1, 2], [-1.0, -1.0], [0.5, 0.5])

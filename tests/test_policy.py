@@ -9,8 +9,9 @@ import torch
 import toy
 from safetensors.torch import load_file, save_file
 
-from aem_exp import policy, sharded
+from aem_exp import policy
 from aem_exp.config import ConfigError, Model
+from aem_exp.training import fsdp
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_one_process_of_a_node_reads_the_weights(tmp_path, monkeypatch):
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         assert read()
-        sharded.read_once({"fsdp_config": {"cpu_ram_efficient_loading": True}})
+        fsdp.read_once({"fsdp_config": {"cpu_ram_efficient_loading": True}})
         assert not read()
         monkeypatch.setenv("LOCAL_RANK", "0")
         assert read()

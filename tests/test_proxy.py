@@ -7,13 +7,14 @@ import pytest
 import torch
 import toy
 
-from aem_exp import diagnostics, proxy
+from aem_exp import proxy
 from aem_exp.core.disk import Damaged
 from aem_exp.envs.executor import Serial
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.training import diagnostics
 
 # The statistics.
 

@@ -7,7 +7,6 @@ import torch
 import toy
 
 from aem_exp.aem import responses
-from aem_exp.batch import measured, pack
 from aem_exp.envs.executor import Serial
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
@@ -15,6 +14,7 @@ from aem_exp.rollout.rows import build_rows
 from aem_exp.rollout.sampling.base import Sample, Sampling, generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import CONTEXT, CRASHED, Episode
+from aem_exp.training.batch import measured, pack
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = Sampling(), toy.ChatterWorld()

@@ -18,12 +18,12 @@ import torch
 import toy
 
 from aem_exp import advantages
-from aem_exp.arms import Arm
 from aem_exp.core.errors import Stop
 from aem_exp.envs.executor import Serial
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode
-from aem_exp.trainer import episode_tokens
+from aem_exp.training.arguments import max_episode_tokens
+from aem_exp.training.modulation import Arm
 
 LOSSES = {
     "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
@@ -78,7 +78,7 @@ def plain_trl(folder, run, credit, changes):
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from aem_exp.trainer import arguments
+    from aem_exp.training.arguments import build_grpo_config
 
     model, tokenizer = toy.policy(folder, run.env.history)
     rows = credit.rows
@@ -95,7 +95,7 @@ def plain_trl(folder, run, credit, changes):
     def returned(prompts, ret, **_):
         return ret
 
-    args = arguments(run, folder / "plain")
+    args = build_grpo_config(run, folder / "plain")
     for name, value in {
         "per_device_train_batch_size": len(rows),
         "generation_batch_size": len(rows),
@@ -130,7 +130,7 @@ def test_b_one_turn_windows_are_plain_trl(folder, name):
     # TRL's dr_grpo divides by the row's budget, ours by that of the whole episode, of which one turn was played.
     close(
         gradients(trainer, update),
-        plain_trl(folder, run, credit, {**changes, "max_completion_length": episode_tokens(run)}),
+        plain_trl(folder, run, credit, {**changes, "max_completion_length": max_episode_tokens(run)}),
     )
 
 
@@ -179,7 +179,7 @@ def test_b_an_independent_reference_agrees(folder, history, kind):
     ours = gradients(trainer, updates[0])
     trainer.model.zero_grad()
     old = [torch.tensor(row.logps) for row in credit.rows]
-    loss = reference_loss(trainer.model, credit, credit.alpha_R, old, kind, 0.1, 0.15, episode_tokens(run))
+    loss = reference_loss(trainer.model, credit, credit.alpha_R, old, kind, 0.1, 0.15, max_episode_tokens(run))
     loss.backward()
     close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
 

@@ -18,7 +18,9 @@ from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Episode
-from aem_exp.trainer import AEMCallback, AEMTrainer, Time, arguments
+from aem_exp.training.arguments import build_grpo_config
+from aem_exp.training.callback import AEMCallback, Time
+from aem_exp.training.trainer import AEMTrainer
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
 
@@ -145,5 +147,8 @@ def trainer(
         "epochs": run.trainer.get("num_iterations", 1),
     }
     return AEMTrainer(
-        model, arguments(run, folder / f"out-{os.getppid()}-{next(_NUMBERS)}"), tokenizer, **(settings | changes)
+        model,
+        build_grpo_config(run, folder / f"out-{os.getppid()}-{next(_NUMBERS)}"),
+        tokenizer,
+        **(settings | changes),
     )

@@ -72,7 +72,8 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
     from aem_exp import config
     from aem_exp.rollout.sampling.base import Sampling
     from aem_exp.rollout.sampling.local import LocalSampler
-    from aem_exp.trainer import AEMCallback, Time, build
+    from aem_exp.training.callback import AEMCallback, Time
+    from aem_exp.training.trainer import build
 
     model, tokenizer = load()
     modulation = experiment.modulation if modulated else config.load(["modulation=none"]).modulation
@@ -114,7 +115,7 @@ def plain(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: P
     from trl import GRPOTrainer
 
     from aem_exp.rollout import rows as episodes
-    from aem_exp.trainer import arguments
+    from aem_exp.training.arguments import build_grpo_config
 
     model, tokenizer = load()
     rows = episodes.build_rows(played, "full")
@@ -135,7 +136,7 @@ def plain(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: P
     def returned(prompts: list[str], ret: list[float], **_: Any) -> list[float]:
         return ret
 
-    args = arguments(experiment, folder)
+    args = build_grpo_config(experiment, folder)
     args.per_device_train_batch_size, args.generation_batch_size = micro, len(rows)
     args.gradient_accumulation_steps = args.steps_per_generation = micros
     data = Dataset.from_dict({"prompt": ["x"] * len(rows)})

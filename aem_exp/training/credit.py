@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aem_exp import diagnostics
 from aem_exp.advantages import Played
 from aem_exp.core import user_code
 from aem_exp.core.errors import Stop
 from aem_exp.rollout.rows import Row, build_rows
 from aem_exp.rollout.types import CONTEXT, CRASHED, OUTCOMES, STOPPED, TURNS, Response, Trajectory
+from aem_exp.training import diagnostics
 
 Estimator = Callable[[Played], Tensor]  # see `advantages`
 CUT = (CONTEXT, TURNS, STOPPED)  # endings that are no end by the rules

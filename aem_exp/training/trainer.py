@@ -13,8 +13,6 @@ depends on neither padding nor the split into micro-batches and ranks.
 
 import contextlib
 import math
-import resource
-import sys
 import time as clock_time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,24 +23,27 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from aem_exp import aem, arms, sharded
-from aem_exp.arms import Arm
-from aem_exp.batch import DEAD, measured, pack, plan, split
+from aem_exp import aem
 from aem_exp.config import Experiment, instantiate
-from aem_exp.config.trainer_keys import OURS, ROW_MEANS
+from aem_exp.config.trainer_keys import ROW_MEANS
 from aem_exp.core.errors import Stop
-from aem_exp.credit import Credit, Estimator, annotate, assign, describe, sift
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import Sampler, generator
 from aem_exp.rollout.types import CRASHED, Episode, Trajectory
 from aem_exp.rundir import checkpoints
+from aem_exp.training import fsdp, modulation
+from aem_exp.training.arguments import build_grpo_config
+from aem_exp.training.batch import DEAD, measured, pack, plan, split
+from aem_exp.training.callback import AEMCallback, Time
+from aem_exp.training.credit import Credit, Estimator, annotate, assign, describe, sift
+from aem_exp.training.modulation import Arm
 
 Batch = dict[str, Tensor]
 PAPER = Arm()
@@ -50,129 +51,6 @@ PAPER = Arm()
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
 _ENGINE_GAP = 0.1  # nats that another engine may differ on average, by its own arithmetic
 _COMPARE_EVERY = 50  # steps
-_LOGGED = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "kl": "train/kl",
-    "clip_ratio/low_mean": "train/clip_low",
-    "clip_ratio/high_mean": "train/clip_high",
-    "aux_loss": "train/aux_loss",
-}
-
-
-@dataclass
-class Time:
-    """Where a run is. The trainer plays steps, the callback ends them.
-
-    Attributes:
-        steps: all steps, those of a run that this one continues included.
-        first: steps of that run. What follows progress, lambda and the learning rate, spans the other steps.
-    """
-
-    steps: int
-    step: int = 0
-    first: int = 0
-    updates: int = 0  # made so far
-    closing: bool = False  # the update at hand is the last one of its step
-
-    @property
-    def progress(self) -> float:
-        """0 at the first step of this run, 1 at its last."""
-        return (self.step - self.first) / max(1, self.steps - self.first - 1)
-
-    @property
-    def over(self) -> bool:
-        return self.step >= self.steps
-
-
-class AEMCallback(TrainerCallback):
-    """Owns time: lambda at this step, and what happens when a step ends (evaluate, log, save, stop).
-
-    Args:
-        time: shared with the trainer.
-        schedule: lambda as a function of progress; None leaves the advantages alone.
-        gate: nats; see `aem.coefficients`.
-        report: receives the number of finished steps and the metrics of the last one.
-        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
-        save_every: steps between checkpoints (0: only at the end).
-        asked_to_stop: asked at the end of a step; where any rank says yes, all save and stop.
-        begin: called once, with the policy as the first step finds it.
-    """
-
-    def __init__(
-        self,
-        time: Time,
-        schedule: Callable[[float], float] | None = None,
-        gate: float = 0.1,
-        report: Callable[[int, dict[str, float]], None] | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        evaluate_every: int = 0,
-        save_every: int = 0,
-        asked_to_stop: Callable[[], bool] | None = None,
-        begin: Callable[[], None] | None = None,
-    ):
-        self.asked_to_stop, self.begin = asked_to_stop, begin
-        self.time, self.schedule, self.gate = time, schedule, gate
-        self.report, self.evaluate = report, evaluate
-        self.evaluate_every, self.save_every = evaluate_every, save_every
-        self.metrics: dict[str, float] = {}
-
-    @property
-    def lam(self) -> float | None:
-        return self.schedule(self.time.progress) if self.schedule else None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.begin:
-            self.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.time.closing:
-            return
-        self.time.step += 1
-        if self.evaluate and (self.time.over or self._due(self.evaluate_every)):
-            self.metrics |= self.evaluate()
-        control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Tell of a finished step, and then see whether to save and stop: who is told may have seen enough."""
-        logs = logs or {}
-        if "train_runtime" in logs:  # the summary of transformers, after the last step
-            return
-        if self.report and state.is_world_process_zero:
-            self.metrics |= _shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
-            ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
-            self.report(self.time.step, {**self.metrics, **ours})
-        self.metrics = {}
-        stop = self.time.over or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
-        control.should_save = stop or self._due(self.save_every)
-        control.should_training_stop = stop
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and self.time.step % every == 0
-
-
-def _shares(metrics: dict[str, float]) -> dict[str, float]:
-    """What a step's time went into.
-
-    What counts for environments is time in which nothing is generated: `idle_share` is its share of the play.
-    """
-    names = ("weights", "generation", "environment", "scoring", "aem", "update")
-    seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}
-    total, idle = sum(seconds.values()), seconds.get("environment", 0.0)
-    played = idle + seconds.get("generation", 0.0)
-    shares = {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
-    return shares | ({"time/idle_share": idle / played} if played else {})
-
-
-def _peak_gb() -> float:
-    """The most memory held: on a GPU since the last step, on a CPU since the process began."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 1e9
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
 @dataclass
@@ -333,7 +211,7 @@ class AEMTrainer(GRPOTrainer):
     def _whole(self) -> contextlib.AbstractContextManager[None]:
         """All weights in each process, where they are trained in pieces."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return sharded.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward)
+        return fsdp.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward)
 
     def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
         played = self.share(episodes, self.sampler)
@@ -447,13 +325,13 @@ class AEMTrainer(GRPOTrainer):
         group_U, advantage_U = credit.group_M[trajectory_U], credit.advantage_R[credit.response_U]
         rng = generator((self.args.seed, "shuffle", step))
         lam = self.aem.lam or 0.0
-        scope_U = arms.scoped(self.arm, group_U, trajectory_U)
+        scope_U = modulation.scoped(self.arm, group_U, trajectory_U)
         credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
-        alpha_U = arms.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
-        credit.alpha_U = arms.kept(self.arm, advantage_U, alpha_U)
+        alpha_U = modulation.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
+        credit.alpha_U = modulation.kept(self.arm, advantage_U, alpha_U)
         if self.arm.keep != "all":
             credit.metrics["aem/kept_share"] = (credit.alpha_U > 0).float().mean().item()
-        credit.addition_U = arms.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
+        credit.addition_U = modulation.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
 
     def _gathered(self, value_U: Tensor) -> Tensor:
         """What each rank measured of its own rows, on all of them."""
@@ -663,7 +541,7 @@ def build(
     settings, launch = experiment.trainer, experiment.launch
     return AEMTrainer(
         model,
-        arguments(experiment, folder),
+        build_grpo_config(experiment, folder),
         tokenizer,
         callback=callback,
         draw=draw,
@@ -684,45 +562,3 @@ def build(
         penalty=experiment.env.invalid_penalty,
         **recorders,
     )
-
-
-def arguments(experiment: Experiment, folder: Path) -> GRPOConfig:
-    """TRL's own arguments. Sizes that only its batch arithmetic needs are derived; what is not named is TRL's default.
-
-    One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
-    """
-    settings = dict(experiment.trainer)
-    group = settings["group_size"]
-    constant = settings.get("loss_constant") or episode_tokens(experiment)
-    return GRPOConfig(
-        **{
-            "gradient_checkpointing": False,
-            "ddp_find_unused_parameters": False,
-            "output_dir": str(folder),
-            "seed": experiment.seed,
-            "per_device_train_batch_size": group,
-            "num_generations": group,
-            "gradient_accumulation_steps": 1,
-            "steps_per_generation": 1,
-            "max_steps": 10**9,  # updates; the callback stops after the last step
-            "max_completion_length": constant,  # TRL reads it in Dr. GRPO's loss alone, as we generate ourselves
-            "ignore_data_skip": True,
-            "remove_unused_columns": False,
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "save_total_limit": 2,
-            "logging_nan_inf_filter": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            "vllm_importance_sampling_mode": "token_truncate",  # as we correct: TRL's own masks whole rows by a sum
-            **{key: value for key, value in settings.items() if key not in (*OURS, "num_iterations")},
-            **experiment.launch.trainer,
-        }
-    )
-
-
-def episode_tokens(experiment: Experiment) -> int:
-    """The most tokens that an episode can be trained on: Dr. GRPO's constant, where none is given."""
-    env = experiment.env
-    most = env.max_turns * env.response_tokens
-    return most if env.history == "window" else min(most, env.context_tokens)

@@ -1,0 +1,135 @@
+"""The time of a run: which step it is, lambda at that step, and what the log of a step shows."""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+_LOGGED = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "kl": "train/kl",
+    "clip_ratio/low_mean": "train/clip_low",
+    "clip_ratio/high_mean": "train/clip_high",
+    "aux_loss": "train/aux_loss",
+}
+
+
+@dataclass
+class Time:
+    """Where a run is. The trainer plays steps, the callback ends them.
+
+    Attributes:
+        steps: all steps, those of a run that this one continues included.
+        first: steps of that run. What follows progress, lambda and the learning rate, spans the other steps.
+    """
+
+    steps: int
+    step: int = 0
+    first: int = 0
+    updates: int = 0  # made so far
+    closing: bool = False  # the update at hand is the last one of its step
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step of this run, 1 at its last."""
+        return (self.step - self.first) / max(1, self.steps - self.first - 1)
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self.steps
+
+
+class AEMCallback(TrainerCallback):
+    """Owns time: lambda at this step, and what happens when a step ends (evaluate, log, save, stop).
+
+    Args:
+        time: shared with the trainer.
+        schedule: lambda as a function of progress; None leaves the advantages alone.
+        gate: nats; see `aem.coefficients`.
+        report: receives the number of finished steps and the metrics of the last one.
+        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
+        save_every: steps between checkpoints (0: only at the end).
+        asked_to_stop: asked at the end of a step; where any rank says yes, all save and stop.
+        begin: called once, with the policy as the first step finds it.
+    """
+
+    def __init__(
+        self,
+        time: Time,
+        schedule: Callable[[float], float] | None = None,
+        gate: float = 0.1,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
+        save_every: int = 0,
+        asked_to_stop: Callable[[], bool] | None = None,
+        begin: Callable[[], None] | None = None,
+    ):
+        self.asked_to_stop, self.begin = asked_to_stop, begin
+        self.time, self.schedule, self.gate = time, schedule, gate
+        self.report, self.evaluate = report, evaluate
+        self.evaluate_every, self.save_every = evaluate_every, save_every
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def lam(self) -> float | None:
+        return self.schedule(self.time.progress) if self.schedule else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.begin:
+            self.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.time.closing:
+            return
+        self.time.step += 1
+        if self.evaluate and (self.time.over or self._due(self.evaluate_every)):
+            self.metrics |= self.evaluate()
+        control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Tell of a finished step, and then see whether to save and stop: who is told may have seen enough."""
+        logs = logs or {}
+        if "train_runtime" in logs:  # the summary of transformers, after the last step
+            return
+        if self.report and state.is_world_process_zero:
+            self.metrics |= _shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
+            ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
+            self.report(self.time.step, {**self.metrics, **ours})
+        self.metrics = {}
+        stop = self.time.over or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
+        control.should_save = stop or self._due(self.save_every)
+        control.should_training_stop = stop
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.time.step % every == 0
+
+
+def _shares(metrics: dict[str, float]) -> dict[str, float]:
+    """What a step's time went into.
+
+    What counts for environments is time in which nothing is generated: `idle_share` is its share of the play.
+    """
+    names = ("weights", "generation", "environment", "scoring", "aem", "update")
+    seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}
+    total, idle = sum(seconds.values()), seconds.get("environment", 0.0)
+    played = idle + seconds.get("generation", 0.0)
+    shares = {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
+    return shares | ({"time/idle_share": idle / played} if played else {})
+
+
+def _peak_gb() -> float:
+    """The most memory held: on a GPU since the last step, on a CPU since the process began."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
