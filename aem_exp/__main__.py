@@ -181,8 +181,9 @@ def _check(experiment: "Experiment") -> None:
 
 def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     """Send the run to the cluster and return; asked twice, it is not sent again."""
-    from aem_exp import dispatch, stores
+    from aem_exp import dispatch
     from aem_exp.cluster import slurm
+    from aem_exp.tracking import store_uri
 
     if by := dispatch.on_its_way(folder):
         print(*header, f"state   already on its way: {by}; python -m aem_exp.status shows it", sep="\n")
@@ -191,9 +192,9 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     print(*header, sep="\n")
     print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
     print(f"log     {slurm.card(folder)['log']}")
-    uri = stores.resolve_uri(experiment.tracking, folder.parent)
-    if uri != stores.OFF and not stores.serverless(uri):
-        for heading, text in stores.page(uri, "#/experiments").lines():
+    uri = store_uri.resolve_uri(experiment.tracking, folder.parent)
+    if uri != store_uri.OFF and not store_uri.serverless(uri):
+        for heading, text in store_uri.page(uri, "#/experiments").lines():
             print(f"{heading:<7} {text}")
     print("next    python -m aem_exp.status")
     return 0

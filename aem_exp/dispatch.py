@@ -201,14 +201,15 @@ def check_prepared(experiment: Experiment) -> None:
     Raises:
         ConfigError: with the command that helps.
     """
-    from aem_exp import policy, stores
+    from aem_exp import policy
+    from aem_exp.tracking import store_uri
 
     if experiment.model.path:
         policy.locate(experiment.model)
         preflight.check(experiment)
         preflight.check_disk(experiment)
     folder = config.run_dir(experiment)
-    stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
+    store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))
     disk.check_writable(folder.parent, "outputs")
 
 

@@ -242,13 +242,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
 
 def _tracked(sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argparse.Namespace) -> list[tuple[str, str]]:
     """Log the report as an artifact of the sweep, where its runs are tracked."""
-    from aem_exp import stores, tracking
+    from aem_exp.tracking import publish, store_uri
 
     outputs = sweep.cells[0].folder.parent
-    uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
-    if asked.no_tracking or uri == stores.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
+    uri = store_uri.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
+    if asked.no_tracking or uri == store_uri.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
         return []
-    return tracking.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)
+    return publish.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import METHOD, config, parts, policy, provenance, stores, views, worlds
+from aem_exp import METHOD, config, parts, policy, provenance, worlds
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Interrupted, Signals
 from aem_exp.config import ConfigError, Experiment, continuation
@@ -28,6 +28,7 @@ from aem_exp.parts import Start, Watch
 from aem_exp.rundir import RESULT, checkpoints, membership
 from aem_exp.rundir.attempts import attempt
 from aem_exp.rundir.lock import Owned, owning
+from aem_exp.tracking import store_uri, views
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -70,7 +71,7 @@ def run(
         if not distributed.first():
             _play(experiment, folder, world, weights, None, signals, None)
             return folder
-        stores.probe(stores.resolve_uri(experiment.tracking, folder.parent))
+        store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))
         disk.check_writable(folder, "outputs")
         with owning(folder):
             if not (folder / RESULT).exists():
@@ -141,12 +142,12 @@ def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
 
 def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Start) -> "AbstractContextManager[Any]":
     """What the first process logs to; the others log nothing."""
-    from aem_exp import tracking
+    from aem_exp.tracking import tracker
 
     if not distributed.first():
-        return tracking.Silent()
-    commit, uri = provenance.read(folder)["commit"], stores.resolve_uri(experiment.tracking, folder.parent)
-    return tracking.Tracker.open(
+        return tracker.Silent()
+    commit, uri = provenance.read(folder)["commit"], store_uri.resolve_uri(experiment.tracking, folder.parent)
+    return tracker.Tracker.open(
         folder,
         uri,
         experiment=experiment.name,
@@ -156,7 +157,7 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         | {views.tag(sweep): group for sweep, group in membership.labels(folder).items()},
         resume_step=start.measured,
         wait=False,
-        live=slurm.OURS not in os.environ or stores.sqlite_file(uri) is None,
+        live=slurm.OURS not in os.environ or store_uri.sqlite_file(uri) is None,
     )
 
 

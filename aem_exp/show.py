@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aem_exp import tracking
 from aem_exp.core import disk
 from aem_exp.core.console import ENTROPY, GATED, RECENT, SUCCESS
 from aem_exp.rundir import episodes, metrics
 from aem_exp.stats.scores import wilson
+from aem_exp.tracking import publish
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -33,7 +33,7 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
     console = console or Console(highlight=False)
     result, repeats, gaps = _json(run_dir / "result.json"), _repeats(run_dir), list[str]()
     rows = _unless_damaged(lambda: metrics.read(run_dir), gaps) or []
-    page = _unless_damaged(lambda: tracking.page(run_dir), gaps)
+    page = _unless_damaged(lambda: publish.page(run_dir), gaps)
     if (record := run_dir / episodes.FILE).exists():
         _unless_damaged(lambda: episodes.check(record), gaps)
     console.print()

@@ -128,8 +128,8 @@ def of(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None)
     Raises:
         ConfigError: anything that is wrong with it, before any trial.
     """
-    from aem_exp import views
     from aem_exp.config.compose import key_of
+    from aem_exp.tracking import views
 
     (cell,) = sweep.cells
     at = f"{sweep.name}.search"

@@ -132,8 +132,8 @@ def _wanted(state: "State", retry: Sequence[str]) -> bool:
 
 def _record(sweep: "Sweep") -> None:
     """Write down who belongs to the sweep, where status, MLflow and the report look."""
-    from aem_exp import tracking, views
     from aem_exp.rundir import membership
+    from aem_exp.tracking import publish, views
 
     rows = [
         {"run": cell.folder.name, "arm": label.arm, "group": label.group, "seed": cell.seed}
@@ -144,7 +144,7 @@ def _record(sweep: "Sweep") -> None:
     for cell in sweep.cells:
         cell.folder.mkdir(parents=True, exist_ok=True)
         if membership.label(cell.folder, sweep.name, cell.group):
-            tracking.mark(cell.folder, {views.tag(sweep.name): cell.group})
+            publish.mark(cell.folder, {views.tag(sweep.name): cell.group})
 
 
 def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
@@ -174,12 +174,12 @@ def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
 
 def _views(sweep: "Sweep") -> None:
     """Save views of the sweep in MLflow, and print their links; a tracker that is down costs nothing but them."""
-    from aem_exp import stores, tracking
     from aem_exp.rundir import membership
+    from aem_exp.tracking import publish, store_uri
 
     experiments = dict.fromkeys(cell.experiment.name for cell in sweep.cells)
-    uri = stores.resolve_uri(sweep.cells[0].experiment.tracking, _outputs(sweep))
-    lines = [f"{name:<7} {text}" for name, text in tracking.views(_outputs(sweep), uri, experiments, sweep.name)]
+    uri = store_uri.resolve_uri(sweep.cells[0].experiment.tracking, _outputs(sweep))
+    lines = [f"{name:<7} {text}" for name, text in publish.views(_outputs(sweep), uri, experiments, sweep.name)]
     if lines:
         print(*lines, sep="\n")
     membership.leave_links(_outputs(sweep), sweep.name, lines)

@@ -137,8 +137,8 @@ def _taken(worker: Path, study: Study, opened: Any) -> int | None:
 
 def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
     """Write down who belongs to the study, where status, MLflow and the report look."""
-    from aem_exp import tracking, views
     from aem_exp.rundir import membership
+    from aem_exp.tracking import publish, views
 
     folder = config.run_dir(experiment)
     with study.alone():
@@ -157,7 +157,7 @@ def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> No
     folder.mkdir(parents=True, exist_ok=True)
     group = f"trial {trial.number}"
     if membership.label(folder, study.name, group):
-        tracking.mark(folder, {views.tag(study.name): group})
+        publish.mark(folder, {views.tag(study.name): group})
 
 
 def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: Say) -> int:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import IO, Final, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
-from aem_exp import stores, tracking
 from aem_exp.core import cli, errors
 from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.tracking import mlflow_store, store_uri
 
 ABOUT = """\
 Serve the MLflow store of these runs on 127.0.0.1, until Ctrl-C.
@@ -40,21 +40,21 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    uri = stores.resolve_uri(asked.uri, stores.outputs())
-    if uri == stores.OFF or stores.serverless(uri):
+    uri = store_uri.resolve_uri(asked.uri, store_uri.outputs())
+    if uri == store_uri.OFF or store_uri.serverless(uri):
         raise ConfigError("--uri", uri, "has no pages that could be served here; name a .db file or a database")
-    if stores.served(uri):
-        print(f"open    {stores.page(uri).link}   (a server serves this store already)")
+    if store_uri.served(uri):
+        print(f"open    {store_uri.page(uri).link}   (a server serves this store already)")
         return 0
-    database = stores.sqlite_file(uri)
+    database = store_uri.sqlite_file(uri)
     if database is not None and not database.is_file():
         raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
-    stores.probe(uri)
+    store_uri.probe(uri)
     port = _port(asked.port)
     with _server(uri, port) as (server, log):
         print(f"store   {errors.redact(uri)}", flush=True)
         _wait(server, log, uri, port)
-        for heading, text in [("tunnel", stores.tunnel(port)), ("open", stores.site(port))]:
+        for heading, text in [("tunnel", store_uri.tunnel(port)), ("open", store_uri.site(port))]:
             if text:
                 print(f"{heading:<7} {text}", flush=True)
         print("        Ctrl-C ends it", flush=True)
@@ -63,10 +63,10 @@ def _act(asked: argparse.Namespace) -> int:
 
 def _port(asked: int | None) -> int:
     if asked is None:
-        return stores.free_port()
+        return store_uri.free_port()
     if not 0 < asked < 65536:
         raise ConfigError("--port", asked, "must be a whole number from 1 to 65535")
-    if stores.free_port(asked) != asked:
+    if store_uri.free_port(asked) != asked:
         raise ConfigError("--port", asked, "another program listens there; without --port, a free one is found")
     return asked
 
@@ -74,7 +74,7 @@ def _port(asked: int | None) -> int:
 @contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """A server in a process group of its own, all of which ends with this block; what it says goes to a file."""
-    words, environment = stores.serve_command(uri, port)
+    words, environment = store_uri.serve_command(uri, port)
     for name in ("SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), _leave)
     with tempfile.TemporaryFile() as log:
@@ -112,9 +112,9 @@ def _wait(server: subprocess.Popen[bytes], log: IO[bytes], uri: str, port: int) 
         if server.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            tracking.refused(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
+            mlflow_store.refused(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
         try:
-            ask.open(f"{stores.site(port)}/health", timeout=5).close()
+            ask.open(f"{store_uri.site(port)}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)

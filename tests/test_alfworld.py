@@ -194,7 +194,7 @@ def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
 
 
 def test_where_the_engine_is_not_installed_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "importlib", lambda name: None)
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install .*\[alfworld\]'"):
         Generated()
 
@@ -203,7 +203,7 @@ def test_where_python_is_too_new_it_says_so_installed_or_not(monkeypatch):
     class Version(tuple):
         major, minor = 3, 13
 
-    monkeypatch.setattr(engine.sys, "sys", Version((3, 13, 0)))
+    monkeypatch.setattr(engine.sys, "version_info", Version((3, 13, 0)))
     with pytest.raises(ConfigError, match=r"runs on Python 3\.11 and 3\.12, and this is 3\.13"):
         Generated()
 

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from doors import LONG, Beside, lacking
 
-from aem_exp import __version__, commands, completion, stores
+from aem_exp import __version__, commands, completion
 from aem_exp.__main__ import main
+from aem_exp.tracking import store_uri
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("aem-exp")
@@ -249,10 +250,10 @@ def test_a_terminal_completes(shell, outputs):
 @pytest.fixture
 def made(tmp_path_factory):
     """A folder of outputs with an empty store."""
-    from aem_exp import tracking
+    from aem_exp.tracking import mlflow_store
 
     folder = tmp_path_factory.mktemp("made") / "outputs"
-    tracking.create_sqlite(folder / "mlflow.db")
+    mlflow_store.create_sqlite(folder / "mlflow.db")
     return folder
 
 
@@ -324,13 +325,13 @@ def test_the_command_of_a_run_is_short(made, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("AEM_OUTPUTS", str(made))
     monkeypatch.setenv("PATH", str(SCRIPT.parent))
-    uri = stores.resolve_uri(None, made)
+    uri = store_uri.resolve_uri(None, made)
     if SCRIPT.exists():
-        assert stores.ui_command(uri, 5000) == "aem-exp ui"
+        assert store_uri.ui_command(uri, 5000) == "aem-exp ui"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", "/somewhere/bin/python")
-        assert stores.ui_command(uri, 5001) == "/somewhere/bin/python -m aem_exp ui --port 5001"
+        assert store_uri.ui_command(uri, 5001) == "/somewhere/bin/python -m aem_exp ui --port 5001"
     monkeypatch.setenv("AEM_OUTPUTS", "elsewhere")
-    assert stores.ui_command(uri, 5000).endswith(f" ui --uri {made}/mlflow.db")
-    assert stores.ui_command("mysql://me:pw@host/x", 5000).endswith(" ui --uri 'mysql://***@host/x'")
+    assert store_uri.ui_command(uri, 5000).endswith(f" ui --uri {made}/mlflow.db")
+    assert store_uri.ui_command("mysql://me:pw@host/x", 5000).endswith(" ui --uri 'mysql://***@host/x'")

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 from doors import lacking
 
-from aem_exp import show, stores, tracking
-from aem_exp.stores import Page
-from aem_exp.tracking import Tracker
+from aem_exp import show
+from aem_exp.tracking import mlflow_store, publish, store_uri
+from aem_exp.tracking.store_uri import Page
+from aem_exp.tracking.tracker import Tracker
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --window-size=1500,1100"
@@ -95,12 +96,12 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     """A finished run, served by `aem-exp ui`, which its terminal shows."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     driver()
-    run_dir, uri = tmp_path / "outputs" / "run", stores.resolve_uri(None, tmp_path / "outputs")
-    tracking.create_sqlite(tmp_path / "outputs" / "mlflow.db")
+    run_dir, uri = tmp_path / "outputs" / "run", store_uri.resolve_uri(None, tmp_path / "outputs")
+    mlflow_store.create_sqlite(tmp_path / "outputs" / "mlflow.db")
     with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
-        words = shlex.split(stores.ui_command(uri, port := stores.free_port()))
+        words = shlex.split(store_uri.ui_command(uri, port := store_uri.free_port()))
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
-    monkeypatch.setattr(stores, "free_port", lambda: port)
+    monkeypatch.setattr(store_uri, "free_port", lambda: port)
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
     with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
         for step in range(31):
@@ -108,7 +109,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
             tracker.log(step, learned | {"aem/alpha_q05": 0.7, "aem/alpha_q50": 1.0, "aem/alpha_q95": 1.4})
         for path in show.artifacts(run_dir):
             tracker.artifact(path)
-    page = tracking.page(run_dir)
+    page = publish.page(run_dir)
     assert page is not None
     assert page.command == shlex.join(words)
     yield page

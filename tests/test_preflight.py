@@ -228,7 +228,7 @@ def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="of 80 GB per GPU"):
         dispatch.check_prepared(experiment)
     free = namedtuple("Usage", "free")(1e9)
-    monkeypatch.setattr(preflight.shutil, "shutil", lambda folder: free)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: free)
     roomy = replace(experiment, launch=replace(experiment.launch, gpu_memory_gb=1000.0))
     with pytest.raises(ConfigError, match=f"outputs={tmp_path}: has 1.0 GB free"):
         dispatch.check_prepared(roomy)

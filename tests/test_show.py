@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import show, stores, tracking
+from aem_exp import show
 from aem_exp.core import console
 from aem_exp.rundir import episodes, metrics
 from aem_exp.stats import scores
-from aem_exp.tracking import Tracker
+from aem_exp.tracking import publish, run_card, store_uri
+from aem_exp.tracking.tracker import Tracker
 
 STEPS = 40
 SAID = {"observation": "You see a box.", "text": "<action>open box</action>", "reward": 0.0, "valid": True}
@@ -59,11 +60,11 @@ def run_dir(tmp_path: Path) -> Path:
     """A finished run, as `run` leaves it."""
     folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
-    with Tracker.open(folder, stores.OFF, "household", "grpo+aem/s0") as tracker:
+    with Tracker.open(folder, store_uri.OFF, "household", "grpo+aem/s0") as tracker:
         for step in range(STEPS + 1):
             tracker.log(step, row(step))
-    card = tracking.read_card(folder) | {"uri": uri, "run_id": "abc", "experiment_id": "1"}
-    tracking.save_card(folder, card)
+    card = run_card.read_card(folder) | {"uri": uri, "run_id": "abc", "experiment_id": "1"}
+    run_card.save_card(folder, card)
     dev = {"panel": "dev", "episodes": 120}
     scores = {"before": dev | {"success": 0.25}, "after": dev | {"success": 0.625}}
     final = {"panel": "test", "episodes": 140, "success": 0.6}
@@ -218,7 +219,7 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
     assert "dev 120 25.0% [18%, 33%] 62.5% [54%, 71%]" in lines
     assert "test 140 - 60.0% [52%, 68%]" in lines
     assert f"run {run_dir}" in lines
-    page = tracking.page(run_dir)
+    page = publish.page(run_dir)
     assert page is not None
     assert f"serve {page.command}" in lines
     assert f"open {page.link}" in lines, "whole, on one line"

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from aem_exp import stores, tracking
 from aem_exp.core import disk, errors
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
-from aem_exp.tracking import Tracker
+from aem_exp.tracking import __main__, mlflow_store, publish, run_card, store_uri, sync, tracker, writer
+from aem_exp.tracking.tracker import Tracker
 
 NAMES = ("train/success", "aem/alpha_q50", "time/update")
 
@@ -42,7 +42,7 @@ def opened(run_dir: Path, uri: str, resume_step: int | None = None, **more: Any)
 
 
 def store(outputs: Path) -> str:
-    return stores.resolve_uri(None, outputs)
+    return store_uri.resolve_uri(None, outputs)
 
 
 def in_mlflow(uri: str, run_dir: Path) -> Any:
@@ -99,7 +99,7 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
     assert run.info.run_name == "grpo+aem/s0"
     assert run.data.params["trainer.learning_rate"] == "0.001"
     assert run.data.params["model.path"] == "null"
-    assert len(run.data.params["trainer.long"]) == tracking.PARAM_CHARS
+    assert len(run.data.params["trainer.long"]) == writer.PARAM_CHARS
     assert run.data.params["tracking"] == "http://***@h"
     assert run.data.tags.items() >= {*tags.items(), ("mlflow.source.git.commit", "abc"), ("aem.run_dir", str(run_dir))}
     artifacts = Path(urllib.request.url2pathname(run.info.artifact_uri.removeprefix("file://")))
@@ -123,7 +123,7 @@ def test_a_run_ends_as_it_ended(tmp_path: Path, error: BaseException | None, sta
         assert raised is error
     run = in_mlflow(store(tmp_path), tmp_path / "run")
     assert (run.info.status, run.steps["train/success"]) == (status, [1])
-    assert tracking.read_card(tmp_path / "run")["status"] == status
+    assert run_card.read_card(tmp_path / "run")["status"] == status
 
 
 def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp_path: Path) -> None:
@@ -156,21 +156,21 @@ def test_a_run_that_starts_again_without_a_checkpoint_keeps_its_page(tmp_path: P
 
 
 def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
-    with opened(tmp_path, stores.OFF) as tracker:
+    with opened(tmp_path, store_uri.OFF) as tracker:
         for step in (1, 2):
             tracker.log(step, numbers(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/succ')
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
-    with opened(tmp_path, stores.OFF, resume_step=2) as tracker:
+    with opened(tmp_path, store_uri.OFF, resume_step=2) as tracker:
         tracker.log(3, numbers(3))
         assert tracker.flush()
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
-    assert tracking.page(tmp_path) is None
+    assert publish.page(tmp_path) is None
 
 
 def test_steps_go_forward(tmp_path: Path) -> None:
-    with opened(tmp_path, stores.OFF) as tracker:
+    with opened(tmp_path, store_uri.OFF) as tracker:
         tracker.log(2, numbers(2))
         with pytest.raises(AssertionError, match="step 1 after step 2"):
             tracker.log(1, numbers(1))
@@ -178,7 +178,7 @@ def test_steps_go_forward(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
-    tracker = opened(tmp_path, stores.OFF)
+    tracker = opened(tmp_path, store_uri.OFF)
     tracker._mirror.file = Path("/dev/full").open("r+b")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         tracker.log(1, numbers(1))
@@ -187,13 +187,13 @@ def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
 FILLED = """
     import sys
     from pathlib import Path
-    from aem_exp.core import cli, console; from aem_exp import stores, tracking
+    from aem_exp.core import cli, console; from aem_exp.tracking import store_uri, tracker
     from tests_of_tracking import numbers, opened
-    tracking.PATIENCE = 1.0
+    tracker.PATIENCE = 1.0
     console.quiet()
     run_dir, filler = Path(sys.argv[1]), Path(sys.argv[2])
     def act():
-        with opened(run_dir, stores.resolve_uri(None, run_dir.parent)) as tracker:
+        with opened(run_dir, store_uri.resolve_uri(None, run_dir.parent)) as tracker:
             for step in range(1, 4):
                 tracker.log(step, numbers(step))
             assert tracker.flush(wait=600)
@@ -250,13 +250,13 @@ def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tm
 @pytest.mark.machine
 @pytest.mark.parametrize("left", [0, 700_000], ids=["none", "some"])
 def test_a_store_that_finds_no_room_at_start_says_so(tmp_path: Path, small_disk: Path, left: int) -> None:
-    with opened(tmp_path / "run", stores.OFF) as tracker:
+    with opened(tmp_path / "run", store_uri.OFF) as tracker:
         for step in range(2000):
             tracker.log(step, numbers(step))
     with (small_disk / "filler").open("wb") as file:
         file.write(b"x" * (shutil.disk_usage(small_disk).free - left))
     with pytest.raises(ConfigError) as caught:
-        tracking.sync(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
+        sync.sync_run(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
     sentence = str(caught.value)
     assert "cannot be written (" in sentence and ("free space" in sentence or "make room" in sentence)
     assert str(disk.cache()) not in sentence and "\n" not in sentence
@@ -299,7 +299,7 @@ TOGETHER = """
 def script(folder: Path, text: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script that imports this file."""
     (folder / "tests_of_tracking.py").symlink_to(__file__)
-    path = os.pathsep.join([str(folder), str(Path(tracking.__file__).parents[1])])
+    path = os.pathsep.join([str(folder), str(Path(tracker.__file__).parents[1])])
     words = (sys.executable, "-c", textwrap.dedent(text), *words)
     return subprocess.run(words, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": path, **environment})
 
@@ -339,9 +339,9 @@ class Server:
     """A real `mlflow server`, by the command that `aem-exp ui` gives."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        port = stores.free_port(5200 + os.getpid() % 500)
-        words, environment = stores.serve_command(uri, port)
-        self.uri = stores.site(port)
+        port = store_uri.free_port(5200 + os.getpid() % 500)
+        words, environment = store_uri.serve_command(uri, port)
+        self.uri = store_uri.site(port)
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             words, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
@@ -384,7 +384,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "PATIENCE", 2.0)
+    monkeypatch.setattr("aem_exp.tracking.tracker.PATIENCE", 2.0)
     direct, run_dir = store(tmp_path), tmp_path / "run"
     server.wait()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -418,7 +418,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
 
     for _ in range(2):  # the second time there is nothing to send
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(run_dir), "--uri", direct])
-        assert tracking.main() == 0
+        assert __main__.main() == 0
         run = in_mlflow(direct, run_dir)
         assert run.steps == all_names(list(range(1, 41)))
         assert run.info.status == "FINISHED"
@@ -426,7 +426,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     assert [line.split(" points")[0] for line in said] == ["sent 30 of 120", "sent 0 of 120"]
 
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
-    tracking.sync(run_dir, elsewhere)
+    sync.sync_run(run_dir, elsewhere)
     copy = in_mlflow(elsewhere, run_dir)
     assert copy.steps == run.steps
     assert copy.data.params == run.data.params
@@ -485,14 +485,14 @@ def test_stores_that_cannot_be_used(tmp_path: Path) -> None:
     assert "cannot be written" in refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db", tmp_path / "b")
     for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "gopher://host", "sqlite://"):
         with pytest.raises(ConfigError, match="not a store"):
-            stores.resolve_uri(uri, tmp_path)
+            store_uri.resolve_uri(uri, tmp_path)
 
 
 def test_a_store_of_another_mlflow_is_refused_with_the_way_to_upgrade_it(tmp_path: Path) -> None:
     import sqlite3
 
     database = tmp_path / "mlflow.db"
-    tracking.create_sqlite(database)
+    mlflow_store.create_sqlite(database)
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
     assert "db upgrade" in refusal(store(tmp_path), tmp_path / "run")
@@ -511,14 +511,14 @@ def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect, busy = tracking._Run.connect, ["(sqlite3.OperationalError) database is locked"]
+    connect, busy = writer._Run.connect, ["(sqlite3.OperationalError) database is locked"]
 
-    def crowded(run: tracking._Run) -> None:
+    def crowded(run: writer._Run) -> None:
         if busy:
             raise RuntimeError(busy.pop())
         connect(run)
 
-    monkeypatch.setattr(tracking._Run, "_Run", crowded)
+    monkeypatch.setattr(writer._Run, "connect", crowded)
     with opened(tmp_path / "run", store(tmp_path)) as tracker:
         tracker.log(1, numbers(1))
     assert not busy
@@ -528,11 +528,11 @@ def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch
 def test_sync_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with opened(tmp_path / "run", stores.OFF):
+    with opened(tmp_path / "run", store_uri.OFF):
         pass
     for folder in ("nothing", "run"):
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(tmp_path / folder)])
-        assert tracking.main() == 2
+        assert __main__.main() == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "name the folder of a run" in first
     assert "--uri" in second
@@ -559,12 +559,12 @@ def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert errors.redact("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter22")
     assert errors.redact("error: hunter22") == "error: ***"
-    with opened(tmp_path, stores.OFF) as tracker:
+    with opened(tmp_path, store_uri.OFF) as tracker:
         tracker.log(1, numbers(1))
-    tracking.save_card(
-        tmp_path, {**tracking.read_card(tmp_path), "run_id": "r", "experiment_id": "1", "uri": "http://***@h:80"}
+    run_card.save_card(
+        tmp_path, {**run_card.read_card(tmp_path), "run_id": "r", "experiment_id": "1", "uri": "http://***@h:80"}
     )
-    page = tracking.page(tmp_path)
+    page = publish.page(tmp_path)
     assert page is not None
     assert page.link.startswith("http://h:80/#/experiments/1/runs/r/")
     assert page.command is None
@@ -572,20 +572,20 @@ def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert stores.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
-    assert stores.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
-    assert stores.resolve_uri("a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
-    assert stores.resolve_uri("https://host/mlflow", Path("out")) == "https://host/mlflow"
-    assert stores.resolve_uri("off", Path("out")) == stores.OFF
+    assert store_uri.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert store_uri.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert store_uri.resolve_uri("a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
+    assert store_uri.resolve_uri("https://host/mlflow", Path("out")) == "https://host/mlflow"
+    assert store_uri.resolve_uri("off", Path("out")) == store_uri.OFF
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:1")
-    assert stores.resolve_uri(None, Path("out")) == "http://host:1"
+    assert store_uri.resolve_uri(None, Path("out")) == "http://host:1"
 
 
 def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 2222")
     card = {"uri": store(tmp_path / "a b"), "run_id": "r", "experiment_id": "1"}
     (tmp_path / "tracking.json").write_text(json.dumps(card))
-    page = tracking.page(tmp_path)
+    page = publish.page(tmp_path)
     assert page is not None
     assert page.command is not None
     words = shlex.split(page.command)
@@ -599,9 +599,10 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_flattened_config() -> None:
     nested = {"a": {"b": 1e-3, "c": {}}, "d": [1, None], "e": True, "f@": "x"}
-    assert tracking.flatten(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
+    assert run_card.flatten(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
 
 
 def test_importing_the_room_does_not_import_mlflow() -> None:
-    code = "import sys, aem_exp.tracking, aem_exp.show; sys.exit(bool({'mlflow', 'matplotlib', 'rich'} & set(sys.modules)))"
+    names = "{'mlflow', 'matplotlib', 'rich'}"
+    code = f"import sys, aem_exp.tracking.tracker, aem_exp.show; sys.exit(bool({names} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

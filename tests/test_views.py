@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from test_mlflow_page import Browser, answers, driver
 
-from aem_exp import stores, tracking, views
 from aem_exp.core.errors import ConfigError
-from aem_exp.tracking import Tracker
+from aem_exp.tracking import mlflow_store, store_uri, views
+from aem_exp.tracking.tracker import Tracker
 
 ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # success at the end, entropy lost
 STEPS = 60
@@ -27,8 +27,8 @@ STEPS = 60
 
 @pytest.fixture
 def client(tmp_path: Path) -> Any:
-    """A client of a new sqlite store, as `tracking` makes it."""
-    tracking.create_sqlite(tmp_path / "mlflow.db")
+    """A client of a new sqlite store, as `tracker` makes it."""
+    mlflow_store.create_sqlite(tmp_path / "mlflow.db")
     import mlflow
 
     return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -173,10 +173,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     driver()
     outputs = tmp_path / "outputs"
-    uri = stores.resolve_uri(None, outputs)
-    tracking.create_sqlite(outputs / "mlflow.db")
-    port = stores.free_port(5100)
-    words, environment = stores.serve_command(uri, port)
+    uri = store_uri.resolve_uri(None, outputs)
+    mlflow_store.create_sqlite(outputs / "mlflow.db")
+    port = store_uri.free_port(5100)
+    words, environment = store_uri.serve_command(uri, port)
     with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
         server = subprocess.Popen(
             words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
@@ -189,7 +189,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
             for step in range(1, 4):
                 run.log(step, {"train/success": (step + seed) / 100, "test/success": 0.99})
-    yield stores.site(port)
+    yield store_uri.site(port)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 

@@ -18,8 +18,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import mlflow
 
-from aem_exp import stores
-from aem_exp.tracking import Tracker
+from aem_exp.tracking import store_uri
+from aem_exp.tracking.tracker import Tracker
 
 STEPS, TRAINING = 200, 0.05
 NAMES = [f"train/metric_{number}" for number in range(24)]
@@ -37,7 +37,7 @@ def steps(log: Callable[[int, dict[str, float]], object]) -> list[float]:
 
 
 def ours(folder: Path) -> tuple[list[float], float]:
-    with Tracker.open(folder / "run", stores.resolve_uri(None, folder), "bench", "ours", {}, {}) as tracker:
+    with Tracker.open(folder / "run", store_uri.resolve_uri(None, folder), "bench", "ours", {}, {}) as tracker:
         tracker.ready()
         spent = steps(tracker.log)
         end = time.perf_counter()
@@ -46,7 +46,7 @@ def ours(folder: Path) -> tuple[list[float], float]:
 
 
 def per_call(folder: Path) -> tuple[list[float], float]:
-    mlflow.set_tracking_uri(stores.resolve_uri(None, folder))
+    mlflow.set_tracking_uri(store_uri.resolve_uri(None, folder))
     with mlflow.start_run():
         return steps(lambda step, row: mlflow.log_metrics(row, step=step)), 0.0
 

@@ -1,0 +1,144 @@
+"""An MLflow store: imported, created where it is a sqlite file, and refused in one sentence where it does not work."""
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import sqlite3
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import uuid4
+
+from aem_exp.core import disk, errors
+from aem_exp.tracking import store_uri
+
+DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+
+
+def _mlflow() -> Any:
+    """Import MLflow (2 to 4 s), silent and with short waits: the thread tries again by itself."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what it raises is told here, in a sentence
+    return mlflow
+
+
+def _import(uri: str) -> None:
+    """Import all of MLflow that a store needs, in the caller's thread: two that import can meet half-made modules."""
+    _mlflow()
+    if not store_uri.served(uri):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+def create_sqlite(database: Path) -> None:
+    """Make an MLflow store that appears whole: many processes may ask at once, and none ever opens half of one."""
+    if _made(database):
+        return
+    from filelock import FileLock
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(database.with_name(f".{database.name}.lock"), timeout=300):
+        if _made(database):
+            return
+        half = database.with_name(f".{database.name}.{os.getpid()}")
+        try:
+            shutil.copyfile(_template(), half)
+            root = (database.parent / "mlruns" / "0").as_uri()
+            with sqlite3.connect(half) as connection:
+                connection.execute("UPDATE experiments SET artifact_location = ?", (root,))
+            connection.close()
+            half.replace(database)
+        finally:
+            half.unlink(missing_ok=True)
+
+
+def _made(database: Path) -> bool:
+    return database.exists() and database.stat().st_size > 0
+
+
+def _template() -> Path:
+    """Return an empty store, made once per machine and MLflow version: migrating takes seconds, copying none."""
+    version = _mlflow().__version__
+    cache = disk.cache()
+    template = cache / f"mlflow-{version}.db"
+    if not _made(template):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        cache.mkdir(parents=True, exist_ok=True)
+        half = cache / f".mlflow-{version}-{uuid4().hex}.db"
+        try:
+            SqlAlchemyStore(f"sqlite:///{half}", "mlruns").engine.dispose()
+            half.replace(template)
+        finally:
+            half.unlink(missing_ok=True)
+    return template
+
+
+def _ask_database(uri: str) -> None:
+    """Ask a database one question, because MLflow would repeat a hopeless one for hours."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    sqlalchemy.inspect(engine).get_table_names()
+    engine.dispose()
+
+
+def refused(uri: str, error: Exception) -> NoReturn:
+    """Turn what a store answered at start into a sentence for whoever named it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        place = error.filename2 or error.filename  # a copy names its source first
+        store_uri.refuse(uri, f"cannot be written ({error.strerror}: {place})", "make room or rights there")
+    if "disk is full" in text:
+        store_uri.refuse(uri, "cannot be written (the disk is full)", "free space there and ask again")
+    if "out-of-date database schema" in text or "Can't locate revision" in text:
+        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", errors.redact(uri)])
+        store_uri.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
+    if re.search(r"\b40[13]\b", text):
+        store_uri.refuse(
+            uri, "refuses these credentials", "set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if isinstance(error, ImportError):
+        store_uri.refuse(uri, f"needs a driver: pip install {DRIVERS.get(str(error.name), error.name)}")
+    store_uri.refuse(uri, f"cannot be used ({_reason(error)})")
+
+
+def _reason(error: BaseException) -> str:
+    """Return the root of an error in one short line without credentials."""
+    text = str(error)
+    for known in ("Connection refused", "timed out", "database or disk is full", "file is not a database", "is locked"):
+        if known in text:
+            return known
+    return errors.redact((text.splitlines() or [type(error).__name__])[0])[:200]
+
+
+def _turn(uri: str) -> AbstractContextManager[Any]:
+    """Wait for one's turn at a sqlite file, which takes one writer at a time."""
+    database = store_uri.sqlite_file(uri)
+    if database is None:
+        return nullcontext()
+    from filelock import FileLock
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(database.with_name(f".{database.name}.sync.lock"), timeout=600)
+
+
+def _client(uri: str) -> Any:
+    """A client of a store that answers; None where it does not, or its credentials were not kept."""
+    if uri == store_uri.OFF or "***" in uri:
+        return None
+    try:
+        store_uri.probe(uri)
+        client = _mlflow().MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception:  # of many kinds; nothing depends on it
+        return None
+    return client

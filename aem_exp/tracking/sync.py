@@ -1,0 +1,56 @@
+"""Send MLflow what it lacks of runs that are on disk."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from aem_exp.core import errors
+from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import metrics
+from aem_exp.tracking import store_uri
+from aem_exp.tracking.mlflow_store import _turn, refused
+from aem_exp.tracking.run_card import CARD, read_card, save_card
+from aem_exp.tracking.writer import _Run
+
+
+def sync_run(run_dir: Path, uri: str | None = None) -> str:
+    """Send MLflow what it lacks of a run; return one sentence. Asking twice sends nothing twice."""
+    run_dir = run_dir.absolute()
+    card = read_card(run_dir)
+    if not card:
+        raise ConfigError("RUN_DIR", str(run_dir), remedy=f"name the folder of a run; it has a {CARD}")
+    uri = uri or card["uri"]
+    if uri == store_uri.OFF or "***" in uri:
+        raise ConfigError("--uri", None, remedy=f"required: {run_dir.name} was logged to {card['uri']}")
+    store_uri.probe(uri)
+    run = _Run(run_dir, uri, card)
+    points = metrics.points(metrics.read(run_dir))
+    files = [path for name in card["artifacts"] if (path := run_dir / name).exists()]
+    try:
+        with _turn(uri):
+            run.connect()
+            sent = run.send(points)
+            for path in files:
+                run.send_file(path)
+            if card["status"] is not None:
+                run.end(card["status"])
+    except Exception as error:  # all become a sentence
+        refused(uri, error)
+    save_card(run_dir, {**card, "uri": errors.redact(uri)})
+    return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {errors.redact(uri)}"
+
+
+def _runs(folder: Path) -> list[Path]:
+    """A run dir, or those that lie in a folder."""
+    inside = sorted(card.parent for card in folder.glob(f"*/{CARD}"))
+    return inside if inside and not (folder / CARD).exists() else [folder]
+
+
+def _reconcile(runs: Iterable[Path]) -> None:
+    """Note the end of runs that were killed before they could: MLflow would show them as running for ever."""
+    from aem_exp.cluster import run_state
+
+    ends = {run_state.DONE: "FINISHED", run_state.FAILED: "FAILED", run_state.STOPPED: "KILLED"}
+    for run_dir, found in run_state.read([run for run in runs if (run / CARD).exists()]).items():
+        card = read_card(run_dir)
+        if card["status"] is None and found.what in ends:
+            save_card(run_dir, {**card, "status": ends[found.what]})
