@@ -31,10 +31,10 @@ COMMANDS: Final = {
     "sweep": Command("sweep", "plan a sweep, then run or submit what is missing of it"),
     "status": Command("status", "show how far runs are, what failed, and why"),
     "report": Command("report", "compare the arms of a sweep, on a page"),
-    "evaluate": Command("evaluate", "score a run's policy, or any model, on held-out tasks"),
+    "evaluate": Command("evaluate.command", "score a run's policy, or any model, on held-out tasks"),
     "proxy": Command("proxy", "measure how well token entropy tells relative surprisal"),
     "prepare": Command("prepare", "fetch and build what an experiment or a sweep needs"),
-    "sync": Command("tracking", "send MLflow what it lacks of runs", first=("sync",)),
+    "sync": Command("tracking.command", "send MLflow what it lacks of runs", first=("sync",)),
     "ui": Command("ui", "serve the MLflow store of these runs on this machine, and show its link"),
 }
 

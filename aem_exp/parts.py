@@ -286,8 +286,8 @@ class Parts:
 
     def _exam(self, split: str, recorded: bool = False) -> Any:
         """Score a panel; `recorded`: its episodes stand in the record already."""
-        from aem_exp import exam
         from aem_exp.envs import panel
+        from aem_exp.evaluate import evaluation
         from aem_exp.rollout.sampling.base import Sampling
         from aem_exp.rollout.types import CRASHED
         from aem_exp.rundir.episodes import record
@@ -297,12 +297,12 @@ class Parts:
         log.info("playing the %s panel: %d tasks x %d", chosen.name, len(chosen.tasks), how.repeats)
         sampler = self._sampler(self.trainer, Sampling(how.temperature))
         with self.rollout.under(config.examined(self.experiment).env):
-            played = exam.play(chosen, partial(self.trainer.share, sampler=sampler), how.repeats)
+            played = evaluation.play(chosen, partial(self.trainer.share, sampler=sampler), how.repeats)
         self.rollout.clock.read()  # not part of a step's time
-        exam.heed(chosen, played)
+        evaluation.heed(chosen, played)
         if self.episodes and not recorded:
             self.episodes.add([record(self.time.step, chosen.name, t, in_full=t.draw < 8) for t in played])
-        self.scores[split] = score = exam.score(chosen, played)
+        self.scores[split] = score = evaluation.score(chosen, played)
         if score.crashed:
             first = next(t for t in played if t.ended == CRASHED)
             how_many = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"

@@ -18,20 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import evaluate
 from aem_exp.config import ConfigError, Env
 from aem_exp.core import cli, disk
 from aem_exp.core.disk import known
 from aem_exp.core.errors import Stop
-from aem_exp.evaluate import POLICY, UNTRAINED
-from aem_exp.exam import Exam, alone, digest, episodes, rules
+from aem_exp.evaluate import request
+from aem_exp.evaluate.evaluation import Exam, alone, digest, episodes, rules
+from aem_exp.evaluate.request import POLICY, UNTRAINED
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
-    from aem_exp.players import Player
+    from aem_exp.evaluate.agents import Player
+    from aem_exp.evaluate.display import Line
     from aem_exp.rollout.sampling.base import Sampler
     from aem_exp.rollout.types import Trajectory
-    from aem_exp.scoreboard import Line
 
 STATES, SAMPLES, FIGURE = "states.json", "samples.jsonl", "proxy.png"
 GATES = {"gated": 0.1, "ungated": 0.0}  # the paper's, and none
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(argv: list[str]) -> argparse.Namespace:
-    parser = evaluate.asking("python -m aem_exp.proxy", ABOUT)
+    parser = request.asking("python -m aem_exp.proxy", ABOUT)
     parser.add_argument("--panel", default="dev", help="tasks whose episodes pass through the states (default: dev)")
     parser.add_argument("--states", type=int, default=64, help="default: 64, as in the paper")
     parser.add_argument("--samples", type=int, default=16, help="responses at each of them (default: 16)")
     parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="leave the other row out")
     parser.set_defaults(tasks=None, repeats=1, temperature=1.0)
-    asked = evaluate.asked_by(parser, argv, ("states", "at_once"))
+    asked = request.asked_by(parser, argv, ("states", "at_once"))
     if asked.samples < 2:
         raise ConfigError("--samples", asked.samples, "must be at least 2: each is compared with the others")
     return asked
@@ -82,13 +82,13 @@ def _act(asked: argparse.Namespace) -> int:
     from aem_exp.core import console
 
     console.quiet()
-    is_run = evaluate.points_at_run(asked.target)
+    is_run = request.points_at_run(asked.target)
     cli.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
     asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
-    from aem_exp.scoreboard import Line
+    from aem_exp.evaluate.display import Line
 
     with Line() as line:
-        exam, players, _ = evaluate.setting(asked)
+        exam, players, _ = request.setting(asked)
         if (sampler := exam.experiment.launch.sampler) != "local":
             raise ConfigError("launch.sampler", sampler, "must be local: servers do not tell the entropies of tokens")
         found = {player.name: examine(exam, player, asked.states, asked.samples, line) for player in players}
@@ -119,15 +119,15 @@ def examine(exam: Exam, player: "Player", states: int, samples: int, line: "Line
 
 def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Path, line: "Line") -> None:
     """Find the states, unless they are on disk; then sample at those that are not there yet."""
-    from aem_exp import players
     from aem_exp.envs.workers import stage_of
+    from aem_exp.evaluate import agents
     from aem_exp.rollout.play import Rollout
 
     env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
     line.say(f"{player.name}: loading its weights")
     with (
         closing(stage_of(exam.world, env.make, launch)) as stage,
-        players.voice(player, exam.experiment, exam.temperature) as (sampler, chat),
+        agents.voice(player, exam.experiment, exam.temperature) as (sampler, chat),
     ):
         if not (folder / STATES).exists():
             line.say(f"{player.name}: playing {states} episodes")

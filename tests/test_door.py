@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import evaluate, run
+from aem_exp import run
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.tracking import __main__
+from aem_exp.evaluate import command as evaluate
+from aem_exp.tracking import command as tracking
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,9 +25,9 @@ ROOT = Path(__file__).parents[1]
         (run.main, [], "run_dir=null: must be given"),
         (run.main, ["/nowhere"], "must be the folder of a run"),
         (run.main, ["/nowhere", "--inexct"], "--inexct: no such option"),
-        (__main__.main, [], "sync=null: must be given"),
-        (__main__.main, ["sink", "x"], "invalid choice: 'sink'"),
-        (__main__.main, ["sync", "/nowhere"], "name the folder of a run"),
+        (tracking.main, [], "sync=null: must be given"),
+        (tracking.main, ["sink", "x"], "invalid choice: 'sink'"),
+        (tracking.main, ["sync", "/nowhere"], "name the folder of a run"),
         (evaluate.main, ["x", "--repeats", "many"], "--repeats: invalid int value: 'many'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -15,11 +15,13 @@ import pytest
 import toy
 from doors import SHORT, wait_for
 
-from aem_exp import config, evaluate, exam
+from aem_exp import config
 from aem_exp.config import ConfigError
 from aem_exp.envs import Task, Turn, panel
 from aem_exp.envs.alfworld.engine import PACKAGES as ALFWORLD
 from aem_exp.envs.household import Household
+from aem_exp.evaluate import command as evaluate
+from aem_exp.evaluate import evaluation
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome
 
@@ -177,7 +179,7 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 
 def test_a_random_player_speaks_as_the_world_listens():
     from aem_exp.envs.executor import Serial
-    from aem_exp.players import _anything, act
+    from aem_exp.evaluate.agents import _anything, act
     from aem_exp.rollout.types import Episode
 
     for tags in (False, True):
@@ -220,13 +222,13 @@ class Mute(toy.ChatterWorld):
 
 
 def sat(world, folder, tasks=4):
-    from aem_exp.players import Player
-    from aem_exp.scoreboard import Line
+    from aem_exp.evaluate.agents import Player
+    from aem_exp.evaluate.display import Line
 
     chosen = panel.build_panel(world, "dev", tasks)
-    setting = exam.Exam(toy.experiment(), world, chosen, 2, 1.0, 4, folder)
+    setting = evaluation.Exam(toy.experiment(), world, chosen, 2, 1.0, 4, folder)
     with Line() as line:
-        return exam.sit(setting, Player("random"), line)[1]
+        return evaluation.sit(setting, Player("random"), line)[1]
 
 
 def test_a_crashed_episode_is_a_failure_and_is_counted(tmp_path):
@@ -254,7 +256,7 @@ def test_where_nothing_was_said_nothing_is_claimed(tmp_path):
 
 
 def test_a_world_without_actions_has_no_random_player():
-    from aem_exp.players import why_not
+    from aem_exp.evaluate.agents import why_not
 
     tasks = Mute().tasks("dev")
     assert "lists no actions" in why_not("random", toy.experiment(), Mute(), tasks[0])
@@ -359,6 +361,8 @@ def test_somebody_elses_run_is_read_only_when_trusted(copy, capsys):
 
 
 def test_help_loads_nothing_heavy():
-    loaded = "import sys, aem_exp.evaluate; print({'torch', 'rich', 'pyarrow', 'numpy', 'hydra'} & set(sys.modules))"
+    loaded = (
+        "import sys, aem_exp.evaluate.command; print({'torch', 'rich', 'pyarrow', 'numpy', 'hydra'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

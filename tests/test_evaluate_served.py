@@ -12,13 +12,15 @@ from completions_server import CompletionsServer
 from doors import LONG, SHORT, Beside
 from filelock import FileLock
 
-from aem_exp import config, evaluate, players, policy
+from aem_exp import config, policy
 from aem_exp.envs import opening
+from aem_exp.evaluate import agents
+from aem_exp.evaluate import command as evaluate
+from aem_exp.evaluate.display import Line
 from aem_exp.rollout import threads
 from aem_exp.rollout.sampling import vllm_client
 from aem_exp.rollout.sampling.local import LocalSampler, LocalSession
 from aem_exp.rollout.sampling.vllm import seed
-from aem_exp.scoreboard import Line
 
 KEY = "k-7f3a"
 PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
@@ -113,7 +115,7 @@ def test_servers_play_what_would_be_played_here_and_each_row_by_its_weights(
     assert not loads, "no weights are loaded here"
     assert server.reloads == ["model", policy.Path(served["untrained"]["weights"]).name]
     assert server.most_at_once > 1
-    monkeypatch.setattr(players, "LocalSampler", Seeded)
+    monkeypatch.setattr(agents, "LocalSampler", Seeded)
     local = ask(capsys, [str(trained), f"outputs={tmp_path / 'local'}", *PANEL])["rows"]
     assert set(served) == set(local) == {"policy", "untrained", "random", "scripted"}
     for name, row in local.items():
@@ -298,7 +300,7 @@ def test_what_is_not_to_be_had_here_is_refused_by_name(trained, capsys, tmp_path
 
 def test_what_training_took_of_a_cluster_is_left_behind(trained):
     """And servers of its job are gone, which has to be said."""
-    from aem_exp.evaluate import _launch
+    from aem_exp.evaluate.request import _launch
 
     took = config.to_dict(config.load(["+experiment=swebench_32b"]))["launch"]
     with pytest.raises(config.ConfigError, match="servers that are up"):

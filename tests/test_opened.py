@@ -5,11 +5,13 @@ import logging
 import pytest
 from doors import LONG
 
-from aem_exp import config, evaluate, exam, smoke, worlds
+from aem_exp import config, smoke, worlds
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, opening, panel
+from aem_exp.evaluate import command as evaluate
+from aem_exp.evaluate import evaluation
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import Response, Trajectory
 
@@ -231,7 +233,7 @@ def played(ended="over", won=True, seen="a {}"):
 
 def heed(trajectories, caplog):
     with caplog.at_level(logging.WARNING):
-        exam.heed(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+        evaluation.heed(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
 
 

@@ -170,11 +170,11 @@ def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aem_exp import scoreboard
+    from aem_exp.evaluate import display
 
-    monkeypatch.setattr(scoreboard, "OFTEN", 0.0)
+    monkeypatch.setattr(display, "OFTEN", 0.0)
     screen = terminal(80)
-    with scoreboard.Line(screen, every=0.0) as line:
+    with display.Line(screen, every=0.0) as line:
         line.begin("policy", 0, 2, max_turns=8)
         line.part(0, 2)
         line.token(5)

@@ -23,7 +23,8 @@ import pytest
 from aem_exp.core import disk, errors
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
-from aem_exp.tracking import __main__, mlflow_store, publish, run_card, store_uri, sync, tracker, writer
+from aem_exp.tracking import command as tracking
+from aem_exp.tracking import mlflow_store, publish, run_card, store_uri, sync, tracker, writer
 from aem_exp.tracking.tracker import Tracker
 
 NAMES = ("train/success", "aem/alpha_q50", "time/update")
@@ -418,7 +419,7 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
 
     for _ in range(2):  # the second time there is nothing to send
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(run_dir), "--uri", direct])
-        assert __main__.main() == 0
+        assert tracking.main() == 0
         run = in_mlflow(direct, run_dir)
         assert run.steps == all_names(list(range(1, 41)))
         assert run.info.status == "FINISHED"
@@ -532,7 +533,7 @@ def test_sync_says_what_it_needs(
         pass
     for folder in ("nothing", "run"):
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(tmp_path / folder)])
-        assert __main__.main() == 2
+        assert tracking.main() == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "name the folder of a run" in first
     assert "--uri" in second

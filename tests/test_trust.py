@@ -33,7 +33,7 @@ def give_away(*paths):
 
 COMMANDS = {
     "run": ["aem_exp.run", "{}"],
-    "evaluate": ["aem_exp.evaluate", "{}"],
+    "evaluate": ["aem_exp.evaluate.command", "{}"],
     "proxy": ["aem_exp.proxy", "{}"],
     "serve": ["aem_exp.serve", "{}"],
     "trial": ["aem_exp.trial", "{}"],

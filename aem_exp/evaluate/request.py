@@ -1,71 +1,35 @@
-"""Door: a policy on a panel, beside the policy that its training started from and one that acts at random.
-
-`python -m aem_exp.evaluate RUN_DIR`, or a model. What is played is on disk part by part, and decided by neither their size nor
-the moment: asked again it goes on, or shows what is there. Models are loaded here, one after another; or servers, which are up
-already, read the weights of each (`launch.sampler=served launch.servers=FOLDER`).
-"""
+"""What is asked of an evaluation: a run or a model, its panel, its agents, and the folder of the result."""
 
 import argparse
-import json
-import math
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aem_exp import config
-from aem_exp.config import ConfigError, Experiment, Launch
+from aem_exp.config.schema import Experiment, Launch
 from aem_exp.core import cli, disk
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
-from aem_exp.exam import Exam, digest, rules, sit
+from aem_exp.evaluate.agents import Player
+from aem_exp.evaluate.evaluation import Exam, digest, rules
 from aem_exp.rundir import RESULT
 
-if TYPE_CHECKING:
-    from aem_exp.players import Player
-
 POLICY, UNTRAINED = "policy", "untrained"
+
+
 PLAYERS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
 
-ABOUT = """\
-Score a policy on tasks it was not trained on, every task the same number of times, beside the policy that its training
-started from, one that acts at random, and those that its world brings along: a scripted player, who knows only what it is
-shown, and an oracle, who knows the answer. Asked again it goes on, or shows what is there.
 
-  python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
-  python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
-  python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
-  python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # by servers that are up
-"""
 KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
+
+
 HERE = (  # what an evaluation reads of launch
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
     *("workers", "workers_at", "env_seconds"),
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
-    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
-
-
-def _read(argv: list[str]) -> argparse.Namespace:
-    parser = asking("python -m aem_exp.evaluate", ABOUT)
-    parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
-    parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
-    parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
-    parser.add_argument("--only", action="append", choices=PLAYERS, help="leave the other rows out (may be repeated)")
-    asked = asked_by(parser, argv, ("repeats", "tasks", "at_once"))
-    if asked.temperature is not None and not 0 < asked.temperature < math.inf:
-        remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
-        raise ConfigError("--temperature", asked.temperature, remedy)
-    return asked
 
 
 def asking(command: str, about: str) -> cli.Parser:
@@ -103,57 +67,11 @@ def asked_by(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> ar
     return asked
 
 
-def _act(asked: argparse.Namespace) -> int:
-    from aem_exp.core import console
-
-    console.quiet()
-    cli.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
-    from aem_exp.rollout.sampling.vllm_client import Unheld
-    from aem_exp.scoreboard import Line, show
-
-    with Line() as line:
-        exam, players, left_out = setting(asked)
-        found = {}
-        for player in players:
-            try:
-                found[player.name] = sit(exam, player, line)
-            except Unheld as why:
-                if player.name != UNTRAINED or asked.only:
-                    raise
-                left_out[UNTRAINED] = str(why)
-    results = {name: result for name, (_, result) in found.items()}
-    if asked.json:
-        print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
-        return 0
-    tasks = f"{len(exam.panel.tasks)} tasks x {exam.repeats}, temperature {exam.temperature:g}"
-    title = f"success on the panel {exam.panel.name} ({exam.panel.hash}) of {exam.experiment.env.name}: {tasks}"
-    facts = [("result", str(folder / RESULT)) for folder, _ in found.values()][:1]
-    show(title, results, left_out, [*facts, ("next", _next(asked, exam))])
-    return 0
-
-
-def _next(asked: argparse.Namespace, exam: Exam) -> str:
-    """The command that most likely comes next."""
-    own = ["--config-dir", asked.config_dir] if asked.config_dir else []
-    if exam.repeats == 1:
-        same = ["--panel", asked.panel] if asked.panel else []
-        return shlex.join(
-            ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
-        )
-    if points_at_run(asked.target):
-        steps = 2 * exam.experiment.trainer["steps"]
-        return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
-    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target), *own])
-
-
 def _at_path(target: str) -> list[str]:
     """Overrides that name a model by its path, as Hydra reads them."""
     plain = re.fullmatch(r"[\w./-]+", target) is not None
     quoted = target if plain else "'" + target.replace("'", r"\'") + "'"
     return [f"model.path={quoted}", "model.make=null"]
-
-
-# What is asked for.
 
 
 def setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, str]]:
@@ -272,7 +190,7 @@ def _check_same(fingerprint: str, folder: Path) -> None:
 
 def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Player":
     from aem_exp import policy
-    from aem_exp.players import Player
+    from aem_exp.evaluate.agents import Player
 
     model = replace(experiment.model, make=None, lora=None)
     if original is None:
@@ -285,7 +203,7 @@ def _beside(
     only: list[str] | None, policy: "Player", original: Experiment | None, exam: Exam
 ) -> tuple[list["Player"], dict[str, str]]:
     """Who plays, and why others who were asked for do not."""
-    from aem_exp.players import Player, why_not
+    from aem_exp.evaluate.agents import Player, why_not
 
     wanted, players, left_out = only or PLAYERS, [], {}
     if POLICY in wanted:
@@ -326,7 +244,3 @@ def _home(asked: argparse.Namespace, experiment: Experiment, world: World, polic
         return root / _path(asked.target).name
     identity = {"env": rules(experiment), "world": world.fingerprint, **policy.identity()}
     return root / f"{experiment.model.name}-{digest(identity)}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

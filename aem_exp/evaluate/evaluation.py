@@ -25,9 +25,9 @@ from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
 
 if TYPE_CHECKING:
-    from aem_exp.players import Player
+    from aem_exp.evaluate.agents import Player
+    from aem_exp.evaluate.display import Line
     from aem_exp.rollout.types import Episode, Trajectory
-    from aem_exp.scoreboard import Line
 
 log = logging.getLogger("aem_exp")
 
@@ -176,7 +176,7 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
     """Play what is not on disk yet, part by part; then join the parts, write the result, and forget them, in this order."""
     import pyarrow.parquet
 
-    from aem_exp import players
+    from aem_exp.evaluate import agents
     from aem_exp.rundir.episodes import Episodes, record
 
     def keep(part: Sequence["Trajectory"]) -> None:
@@ -192,7 +192,7 @@ def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], 
     if done < len(wanted):
         line.say(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
         with (
-            players.at(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
+            agents.at(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
             closing(plays(wanted[done:])) as played,
         ):
             line.begin(player.name, done, len(wanted), exam.experiment.env.max_turns)

@@ -1,0 +1,32 @@
+"""`python -m aem_exp.tracking sync`: send MLflow what it lacks of runs."""
+
+import argparse
+from pathlib import Path
+
+from aem_exp.core import cli
+from aem_exp.tracking import store_uri
+from aem_exp.tracking.sync import _reconcile, _runs, sync_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; the exit code."""
+    return cli.answer(lambda: _act(_read(argv)))
+
+
+def _read(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
+    verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
+    verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
+    verb.add_argument("--uri", help="the store, if not the one that the run was logged to")
+    verb.add_argument("--reconcile", action="store_true", help="also end runs there that nobody is at any more")
+    return parser.parse_args(argv)
+
+
+def _act(asked: argparse.Namespace) -> int:
+    uri = asked.uri and store_uri.resolve_uri(asked.uri, Path.cwd())
+    runs = [run for folder in asked.run_dir for run in _runs(folder)]
+    if asked.reconcile:
+        _reconcile(runs)
+    for run_dir in runs:
+        print(sync_run(run_dir, uri), flush=True)
+    return 0
