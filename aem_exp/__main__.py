@@ -181,8 +181,8 @@ def _check(experiment: "Experiment") -> None:
 
 def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     """Send the run to the cluster and return; asked twice, it is not sent again."""
-    from aem_exp import dispatch
     from aem_exp.cluster import slurm
+    from aem_exp.jobs import dispatch
     from aem_exp.tracking import store_uri
 
     if by := dispatch.on_its_way(folder):
@@ -233,22 +233,22 @@ def _plan(experiment: "Experiment") -> int:
 
 def _needs(experiment: "Experiment") -> None:
     """Say what a step takes, and refuse what does not fit."""
-    from aem_exp import preflight
+    from aem_exp.jobs import fit
 
-    for heading, text in preflight.lines(experiment):
+    for heading, text in fit.lines(experiment):
         print(f"{heading:<7} {text}")
-    preflight.check(experiment)
+    fit.check(experiment)
 
 
 def _could(experiment: "Experiment") -> None:
-    from aem_exp.worlds import fitting
+    from aem_exp.jobs.preflight import fitting
 
     _check(experiment)
     fitting(experiment)
 
 
 def _state(folder: Path) -> str:
-    from aem_exp.dispatch import on_its_way
+    from aem_exp.jobs.dispatch import on_its_way
 
     if (folder / RESULT).exists():
         return "finished: asking shows it"
@@ -259,10 +259,10 @@ def _state(folder: Path) -> str:
 
 def _about(experiment: "Experiment") -> list[str]:
     """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
-    from aem_exp import preflight
     from aem_exp.config import diff, nearest, notes, read, run_dir
+    from aem_exp.jobs import fit
 
-    odd = [f"note    {note}" for note in (*notes(experiment), *preflight.notes(experiment))]
+    odd = [f"note    {note}" for note in (*notes(experiment), *fit.notes(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
         begun = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"

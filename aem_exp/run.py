@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import METHOD, config, parts, policy, provenance, worlds
+from aem_exp import METHOD, config, parts, policy, provenance
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Interrupted, Signals
 from aem_exp.config import ConfigError, Experiment, continuation
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import Stop, shown
+from aem_exp.jobs import preflight
 from aem_exp.parts import Start, Watch
 from aem_exp.rundir import RESULT, checkpoints, membership
 from aem_exp.rundir.attempts import attempt
@@ -61,7 +62,7 @@ def run(
     if (folder / RESULT).exists():
         return folder
     console.quiet()
-    world = worlds.fitting(experiment)
+    world = preflight.fitting(experiment)
     policy.device(experiment.launch)
     if experiment.launch.servers:
         rendezvous.read(Path(experiment.launch.servers))

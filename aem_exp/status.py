@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import labels
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
+from aem_exp.jobs import labels
 from aem_exp.rundir import membership
 
 if TYPE_CHECKING:
-    from aem_exp.board import Line
     from aem_exp.cluster.run_state import State
+    from aem_exp.jobs.status_table import Line
 
 ABOUT = """\
 Show how far runs are, what failed, and why; nothing is changed.
@@ -63,13 +63,13 @@ def _act(asked: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from aem_exp import board
+    from aem_exp.jobs import status_table
 
     title = f"{name} in {outputs}"
     if asked.once:
-        Console(highlight=False).print(board.board(look(runs), title))
+        Console(highlight=False).print(status_table.board(look(runs), title))
     else:
-        board.watch(lambda: look(runs), title)
+        status_table.watch(lambda: look(runs), title)
     if asked.sweep and (links := membership.links(outputs, name)):
         print(f"\n{links}")
     return 0
@@ -87,8 +87,8 @@ class Run:
 
 def look(runs: Sequence[Run]) -> list["Line"]:
     """The runs as they are now."""
-    from aem_exp.board import Line
     from aem_exp.cluster import run_state
+    from aem_exp.jobs.status_table import Line
 
     states = run_state.read([run.folder for run in runs])
     return [Line(_id(run.folder), run.label, run.seed, states[run.folder]) for run in runs]

@@ -481,8 +481,8 @@ def carry_out(study: Study, asked: argparse.Namespace, typed: str, say: Say) -> 
 
 def _go_on(study: Study, asked: argparse.Namespace, say: Say) -> int:
     """Send, or run here, what is missing."""
-    from aem_exp import dispatch
     from aem_exp.cluster import slurm
+    from aem_exp.jobs import dispatch
 
     dispatch.check_worlds([study.base])
     dispatch.check_prepared(study.base)

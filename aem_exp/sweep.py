@@ -79,8 +79,8 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
 
 def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """Show the plan of a sweep, and do what `asked` says with it; `typed`: the command that asked."""
-    from aem_exp import dispatch
     from aem_exp.cluster import run_state
+    from aem_exp.jobs import dispatch
 
     if sweep.search is not None:
         return _study(sweep, asked, typed)
@@ -117,7 +117,8 @@ def _report(asked: argparse.Namespace) -> str:
 
 def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """The same for a search, whose cells nobody knows before they are asked for."""
-    from aem_exp import dispatch, study
+    from aem_exp import study
+    from aem_exp.jobs import dispatch
 
     search = study.of(sweep, asked.overrides, asked.config_dir)
     if (asked.submit or asked.local) and not asked.json:
@@ -149,7 +150,7 @@ def _record(sweep: "Sweep") -> None:
 
 def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
     """One array for all cells of one size."""
-    from aem_exp import dispatch
+    from aem_exp.jobs import dispatch
     from aem_exp.rundir import membership
 
     sizes: dict[str, list[Cell]] = {}
@@ -163,7 +164,7 @@ def _submit(sweep: "Sweep", todo: Sequence["Cell"], at_once: int) -> None:
 
 def _run_here(todo: Sequence["Cell"], at_once: int) -> int:
     """Each cell in a process of its own; one that fails stops no other. How many failed decides the exit code."""
-    from aem_exp import dispatch
+    from aem_exp.jobs import dispatch
 
     named = {f"{cell.group} seed {cell.seed}": cell.experiment for cell in todo}
     failed = dispatch.run_here(named, max(1, at_once), partial(print, flush=True))

@@ -53,9 +53,9 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace, say: Say) -> int:
-    from aem_exp import dispatch
     from aem_exp.cluster import distributed
     from aem_exp.core import console
+    from aem_exp.jobs import dispatch
     from aem_exp.rundir import lock
 
     worker = asked.worker_dir.expanduser().absolute()

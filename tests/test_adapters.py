@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from doors import lacking, until
 
-from aem_exp import worlds
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, Missing
 from aem_exp.envs import Task
 from aem_exp.envs.executor import Serial
 from aem_exp.envs.workers import Workers
+from aem_exp.jobs import preflight
 
 pytestmark = pytest.mark.machine
 ACTIONS = {"look": "look", "Inventory": "inventory"}
@@ -108,11 +108,11 @@ def test_what_an_example_needs_is_one_sentence(tmp_path):
         if folder:
             readme_taxi(folder)
         with pytest.raises(ConfigError, match=r"has no scripted player to imitate; load a policy: model=NAME"):
-            worlds.fitting(load(words, folder))
+            preflight.fitting(load(words, folder))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)
             with pytest.raises(Missing, match=r"needs Gymnasium: pip install .*\[gymnasium\]'"):
-                worlds.fitting(load([*words, "model.make=null", "model.path=a/b"], folder))
+                preflight.fitting(load([*words, "model.make=null", "model.path=a/b"], folder))
 
 
 def test_what_is_no_action_changes_nothing():

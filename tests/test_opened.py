@@ -5,13 +5,14 @@ import logging
 import pytest
 from doors import LONG
 
-from aem_exp import config, smoke, worlds
+from aem_exp import config
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.envs import Task, opening, panel
 from aem_exp.evaluate import command as evaluate
 from aem_exp.evaluate import evaluation
+from aem_exp.jobs import dry_run, preflight
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import Response, Trajectory
 
@@ -75,7 +76,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def fitting(mine, name, *more):
-    return worlds.fitting(load([f"env={name}", *more], mine))
+    return preflight.fitting(load([f"env={name}", *more], mine))
 
 
 def test_a_world_that_keeps_the_contract_is_let_in(mine):
@@ -203,8 +204,8 @@ LEAKS = {
 @pytest.fixture
 def games(mine, monkeypatch):
     (mine / "guessed.py").write_text(GAMES)
-    monkeypatch.setattr(smoke, "SECONDS", LONG)
-    monkeypatch.setattr(smoke, "LOOK", LONG)
+    monkeypatch.setattr(dry_run, "SECONDS", LONG)
+    monkeypatch.setattr(dry_run, "LOOK", LONG)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
         (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
     return mine

@@ -9,12 +9,13 @@ import torch
 import weighed
 from weighed import Setting, process
 
-from aem_exp import dispatch, policy, preflight, rehearsal, serve
+from aem_exp import policy
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
-from aem_exp.preflight import SHAPES, Process, Step, check, memory
-from aem_exp.rehearsal import Meter, Rehearsal
+from aem_exp.jobs import dispatch, fit, memory_trace, serve
+from aem_exp.jobs.fit import SHAPES, Process, Step, check, memory
+from aem_exp.jobs.memory_trace import Meter, Rehearsal
 
 pytestmark = pytest.mark.usefixtures("clean")
 SWE = ["+experiment=swebench_32b"]
@@ -43,7 +44,7 @@ def part(need, phase, *names):
 @pytest.mark.parametrize("path", SHAPES)
 def test_the_shipped_models_have_as_many_weights_as_published(path):
     passes = Process.of(load([f"model.path={path}", "model.make=null"])).passes
-    assert sum(p.numel() for p in preflight._rehearsal(passes).parameters) == WEIGHTS[path]
+    assert sum(p.numel() for p in fit._rehearsal(passes).parameters) == WEIGHTS[path]
 
 
 def test_what_is_resident_follows_from_the_weights():
@@ -117,7 +118,7 @@ def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
 def test_a_few_layers_speak_for_all(monkeypatch, kind, checkpointing):
     """What is said of seven layers, from two of them and three, is what seven allocate."""
     said, played = rehearsed(kind, checkpointing).update(4, 96, 95, again=True), rehearsed(kind).play(4, 96, 8)
-    monkeypatch.setattr(rehearsal, "FEW", 7)
+    monkeypatch.setattr(memory_trace, "FEW", 7)
     assert rehearsed(kind, checkpointing).update(4, 96, 95, again=True) == said
     assert rehearsed(kind).play(4, 96, 8) == played
 
@@ -202,8 +203,8 @@ def test_where_the_card_is_not_known_nothing_is_refused(capsys):
 def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     assert main([*SWE, "plan=true"]) == 0
     assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
-    assert not preflight.notes(load([*SWE, "evaluation.context_tokens=0"]))
-    assert not preflight.notes(load([]))
+    assert not fit.notes(load([*SWE, "evaluation.context_tokens=0"]))
+    assert not fit.notes(load([]))
     tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
     scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
     for rope, most in (
@@ -213,8 +214,8 @@ def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     ):
         (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
         words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
-        assert not preflight.notes(load([*words, f"env.context_tokens={most}"]))
-        (told,) = preflight.notes(load([*words, f"env.context_tokens={most + 1}"]))
+        assert not fit.notes(load([*words, f"env.context_tokens={most}"]))
+        (told,) = fit.notes(load([*words, f"env.context_tokens={most + 1}"]))
         assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
         assert ("no server" in told) == bool(rope)
         options = serve._further(str(tmp_path), most + 1)
@@ -228,7 +229,7 @@ def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="of 80 GB per GPU"):
         dispatch.check_prepared(experiment)
     free = namedtuple("Usage", "free")(1e9)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda folder: free)
     roomy = replace(experiment, launch=replace(experiment.launch, gpu_memory_gb=1000.0))
     with pytest.raises(ConfigError, match=f"outputs={tmp_path}: has 1.0 GB free"):
         dispatch.check_prepared(roomy)

@@ -7,9 +7,10 @@ import os
 import pytest
 from rich.console import Console
 
-from aem_exp import board, labels, questions, report, status, sweep
+from aem_exp import questions, report, status, sweep
 from aem_exp.cluster.run_state import State
 from aem_exp.config import load, run_dir, to_dict
+from aem_exp.jobs import labels, status_table
 from aem_exp.rundir import membership
 
 BASE = ["trainer.steps=2"]
@@ -49,12 +50,12 @@ def test_eighty_columns_hold_a_table_and_its_reasons():
     score = ("train/success", 0.123)
     running = State("running", 120, 2000, 4000.0, score, 3, job="123456_17")
     lines = [
-        board.Line("4b58fc", "none/learning_rate=0.0001/tasks_per_step=16", "0", running),
-        board.Line("d5594d", "aem", "1", State("failed", 3, 2000, kind="crash", sentence=why, starts=1)),
-        board.Line("a3056e", "aem", "2", State("queued", sentence="pending Resources", steps=2000)),
+        status_table.Line("4b58fc", "none/learning_rate=0.0001/tasks_per_step=16", "0", running),
+        status_table.Line("d5594d", "aem", "1", State("failed", 3, 2000, kind="crash", sentence=why, starts=1)),
+        status_table.Line("a3056e", "aem", "2", State("queued", sentence="pending Resources", steps=2000)),
     ]
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    console.print(board.board(lines, "all runs in /somewhere"))
+    console.print(status_table.board(lines, "all runs in /somewhere"))
     shown = console.file.getvalue()
     assert "none/learning_rate=0.0001/tasks_per_step=16" in "".join(
         text[7:17].strip() for text in shown.splitlines()[2:]

@@ -14,9 +14,10 @@ from doors import until
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from aem_exp import dispatch, questions, study
+from aem_exp import questions, study
 from aem_exp import trial as room
 from aem_exp.core.errors import ConfigError
+from aem_exp.jobs import dispatch
 from aem_exp.rundir import attempts, checkpoints
 
 HERE = Path(__file__).parent

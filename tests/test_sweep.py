@@ -167,7 +167,7 @@ while True:
 """
 STOPS = """
 import subprocess, sys
-from aem_exp import dispatch
+from aem_exp.jobs import dispatch
 from aem_exp.cluster.signals import Signals
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 sys.stdin.readline()

@@ -33,9 +33,9 @@ def give_away(*paths):
 
 COMMANDS = {
     "run": ["aem_exp.run", "{}"],
-    "evaluate": ["aem_exp.evaluate.command", "{}"],
+    "evaluate": ["aem_exp.evaluate", "{}"],
     "proxy": ["aem_exp.proxy", "{}"],
-    "serve": ["aem_exp.serve", "{}"],
+    "serve": ["aem_exp.jobs.serve", "{}"],
     "trial": ["aem_exp.trial", "{}"],
     "from": ["aem_exp", "from={}", "trainer.steps=9", "plan=true"],
 }

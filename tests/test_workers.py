@@ -695,7 +695,7 @@ def lent(tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "site.yaml").write_text("interface: lo\n")
     folder = tmp_path / "lent"
-    command = [sys.executable, "-m", "aem_exp.lend", str(folder)]
+    command = [sys.executable, "-m", "aem_exp.jobs.lend", str(folder)]
     env = os.environ | {"AEM_SITE": str(tmp_path / "site")}
     lenders = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert wait_for(lambda: len(list(folder.glob("node-*"))) == 2, SECONDS)

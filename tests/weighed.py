@@ -1,4 +1,4 @@
-"""Training of small models on the toy world, weighed: what a run holds at most, and what `preflight` says of it."""
+"""Training of small models on the toy world, weighed: what a run holds at most, and what `fit` says of it."""
 
 import contextlib
 import json
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import toy
 
-from aem_exp import policy, preflight
+from aem_exp import policy
 from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import Serial
-from aem_exp.preflight import Memory, Passes, Process
-from aem_exp.rehearsal import Meter
+from aem_exp.jobs import fit
+from aem_exp.jobs.fit import Memory, Passes, Process
+from aem_exp.jobs.memory_trace import Meter
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode, Trajectory
@@ -80,7 +81,7 @@ def weigh(setting: Setting, folder: Path) -> tuple[float, Memory]:
     trainer.keep = lambda step, credit: played.extend(credit.played)
     with most(trainer.model, setting.cuda) as held:
         trainer.train()
-    return held[0], preflight.memory(process(setting, *lengths(played)))
+    return held[0], fit.memory(process(setting, *lengths(played)))
 
 
 def trainer_of(setting: Setting, folder: Path, pieces: dict[str, Any] | None = None) -> Any:
@@ -110,7 +111,7 @@ def lengths(played: list[Trajectory]) -> tuple[int, int]:
 
 
 def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> Process:
-    """What `preflight` makes of a setting, with rows of this length."""
+    """What `fit` makes of a setting, with rows of this length."""
     passes = Passes(
         shape=json.dumps(setting.shape),
         dtype=setting.dtype,

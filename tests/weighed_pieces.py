@@ -1,4 +1,4 @@
-"""Under torchrun, two processes with a policy in pieces (`pieces`): each phase of a step weighed, and what `preflight` says.
+"""Under torchrun, two processes with a policy in pieces (`pieces`): each phase of a step weighed, and what `fit` says.
 
 Prints a line of JSON per phase: what was held, and what was said.
 """
@@ -19,8 +19,8 @@ import weighed
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from transformers import training_args
 
-from aem_exp import preflight
-from aem_exp.rehearsal import Meter
+from aem_exp.jobs import fit
+from aem_exp.jobs.memory_trace import Meter
 
 SETTINGS = (
     weighed.Setting("bf16, checkpointing", layers=6, hidden=256, tied=False, rows=2, autocast=True, checkpointing=True),
@@ -76,7 +76,7 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
             meter.count(tensor)
         trainer.train()
     process = weighed.process(setting, *weighed.lengths(played), ranks=2, episodes=weighed.ROWS)
-    need = preflight.memory(replace(process, passes=replace(process.passes, processes=2)))
+    need = fit.memory(replace(process, passes=replace(process.passes, processes=2)))
     for phase, most in held.items() if torch.distributed.get_rank() == 0 else ():
         before = 0.0 if phase == "update" else need.phases[phase]["optimizer"]  # there are no moments yet
         said = sum(need.phases[phase].values()) - before

@@ -198,7 +198,7 @@ def lenders(folder: Path) -> tuple[list[str], bytes]:
     _check_mine(folder, folder, "launch.workers_at")
     found = [_read(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE}*"))]
     if not found or not (folder / KEY).is_file():
-        remedy = "says of no node that lends its cores: start python -m aem_exp.lend on some, with this folder"
+        remedy = "says of no node that lends its cores: start python -m aem_exp.jobs.lend on some, with this folder"
         raise ConfigError("launch.workers_at", str(folder), remedy)
     return found, _key(folder, found, "launch.workers_at").encode()
 

@@ -179,7 +179,7 @@ def _start(folder: str, room: str, nodes: int, place: str) -> None:
     found = TorchDistributedEnvironment()
     world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
     if found.rank >= world:
-        room = "aem_exp.serve"
+        room = "aem_exp.jobs.serve"
         os.environ["AEM_SITE"] = place
     elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)

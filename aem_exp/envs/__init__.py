@@ -74,7 +74,7 @@ class World(Protocol):
     `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
     fingerprints are never compared. A world may also say `own_process = True`: then its environments are stepped in processes
     of their own, though `slurm.workers` be 0; and `external = True`, where an environment starts a program (a JVM, a container,
-    a sandbox) or talks to a server: then none is made to try the world before a run (see `smoke`). It may have
+    a sandbox) or talks to a server: then none is made to try the world before a run (see `dry_run`). It may have
     `prepare(say, **keywords of make)`, a class method that fetches what it needs; of small policies (see `tiny`),
     `words() -> Iterable[str]`, all that is said and understood here, and `expert(env, random: Random, noise: float,
     shyness: float) -> str`, the response of its scripted player; and `oracle(env) -> str`, the response of a player who knows

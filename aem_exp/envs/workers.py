@@ -223,7 +223,7 @@ class Lenders:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                     return _Lent(connection, where)
                 connection.close()
-        remedy = "nobody answers there; start python -m aem_exp.lend on nodes, with this folder"
+        remedy = "nobody answers there; start python -m aem_exp.jobs.lend on nodes, with this folder"
         raise ConfigError("launch.workers_at", str(self.folder), remedy)
 
 

@@ -44,7 +44,7 @@ from aem_exp import policy
 from aem_exp.core import console
 from aem_exp.envs import Task
 from aem_exp.envs.executor import Serial
-from aem_exp.rehearsal import Meter
+from aem_exp.jobs.memory_trace import Meter
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import local

@@ -1,7 +1,7 @@
 """Whether an experiment fits its machine, said before it is submitted: memory of a GPU, environments, disk and GPU-hours.
 
 Sizes are upper bounds: every episode plays all its turns and fills its context, every group is trained on. What is resident
-follows from the number of weights; what a pass allocates beside them is rehearsed (`rehearsal.py`) on the model's own layers.
+follows from the number of weights; what a pass allocates beside them is rehearsed (`memory_trace.py`) on the model's own layers.
 The parts of a step (play, scoring, update) free what they hold, so the largest of them decides, not their sum.
 
 GB are 10^9 bytes. A card of "80 GB" has some 85 of those; the rest is left to CUDA, NCCL and fragmentation.
@@ -22,7 +22,7 @@ from aem_exp.config import Experiment, Launch, Model
 from aem_exp.core.errors import ConfigError, Missing
 
 if TYPE_CHECKING:
-    from aem_exp.rehearsal import Rehearsal
+    from aem_exp.jobs.memory_trace import Rehearsal
 
 GB: Final = 1e9
 MOMENTS: Final = {"sgd": 0.0, "adafactor": 0.01, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes per weight
@@ -78,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Passes:
-    """How the passes of a policy are computed; see `rehearsal.Rehearsal`."""
+    """How the passes of a policy are computed; see `memory_trace.Rehearsal`."""
 
     shape: str  # of the model: its config.json
     dtype: str
@@ -247,7 +247,7 @@ def memory(process: Process) -> Memory:
 
 def _memory(process: Process) -> Memory:
     """Add what is resident to what is rehearsed."""
-    from aem_exp.rehearsal import ACTIVATIONS, GATHERED, GRADIENTS
+    from aem_exp.jobs.memory_trace import ACTIVATIONS, GATHERED, GRADIENTS
 
     how, seen = process.passes, _rehearsal(process.passes)
     mixed = how.processes > 1 and how.autocast
@@ -286,7 +286,7 @@ def _memory(process: Process) -> Memory:
 @cache
 def _rehearsal(how: Passes) -> Rehearsal:
     from aem_exp import policy
-    from aem_exp.rehearsal import Rehearsal
+    from aem_exp.jobs.memory_trace import Rehearsal
 
     dtype = "bfloat16" if how.processes > 1 and how.autocast else how.dtype
     attention = how.attention if how.attention in (None, "eager") else "sdpa"  # whatever else never holds the scores

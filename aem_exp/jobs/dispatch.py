@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from aem_exp import config, preflight, provenance
+from aem_exp import config, provenance
 from aem_exp.cluster import slurm
 from aem_exp.cluster.signals import AGAIN, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
 from aem_exp.core.console import clock
 from aem_exp.core.errors import ConfigError, Elsewhere
+from aem_exp.jobs import fit
 from aem_exp.rundir import RESULT, attempts
 from aem_exp.rundir.lock import owner
 
@@ -175,17 +176,17 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     Raises:
         ConfigError: with the command that helps.
     """
-    from aem_exp import smoke, worlds
+    from aem_exp.jobs import dry_run, preflight
 
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
-        smoke.check_parts(experiment)
+        dry_run.check_parts(experiment)
     asked = {
         repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
         for e in experiments
     }
     for experiment in asked.values():
         try:
-            worlds.fitting(experiment)
+            preflight.fitting(experiment)
         except Elsewhere:
             continue
         except ConfigError:
@@ -206,8 +207,8 @@ def check_prepared(experiment: Experiment) -> None:
 
     if experiment.model.path:
         policy.locate(experiment.model)
-        preflight.check(experiment)
-        preflight.check_disk(experiment)
+        fit.check(experiment)
+        fit.check_disk(experiment)
     folder = config.run_dir(experiment)
     store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))
     disk.check_writable(folder.parent, "outputs")

@@ -1,4 +1,4 @@
-"""Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.serve RUN_DIR`.
+"""Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.jobs.serve RUN_DIR`.
 
 What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE [OPTION ...]`. Decided here is who reaches
 it: HOST is an address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants
@@ -33,7 +33,7 @@ def main() -> int:
 
 def _read() -> argparse.Namespace:
     what = "Serve a run's policy from this node, until the run ends; jobs send this."
-    parser = cli.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.jobs.serve", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Door: a node without GPUs lends its cores: environments of a run are stepped here, and its GPUs are left to the policy.
 
-`python -m aem_exp.lend FOLDER` on each such node, on a disk that the run sees too; the run says `launch.workers_at=FOLDER`. Who
-asks must know the key in that folder, which is for its owner alone. What is said is not encrypted: the address is one of the
+`python -m aem_exp.jobs.lend FOLDER` on each such node, on a disk that the run sees too; the run says `launch.workers_at=FOLDER`.
+Who asks must know the key in that folder, which is for its owner alone. What is said is not encrypted: the address is one of the
 private network (`interface` in site.yaml).
 """
 
@@ -24,7 +24,7 @@ PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
 ABOUT = """\
 Lend the cores of this node to runs that say launch.workers_at=FOLDER, until this is stopped. On a cluster:
 
-  sbatch --nodes=16 --cpus-per-task=32 --wrap "srun python -m aem_exp.lend /shared/lent"
+  sbatch --nodes=16 --cpus-per-task=32 --wrap "srun python -m aem_exp.jobs.lend /shared/lent"
 """
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser("python -m aem_exp.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.jobs.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder on a disk that nodes and runs see")
     return parser.parse_args(argv)
 

@@ -1,18 +1,19 @@
 """The world of an experiment: opened, and held to what it promises before anything is played in it."""
 
-from aem_exp import config, smoke
+from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.core.user_code import blaming
 from aem_exp.envs import World, leakage, panel
 from aem_exp.envs.opening import open_world
 from aem_exp.envs.panel import ENV_TARGET
-from aem_exp.smoke import TINY
+from aem_exp.jobs import dry_run
+from aem_exp.jobs.dry_run import TINY
 
 
 def fitting(experiment: Experiment) -> World:
     """The world, opened; refuses what it cannot give: a player to imitate, so many tasks, panels apart from them.
 
-    Whatever of the experiment may be a user's own is tried (see `smoke`).
+    Whatever of the experiment may be a user's own is tried (see `dry_run`).
     """
     with blaming(ENV_TARGET, experiment.env.make["_target_"], "importing it"):
         kind = config.instantiate(experiment.env.make, partial=True).func
@@ -20,7 +21,7 @@ def fitting(experiment: Experiment) -> World:
     if experiment.model.make and experiment.model.make["_target_"] == TINY and not teachable:
         remedy = f"env {experiment.env.name} has no scripted player to imitate; load a policy: model=NAME, or"
         raise ConfigError("model.make", TINY, f"{remedy} model.make=null model.path=FOLDER")
-    smoke.check_parts(experiment)
+    dry_run.check_parts(experiment)
     world, settings = open_world(experiment), experiment.trainer
     train = panel.list_tasks(world, "train")
     if settings["tasks_per_step"] * settings["oversample"] > len(train):
@@ -34,7 +35,7 @@ def fitting(experiment: Experiment) -> World:
     name, held_out = experiment.env.name, {split: panel.tasks for split, panel in panels.items()}
     some = panel.select_tasks(world, "train", train, leakage.looked_at(train, held_out))
     leakage.refuse_shared(name, some, held_out)
-    playable = smoke.check_world(experiment, world, some)
-    if playable and (played := smoke.games(experiment, world, {"train": some, **held_out})):
+    playable = dry_run.check_world(experiment, world, some)
+    if playable and (played := dry_run.games(experiment, world, {"train": some, **held_out})):
         leakage.refuse_alike(name, played.pop("train"), played)
     return world
