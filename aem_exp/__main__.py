@@ -32,7 +32,7 @@ folder. Asked again, it resumes, or shows what is there. Without arguments:
 
 Commands
 {commands}
-  After `run`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
+  After `execution`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
   on with, as it was. All other words describe an experiment.
 """
 OPTIONS = """\
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    """Carry out a subcommand, or one experiment; `run` is a subcommand where it is followed by a run dir."""
+    """Carry out a subcommand, or one experiment; `execution` is a subcommand where it is followed by a run dir."""
     if words[:1] == ["--complete"]:  # a shell asks, see `completion`
         from aem_exp.completion import candidates
 
@@ -146,12 +146,13 @@ def _grid(asked: argparse.Namespace, argv: list[str]) -> int:
     """A grid of the command line is a sweep without a file."""
     import shlex
 
-    from aem_exp import questions, sweep
+    from aem_exp.sweep import command as sweep
+    from aem_exp.sweep import question
 
     cli.reach(asked.config_dir)
     how = argparse.Namespace(submit=asked.submit, local=asked.local, at_once=0, retry=[], json=False)
     typed = shlex.join(["python", "-m", "aem_exp", *argv])
-    return sweep.carry_out(questions.grid(asked.overrides, asked.config_dir), how, typed)
+    return sweep.carry_out(question.grid(asked.overrides, asked.config_dir), how, typed)
 
 
 def _run(experiment: "Experiment") -> int:
@@ -166,7 +167,7 @@ def _run(experiment: "Experiment") -> int:
     header = [f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment)]
     if experiment.launch.where == "slurm" and not finished:
         return _submit(experiment, folder, header)
-    from aem_exp.run import at_terminal
+    from aem_exp.run.command import at_terminal
 
     return at_terminal(experiment, folder, header)
 

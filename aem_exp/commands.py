@@ -27,10 +27,10 @@ class Command:
 
 
 COMMANDS: Final = {
-    "run": Command("run", "run an experiment (the same as without a command), or go on with RUN_DIR"),
-    "sweep": Command("sweep", "plan a sweep, then run or submit what is missing of it"),
+    "run": Command("run.command", "run an experiment (the same as without a command), or go on with RUN_DIR"),
+    "sweep": Command("sweep.command", "plan a sweep, then run or submit what is missing of it"),
     "status": Command("status", "show how far runs are, what failed, and why"),
-    "report": Command("report", "compare the arms of a sweep, on a page"),
+    "report": Command("report.command", "compare the arms of a sweep, on a page"),
     "evaluate": Command("evaluate.command", "score a run's policy, or any model, on held-out tasks"),
     "proxy": Command("proxy", "measure how well token entropy tells relative surprisal"),
     "prepare": Command("prepare", "fetch and build what an experiment or a sweep needs"),
@@ -61,7 +61,7 @@ def carry_out(name: str, words: list[str]) -> int:
 
 
 def run_dir(words: list[str]) -> str | None:
-    """Return the run dir among the words after `run`; None where they describe an experiment.
+    """Return the run dir among the words after `execution`; None where they describe an experiment.
 
     An override has an equals sign; a path may have one as well, and then begins with a slash or a dot.
     """

@@ -45,10 +45,11 @@ def _act(asked: argparse.Namespace) -> int:
 
 
 def _experiments(asked: argparse.Namespace) -> list["Experiment"]:
-    from aem_exp import config, questions
+    from aem_exp import config
+    from aem_exp.sweep import question
 
     if asked.asked and "=" not in asked.asked[0]:
-        sweep = questions.load(asked.asked[0], asked.asked[1:], asked.config_dir)
+        sweep = question.load(asked.asked[0], asked.asked[1:], asked.config_dir)
         return [cell.experiment for cell in sweep.cells]
     return [config.load(asked.asked, asked.config_dir)]
 

@@ -201,7 +201,8 @@ def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     """Compare, draw, and write the result."""
     import torch
 
-    from aem_exp import aem, show
+    from aem_exp import aem
+    from aem_exp.core import plots
     from aem_exp.training import diagnostics
 
     said = _lines(folder)
@@ -210,7 +211,7 @@ def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     relative_R = diagnostics.relative_surprisal(surprisal_R, state_R)
     alphas = {name: aem.coefficients(entropy_R, state_R, LAM, gate) for name, gate in GATES.items()}
     found = {name: diagnostics.validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
-    show.scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
+    plots.draw_scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
     result = {"samples": samples, "turns": [s["turn"] for s in said], **found, "identity": identity}
     disk.write(folder / RESULT, json.dumps(known(result), indent=1, allow_nan=False) + "\n")
 

@@ -125,14 +125,14 @@ def _all(outputs: Path) -> list[Run]:
 
 def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
-    from aem_exp import questions
+    from aem_exp.sweep import question
 
     typed = bool(asked.overrides or asked.config_dir)
-    if not questions.find(asked.sweep) or (not typed and asked.sweep in membership.known(outputs)):
+    if not question.find(asked.sweep) or (not typed and asked.sweep in membership.known(outputs)):
         return asked.sweep, _recorded(_there(outputs), asked.sweep)
     cli.reach(asked.config_dir)
     own = [f"outputs='{outputs}'"] if asked.outputs else []
-    sweep = questions.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
+    sweep = question.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
     if sweep.search is not None:  # its runs are those that were asked for
         return sweep.name, _recorded(_there(sweep.cells[0].folder.parent), sweep.name)
     return sweep.name, [Run(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]

@@ -58,7 +58,7 @@ def lacking(why) -> NoReturn:
 def inside(cache, outputs, *words) -> Path:
     """The same run in this process, where nothing is imported anew; its folder."""
     from aem_exp.config import load
-    from aem_exp.run import run
+    from aem_exp.run.execution import run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(cache))

@@ -30,6 +30,6 @@ def on_cpus() -> None:
 
 if __name__ == "__main__":
     on_cpus()
-    from aem_exp.run import main
+    from aem_exp.run.command import main
 
     sys.exit(main())

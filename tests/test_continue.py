@@ -46,15 +46,16 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
 @pytest.fixture(scope="module")
 def stopped(cache, tmp_path_factory, unbroken):
     """The unbroken run once more, stopped after 4 of its 6 steps."""
-    from aem_exp import config, run
+    from aem_exp import config
     from aem_exp.cluster.signals import Enough
+    from aem_exp.run import execution
 
     outputs = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(cache))
         patch.setenv("MLFLOW_TRACKING_URI", "off")
         with pytest.raises(Enough):
-            run.run(config.load([*SMALL, f"outputs={outputs}"]), lambda step, steps, row: step == 4)
+            execution.run(config.load([*SMALL, f"outputs={outputs}"]), lambda step, steps, row: step == 4)
     return folder_of(outputs)
 
 
@@ -101,15 +102,15 @@ def test_a_run_at_work_is_branched_when_it_has_stopped(stopped):
 
 def test_a_parent_that_went_on_meanwhile_is_told(stopped, cache, tmp_path, monkeypatch):
     """Between a plan and its job the checkpoint may have been replaced by a later one."""
-    from aem_exp import run
     from aem_exp.config import ConfigError, load
+    from aem_exp.run import execution
 
     monkeypatch.setenv("AEM_CACHE", str(cache))
     branch = load([f"from={stopped}", "modulation=none", f"outputs={tmp_path}"])
     with pytest.raises(ConfigError, match="has gone on to step 4, and step 1 is no longer there"):
-        run.run(replace(branch, parent_steps=1))
+        execution.run(replace(branch, parent_steps=1))
     with pytest.raises(ConfigError, match="has no checkpoint of step 5"):
-        run.run(replace(branch, parent_steps=5))
+        execution.run(replace(branch, parent_steps=5))
 
 
 def test_continued_with_other_settings_they_count(unbroken, cache, tmp_path):
@@ -283,13 +284,14 @@ class World(Household):
 
 
 def test_environments_that_hang_or_die_leave_the_loss_and_the_run_goes_on(cache, tmp_path, monkeypatch):
-    from aem_exp import config, run
+    from aem_exp import config
+    from aem_exp.run import execution
 
     (tmp_path / "moody.py").write_text(HANGS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("AEM_CACHE", str(cache))
     words = ["env.make._target_=moody.World", "launch.workers=4", "launch.env_seconds=1", "trainer.steps=2"]
-    folder = run.run(config.load([*SMALL, *words, f"outputs={tmp_path}", "tracking=off", "evaluation.tasks=5"]))
+    folder = execution.run(config.load([*SMALL, *words, f"outputs={tmp_path}", "tracking=off", "evaluation.tasks=5"]))
     episodes = pd.read_parquet(folder / "episodes.parquet")
     errors = " ".join(episodes[episodes.ended == "crashed"].error)
     assert "hung: no answer within 1 s" in errors
@@ -336,8 +338,10 @@ class Broken(Household):
 )
 def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
     """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
-    from aem_exp import config, run
+    from aem_exp import config
     from aem_exp.core.errors import Stop
+    from aem_exp.run import command as run
+    from aem_exp.run import execution
     from aem_exp.rundir import archive
 
     (tmp_path / "mistakes.py").write_text(MISTAKES)
@@ -345,7 +349,7 @@ def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypa
     monkeypatch.setenv("AEM_CACHE", str(cache))
     experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off", word])
     with pytest.raises(Stop) as stopped:
-        run.run(experiment)
+        execution.run(experiment)
     assert said in str(stopped.value)
     folder = config.run_dir(experiment)
     assert not (folder / "result.json").exists()

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from aem_exp import report, run
 from aem_exp.cluster import run_state
+from aem_exp.report import command as report
+from aem_exp.run import command as run
 from aem_exp.rundir import archive
 from aem_exp.rundir.episodes import Episodes, check
 
@@ -77,7 +78,7 @@ def ask(monkeypatch, capsys, folder):
     return code, *capsys.readouterr()
 
 
-FINISHED = [  # file, harm, exit code of `run`, what `status` says of it
+FINISHED = [  # file, harm, exit code of `execution`, what `status` says of it
     ("metrics.jsonl", garbage_line, 0, "failed"),
     ("episodes.parquet", cut, 0, "done"),
     ("episodes.parquet", scratched, 0, None),

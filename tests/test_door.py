@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import run
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.evaluate import command as evaluate
+from aem_exp.run import command as run
 from aem_exp.tracking import command as tracking
 
 ROOT = Path(__file__).parents[1]

@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory):
-    from aem_exp.run import run
+    from aem_exp.run.execution import run
 
     return run(config.load([*SMALL, f"outputs={tmp_path_factory.mktemp('runs')}"]))
 

@@ -33,7 +33,7 @@ PANEL = ["--panel", "dev", "--tasks", "6", "--repeats", "2"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    from aem_exp.run import run
+    from aem_exp.run.execution import run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(tmp_path_factory.mktemp("cache")))

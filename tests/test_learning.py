@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aem_exp.config import load
-from aem_exp.run import run
+from aem_exp.run.execution import run
 from aem_exp.rundir import metrics
 
 

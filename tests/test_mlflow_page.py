@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from doors import lacking
 
-from aem_exp import show
+from aem_exp.run import summary
 from aem_exp.tracking import mlflow_store, publish, store_uri
 from aem_exp.tracking.store_uri import Page
 from aem_exp.tracking.tracker import Tracker
@@ -107,7 +107,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
         for step in range(31):
             learned = {"train/success": step / 40, "train/response_entropy": 0.6 - step / 100, "train/loss": 0.01}
             tracker.log(step, learned | {"aem/alpha_q05": 0.7, "aem/alpha_q50": 1.0, "aem/alpha_q95": 1.4})
-        for path in show.artifacts(run_dir):
+        for path in summary.artifacts(run_dir):
             tracker.artifact(path)
     page = publish.page(run_dir)
     assert page is not None

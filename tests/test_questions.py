@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from aem_exp import config, questions
+from aem_exp import config
 from aem_exp.config import ConfigError
 from aem_exp.config.compose import Composer
-from aem_exp.questions import grid, load
 from aem_exp.stats import power
+from aem_exp.sweep import question
+from aem_exp.sweep.question import grid, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -78,13 +79,13 @@ def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
 
 
 def test_a_name_a_path_and_the_listing_find_the_same_file(monkeypatch):
-    assert questions.sweeps().keys() == {file.stem for file in FILES}
+    assert question.sweeps().keys() == {file.stem for file in FILES}
     monkeypatch.setenv("AEM_OUTPUTS", str(ROOT))
     here = load("household_quick")
     monkeypatch.chdir(ROOT)
     assert load("sweeps/household_quick.yaml") == here
     assert here.file == ROOT / "sweeps/household_quick.yaml"
-    assert here.question == questions.sweeps()["household_quick"]
+    assert here.question == question.sweeps()["household_quick"]
     with pytest.raises(ConfigError, match="did you mean household_quick"):
         load("household_quik")
 
@@ -211,7 +212,7 @@ def alone(overrides):
 
 def together(composer, overrides, seeds):
     try:
-        return list(questions._resolved(overrides, seeds, composer))
+        return list(question._resolved(overrides, seeds, composer))
     except ConfigError as error:
         return str(error)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aem_exp import __main__ as single
-from aem_exp import sweep
 from aem_exp.core.errors import ConfigError
+from aem_exp.sweep import command as sweep
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 HUGE = str(10**30)
@@ -167,7 +167,7 @@ def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
 
 
 def test_a_search_space_names_its_key():
-    from aem_exp import study
+    from aem_exp.sweep import study
 
     with pytest.raises(ConfigError, match="must be a mapping"):
         study.searched({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from aem_exp import chapters, figures, findings, pages, questions, report
 from aem_exp.config import ConfigError
-from aem_exp.findings import Cell, Run
+from aem_exp.report import analysis, figures, render, sections
+from aem_exp.report import command as report
+from aem_exp.report.analysis import Cell, Run
 from aem_exp.rundir import archive
 from aem_exp.stats import compare
+from aem_exp.sweep import question
 
 RESULTS = Path(__file__).parents[1] / "sweeps" / "results"
 SWEEPS = sorted(path.name for path in RESULTS.iterdir())
@@ -40,7 +42,7 @@ def test_our_own_results_make_their_report_again(name, tmp_path, monkeypatch, ca
     assert report.main([name]) == 0
     said = capsys.readouterr().out
     page = (tmp_path / "out" / "reports" / name / "index.html").read_text()
-    sweep = questions.load(name)
+    sweep = question.load(name)
     assert "are not done as planned" not in said and all(arm in said for arm in sweep.arms)
     assert all(cell.folder.name in page for cell in sweep.cells)
     assert page.count("<svg") >= 3 and "<script" not in page and not re.search(r'(src|href)="http', page)
@@ -160,21 +162,21 @@ def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
     cells = [cell("none", runs["none"]), cell("aem", [*runs["aem"][:-1], spoil(runs["aem"][-1])])]
     (found,) = compared(cells)
     assert found.interval is None and found.verdict.startswith(f"not compared: {said}"), found.verdict
-    assert "not compared" in pages.markdown(made(cells))
+    assert "not compared" in render.markdown(made(cells))
 
 
 def compared(cells, *measure):
     """Each arm with the first."""
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    return findings.differences(cells, [[(arm, arms[0]) for arm in arms[1:]]], *measure)
+    return analysis.differences(cells, [[(arm, arms[0]) for arm in arms[1:]]], *measure)
 
 
 def made(cells, word="s"):
     arms = {c.arm: word for c in cells}
-    asked = chapters.Asked(
+    asked = sections.Asked(
         word, word, word, word, word, arms, [[(arm, cells[0].arm) for arm in list(arms)[1:]]], (0, 1)
     )
-    return chapters.report(asked, cells, compared(cells))
+    return sections.report(asked, cells, compared(cells))
 
 
 def test_few_runs_say_little(runs):
@@ -183,7 +185,7 @@ def test_few_runs_say_little(runs):
     assert one.verdict == "not compared: one run: its spread is unknown"
     (three,) = compared([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
     assert three.p is None and three.interval is not None
-    assert "not attainable with 3 seeds" in pages.markdown(
+    assert "not attainable with 3 seeds" in render.markdown(
         made([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
     )
     (nothing,) = compared([none, Cell("aem", "", (Run(0, None),))])
@@ -209,7 +211,7 @@ def test_what_is_missing_is_named(runs):
             ),
         ),
     ]
-    assert findings.troubles(cells) == [("aem", "", 5, "missing"), ("aem", "", 6, "failed (oom: no memory)")]
+    assert analysis.troubles(cells) == [("aem", "", 5, "missing"), ("aem", "", 6, "failed (oom: no memory)")]
     (found,) = compared(cells)
     assert found.partial and found.verdict.startswith("so far: ")
 
@@ -218,18 +220,18 @@ def test_a_run_that_diverged_counts(runs):
     lost = changed(replace(runs["aem"][0], what="failed", why=("nan", "...")), diverged="the norm is nan in step 3")
     cells = [cell("none", runs["none"]), cell("aem", [lost, *runs["aem"][1:]])]
     assert len(compared(cells)[0].one) == 10
-    assert findings.troubles(cells) == [
+    assert analysis.troubles(cells) == [
         ("aem", "", 0, "diverged, and is scored as it was then: the norm is nan in step 3")
     ]
-    assert "10 v 10, 1 diverged" in pages.markdown(made(cells))
+    assert "10 v 10, 1 diverged" in render.markdown(made(cells))
 
 
 def test_names_cannot_add_to_the_page(runs):
     evil = r"\<script>alert(1)</script>|"
     cells = [cell("none", runs["none"][:2]), cell(evil, runs["aem"][:2])]
     page = made(cells, evil)
-    assert "<script" not in pages.html(page)
-    for line in pages.markdown(page).splitlines():
+    assert "<script" not in render.html(page)
+    for line in render.markdown(page).splitlines():
         assert not re.search(r"(?<!\\)(\\\\)*<", re.sub("`[^`]*`", "", line)), (
             line
         )  # each `<` after an odd number of backslashes
@@ -239,36 +241,36 @@ def test_over_points(runs):
     """Four points, five runs: one number for all of them."""
     cells = [cell(arm, runs[arm][:5], f"p{i}") for i in range(4) for arm in ("none", "aem")]
     pairs = [("aem", "none")]
-    assert not findings.overall(cells, pairs)  # the same runs at every point are no more than they were
+    assert not analysis.overall(cells, pairs)  # the same runs at every point are no more than they were
     cells = [cell(c.arm, [replace(k, run=f"{k.run}-{c.point}") for k in c.done], c.point) for c in cells]
-    (found,) = findings.overall(cells, pairs)
+    (found,) = analysis.overall(cells, pairs)
     assert found.points == 4 and found.improvement.low <= found.improvement.value <= found.improvement.high
-    assert not findings.overall(cells[:6], pairs)
+    assert not analysis.overall(cells[:6], pairs)
     assert {d.comparisons for d in compared(cells)} == {4}  # all points are one family
     odd = replace(cells[1].done[0], result={**cells[1].done[0].result, "fingerprint": "another"})
-    assert not findings.overall([cells[0], cell("aem", [odd, *cells[1].done[1:]], "p0"), *cells[2:]], pairs)
+    assert not analysis.overall([cells[0], cell("aem", [odd, *cells[1].done[1:]], "p0"), *cells[2:]], pairs)
 
 
 def test_the_area_is_that_of_all_planned_steps(runs):
     """A run that was cut short is not compared by its first steps alone."""
     kept = runs["none"][0]
     whole = [value for _, value in kept.curve("train/success")]
-    assert findings.measured(kept, findings.AREA) == pytest.approx(sum(whole) / 60, abs=1e-4)
+    assert analysis.measured(kept, analysis.AREA) == pytest.approx(sum(whole) / 60, abs=1e-4)
     cut = replace(kept, curves={"step": [1.0, 2.0], "train/success": [0.2, 0.4]})
-    assert findings.measured(cut, findings.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
+    assert analysis.measured(cut, analysis.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
 
 
 def test_nothing_of_others_is_removed_and_no_cell_is_a_formula(runs, tmp_path):
     page = made([cell("none", runs["none"][:2]), cell("aem", runs["aem"][:2])])
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "mine.csv").write_text("mine")
-    files = pages.write(page, tmp_path, findings.curves([]))
+    files = render.write(page, tmp_path, analysis.curves([]))
     table = tmp_path / "tables" / "again_and_again.csv"
     assert table in files and (tmp_path / "tables" / "mine.csv").exists()
-    odd = pages.Report(
-        "t", "q", [pages.Section("s", [pages.Table("t", ("a",), [("=1+1",), ("-0.5",), ("+2.0",), ("-",)])])]
+    odd = render.Report(
+        "t", "q", [render.Section("s", [render.Table("t", ("a",), [("=1+1",), ("-0.5",), ("+2.0",), ("-",)])])]
     )
-    pages.write(odd, tmp_path, [])
+    render.write(odd, tmp_path, [])
     assert not table.exists() and (tmp_path / "tables" / "mine.csv").exists()
     assert (tmp_path / "tables" / "t.csv").read_text().splitlines() == ["a", "'=1+1", "-0.5", "+2.0", "-"]
 
@@ -301,8 +303,8 @@ def test_runs_of_two_revisions_are_named_and_not_compared_unless_asked(tmp_path,
 
 def test_one_revision_is_no_matter(runs):
     newer = [cell(arm, [revised(kept, 1) for kept in runs[arm][:3]]) for arm in ("none", "aem")]
-    assert findings.revisions(newer[0].done).keys() == {1}
-    assert "method revisions" not in pages.markdown(made(newer))
+    assert analysis.revisions(newer[0].done).keys() == {1}
+    assert "method revisions" not in render.markdown(made(newer))
 
 
 # Runs of other frameworks.

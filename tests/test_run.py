@@ -91,15 +91,16 @@ def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
 
 def test_stopped_before_the_result_it_ends_the_same(unbroken, cache, tmp_path, monkeypatch):
     """Trained, scored and joined, but not yet a result: asked again, nothing is lost and nothing counted as zero."""
-    from aem_exp import config, run, show
+    from aem_exp import config
+    from aem_exp.run import execution, summary
 
     monkeypatch.setenv("AEM_CACHE", str(cache))
     experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off"])
     with monkeypatch.context() as broken:
-        broken.setattr(show, "artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
+        broken.setattr(summary, "artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
-            run.run(experiment)
-    folder = run.run(experiment)
+            execution.run(experiment)
+    folder = execution.run(experiment)
     assert not (folder / "episodes").exists()
     ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder, unbroken[0]))
     pd.testing.assert_frame_equal(ours, theirs)

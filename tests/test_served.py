@@ -39,7 +39,7 @@ from aem_exp.rollout.sampling.vllm import ServedSampler, seed
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.sampling.weight_sync import Files
 from aem_exp.rollout.types import CRASHED
-from aem_exp.run import run
+from aem_exp.run.execution import run
 
 HISTORIES = ["full", "window"]
 KEY = "k-123"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aem_exp import show
 from aem_exp.core import console
+from aem_exp.run import summary
 from aem_exp.rundir import episodes, metrics
 from aem_exp.stats import scores
 from aem_exp.tracking import publish, run_card, store_uri
@@ -26,9 +26,9 @@ SAID = {"observation": "You see a box.", "text": "<action>open box</action>", "r
 
 def row(step: int) -> dict[str, float]:
     trained = {
-        show.SUCCESS: step / STEPS,
-        show.ENTROPY: 0.8 - step / 100,
-        show.GATED: 0.25,
+        summary.SUCCESS: step / STEPS,
+        summary.ENTROPY: 0.8 - step / 100,
+        summary.GATED: 0.25,
         "aem/alpha_q05": 0.7,
         "aem/alpha_q50": 1.0,
         "aem/alpha_q95": 1.4,
@@ -57,7 +57,7 @@ def episode(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run, as `run` leaves it."""
+    """A finished run, as `execution` leaves it."""
     folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     with Tracker.open(folder, store_uri.OFF, "household", "grpo+aem/s0") as tracker:
@@ -99,7 +99,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     with console.Progress(console=screen, every=0.0) as line:
         logging.getLogger("aem_exp").info("playing the dev panel")
         for step in range(4):
-            line(step, 3, row(step) | {show.SUCCESS: 0.5})
+            line(step, 3, row(step) | {summary.SUCCESS: 0.5})
         logging.getLogger("aem_exp").warning("the tracker is gone [0]")
         logging.getLogger("aem_exp").debug("nobody reads this")
     lines = printed(screen).splitlines()
@@ -213,7 +213,7 @@ def test_durations() -> None:
 def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
     screen = terminal(100)
-    show.summary(run_dir, screen)
+    summary.summary(run_dir, screen)
     text = printed(screen)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "dev 120 25.0% [18%, 33%] 62.5% [54%, 71%]" in lines
@@ -235,26 +235,26 @@ def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
     (run_dir / "tracking.json").unlink()
     (run_dir / "metrics.jsonl").write_text("")
     screen = terminal(60)
-    show.summary(run_dir, screen)
+    summary.summary(run_dir, screen)
     assert "62.5%" in printed(screen)
 
 
 def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
     (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
     screen = terminal(100)
-    show.summary(run_dir, screen)
+    summary.summary(run_dir, screen)
     low, high = scores.wilson(0.625, 30)
     assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(screen)
     assert "(4 episodes each)" in printed(screen)
 
 
 def test_a_chart_of_blocks() -> None:
-    assert show.chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
+    assert summary.chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
         "   100% ┤  █ ",
         "     0% ┤ ██ ",
     ]
-    assert show.chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], "fewer values than columns are stretched"
-    assert show.chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
+    assert summary.chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], "fewer values than columns are stretched"
+    assert summary.chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
 
 
 # ----------------------------------------------------------------------------------------------- figures and episodes
@@ -262,12 +262,12 @@ def test_a_chart_of_blocks() -> None:
 
 def test_figures(run_dir: Path) -> None:
     rows = metrics.read(run_dir)
-    files = show.plots(rows, run_dir / "plots")
+    files = summary.plots(rows, run_dir / "plots")
     assert [file.name for file in files] == ["success_entropy.png", "alpha.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     lost = [{"step": 1} | dict.fromkeys([*row(1), *row(0)], math.nan) | {"eval/episodes": 120}]
-    assert len(show.plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
-    assert [file.name for file in show.plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
+    assert len(summary.plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
+    assert [file.name for file in summary.plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
 
 
 def test_episodes_to_read() -> None:
@@ -291,7 +291,7 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
     rows += [episode(step=step, split="train", task="t9", member=m) for step in (3, STEPS) for m in range(8)]
     rows += [episode(task="hidden", responses=None)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), run_dir / "episodes.parquet")
-    names = [str(path.relative_to(run_dir)) for path in show.artifacts(run_dir)]
+    names = [str(path.relative_to(run_dir)) for path in summary.artifacts(run_dir)]
     assert names == ["experiment.yaml", "episodes.md", "plots/success_entropy.png", "plots/alpha.png"]
     assert (run_dir / "experiment.yaml").read_text().startswith("name: household\nevaluation:\n  repeats: 1\n")
     heads = [line for line in (run_dir / "episodes.md").read_text().splitlines() if line.startswith("## ")]
@@ -301,7 +301,7 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
 def test_quiet_silences_libraries_and_respects_the_user() -> None:
     code = """
 import os, sys, logging, warnings
-from aem_exp.core import console; from aem_exp import show
+from aem_exp.core import console; from aem_exp.run import summary
 console.quiet()
 assert not {"torch", "transformers", "trl", "mlflow"} & set(sys.modules)
 assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1" and os.environ["TRANSFORMERS_VERBOSITY"] == "info"

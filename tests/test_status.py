@@ -1,4 +1,4 @@
-"""The table of many runs: short names that tell them apart, 80 columns, and sweeps asked for as `sweep` and `report` are."""
+"""The table of many runs: short names that tell them apart, 80 columns, and sweeps asked for as `command` and `command` are."""
 
 import io
 import json
@@ -7,11 +7,14 @@ import os
 import pytest
 from rich.console import Console
 
-from aem_exp import questions, report, status, sweep
+from aem_exp import status
 from aem_exp.cluster.run_state import State
 from aem_exp.config import load, run_dir, to_dict
 from aem_exp.jobs import labels, status_table
+from aem_exp.report import command as report
 from aem_exp.rundir import membership
+from aem_exp.sweep import command as sweep
+from aem_exp.sweep import question
 
 BASE = ["trainer.steps=2"]
 FILE = """
@@ -114,7 +117,7 @@ def test_runs_that_cannot_be_read_take_no_other_from_the_table(there, capsys):
 
 def test_a_sweep_is_asked_for_as_it_is_run(there, capsys):
     """By file and by name, with and without what was typed; the file knows its folder of configs."""
-    whole = questions.load(there / "asked.yaml")
+    whole = question.load(there / "asked.yaml")
     assert whole.config_dir == there / "own"
     for words in (["asked.yaml"], [there / "asked.yaml"], ["asked.yaml", "--config-dir", "own"]):
         said = shown(capsys, *words)
@@ -129,7 +132,7 @@ def test_a_sweep_is_asked_for_as_it_is_run(there, capsys):
 
 def test_a_sweep_that_was_begun_is_known_by_its_name(there, capsys):
     """Where there is no file any more, and with the cells that it was last begun with."""
-    whole = questions.load(there / "asked.yaml", ["seed=3"])
+    whole = question.load(there / "asked.yaml", ["seed=3"])
     rows = [{"run": c.folder.name, "arm": c.arm, "group": c.group, "seed": c.seed} for c in whole.cells]
     membership.write(there / "out", "asked", whole.question, rows)
     os.remove(there / "asked.yaml")

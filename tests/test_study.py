@@ -14,11 +14,11 @@ from doors import until
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from aem_exp import questions, study
-from aem_exp import trial as room
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import dispatch
 from aem_exp.rundir import attempts, checkpoints
+from aem_exp.sweep import question, study
+from aem_exp.sweep import trial as room
 
 HERE = Path(__file__).parent
 TINY = """
@@ -142,7 +142,7 @@ def asked(desk, monkeypatch):
 
     def ask(text=TINY, typed=()):
         desk.write(text)
-        return study.of(questions.load("tiny.yaml", typed), typed)
+        return study.of(question.load("tiny.yaml", typed), typed)
 
     return ask
 

@@ -11,9 +11,10 @@ import mlflow
 import pytest
 from doors import LONG, SMALL, until
 
-from aem_exp import status, sweep
+from aem_exp import status
 from aem_exp.cluster import run_state
 from aem_exp.rundir import checkpoints, membership
+from aem_exp.sweep import command as sweep
 
 TINY = [word for word in SMALL if not word.startswith(("trainer.steps", "evaluation.every"))] + ["trainer.steps=2"]
 

@@ -36,7 +36,7 @@ COMMANDS = {
     "evaluate": ["aem_exp.evaluate", "{}"],
     "proxy": ["aem_exp.proxy", "{}"],
     "serve": ["aem_exp.jobs.serve", "{}"],
-    "trial": ["aem_exp.trial", "{}"],
+    "trial": ["aem_exp.sweep.trial", "{}"],
     "from": ["aem_exp", "from={}", "trainer.steps=9", "plan=true"],
 }
 

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from aem_exp import questions
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.config.compose import Composer
 from aem_exp.core.errors import ConfigError
+from aem_exp.sweep import question
 
 SECRET = "hunter2-of-the-environment"
 
@@ -78,7 +78,7 @@ def test_a_sweep_is_one_sentence(name, tmp_path):
     content, said = BAD[name]
     (tmp_path / "own.yaml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        questions.load(tmp_path / "own.yaml")
+        question.load(tmp_path / "own.yaml")
     assert "\n" not in str(caught.value) and said in str(caught.value) and SECRET not in str(caught.value)
 
 
@@ -141,7 +141,7 @@ def test_what_is_no_file_is_one_sentence(kind, tmp_path, capsys):
     assert out == "" and err.count("\n") == 1
     assert main(["--config-dir", str(folder), "--help"]) == 0
     with pytest.raises(ConfigError):
-        questions.load(file)
+        question.load(file)
 
 
 def test_help_reads_what_is_no_text(tmp_path, capsys):

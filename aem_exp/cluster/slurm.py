@@ -78,7 +78,12 @@ def site() -> tuple[Site, Path]:
 
 
 def submit(
-    folders: Sequence[Path], launch: Launch, name: str, logs: Path, at_once: int = 0, room: str = "aem_exp.run"
+    folders: Sequence[Path],
+    launch: Launch,
+    name: str,
+    logs: Path,
+    at_once: int = 0,
+    room: str = "aem_exp.run",
 ) -> list[str]:
     """Send run dirs, which hold experiments and code, to the queue: one array, `at_once` of it at a time; the ids.
 

@@ -200,7 +200,7 @@ class _Writer(threading.Thread):
     """Carries points, files and the end of a run to MLflow, in order; waits longer after each failure."""
 
     def __init__(self, run: _Run) -> None:
-        super().__init__(name="aem_exp.tracking.tracker", daemon=True)
+        super().__init__(name="aem_exp.tracking", daemon=True)
         self.remote = run
         self.wake = threading.Condition()
         self.points: list[Point] = []

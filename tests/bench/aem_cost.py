@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def main(steps: int = 12) -> None:
     import conftest  # noqa: F401  (environment first)
 
-    from aem_exp import config, run
+    from aem_exp import config
+    from aem_exp.run import execution
     from aem_exp.rundir import metrics
 
     with tempfile.TemporaryDirectory() as outputs:
@@ -32,7 +33,7 @@ def main(steps: int = 12) -> None:
         ]
         for source, dtype in (("sampler", []), ("scoring", ["trainer.bf16=true"])):
             experiment = config.load([*words, *dtype])
-            folder = run.run(replace(experiment, name=source))
+            folder = execution.run(replace(experiment, name=source))
             rows = [row for row in metrics.read(folder) if "time/aem" in row][1:]
             total = {name: sum(row.get(f"time/{name}", 0.0) for row in rows) for name in SECTIONS}
             step = sum(total.values())

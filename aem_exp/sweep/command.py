@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aem_exp.cluster.run_state import State
-    from aem_exp.questions import Cell, Sweep
+    from aem_exp.sweep.question import Cell, Sweep
 
 ALL = "all"  # classes of failures
 ABOUT = """\
@@ -66,15 +66,15 @@ def _read(argv: list[str]) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace, argv: list[str]) -> int:
-    from aem_exp import questions
+    from aem_exp.sweep import question
 
     if asked.sweep is None:
-        for name, question in questions.sweeps().items():
-            print(f"{name:<22} {question}")
+        for name, asks in question.sweeps().items():
+            print(f"{name:<22} {asks}")
         return 0
     cli.reach(asked.config_dir)
     typed = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
-    return carry_out(questions.load(asked.sweep, asked.overrides, asked.config_dir), asked, typed)
+    return carry_out(question.load(asked.sweep, asked.overrides, asked.config_dir), asked, typed)
 
 
 def carry_out(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
@@ -117,8 +117,8 @@ def _report(asked: argparse.Namespace) -> str:
 
 def _study(sweep: "Sweep", asked: argparse.Namespace, typed: str) -> int:
     """The same for a search, whose cells nobody knows before they are asked for."""
-    from aem_exp import study
     from aem_exp.jobs import dispatch
+    from aem_exp.sweep import study
 
     search = study.of(sweep, asked.overrides, asked.config_dir)
     if (asked.submit or asked.local) and not asked.json:
@@ -310,7 +310,3 @@ def _as_json(sweep: "Sweep", states: "Mapping[Path, State]", todo: Sequence["Cel
             for cell in sweep.cells
         ],
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from aem_exp.findings import SUCCESS, Cell, Difference
-from aem_exp.show import BLUE, GREY, ORANGE
+from aem_exp.core.plots import BLUE, GREY, ORANGE
+from aem_exp.report.analysis import SUCCESS, Cell, Difference
 from aem_exp.stats import compare
 
 if TYPE_CHECKING:

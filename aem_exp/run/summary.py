@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aem_exp.core import disk
 from aem_exp.core.console import ENTROPY, GATED, RECENT, SUCCESS
+from aem_exp.core.plots import BLUE, GREY, ORANGE
 from aem_exp.rundir import episodes, metrics
 from aem_exp.stats.scores import wilson
 from aem_exp.tracking import publish
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Rows = Sequence[dict[str, float]]
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
 
 # ------------------------------------------------------------------------------------------------------------ summary
 
@@ -216,31 +216,6 @@ def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     right.set(title="groups left unmodulated by the gate", xlabel="step", ylim=(0, 1))
     return figure
-
-
-def scatter(clear: Sequence[float], relative: Sequence[float], file: Path) -> None:
-    """Draw 1 - alpha against relative surprisal, a mark for each response; those whose signs differ look different."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = list(zip(clear, relative, strict=True))
-    kinds = {
-        "the same sign": ([p for p in points if p[0] * p[1] > 0], BLUE, "o"),
-        "opposite signs": ([p for p in points if p[0] * p[1] < 0], ORANGE, "x"),
-        "neither": ([p for p in points if p[0] * p[1] == 0], GREY, "+"),
-    }
-    figure, axes = pyplot.subplots(figsize=(5.2, 4.4), constrained_layout=True)
-    for name, (some, colour, marker) in kinds.items():
-        if some:
-            axes.scatter(*zip(*some, strict=True), s=16, c=colour, marker=marker, alpha=0.6, linewidths=1, label=name)
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set(xlabel="1 - alpha", ylabel="relative surprisal S - H(s) (nats)")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(kinds))
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

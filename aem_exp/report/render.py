@@ -78,7 +78,7 @@ def html(report: Report) -> str:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(
-        loader=PackageLoader("aem_exp", ""), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("aem_exp.report", ""), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
     kinds = {"Table": Table, "Figure": Figure, "Text": Text}
     environment.tests |= {
@@ -130,7 +130,7 @@ def _csv(cell: str) -> str:
 
 
 def write(report: Report, folder: Path, curves: Sequence[Sequence[object]]) -> list[Path]:
-    """`index.html`, `report.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
+    """`index.html`, `command.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
 
     Tables that an earlier report left, and this one has not, are removed; nothing else is.
     """

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp import figures, findings
-from aem_exp.findings import SCORE, SUCCESS, Cell, Difference, Pair, mean
-from aem_exp.pages import Block, Figure, Report, Section, Table, Text
+from aem_exp.report import analysis, figures
+from aem_exp.report.analysis import SCORE, SUCCESS, Cell, Difference, Pair, mean
+from aem_exp.report.render import Block, Figure, Report, Section, Table, Text
 from aem_exp.rundir.archive import Archive
 from aem_exp.stats import compare, power, scores
 
@@ -162,7 +162,7 @@ def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     rules = Counter(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
     only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
     facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules.items()]
-    if len(found := findings.revisions(done)) > 1:
+    if len(found := analysis.revisions(done)) > 1:
         told = ", ".join(f"{number} ({len(runs)} runs)" for number, runs in found.items())
         facts.append(("method revisions", f"{told}: the same experiment trains differently in each; compared as asked"))
     facts += [("planned power", text) for text in _power(asked, cells)]
@@ -240,11 +240,11 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
     )
     return [
         said(_commit(a.provenance.get("commit") or "") for a in done),
-        ", ".join(map(str, findings.revisions(done))) or "-",
+        ", ".join(map(str, analysis.revisions(done))) or "-",
         said(_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),
-        said(findings.budget(a) for a in done),
+        said(analysis.budget(a) for a in done),
         said(a.result.get("steps") for a in done),
         *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
     ]
@@ -281,7 +281,7 @@ def _cells(cells: Sequence[Cell]) -> Section:
     blocks: list[Block] = []
     if picture := figures.dots(cells):
         blocks.append(Figure("Success of every run", picture))
-    for measure in findings.measures(cells):
+    for measure in analysis.measures(cells):
         rows = []
         for cell in cells:
             found = cell.scores(measure)
@@ -292,7 +292,7 @@ def _cells(cells: Sequence[Cell]) -> Section:
             rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", points(middle), own, seeds))
         note = "In points of 100; each interval is one arm's own (Student's t over runs): to compare arms, see the differences."
         blocks.append(_without_empty(Table(f"{measure.capitalize()} of each cell", columns, rows, note)))
-    if wrong := findings.troubles(cells):
+    if wrong := analysis.troubles(cells):
         alike: dict[tuple[str, str, str], list[str]] = {}
         for arm, point, seed, what in wrong:
             alike.setdefault((point, arm, what), []).append(str(seed))
@@ -317,7 +317,7 @@ def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Differen
     if told := _cheapest(cells, primary):
         blocks.append(Text(told))
     blocks += [
-        verdicts(findings.differences(cells, asked.families, m)) for m in findings.measures(cells) if m != SUCCESS
+        verdicts(analysis.differences(cells, asked.families, m)) for m in analysis.measures(cells) if m != SUCCESS
     ]
     columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "says")
     rows = [
@@ -359,7 +359,7 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
 
 
 def _overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Block]:
-    found = findings.overall(cells, pairs)
+    found = analysis.overall(cells, pairs)
     if not found:
         return []
     columns = (

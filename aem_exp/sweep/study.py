@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from aem_exp.config.compose import Composer
-    from aem_exp.questions import Sweep
+    from aem_exp.sweep.question import Sweep
 
 FOLDER: Final = "studies"  # of the outputs
 ASKED, TRIAL, JOURNAL = "study.json", "trial.json", "journal.log"
-ROOM: Final = "aem_exp.trial"  # of a worker
+ROOM: Final = "aem_exp.sweep.trial"  # of a worker
 RETRIES: Final = 2  # of a trial whose worker is lost
 KILLS: Final = 3  # in a row and at one step, after which a worker counts as lost
 RULERS: Final = {  # what the search may not turn, and why

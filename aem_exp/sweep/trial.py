@@ -1,8 +1,8 @@
 """Door: one trial of a study, from asking to telling; `python -m aem_exp.sweep NAME` sends these.
 
-A worker (`python -m aem_exp.trial WORKER_DIR`, a job or a process of its own) asks the storage for one trial, runs it, reports
-the metric while it trains, stops early what is not worth its time, and tells the result. A worker that is started again has its
-own trial again, and the run goes on from its newest checkpoint.
+A worker (`python -m aem_exp.sweep.trial WORKER_DIR`, a job or a process of its own) asks the storage for one trial, runs it,
+reports the metric while it trains, stops early what is not worth its time, and tells the result. A worker that is started again
+has its own trial again, and the run goes on from its newest checkpoint.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, Stop
 from aem_exp.core.typed import build
-from aem_exp.study import (
+from aem_exp.sweep.study import (
     ASKED,
     TRIAL,
     Say,
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
-    parser = cli.Parser("python -m aem_exp.trial", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.sweep.trial", description=what, allow_abbrev=False)
     parser.add_argument("worker_dir", type=Path)
     return parser.parse_args(argv)
 
@@ -162,9 +162,9 @@ def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> No
 
 def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: Say) -> int:
     """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
-    from aem_exp import run
     from aem_exp.cluster import distributed
     from aem_exp.cluster.signals import Enough, Interrupted
+    from aem_exp.run import execution
     from aem_exp.rundir import attempts, lock
 
     while True:
@@ -176,7 +176,7 @@ def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Exp
         _tell_others(worker, {"play": True, "values": values_of(opened.get_trials(deepcopy=False)[trial.number])})
         try:
             with _line() as line:
-                run.run(experiment, _Watch(opened, trial, study.search.metric, line))
+                execution.run(experiment, _Watch(opened, trial, study.search.metric, line))
             return told(opened, trial, "COMPLETE", _value(study, config.run_dir(experiment)), say)
         except Enough:
             return told(opened, trial, "PRUNED", None, say)
@@ -197,15 +197,15 @@ def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Exp
 
 def _follow(worker: Path, study: Study) -> int:
     """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
-    from aem_exp import run
     from aem_exp.cluster.signals import Enough, Interrupted
+    from aem_exp.run import execution
 
     while (card := card_of(worker)).get("start") != _start():
         time.sleep(0.5)
     if card["play"]:
         try:
             with suppress(Enough):
-                run.run(study.experiment(card["values"]))
+                execution.run(study.experiment(card["values"]))
         except Interrupted as stop:
             slurm.make_way(stop.signal)
             raise

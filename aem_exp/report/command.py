@@ -19,11 +19,11 @@ from aem_exp.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from aem_exp.chapters import Asked
     from aem_exp.cluster.run_state import State
-    from aem_exp.findings import Cell, Difference
-    from aem_exp.questions import Sweep
+    from aem_exp.report.analysis import Cell, Difference
+    from aem_exp.report.sections import Asked
     from aem_exp.rundir.archive import Archive
+    from aem_exp.sweep.question import Sweep
 
 ABOUT = """\
 Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
@@ -63,14 +63,14 @@ def _read(argv: list[str]) -> argparse.Namespace:
 
 
 def _act(asked: argparse.Namespace) -> int:
-    from aem_exp import questions
+    from aem_exp.sweep import question
 
     cli.reach(asked.config_dir)
-    sweep = questions.load(asked.sweep, asked.overrides, asked.config_dir)
+    sweep = question.load(asked.sweep, asked.overrides, asked.config_dir)
     if sweep.search is not None:
         remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(asked.sweep)} shows them"
         raise ConfigError("sweep", sweep.name, remedy)
-    from aem_exp import chapters, findings, pages
+    from aem_exp.report import analysis, render, sections
 
     archives, source = _archives(sweep, asked.archives)
     cells = [*_cells(sweep, archives), *_others(sweep, archives, asked.csv)]
@@ -80,15 +80,15 @@ def _act(asked: argparse.Namespace) -> int:
         raise ConfigError("sweep", sweep.name, remedy)
     _check_revisions(sweep, cells, asked.across_revisions)
     kept = _keep(archives.values(), asked.archive) if asked.archive else []
-    question = _asked(sweep, cells, source)
-    differences = findings.differences(cells, question.families)
+    design = _asked(sweep, cells, source)
+    differences = analysis.differences(cells, design.families)
     if asked.json:
         print(json.dumps(known([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = chapters.report(question, cells, differences, published)
+    report = sections.report(design, cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
-    files = pages.write(report, folder, findings.curves(cells))
+    files = render.write(report, folder, analysis.curves(cells))
     _show(differences, cells)
     tracked = _tracked(sweep, folder, files, asked)
     for heading, text in [("from", source), *kept, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
@@ -130,7 +130,7 @@ def _read_dir(folder: Path, how: "State") -> "Archive":
 
 def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
     """The cells of the question, the reference first at each point."""
-    from aem_exp.findings import Cell, Run
+    from aem_exp.report.analysis import Cell, Run
 
     runs: dict[tuple[str, str], list[Run]] = {}
     for cell in sweep.cells:
@@ -143,7 +143,7 @@ def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
 
 def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[Cell]":
     """Arms of other frameworks."""
-    from aem_exp.findings import Cell, foreign
+    from aem_exp.report.analysis import Cell, foreign
 
     if files and len(sweep.points) > 1:
         raise ConfigError(
@@ -161,9 +161,9 @@ def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Pat
 
 def _check_revisions(sweep: "Sweep", cells: "Sequence[Cell]", across: bool) -> None:
     """Refuse to pool or compare runs of different revisions of the method, unless that was asked for."""
-    from aem_exp import findings
+    from aem_exp.report import analysis
 
-    found = findings.revisions(archive for cell in cells for archive in cell.done)
+    found = analysis.revisions(archive for cell in cells for archive in cell.done)
     if len(found) > 1 and not across:
         told = [f"{len(runs)} of method revision {number} ({_few(runs)})" for number, runs in found.items()]
         remedy = "the same experiment trains differently in each; run the older ones again, or compare all the same: "
@@ -183,7 +183,7 @@ def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
 
 
 def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
-    from aem_exp.chapters import Asked
+    from aem_exp.report.sections import Asked
 
     base = [word for word in sweep.cells[0].overrides if not word.startswith(("seed=", "launch="))]
     common = [word for word in base if all(word in cell.overrides for cell in sweep.cells)]
@@ -199,15 +199,15 @@ def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
     """Scores and verdicts, for the terminal."""
     from rich.console import Console
 
-    from aem_exp import chapters, findings
+    from aem_exp.report import analysis, sections
 
     console = Console(highlight=False)
-    scores = [(cell, cell.scores(findings.SUCCESS)) for cell in cells]
+    scores = [(cell, cell.scores(analysis.SUCCESS)) for cell in cells]
     rows = [
         (
             f"{cell.arm} {cell.point}".strip(),
             f"{len(found)} of {len(cell.runs)}",
-            chapters.points(findings.mean(found)),
+            sections.points(analysis.mean(found)),
         )
         for cell, found in scores
     ]
@@ -216,14 +216,14 @@ def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
     compared = [
         (
             f"{d.arm} against {d.reference} {d.point}".strip(),
-            chapters.points(d.interval.difference, True) if d.interval else "-",
-            chapters.span(d.interval),
+            sections.points(d.interval.difference, True) if d.interval else "-",
+            sections.span(d.interval),
             d.verdict.partition(";")[0],
         )
         for d in differences
     ]
     console.print(_table(("success in points", "", "95 %, all at once", "verdict"), compared))
-    if wrong := findings.troubles(cells):
+    if wrong := analysis.troubles(cells):
         console.print(f"{len(wrong)} runs are not done as planned; the report names them", style="yellow")
     console.print()
 
@@ -249,7 +249,3 @@ def _tracked(sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argpars
     if asked.no_tracking or uri == store_uri.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
         return []
     return publish.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,98 @@
+"""`python -m aem_exp.run RUN_DIR`: run, or go on with, what a run dir holds, with a live line and a summary."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from aem_exp import config, policy, provenance
+from aem_exp.cluster import distributed, slurm
+from aem_exp.cluster.signals import Interrupted
+from aem_exp.config.schema import Experiment
+from aem_exp.core import cli, console, disk
+from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.run import session
+from aem_exp.run.execution import run
+from aem_exp.rundir import RESULT
+from aem_exp.rundir.lock import Owned
+
+
+def at_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
+    """Run with a live line, and show what there is at the end; the exit code.
+
+    Args:
+        header: printed first, unless the run is refused: then its sentence stands alone.
+    """
+    console.quiet()
+    again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
+    return cli.answer(
+        lambda: _shown(experiment, folder, header), lambda: f"to go on from step {session.found(folder).step}: {again}"
+    )
+
+
+def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
+    from aem_exp.run import summary
+
+    def begin() -> None:
+        if distributed.first():
+            print(*header, sep="\n", flush=True)
+
+    if (folder / RESULT).exists():
+        begin()
+        for change in _since(experiment, folder):
+            print(f"note      since this run, {change}; to run again, move its folder away")
+    else:
+        try:
+            with console.Progress(enabled=distributed.first()) as line:
+                run(experiment, line, folder, begin)
+        except Owned as owned:
+            begin()
+            print(owned)
+            return 0 if distributed.count() == 1 else 1  # the other processes of this job end with it
+        except Stop as stop:
+            raise Stop(
+                f"{stop}. The run dir has all up to step {session.found(folder).step}: {folder}", stop.kind
+            ) from stop
+        except Interrupted as stop:
+            if distributed.first():
+                step = session.found(folder).step
+                print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
+            slurm.make_way(stop.signal)
+            raise
+    if distributed.first():
+        summary.summary(folder)
+    return 0
+
+
+def _since(experiment: Experiment, folder: Path) -> list[str]:
+    """What has changed since a finished run ran: its result stands for what it was."""
+    try:
+        weights = policy.locate(experiment.model) if experiment.model.path else None
+    except ConfigError:  # moved away since
+        weights = None
+    return provenance.changes(folder, experiment, weights)
+
+
+def main() -> int:
+    return cli.answer(lambda: _act(_read()))
+
+
+def _read() -> argparse.Namespace:
+    what = "Run, or go on with, what a run dir holds."
+    parser = cli.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
+    parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
+    return parser.parse_args()
+
+
+def _act(asked: argparse.Namespace) -> int:
+    cli.reach_frozen(asked.run_dir, asked.trust)
+    experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
+    if asked.inexact:
+        experiment = replace(experiment, resume="inexact")
+    if distributed.first() and not (folder / RESULT).exists():
+        disk.check_writable(folder, "RUN_DIR")
+    return at_terminal(experiment, folder, [f"run       {folder}"])

@@ -1,0 +1,89 @@
+"""The architecture: which package imports which, and style and types everywhere."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "aem_exp"
+# What the package consists of, bottom up: a module imports its own package and lower lines, nothing else of ours.
+LAYERS = """
+    core stats aem schedules
+    advantages rundir sandboxes
+    config
+    cluster
+    envs
+    rollout
+    policy tiny
+    provenance
+    training tracking
+    evaluate
+    jobs
+    run
+    sweep
+    report proxy status prepare ui
+    commands
+    completion
+    __main__
+"""
+LAYER = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
+# A library that is not ours is imported by one package, or by one module.
+IMPORTED_BY = {
+    "hydra": "config.compose __main__",
+    "omegaconf": "config",
+    "trl": "training rollout.sampling.weight_sync",
+    "httpx": "rollout.sampling.http",
+    "peft": "policy",
+    "mlflow": "tracking",
+    "submitit": "cluster.slurm",
+    "optuna": "sweep.study",
+    "matplotlib": "core.plots run.summary report.figures",
+    "jinja2": "report.render",
+    "pyarrow": "rundir.episodes evaluate.evaluation",
+    "textworld": "envs.alfworld",
+    "fast_downward": "envs.alfworld",
+    "spacy": "envs.webshop",
+    "gymnasium": "envs.gymnasium",
+    "openenv": "envs.openenv",
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__" and "_bundled" not in path.parts:
+            yield name, ast.parse(path.read_text())
+
+
+def imported(node):
+    """What runs of the imports below a node: not those of `if TYPE_CHECKING:`, which no process makes."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from imported(child)
+
+
+@pytest.mark.parametrize(("module", "tree"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_down(module, tree):
+    package, names = module.split(".")[0], list(imported(tree))
+    below = {name for name, height in LAYER.items() if height < LAYER[package]} | {package, "METHOD", "__version__"}
+    ours = {name.split(".")[1] for name in names if name.startswith("aem_exp.")}
+    assert ours <= below, f"{module} must not import {ours - below}"
+    for library, importers in IMPORTED_BY.items():
+        if not any(module == importer or module.startswith(f"{importer}.") for importer in importers.split()):
+            assert library not in {name.split(".")[0] for name in names}, f"{module} must not import {library}"
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_style_and_types(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
