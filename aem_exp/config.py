@@ -33,6 +33,7 @@ EXECUTION = (
     "parent_steps",
     "resume",
 )  # recorded, and not hashed
+RETIRED: tuple[str, ...] = ()  # dotted keys that older versions wrote into records, and that decide nothing any more
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
     """The typed value of a composed config, with every `_target_` bound and every contradiction refused."""
     from aem_exp.compose import plain
 
-    experiment = _bound(from_dict(plain(cfg)))
+    experiment = _bound(_typed(plain(cfg)))
     rules.check(experiment)
     if experiment.parent_dir is not None:
         rules.check_continued(experiment, read(experiment.parent_dir, trust=True))
@@ -200,7 +201,20 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
 
 
 def from_dict(data: Mapping[str, Any]) -> Experiment:
-    """The inverse of `to_dict`: typed, complete, and not checked for contradictions again."""
+    """The inverse of `to_dict`: typed, complete, and not checked for contradictions again; retired keys are left out."""
+    return _typed(_without_retired(data))
+
+
+def _without_retired(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    return {
+        key: _without_retired(value, f"{at}{key}.") if isinstance(value, Mapping) else value
+        for key, value in data.items()
+        if f"{at}{key}" not in RETIRED
+    }
+
+
+def _typed(data: Mapping[str, Any]) -> Experiment:
+    """An experiment of blocks and values; a key that is not known is refused."""
     for group, block in data.items():
         if isinstance(block, Mapping) and (group in block or ("trainer" in block and group != "launch")):
             header = "a file that sets more than its own block begins with the line `# @package _global_`"
