@@ -1,11 +1,14 @@
 """Names of runs that exist: what a config hashes to, and the hash, are as they were when they were recorded.
 
-`golden/science.json` holds, for each choice of `conf/`, the part of the experiment that is hashed. A choice whose settings are
-changed on purpose is recorded anew (python tests/test_identity.py CHOICE); a change that alters others orphans their runs.
+`golden/science.json` holds, for each choice of `conf/`, the part of the experiment that is hashed and the name of its run dir. A
+choice whose settings are changed on purpose is recorded anew; a change that alters others orphans their runs. One command
+records all that tests of `golden/` compare with (-k CHOICE: that choice alone), and git shows what has changed:
+
+  AEM_RECORD=1 python -m pytest -n0 tests/test_identity.py tests/test_compatibility.py
 """
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from aem_exp.config import identity
 from aem_exp.rundir import archive
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden" / "science.json"
+GOLDEN = Path(__file__).parent / "golden"
+SCIENCE = GOLDEN / "science.json"
+RECORD = os.environ.get("AEM_RECORD") == "1"
 ARCHIVES = sorted((ROOT / "sweeps" / "results").rglob("*.json.gz"))
 
 
@@ -32,13 +37,30 @@ def choices():
 
 def recorded(choice):
     experiment = loaded(choice)
-    return {"signature": config.signature(experiment), "science": identity._science(experiment)}
+    names = {"run": config.run_dir(experiment).name, "signature": config.signature(experiment)}
+    return {**names, "science": identity._science(experiment)}
+
+
+def same(name, text):
+    """Compare a text with what was recorded; record it where that is asked for."""
+    if RECORD:
+        (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
+        (GOLDEN / name).write_text(text)
+    assert text == (GOLDEN / name).read_text()
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("choice", choices())
 def test_a_choice_hashes_to_what_it_did(choice):
-    assert recorded(choice) == json.loads(GOLDEN.read_text())[choice]
+    known, now = json.loads(SCIENCE.read_text()), recorded(choice)
+    if RECORD:
+        known = {name: kept for name, kept in known.items() if name in choices()} | {choice: now}
+        same(SCIENCE.name, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    assert now == known[choice]
+
+
+def test_no_choice_is_gone():
+    assert set(choices()) == set(json.loads(SCIENCE.read_text()))
 
 
 def test_an_archived_run_has_the_signature_that_names_it():
@@ -47,9 +69,3 @@ def test_an_archived_run_has_the_signature_that_names_it():
         kept = archive.read(file)
         experiment = config.from_dict({key: value for key, value in kept.experiment.items() if key != "launch"})
         assert kept.run.endswith(f"-{config.signature(experiment)}"), file
-
-
-if __name__ == "__main__":
-    known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    known |= {choice: recorded(choice) for choice in sys.argv[1:] or [c for c in choices() if c not in known]}
-    GOLDEN.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp.config import rules
-from aem_exp.config.saved import from_dict, read
+from aem_exp.config.saved import build_experiment, read
 from aem_exp.config.schema import Experiment
 from aem_exp.config.targets import bind_experiment
 
@@ -33,7 +33,7 @@ def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
     """The typed value of a composed config, with every `_target_` bound and every contradiction refused."""
     from aem_exp.config.compose import plain
 
-    experiment = bind_experiment(from_dict(plain(cfg)))
+    experiment = bind_experiment(build_experiment(plain(cfg)))
     rules.check(experiment)
     if experiment.parent_dir is not None:
         rules.check_continued(experiment, read(experiment.parent_dir, trust=True))

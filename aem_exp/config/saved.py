@@ -15,6 +15,8 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.core.trust import check as check_owner
 from aem_exp.core.typed import build
 
+RETIRED: tuple[str, ...] = ()  # dotted keys that older versions wrote into records, and that decide nothing any more
+
 
 def read(folder: str | Path, trust: bool = False) -> Experiment:
     """The experiment of a run dir, as it was resolved.
@@ -35,7 +37,20 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
 
 
 def from_dict(data: Mapping[str, Any]) -> Experiment:
-    """The inverse of `to_dict`: typed, complete, and not checked for contradictions again."""
+    """The inverse of `to_dict`: typed, complete, and not checked for contradictions again; retired keys are left out."""
+    return build_experiment(_without_retired(data))
+
+
+def _without_retired(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    return {
+        key: _without_retired(value, f"{at}{key}.") if isinstance(value, Mapping) else value
+        for key, value in data.items()
+        if f"{at}{key}" not in RETIRED
+    }
+
+
+def build_experiment(data: Mapping[str, Any]) -> Experiment:
+    """An experiment of blocks and values; a key that is not known is refused."""
     for group, block in data.items():
         if isinstance(block, Mapping) and (group in block or ("trainer" in block and group != "launch")):
             header = "a file that sets more than its own block begins with the line `# @package _global_`"

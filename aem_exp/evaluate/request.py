@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aem_exp import config
 from aem_exp.config.schema import Experiment, Launch
@@ -13,9 +13,11 @@ from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
-from aem_exp.evaluate.agents import Player
 from aem_exp.evaluate.evaluation import Exam, digest, rules
 from aem_exp.rundir import RESULT
+
+if TYPE_CHECKING:
+    from aem_exp.evaluate.agents import Player
 
 POLICY, UNTRAINED = "policy", "untrained"
 
