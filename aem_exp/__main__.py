@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aem_exp import __version__, commands
 from aem_exp.core import cli, disk
-from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ Options
 Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
 (default ~/.cache/aem_exp)."""
 
-SWITCHES = (
+FLAGS = (
     ("-h", "--help"),
     ("--hydra-help",),
     ("-m", "--multirun"),
@@ -61,14 +61,14 @@ SWITCHES = (
     ("--trust",),
     ("--version",),
 )
-VALUED = (("-c", "--cfg"), ("--config-dir",), ("--completion",))
-MOST_DIFFERENCES = 8  # of a run that is worth comparing with
+VALUE_OPTIONS = (("-c", "--cfg"), ("--config-dir",), ("--completion",))
+MAX_DIFFERENCES = 8  # of a run that is worth comparing with
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return cli.answer(lambda: _dispatch(words))
+    return cli.run_cli(lambda: _dispatch(words))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -78,22 +78,22 @@ def _dispatch(words: list[str]) -> int:
 
         print(*candidates(" ".join(words[1:])), sep="\n")
         return 0
-    name = commands.asked(words)
-    if name == "run" and commands.run_dir(words[1:]) is None:
+    name = commands.find_command(words)
+    if name == "run" and commands.find_run_dir(words[1:]) is None:
         name, words = None, words[1:]
-    return commands.carry_out(name, words[1:]) if name else _act(_read(words), words)
+    return commands.run_command(name, words[1:]) if name else _run_command(_parse_arguments(words), words)
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    for switch in SWITCHES:
+    for switch in FLAGS:
         parser.add_argument(*switch, action="store_true")
-    for option in VALUED:
+    for option in VALUE_OPTIONS:
         parser.add_argument(*option)
     asked, strange = parser.parse_known_intermixed_args(argv)
     if strange:
-        raise ConfigError("option", strange[0], [name for names in (*SWITCHES, *VALUED) for name in names])
+        raise ConfigError("option", strange[0], [name for names in (*FLAGS, *VALUE_OPTIONS) for name in names])
     plans = [text for text in asked.overrides if text.startswith("plan=")]
     for text in plans:
         if text not in ("plan=true", "plan=false"):
@@ -103,9 +103,9 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return asked
 
 
-def _act(asked: argparse.Namespace, argv: list[str]) -> int:
+def _run_command(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.help:
-        print(_help(asked.config_dir))
+        print(_help_page(asked.config_dir))
         return 0
     if asked.version:
         print(f"aem-exp {__version__}")
@@ -116,12 +116,12 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
         print(script(asked.completion), end="")
         return 0
     if asked.hydra_help:
-        return _hydra_help()
+        return _print_hydra_help()
     if asked.multirun:
         for option in ("cfg", "resolve", "trust"):
             if getattr(asked, option):
                 raise ConfigError(f"--{option}", getattr(asked, option), "only read for one experiment, without -m")
-        return _grid(asked, argv)
+        return _run_grid(asked, argv)
     for option in ("submit", "local"):
         if getattr(asked, option):
             raise ConfigError(f"--{option}", True, "only read with -m; one experiment runs where its launch says")
@@ -130,7 +130,7 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.resolve and not asked.cfg:
         raise ConfigError("--resolve", True, "only read with --cfg job")
     parents = [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]
-    cli.reach(asked.config_dir, parents, asked.trust)
+    cli.add_user_modules(asked.config_dir, parents, asked.trust)
     from aem_exp.config import resolve
     from aem_exp.config.compose import compose, to_yaml
 
@@ -139,45 +139,45 @@ def _act(asked: argparse.Namespace, argv: list[str]) -> int:
     if asked.cfg:
         print(to_yaml(tree, asked.resolve), end="")
         return 0
-    return _plan(experiment) if asked.plan else _run(experiment)
+    return _print_plan(experiment) if asked.plan else _run_experiment(experiment)
 
 
-def _grid(asked: argparse.Namespace, argv: list[str]) -> int:
+def _run_grid(asked: argparse.Namespace, argv: list[str]) -> int:
     """A grid of the command line is a sweep without a file."""
     import shlex
 
     from aem_exp.sweep import command as sweep
     from aem_exp.sweep import question
 
-    cli.reach(asked.config_dir)
+    cli.add_user_modules(asked.config_dir)
     how = argparse.Namespace(submit=asked.submit, local=asked.local, at_once=0, retry=[], json=False)
     typed = shlex.join(["python", "-m", "aem_exp", *argv])
-    return sweep.carry_out(question.grid(asked.overrides, asked.config_dir), how, typed)
+    return sweep.execute_sweep(question.parse_grid(asked.overrides, asked.config_dir), how, typed)
 
 
-def _run(experiment: "Experiment") -> int:
+def _run_experiment(experiment: "Experiment") -> int:
     """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
     from aem_exp.config import run_dir
 
-    _check(experiment)
+    _check_machine(experiment)
     folder = run_dir(experiment)
     finished = (folder / RESULT).exists()
     if not finished:
         disk.check_writable(folder if folder.exists() else folder.parent, "outputs")
-    header = [f"{'finished' if finished else 'run     '}  {folder}", *_about(experiment)]
+    header = [f"{'finished' if finished else 'run     '}  {folder}", *_describe_experiment(experiment)]
     if experiment.launch.where == "slurm" and not finished:
         return _submit(experiment, folder, header)
-    from aem_exp.run.command import at_terminal
+    from aem_exp.run.command import run_in_terminal
 
-    return at_terminal(experiment, folder, header)
+    return run_in_terminal(experiment, folder, header)
 
 
-def _check(experiment: "Experiment") -> None:
+def _check_machine(experiment: "Experiment") -> None:
     """Refuse what cannot run here, where it would."""
-    from aem_exp.config import check_here
+    from aem_exp.config import check_machine
 
     if experiment.launch.where != "slurm":
-        check_here(experiment)
+        check_machine(experiment)
 
 
 def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
@@ -186,111 +186,111 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
     from aem_exp.jobs import dispatch
     from aem_exp.tracking import store_uri
 
-    if by := dispatch.on_its_way(folder):
+    if by := dispatch.describe_active_job(folder):
         print(*header, f"state   already on its way: {by}; python -m aem_exp.status shows it", sep="\n")
         return 0
-    ((_, job),) = dispatch.send([experiment], experiment.name, folder / "slurm")
+    ((_, job),) = dispatch.submit_runs([experiment], experiment.name, folder / "slurm")
     print(*header, sep="\n")
-    print(f"size    {_size(experiment)}", f"launch  {_machine(experiment)}", f"job     {job}", sep="\n")
-    print(f"log     {slurm.card(folder)['log']}")
+    print(f"size    {_format_size(experiment)}", f"launch  {_format_launch(experiment)}", f"job     {job}", sep="\n")
+    print(f"log     {slurm.read_job_record(folder)['log']}")
     uri = store_uri.resolve_uri(experiment.tracking, folder.parent)
-    if uri != store_uri.OFF and not store_uri.serverless(uri):
-        for heading, text in store_uri.page(uri, "#/experiments").lines():
+    if uri != store_uri.OFF and not store_uri.is_databricks(uri):
+        for heading, text in store_uri.store_page(uri, "#/experiments").lines():
             print(f"{heading:<7} {text}")
     print("next    python -m aem_exp.status")
     return 0
 
 
-def _size(experiment: "Experiment") -> str:
+def _format_size(experiment: "Experiment") -> str:
     t = experiment.trainer
     return f"{t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories"
 
 
-def _machine(experiment: "Experiment") -> str:
+def _format_launch(experiment: "Experiment") -> str:
     launch = experiment.launch
     hours = f", at most {launch.hours:g} h" if launch.hours else ""
     serve = f" and {launch.server_nodes} that serve" if launch.server_nodes else ""
     return f"{launch.where}, nodes {launch.nodes}{serve}, GPUs per node {launch.gpus_per_node}{hours}"
 
 
-def _plan(experiment: "Experiment") -> int:
+def _print_plan(experiment: "Experiment") -> int:
     """Say what would happen."""
     from aem_exp.config import run_dir
 
     folder = run_dir(experiment)
     print(f"run     {folder}")
-    print(f"state   {_state(folder)}")
-    print(f"size    {_size(experiment)}")
-    print(f"launch  {_machine(experiment)}")
-    for line in _about(experiment):
+    print(f"state   {_format_state(folder)}")
+    print(f"size    {_format_size(experiment)}")
+    print(f"launch  {_format_launch(experiment)}")
+    for line in _describe_experiment(experiment):
         print(line)
-    for ask in (_needs, _could):
+    for ask in (_check_fit, _check_world):
         try:
             ask(experiment)
-        except Missing as error:
+        except MissingResource as error:
             print(f"note    not here: {error}")
     return 0
 
 
-def _needs(experiment: "Experiment") -> None:
+def _check_fit(experiment: "Experiment") -> None:
     """Say what a step takes, and refuse what does not fit."""
     from aem_exp.jobs import fit
 
-    for heading, text in fit.lines(experiment):
+    for heading, text in fit.plan_lines(experiment):
         print(f"{heading:<7} {text}")
-    fit.check(experiment)
+    fit.check_memory(experiment)
 
 
-def _could(experiment: "Experiment") -> None:
-    from aem_exp.jobs.preflight import fitting
+def _check_world(experiment: "Experiment") -> None:
+    from aem_exp.jobs.preflight import open_checked_world
 
-    _check(experiment)
-    fitting(experiment)
+    _check_machine(experiment)
+    open_checked_world(experiment)
 
 
-def _state(folder: Path) -> str:
-    from aem_exp.jobs.dispatch import on_its_way
+def _format_state(folder: Path) -> str:
+    from aem_exp.jobs.dispatch import describe_active_job
 
     if (folder / RESULT).exists():
         return "finished: asking shows it"
-    if by := on_its_way(folder):
+    if by := describe_active_job(folder):
         return f"on its way: {by}"
     return "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
 
 
-def _about(experiment: "Experiment") -> list[str]:
+def _describe_experiment(experiment: "Experiment") -> list[str]:
     """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
-    from aem_exp.config import diff, nearest, notes, read, run_dir
+    from aem_exp.config import diff, nearest_run, notes, read, run_dir
     from aem_exp.jobs import fit
 
-    odd = [f"note    {note}" for note in (*notes(experiment), *fit.notes(experiment))]
+    odd = [f"note    {note}" for note in (*notes(experiment), *fit.context_warnings(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
         begun = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"
         return [*odd, begun, *(f"        {x}" for x in diff(parent, experiment))]
-    near = None if run_dir(experiment).exists() else nearest(experiment)
-    if near and 0 < len(near[1]) <= MOST_DIFFERENCES:
+    near = None if run_dir(experiment).exists() else nearest_run(experiment)
+    if near and 0 < len(near[1]) <= MAX_DIFFERENCES:
         odd += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
     return odd
 
 
-def _help(config_dir: str | None) -> str:
+def _help_page(config_dir: str | None) -> str:
     """The page: every group of `conf/`, every choice, and the first comment of its file."""
-    from aem_exp.config import choices, config_roots
+    from aem_exp.config import config_roots, list_choices
 
     roots = config_roots(config_dir)
-    default = _description(next(root / "config.yaml" for root in roots if (root / "config.yaml").is_file()))
+    default = _first_comment(next(root / "config.yaml" for root in roots if (root / "config.yaml").is_file()))
     known = "\n".join(f"  {name:<9} {command.about}" for name, command in commands.COMMANDS.items())
     lines = [USAGE.format(default=default.rpartition(": ")[2], commands=known)]
-    for group, files in choices(roots).items():
+    for group, files in list_choices(roots).items():
         lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
         width = max(22, *map(len, files))
-        lines += [f"  {name:<{width}} {_description(file)}" for name, file in files.items()]
+        lines += [f"  {name:<{width}} {_first_comment(file)}" for name, file in files.items()]
         lines.append("")
     return "\n".join([*lines, OPTIONS])
 
 
-def _description(file: Path) -> str:
+def _first_comment(file: Path) -> str:
     if not file.is_file():
         return ""
     with file.open("rb") as stream:
@@ -299,7 +299,7 @@ def _description(file: Path) -> str:
     return next((comment for comment in comments if comment and not comment.startswith("@")), "")
 
 
-def _hydra_help() -> int:
+def _print_hydra_help() -> int:
     import warnings
 
     import hydra

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from aem_exp.core.typed import NOT_NEGATIVE, SHARE
+from aem_exp.core.typed import FRACTION, NOT_NEGATIVE
 
 Eps = Annotated[float, NOT_NEGATIVE]
 Over = Literal["trajectories", "turns"]
@@ -113,7 +113,7 @@ def step_compared(
     over: Over = "trajectories",
     eps: Eps = 1e-6,
     norm: Literal["std", "mean"] = "std",
-    gamma: Annotated[float, SHARE] = 0.95,
+    gamma: Annotated[float, FRACTION] = 0.95,
     omega: Annotated[float, NOT_NEGATIVE] = 1.0,
 ) -> Tensor:
     """GiGPO (arXiv 2505.10978): the episode's advantage, plus omega times that of the step among steps at the same state.

@@ -23,7 +23,7 @@ class Command:
 
     module: str
     about: str
-    first: tuple[str, ...] = ()
+    leading_arguments: tuple[str, ...] = ()
 
 
 COMMANDS: Final = {
@@ -34,12 +34,12 @@ COMMANDS: Final = {
     "evaluate": Command("evaluate.command", "score a run's policy, or any model, on held-out tasks"),
     "proxy": Command("proxy", "measure how well token entropy tells relative surprisal"),
     "prepare": Command("prepare", "fetch and build what an experiment or a sweep needs"),
-    "sync": Command("tracking.command", "send MLflow what it lacks of runs", first=("sync",)),
+    "sync": Command("tracking.command", "send MLflow what it lacks of runs", leading_arguments=("sync",)),
     "ui": Command("ui", "serve the MLflow store of these runs on this machine, and show its link"),
 }
 
 
-def asked(words: list[str]) -> str | None:
+def find_command(words: list[str]) -> str | None:
     """Return the subcommand that a command line begins with; None where it describes an experiment.
 
     Raises:
@@ -52,15 +52,15 @@ def asked(words: list[str]) -> str | None:
     return words[0]
 
 
-def carry_out(name: str, words: list[str]) -> int:
+def run_command(name: str, words: list[str]) -> int:
     """Let the module of a subcommand read the user's words; the exit code."""
     command = COMMANDS[name]
     main = import_module(f"aem_exp.{command.module}").main
-    sys.argv = [f"aem-exp {name}", *command.first, *words]
+    sys.argv = [f"aem-exp {name}", *command.leading_arguments, *words]
     return int(main())
 
 
-def run_dir(words: list[str]) -> str | None:
+def find_run_dir(words: list[str]) -> str | None:
     """Return the run dir among the words after `execution`; None where they describe an experiment.
 
     An override has an equals sign; a path may have one as well, and then begins with a slash or a dot.

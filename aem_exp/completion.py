@@ -43,11 +43,11 @@ _aem_exp() {
 compdef _aem_exp aem-exp
 """
 SHELLS: Final = {"bash": BASH, "zsh": ZSH}
-OVERRIDDEN: Final = (None, "run", "sweep", "report", "evaluate", "proxy", "prepare")  # commands that take overrides
-NAMED: Final = ("sweep", "report", "prepare", "status")  # ... the name of a sweep first
-HELD: Final = ("run", "evaluate", "proxy", "sync")  # ... a run dir
-FIXED: Final = {"plan": ("true", "false"), "resume": ("exact", "inexact")}
-VALUES: Final = {"--cfg": ("job",), "-c": ("job",), "--completion": tuple(SHELLS)}
+TAKE_OVERRIDES: Final = (None, "run", "sweep", "report", "evaluate", "proxy", "prepare")  # commands that take overrides
+TAKE_SWEEP: Final = ("sweep", "report", "prepare", "status")  # ... the name of a sweep first
+TAKE_RUN_DIR: Final = ("run", "evaluate", "proxy", "sync")  # ... a run dir
+KEY_VALUES: Final = {"plan": ("true", "false"), "resume": ("exact", "inexact")}
+OPTION_VALUES: Final = {"--cfg": ("job",), "-c": ("job",), "--completion": tuple(SHELLS)}
 
 
 def script(shell: str) -> str:
@@ -67,24 +67,24 @@ def candidates(line: str) -> list[str]:
     command = words[0] if words and "=" not in words[0] and words[0][:1] not in ("-", "+", "~") else None
     if command not in (None, *COMMANDS):
         return []
-    return [word for word in _known(command, words, last) if word.startswith(last)]
+    return [word for word in _word_candidates(command, words, last) if word.startswith(last)]
 
 
-def _known(command: str | None, words: list[str], last: str) -> Iterable[str]:
+def _word_candidates(command: str | None, words: list[str], last: str) -> Iterable[str]:
     """All words that could stand at the end."""
-    if words and words[-1] in VALUES:
-        return VALUES[words[-1]]
+    if words and words[-1] in OPTION_VALUES:
+        return OPTION_VALUES[words[-1]]
     if last.startswith("-"):
         return _options(command)
-    groups = config.choices(config.config_roots(_config_dir(words))) if command in OVERRIDDEN else {}
+    groups = config.list_choices(config.config_roots(_config_dir(words))) if command in TAKE_OVERRIDES else {}
     if "=" in last:
-        return _values(last, groups)
+        return _value_candidates(last, groups)
     known = [f"+{group}=" if group == "experiment" else f"{group}=" for group in groups]
     if not words:
         known += COMMANDS
-    if command in NAMED and len(words) == 1:
+    if command in TAKE_SWEEP and len(words) == 1:
         known += sorted(file.stem for file in (config.conf_root().parent / "sweeps").glob("*.yaml"))
-    return [*known, *_run_dirs(last)] if command in HELD and last else known
+    return [*known, *_run_dir_candidates(last)] if command in TAKE_RUN_DIR and last else known
 
 
 def _config_dir(words: list[str]) -> str | None:
@@ -92,16 +92,16 @@ def _config_dir(words: list[str]) -> str | None:
     return words[at] if at < len(words) and Path(words[at]).is_dir() else None
 
 
-def _values(last: str, groups: dict[str, dict[str, Path]]) -> list[str]:
+def _value_candidates(last: str, groups: dict[str, dict[str, Path]]) -> list[str]:
     """Complete `GROUP=CHOICE`, also the last of `GROUP=CHOICE,CHOICE`, and the few keys whose values are known."""
     key, _, value = last.partition("=")
     if key == "from":
-        return [f"from={folder}" for folder in _run_dirs(value)]
+        return [f"from={folder}" for folder in _run_dir_candidates(value)]
     done = value[: value.rfind(",") + 1]
-    return [f"{key}={done}{choice}" for choice in FIXED.get(key) or groups.get(key.lstrip("+"), {})]
+    return [f"{key}={done}{choice}" for choice in KEY_VALUES.get(key) or groups.get(key.lstrip("+"), {})]
 
 
-def _run_dirs(begun: str) -> list[str]:
+def _run_dir_candidates(begun: str) -> list[str]:
     """Return the run dirs beside what was begun to be typed; at first, those of the folder of all runs."""
     folder = Path(begun).parent if "/" in begun else Path(os.environ.get("AEM_OUTPUTS") or "outputs")
     return sorted(str(file.parent) for file in folder.expanduser().glob("*/experiment.json"))
@@ -110,7 +110,7 @@ def _run_dirs(begun: str) -> list[str]:
 def _options(command: str | None) -> list[str]:
     """Return the options of a command, as its own help names them."""
     module = f"aem_exp.{COMMANDS[command].module}" if command not in (None, "run") else "aem_exp.__main__"
-    first = COMMANDS[command].first if command else ()
+    first = COMMANDS[command].leading_arguments if command else ()
     page = io.StringIO()
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         import_module(module).main([*first, "--help"])

@@ -20,7 +20,16 @@ from aem_exp.core import disk
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
-LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files of a model's folder
+LOADED_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".py",
+)  # files of a model's folder
 
 
 def locate(model: Model) -> str:
@@ -28,12 +37,12 @@ def locate(model: Model) -> str:
 
     With `trust_remote_code`, only where its code is the one that was reviewed.
     """
-    folder = _folder(model)
+    folder = _find_folder(model)
     if (Path(folder) / "adapter_config.json").exists():
         remedy = "is an adapter (adapter_config.json), whose weights lie elsewhere; merge it into them (merge_and_unload of peft)"
         raise ConfigError("model.path", model.path, remedy)
     if model.trust_remote_code:
-        _check_own_code(Path(folder))
+        _check_no_foreign_code(Path(folder))
         digest = sha256()
         for file in sorted(Path(folder).rglob("*.py")):
             digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
@@ -43,11 +52,11 @@ def locate(model: Model) -> str:
     return folder
 
 
-def _check_own_code(folder: Path) -> None:
+def _check_no_foreign_code(folder: Path) -> None:
     """Refuse a model that names code of another folder, `auto_map: {...: "other/folder--file.Class"}`: no hash covers that."""
     for file in sorted(folder.glob("*.json")):
         try:
-            named = list(_code_names(json.loads(file.read_text(encoding="utf-8"))))
+            named = list(_auto_map_names(json.loads(file.read_text(encoding="utf-8"))))
         except (ValueError, RecursionError) as error:
             raise ConfigError("model.path", str(folder), f"{file.name} is damaged: {error}") from error
         for name in named:
@@ -58,18 +67,18 @@ def _check_own_code(folder: Path) -> None:
                 raise ConfigError("model.trust_remote_code", True, f"{remedy}; copy that code into {folder}, review it")
 
 
-def _code_names(data: Any, inside: bool = False) -> Iterator[str]:
+def _auto_map_names(data: Any, inside: bool = False) -> Iterator[str]:
     """The texts below every `auto_map`, at any depth."""
     if isinstance(data, str) and inside:
         yield data
     for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
-        yield from _code_names(value, inside or key == "auto_map")
+        yield from _auto_map_names(value, inside or key == "auto_map")
 
 
-def _folder(model: Model) -> str:
+def _find_folder(model: Model) -> str:
     path = model.path or ""
     if (Path(path) / "config.json").is_file():
-        return _with_weights(path, path, "")
+        return _require_safetensors(path, path, "")
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise ConfigError(
             "model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
@@ -83,22 +92,22 @@ def _folder(model: Model) -> str:
         revision = f" --revision {model.revision}" if model.revision else ""
         remedy = f"its weights are not on this machine; fetch them with: hf download {path}{revision}"
         raise ConfigError("model.path", path, remedy) from error
-    return _with_weights(path, folder, f"; fetch it again with: hf download {path}")
+    return _require_safetensors(path, folder, f"; fetch it again with: hf download {path}")
 
 
-def _with_weights(path: str, folder: str, remedy: str) -> str:
+def _require_safetensors(path: str, folder: str, remedy: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
         raise ConfigError("model.path", path, f"{folder} holds no *.safetensors{remedy}")
     return folder
 
 
-def made(experiment: Experiment, world: World) -> str:
+def make_cached(experiment: Experiment, world: World) -> str:
     """The folder of a policy that is made here: once, and cached by everything that decides it."""
     recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
-    maker = targets.location(str(recipe["make"]["_target_"]).rpartition(".")[0])
+    maker = targets.module_location(str(recipe["make"]["_target_"]).rpartition(".")[0])
     recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    cache = disk.cache()
+    cache = disk.cache_dir()
     folder = cache / f"{experiment.model.name}-{digest}"
     disk.check_writable(cache, "AEM_CACHE")
     with FileLock(cache / f"{folder.name}.lock"):
@@ -114,7 +123,7 @@ def made(experiment: Experiment, world: World) -> str:
 def fingerprint(folder: str | Path) -> str:
     """Hash of all that is loaded from a model's folder. The hub's cache names its files by their hash; those are not read."""
     digest = sha256()
-    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in LOADED):
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in LOADED_SUFFIXES):
         blob = file.resolve()
         if blob.parent.name == "blobs":
             content = blob.name
@@ -125,7 +134,7 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def names(folder: str) -> list[str]:
+def weight_names(folder: str) -> list[str]:
     """What a folder of weights may be called: its path, and last its hub id where it is one of the hub's cache."""
     path = Path(folder).resolve()
     repo = path.parent.parent.name
@@ -133,7 +142,7 @@ def names(folder: str) -> list[str]:
     return [folder, str(path), *hub]
 
 
-def device(launch: Launch) -> Any:
+def select_device(launch: Launch) -> Any:
     """The torch device that is asked for: a GPU, or the CPU.
 
     Raises:
@@ -149,14 +158,14 @@ def device(launch: Launch) -> Any:
     return torch.accelerator.current_accelerator()
 
 
-def words(model: Model, folder: str) -> Any:
+def load_tokenizer(model: Model, folder: str) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_code(model))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_loading_options(model))
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, "tokenizer", error) from error
+        raise _unreadable_error(folder, "tokenizer", error) from error
     if tokenizer.chat_template is None:
         raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
     if tokenizer.pad_token is None:
@@ -164,19 +173,19 @@ def words(model: Model, folder: str) -> Any:
     return tokenizer
 
 
-def vocabulary(model: Model, folder: str) -> int:
+def vocabulary_size(model: Model, folder: str) -> int:
     """How many tokens a model has, those included that its tokenizer does not name."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(folder, **_code(model)).get_text_config().vocab_size)
+    return int(AutoConfig.from_pretrained(folder, **_loading_options(model)).get_text_config().vocab_size)
 
 
-def _unreadable(folder: str, what: str, error: Exception) -> ConfigError:
+def _unreadable_error(folder: str, what: str, error: Exception) -> ConfigError:
     why = f"its {what} cannot be read ({' '.join(str(error).split())[:200]}); fetch or copy the folder again"
     return ConfigError("model.path", folder, why)
 
 
-def _code(model: Model) -> dict[str, bool]:
+def _loading_options(model: Model) -> dict[str, bool]:
     return {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
 
 
@@ -191,8 +200,8 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     tokenizer, how = (
-        words(model, folder),
-        {**_code(model), "output_loading_info": True, "ignore_mismatched_sizes": True},
+        load_tokenizer(model, folder),
+        {**_loading_options(model), "output_loading_info": True, "ignore_mismatched_sizes": True},
     )
     attention = {"attn_implementation": model.attention} if model.attention else {}
     try:
@@ -200,14 +209,14 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
             folder, dtype=getattr(torch, model.dtype), **attention, **how
         )
     except (SafetensorError, OSError) as error:
-        raise _unreadable(folder, "weights", error) from error
-    _check_whole(policy, folder, report)
+        raise _unreadable_error(folder, "weights", error) from error
+    _check_complete(policy, folder, report)
     if model.lora:
         torch.manual_seed(seed)  # the adapter starts at random
-    return _adapted(policy, model.lora), tokenizer
+    return _add_adapter(policy, model.lora), tokenizer
 
 
-def _check_whole(policy: Any, folder: str, report: Mapping[str, Any]) -> None:
+def _check_complete(policy: Any, folder: str, report: Mapping[str, Any]) -> None:
     """Refuse weights that are not all of the model's: transformers would go on with random numbers in their place.
 
     A tensor that is tied to another need not be there, and a buffer is none of the weights.
@@ -224,7 +233,7 @@ def _check_whole(policy: Any, folder: str, report: Mapping[str, Any]) -> None:
             raise ConfigError("model.path", folder, f"its weights {what} {some}; fetch or copy them again")
 
 
-def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:
+def _add_adapter(policy: Any, lora: dict[str, Any] | None) -> Any:
     if not lora:
         return policy
     from peft import LoraConfig, get_peft_model
@@ -232,7 +241,7 @@ def _adapted(policy: Any, lora: dict[str, Any] | None) -> Any:
     return get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def positions(shape: dict[str, Any]) -> tuple[int, bool]:
+def max_positions(shape: dict[str, Any]) -> tuple[int, bool]:
     """Tokens in a row that the model of a config.json has positions for (0: it does not say), and whether they are scaled."""
     rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
     kind, most = rope.get("rope_type", rope.get("type", "default")), shape.get("max_position_embeddings", 0)
@@ -241,7 +250,7 @@ def positions(shape: dict[str, Any]) -> tuple[int, bool]:
     return int(most * rope.get("factor", 1.0) if kind in ("yarn", "linear", "dynamic") else most), kind != "default"
 
 
-def skeleton(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
+def build_from_config(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
     """The model that a config.json describes, as `load` would make it but for its weights, which are as torch likes.
 
     Raises:
@@ -258,7 +267,7 @@ def skeleton(shape: dict[str, Any], dtype: str, attention: str | None, lora: dic
     except (KeyError, ValueError, TypeError) as error:
         why = f"transformers makes no causal language model of model_type={kind} in its config.json"
         raise ConfigError("model.path", kind, f"{why}: {' '.join(str(error).split())[:200]}") from error
-    return _adapted(policy, lora)
+    return _add_adapter(policy, lora)
 
 
 def save(policy: Any, tokenizer: Any, folder: Path) -> None:

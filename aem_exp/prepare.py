@@ -20,15 +20,18 @@ Fetch weights and data, make small policies, open worlds: whatever a job needs a
   python -m aem_exp.prepare +experiment=alfworld_1_5b
   python -m aem_exp.prepare household_quick            all cells of a sweep
 """
-WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return cli.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)), lambda: "asked again, it goes on")
+    return cli.run_cli(
+        lambda: _run_command(_parse_arguments(sys.argv[1:] if argv is None else argv)),
+        lambda: "asked again, it goes on",
+    )
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("asked", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
@@ -36,15 +39,15 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _act(asked: argparse.Namespace) -> int:
-    cli.reach(asked.config_dir)
-    for experiment in _different(_experiments(asked)):
-        _prepare(experiment)
+def _run_command(asked: argparse.Namespace) -> int:
+    cli.add_user_modules(asked.config_dir)
+    for experiment in _drop_duplicates(_load_experiments(asked)):
+        _prepare_experiment(experiment)
     print("next    the same words after python -m aem_exp (an experiment), or aem_exp.sweep (a sweep)")
     return 0
 
 
-def _experiments(asked: argparse.Namespace) -> list["Experiment"]:
+def _load_experiments(asked: argparse.Namespace) -> list["Experiment"]:
     from aem_exp import config
     from aem_exp.sweep import question
 
@@ -54,17 +57,17 @@ def _experiments(asked: argparse.Namespace) -> list["Experiment"]:
     return [config.load(asked.asked, asked.config_dir)]
 
 
-def _different(experiments: Sequence["Experiment"]) -> list["Experiment"]:
+def _drop_duplicates(experiments: Sequence["Experiment"]) -> list["Experiment"]:
     """One of each model and world."""
     return list({repr((e.model, e.env)): e for e in experiments}.values())
 
 
-def _prepare(experiment: "Experiment") -> None:
+def _prepare_experiment(experiment: "Experiment") -> None:
     from aem_exp import config, policy
     from aem_exp.core import console
     from aem_exp.envs import opening
 
-    console.quiet()
+    console.silence_libraries()
     make = config.instantiate(experiment.env.make, partial=True)
     if hasattr(make.func, "prepare"):
         make.func.prepare(lambda line: print(line, flush=True), **make.keywords)
@@ -73,17 +76,17 @@ def _prepare(experiment: "Experiment") -> None:
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)
     if experiment.model.path is None:
-        print(f"policy  {experiment.model.name}: {policy.made(experiment, world)}", flush=True)
+        print(f"policy  {experiment.model.name}: {policy.make_cached(experiment, world)}", flush=True)
         return
     try:
         folder = policy.locate(experiment.model)
     except ConfigError:
-        _fetch(experiment)
+        _fetch_model(experiment)
         folder = policy.locate(experiment.model)
     print(f"policy  {experiment.model.name}: {folder}", flush=True)
 
 
-def _fetch(experiment: "Experiment") -> None:
+def _fetch_model(experiment: "Experiment") -> None:
     """The model's files from the hub, at the revision that is asked for; resumable, and checked by its hashes."""
     import os
 
@@ -97,7 +100,7 @@ def _fetch(experiment: "Experiment") -> None:
     print(f"fetch   {model.path}{f' at {model.revision}' if model.revision else ''}", flush=True)
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     try:
-        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=WEIGHTS)
+        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=MODEL_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(

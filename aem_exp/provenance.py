@@ -22,28 +22,30 @@ from aem_exp.core import disk, trust
 FILE, CODE = "provenance.json", "code"
 COMMIT = ".commit"  # of code that was frozen before its run began
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
-_HERE = disk.PACKAGE.resolve()
+_PACKAGE_ROOT = disk.PACKAGE.resolve()
 
 
-def changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
+def list_changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
     """How what would run now differs from what ran in this folder, in as many processes (or `distributed`)."""
     if ranks is None:
         ranks = read(run_dir)["processes"] if (run_dir / FILE).exists() else 1
-    return _against(run_dir, _now(experiment, weights, ranks), _code(experiment))
+    return _compare_with_recorded(run_dir, _current_facts(experiment, weights, ranks), _code_files(experiment))
 
 
-def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int | None, ranks: int = 1) -> list[str]:
+def record_start(
+    run_dir: Path, experiment: Experiment, weights: str | None, step: int | None, ranks: int = 1
+) -> list[str]:
     """Freeze what runs now; how it differs from what ran when `step` was saved (None: nothing was trained yet).
 
     Raises:
         ConfigError: it differs, and `resume` is exact.
     """
-    now, code = _now(experiment, weights, ranks), _code(experiment)
-    new = [] if step is None else _against(run_dir, now, code)
+    now, code = _current_facts(experiment, weights, ranks), _code_files(experiment)
+    new = [] if step is None else _compare_with_recorded(run_dir, now, code)
     if new and experiment.resume == "exact":
         remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
         raise ConfigError("resume", "exact", remedy)
-    if (mark := _HERE.parents[1] / COMMIT).exists():  # this is frozen code, at work
+    if (mark := _PACKAGE_ROOT.parents[1] / COMMIT).exists():  # this is frozen code, at work
         now["commit"] = mark.read_text().strip() or None
     file = run_dir / FILE
     marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
@@ -51,44 +53,46 @@ def begin(run_dir: Path, experiment: Experiment, weights: str | None, step: int 
         marks = [*marks, {"step": step, "changes": new}]
         if (run_dir / CODE).exists():
             (run_dir / CODE).rename(run_dir / f"{CODE}-to-step-{step}-{len(marks)}")
-    _freeze(run_dir / CODE, code)
-    disk.write(file, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
+    _freeze_files(run_dir / CODE, code)
+    disk.write_atomically(file, json.dumps({**now, "resumed": marks}, indent=1) + "\n")
     return [change for mark in marks for change in mark["changes"]]
 
 
-def freeze(runs: Mapping[Path, Experiment]) -> None:
+def freeze_code(runs: Mapping[Path, Experiment]) -> None:
     """Freeze the code for runs that jobs will start; a run that has begun keeps the code that it began with."""
-    commit, codes = _commit(_HERE) or "", dict[frozenset[str], dict[str, Path]]()
+    commit, codes = _read_commit(_PACKAGE_ROOT) or "", dict[frozenset[str], dict[str, Path]]()
     for run_dir, experiment in runs.items():
-        trust.check(run_dir)  # a job finds its modules there first
+        trust.check_run_dir(run_dir)  # a job finds its modules there first
         if not (run_dir / FILE).exists():
-            modules = _modules(experiment)
+            modules = _user_modules(experiment)
             run_dir.mkdir(parents=True, exist_ok=True)
             if modules in codes:
-                _freeze(run_dir / CODE, codes[modules], disk.link)  # it never changes: one copy serves them all
+                _freeze_files(
+                    run_dir / CODE, codes[modules], disk.link_or_copy
+                )  # it never changes: one copy serves them all
             else:
-                code = _code(experiment)
-                _freeze(run_dir / CODE, code)
+                code = _code_files(experiment)
+                _freeze_files(run_dir / CODE, code)
                 codes[modules] = {name: run_dir / CODE / name for name in code}
             (run_dir / COMMIT).write_text(commit + "\n")
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """What `begin` wrote."""
-    return disk.read(run_dir / FILE, "processes", "packages", "commit", "resumed")
+    """What `record_start` wrote."""
+    return disk.read_json(run_dir / FILE, "processes", "packages", "commit", "resumed")
 
 
-def revision(run_dir: Path) -> int | None:
+def method_revision(run_dir: Path) -> int | None:
     """The revision of the method that a run is trained by; None where it has not begun."""
     return int(read(run_dir).get("method", 0)) if (run_dir / FILE).exists() else None
 
 
-def _against(run_dir: Path, now: Mapping[str, Any], code: Mapping[str, Path]) -> list[str]:
+def _compare_with_recorded(run_dir: Path, now: Mapping[str, Any], code: Mapping[str, Path]) -> list[str]:
     before = read(run_dir) if (run_dir / FILE).exists() else {}
-    return [*_changes(before, now), *_edited(run_dir / CODE, code)]
+    return [*_changed_facts(before, now), *_edited_files(run_dir / CODE, code)]
 
 
-def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, Any]:
+def _current_facts(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -96,12 +100,12 @@ def _now(experiment: Experiment, weights: str | None, ranks: int) -> dict[str, A
         "processes": ranks,
         "packages": {name: version(name) for name in PACKAGES},
         "weights": policy.fingerprint(weights) if weights else None,
-        "commit": _commit(_HERE),
+        "commit": _read_commit(_PACKAGE_ROOT),
         "method": METHOD,
     }
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences that may change a result; the minor version of Python and the commit are only recorded."""
     old, new = ({**data.get("packages", {}), **data} for data in (before, now))
     keys = ("processes", "device", "machine", "weights", *PACKAGES)
@@ -114,42 +118,46 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 # Code: file in the frozen copy -> where it lies now.
 
 
-def _code(experiment: Experiment) -> dict[str, Path]:
-    code = {f"aem_exp/{file.relative_to(_HERE)}": file for file in _files(_HERE)}
-    if not (root := config.conf_root()).is_relative_to(_HERE):
-        code |= {f"conf/{file.relative_to(root)}": file for file in _files(root)}
+def _code_files(experiment: Experiment) -> dict[str, Path]:
+    code = {f"aem_exp/{file.relative_to(_PACKAGE_ROOT)}": file for file in _source_files(_PACKAGE_ROOT)}
+    if not (root := config.conf_root()).is_relative_to(_PACKAGE_ROOT):
+        code |= {f"conf/{file.relative_to(root)}": file for file in _source_files(root)}
     installed = tuple(sysconfig.get_paths().values())
-    for module in _modules(experiment):
-        where = targets.location(module)
+    for module in _user_modules(experiment):
+        where = targets.module_location(module)
         if where is not None and not str(where).startswith(installed):
             here = where.parent
-            near = _files(where) if where.is_dir() else [file for file in _files(here) if file.parent == here]
+            near = (
+                _source_files(where)
+                if where.is_dir()
+                else [file for file in _source_files(here) if file.parent == here]
+            )
             code |= {str(file.relative_to(here)): file for file in near if file.suffix == ".py" or where.is_dir()}
     return code
 
 
-def _modules(experiment: Experiment) -> frozenset[str]:
+def _user_modules(experiment: Experiment) -> frozenset[str]:
     """What a user's functions lie in."""
-    return frozenset(target.partition(".")[0] for target in _targets(config.to_dict(experiment))) - {"aem_exp"}
+    return frozenset(target.partition(".")[0] for target in _find_targets(config.to_dict(experiment))) - {"aem_exp"}
 
 
-def _targets(data: Any) -> Iterator[str]:
+def _find_targets(data: Any) -> Iterator[str]:
     if isinstance(data, dict):
         if "_target_" in data:
             yield data["_target_"]
         for value in data.values():
-            yield from _targets(value)
+            yield from _find_targets(value)
 
 
-def _files(folder: Path) -> list[Path]:
+def _source_files(folder: Path) -> list[Path]:
     """What git tracks, or would; all but caches where there is no git."""
-    known = _git(folder, "ls-files", "-coz", "--exclude-standard").split("\0")
+    known = _run_git(folder, "ls-files", "-coz", "--exclude-standard").split("\0")
     files = [folder / name for name in known if name]
     files = files or [file for file in folder.rglob("*") if not {"__pycache__", ".git"} & set(file.parts)]
     return sorted(file for file in files if file.is_file())
 
 
-def _edited(frozen: Path, code: Mapping[str, Path]) -> list[str]:
+def _edited_files(frozen: Path, code: Mapping[str, Path]) -> list[str]:
     """Python files that are not what they were."""
     names = {str(file.relative_to(frozen)) for file in frozen.rglob("*.py")} if frozen.exists() else set()
     ours = {name for name in code if name.endswith(".py")} if names else set()
@@ -160,14 +168,14 @@ def _edited(frozen: Path, code: Mapping[str, Path]) -> list[str]:
     ]
 
 
-def _copied(source: Path, target: Path) -> None:
+def _copy_read_only(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
     target.chmod(target.stat().st_mode & 0o555)  # an editor asks before it writes what other runs share
 
 
-def _freeze(frozen: Path, code: Mapping[str, Path], put: Callable[[Path, Path], None] = _copied) -> None:
+def _freeze_files(frozen: Path, code: Mapping[str, Path], put: Callable[[Path, Path], None] = _copy_read_only) -> None:
     """Put code into a folder, for reading only; `put`: how a file comes there."""
-    if _HERE.is_relative_to(frozen.resolve()):  # this is the frozen copy, at work
+    if _PACKAGE_ROOT.is_relative_to(frozen.resolve()):  # this is the frozen copy, at work
         return
     part = frozen.with_name(f".{CODE}.{os.getpid()}")
     for name, file in code.items():
@@ -177,13 +185,15 @@ def _freeze(frozen: Path, code: Mapping[str, Path], put: Callable[[Path, Path], 
     part.replace(frozen)
 
 
-def _commit(folder: Path) -> str | None:
+def _read_commit(folder: Path) -> str | None:
     """The commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
-    commit = _git(folder, "rev-parse", "HEAD").strip()
-    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    commit = _run_git(folder, "rev-parse", "HEAD").strip()
+    return (
+        commit + ("+" if _run_git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    )
 
 
-def _git(folder: Path, *words: str) -> str:
+def _run_git(folder: Path, *words: str) -> str:
     if shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", "-C", str(folder), *words], check=False, capture_output=True, text=True)

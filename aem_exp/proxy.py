@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from aem_exp.config import ConfigError, Env
 from aem_exp.core import cli, disk
-from aem_exp.core.disk import known
-from aem_exp.core.errors import Stop
+from aem_exp.core.disk import nonfinite_to_none
+from aem_exp.core.errors import RunError
 from aem_exp.evaluate import request
-from aem_exp.evaluate.evaluation import Exam, alone, digest, episodes, rules
+from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity, list_episodes, lock_folder
 from aem_exp.evaluate.request import POLICY, UNTRAINED
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
-    from aem_exp.evaluate.agents import Player
-    from aem_exp.evaluate.display import Line
+    from aem_exp.evaluate.agents import Agent
+    from aem_exp.evaluate.display import ProgressLine
     from aem_exp.rollout.sampling.base import Sampler
     from aem_exp.rollout.types import Trajectory
 
@@ -48,7 +48,7 @@ in sign. Beside it the policy that training started from. Asked again it goes on
 
 
 @dataclass(frozen=True)
-class State:
+class SampledState:
     """Where a response is given: the exact tokens in front of it, and how long it may be."""
 
     task: str
@@ -62,107 +62,111 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
-    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
-    parser = request.asking("python -m aem_exp.proxy", ABOUT)
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = request.build_parser("python -m aem_exp.proxy", ABOUT)
     parser.add_argument("--panel", default="dev", help="tasks whose episodes pass through the states (default: dev)")
     parser.add_argument("--states", type=int, default=64, help="default: 64, as in the paper")
     parser.add_argument("--samples", type=int, default=16, help="responses at each of them (default: 16)")
     parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="leave the other row out")
     parser.set_defaults(tasks=None, repeats=1, temperature=1.0)
-    asked = request.asked_by(parser, argv, ("states", "at_once"))
+    asked = request.parse_target_arguments(parser, argv, ("states", "at_once"))
     if asked.samples < 2:
         raise ConfigError("--samples", asked.samples, "must be at least 2: each is compared with the others")
     return asked
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run_command(asked: argparse.Namespace) -> int:
     from aem_exp.core import console
 
-    console.quiet()
-    is_run = request.points_at_run(asked.target)
-    cli.reach(asked.config_dir, [asked.target] if is_run else [], asked.trust)
+    console.silence_libraries()
+    is_run = request.is_run_dir(asked.target)
+    cli.add_user_modules(asked.config_dir, [asked.target] if is_run else [], asked.trust)
     asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
-    from aem_exp.evaluate.display import Line
+    from aem_exp.evaluate.display import ProgressLine
 
-    with Line() as line:
-        exam, players, _ = request.setting(asked)
+    with ProgressLine() as line:
+        exam, players, _ = request.prepare_evaluation(asked)
         if (sampler := exam.experiment.launch.sampler) != "local":
             raise ConfigError("launch.sampler", sampler, "must be local: servers do not tell the entropies of tokens")
-        found = {player.name: examine(exam, player, asked.states, asked.samples, line) for player in players}
+        found = {player.name: evaluate_proxy(exam, player, asked.states, asked.samples, line) for player in players}
     results = {name: result for name, (_, result) in found.items()}
     print(json.dumps(results, indent=1) if asked.json else _table(results, [folder for folder, _ in found.values()]))
     return 0
 
 
-def examine(exam: Exam, player: "Player", states: int, samples: int, line: "Line") -> tuple[Path, dict[str, Any]]:
+def evaluate_proxy(
+    exam: EvaluationSetup, player: "Agent", states: int, samples: int, line: "ProgressLine"
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a player's samples and what its `result.json` says; what is not sampled yet is sampled first."""
     identity = {
-        "env": rules(exam.experiment),
+        "env": env_rules(exam.experiment),
         "world": exam.world.fingerprint,
         "panel": [exam.panel.name, exam.panel.hash],
         "asked": [states, samples, exam.temperature],
         **player.identity(),
         **({"bf16": True} if exam.experiment.trainer.get("bf16") else {}),
     }
-    folder = exam.out / "proxy" / f"{exam.panel.name}-{states}x{samples}-{digest(identity)}-{player.name}"
+    folder = exam.out / "proxy" / f"{exam.panel.name}-{states}x{samples}-{hash_identity(identity)}-{player.name}"
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
-        with alone(folder, line):
+        with lock_folder(folder, line):
             if not (folder / RESULT).exists():
-                _sample(exam, player, states, samples, folder, line)
-                _conclude(folder, samples, identity)
-    return folder, disk.read(folder / RESULT)
+                _sample_states(exam, player, states, samples, folder, line)
+                _write_result(folder, samples, identity)
+    return folder, disk.read_json(folder / RESULT)
 
 
-def _sample(exam: Exam, player: "Player", states: int, samples: int, folder: Path, line: "Line") -> None:
+def _sample_states(
+    exam: EvaluationSetup, player: "Agent", states: int, samples: int, folder: Path, line: "ProgressLine"
+) -> None:
     """Find the states, unless they are on disk; then sample at those that are not there yet."""
-    from aem_exp.envs.workers import stage_of
+    from aem_exp.envs.workers import make_executor
     from aem_exp.evaluate import agents
     from aem_exp.rollout.play import Rollout
 
     env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
-    line.say(f"{player.name}: loading its weights")
+    line.show_stage(f"{player.name}: loading its weights")
     with (
-        closing(stage_of(exam.world, env.make, launch)) as stage,
-        agents.voice(player, exam.experiment, exam.temperature) as (sampler, chat),
+        closing(make_executor(exam.world, env.make, launch)) as stage,
+        agents.open_sampler(player, exam.experiment, exam.temperature) as (sampler, chat),
     ):
         if not (folder / STATES).exists():
-            line.say(f"{player.name}: playing {states} episodes")
-            wanted = sorted(episodes(panel, -(-states // len(panel.tasks))), key=lambda episode: episode.member)
+            line.show_stage(f"{player.name}: playing {states} episodes")
+            wanted = sorted(list_episodes(panel, -(-states // len(panel.tasks))), key=lambda episode: episode.member)
             rollout = Rollout(stage, env, chat, exam.at_once)
-            chosen = [state for t in rollout.play(wanted[:states], sampler) for state in passed(t, env)]
+            chosen = [state for t in rollout.play(wanted[:states], sampler) for state in pick_state(t, env)]
             if not chosen:
-                raise Stop(f"no episode of the panel {panel.name} could be played", "env")
-            disk.write(folder / STATES, json.dumps([asdict(state) for state in chosen]))
-        chosen = _states(folder)
-        line.say(f"{player.name}: sampling {samples} responses at each of {len(chosen)} states")
-        done, together = len(_lines(folder)), max(1, exam.at_once // samples)
+                raise RunError(f"no episode of the panel {panel.name} could be played", "env")
+            disk.write_atomically(folder / STATES, json.dumps([asdict(state) for state in chosen]))
+        chosen = _read_states(folder)
+        line.show_stage(f"{player.name}: sampling {samples} responses at each of {len(chosen)} states")
+        done, together = len(_read_samples(folder)), max(1, exam.at_once // samples)
         for start in range(done, len(chosen), together):
-            said = responses(chosen[start : start + together], samples, sampler)
+            said = sample_responses(chosen[start : start + together], samples, sampler)
             with (folder / SAMPLES).open("a") as file:
                 file.writelines(json.dumps(state) + "\n" for state in said)
 
 
-def passed(trajectory: "Trajectory", env: Env) -> list[State]:
+def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
     """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
-    from aem_exp.rollout.sampling.base import generator
+    from aem_exp.rollout.sampling.base import keyed_generator
     from aem_exp.rollout.types import CRASHED
 
     t = trajectory
     if t.ended == CRASHED or not t.responses:
         return []
-    turn = int(generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
+    turn = int(keyed_generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
     prompt = list(t.responses[turn].prompt)
     if env.history == "full":
         before = [token for r in t.responses[:turn] for token in (*r.prompt, *r.sample.ids)]
         prompt = before + prompt
-    return [State(t.task.id, t.member, turn, prompt, min(env.response_tokens, env.context_tokens - len(prompt)))]
+    return [SampledState(t.task.id, t.member, turn, prompt, min(env.response_tokens, env.context_tokens - len(prompt)))]
 
 
-def responses(states: Sequence[State], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
+def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
     """What is sampled at each state: mean token entropies, surprisals (nats) and lengths."""
     slots = [(state, k) for state in states for k in range(samples)]
     said = sampler.session().generate(
@@ -183,21 +187,21 @@ def responses(states: Sequence[State], samples: int, sampler: "Sampler") -> list
     ]
 
 
-def _states(folder: Path) -> list[State]:
+def _read_states(folder: Path) -> list[SampledState]:
     try:
-        return [State(**state) for state in json.loads((folder / STATES).read_text())]
+        return [SampledState(**state) for state in json.loads((folder / STATES).read_text())]
     except (ValueError, TypeError) as error:
-        raise disk.damaged(folder / STATES, error) from error
+        raise disk.damaged_file_error(folder / STATES, error) from error
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
+def _read_samples(folder: Path) -> list[dict[str, Any]]:
     """What is sampled already; half a line, which a killed process left, is taken away."""
-    said = disk.read_lines(folder / SAMPLES, "entropy", "surprisal")
-    disk.write(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in said))
+    said = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
+    disk.write_atomically(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in said))
     return said
 
 
-def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
+def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     """Compare, draw, and write the result."""
     import torch
 
@@ -205,15 +209,15 @@ def _conclude(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     from aem_exp.core import plots
     from aem_exp.training import diagnostics
 
-    said = _lines(folder)
+    said = _read_samples(folder)
     entropy_R, surprisal_R = (torch.tensor([v for s in said for v in s[key]]) for key in ("entropy", "surprisal"))
     state_R = torch.arange(len(said)).repeat_interleave(samples)
     relative_R = diagnostics.relative_surprisal(surprisal_R, state_R)
     alphas = {name: aem.coefficients(entropy_R, state_R, LAM, gate) for name, gate in GATES.items()}
-    found = {name: diagnostics.validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
+    found = {name: diagnostics.proxy_validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
     plots.draw_scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
     result = {"samples": samples, "turns": [s["turn"] for s in said], **found, "identity": identity}
-    disk.write(folder / RESULT, json.dumps(known(result), indent=1, allow_nan=False) + "\n")
+    disk.write_atomically(folder / RESULT, json.dumps(nonfinite_to_none(result), indent=1, allow_nan=False) + "\n")
 
 
 def _table(results: dict[str, dict[str, Any]], folders: Sequence[Path]) -> str:

@@ -19,8 +19,8 @@ from aem_exp.jobs import labels
 from aem_exp.rundir import membership
 
 if TYPE_CHECKING:
-    from aem_exp.cluster.run_state import State
-    from aem_exp.jobs.status_table import Line
+    from aem_exp.cluster.run_state import RunState
+    from aem_exp.jobs.status_table import StatusRow
 
 ABOUT = """\
 Show how far runs are, what failed, and why; nothing is changed.
@@ -33,10 +33,10 @@ Show how far runs are, what failed, and why; nothing is changed.
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return cli.answer(lambda: _act(_read(sys.argv[1:] if argv is None else argv)))
+    return cli.run_cli(lambda: _run_command(_parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.status", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/, or of a sweep that was begun")
@@ -51,9 +51,9 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return asked
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run_command(asked: argparse.Namespace) -> int:
     outputs = Path(asked.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
-    name, runs = _sweep(outputs, asked) if asked.sweep else ("all runs", _all(_there(outputs)))
+    name, runs = _sweep_runs(outputs, asked) if asked.sweep else ("all runs", _all_runs(_check_folder(outputs)))
     outputs = runs[0].folder.parent if runs else outputs
     if asked.json:
         from aem_exp.cluster import run_state
@@ -67,16 +67,16 @@ def _act(asked: argparse.Namespace) -> int:
 
     title = f"{name} in {outputs}"
     if asked.once:
-        Console(highlight=False).print(status_table.board(look(runs), title))
+        Console(highlight=False).print(status_table.status_table(read_rows(runs), title))
     else:
-        status_table.watch(lambda: look(runs), title)
-    if asked.sweep and (links := membership.links(outputs, name)):
+        status_table.watch_runs(lambda: read_rows(runs), title)
+    if asked.sweep and (links := membership.read_links(outputs, name)):
         print(f"\n{links}")
     return 0
 
 
 @dataclass(frozen=True)
-class Run:
+class ListedRun:
     """A run as it is listed. `group`: what programs read; `label`: the same for people, as short as the table allows."""
 
     folder: Path
@@ -85,69 +85,71 @@ class Run:
     label: str
 
 
-def look(runs: Sequence[Run]) -> list["Line"]:
+def read_rows(runs: Sequence[ListedRun]) -> list["StatusRow"]:
     """The runs as they are now."""
     from aem_exp.cluster import run_state
-    from aem_exp.jobs.status_table import Line
+    from aem_exp.jobs.status_table import StatusRow
 
     states = run_state.read([run.folder for run in runs])
-    return [Line(_id(run.folder), run.label, run.seed, states[run.folder]) for run in runs]
+    return [StatusRow(_short_signature(run.folder), run.label, run.seed, states[run.folder]) for run in runs]
 
 
-def _id(folder: Path) -> str:
+def _short_signature(folder: Path) -> str:
     """The first digits of the signature that a run dir's name ends with."""
     return folder.name.rpartition("-")[2][:6]
 
 
-def _there(outputs: Path) -> Path:
+def _check_folder(outputs: Path) -> Path:
     if not outputs.is_dir():
         raise ConfigError("--outputs", str(outputs), "there is no such folder, so no run")
     return outputs
 
 
-def _all(outputs: Path) -> list[Run]:
+def _all_runs(outputs: Path) -> list[ListedRun]:
     """Every run of a folder; one whose files cannot be read has its folder for a name."""
     folders, read = [file.parent for file in sorted(outputs.glob("*/experiment.json"))], dict[Path, Any]()
     for folder in folders:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             data = json.loads((folder / "experiment.json").read_text())
             read[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
-            labels.labels([data])
+            labels.make_labels([data])
     known = [folder for folder in folders if folder in read]
-    short = dict(zip(known, labels.labels([read[folder][0] for folder in known]), strict=True))
+    short = dict(zip(known, labels.make_labels([read[folder][0] for folder in known]), strict=True))
     return [
-        Run(folder, read[folder][1], str(read[folder][0].get("seed", "?")), short[folder])
+        ListedRun(folder, read[folder][1], str(read[folder][0].get("seed", "?")), short[folder])
         if folder in read
-        else Run(folder, folder.name, "?", folder.name)
+        else ListedRun(folder, folder.name, "?", folder.name)
         for folder in folders
     ]
 
 
-def _sweep(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[Run]]:
+def _sweep_runs(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[ListedRun]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
     from aem_exp.sweep import question
 
     typed = bool(asked.overrides or asked.config_dir)
-    if not question.find(asked.sweep) or (not typed and asked.sweep in membership.known(outputs)):
-        return asked.sweep, _recorded(_there(outputs), asked.sweep)
-    cli.reach(asked.config_dir)
+    if not question.find_file(asked.sweep) or (not typed and asked.sweep in membership.list_sweeps(outputs)):
+        return asked.sweep, _recorded_runs(_check_folder(outputs), asked.sweep)
+    cli.add_user_modules(asked.config_dir)
     own = [f"outputs='{outputs}'"] if asked.outputs else []
     sweep = question.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
     if sweep.search is not None:  # its runs are those that were asked for
-        return sweep.name, _recorded(_there(sweep.cells[0].folder.parent), sweep.name)
-    return sweep.name, [Run(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]
+        return sweep.name, _recorded_runs(_check_folder(sweep.cells[0].folder.parent), sweep.name)
+    return sweep.name, [ListedRun(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]
 
 
-def _recorded(outputs: Path, name: str) -> list[Run]:
-    return [Run(outputs / m["run"], m["group"], str(m["seed"]), m["group"]) for m in membership.read(outputs, name)]
+def _recorded_runs(outputs: Path, name: str) -> list[ListedRun]:
+    return [
+        ListedRun(outputs / m["run"], m["group"], str(m["seed"]), m["group"]) for m in membership.read(outputs, name)
+    ]
 
 
-def _as_json(run: Run, state: "State") -> dict[str, object]:
+def _as_json(run: ListedRun, state: "RunState") -> dict[str, object]:
     row = {"run": str(run.folder), "group": run.group, "seed": run.seed}
-    return {**row, **_plain(asdict(state)), "missing": state.missing}
+    return {**row, **_nan_to_none(asdict(state)), "missing": state.missing}
 
 
-def _plain(row: dict[str, object]) -> dict[str, object]:
+def _nan_to_none(row: dict[str, object]) -> dict[str, object]:
     return {key: None if value != value else value for key, value in row.items()}
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aem_exp.config import Env
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs import TextEnv, World
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row, build_rows
@@ -45,8 +45,8 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, a sign
-LOOKED_AT: Final = 256  # demonstrations, and responses, whose words are looked up
-_FIELD: Final = r"\{\w*\}"  # of a prompt template
+CHECKED_TEXTS: Final = 256  # demonstrations, and responses, whose words are looked up
+_TEMPLATE_FIELD: Final = r"\{\w*\}"  # of a prompt template
 
 
 class Teachable(World, Protocol):
@@ -97,7 +97,7 @@ def make(
     if episodes < 1:
         raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
     tokenizer = make_tokenizer(world.words(), env)
-    with _quiet_torch(seed):
+    with _isolated_torch(seed):
         model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
         random = Random(seed)
         skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
@@ -115,7 +115,7 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
     """
     lexicon = list(dict.fromkeys(words))
     phrases = sorted((text for text in lexicon if len(re.findall(_TOKEN, text)) > 1), key=len, reverse=True)
-    prompt = " ".join(re.sub(_FIELD, " ", template) for template in env.prompt.values())
+    prompt = " ".join(re.sub(_TEMPLATE_FIELD, " ", template) for template in env.prompt.values())
     numbers = [str(n) for n in range(env.max_turns + 1)]
     vocabulary = [
         *(PAD, UNKNOWN, END),
@@ -173,17 +173,17 @@ def make_policy(
 class _ScriptedSampler:
     """The scripted player in the place of a policy: it looks at the environments and answers in tokens."""
 
-    def __init__(self, world: Teachable, stage: Serial, tokenizer: Any, random: Random, *habits: float) -> None:
-        self.world, self.stage, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
-        self.said: dict[str, None] = {}  # the first responses that differ, in order
+    def __init__(self, world: Teachable, stage: SerialExecutor, tokenizer: Any, random: Random, *habits: float) -> None:
+        self.world, self.executor, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
+        self.responses: dict[str, None] = {}  # the first responses that differ, in order
 
     def session(self) -> "_ScriptedSampler":
         return self
 
     def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
-        responses = [self.world.expert(self.stage.envs[slot], self.random, *self.habits) for slot in slots]
-        if len(self.said) < LOOKED_AT:
-            self.said |= dict.fromkeys(responses)
+        responses = [self.world.expert(self.executor.envs[slot], self.random, *self.habits) for slot in slots]
+        if len(self.responses) < CHECKED_TEXTS:
+            self.responses |= dict.fromkeys(responses)
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
         return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
@@ -199,21 +199,21 @@ def demonstrate(
     random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    stage = Serial(world, getattr(world, "rehearse", world.env))
+    stage = SerialExecutor(world, getattr(world, "rehearse", world.env))
     player = _ScriptedSampler(world, stage, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(stage):
         played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
     whole = [t for t in played if t.responses and t.ended != CRASHED]
-    _tell_crashes(played, whole)
+    _report_crashes(played, whole)
     if not shyness:  # the shy player uses the same words
-        seen = [r.observation for t in whole[:LOOKED_AT] for r in t.responses]
-        _tell_unknown(tokenizer, list(player.said), seen)
+        seen = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
+        _warn_unknown_words(tokenizer, list(player.responses), seen)
     return build_rows(whole, env.history)
 
 
-def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
+def _report_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
     """Say how many demonstrations were lost, and why the first was.
 
     Raises:
@@ -224,24 +224,24 @@ def _tell_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> 
         first = lost or played[0]
         remedy = "its first prompt does not fit into env.context_tokens"
         told = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
-        raise Stop(told, "env")
+        raise RunError(told, "env")
     if lost:
         told = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
         log.warning(told, len(played) - len(whole), len(played), lost.task.id, lost.error)
 
 
-def _tell_unknown(tokenizer: PreTrainedTokenizerFast, said: Sequence[str], seen: Sequence[str]) -> None:
+def _warn_unknown_words(tokenizer: PreTrainedTokenizerFast, said: Sequence[str], seen: Sequence[str]) -> None:
     """Warn of words that the world does not list: the policy would never say them, and read them as one."""
     for texts, what in (
         (said, "what the scripted player says, and the policy cannot"),
         (seen, "what is seen, and the policy reads <unk> for it"),
     ):
-        if words := _unknown(tokenizer, texts):
+        if words := _find_unknown_words(tokenizer, texts):
             more = f" and {len(words) - 10} more" if len(words) > 10 else ""
             log.warning("its words() lack %s: %s%s", what, ", ".join(words[:10]), more)
 
 
-def _unknown(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
+def _find_unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
     """What in some texts has no token of its own."""
     found: dict[str, None] = {}
     for text in dict.fromkeys(texts):
@@ -264,7 +264,7 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
     )
     model.train()
     for chosen in batches:
-        ids_BT, label_BT = _tensors(chosen, model.config.pad_token_id)
+        ids_BT, label_BT = _pad_batch(chosen, model.config.pad_token_id)
         mask_BT = (ids_BT != model.config.pad_token_id).long()
         hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         said = label_BT[:, 1:] >= 0  # logits of what was said alone: most tokens are the world's
@@ -290,7 +290,7 @@ def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Rand
         served += len(groups)
 
 
-def _tensors(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids, and as labels those of them that the player said (-100 elsewhere), padded right."""
     ids = [torch.tensor([*row.prompt, *row.completion]) for row in chosen]
     labels = [torch.tensor([0] * len(row.prompt) + row.mask) for row in chosen]
@@ -300,7 +300,7 @@ def _tensors(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _quiet_torch(seed: int) -> Iterator[None]:
+def _isolated_torch(seed: int) -> Iterator[None]:
     """One thread (several are far slower at this size) and our own random numbers; then all as it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

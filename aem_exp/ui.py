@@ -13,7 +13,7 @@ from typing import IO, Final, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
 from aem_exp.core import cli, errors
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.tracking import mlflow_store, store_uri
 
 ABOUT = """\
@@ -22,16 +22,16 @@ Serve the MLflow store of these runs on 127.0.0.1, until Ctrl-C.
   aem-exp ui                          the store of ./outputs, of $AEM_OUTPUTS, or $MLFLOW_TRACKING_URI
   aem-exp ui --uri runs/mlflow.db     another one
 """
-START: Final = 300.0  # seconds that MLflow may take to start; on an idle machine it takes 5
-END: Final = 10.0  # ... and to end by itself
+START_SECONDS: Final = 300.0  # seconds that MLflow may take to start; on an idle machine it takes 5
+STOP_SECONDS: Final = 10.0  # ... and to end by itself
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return cli.answer(lambda: _act(_read(argv)))
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)))
 
 
-def _read(argv: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("aem-exp ui", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--uri", help="the store: a file that ends in .db, or a URI as MLflow writes it")
@@ -39,86 +39,86 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _act(asked: argparse.Namespace) -> int:
-    uri = store_uri.resolve_uri(asked.uri, store_uri.outputs())
-    if uri == store_uri.OFF or store_uri.serverless(uri):
+def _run_command(asked: argparse.Namespace) -> int:
+    uri = store_uri.resolve_uri(asked.uri, store_uri.default_outputs())
+    if uri == store_uri.OFF or store_uri.is_databricks(uri):
         raise ConfigError("--uri", uri, "has no pages that could be served here; name a .db file or a database")
-    if store_uri.served(uri):
-        print(f"open    {store_uri.page(uri).link}   (a server serves this store already)")
+    if store_uri.is_remote(uri):
+        print(f"open    {store_uri.store_page(uri).link}   (a server serves this store already)")
         return 0
     database = store_uri.sqlite_file(uri)
     if database is not None and not database.is_file():
         raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
     store_uri.probe(uri)
-    port = _port(asked.port)
-    with _server(uri, port) as (server, log):
+    port = _choose_port(asked.port)
+    with _run_server(uri, port) as (server, log):
         print(f"store   {errors.redact(uri)}", flush=True)
-        _wait(server, log, uri, port)
-        for heading, text in [("tunnel", store_uri.tunnel(port)), ("open", store_uri.site(port))]:
+        _wait_until_ready(server, log, uri, port)
+        for heading, text in [("tunnel", store_uri.ssh_tunnel_command(port)), ("open", store_uri.local_address(port))]:
             if text:
                 print(f"{heading:<7} {text}", flush=True)
         print("        Ctrl-C ends it", flush=True)
-        raise Stop(f"MLflow's server has ended, with exit code {server.wait()}")
+        raise RunError(f"MLflow's server has ended, with exit code {server.wait()}")
 
 
-def _port(asked: int | None) -> int:
+def _choose_port(asked: int | None) -> int:
     if asked is None:
-        return store_uri.free_port()
+        return store_uri.find_free_port()
     if not 0 < asked < 65536:
         raise ConfigError("--port", asked, "must be a whole number from 1 to 65535")
-    if store_uri.free_port(asked) != asked:
+    if store_uri.find_free_port(asked) != asked:
         raise ConfigError("--port", asked, "another program listens there; without --port, a free one is found")
     return asked
 
 
 @contextmanager
-def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+def _run_server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """A server in a process group of its own, all of which ends with this block; what it says goes to a file."""
     words, environment = store_uri.serve_command(uri, port)
     for name in ("SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), _leave)
+        signal.signal(getattr(signal, name), _exit_on_signal)
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             yield server, log
         finally:
-            _end(server)
+            _stop_server(server)
 
 
-def _leave(number: int, _: object) -> NoReturn:
+def _exit_on_signal(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _stop_server(server: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
-            server.wait(END)
+            server.wait(STOP_SECONDS)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
             continue
 
 
-def _wait(server: subprocess.Popen[bytes], log: IO[bytes], uri: str, port: int) -> None:
+def _wait_until_ready(server: subprocess.Popen[bytes], log: IO[bytes], uri: str, port: int) -> None:
     """Wait until the server answers.
 
     Raises:
         ConfigError: it ended before, as its store cannot be used.
         Stop: it does not answer.
     """
-    ask, deadline = build_opener(ProxyHandler({})), time.monotonic() + START
+    ask, deadline = build_opener(ProxyHandler({})), time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            mlflow_store.refused(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
+            mlflow_store.raise_store_error(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
         try:
-            ask.open(f"{store_uri.site(port)}/health", timeout=5).close()
+            ask.open(f"{store_uri.local_address(port)}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)
-    raise Stop(f"MLflow's server did not answer within {START:.0f} s")
+    raise RunError(f"MLflow's server did not answer within {START_SECONDS:.0f} s")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import toy
 from aem_exp.cluster import distributed
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.sampling.base import Sampling
-from aem_exp.rollout.sampling.vllm import ServedSampler
+from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.sampling.weight_sync import Files
+from aem_exp.rollout.sampling.weight_sync import FilePublisher
 
 
 def main(folder: Path, place: Path) -> None:
@@ -29,17 +29,17 @@ def main(folder: Path, place: Path) -> None:
         folder,
         run,
         lam=1.0,
-        make_sampler=lambda t: ServedSampler(
+        make_sampler=lambda t: ServerSampler(
             known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
         ),
         trust_sampler=False,
-        publish=Files(known),
+        publish=FilePublisher(known),
     )
     trainer.aem.report = lambda step, row: rows.append(row)
     trainer.train()
     if trainer.accelerator.is_main_process:
         (place / "rows.json").write_text(json.dumps(rows))
-    distributed.part()
+    distributed.shut_down()
 
 
 if __name__ == "__main__":

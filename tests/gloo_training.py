@@ -43,7 +43,7 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     trainer.train()
     drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    return (fsdp.gathered(trained) or trained.state_dict()) | {"drift": drift}
+    return (fsdp.gather_state_dict(trained) or trained.state_dict()) | {"drift": drift}
 
 
 class Once:
@@ -72,7 +72,7 @@ def main(folder: Path, how: dict[str, Any]) -> None:
         state = weights(kind, folder, how)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")
-    distributed.part()
+    distributed.shut_down()
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def rows(seeds: int, effect: float, simulations: int = SIMULATIONS) -> Iterator[
         one, other = (_played(level, seeds, rng) for level in levels)
         here = _mean(levels[0]) - _mean(levels[1])
         runs = one.mean(-1), other.mean(-1)
-        held[PANEL].append(_holds(compare.welch(*runs), here))
-        held[NEW_TASKS].append(_holds(compare.across_tasks(one, other), truth))
+        held[PANEL].append(_holds(compare.welch_interval(*runs), here))
+        held[NEW_TASKS].append(_holds(compare.new_tasks_interval(one, other), truth))
         held[BOOTSTRAP].append(_bootstrap(*runs, here, rng))
     for method, hits in held.items():
         share = float(np.mean(hits))

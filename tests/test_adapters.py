@@ -11,10 +11,10 @@ import pytest
 from doors import lacking, until
 
 from aem_exp.config import instantiate, load
-from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.envs import Task
-from aem_exp.envs.executor import Serial
-from aem_exp.envs.workers import Workers
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.envs.workers import WorkerPool
 from aem_exp.jobs import preflight
 
 pytestmark = pytest.mark.machine
@@ -108,11 +108,11 @@ def test_what_an_example_needs_is_one_sentence(tmp_path):
         if folder:
             readme_taxi(folder)
         with pytest.raises(ConfigError, match=r"has no scripted player to imitate; load a policy: model=NAME"):
-            preflight.fitting(load(words, folder))
+            preflight.open_checked_world(load(words, folder))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)
-            with pytest.raises(Missing, match=r"needs Gymnasium: pip install .*\[gymnasium\]'"):
-                preflight.fitting(load([*words, "model.make=null", "model.path=a/b"], folder))
+            with pytest.raises(MissingResource, match=r"needs Gymnasium: pip install .*\[gymnasium\]'"):
+                preflight.open_checked_world(load([*words, "model.make=null", "model.path=a/b"], folder))
 
 
 def test_what_is_no_action_changes_nothing():
@@ -159,7 +159,7 @@ def test_what_gymnasium_does_not_make_is_one_sentence(changes, said, recwarn):
 
 def test_an_environment_that_renders_no_text_says_so():
     world = lake(kwargs={"render_mode": None})
-    reply = Serial(world).reset({0: world.tasks("dev")[0]})[0]
+    reply = SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0]
     assert "renders no text" in reply.error
 
 
@@ -184,7 +184,7 @@ def test_a_house_behind_a_server(server):
 
 def test_a_session_that_fails_costs_one_episode(server):
     make = load(["env=openenv"]).env.make | {"base_url": server.url}
-    stage, tasks = Workers(make, 2, 30.0), open_env(server).tasks("train")
+    stage, tasks = WorkerPool(make, 2, 30.0), open_env(server).tasks("train")
     assert all(reply.turn for reply in stage.reset({0: tasks[0], 1: tasks[1]}).values())
     replies = stage.step({0: "break", 1: "look"})
     assert "the house burnt down" in replies[0].error and replies[1].turn
@@ -198,4 +198,4 @@ def test_a_server_that_is_not_there_is_one_sentence(server):
     ):
         open_env(server, base_url="http://127.0.0.1:9")
     world = open_env(server, observation_field="words")
-    assert "no 'words', but actions, text" in Serial(world).reset({0: world.tasks("dev")[0]})[0].error
+    assert "no 'words', but actions, text" in SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0].error

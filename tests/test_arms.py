@@ -7,9 +7,9 @@ import torch
 
 from aem_exp import aem
 from aem_exp.config import load
-from aem_exp.rollout.sampling.base import generator
+from aem_exp.rollout.sampling.base import keyed_generator
 from aem_exp.training import diagnostics, modulation
-from aem_exp.training.modulation import Arm
+from aem_exp.training.modulation import ModulationVariant
 
 ENTROPY_R = torch.tensor([0.2, 0.5, 0.8, 1.1, 0.3, 0.9, 0.4])
 GROUP_R = torch.tensor([0, 0, 0, 0, 1, 1, 1])
@@ -26,11 +26,11 @@ def alphas(name, seed=0):
     """The coefficients that a config of `conf/modulation` gives, and what it adds."""
     block = chosen_block(name)
     lam = torch.tensor(block.lam["value"]).item()
-    arm = Arm(**{key: getattr(block, key) for key in vars(Arm())})
-    scope_R = modulation.scoped(arm, GROUP_R, TRAJECTORY_R)
-    alpha_R = modulation.coefficients(arm, ENTROPY_R, scope_R, lam, block.gate, generator((seed,)))
-    alpha_R = modulation.kept(arm, ADVANTAGE_R, alpha_R)
-    return alpha_R, modulation.addition(arm, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
+    arm = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
+    scope_R = modulation.scope_ids(arm, GROUP_R, TRAJECTORY_R)
+    alpha_R = modulation.coefficients(arm, ENTROPY_R, scope_R, lam, block.gate, keyed_generator((seed,)))
+    alpha_R = modulation.filter_by_entropy_effect(arm, ADVANTAGE_R, alpha_R)
+    return alpha_R, modulation.advantage_bonus(arm, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
 
 
 def test_the_paper_is_the_arm_without_departures():
@@ -76,34 +76,39 @@ def test_a_scope_has_its_own_range_and_mean(name, scope_R):
 
 def test_ungated_modulates_what_differs_by_noise():
     close = torch.tensor([0.5, 0.5001])
-    arm, both = Arm(), torch.zeros(2).long()
-    assert torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.1, generator(())), torch.ones(2))
+    arm, both = ModulationVariant(), torch.zeros(2).long()
+    assert torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2))
     assert chosen_block("ungated").gate == 0
-    assert not torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.0, generator(())), torch.ones(2))
+    assert not torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2))
 
 
 def test_raising_and_lowering_part_the_paper_s_responses_and_change_none():
     """Group 0: alpha falls through 1; the advantages of its first half are above 0. The last response of group 1 has none."""
     paper_R, _ = alphas("aem")
-    sides = [modulation.kept(Arm(keep=keep), ADVANTAGE_R, paper_R) for keep in ("raising", "lowering")]
+    sides = [
+        modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), ADVANTAGE_R, paper_R)
+        for keep in ("raising", "lowering")
+    ]
     for side_R in sides:
         assert torch.equal(side_R[side_R != 0], paper_R[side_R != 0])
     raising, lowering = ((side_R != 0).tolist() for side_R in sides)
     assert raising == [False, False, False, False, False, True, False]
     assert lowering == [True, True, True, True, True, False, False]
-    assert torch.equal(modulation.kept(Arm(), ADVANTAGE_R, paper_R), paper_R)
+    assert torch.equal(modulation.filter_by_entropy_effect(ModulationVariant(), ADVANTAGE_R, paper_R), paper_R)
 
 
 def test_a_failure_is_of_the_other_kind():
     paper_R, _ = alphas("aem")
     for keep, other in (("raising", "lowering"), ("lowering", "raising")):
-        failed_R = modulation.kept(Arm(keep=keep), -ADVANTAGE_R, paper_R)
-        assert torch.equal(failed_R, modulation.kept(Arm(keep=other), ADVANTAGE_R, paper_R))
+        failed_R = modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), -ADVANTAGE_R, paper_R)
+        assert torch.equal(
+            failed_R, modulation.filter_by_entropy_effect(ModulationVariant(keep=other), ADVANTAGE_R, paper_R)
+        )
 
 
 def test_what_the_gate_leaves_alone_is_of_neither_kind():
     for keep in ("raising", "lowering"):
-        assert not modulation.kept(Arm(keep=keep), ADVANTAGE_R, torch.ones(7)).any()
+        assert not modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), ADVANTAGE_R, torch.ones(7)).any()
 
 
 def test_each_side_s_drift_has_its_sign_where_entropy_stands_for_surprisal():
@@ -111,8 +116,8 @@ def test_each_side_s_drift_has_its_sign_where_entropy_stands_for_surprisal():
     alpha_R = aem.coefficients(ENTROPY_R[:4], GROUP_R[:4])
     signs = {}
     for keep in ("raising", "lowering"):
-        given_R = advantage_R * modulation.kept(Arm(keep=keep), advantage_R, alpha_R)
-        signs[keep] = diagnostics.drift(given_R, None, surprisal_R, GROUP_R[:4])["advantage"]
+        given_R = advantage_R * modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), advantage_R, alpha_R)
+        signs[keep] = diagnostics.entropy_drift(given_R, None, surprisal_R, GROUP_R[:4])["advantage"]
     assert signs["raising"] > 0 > signs["lowering"]
 
 

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aem_exp.rollout.rows import Row
-from aem_exp.rollout.sampling.base import generator
-from aem_exp.training.batch import DEAD, pack, plan, split
+from aem_exp.rollout.sampling.base import keyed_generator
+from aem_exp.training.batch import DEAD_ROW, pack_rows, plan_updates, split_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
 def shares(lengths, mini_batch, ranks):
-    return [plan(lengths, mini_batch, generator(("test",)), rank, ranks) for rank in range(ranks)]
+    return [plan_updates(lengths, mini_batch, keyed_generator(("test",)), rank, ranks) for rank in range(ranks)]
 
 
 @given(LENGTHS, st.integers(0, 12), st.integers(1, 5))
@@ -21,7 +21,7 @@ def test_every_row_is_trained_once_on_any_number_of_ranks(lengths, mini_batch, r
     assert sorted(i for update in alone for i in update) == list(range(len(lengths)))
     for u, update in enumerate(alone):
         parts = [share[u] for share in together]
-        assert sorted(i for part in parts for i in part if i != DEAD) == sorted(update)
+        assert sorted(i for part in parts for i in part if i != DEAD_ROW) == sorted(update)
         assert len({len(part) for part in parts}) == 1  # collectives need the same number of rows everywhere
 
 
@@ -34,19 +34,19 @@ def test_updates_are_of_one_size(lengths, mini_batch):
 
 def test_split():
     lengths = [10, 30, 90, 20, 100, 5, 5, 40]
-    assert split([4, 2, 7, 1, 3], lengths, 2) == [[4, 2], [7, 1], [3]]
-    assert split([4, 2, 7], lengths, 0) == [[4, 2, 7]]
-    assert split([], lengths, 2) == []
+    assert split_micro_batches([4, 2, 7, 1, 3], lengths, 2) == [[4, 2], [7, 1], [3]]
+    assert split_micro_batches([4, 2, 7], lengths, 0) == [[4, 2, 7]]
+    assert split_micro_batches([], lengths, 2) == []
 
 
 @given(LENGTHS, st.integers(1, 400), st.integers(0, 5))
 def test_no_micro_batch_exceeds_its_budget(lengths, tokens, rows):
     """Of tokens with padding, unless it is one row alone; every row is in one, in order."""
-    share = [*sorted(range(len(lengths)), key=lambda i: -lengths[i]), DEAD]
-    micros = split(share, lengths, rows, tokens)
+    share = [*sorted(range(len(lengths)), key=lambda i: -lengths[i]), DEAD_ROW]
+    micros = split_micro_batches(share, lengths, rows, tokens)
     assert [i for micro in micros for i in micro] == share
     for micro in micros:
-        assert len(micro) == 1 or len(micro) * max(lengths[i] if i != DEAD else 0 for i in micro) <= tokens
+        assert len(micro) == 1 or len(micro) * max(lengths[i] if i != DEAD_ROW else 0 for i in micro) <= tokens
         assert not rows or len(micro) <= rows
 
 
@@ -55,7 +55,7 @@ def test_pack():
         Row([5, 6, 7], [8, 9], [1, 0], [-1.0, 0.0], [0.5, 0.0], 0, [0]),
         Row([5], [8, 9, 3, 4], [1, 0, 1, 1], [-1.0, 0.0, -2.0, -3.0], [0.5, 0.0, 0.1, 0.2], 1, [0, 1]),
     ]
-    batch = pack(rows, [1, 0, DEAD], pad_id=0)
+    batch = pack_rows(rows, [1, 0, DEAD_ROW], pad_id=0)
     assert batch["prompt_ids"].tolist() == [[0, 0, 5], [5, 6, 7], [5, 6, 7]]
     assert batch["prompt_mask"].tolist() == [[0, 0, 1], [1, 1, 1], [1, 1, 1]]
     assert batch["completion_ids"].tolist() == [[8, 9, 3, 4], [8, 9, 0, 0], [8, 9, 0, 0]]

@@ -17,7 +17,7 @@ def saved(run_dir, number, step=None):
     (folder / "shards").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     (folder / "shards" / "0.distcp").write_bytes(b"moments")
-    checkpoints.mark(folder, step or number, number, 1)
+    checkpoints.mark_complete(folder, step or number, number, 1)
     return folder
 
 
@@ -47,16 +47,16 @@ DAMAGES = [
 @pytest.mark.parametrize(("name", "harm", "said"), DAMAGES, ids=[said for *_, said in DAMAGES])
 def test_the_older_one_counts_where_the_newest_is_damaged(tmp_path, name, harm, said):
     older, newer = saved(tmp_path, 2), saved(tmp_path, 4)
-    assert checkpoints.newest(tmp_path) == newer and not checkpoints.set_aside(tmp_path)
+    assert checkpoints.find_newest(tmp_path) == newer and not checkpoints.set_aside_damaged(tmp_path)
     harm(newer / name)
-    assert checkpoints.damage(newer).startswith(said) and not checkpoints.damage(older)
-    (sentence,) = checkpoints.set_aside(tmp_path)
+    assert checkpoints.describe_damage(newer).startswith(said) and not checkpoints.describe_damage(older)
+    (sentence,) = checkpoints.set_aside_damaged(tmp_path)
     assert said in sentence and "damaged-checkpoint-4" in sentence
-    assert checkpoints.newest(tmp_path) == older and checkpoints.steps(older) == 2
+    assert checkpoints.find_newest(tmp_path) == older and checkpoints.steps(older) == 2
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # transformers counts these
     saved(tmp_path, 4)
     flip(tmp_path / "checkpoint-4" / name if name != "step.json" else tmp_path / "checkpoint-4/model.safetensors")
-    assert len(checkpoints.set_aside(tmp_path)) == 1  # a second time
+    assert len(checkpoints.set_aside_damaged(tmp_path)) == 1  # a second time
 
 
 def test_where_none_is_left_nothing_is_trained_anew(tmp_path):
@@ -64,14 +64,14 @@ def test_where_none_is_left_nothing_is_trained_anew(tmp_path):
         cut(saved(tmp_path, number) / "model.safetensors")
     for _ in range(2):  # also when it is asked again
         with pytest.raises(ConfigError, match=r"no checkpoint of it is undamaged \(checkpoint-4: .*; checkpoint-2: "):
-            checkpoints.set_aside(tmp_path)
+            checkpoints.set_aside_damaged(tmp_path)
 
 
 def test_those_of_older_versions_count(tmp_path):
     folder = saved(tmp_path, 4)
     (folder / "step.json").write_text(json.dumps({"step": 3}))
     flip(folder / "model.safetensors")
-    assert not checkpoints.set_aside(tmp_path) and checkpoints.newest(tmp_path) == folder
+    assert not checkpoints.set_aside_damaged(tmp_path) and checkpoints.find_newest(tmp_path) == folder
     assert (checkpoints.steps(folder), checkpoints.updates(folder)) == (3, 4)
 
 
@@ -87,7 +87,7 @@ def begun(unbroken, tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_from_the_older_one_and_ends_alike(begun, unbroken, cache, caplog):
-    newest = checkpoints.marked(begun)[0]
+    newest = checkpoints.list_complete(begun)[0]
     flip(newest / "optimizer.pt")
     with caplog.at_level(logging.WARNING):
         folder = inside(cache, begun.parent, *SMALL)
@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_the_older_one_and_ends_alike(begun, unbroken, cache,
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(begun, cache):
-    for checkpoint in checkpoints.marked(begun):
+    for checkpoint in checkpoints.list_complete(begun):
         flip(checkpoint / "optimizer.pt")
     with pytest.raises(ConfigError, match="no checkpoint of it is undamaged"):
         inside(cache, begun.parent, *SMALL)
@@ -109,7 +109,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(begun, cache):
 def test_a_damaged_end_is_not_continued(unbroken, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
     parent = shutil.copytree(unbroken[0], tmp_path / unbroken[0].name)
-    cut(checkpoints.marked(parent)[0] / "model.safetensors")
+    cut(checkpoints.list_complete(parent)[0] / "model.safetensors")
     with pytest.raises(ConfigError, match=r"its last checkpoint is damaged: model\.safetensors has"):
         inside(cache, tmp_path / "out", f"from={parent}", "trainer.steps=8")
     assert not list((tmp_path / "out").glob("*/checkpoint-*"))

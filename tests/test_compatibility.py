@@ -106,7 +106,7 @@ def test_the_experiment_of_an_old_run_is_read_as_it_was_written(old):
 def test_an_old_run_gives_the_archive_that_it_gave(old, tmp_path):
     name, folder = old
     how = run_state.read([folder])[folder]
-    kept = archive.of(folder, how.what, (how.kind, how.sentence))
+    kept = archive.from_run_dir(folder, how.what, (how.kind, how.sentence))
     assert kept.done and archive.read(archive.write(kept, tmp_path)) == kept
     same(f"runs/{name}.archive.json", json.dumps(asdict(kept), indent=1, sort_keys=True) + "\n")
 
@@ -115,7 +115,7 @@ def test_an_old_run_is_shown_as_it_was(old, capsys):
     """By the summary at the end of a run, in the table of all runs, and for programs."""
     name, folder = old
     console = Console(file=io.StringIO(), width=120, highlight=False)
-    summary.summary(folder, console)
+    summary.print_summary(folder, console)
     assert status.main(["--once"]) == status.main(["--json"]) == 0
     same(f"runs/{name}.shown.txt", told(console.file.getvalue() + "\n" + capsys.readouterr().out, folder.parent))
 
@@ -124,24 +124,24 @@ def test_the_rows_of_an_old_run_are_read(old):
     _, folder = old
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert metrics.read(folder) == [json.loads(line) for line in lines] and len(lines) == 3
-    episodes.check(folder / "episodes.parquet")
+    episodes.check_file(folder / "episodes.parquet")
     table = episodes.read(folder / "episodes.parquet")
     assert {"train", "dev[:8]", "test[:8]"} == set(table["split"].to_pylist())
-    assert episodes.markdown(episodes.sample(folder)) == (folder / "episodes.md").read_text()
+    assert episodes.to_markdown(episodes.select_examples(folder)) == (folder / "episodes.md").read_text()
 
 
 def test_the_checkpoints_of_an_old_run_are_known_by_their_marks(old):
     _, folder = old
-    found = checkpoints.marked(folder)
+    found = checkpoints.list_complete(folder)
     assert [checkpoints.steps(each) for each in found] == [2, 1]
     assert [checkpoints.updates(each) for each in found] == [int(each.name.rpartition("-")[2]) for each in found]
-    assert "is missing" in checkpoints.damage(found[0], content=False)
+    assert "is missing" in checkpoints.describe_damage(found[0], content=False)
     for name, facts in json.loads((found[0] / "step.json").read_text())["files"].items():
         (found[0] / name).parent.mkdir(exist_ok=True)
         with (found[0] / name).open("wb") as file:  # as large as it was
             file.truncate(facts["size"])
-    assert checkpoints.newest(folder) == found[0]
-    assert "has changed" in checkpoints.damage(found[0])
+    assert checkpoints.find_newest(folder) == found[0]
+    assert "has changed" in checkpoints.describe_damage(found[0])
 
 
 @pytest.mark.parametrize("old", [STUDY], indirect=True)
@@ -218,7 +218,7 @@ def keys_of(folder):
     read = {name: json.loads((folder / name).read_text()) for name in ("experiment.json", "before.json", "result.json")}
     read |= {name: json.loads((folder / name).read_text()) for name in ("provenance.json", "owner.json")}
     card = json.loads((folder / "tracking.json").read_text())
-    mark = json.loads((checkpoints.marked(folder)[0] / "step.json").read_text())
+    mark = json.loads((checkpoints.list_complete(folder)[0] / "step.json").read_text())
     mark["files"] = list(mark["files"].values())
     found = {name: dotted(data) for name, data in read.items()}
     found |= {"tracking.json": set(card), "step.json": dotted(mark), "metrics.jsonl": measured(folder)}
@@ -227,7 +227,7 @@ def keys_of(folder):
         found.setdefault(f"attempts.jsonl: {event['event']}", set()).update(event)
     schema = pyarrow.parquet.read_schema(folder / "episodes.parquet")
     found["episodes.parquet"] = {f"{field.name}: {field.type}" for field in schema}
-    kept = asdict(archive.of(folder, "done"))
+    kept = asdict(archive.from_run_dir(folder, "done"))
     found["archive"] = set(kept) | {f"{part}.{key}" for part in ("tasks", "spent") for key in kept[part]}
     return {name: sorted(keys) for name, keys in found.items()}
 

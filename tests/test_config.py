@@ -21,11 +21,11 @@ from aem_exp.__main__ import main
 from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys
 from aem_exp.config.compose import Composer, compose
 from aem_exp.core import disk
-from aem_exp.core.errors import closest
+from aem_exp.core.errors import closest_match
 from aem_exp.core.typed import convert
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = config.choices([ROOT / "conf"])
+GROUPS = config.list_choices([ROOT / "conf"])
 FIXED = [  # what these tests count on, however conf/ is tuned
     *("model=tiny", "env=household", "baseline=grpo", "modulation=aem", "launch=local"),
     *("trainer.steps=60", "trainer.tasks_per_step=8", "trainer.group_size=8", "trainer.mini_batch=32"),
@@ -199,8 +199,8 @@ def test_the_reference_itself_differs_in_split_and_panel_alone(name):
 
 
 def test_panels_may_be_played_by_rules_of_their_own(default):
-    assert config.examined(default) == default
-    roomy = config.examined(load(["evaluation.max_turns=30", "evaluation.context_tokens=900"]))
+    assert config.apply_evaluation_limits(default) == default
+    roomy = config.apply_evaluation_limits(load(["evaluation.max_turns=30", "evaluation.context_tokens=900"]))
     assert (roomy.env.max_turns, roomy.env.context_tokens) == (30, 900)
     assert config.signature(load(["evaluation.max_turns=30"])) != config.signature(default)
 
@@ -310,7 +310,7 @@ AT_RESOLVING = [
     ("modulation.lam.valu=1", "modulation.lam.valu", "did you mean value?"),
     ("modulation.lam={_target_:aem_exp.schedules.Linear,end:0}", "modulation.lam.start", "required by"),
     ("baseline.advantage.played=1", "baseline.advantage.played", "no such key"),
-    ("baseline.advantage._target_=aem_exp.core.disk.cache", "baseline.advantage._target_", "1 argument by"),
+    ("baseline.advantage._target_=aem_exp.core.disk.cache_dir", "baseline.advantage._target_", "1 argument by"),
     ("baseline.advantage.over=turn", "baseline.advantage.over", "did you mean turns? choose from trajectories, turns"),
     ("tracking='http://me:pw@host'", "tracking", "MLFLOW_TRACKING_USERNAME"),
     ("tracking='postgresql://host/db?password=pw'", "tracking", "password=***"),
@@ -463,9 +463,9 @@ def test_servers_go_with_settings_of_the_correction_and_workers_are_missed():
 
 
 def test_suggestions_know_initials_and_spelling():
-    assert closest("lr", ["trainer.loss_type", "trainer.learning_rate"]) == "trainer.learning_rate"
-    assert closest("betta", ["beta", "delta"]) == "beta"
-    assert closest("zzz", ["beta", "delta"]) is None
+    assert closest_match("lr", ["trainer.loss_type", "trainer.learning_rate"]) == "trainer.learning_rate"
+    assert closest_match("betta", ["beta", "delta"]) == "beta"
+    assert closest_match("zzz", ["beta", "delta"]) is None
 
 
 # Values
@@ -481,8 +481,8 @@ def test_keys_need_no_plus_and_yaml_spells_on_as_true():
 def test_the_trainer_block_is_complete_and_typed(default):
     for key, value in default.trainer.items():
         assert value is not None
-        assert convert((trainer_keys.OURS | trainer_keys.SCIENCE)[key], value, key) == value
-    assert set(trainer_keys.NEUTRAL) <= set(default.trainer)
+        assert convert((trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS)[key], value, key) == value
+    assert set(trainer_keys.NEUTRAL_VALUES) <= set(default.trainer)
 
 
 def test_the_value_is_frozen(default):
@@ -541,9 +541,9 @@ def test_signature_follows_the_science_and_nothing_else(default, part, name):
     assert bool(config.diff(default, other)) == science
 
 
-@pytest.mark.parametrize("key", [*trainer_keys.OURS, *trainer_keys.SCIENCE])
+@pytest.mark.parametrize("key", [*trainer_keys.OWN_KEYS, *trainer_keys.GRPO_KEYS])
 def test_signature_follows_every_trainer_key(default, key):
-    hint = (trainer_keys.OURS | trainer_keys.SCIENCE)[key]
+    hint = (trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS)[key]
     other = with_trainer(default, **{key: changed(default.trainer.get(key), hint)})
     assert config.signature(other) != config.signature(default)
 
@@ -554,9 +554,9 @@ def test_signature_of_the_rest(default):
     assert config.signature(dataclasses.replace(default, seed=1)) != config.signature(default)
 
 
-@pytest.mark.parametrize("key", trainer_keys.NEUTRAL)
+@pytest.mark.parametrize("key", trainer_keys.NEUTRAL_VALUES)
 def test_a_neutral_key_changes_nothing(default, key):
-    neutral = with_trainer(default, **{key: trainer_keys.NEUTRAL[key]})
+    neutral = with_trainer(default, **{key: trainer_keys.NEUTRAL_VALUES[key]})
     data = config.to_dict(neutral)
     del data["trainer"][key]  # as a version wrote it that did not have the key
     assert config.from_dict(data) == neutral
@@ -613,7 +613,7 @@ def test_diff_and_nearest(default, tmp_path):
     (tmp_path / "outputs/broken").mkdir()
     (tmp_path / "outputs/broken/experiment.json").write_text("{")
     assert config.diff(far, default) == ["seed: 3 -> 0", "trainer.steps: 1 -> 60", "trainer.beta: 0.7 -> 0.0"]
-    assert config.nearest(default) == (config.run_dir(near), ["trainer.beta: 0.5 -> 0.0"])
+    assert config.nearest_run(default) == (config.run_dir(near), ["trainer.beta: 0.5 -> 0.0"])
 
 
 # TRL's own keywords
@@ -622,21 +622,21 @@ def test_diff_and_nearest(default, tmp_path):
 def test_tables_are_grpo_keywords():
     known = trainer_keys.grpo_keywords()
     assert len(known) > 150
-    for table in (trainer_keys.SCIENCE, trainer_keys.EXECUTION, trainer_keys.INSTEAD):
+    for table in (trainer_keys.GRPO_KEYS, trainer_keys.LAUNCH_KEYS, trainer_keys.REPLACEMENTS):
         assert set(table) <= known
-    assert not known & set(trainer_keys.OURS)
-    tables = [set(trainer_keys.SCIENCE), set(trainer_keys.EXECUTION), set(trainer_keys.INSTEAD)]
+    assert not known & set(trainer_keys.OWN_KEYS)
+    tables = [set(trainer_keys.GRPO_KEYS), set(trainer_keys.LAUNCH_KEYS), set(trainer_keys.REPLACEMENTS)]
     assert sum(map(len, tables)) == len(set().union(*tables))
-    assert set(trainer_keys.NEUTRAL) <= set(trainer_keys.SCIENCE | trainer_keys.OURS)
-    assert {key for keys in trainer_keys.ONLY_WITH.values() for key in keys} <= set(
-        trainer_keys.SCIENCE | trainer_keys.OURS
+    assert set(trainer_keys.NEUTRAL_VALUES) <= set(trainer_keys.GRPO_KEYS | trainer_keys.OWN_KEYS)
+    assert {key for keys in trainer_keys.LOSS_SPECIFIC_KEYS.values() for key in keys} <= set(
+        trainer_keys.GRPO_KEYS | trainer_keys.OWN_KEYS
     )
 
 
 def test_every_grpo_keyword_is_taken_or_refused_in_a_sentence():
-    for key in trainer_keys.grpo_keywords() - set(trainer_keys.SCIENCE):
+    for key in trainer_keys.grpo_keywords() - set(trainer_keys.GRPO_KEYS):
         with pytest.raises(ConfigError) as caught:
-            trainer_keys.science({key: 1})
+            trainer_keys.resolve_trainer({key: 1})
         assert caught.value.field == f"trainer.{key}" and "no such key" not in str(caught.value)
 
 
@@ -649,8 +649,8 @@ def test_what_may_be_null_is_null_in_trl():
                 options = {keyword.arg: keyword.value for keyword in node.value.keywords}
                 if "default" in options:
                     defaults.setdefault(node.target.id, ast.unparse(options["default"]))
-    needed = {key for keys in trainer_keys.ONLY_WITH.values() for key in keys}
-    left_out = {key for key, hint in trainer_keys.SCIENCE.items() if type(None) in get_args(hint)} - needed
+    needed = {key for keys in trainer_keys.LOSS_SPECIFIC_KEYS.values() for key in keys}
+    left_out = {key for key, hint in trainer_keys.GRPO_KEYS.items() if type(None) in get_args(hint)} - needed
     assert {key: defaults[key] for key in left_out} == dict.fromkeys(left_out, "None")
 
 
@@ -659,8 +659,8 @@ def test_choices_are_those_of_the_libraries():
         tree = ast.parse((PACKAGES / file).read_text())
         return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
-    assert set(get_args(trainer_keys.Loss)) <= strings("trl/trainer/grpo_trainer.py")
-    assert set(get_args(trainer_keys.Shape)) <= strings("transformers/trainer_utils.py")
+    assert set(get_args(trainer_keys.LossType)) <= strings("trl/trainer/grpo_trainer.py")
+    assert set(get_args(trainer_keys.SchedulerType)) <= strings("transformers/trainer_utils.py")
     assert set(get_args(trainer_keys.Optimizer)) <= strings("transformers/training_args.py")
 
 
@@ -728,10 +728,10 @@ def mine(tmp_path, monkeypatch):
 def test_targets_are_bound_without_importing(mine, target, keywords_, field):
     block = {"_target_": target, **keywords_}
     if field is None:
-        assert targets.bind("x", block) == block
+        assert targets.bind_target("x", block) == block
     else:
         with pytest.raises(ConfigError) as caught:
-            targets.bind("x", block)
+            targets.bind_target("x", block)
         assert caught.value.field == field
     assert "mine.things" not in sys.modules
 
@@ -758,7 +758,7 @@ def test_targets_that_run_whatever_they_are_given_are_refused_by_name(mine, targ
     nested = {"_target_": "mine.things.Plain", "whatever": {"_target_": target}}
     for block, field in (({"_target_": target}, "x._target_"), (nested, "x.whatever._target_")):
         with pytest.raises(ConfigError, match=re.escape(said)) as caught:
-            targets.bind("x", block)
+            targets.bind_target("x", block)
         assert caught.value.field == field
     if not target.startswith("aem_exp."):
         with pytest.raises(ConfigError, match=re.escape(said)):
@@ -779,7 +779,7 @@ def test_a_package_that_the_user_installed_may_be_named(tmp_path, monkeypatch):
     (record / "RECORD").write_text("installed_plugin/__init__.py,,\n")
     monkeypatch.syspath_prepend(str(site))
     block = {"_target_": "installed_plugin.estimate"}
-    assert targets.bind("x", block, positional=1) == block
+    assert targets.bind_target("x", block, positional=1) == block
     assert targets.instantiate(block, partial=True)(5) == 5
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_mlflow")
 def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
     """6 steps, then `from=` to 10, killed on the way: the weights, rows and samples of 10 steps at once. The parent stays."""
     parent, _ = unbroken
-    checkpoint = checkpoints.newest(parent)
+    checkpoint = checkpoints.find_newest(parent)
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     words = [f"from={parent}", "trainer.steps=10"]
     outputs = tmp_path / "continued"
@@ -47,14 +47,14 @@ def test_continued_it_is_the_longer_run(unbroken, cache, tmp_path):
 def stopped(cache, tmp_path_factory, unbroken):
     """The unbroken run once more, stopped after 4 of its 6 steps."""
     from aem_exp import config
-    from aem_exp.cluster.signals import Enough
+    from aem_exp.cluster.signals import Pruned
     from aem_exp.run import execution
 
     outputs = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(cache))
         patch.setenv("MLFLOW_TRACKING_URI", "off")
-        with pytest.raises(Enough):
+        with pytest.raises(Pruned):
             execution.run(config.load([*SMALL, f"outputs={outputs}"]), lambda step, steps, row: step == 4)
     return folder_of(outputs)
 
@@ -81,7 +81,7 @@ def test_a_branch_is_named_by_where_it_begins(unbroken, stopped, tmp_path):
     assert (branch.parent, branch.parent_steps) == (f"{parent}@4", 4)
     earlier = tmp_path / stopped.name
     subprocess.run(["cp", "-r", str(stopped), str(earlier)], check=True)
-    newest = checkpoints.newest(earlier)
+    newest = checkpoints.find_newest(earlier)
     steps = {checkpoints.steps(path): path for path in earlier.glob("checkpoint-*")}
     assert checkpoints.steps(newest) == 4 and 2 in steps
     subprocess.run(["rm", "-r", str(newest)], check=True)
@@ -94,9 +94,12 @@ def test_a_branch_is_named_by_where_it_begins(unbroken, stopped, tmp_path):
 
 def test_a_run_at_work_is_branched_when_it_has_stopped(stopped):
     from aem_exp.config import ConfigError, load
-    from aem_exp.rundir.lock import owning
+    from aem_exp.rundir.lock import hold_run_lock
 
-    with owning(stopped), pytest.raises(ConfigError, match=rf"is at work, at step 4; stop it, .*process {os.getpid()}"):
+    with (
+        hold_run_lock(stopped),
+        pytest.raises(ConfigError, match=rf"is at work, at step 4; stop it, .*process {os.getpid()}"),
+    ):
         load([f"from={stopped}", "modulation=none"])
 
 
@@ -339,7 +342,7 @@ class Broken(Household):
 def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypatch, word, said):
     """Not a finished run with numbers that mean nothing, and not a wall of traceback."""
     from aem_exp import config
-    from aem_exp.core.errors import Stop
+    from aem_exp.core.errors import RunError
     from aem_exp.run import command as run
     from aem_exp.run import execution
     from aem_exp.rundir import archive
@@ -348,15 +351,15 @@ def test_a_run_that_cannot_go_on_stops_with_its_reason(cache, tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("AEM_CACHE", str(cache))
     experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off", word])
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(RunError) as stopped:
         execution.run(experiment)
     assert said in str(stopped.value)
     folder = config.run_dir(experiment)
     assert not (folder / "result.json").exists()
-    diverged = archive.of(folder, "failed", ("nan", "..."))
+    diverged = archive.from_run_dir(folder, "failed", ("nan", "..."))
     assert diverged.done == ("not finite" in said or "gradient" in said)
     assert not diverged.done or (diverged.result["diverged"] == str(stopped.value) and len(diverged.success) == 8)
-    assert run.at_terminal(experiment, config.run_dir(experiment), []) == 1
+    assert run.run_in_terminal(experiment, config.run_dir(experiment), []) == 1
 
 
 def test_asked_after_the_end_it_says_what_changed_since(unbroken, cache, tmp_path):

@@ -11,7 +11,7 @@ from aem_exp.cluster import run_state
 from aem_exp.report import command as report
 from aem_exp.run import command as run
 from aem_exp.rundir import archive
-from aem_exp.rundir.episodes import Episodes, check
+from aem_exp.rundir.episodes import EpisodeWriter, check_file
 
 pytestmark = pytest.mark.usefixtures("no_mlflow", "clean")
 
@@ -106,7 +106,7 @@ def test_of_a_finished_run(copy, monkeypatch, capsys, name, harm, code, what):
     how = run_state.read([copy])[copy]
     assert how.what == (what or "done")
     assert (f"{name} is damaged" in how.sentence) == (what is not None)
-    read = report._read_dir(copy, how)
+    read = report._read_run_dir(copy, how)
     if name == "tracking.json" or (name, harm) == ("provenance.json", empty):  # a report does not need it
         assert read.what == "done"
     else:
@@ -147,13 +147,13 @@ def test_one_damaged_run_hides_no_other(copy, unbroken):
 
 def test_a_part_that_is_damaged_while_a_run_lives_costs_no_result(tmp_path, caplog):
     """It is left out, by name. What comes after a damaged part of an evaluation is played again."""
-    record = Episodes(tmp_path, None)
+    record = EpisodeWriter(tmp_path, None)
     for step in (1, 2, 3):
         record.add([{"step": step, "split": "train", "task": "t", "habits": [], "turns": 1}])
         record.write(step)
     cut(tmp_path / "episodes" / "0000002.parquet")
     with caplog.at_level(logging.WARNING):
-        check(record.finish())
+        check_file(record.finish())
     assert "episodes.parquet lacks the episodes of 0000002.parquet: " in caplog.text
     import pandas as pd
 
@@ -170,4 +170,4 @@ def test_a_last_line_that_a_kill_cut_short_is_no_damage(copy):
     with file.open("a") as more:
         more.write('{"step": 7, "tra')
     assert run_state.read([copy])[copy].what == "done"
-    assert len(json.dumps(archive.of(copy, "done").curves["step"]).split(",")) == rows
+    assert len(json.dumps(archive.from_run_dir(copy, "done").curves["step"]).split(",")) == rows

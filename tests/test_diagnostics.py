@@ -11,7 +11,7 @@ from aem_exp.envs import Task
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import OVER, Response, Trajectory
 from aem_exp.training import diagnostics
-from aem_exp.training.credit import assign, describe
+from aem_exp.training.credit import assign_credit, step_metrics
 
 STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
@@ -27,10 +27,10 @@ def test_relative_surprisal_compares_with_the_others_of_the_state():
 def test_drift_by_hand():
     advantage_R = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0, 5.0])
     given_R = advantage_R * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 3.0])
-    found = diagnostics.drift(advantage_R, given_R, SURPRISAL_R, STATE_R)
+    found = diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, STATE_R)
     assert found == {"advantage": (-4.5 - 4 - 0 + 0 - 4) / 5, "aem": (-4.5 + 0.5 * 4) / 5}
-    assert diagnostics.drift(advantage_R, None, SURPRISAL_R, STATE_R).keys() == {"advantage"}
-    assert diagnostics.drift(advantage_R, given_R, SURPRISAL_R, torch.arange(6)) == {}
+    assert diagnostics.entropy_drift(advantage_R, None, SURPRISAL_R, STATE_R).keys() == {"advantage"}
+    assert diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, torch.arange(6)) == {}
 
 
 def test_it_is_how_entropy_moves_under_a_natural_gradient():
@@ -53,7 +53,7 @@ def test_what_coefficients_do_to_the_balance_of_signs_and_lengths_by_hand():
     alpha_R = torch.tensor([2.0, 1.0, 0.25, 0.75])
     advantage_R = torch.tensor([1.0, 1.0, -2.0, 0.0])
     tokens_R, turn_R = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    found = diagnostics.modulation(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
+    found = diagnostics.modulation_statistics(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
     assert found["advantage_balance"] == pytest.approx(2.5 / 4)
     assert found["advantage_balance_token"] == pytest.approx((2 + 2 - 1.5) / 9)
     assert found["alpha_positive_mean"] == pytest.approx(1.5)
@@ -62,7 +62,7 @@ def test_what_coefficients_do_to_the_balance_of_signs_and_lengths_by_hand():
     assert found["alpha_token_mean"] == pytest.approx((2 + 2 + 0.75 + 3) / 10)
     assert found["alpha_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, tokens_R]))[0, 1].item())
     assert found["alpha_turn_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, turn_R]))[0, 1].item())
-    none = diagnostics.modulation(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
+    none = diagnostics.modulation_statistics(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
     assert none["advantage_balance"] == none["advantage_balance_token"] == 0
     assert not {"alpha_positive_mean", "alpha_negative_mean"} & none.keys()
 
@@ -86,14 +86,14 @@ PLAYED = [
 
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_only_first_turns_of_groups_of_several_count(history):
-    credit = assign(PLAYED, history, advantages.group_centred)
+    credit = assign_credit(PLAYED, history, advantages.group_centred)
     credit.surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.responses()])
-    assert describe(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
-    assert "drift/aem" not in describe(credit)
+    assert step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
+    assert "drift/aem" not in step_metrics(credit)
     credit.alpha_U = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
-    assert describe(credit)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
+    assert step_metrics(credit)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
     assert not any(
-        name.startswith("drift/") for name in describe(assign(PLAYED[2:], history, advantages.group_centred))
+        name.startswith("drift/") for name in step_metrics(assign_credit(PLAYED[2:], history, advantages.group_centred))
     )
 
 
@@ -113,7 +113,7 @@ def first_step(folder, history, **changes):
 def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
     """The numbers of the sampler, row by row; in micro-batches; and scored again, as under vLLM."""
     credit = first_step(folder, history, lam=1.0)
-    whole = describe(credit)
+    whole = step_metrics(credit)
     extra, counted = 0.0, 0
     for r, (m, turn, response) in enumerate(credit.responses()):
         others = [t.responses[0] for t in credit.kept if t.draw == credit.kept[m].draw and t is not credit.kept[m]]
@@ -124,20 +124,20 @@ def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
     assert counted > 4
     assert whole["drift/aem"] == pytest.approx(extra / counted, rel=1e-4)
     for changes in ({"device_rows": 1}, {"device_rows": 3}):
-        cut = describe(first_step(folder, history, lam=1.0, **changes))
+        cut = step_metrics(first_step(folder, history, lam=1.0, **changes))
         assert [cut[name] for name in ("drift/advantage", "drift/aem")] == [
             whole["drift/advantage"],
             whole["drift/aem"],
         ]
-    again = describe(first_step(folder, history, lam=1.0, trust_sampler=False))
+    again = step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
     assert again["drift/advantage"] == pytest.approx(whole["drift/advantage"], abs=1e-4)
 
 
 @pytest.mark.parametrize("unit", ["response", "token"])
 def test_what_modulation_gives_is_what_the_loss_gets(folder, unit):
     """Empty of effect at lambda 0, whatever gets a coefficient."""
-    from aem_exp.training.modulation import Arm
+    from aem_exp.training.modulation import ModulationVariant
 
-    credit = first_step(folder, "full", lam=0.0, arm=Arm(unit=unit))
-    torch.testing.assert_close(credit.given_R, credit.advantage_R)
-    assert describe(credit)["drift/aem"] == pytest.approx(0.0, abs=1e-6)
+    credit = first_step(folder, "full", lam=0.0, arm=ModulationVariant(unit=unit))
+    torch.testing.assert_close(credit.final_advantage_R, credit.advantage_R)
+    assert step_metrics(credit)["drift/aem"] == pytest.approx(0.0, abs=1e-6)

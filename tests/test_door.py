@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aem_exp.core import cli
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.evaluate import command as evaluate
 from aem_exp.run import command as run
 from aem_exp.tracking import command as tracking
@@ -45,7 +45,7 @@ def test_a_mistake_is_one_sentence(monkeypatch, capsys, main, argv, said):
     ("error", "code", "said"),
     [
         (ConfigError("tracking", "postgresql://h/db?password=pw", "is down"), 2, "password=***"),
-        (Stop("every environment crashed"), 1, "aem_exp: every environment crashed"),
+        (RunError("every environment crashed"), 1, "aem_exp: every environment crashed"),
         (KeyboardInterrupt(), 130, "stopped; to go on: COMMAND"),
         (OSError(errno.ENOSPC, "full"), 1, "the disk is full; free space, and to go on: COMMAND"),
     ],
@@ -55,7 +55,7 @@ def test_what_stops_says_how_to_go_on(capsys, error, code, said):
     def act():
         raise error
 
-    assert cli.answer(act, lambda: "to go on: COMMAND") == code
+    assert cli.run_cli(act, lambda: "to go on: COMMAND") == code
     err = capsys.readouterr().err
     assert said in err and "=pw" not in err
 
@@ -65,7 +65,7 @@ def test_what_nobody_foresaw_is_not_hidden():
         raise OSError(errno.EIO, "a bad disk")
 
     with pytest.raises(OSError, match="a bad disk"):
-        cli.answer(act)
+        cli.run_cli(act)
 
 
 def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
     for name in ("module_both", "colorsys"):
         (tmp_path / "code" / f"{name}.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "code")  # as a job has it
-    cli.reach_frozen(tmp_path)
+    cli.add_frozen_modules(tmp_path)
     assert find_spec("module_both").origin == str(tmp_path / "code" / "module_both.py")
     assert find_spec("module_only_here").origin == str(tmp_path / "module_only_here.py")
     assert find_spec("colorsys").origin == sysconfig.get_paths()["stdlib"] + "/colorsys.py"

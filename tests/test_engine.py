@@ -10,7 +10,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
-from aem_exp.rollout.sampling.trl_engine import VLLM, EngineSampler
+from aem_exp.rollout.sampling.trl_engine import VLLM_FIELDS, EngineSampler
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_entropies_and_log_probs_are_those_of_the_local_sampler(folder):
 
 
 def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(folder):
-    from aem_exp.core.errors import Stop
+    from aem_exp.core.errors import RunError
 
     trainer, _ = engine(folder)
     credit = trainer.credit(
@@ -106,13 +106,13 @@ def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(fo
     torch.testing.assert_close(ratio[mask], torch.full((int(mask.sum()),), 1.0513), atol=1e-3, rtol=0)
     for row in credit.rows:
         row.logps = [p - 1.0 * m for p, m in zip(row.logps, row.mask, strict=True)]
-    with pytest.raises(Stop, match="does not sample from these weights"):
+    with pytest.raises(RunError, match="does not sample from these weights"):
         trainer.batches(credit, 0)
 
 
 def test_what_is_told_to_vllm_exists():
     """It can't run without a GPU; the names that are set for a turn are those of the installed TRL."""
     source = inspect.getsource(VLLMGeneration)
-    for name in VLLM:
+    for name in VLLM_FIELDS:
         assert f"self.{name} = {name}" in source, name
         assert f"= self.{name}" in source or f"self.{name}" in inspect.getsource(VLLMGeneration.generate), name

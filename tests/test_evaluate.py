@@ -77,10 +77,10 @@ def test_statistics_of_a_panel_by_hand():
 
 
 def test_repeats_count_as_far_as_they_are_independent():
-    assert scores.effective([1.0, 0.0, 1.0, 0.0], 1) == 4
-    assert scores.effective([1.0, 0.0] * 10, 8) == 20  # all repeats alike: no more than the tasks
-    assert scores.effective([0.5, 0.625] * 10, 8) == 160  # tasks alike: as many as the episodes
-    assert scores.effective([1.0] * 10, 8) == 10  # nothing is known about the spread
+    assert scores.effective_episodes([1.0, 0.0, 1.0, 0.0], 1) == 4
+    assert scores.effective_episodes([1.0, 0.0] * 10, 8) == 20  # all repeats alike: no more than the tasks
+    assert scores.effective_episodes([0.5, 0.625] * 10, 8) == 160  # tasks alike: as many as the episodes
+    assert scores.effective_episodes([1.0] * 10, 8) == 10  # nothing is known about the spread
     assert scores.standard_error([1.0]) is None
 
 
@@ -90,10 +90,12 @@ def test_a_task_that_was_not_played_as_often_is_refused():
 
 
 def test_crashed_is_lost_and_unknown_is_none():
-    said = scores.score("dev", "", [outcome(0, 1.0, "a", crashed=True), outcome(1, 1.0, "b", valid=(True, False))])
+    said = scores.score_panel(
+        "dev", "", [outcome(0, 1.0, "a", crashed=True), outcome(1, 1.0, "b", valid=(True, False))]
+    )
     assert (said.success, said.crashed, said.by_kind) == (0.5, 1, {"a": 0.0, "b": 1.0})
     assert said.invalid_share == pytest.approx(1 / 3)
-    mute = scores.score("dev", "", [outcome(0, 0.0, crashed=True, valid=(), entropies=(), tokens=None)])
+    mute = scores.score_panel("dev", "", [outcome(0, 0.0, crashed=True, valid=(), entropies=(), tokens=None)])
     assert (mute.turns, mute.invalid_share, mute.response_entropy, mute.tokens) == (0, None, None, None)
     assert "eval/invalid_share" not in mute.metrics("eval/")
     assert mute.metrics("eval/")["eval/success"] == 0
@@ -178,14 +180,14 @@ def test_random_is_the_same_every_time(trained, capsys, tmp_path):
 
 
 def test_a_random_player_speaks_as_the_world_listens():
-    from aem_exp.envs.executor import Serial
-    from aem_exp.evaluate.agents import _anything, act
+    from aem_exp.envs.executor import SerialExecutor
+    from aem_exp.evaluate.agents import _random_action, play_without_model
     from aem_exp.rollout.types import Episode
 
     for tags in (False, True):
         world = Household(tags=tags)
         episodes = [Episode(task, 0, 0, (task.id,)) for task in world.tasks("dev")[:10]]
-        played = act(episodes, Serial(world), partial(_anything, world.env().parse), 10)
+        played = play_without_model(episodes, SerialExecutor(world), partial(_random_action, world.env().parse), 10)
         said = [response for trajectory in played for response in trajectory.responses]
         assert len(said) > 50
         assert all(response.valid and response.metrics["admissible"] for response in said)
@@ -222,13 +224,13 @@ class Mute(toy.ChatterWorld):
 
 
 def sat(world, folder, tasks=4):
-    from aem_exp.evaluate.agents import Player
-    from aem_exp.evaluate.display import Line
+    from aem_exp.evaluate.agents import Agent
+    from aem_exp.evaluate.display import ProgressLine
 
     chosen = panel.build_panel(world, "dev", tasks)
-    setting = evaluation.Exam(toy.experiment(), world, chosen, 2, 1.0, 4, folder)
-    with Line() as line:
-        return evaluation.sit(setting, Player("random"), line)[1]
+    setting = evaluation.EvaluationSetup(toy.experiment(), world, chosen, 2, 1.0, 4, folder)
+    with ProgressLine() as line:
+        return evaluation.evaluate_agent(setting, Agent("random"), line)[1]
 
 
 def test_a_crashed_episode_is_a_failure_and_is_counted(tmp_path):
@@ -256,13 +258,13 @@ def test_where_nothing_was_said_nothing_is_claimed(tmp_path):
 
 
 def test_a_world_without_actions_has_no_random_player():
-    from aem_exp.evaluate.agents import why_not
+    from aem_exp.evaluate.agents import unavailable_reason
 
     tasks = Mute().tasks("dev")
-    assert "lists no actions" in why_not("random", toy.experiment(), Mute(), tasks[0])
-    assert "no container" in why_not("random", toy.experiment(), Mute(), tasks[1])
-    assert why_not("random", toy.experiment(), toy.ChatterWorld(), tasks[0]) is None
-    assert "brings no oracle" in why_not("oracle", toy.experiment(), toy.ChatterWorld(), tasks[0])
+    assert "lists no actions" in unavailable_reason("random", toy.experiment(), Mute(), tasks[0])
+    assert "no container" in unavailable_reason("random", toy.experiment(), Mute(), tasks[1])
+    assert unavailable_reason("random", toy.experiment(), toy.ChatterWorld(), tasks[0]) is None
+    assert "brings no oracle" in unavailable_reason("oracle", toy.experiment(), toy.ChatterWorld(), tasks[0])
 
 
 # The door.

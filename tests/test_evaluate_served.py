@@ -16,11 +16,11 @@ from aem_exp import config, policy
 from aem_exp.envs import opening
 from aem_exp.evaluate import agents
 from aem_exp.evaluate import command as evaluate
-from aem_exp.evaluate.display import Line
+from aem_exp.evaluate.display import ProgressLine
 from aem_exp.rollout import threads
 from aem_exp.rollout.sampling import vllm_client
 from aem_exp.rollout.sampling.local import LocalSampler, LocalSession
-from aem_exp.rollout.sampling.vllm import seed
+from aem_exp.rollout.sampling.vllm import seed_from_key
 
 KEY = "k-7f3a"
 PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
@@ -43,12 +43,12 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def untrained(trained):
     experiment = config.read(trained)
-    return policy.made(experiment, opening.open_world(experiment))
+    return policy.make_cached(experiment, opening.open_world(experiment))
 
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(vllm_client, "PAUSE", 0.05)
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ class Seeded(LocalSampler):
         session = LocalSession(self)
         generate = session.generate
         session.generate = lambda slots, prompts, keys, budgets: generate(
-            slots, prompts, [(seed(key),) for key in keys], budgets
+            slots, prompts, [(seed_from_key(key),) for key in keys], budgets
         )
         return session
 
@@ -156,7 +156,7 @@ def test_where_a_server_ends_it_says_so_and_goes_on_when_asked_again(
             for task in opening.open_world(config.read(trained)).tasks("dev")[:6]
             for k in (0, 1)
         ]
-        assert len(firsts & {seed(key) for key in keys}) == 12 - rows, "what was played is not played again"
+        assert len(firsts & {seed_from_key(key) for key in keys}) == 12 - rows, "what was played is not played again"
         assert again.reloads == ["model"]
     assert said(tmp_path / "broken", "policy") == said(tmp_path / "whole", "policy")
 
@@ -192,15 +192,15 @@ def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, se
             slow.set()  # all others were begun while the first was at work
         return hand, piece
 
-    assert [piece for _, piece in threads.work(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
+    assert [piece for _, piece in threads.map_ordered(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
 
 
 def test_a_line_counts_episodes_that_play_each_by_itself():
-    line, shown = Line(), []
-    line._show = shown.append
-    line.begin("policy", 2, 8, max_turns=4)
+    line, shown = ProgressLine(), []
+    line._refresh = shown.append
+    line.start_agent("policy", 2, 8, max_turns=4)
     for slot, turn in ((0, 1), (1, 1), (0, 2), (0, 1)):  # in slot 0 another has begun
-        line.alone(slot, turn)
+        line.slot_turn(slot, turn)
     assert shown[1:] == [2.25, 2.5, 2.75, 3.5]
 
 
@@ -234,8 +234,8 @@ def test_a_server_that_reads_no_weights_plays_what_it_was_started_with_and_nothi
 def test_a_hub_model_goes_by_its_name_and_whoever_reads_weights_reads_it(trained, where, server, capsys, tmp_path):
     snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc123"
     shutil.copytree(trained / "model", snapshot)
-    assert policy.names(str(snapshot))[-1] == "someone/tiny"
-    assert policy.names(str(trained / "model"))[1:] == [str(trained / "model")]
+    assert policy.weight_names(str(snapshot))[-1] == "someone/tiny"
+    assert policy.weight_names(str(trained / "model"))[1:] == [str(trained / "model")]
     asked = words(snapshot, where, tmp_path / "out", "--only", "policy")
     server.root = "someone/tiny"
     ask(capsys, asked)
@@ -320,7 +320,7 @@ def test_what_was_played_stays_whatever_became_of_the_others(trained, server, wh
     """Ctrl-C in the midst of a part: its first episodes are not played again."""
     from aem_exp.rollout.play import Rollout
 
-    flow = Rollout.flow
+    flow = Rollout.stream
 
     def interrupted(self, episodes, sampler):
         played = flow(self, episodes, sampler)

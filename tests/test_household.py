@@ -195,9 +195,11 @@ def test_the_list_of_actions_is_the_truth():
 
 def grammar(env):
     """Everything that can be said about this room, and about one that is not there."""
-    places = [*env.inside, "attic 1"]
+    places = [*env.contents, "attic 1"]
     things = (
-        [thing for inside in env.inside.values() for thing in inside] + ([env.held] if env.held else []) + ["yak 1"]
+        [thing for inside in env.contents.values() for thing in inside]
+        + ([env.held_object] if env.held_object else [])
+        + ["yak 1"]
     )
     said = {f"{verb} {name}" for verb in ("open", "close", "examine", "use") for name in [*places, *things]}
     said |= {f"go to {place}" for place in [*places, *things]}
@@ -228,12 +230,12 @@ def test_case_and_space_do_not_matter(response):
 
 def test_nothing_is_lost_and_one_thing_is_carried():
     for env, turn in wanders(8, seed=1):
-        lying = [thing for things in env.inside.values() for thing in things]
+        lying = [thing for things in env.contents.values() for thing in things]
         assert len(set(lying)) == len(lying)
-        assert len(lying) + (env.held is not None) == world().objects + (LAMP in lying)
-        if env.held:
+        assert len(lying) + (env.held_object is not None) == world().objects + (LAMP in lying)
+        if env.held_object:
             assert not any(action.startswith("take") for action in turn.actions)
-        if env.here in env.shut:
+        if env.location in env.closed_places:
             assert not any(action.startswith(("take", "move", "close")) for action in turn.actions)
 
 

@@ -31,7 +31,7 @@ def loaded(choice):
 
 
 def choices():
-    found = config.choices([ROOT / "conf"])
+    found = config.list_choices([ROOT / "conf"])
     return [f"{'+' * (group == 'experiment')}{group}={name}" for group, names in found.items() for name in names]
 
 

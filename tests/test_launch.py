@@ -265,7 +265,7 @@ def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
 
 def test_frozen_code_is_one_copy_that_nobody_writes_to(clean, tmp_path):
     runs = {tmp_path / f"run{seed}": config.load([f"seed={seed}"]) for seed in (0, 1)}
-    provenance.freeze(runs)
+    provenance.freeze_code(runs)
     one, two = (folder / "code" / "aem_exp" / "aem.py" for folder in runs)
     assert one.samefile(two) and not one.samefile(aem.__file__)
     assert one.read_bytes() == Path(aem.__file__).read_bytes() and one.stat().st_mode & 0o222 == 0

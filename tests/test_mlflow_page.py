@@ -22,7 +22,7 @@ from doors import lacking
 
 from aem_exp.run import summary
 from aem_exp.tracking import mlflow_store, publish, store_uri
-from aem_exp.tracking.store_uri import Page
+from aem_exp.tracking.store_uri import MLflowPage
 from aem_exp.tracking.tracker import Tracker
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -92,24 +92,24 @@ def driver() -> str:
 
 
 @pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowPage]:
     """A finished run, served by `aem-exp ui`, which its terminal shows."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     driver()
     run_dir, uri = tmp_path / "outputs" / "run", store_uri.resolve_uri(None, tmp_path / "outputs")
     mlflow_store.create_sqlite(tmp_path / "outputs" / "mlflow.db")
     with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
-        words = shlex.split(store_uri.ui_command(uri, port := store_uri.free_port()))
+        words = shlex.split(store_uri.ui_command(uri, port := store_uri.find_free_port()))
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
-    monkeypatch.setattr(store_uri, "free_port", lambda: port)
+    monkeypatch.setattr(store_uri, "find_free_port", lambda: port)
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
     with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
         for step in range(31):
             learned = {"train/success": step / 40, "train/response_entropy": 0.6 - step / 100, "train/loss": 0.01}
             tracker.log(step, learned | {"aem/alpha_q05": 0.7, "aem/alpha_q50": 1.0, "aem/alpha_q95": 1.4})
-        for path in summary.artifacts(run_dir):
-            tracker.artifact(path)
-    page = publish.page(run_dir)
+        for path in summary.write_artifacts(run_dir):
+            tracker.log_artifact(path)
+    page = publish.run_page(run_dir)
     assert page is not None
     assert page.command == shlex.join(words)
     yield page
@@ -118,7 +118,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
 
 
 @pytest.fixture
-def browser(page: Page, tmp_path: Path) -> Iterator[Browser]:
+def browser(page: MLflowPage, tmp_path: Path) -> Iterator[Browser]:
     browser = Browser(driver(), tmp_path / "profile")
     yield browser
     browser.close()
@@ -126,7 +126,7 @@ def browser(page: Page, tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.mark.slow
 @pytest.mark.machine
-def test_the_link_opens_the_runs_charts(page: Page, browser: Browser) -> None:
+def test_the_link_opens_the_runs_charts(page: MLflowPage, browser: Browser) -> None:
     answers(page.link.split("/#")[0] + "/health", 120)
     text = browser.open(page.link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 3")
     for word in ("household", "grpo+aem/s0", "Model metrics", "aem (3)", "train (3)", "response_entropy", "success"):

@@ -8,7 +8,7 @@ from doors import LONG
 from aem_exp import config
 from aem_exp.__main__ import main
 from aem_exp.config import load
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs import Task, opening, panel
 from aem_exp.evaluate import command as evaluate
 from aem_exp.evaluate import evaluation
@@ -76,7 +76,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def fitting(mine, name, *more):
-    return preflight.fitting(load([f"env={name}", *more], mine))
+    return preflight.open_checked_world(load([f"env={name}", *more], mine))
 
 
 def test_a_world_that_keeps_the_contract_is_let_in(mine):
@@ -106,7 +106,7 @@ def test_words_in_one_text_are_refused(mine):
 
     experiment = load(["env=OneText", "model.make.episodes=1"], mine)
     with pytest.raises(ConfigError, match=r"env.make=OneText: its words\(\) must list words"):
-        policy.made(experiment, opening.open_world(experiment))
+        policy.make_cached(experiment, opening.open_world(experiment))
 
 
 def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
@@ -204,8 +204,8 @@ LEAKS = {
 @pytest.fixture
 def games(mine, monkeypatch):
     (mine / "guessed.py").write_text(GAMES)
-    monkeypatch.setattr(dry_run, "SECONDS", LONG)
-    monkeypatch.setattr(dry_run, "LOOK", LONG)
+    monkeypatch.setattr(dry_run, "CHECK_SECONDS", LONG)
+    monkeypatch.setattr(dry_run, "COMPARE_SECONDS", LONG)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
         (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
     return mine
@@ -234,12 +234,12 @@ def played(ended="over", won=True, seen="a {}"):
 
 def heed(trajectories, caplog):
     with caplog.at_level(logging.WARNING):
-        evaluation.heed(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+        evaluation.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
 
 
 def test_who_won_must_be_told(caplog):
-    with pytest.raises(Stop, match=r"no turn on the panel dev says metrics\['won'\]"):
+    with pytest.raises(RunError, match=r"no turn on the panel dev says metrics\['won'\]"):
         heed(played(won=False), caplog)
 
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.rundir import attempts
-from aem_exp.rundir.lock import LOCK, OWNER, STALE, Owned, owner, owning
+from aem_exp.rundir.lock import LOCK, OWNER, STALE_SECONDS, RunLocked, describe_owner, hold_run_lock
 
 HELD = """
 import sys, time
@@ -45,12 +45,12 @@ def held_elsewhere(folder, **who):
 def test_a_live_process_owns_it_and_a_killed_one_does_not(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "mine\n"
-        assert f"process {process.pid} of" in (owner(tmp_path) or "")
-        with pytest.raises(Owned, match=str(process.pid)), owning(tmp_path):
+        assert f"process {process.pid} of" in (describe_owner(tmp_path) or "")
+        with pytest.raises(RunLocked, match=str(process.pid)), hold_run_lock(tmp_path):
             pass
         process.kill()
-    assert owner(tmp_path) is None
-    with owning(tmp_path):
+    assert describe_owner(tmp_path) is None
+    with hold_run_lock(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
 
@@ -59,19 +59,19 @@ def test_looking_changes_nothing(tmp_path):
     """Not even what a dead process left: a look must never be in the way of a start."""
     (tmp_path / LOCK).write_text(f"{2**22 + 1}\n{platform.node()}\n")  # above any pid
     before = (tmp_path / LOCK).stat()
-    assert owner(tmp_path) is None
+    assert describe_owner(tmp_path) is None
     assert (tmp_path / LOCK).stat() == before
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_another_host_owns_it_until_it_has_been_silent(tmp_path):
     held_elsewhere(tmp_path, job="7")
-    assert owner(tmp_path) == "process 1 of ann on elsewhere, job 7"
-    with pytest.raises(Owned, match="ann on elsewhere, job 7"), owning(tmp_path):
+    assert describe_owner(tmp_path) == "process 1 of ann on elsewhere, job 7"
+    with pytest.raises(RunLocked, match="ann on elsewhere, job 7"), hold_run_lock(tmp_path):
         pass
-    long_ago = time.time() - STALE - 1
+    long_ago = time.time() - STALE_SECONDS - 1
     os.utime(tmp_path / LOCK, (long_ago, long_ago))
-    with owning(tmp_path):
+    with hold_run_lock(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
 
 
@@ -81,15 +81,15 @@ def test_a_requeued_job_takes_what_its_earlier_start_left(tmp_path, job, name, s
     held_elsewhere(tmp_path, job="7")
     job(name, start)
     if taken:
-        with owning(tmp_path):
+        with hold_run_lock(tmp_path):
             pass
     else:
-        with pytest.raises(Owned), owning(tmp_path):
+        with pytest.raises(RunLocked), hold_run_lock(tmp_path):
             pass
 
 
 def begin(folder, step, error=None, at=None):
-    with attempts.attempt(folder, step, lambda: step if at is None else at, most=9):
+    with attempts.record_attempt(folder, step, lambda: step if at is None else at, most=9):
         if error:
             raise error
 
@@ -98,7 +98,7 @@ def test_every_start_and_end_is_recorded(tmp_path):
     begin(tmp_path, 0)
     for error in (
         ConfigError("seed", 1, "no"),
-        Stop("NaN", "nan"),
+        RunError("NaN", "nan"),
         MemoryError("of 8 GB"),
         OSError(28, "full"),
         KeyError(1),
@@ -124,11 +124,11 @@ def test_a_job_that_gets_nowhere_in_two_starts_stops(tmp_path, job):
     start(1, 2)
     start(2, 2)  # once is bad luck
     job("7", 3)
-    with pytest.raises(Stop, match="got nowhere in 2 starts") as stop:
+    with pytest.raises(RunError, match="got nowhere in 2 starts") as stop:
         begin(tmp_path, 2)
     assert stop.value.kind == "hang"
     job("8", 0)  # asked again by a person
     begin(tmp_path, 2)
     job("9", 10)
-    with pytest.raises(Stop, match="requeued 10 times"):
+    with pytest.raises(RunError, match="requeued 10 times"):
         begin(tmp_path, 3)

@@ -7,17 +7,17 @@ import pytest
 import torch
 import toy
 
-from aem_exp.config import ConfigError, choices, config_roots, load, rules
+from aem_exp.config import ConfigError, config_roots, list_choices, load, rules
 from aem_exp.config.targets import instantiate
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
-from aem_exp.training.callback import AEMCallback, Time
-from aem_exp.training.trainer import build
+from aem_exp.training.callback import AEMCallback, StepCounter
+from aem_exp.training.trainer import build_trainer
 
-GROUPS = choices(config_roots())
+GROUPS = list_choices(config_roots())
 SIZES = ["trainer.steps=3", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
 REFUSED = {("gspo", "full"): "cancels the modulation", ("gspo", "token"): "cancels the modulation"}
 
@@ -47,10 +47,10 @@ def train(e, folder):
     model, tokenizer = toy.policy(folder, e.env.history)
     rows, chat = [], Chat(tokenizer)
     schedule = instantiate(e.modulation.lam) if e.modulation.lam else None
-    callback = AEMCallback(Time(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
-    rollout = Rollout(Serial(toy.ChatterWorld()), e.env, chat)
+    callback = AEMCallback(StepCounter(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
+    rollout = Rollout(SerialExecutor(toy.ChatterWorld()), e.env, chat)
     sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling())  # noqa: E731
-    build(e, folder / "out", model, tokenizer, callback, toy.draw, rollout, sampler).train()
+    build_trainer(e, folder / "out", model, tokenizer, callback, toy.draw, rollout, sampler).train()
     return rows, model
 
 
@@ -107,7 +107,7 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
     from aem_exp.envs import Task
     from aem_exp.rollout.sampling.base import Sample
     from aem_exp.rollout.types import OVER, TURNS, Response, Trajectory
-    from aem_exp.training.credit import assign
+    from aem_exp.training.credit import assign_credit
 
     def trajectory(member, ended, reward):
         sample = Sample([1, 2], [-1.0, -1.0], [0.5, 0.5])
@@ -115,7 +115,7 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
         return Trajectory(Task("t"), 0, member, [response], ended=ended)
 
     played = [trajectory(0, OVER, 1.0), trajectory(1, OVER, 0.0), trajectory(2, TURNS, 1.0)]
-    credit = assign(played, "full", leave_one_out, mask_cut=True)
+    credit = assign_credit(played, "full", leave_one_out, mask_cut=True)
     assert [t.member for t in credit.kept] == [0, 1]
     assert [t.member for t in credit.filtered] == [2]
     torch.testing.assert_close(credit.advantage_R, torch.tensor([1.0, -0.5]))  # against (0 + 0) / 2 and (1 + 0) / 2

@@ -166,7 +166,7 @@ def test_one_process_of_a_node_reads_the_weights(tmp_path, monkeypatch):
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         assert read()
-        fsdp.read_once({"fsdp_config": {"cpu_ram_efficient_loading": True}})
+        fsdp.enable_ram_efficient_loading({"fsdp_config": {"cpu_ram_efficient_loading": True}})
         assert not read()
         monkeypatch.setenv("LOCAL_RANK", "0")
         assert read()

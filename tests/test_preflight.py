@@ -14,8 +14,8 @@ from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import dispatch, fit, memory_trace, serve
-from aem_exp.jobs.fit import SHAPES, Process, Step, check, memory
-from aem_exp.jobs.memory_trace import Meter, Rehearsal
+from aem_exp.jobs.fit import SHAPES, ProcessSpec, StepSizes, check_memory, estimate_memory
+from aem_exp.jobs.memory_trace import MemoryTrace, Meter
 
 pytestmark = pytest.mark.usefixtures("clean")
 SWE = ["+experiment=swebench_32b"]
@@ -31,7 +31,7 @@ WEIGHTS = {  # as published: 1.54 B, 7.61 B (7.62 of them counted here), 32.8 B
 
 
 def planned(words):
-    return memory(Process.of(load(words)))
+    return estimate_memory(ProcessSpec.from_experiment(load(words)))
 
 
 def part(need, phase, *names):
@@ -43,8 +43,8 @@ def part(need, phase, *names):
 
 @pytest.mark.parametrize("path", SHAPES)
 def test_the_shipped_models_have_as_many_weights_as_published(path):
-    passes = Process.of(load([f"model.path={path}", "model.make=null"])).passes
-    assert sum(p.numel() for p in fit._rehearsal(passes).parameters) == WEIGHTS[path]
+    passes = ProcessSpec.from_experiment(load([f"model.path={path}", "model.make=null"])).passes
+    assert sum(p.numel() for p in fit._cached_trace(passes).parameters) == WEIGHTS[path]
 
 
 def test_what_is_resident_follows_from_the_weights():
@@ -59,11 +59,11 @@ def test_what_is_resident_follows_from_the_weights():
 
 
 def test_a_step_in_numbers():
-    whole = Step(1024, 1024, 1024, 1024 * 36864, 1024 * 36864, 1)
-    assert Step.of(load(SWE)) == whole
-    assert Step.of(load(ALL_ALONE)) == replace(whole, live=64)  # one a process
-    windows = Step.of(load(NODE))
-    assert windows == Step(128, 128, 128 * 15, 128 * 15 * 4608, 128 * 15 * 512, 30)
+    whole = StepSizes(1024, 1024, 1024, 1024 * 36864, 1024 * 36864, 1)
+    assert StepSizes.from_experiment(load(SWE)) == whole
+    assert StepSizes.from_experiment(load(ALL_ALONE)) == replace(whole, live=64)  # one a process
+    windows = StepSizes.from_experiment(load(NODE))
+    assert windows == StepSizes(128, 128, 128 * 15, 128 * 15 * 4608, 128 * 15 * 512, 30)
 
 
 def test_the_cache_of_32b_is_a_quarter_of_a_megabyte_a_token():
@@ -76,8 +76,10 @@ def test_the_cache_of_32b_is_a_quarter_of_a_megabyte_a_token():
 
 
 def test_twice_the_processes_hold_half_of_what_is_in_pieces():
-    process = Process.of(load(NODE))
-    one, two = (memory(replace(process, ranks=n, passes=replace(process.passes, processes=n))) for n in (8, 16))
+    process = ProcessSpec.from_experiment(load(NODE))
+    one, two = (
+        estimate_memory(replace(process, ranks=n, passes=replace(process.passes, processes=n))) for n in (8, 16)
+    )
     for name in ("weights", "optimizer", "reference"):
         assert part(two, "update", name) == pytest.approx(part(one, "update", name) / 2)
     assert part(two, "update", "activations") == part(one, "update", "activations")
@@ -102,8 +104,8 @@ def test_of_an_adapter_only_itself_is_trained():
 
 def rehearsed(kind="qwen3", checkpointing=False, layers=7):
     shape = Setting("deep", kind=kind, layers=layers).shape
-    make = lambda: policy.skeleton(shape, "float32", "sdpa", {})  # noqa: E731
-    return Rehearsal(make, autocast=True, checkpointing=checkpointing)
+    make = lambda: policy.build_from_config(shape, "float32", "sdpa", {})  # noqa: E731
+    return MemoryTrace(make, autocast=True, checkpointing=checkpointing)
 
 
 def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
@@ -118,7 +120,7 @@ def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
 def test_a_few_layers_speak_for_all(monkeypatch, kind, checkpointing):
     """What is said of seven layers, from two of them and three, is what seven allocate."""
     said, played = rehearsed(kind, checkpointing).update(4, 96, 95, again=True), rehearsed(kind).play(4, 96, 8)
-    monkeypatch.setattr(memory_trace, "FEW", 7)
+    monkeypatch.setattr(memory_trace, "TRACED_LAYERS", 7)
     assert rehearsed(kind, checkpointing).update(4, 96, 95, again=True) == said
     assert rehearsed(kind).play(4, 96, 8) == played
 
@@ -149,7 +151,7 @@ def test_what_is_said_is_what_play_holds(tmp_path):
     trainer = weighed.trainer_of(setting, tmp_path)
     with weighed.most(trainer.model, setting.cuda) as held:
         played = trainer.rollout.play(weighed.draw(0), trainer.sampler)
-    need = memory(process(setting, *weighed.lengths(played)))
+    need = estimate_memory(process(setting, *weighed.lengths(played)))
     assert sum(need.phases["play"].values()) - part(need, "play", "optimizer") == pytest.approx(held[0], rel=0.15)
 
 
@@ -189,8 +191,8 @@ def test_what_does_not_fit_is_refused_with_the_key(capsys, words, told):
 def test_the_value_that_it_says_would_fit_fits():
     experiment = load([*ALL_ALONE, "launch.device_episodes=8"])
     with pytest.raises(ConfigError, match="1 would fit"):
-        check(experiment)
-    check(load([*ALL_ALONE, "launch.device_episodes=1"]))
+        check_memory(experiment)
+    check_memory(load([*ALL_ALONE, "launch.device_episodes=1"]))
 
 
 def test_where_the_card_is_not_known_nothing_is_refused(capsys):
@@ -203,8 +205,8 @@ def test_where_the_card_is_not_known_nothing_is_refused(capsys):
 def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     assert main([*SWE, "plan=true"]) == 0
     assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
-    assert not fit.notes(load([*SWE, "evaluation.context_tokens=0"]))
-    assert not fit.notes(load([]))
+    assert not fit.context_warnings(load([*SWE, "evaluation.context_tokens=0"]))
+    assert not fit.context_warnings(load([]))
     tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
     scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
     for rope, most in (
@@ -214,13 +216,13 @@ def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     ):
         (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
         words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
-        assert not fit.notes(load([*words, f"env.context_tokens={most}"]))
-        (told,) = fit.notes(load([*words, f"env.context_tokens={most + 1}"]))
+        assert not fit.context_warnings(load([*words, f"env.context_tokens={most}"]))
+        (told,) = fit.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
         assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
         assert ("no server" in told) == bool(rope)
-        options = serve._further(str(tmp_path), most + 1)
+        options = serve._context_options(str(tmp_path), most + 1)
         assert options == ([] if rope else ["--hf-overrides", json.dumps({"max_position_embeddings": most + 1})])
-        assert serve._further(str(tmp_path), most) == []
+        assert serve._context_options(str(tmp_path), most) == []
 
 
 def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
@@ -255,7 +257,7 @@ def test_a_model_that_cannot_be_rehearsed_is_not_refused(tmp_path, capsys):
     words = [f"model.path={tmp_path}", "model.make=null", "trainer.bf16=true", "launch=slurm1"]
     assert main([*words, "plan=true"]) == 0
     assert "cannot be rehearsed" in capsys.readouterr().out
-    check(load(words))
+    check_memory(load(words))
 
 
 def test_a_folder_of_weights_is_read_for_its_shape(tmp_path, capsys):

@@ -8,8 +8,8 @@ import torch
 import toy
 
 from aem_exp import proxy
-from aem_exp.core.disk import Damaged
-from aem_exp.envs.executor import Serial
+from aem_exp.core.disk import DamagedFileError
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
@@ -24,7 +24,7 @@ RELATIVE_R = torch.tensor([3.0, -2.0, -1.0, 1.0, -1.0, 4.0, -4.0])
 
 
 def test_validity_by_hand():
-    found = diagnostics.validity(1 - CLEAR_R, RELATIVE_R, STATE_R)
+    found = diagnostics.proxy_validity(1 - CLEAR_R, RELATIVE_R, STATE_R)
     assert found["r"] == pytest.approx(np.corrcoef(CLEAR_R, RELATIVE_R)[0, 1])
     assert (found["states"], found["states_open"], found["states_agree"]) == (3, 2, 1)
     assert found["responses_agree"] == 3 / 5
@@ -39,14 +39,14 @@ def test_intervals_are_those_of_the_states():
         clear = rng.normal(size=(64, 8))
         relative = 0.6 * clear + 0.8 * rng.normal(size=(64, 8))
         x_R, y_R = (torch.from_numpy((v - v.mean(1, keepdims=True)).ravel()) for v in (clear, relative))
-        low, high = diagnostics.validity(1 - x_R, y_R, state_R, draws=500, seed=seed)["r_interval"]
+        low, high = diagnostics.proxy_validity(1 - x_R, y_R, state_R, draws=500, seed=seed)["r_interval"]
         held += low < 0.6 < high
         assert 0.03 < high - low < 0.2
     assert held >= 35
 
 
 def test_where_all_states_are_gated_nothing_is_known():
-    found = diagnostics.validity(torch.ones(7), RELATIVE_R, STATE_R)
+    found = diagnostics.proxy_validity(torch.ones(7), RELATIVE_R, STATE_R)
     assert found["states_open"] == 0
     assert np.isnan([found["r"], found["responses_agree"], *found["r_interval"]]).all()
 
@@ -60,17 +60,17 @@ def test_a_state_is_the_exact_tokens_in_front_of_a_response(history, tmp_path):
     model, tokenizer = toy.policy(tmp_path, history)
     chat, env = Chat(tokenizer), toy.env(history)
     sampler = LocalSampler(model, chat.end_ids, Sampling())
-    played = Rollout(Serial(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
+    played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
     turns = set()
     for t in played:
-        (state,) = proxy.passed(t, env)
+        (state,) = proxy.pick_state(t, env)
         said = t.responses[state.turn].sample
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([state.prompt + said.ids])).logits[0, len(state.prompt) - 1 : -1]
         logps = logits.log_softmax(-1).gather(1, torch.tensor(said.ids)[:, None]).squeeze(1)
         torch.testing.assert_close(logps, torch.tensor(said.logps), atol=1e-4, rtol=0)
         turns.add(state.turn)
-        (found,) = proxy.responses([state], 5, sampler)
+        (found,) = proxy.sample_responses([state], 5, sampler)
         assert len(set(found["surprisal"])) > 1 and max(found["tokens"]) <= state.budget
     assert 0 in turns and max(turns) > 0
 
@@ -79,10 +79,10 @@ def test_what_is_sampled_at_a_state_does_not_depend_on_the_others(tmp_path):
     model, tokenizer = toy.policy(tmp_path)
     chat, env = Chat(tokenizer), toy.env("full")
     sampler = LocalSampler(model, chat.end_ids, Sampling())
-    played = Rollout(Serial(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
-    states = [state for t in played[:4] for state in proxy.passed(t, env)]
-    together = proxy.responses(states, 3, sampler)
-    alone = [found for state in states for found in proxy.responses([state], 3, sampler)]
+    played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
+    states = [state for t in played[:4] for state in proxy.pick_state(t, env)]
+    together = proxy.sample_responses(states, 3, sampler)
+    alone = [found for state in states for found in proxy.sample_responses([state], 3, sampler)]
     for one, other in zip(together, alone, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["surprisal"] == pytest.approx(other["surprisal"], abs=1e-3)
@@ -119,7 +119,7 @@ def test_a_run_and_what_it_started_from_asked_again_broken_off_and_shown(ask, tm
     ask()
     assert result.read_text() == said
     assert len(file.read_text().splitlines()) == 12
-    monkeypatch.setattr(proxy, "_sample", lambda *_: pytest.fail("it samples again"))
+    monkeypatch.setattr(proxy, "_sample_states", lambda *_: pytest.fail("it samples again"))
     page = ask()
     assert "12 states, 4 responses at each" in page and str(folders[0]) in page
 
@@ -142,5 +142,5 @@ def test_a_mistake_is_one_sentence(capsys, argv, said):
 @pytest.mark.parametrize("text", ['[{"task": "a"', "[1]", "{}x", '[{"tusk": 1}]'])
 def test_states_that_are_damaged_are_one_sentence(tmp_path, text):
     (tmp_path / proxy.STATES).write_text(text)
-    with pytest.raises(Damaged, match=r"states\.json is damaged"):
-        proxy._states(tmp_path)
+    with pytest.raises(DamagedFileError, match=r"states\.json is damaged"):
+        proxy._read_states(tmp_path)

@@ -15,11 +15,11 @@ from aem_exp.config import ConfigError
 from aem_exp.config.compose import Composer
 from aem_exp.stats import power
 from aem_exp.sweep import question
-from aem_exp.sweep.question import grid, load
+from aem_exp.sweep.question import load, parse_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
-GROUPS = config.choices([ROOT / "conf"])
+GROUPS = config.list_choices([ROOT / "conf"])
 pytestmark = pytest.mark.usefixtures("clean")
 SMALL = """
 question: Does it?
@@ -79,13 +79,13 @@ def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
 
 
 def test_a_name_a_path_and_the_listing_find_the_same_file(monkeypatch):
-    assert question.sweeps().keys() == {file.stem for file in FILES}
+    assert question.list_sweeps().keys() == {file.stem for file in FILES}
     monkeypatch.setenv("AEM_OUTPUTS", str(ROOT))
     here = load("household_quick")
     monkeypatch.chdir(ROOT)
     assert load("sweeps/household_quick.yaml") == here
     assert here.file == ROOT / "sweeps/household_quick.yaml"
-    assert here.question == question.sweeps()["household_quick"]
+    assert here.question == question.list_sweeps()["household_quick"]
     with pytest.raises(ConfigError, match="did you mean household_quick"):
         load("household_quik")
 
@@ -153,20 +153,22 @@ def test_groups_are_told_apart_where_the_last_part_of_a_key_is_not_enough(tmp_pa
 
 
 def test_a_grid_s_first_key_of_several_values_names_its_arms():
-    sweep = grid(["seed=0,1,2", "modulation=none,aem", "baseline=glob(r*)", "trainer.steps=range(10,30,10)", "name=x"])
+    sweep = parse_grid(
+        ["seed=0,1,2", "modulation=none,aem", "baseline=glob(r*)", "trainer.steps=range(10,30,10)", "name=x"]
+    )
     assert (list(sweep.arms), sweep.seeds, sweep.file) == (["none", "aem"], (0, 1, 2), None)
     assert sweep.name == "grid-modulation-baseline-steps"
     assert len(sweep.cells) == 2 * 3 * 2 * 3
     cell = sweep.cells[-1]
     assert cell.group == "aem/rloo/steps=20" and cell.experiment.name == "x"
     assert config.load(list(cell.overrides)) == cell.experiment
-    seeds = grid(["modulation=none", "seed=4,5"])
+    seeds = parse_grid(["modulation=none", "seed=4,5"])
     assert (seeds.name, dict(seeds.arms), [cell.group for cell in seeds.cells]) == (
         "grid-seed",
         {"base": ()},
         ["base"] * 2,
     )
-    assert grid(["modulation=none,aem"]).seeds == (config.load([]).seed,)
+    assert parse_grid(["modulation=none,aem"]).seeds == (config.load([]).seed,)
 
 
 # The law: a cell is what `config.load` makes of its overrides.
@@ -212,7 +214,7 @@ def alone(overrides):
 
 def together(composer, overrides, seeds):
     try:
-        return list(question._resolved(overrides, seeds, composer))
+        return list(question._resolve_seeds(overrides, seeds, composer))
     except ConfigError as error:
         return str(error)
 
@@ -220,7 +222,7 @@ def together(composer, overrides, seeds):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(WORDS), max_size=5))
 def test_resolved_together_is_resolved_alone(shared, words):
-    overrides, seeds = shared.settled(words), ["seed=2", "seed=5"]
+    overrides, seeds = shared.drop_replaced_choices(words), ["seed=2", "seed=5"]
     one = [alone([*overrides, seed]) for seed in seeds]
     many = together(shared, overrides, seeds)
     assert many == next((sentence for sentence in one if isinstance(sentence, str)), one)
@@ -268,7 +270,7 @@ def test_300_cells_of_20_choices_are_several_times_faster_together_than_alone():
     words = ["modulation=aem,none,token,linear,shuffled", "baseline=grpo,rloo,dapo,gigpo", "seed=range(15)"]
     load("household_quick")  # warm
     start = time.process_time()
-    cells = grid(words).cells
+    cells = parse_grid(words).cells
     together = time.process_time() - start
     start = time.process_time()
     for cell in cells[::50]:
@@ -400,7 +402,7 @@ def test_what_is_typed_is_refused_alike(tmp_path):
 )
 def test_a_bad_grid_is_one_sentence(words, part):
     with pytest.raises(ConfigError) as caught:
-        grid(words)
+        parse_grid(words)
     assert part in str(caught.value)
 
 
@@ -415,14 +417,14 @@ def test_a_bad_grid_is_one_sentence(words, part):
     ],
 )
 def test_tables_of_power_for_alfworld(seeds, tasks, repeats, seed_sd, points):
-    assert round(power.detectable(seeds, tasks, repeats, seed_sd, pooled=True), 1) == points
-    exact = power.detectable(seeds, tasks, repeats, seed_sd)
+    assert round(power.detectable_difference(seeds, tasks, repeats, seed_sd, pooled=True), 1) == points
+    exact = power.detectable_difference(seeds, tasks, repeats, seed_sd)
     assert points - 0.05 < exact < points * (1.16 if seeds == 3 else 1.04)
 
 
 def test_swebench_s_gain_cannot_be_shown_with_3_seeds():
-    assert round(power.detectable(3, 500, 8, within=0.19, pooled=True), 1) == 6.5
-    assert power.detectable(1, 500) == np.inf
+    assert round(power.detectable_difference(3, 500, 8, within=0.19, pooled=True), 1) == 6.5
+    assert power.detectable_difference(1, 500) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -432,7 +434,7 @@ def test_power_is_what_simulated_panels_show(seeds, pooled, expected):
     rng, tasks, repeats, sd, rounds = np.random.default_rng(0), 140, 2, 3.0, 6000
     p_T = rng.beta(1.6, 1.0, tasks)
     within = float((p_T * (1 - p_T)).mean())
-    gain = power.detectable(seeds, tasks, repeats, sd, within, pooled=pooled) / 100
+    gain = power.detectable_difference(seeds, tasks, repeats, sd, within, pooled=pooled) / 100
     true = p_T.mean() + rng.normal(0, sd / 100, (rounds, 2, seeds)) + np.array([0, gain])[:, None]
     # A run is shifted as a whole; the luck of its panel is a binomial's, at the tasks' own rates.
     luck = (rng.binomial(repeats, p_T, (rounds, 2, seeds, tasks)) / repeats - p_T).mean(-1)
@@ -443,4 +445,4 @@ def test_power_is_what_simulated_panels_show(seeds, pooled, expected):
 
 
 def test_more_arms_need_a_greater_difference():
-    assert power.detectable(5, 140, comparisons=15) > 1.4 * power.detectable(5, 140)
+    assert power.detectable_difference(5, 140, comparisons=15) > 1.4 * power.detectable_difference(5, 140)

@@ -79,8 +79,15 @@ def test_the_classes_of_failures_are_all_there_are():
     from aem_exp.cluster import run_state
     from aem_exp.rundir import attempts
 
-    given = {kind for kind, _ in run_state.ENDS.values()} | {*run_state.AGAIN, "env", "oom", "disk", "config", "crash"}
-    assert given <= set(attempts.KINDS)
+    given = {kind for kind, _ in run_state.JOB_FAILURES.values()} | {
+        *run_state.RETRYABLE,
+        "env",
+        "oom",
+        "disk",
+        "config",
+        "crash",
+    }
+    assert given <= set(attempts.FAILURE_CLASSES)
 
 
 @pytest.mark.parametrize("words", [SLURM, ["household_search", "launch=slurm_cpu", "--submit"]], ids=["sweep", "study"])
@@ -152,22 +159,22 @@ def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aem-exp\nVersion: 1.0\n")
     found = importlib.metadata.PathDistribution(info)
     monkeypatch.setattr(extras, "distribution", lambda _: found)
-    assert extras.install("swe") == "pip install 'aem-exp[swe]'"
+    assert extras.install_command("swe") == "pip install 'aem-exp[swe]'"
     place = tmp_path / "a checkout"
     place.mkdir()
     url = info / "direct_url.json"
     url.write_text(json.dumps({"url": place.as_uri(), "dir_info": {"editable": True}}))
-    assert extras.install("swe") == f"pip install -e '{place}[swe]'"
+    assert extras.install_command("swe") == f"pip install -e '{place}[swe]'"
     monkeypatch.chdir(place)
-    assert extras.install("swe") == "pip install -e '.[swe]'"
+    assert extras.install_command("swe") == "pip install -e '.[swe]'"
     url.write_text(json.dumps({"url": place.as_uri(), "dir_info": {}}))
-    assert extras.install("swe") == "pip install '.[swe]'"
+    assert extras.install_command("swe") == "pip install '.[swe]'"
     shutil.rmtree(info)
-    assert extras.install("swe") == "pip install 'aem-exp[swe]'"
+    assert extras.install_command("swe") == "pip install 'aem-exp[swe]'"
 
 
 def test_a_search_space_names_its_key():
     from aem_exp.sweep import study
 
     with pytest.raises(ConfigError, match="must be a mapping"):
-        study.searched({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")
+        study.parse_search({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")

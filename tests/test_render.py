@@ -84,7 +84,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ids=["endless", "raises", "open", "silent"],
 )
 def test_a_template_that_does_not_render_is_one_sentence(monkeypatch, template, said):
-    monkeypatch.setattr(chat, "PATIENCE", 1.0 if template == ENDLESS else 600.0)
+    monkeypatch.setattr(chat, "TEMPLATE_TIMEOUT", 1.0 if template == ENDLESS else 600.0)
     tok = tokenizer("qwen2_5")
     tok.chat_template = template
     with pytest.raises(ConfigError, match=r"^model\.path=") as caught:

@@ -12,7 +12,7 @@ import pytest
 from aem_exp.config import ConfigError
 from aem_exp.report import analysis, figures, render, sections
 from aem_exp.report import command as report
-from aem_exp.report.analysis import Cell, Run
+from aem_exp.report.analysis import ArmCell, SeedRun
 from aem_exp.rundir import archive
 from aem_exp.stats import compare
 
@@ -30,7 +30,7 @@ def runs():
 
 
 def cell(arm, archives, point=""):
-    return Cell(arm, point, tuple(Run(kept.seed, kept) for kept in archives))
+    return ArmCell(arm, point, tuple(SeedRun(kept.seed, kept) for kept in archives))
 
 
 def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
@@ -50,7 +50,7 @@ def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
         assert [each.success for each in kept] and scores == pytest.approx([sum(k.success) / 128 for k in kept])
     for arm, row in verdicts.items():
         one, other = ([each.result["final"]["success"] for each in runs[name]] for name in (arm, "none"))
-        found = compare.welch(one, other, len(runs) - 1)
+        found = compare.welch_interval(one, other, len(runs) - 1)
         assert row["difference"] == f"{100 * (mean[arm] - mean['none']):+.1f}"
         assert row["95 % interval"] == f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
         assert row["verdict"] == compare.verdict(found)
@@ -60,15 +60,15 @@ def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
 
 def test_the_same_numbers_are_the_same_bytes(runs):
     cells = [cell(arm, kept[:3]) for arm, kept in list(runs.items())[:2]]
-    for draw in (figures.dots, lambda c: figures.curves(c)[0], lambda c: figures.forest(compared(c))):
+    for draw in (figures.dot_plot, lambda c: figures.curve_plots(c)[0], lambda c: figures.forest_plot(compared(c))):
         assert draw(cells) == draw(cells) and draw(cells).startswith("<svg")
 
 
 def test_without_the_first_arm_no_other_takes_its_place(runs):
     """Each arm is drawn in a row of its own, beside nothing."""
-    cells = [Cell("none", "", (Run(0, None),)), cell("aem", runs["aem"][:2]), cell("batch", runs["batch"][:2])]
-    (picture,) = figures.curves(cells)
-    assert ">aem<" in picture and ">batch<" in picture and figures.REFERENCE.lower() not in picture
+    cells = [ArmCell("none", "", (SeedRun(0, None),)), cell("aem", runs["aem"][:2]), cell("batch", runs["batch"][:2])]
+    (picture,) = figures.curve_plots(cells)
+    assert ">aem<" in picture and ">batch<" in picture and figures.REFERENCE_COLOR.lower() not in picture
 
 
 def test_an_archive_is_small_and_the_same_each_time(runs, tmp_path):
@@ -109,7 +109,7 @@ BAD = {
     "a list": gzip.compress(b"[]"),
     "other fields": gzip.compress(json.dumps(RAGGED | {"tasks": {}, "evil": 1}).encode()),
     "ragged": gzip.compress(json.dumps(RAGGED).encode()),
-    "a bomb": gzip.compress(b"0" * (archive.LARGEST + 2)),
+    "a bomb": gzip.compress(b"0" * (archive.MAX_BYTES + 2)),
 }
 
 
@@ -147,7 +147,7 @@ def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
     cells = [cell("none", runs["none"]), cell("aem", [*runs["aem"][:-1], spoil(runs["aem"][-1])])]
     (found,) = compared(cells)
     assert found.interval is None and found.verdict.startswith(f"not compared: {said}"), found.verdict
-    assert "not compared" in render.markdown(made(cells))
+    assert "not compared" in render.render_markdown(made(cells))
 
 
 def compared(cells, *measure):
@@ -158,10 +158,10 @@ def compared(cells, *measure):
 
 def made(cells, word="s"):
     arms = {c.arm: word for c in cells}
-    asked = sections.Asked(
+    asked = sections.SweepDescription(
         word, word, word, word, word, arms, [[(arm, cells[0].arm) for arm in list(arms)[1:]]], (0, 1)
     )
-    return sections.report(asked, cells, compared(cells))
+    return sections.build_report(asked, cells, compared(cells))
 
 
 def test_few_runs_say_little(runs):
@@ -170,10 +170,10 @@ def test_few_runs_say_little(runs):
     assert one.verdict == "not compared: one run: its spread is unknown"
     (three,) = compared([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
     assert three.p is None and three.interval is not None
-    assert "not attainable with 3 seeds" in render.markdown(
+    assert "not attainable with 3 seeds" in render.render_markdown(
         made([cell("none", runs["none"][:3]), cell("aem", runs["aem"][:3])])
     )
-    (nothing,) = compared([none, Cell("aem", "", (Run(0, None),))])
+    (nothing,) = compared([none, ArmCell("aem", "", (SeedRun(0, None),))])
     assert nothing.verdict == "not compared: no run"
 
 
@@ -186,17 +186,17 @@ def test_no_spread_is_no_certainty(runs):
 def test_what_is_missing_is_named(runs):
     cells = [
         cell("none", runs["none"]),
-        Cell(
+        ArmCell(
             "aem",
             "",
             (
-                *(Run(k.seed, k) for k in runs["aem"][:5]),
-                Run(5, None),
-                Run(6, replace(runs["aem"][6], what="failed", why=("oom", "no memory"), result={}, tasks={})),
+                *(SeedRun(k.seed, k) for k in runs["aem"][:5]),
+                SeedRun(5, None),
+                SeedRun(6, replace(runs["aem"][6], what="failed", why=("oom", "no memory"), result={}, tasks={})),
             ),
         ),
     ]
-    assert analysis.troubles(cells) == [("aem", "", 5, "missing"), ("aem", "", 6, "failed (oom: no memory)")]
+    assert analysis.list_problems(cells) == [("aem", "", 5, "missing"), ("aem", "", 6, "failed (oom: no memory)")]
     (found,) = compared(cells)
     assert found.partial and found.verdict.startswith("so far: ")
 
@@ -205,18 +205,18 @@ def test_a_run_that_diverged_counts(runs):
     lost = changed(replace(runs["aem"][0], what="failed", why=("nan", "...")), diverged="the norm is nan in step 3")
     cells = [cell("none", runs["none"]), cell("aem", [lost, *runs["aem"][1:]])]
     assert len(compared(cells)[0].one) == 10
-    assert analysis.troubles(cells) == [
+    assert analysis.list_problems(cells) == [
         ("aem", "", 0, "diverged, and is scored as it was then: the norm is nan in step 3")
     ]
-    assert "10 v 10, 1 diverged" in render.markdown(made(cells))
+    assert "10 v 10, 1 diverged" in render.render_markdown(made(cells))
 
 
 def test_names_cannot_add_to_the_page(runs):
     evil = r"\<script>alert(1)</script>|"
     cells = [cell("none", runs["none"][:2]), cell(evil, runs["aem"][:2])]
     page = made(cells, evil)
-    assert "<script" not in render.html(page)
-    for line in render.markdown(page).splitlines():
+    assert "<script" not in render.render_html(page)
+    for line in render.render_markdown(page).splitlines():
         assert not re.search(r"(?<!\\)(\\\\)*<", re.sub("`[^`]*`", "", line)), (
             line
         )  # each `<` after an odd number of backslashes
@@ -226,30 +226,30 @@ def test_over_points(runs):
     """Four points, five runs: one number for all of them."""
     cells = [cell(arm, runs[arm][:5], f"p{i}") for i in range(4) for arm in ("none", "aem")]
     pairs = [("aem", "none")]
-    assert not analysis.overall(cells, pairs)  # the same runs at every point are no more than they were
+    assert not analysis.compare_overall(cells, pairs)  # the same runs at every point are no more than they were
     cells = [cell(c.arm, [replace(k, run=f"{k.run}-{c.point}") for k in c.done], c.point) for c in cells]
-    (found,) = analysis.overall(cells, pairs)
+    (found,) = analysis.compare_overall(cells, pairs)
     assert found.points == 4 and found.improvement.low <= found.improvement.value <= found.improvement.high
-    assert not analysis.overall(cells[:6], pairs)
+    assert not analysis.compare_overall(cells[:6], pairs)
     assert {d.comparisons for d in compared(cells)} == {4}  # all points are one family
     odd = replace(cells[1].done[0], result={**cells[1].done[0].result, "fingerprint": "another"})
-    assert not analysis.overall([cells[0], cell("aem", [odd, *cells[1].done[1:]], "p0"), *cells[2:]], pairs)
+    assert not analysis.compare_overall([cells[0], cell("aem", [odd, *cells[1].done[1:]], "p0"), *cells[2:]], pairs)
 
 
 def test_the_area_is_that_of_all_planned_steps(runs):
     """A run that was cut short is not compared by its first steps alone."""
     kept = runs["none"][0]
     whole = [value for _, value in kept.curve("train/success")]
-    assert analysis.measured(kept, analysis.AREA) == pytest.approx(sum(whole) / 60, abs=1e-4)
+    assert analysis.measure_value(kept, analysis.AREA) == pytest.approx(sum(whole) / 60, abs=1e-4)
     cut = replace(kept, curves={"step": [1.0, 2.0], "train/success": [0.2, 0.4]})
-    assert analysis.measured(cut, analysis.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
+    assert analysis.measure_value(cut, analysis.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
 
 
 def test_nothing_of_others_is_removed_and_no_cell_is_a_formula(runs, tmp_path):
     page = made([cell("none", runs["none"][:2]), cell("aem", runs["aem"][:2])])
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "mine.csv").write_text("mine")
-    files = render.write(page, tmp_path, analysis.curves([]))
+    files = render.write(page, tmp_path, analysis.curve_rows([]))
     table = tmp_path / "tables" / "again_and_again.csv"
     assert table in files and (tmp_path / "tables" / "mine.csv").exists()
     odd = render.Report(
@@ -288,8 +288,8 @@ def test_runs_of_two_revisions_are_named_and_not_compared_unless_asked(tmp_path,
 
 def test_one_revision_is_no_matter(runs):
     newer = [cell(arm, [revised(kept, 1) for kept in runs[arm][:3]]) for arm in ("none", "aem")]
-    assert analysis.revisions(newer[0].done).keys() == {1}
-    assert "method revisions" not in render.markdown(made(newer))
+    assert analysis.runs_by_revision(newer[0].done).keys() == {1}
+    assert "method revisions" not in render.render_markdown(made(newer))
 
 
 # Runs of other frameworks.

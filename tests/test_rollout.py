@@ -7,14 +7,14 @@ import torch
 import toy
 
 from aem_exp.aem import responses
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
 from aem_exp.rollout.rows import build_rows
-from aem_exp.rollout.sampling.base import Sample, Sampling, generator
+from aem_exp.rollout.sampling.base import Sample, Sampling, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import CONTEXT, CRASHED, Episode
-from aem_exp.training.batch import measured, pack
+from aem_exp.training.batch import pack_rows, sampler_logps_and_entropies
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = Sampling(), toy.ChatterWorld()
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes):
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
-    rollout = Rollout(Serial(world), toy.env(history, **changes), chat)
+    rollout = Rollout(SerialExecutor(world), toy.env(history, **changes), chat)
     played = rollout.play(episodes or toy.draw(0), LocalSampler(model.eval(), chat.end_ids, sampling))
     return played, model, tokenizer
 
@@ -40,7 +40,7 @@ def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temp
     played, model, tokenizer = play(folder, history, sampling=Sampling(temperature))
     packed = build_rows([t for t in played if t.ended != CRASHED], history)
     chosen = list(range(len(packed)))
-    batch = pack(packed, chosen, tokenizer.pad_token_id)
+    batch = pack_rows(packed, chosen, tokenizer.pad_token_id)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -48,7 +48,7 @@ def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temp
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits / temperature
     logp = logits.log_softmax(-1)[:, batch["prompt_ids"].shape[1] - 1 : -1]
     own = batch["tool_mask"].bool()
-    logps, entropies = measured(packed, chosen, own.shape[1])
+    logps, entropies = sampler_logps_and_entropies(packed, chosen, own.shape[1])
     torch.testing.assert_close(
         logp.gather(2, batch["completion_ids"][..., None])[..., 0][own], logps[own], atol=2e-5, rtol=0
     )
@@ -140,11 +140,11 @@ def test_sampling_follows_the_distribution():
     """Inverse-CDF draws from a known distribution: chi-square over 20,000 draws."""
     from scipy.stats import chisquare
 
-    from aem_exp.rollout.sampling.local import _draw
+    from aem_exp.rollout.sampling.local import _sample_tokens
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
-    draws = torch.from_numpy(generator(("chi",)).random(20_000))
-    tokens, logps, entropies = _draw(logits.expand(20_000, 5), draws, Sampling(0.8))
+    draws = torch.from_numpy(keyed_generator(("chi",)).random(20_000))
+    tokens, logps, entropies = _sample_tokens(logits.expand(20_000, 5), draws, Sampling(0.8))
     expected = (logits.double() / 0.8).softmax(0)
     assert chisquare(torch.bincount(tokens, minlength=5).numpy(), expected.numpy() * 20_000).pvalue > 1e-3
     torch.testing.assert_close(logps, expected.log().float()[tokens])
@@ -155,10 +155,10 @@ def test_sampling_follows_the_distribution():
     ("sampling", "kept"), [(Sampling(top_k=2), {2, 4}), (Sampling(top_p=0.6), {2, 4}), (Sampling(min_p=0.9), {2})]
 )
 def test_filters_keep_the_likely_tokens(sampling, kept):
-    from aem_exp.rollout.sampling.local import _draw
+    from aem_exp.rollout.sampling.local import _sample_tokens
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).expand(500, 5)
-    tokens, *_ = _draw(logits, torch.from_numpy(generator(("f",)).random(500)), sampling)
+    tokens, *_ = _sample_tokens(logits, torch.from_numpy(keyed_generator(("f",)).random(500)), sampling)
     assert set(tokens.tolist()) == kept
 
 
@@ -196,9 +196,9 @@ def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, histo
 def test_a_panel_may_be_played_by_other_rules(folder):
     model, tokenizer = toy.policy(folder, "full")
     chat = Chat(tokenizer)
-    rollout = Rollout(Serial(SOUND), toy.env("full"), chat)
+    rollout = Rollout(SerialExecutor(SOUND), toy.env("full"), chat)
     sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN)
-    with rollout.under(toy.env("full", max_turns=1)):
+    with rollout.override_rules(toy.env("full", max_turns=1)):
         assert {len(t.responses) for t in rollout.play(toy.draw(0), sampler)} == {1}
     assert max(len(t.responses) for t in rollout.play(toy.draw(0), sampler)) > 1
 
@@ -215,7 +215,7 @@ def test_who_watches_is_told_of_every_turn_and_token(folder, history):
         def token(self, count):
             self.heard.append(str(count))
 
-        def alone(self, slot, turn):
+        def slot_turn(self, slot, turn):
             raise AssertionError("these episodes are played together")
 
     watcher = Watching()
@@ -223,7 +223,7 @@ def test_who_watches_is_told_of_every_turn_and_token(folder, history):
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
     sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN, watcher.token)
-    played = Rollout(Serial(SOUND), toy.env(history), chat, watcher=watcher).play(toy.draw(0), sampler)
+    played = Rollout(SerialExecutor(SOUND), toy.env(history), chat, watcher=watcher).play(toy.draw(0), sampler)
     expected = []
     for turn in range(max(len(t.responses) for t in played)):
         said = [len(t.responses[turn].sample.ids) for t in played if len(t.responses) > turn]

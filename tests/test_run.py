@@ -70,7 +70,7 @@ def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
         return file.read_text().count("train/success") if file.exists() else 0
 
     kill_when(lambda: steps() >= 1)
-    kill_when(lambda: steps() >= 3 and checkpoints.newest(folder_of(tmp_path)) is not None)
+    kill_when(lambda: steps() >= 3 and checkpoints.find_newest(folder_of(tmp_path)) is not None)
     broken = sorted(folder_of(tmp_path).glob("checkpoint-*"))
     (broken[-1] / "step.json").rename(broken[-1] / "step.json.part")  # as if the save itself had been killed
     done = door(cache, tmp_path, *SMALL)
@@ -97,7 +97,7 @@ def test_stopped_before_the_result_it_ends_the_same(unbroken, cache, tmp_path, m
     monkeypatch.setenv("AEM_CACHE", str(cache))
     experiment = config.load([*SMALL, f"outputs={tmp_path}", "tracking=off"])
     with monkeypatch.context() as broken:
-        broken.setattr(summary, "artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
+        broken.setattr(summary, "write_artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
             execution.run(experiment)
     folder = execution.run(experiment)
@@ -133,7 +133,7 @@ def test_ctrl_c_saves_at_the_end_of_its_step(unbroken, cache, tmp_path):
     assert started.returncode == 130
     assert "Ctrl-C: saving at the end of this step; press it again to leave at once" in out
     folder = folder_of(tmp_path)
-    step = checkpoints.steps(checkpoints.newest(folder))
+    step = checkpoints.steps(checkpoints.find_newest(folder))
     assert 0 < step < 6 and step == metrics(folder)[-1]["step"]
     assert f"to go on from step {step}: {sys.executable} -m aem_exp.run {folder}" in err
     assert "Traceback" not in out + err
@@ -159,12 +159,12 @@ def test_ctrl_c_before_the_first_step_leaves_promptly(cache, tmp_path):
 def test_ctrl_c_twice_leaves_at_once():
     from aem_exp.cluster.signals import Interrupted, Signals
 
-    with Signals() as signals, signals.deferred():
+    with Signals() as signals, signals.defer():
         signal.raise_signal(signal.SIGINT)
-        assert signals.heard == signal.SIGINT
+        assert signals.received == signal.SIGINT
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
-    with Signals() as signals, signals.deferred():
+    with Signals() as signals, signals.defer():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
         with pytest.raises(Interrupted) as stop:
@@ -180,7 +180,7 @@ def test_a_run_in_the_background_of_a_shell_ignores_ctrl_c():
     try:
         with Signals() as signals:
             signal.raise_signal(signal.SIGINT)
-            assert signals.heard is None
+            assert signals.received is None
     finally:
         signal.signal(signal.SIGINT, before)
 

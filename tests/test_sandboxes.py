@@ -21,9 +21,9 @@ import images
 import pytest
 from doors import LONG, lacking, until
 
-from aem_exp.core.errors import Missing
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, Ruined, file_name, seccomp
-from aem_exp.sandboxes.apptainer import Apptainer, build
+from aem_exp.core.errors import MissingResource
+from aem_exp.sandboxes import HOST, Image, Limits, SandboxBroken, SandboxLost, image_file_name, seccomp
+from aem_exp.sandboxes.apptainer import Apptainer, build_arguments
 from aem_exp.sandboxes.bwrap import Bwrap
 from aem_exp.sandboxes.docker import Docker
 from aem_exp.sandboxes.local import Local
@@ -93,7 +93,7 @@ def processes(word):
 
 def test_a_command_runs_where_the_last_one_left_off(sandbox):
     ran = sandbox.run("echo out; echo err >&2; echo x > file; exit 3", 10)
-    assert (ran.text, ran.code, ran.stopped) == ("out\nerr\n", 3, "")
+    assert (ran.text, ran.code, ran.stop_reason) == ("out\nerr\n", 3, "")
     assert sandbox.run("cat file; pwd", 10).text == f"x\n{sandbox.workdir}\n"
     assert sandbox.run("cat", 10, b"\0given\xff").output == b"\0given\xff"
     assert sandbox.run("cat", 10).output == b""  # nobody types
@@ -121,7 +121,7 @@ def test_files_go_in_and_come_out(sandbox):
 def test_what_takes_too_long_is_ended_with_all_that_it_began(sandbox):
     leaves = "" if sandbox.kind == "local" else "setsid"  # there, a process that leaves its session stays
     ran = sandbox.run(f"echo begun; {leaves} sleep 7171 & sleep 7171", 4)
-    assert (ran.text, ran.code, ran.stopped) == ("begun\n", 124, "time") and ran.seconds < 7171
+    assert (ran.text, ran.code, ran.stop_reason) == ("begun\n", 124, "time") and ran.seconds < 7171
     until(lambda: not processes("7171"), "their end")
 
 
@@ -320,10 +320,10 @@ def judged(rules, number, machine, first=0, second=0, third=0):
 
 @pytest.mark.parametrize(("machine", "name", "socket"), [("x86_64", 0xC000003E, 41), ("aarch64", 0xC00000B7, 198)])
 def test_the_filter_of_each_machine(machine, name, socket):
-    rules, column = seccomp.rules(machine), ("x86_64", "aarch64").index(machine)
-    refused = {numbers[column] for numbers in seccomp.REFUSED.values()}
+    rules, column = seccomp.build_filter(machine), ("x86_64", "aarch64").index(machine)
+    refused = {numbers[column] for numbers in seccomp.REFUSED_CALLS.values()}
     for number in range(600):
-        if number not in seccomp.SOCKETS[machine]:
+        if number not in seccomp.SOCKET_CALLS[machine]:
             assert judged(rules, number, name) == (38 if number in refused else None)
         assert judged(rules, number, 0x40000003) == judged(rules, number + (1 << 30), name) == 38
     for family in range(64):
@@ -342,13 +342,13 @@ def test_a_machine_without_a_filter_says_so(monkeypatch):
 
 def test_output_without_end_is_cut(sandbox):
     ran = sandbox.run("yes", 20)
-    assert (ran.stopped, ran.code, len(ran.output)) == ("output", 124, LIMITS.output_mb << 20)
+    assert (ran.stop_reason, ran.code, len(ran.output)) == ("output", 124, LIMITS.output_mb << 20)
 
 
 def test_closed_it_is_gone_and_may_be_closed_again(sandbox):
     sandbox.close()
     sandbox.close()
-    with pytest.raises(Lost):
+    with pytest.raises(SandboxLost):
         sandbox.run("true", 5)
 
 
@@ -357,7 +357,7 @@ def test_closed_by_another_it_ends_what_runs(sandbox):
         running = thread.submit(sandbox.run, "echo begun; sleep 7575 & exec sleep 7575 >&- 2>&-", 60)
         until(lambda: len(processes("7575")) > 1, "a command")
         sandbox.close()
-        with pytest.raises(Lost, match="gone"):
+        with pytest.raises(SandboxLost, match="gone"):
             running.result(timeout=LONG)
     until(lambda: not processes("7575"), "their end")
 
@@ -370,9 +370,9 @@ def test_what_never_began_is_the_machines_fault(who, tmp_path):
     (tmp_path / who).chmod(0o755)
     with Bwrap().open(Image(), LIMITS) as sandbox:
         sandbox.run("true", 5)
-        sandbox.outer = {"PATH": f"{tmp_path}:{sandbox.outer['PATH']}"}
+        sandbox.outer_env = {"PATH": f"{tmp_path}:{sandbox.outer_env['PATH']}"}
         open_to_all(tmp_path)
-        with pytest.raises(Lost, match=f"{who}: Resource"):
+        with pytest.raises(SandboxLost, match=f"{who}: Resource"):
             sandbox.run("true", 5)
 
 
@@ -388,11 +388,14 @@ def test_without_processes_left_nothing_is_said_of_a_command(monkeypatch):
         lacking(why)
     with Bwrap().open(Image(), LIMITS) as sandbox:
         monkeypatch.setattr("aem_exp.sandboxes.bwrap.SPARE", -LIMITS.processes)
-        with pytest.raises(Lost, match="Resource temporarily"):
+        with pytest.raises(SandboxLost, match="Resource temporarily"):
             sandbox.run("true", 5)
         threading.Timer(0.2, monkeypatch.undo).start()
         assert sandbox.run("echo again", 5).text == "again\n"  # none may be left for a moment only
-    with Bwrap().open(Image(hidden=("/usr/nowhere",)), LIMITS) as sandbox, pytest.raises(Lost, match="nowhere"):
+    with (
+        Bwrap().open(Image(hidden_paths=("/usr/nowhere",)), LIMITS) as sandbox,
+        pytest.raises(SandboxLost, match="nowhere"),
+    ):
         sandbox.run("true", 5)
 
 
@@ -402,7 +405,7 @@ def test_a_machine_without_processes_is_lost(backend, monkeypatch):
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr("subprocess.Popen", full)
-    with pytest.raises(Lost, match="Resource temporarily"), backend.open(Image(), LIMITS) as sandbox:
+    with pytest.raises(SandboxLost, match="Resource temporarily"), backend.open(Image(), LIMITS) as sandbox:
         sandbox.run("true", 5)
 
 
@@ -416,11 +419,11 @@ def test_who_ruins_an_image_is_not_the_machine(unpacked):
     for ruin in ("cd /; rm -rf testbed", "cd /; rm -rf testbed; touch testbed", "rm -rf /bin/*"):
         with backend.open(Image(name), LIMITS) as sandbox:
             sandbox.run(ruin, 10)
-            with pytest.raises(Ruined):
+            with pytest.raises(SandboxBroken):
                 sandbox.run("true", 10)
     with backend.open(Image(name), LIMITS) as sandbox:
         sandbox.workdir = "/nowhere"
-        with pytest.raises(Lost, match="nowhere"):  # in which nothing has run yet
+        with pytest.raises(SandboxLost, match="nowhere"):  # in which nothing has run yet
             sandbox.run("true", 10)
 
 
@@ -429,7 +432,7 @@ def test_who_locks_the_folder_of_the_machines_own_system_is_not_the_machine():
         lacking(why)
     with Bwrap().open(Image(), LIMITS) as sandbox:
         sandbox.run("chmod 000 .", 10)
-        with pytest.raises(Ruined, match="chdir to /testbed: Permission denied"):
+        with pytest.raises(SandboxBroken, match="chdir to /testbed: Permission denied"):
             sandbox.run("true", 10)
 
 
@@ -468,7 +471,7 @@ def test_a_mount_that_hangs_is_lost(how, tmp_path, monkeypatch):
     open_to_all(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 4)
-    with pytest.raises(Lost, match=r"could not be mounted: .*4 s"):
+    with pytest.raises(SandboxLost, match=r"could not be mounted: .*4 s"):
         Bwrap().open(Image(), LIMITS).start()
     until(lambda: not processes("7676"), "its end")
 
@@ -539,7 +542,7 @@ def test_there_is_no_network(contained):
 
 def test_a_fork_bomb_is_nobody_elses_matter(contained):
     ran = contained.run(":(){ :|:& };: ; sleep 0.5; for i in $(seq 100); do sleep 1 & done; wait; echo end", 5)
-    assert "end" in ran.text or ran.stopped or "fork" in ran.text
+    assert "end" in ran.text or ran.stop_reason or "fork" in ran.text
     assert contained.run("echo fine", 10).text == "fine\n"
 
 
@@ -547,7 +550,7 @@ def test_who_takes_all_memory_is_stopped(contained):
     ran = contained.run(
         "x=$(head -c 1000000000 /dev/zero | tr '\\0' x 2>/dev/null || yes | head -c 1000000000); echo ${#x}", 20
     )
-    assert ran.stopped == "memory" or ran.code or "1000000000" not in ran.text
+    assert ran.stop_reason == "memory" or ran.code or "1000000000" not in ran.text
     assert contained.run("echo fine", 10).text == "fine\n"
 
 
@@ -628,7 +631,7 @@ def test_memory_that_is_no_threads_or_no_processs_is_seen(code):
         lacking(why)
     with Bwrap().open(Image(HOST, (sys.base_prefix,)), LIMITS) as sandbox:
         sandbox.put("/tmp/take.py", code.encode())
-        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/take.py", 300).stopped == "memory"
+        assert sandbox.run(f"{sys.base_prefix}/bin/python3 /tmp/take.py", 300).stop_reason == "memory"
         assert sandbox.run("echo fine", 10).text == "fine\n"
 
 
@@ -672,7 +675,7 @@ def test_one_that_was_killed_is_lost():
     with Bwrap().open(Image(), LIMITS) as sandbox:
         sandbox._holder.kill()
         sandbox._holder.wait()
-        with pytest.raises(Lost, match="gone"):
+        with pytest.raises(SandboxLost, match="gone"):
             sandbox.run("true", 5)
 
 
@@ -728,7 +731,7 @@ def test_local_refuses_unless_it_is_meant():
 
 @pytest.mark.parametrize("told", [{}, {"config": None}, {"config": {"Env": ["A=1=2", "BARE", "", "=x", "B=", "A=3"]}}])
 def test_variables_of_an_image_that_are_none_are_left_out(told, tmp_path):
-    folder = tmp_path / file_name("some/image:1")
+    folder = tmp_path / image_file_name("some/image:1")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(told))
     sandbox = Bwrap(str(tmp_path)).open(Image("some/image:1", env={"C": "4"}), LIMITS)
@@ -759,21 +762,21 @@ def test_what_is_not_installed_is_one_sentence(monkeypatch):
 def test_an_image_that_is_nowhere_is_one_sentence(tmp_path):
     if not shutil.which("skopeo"):
         lacking("skopeo not found: apt install skopeo umoci")
-    with pytest.raises(Missing, match="skopeo could not get it"):
+    with pytest.raises(MissingResource, match="skopeo could not get it"):
         Bwrap(str(tmp_path)).prepare([f"oci:{tmp_path}/none:t"], lambda line: None)
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_names_of_images_are_files_and_told_apart():
     names = ["a/b:1", "a_b:1", "a/b_1", "x" * 300]
-    assert len({file_name(name) for name in names}) == 4
-    assert all(len(file_name(name)) < 120 and "/" not in file_name(name) for name in names)
+    assert len({image_file_name(name) for name in names}) == 4
+    assert all(len(image_file_name(name)) < 120 and "/" not in image_file_name(name) for name in names)
 
 
 def test_dockers_command_lines():
     container = Docker().open(Image("some/image:1", env={"A": "b c"}), LIMITS)
     name = container.name
-    assert container.create() == [
+    assert container.create_command() == [
         *("docker", "run", "--rm", "--interactive", "--name", name, "--network", "none"),
         *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "40"),
         *("--memory", "200m", "--memory-swap", "200m"),
@@ -801,7 +804,12 @@ def test_dockers_command_lines():
 
 
 def test_apptainers_command_lines(tmp_path):
-    assert build("some/image:1", tmp_path / "x") == ["build", "--force", f"{tmp_path}/x", "docker://some/image:1"]
+    assert build_arguments("some/image:1", tmp_path / "x") == [
+        "build",
+        "--force",
+        f"{tmp_path}/x",
+        "docker://some/image:1",
+    ]
     backend = Apptainer(images=str(tmp_path), scratch=str(tmp_path))
     sandbox = backend.open(Image("some/image:1", env={"A": "b c"}), LIMITS)
     with sandbox:
@@ -809,7 +817,7 @@ def test_apptainers_command_lines(tmp_path):
             *("prlimit", "--cpu=20", f"--data={200 << 20}", f"--fsize={40 << 20}", "--core=0"),
             *("apptainer", "--silent", "exec", "--containall", "--cleanenv", "--no-home", "--fakeroot"),
             *("--net", "--network", "none", "--overlay", str(sandbox.layer), "--pwd", "/testbed", "--env", "A=b c"),
-            *(f"{tmp_path}/{file_name('some/image:1')}.sif", "bash", "-c", "ulimit -u 40; echo $x"),
+            *(f"{tmp_path}/{image_file_name('some/image:1')}.sif", "bash", "-c", "ulimit -u 40; echo $x"),
         ]
         layer = sandbox.layer
     assert not layer.exists() and "run aem_exp.prepare" in backend.lacks("some/image:1")

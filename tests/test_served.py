@@ -25,19 +25,19 @@ from filelock import FileLock
 from aem_exp import config, policy
 from aem_exp.cluster import rendezvous
 from aem_exp.config import ConfigError
-from aem_exp.core.errors import Stop
+from aem_exp.core.errors import RunError
 from aem_exp.envs import opening
-from aem_exp.envs.executor import Serial
-from aem_exp.envs.workers import Workers
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.envs.workers import WorkerPool
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import vllm_client, weight_sync
-from aem_exp.rollout.sampling.base import Independent, Sampling
+from aem_exp.rollout.sampling.base import IndependentSampler, Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
-from aem_exp.rollout.sampling.vllm import ServedSampler, seed
+from aem_exp.rollout.sampling.vllm import ServerSampler, seed_from_key
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.sampling.weight_sync import Files
+from aem_exp.rollout.sampling.weight_sync import FilePublisher
 from aem_exp.rollout.types import CRASHED
 from aem_exp.run.execution import run
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Pauses between attempts are as short as the tests."""
-    monkeypatch.setattr(vllm_client, "PAUSE", 0.05)
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.05)
 
 
 def policy_of(folder, history="full"):
@@ -75,7 +75,7 @@ def place(where, *served, key=KEY):
 
 def sampler_of(known, chat, rank=0):
     """What asks these servers, in the toy's words."""
-    return ServedSampler(known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=rank)
+    return ServerSampler(known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=rank)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def served(folder, tmp_path):
     with CompletionsServer(saved, KEY) as server:
         known = Servers(place(tmp_path / "servers", server), SECONDS)
         yield server, sampler_of(known, chat), chat
-        known.hang_up()
+        known.cancel()
 
 
 def ask(sampler, chat, key=("k",), budget=5, slot=0):
@@ -108,8 +108,8 @@ def test_tokens_and_log_probs_are_those_of_the_local_sampler(folder, served, sam
     follow = [chat.follow("go", sample.ids[-1]) for sample in theirs]
     theirs += session.generate(range(12), follow, [(*key, 1) for key in keys], budgets)
     ours_session = local.session()
-    ours = ours_session.generate(range(12), prompts, [(seed(key),) for key in keys], budgets)
-    ours += ours_session.generate(range(12), follow, [(seed((*key, 1)),) for key in keys], budgets)
+    ours = ours_session.generate(range(12), prompts, [(seed_from_key(key),) for key in keys], budgets)
+    ours += ours_session.generate(range(12), follow, [(seed_from_key((*key, 1)),) for key in keys], budgets)
     assert [s.ids for s in theirs] == [s.ids for s in ours]
     assert [p for s in theirs for p in s.logps] == pytest.approx([p for s in ours for p in s.logps], abs=1e-4)
     assert not any(s.entropies for s in theirs)
@@ -158,7 +158,7 @@ def _choice(**changes):
 def test_an_answer_that_is_not_exact_ends_the_run(served, twist, said):
     server, sampler, chat = served
     server.twist = twist
-    with pytest.raises(Stop, match=said):
+    with pytest.raises(RunError, match=said):
         ask(sampler, chat)
 
 
@@ -169,7 +169,7 @@ def test_a_token_that_the_policy_does_not_have_ends_the_run(served, one):
     server, sampler, chat = served
     one = sampler.vocabulary if one == "last + 1" else one
     server.twist = _choice(token_ids=[one], logprobs={"token_logprobs": [-1.0]})
-    with pytest.raises(Stop, match=r"has the token id .*: it must be a whole number from 0 to") as caught:
+    with pytest.raises(RunError, match=r"has the token id .*: it must be a whole number from 0 to") as caught:
         ask(sampler, chat)
     assert len(str(caught.value)) < 200
 
@@ -180,7 +180,7 @@ def test_a_token_that_the_policy_does_not_have_ends_the_run(served, one):
 def test_a_log_prob_that_no_token_can_have_ends_the_run(served, one):
     server, sampler, chat = served
     server.twist = _choice(token_ids=[0], logprobs={"token_logprobs": [one]})
-    with pytest.raises(Stop, match=r"has the log-prob .*: it must be a number from -10000 to 0") as caught:
+    with pytest.raises(RunError, match=r"has the log-prob .*: it must be a number from -10000 to 0") as caught:
         ask(sampler, chat)
     assert len(str(caught.value)) < 200
 
@@ -212,7 +212,7 @@ def test_an_answer_that_comes_byte_by_byte_is_late(served):
     server.raw = trickle
     asking = Beside(ask, replace_servers(sampler, Servers(sampler.servers.folder, 2.0)), chat)
     try:
-        with pytest.raises(Stop, match="gave no answer within 2 s"):
+        with pytest.raises(RunError, match="gave no answer within 2 s"):
             asking.end(60)
     finally:
         over.set()
@@ -229,7 +229,7 @@ def test_an_answer_without_end_is_cut(served):
             sent.append(1)
 
     server.raw = pour
-    with pytest.raises(Stop, match=r"answers with more than the 1,0\d\d,\d\d\d bytes that its answer may have"):
+    with pytest.raises(RunError, match=r"answers with more than the 1,0\d\d,\d\d\d bytes that its answer may have"):
         ask(sampler, chat)
     assert len(sent) < 100
 
@@ -245,7 +245,7 @@ def test_an_answer_that_is_packed_is_not_unpacked(served):
         out.wfile.write(body)
 
     server.raw = bomb
-    with pytest.raises(Stop, match="in the encoding 'gzip', which nobody asked for"):
+    with pytest.raises(RunError, match="in the encoding 'gzip', which nobody asked for"):
         ask(sampler, chat)
     assert asked == ["identity"]
 
@@ -258,7 +258,7 @@ def test_an_answer_nested_without_end_is_one_sentence(served):
         out.wfile.write(b"[" * 500_000)
 
     server.raw = nest
-    with pytest.raises(Stop, match="no JSON object"):
+    with pytest.raises(RunError, match="no JSON object"):
         ask(sampler, chat)
 
 
@@ -273,7 +273,7 @@ def test_words_of_a_server_reach_a_terminal_as_plain_text(served):
 
     server.raw = refuse
     for said in (json.dumps({"error": {"message": words}}), words, '{"error":' * 99_999, f"{KEY[:3]}\x07{KEY[3:]}"):
-        with pytest.raises(Stop, match="answers 400") as caught:
+        with pytest.raises(RunError, match="answers 400") as caught:
             ask(sampler, chat)
         sentence = str(caught.value)
         assert sentence.isprintable() and KEY not in sentence and len(sentence) < 500
@@ -295,7 +295,7 @@ def test_what_may_pass_is_asked_again_and_comes_out_the_same(served):
 def test_what_a_server_refuses_ends_the_run_at_once(served, status, said):
     server, sampler, chat = served
     server.fails = [status]
-    with pytest.raises(Stop, match=said):
+    with pytest.raises(RunError, match=said):
         ask(sampler, chat)
     assert len(server.asked) == 1
 
@@ -303,7 +303,7 @@ def test_what_a_server_refuses_ends_the_run_at_once(served, status, said):
 def test_a_wrong_key_is_one_sentence_without_the_key(served):
     server, sampler, chat = served
     server.key = "another"
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(RunError) as caught:
         ask(sampler, chat)
     assert "answers 401" in str(caught.value) and "/key its key?" in str(caught.value)
     assert KEY not in str(caught.value)
@@ -314,15 +314,15 @@ def test_a_sick_server_and_a_slow_one_end_the_run_when_the_limit_is_reached(serv
     known = Servers(sampler.servers.folder, 3.0)
     sampler = replace_servers(sampler, known)
     server.fails = [500] * 999
-    with pytest.raises(Stop, match=r"no server has answered for .* s .*the last: .*500 .the engine is not well"):
+    with pytest.raises(RunError, match=r"no server has answered for .* s .*the last: .*500 .the engine is not well"):
         ask(sampler, chat)
     server.fails, server.seconds = [], SECONDS
-    with pytest.raises(Stop, match="gave no answer within 3 s"):
+    with pytest.raises(RunError, match="gave no answer within 3 s"):
         ask(sampler, chat)
 
 
 def replace_servers(sampler, known):
-    return ServedSampler(known, sampler.end_ids, sampler.sampling, vocabulary=sampler.vocabulary)
+    return ServerSampler(known, sampler.end_ids, sampler.sampling, vocabulary=sampler.vocabulary)
 
 
 def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights(folder, tmp_path):
@@ -344,7 +344,7 @@ def test_a_server_that_is_started_anew_is_waited_for_and_gets_the_newest_weights
     with CompletionsServer(saved, KEY) as moved:
         (tmp_path / "s" / "urls").write_text(moved.url)
         assert ask(sampler, chat) == newest and moved.reloads == [other.name]
-    sampler.servers.hang_up()
+    sampler.servers.cancel()
 
 
 def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder, tmp_path):
@@ -360,7 +360,7 @@ def test_a_server_that_dies_over_an_answer_is_asked_again_when_it_is_back(folder
         until(lambda: len(first.asked) == 2, "the second request")
     with CompletionsServer(saved, KEY, port=first.port) as again:
         assert waiting.end() == newest and len(again.reloads) == 1
-        sampler.servers.hang_up()
+        sampler.servers.cancel()
 
 
 def test_a_server_that_is_away_is_told_once_at_once(folder, tmp_path, caplog):
@@ -376,7 +376,7 @@ def test_a_server_that_is_away_is_told_once_at_once(folder, tmp_path, caplog):
     with CompletionsServer(saved, KEY, port=first.port):
         assert all(one.end().ids for one in waiting)
     assert caplog.messages == [told]
-    sampler.servers.hang_up()
+    sampler.servers.cancel()
 
 
 def test_a_server_of_this_job_that_has_ended_for_good_is_not_waited_for(folder, tmp_path):
@@ -386,40 +386,42 @@ def test_a_server_of_this_job_that_has_ended_for_good_is_not_waited_for(folder, 
     waiting = Beside(ask, sampler, chat)
     time.sleep(0.3)
     assert waiting.busy
-    rendezvous.write_gone(tmp_path / "s", "1", "the server on node7 has ended with code 9")
-    with pytest.raises(Stop, match=r"the server on node7 has ended with code 9; http.* cannot be reached") as stopped:
+    rendezvous.write_ended(tmp_path / "s", "1", "the server on node7 has ended with code 9")
+    with pytest.raises(
+        RunError, match=r"the server on node7 has ended with code 9; http.* cannot be reached"
+    ) as stopped:
         waiting.end(60)
     assert stopped.value.kind == "node"
-    with pytest.raises(Stop, match="node7 has ended with code 9; what it says is in the job's log"):
-        rendezvous.gather(tmp_path / "s", 2, SECONDS)
-    sampler.servers.hang_up()
+    with pytest.raises(RunError, match="node7 has ended with code 9; what it says is in the job's log"):
+        rendezvous.wait_for_servers(tmp_path / "s", 2, SECONDS)
+    sampler.servers.cancel()
 
 
 @pytest.mark.parametrize(("name", "found"), [("10.1.2.3", True), ("8.8.8.8", False), ("0.0.0.0", False)])
 def test_a_node_serves_on_a_private_address_alone(monkeypatch, name, found):
     monkeypatch.setenv("SLURMD_NODENAME", name)
     if found:
-        assert rendezvous.private(None) == name
+        assert rendezvous.private_address(None) == name
     else:
         with pytest.raises(ConfigError, match="must be one of the private network"):
-            rendezvous.private(None)
-    assert rendezvous.private("lo") == "127.0.0.1"
+            rendezvous.private_address(None)
+    assert rendezvous.private_address("lo") == "127.0.0.1"
 
 
 def test_weights_that_were_streamed_are_lost_with_their_server(folder, tmp_path):
     saved, chat = policy_of(folder)
     with CompletionsServer(saved, KEY) as server:
         sampler = sampler_of(Servers(place(tmp_path / "s", server), SECONDS), chat)
-        sampler.servers.told(None)
+        sampler.servers.mark_updated(None)
         ask(sampler, chat)
     waiting = Beside(ask, sampler, chat)
     time.sleep(0.4)
     with (
         CompletionsServer(server.model, KEY, server.port),
-        pytest.raises(Stop, match="was started anew and has lost the weights"),
+        pytest.raises(RunError, match="was started anew and has lost the weights"),
     ):
         waiting.end()
-    sampler.servers.hang_up()
+    sampler.servers.cancel()
 
 
 def test_an_episode_keeps_its_server_and_goes_to_another_when_that_is_away(folder, tmp_path):
@@ -431,14 +433,14 @@ def test_an_episode_keeps_its_server_and_goes_to_another_when_that_is_away(folde
             for slot in range(4):
                 ask(sampler, chat, (slot, turn), slot=slot)
         assert [len(one.asked), len(two.asked)] == [6, 6]
-        assert {request["seed"] for request in one.asked} == {seed((s, t)) for s in (0, 2) for t in range(3)}
+        assert {request["seed"] for request in one.asked} == {seed_from_key((s, t)) for s in (0, 2) for t in range(3)}
         other_rank = sampler_of(known, chat, rank=1)
         ask(other_rank, chat, ("rank",))
         assert len(two.asked) == 7
         one.__exit__()
         assert ask(sampler, chat, (0, 9)) == ask(sampler, chat, (0, 9), slot=1)
         assert len(two.asked) == 9
-        known.hang_up()
+        known.cancel()
 
 
 def test_a_proxy_of_the_environment_has_no_part(served, monkeypatch):
@@ -467,10 +469,10 @@ def test_a_folder_that_does_not_do_is_one_sentence(tmp_path, spoil, said):
     (where / "urls").write_text("http://10.0.0.7:41234\n")
     (where / "key").write_text(KEY)
     (where / "key").chmod(0o600)
-    assert rendezvous.read(where) == (["http://10.0.0.7:41234"], KEY)
+    assert rendezvous.read_urls(where) == (["http://10.0.0.7:41234"], KEY)
     spoil(where)
     with pytest.raises(ConfigError) as caught:
-        rendezvous.read(where)
+        rendezvous.read_urls(where)
     sentence = str(caught.value)
     assert said in sentence and "\n" not in sentence and "pw" not in sentence and KEY not in sentence
 
@@ -481,11 +483,11 @@ def test_what_others_can_write_says_nothing_of_servers(tmp_path, name, mode, sai
     where = written(tmp_path / "s")
     (where / name).chmod(mode | 0o700 if not name else mode)
     with pytest.raises(ConfigError, match=f"can be written {said}, .*: chmod -R go-w {where} .nobody else") as caught:
-        rendezvous.read(where)
+        rendezvous.read_urls(where)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"launch.servers={where / name}: ")
     subprocess.run(["chmod", "-R", "go-w", where], check=True)
     if name != "key":
-        assert rendezvous.read(where)[1] == KEY
+        assert rendezvous.read_urls(where)[1] == KEY
 
 
 @pytest.mark.parametrize("name", ["", "urls", "key"])
@@ -499,8 +501,8 @@ def test_what_somebody_else_has_written_says_nothing_of_servers(tmp_path, name, 
     with pytest.raises(
         ConfigError, match=r"belongs to user \d+, and must be yours or root's: make a folder of your own"
     ):
-        rendezvous.read(where)
-    assert rendezvous.again(where, ["http://10.0.0.7:1"]) == ["http://10.0.0.7:1"]
+        rendezvous.read_urls(where)
+    assert rendezvous.reread_urls(where, ["http://10.0.0.7:1"]) == ["http://10.0.0.7:1"]
 
 
 @pytest.mark.parametrize("name", ["urls", "key"])
@@ -517,19 +519,19 @@ def test_what_is_no_small_text_file_says_nothing_of_servers(tmp_path, name, odd)
         file.write_bytes(b"x" * 100_000 if odd == "large" else b"\xff\xfe")
         file.chmod(0o600)
     with pytest.raises(ConfigError, match=r"must be a file|must be plain text|Is a directory"):
-        rendezvous.read(where)
+        rendezvous.read_urls(where)
 
 
 def test_what_a_job_writes_down_is_its_owners_alone_whatever_the_umask(tmp_path):
     before = os.umask(0o002)
     try:
-        where = rendezvous.of_job(tmp_path)
-        key = rendezvous.made_key(where)
-        rendezvous.write(where / f"{rendezvous.NODE}0", "http://10.0.0.7:41234\n")
-        rendezvous.gather(where, 1, SECONDS)
+        where = rendezvous.job_folder(tmp_path)
+        key = rendezvous.ensure_key(where)
+        rendezvous.write_private(where / f"{rendezvous.NODE_PREFIX}0", "http://10.0.0.7:41234\n")
+        rendezvous.wait_for_servers(where, 1, SECONDS)
     finally:
         os.umask(before)
-    assert rendezvous.read(where) == (["http://10.0.0.7:41234"], key) and rendezvous.made_key(where) == key
+    assert rendezvous.read_urls(where) == (["http://10.0.0.7:41234"], key) and rendezvous.ensure_key(where) == key
 
 
 def written(where):
@@ -561,7 +563,7 @@ class Apart:
         one.ask, one.lock = ask, self.lock
         return one
 
-    def hang_up(self):
+    def cancel(self):
         self.over = True
 
 
@@ -588,9 +590,9 @@ def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
     local = LocalSampler(model.eval(), chat.end_ids, Sampling())
     world = toy.ChatterWorld(breaks=True)
     episodes = [*toy.draw(0), *toy.draw(1)]
-    assert isinstance(Apart(local), Independent) and not isinstance(local, Independent)
+    assert isinstance(Apart(local), IndependentSampler) and not isinstance(local, IndependentSampler)
     played = [
-        Rollout(Serial(world), toy.env(history), chat, at_once).play(episodes, sampler)
+        Rollout(SerialExecutor(world), toy.env(history), chat, at_once).play(episodes, sampler)
         for sampler in (local, Apart(local))
     ]
     assert told(played[0]) == told(played[1])
@@ -606,7 +608,7 @@ def test_environments_work_while_others_generate(folder, tmp_path):
         server.seconds = seconds
         known = Servers(place(tmp_path / "s", server), SECONDS)
         sampler = sampler_of(known, chat)
-        stage = Workers({"_target_": "patient.Patient", "low": seconds, "high": seconds}, 4, SECONDS)
+        stage = WorkerPool({"_target_": "patient.Patient", "low": seconds, "high": seconds}, 4, SECONDS)
         try:
             stage.reset({slot: episodes[slot].task for slot in range(4)})  # processes start
             rollout = Rollout(stage, toy.env("full"), chat)
@@ -615,7 +617,7 @@ def test_environments_work_while_others_generate(folder, tmp_path):
             wall = time.perf_counter() - start
         finally:
             stage.close()
-            known.hang_up()
+            known.cancel()
     spent = rollout.clock.read()
     assert [(t.task, t.member, t.ended, len(t.responses)) for t in played] == [
         (e.task, e.member, "over", 4) for e in episodes
@@ -650,7 +652,7 @@ def test_ctrl_c_ends_all_who_wait_for_a_slow_answer(served, at_once):
     interrupting = Beside(interrupt)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        Rollout(Serial(toy.ChatterWorld()), toy.env("full"), chat, at_once).play(toy.draw(0), sampler)
+        Rollout(SerialExecutor(toy.ChatterWorld()), toy.env("full"), chat, at_once).play(toy.draw(0), sampler)
     assert time.monotonic() - start < SECONDS
     interrupting.end()
     with pytest.raises(CancelledError):
@@ -661,8 +663,8 @@ def test_ctrl_c_ends_all_who_wait_for_a_slow_answer(served, at_once):
 def test_a_refusal_ends_the_play(served):
     server, sampler, chat = served
     server.seconds, server.fails = 0.2, [400]
-    with pytest.raises(Stop, match="400"):
-        Rollout(Serial(toy.ChatterWorld()), toy.env("full"), chat).play(toy.draw(0), sampler)
+    with pytest.raises(RunError, match="400"):
+        Rollout(SerialExecutor(toy.ChatterWorld()), toy.env("full"), chat).play(toy.draw(0), sampler)
     time.sleep(0.5)
     assert len(server.asked) <= 16, "nobody goes on to a second turn"
 
@@ -692,7 +694,7 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             lam=1.0,
             make_sampler=lambda trainer: sampler_of(known, chat),
             trust_sampler=False,
-            publish=Files(known),
+            publish=FilePublisher(known),
             **more,
         )
         trainer.aem.report = lambda step, row: rows.append(row)
@@ -705,7 +707,7 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
 
         trainer.batches = watched
         trainer.train()
-        known.hang_up()
+        known.cancel()
     assert len(rows) == 3 and len(server.reloads) == 3
     assert [path.name for path in (known.folder / "weights").iterdir()] == [server.reloads[-1]]
     for row in rows:
@@ -728,7 +730,7 @@ def test_two_processes_in_pieces_ask_for_their_own_episodes(folder, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(server.reloads) == 2
         asked = {request["seed"] for request in server.asked}
-    firsts = {seed((*episode.key, 0)) for step in range(2) for episode in toy.draw(step)}
+    firsts = {seed_from_key((*episode.key, 0)) for step in range(2) for episode in toy.draw(step)}
     assert firsts <= asked and len(asked) == len(server.asked), "every episode once"
     rows = json.loads((where / "rows.json").read_text())
     assert len(rows) == 2 and all(row["train/sampler_gap"] < 1e-4 and row["train/grad_norm"] > 0 for row in rows)
@@ -751,7 +753,7 @@ def test_streamed_weights_go_to_every_server(folder, tmp_path):
             self.forgot += 1
 
     clients = [Client(), Client()]
-    publish = weight_sync.Streamed(known)
+    publish = weight_sync.NCCLPublisher(known)
     publish._client = lambda url, device: clients[known.urls.index(url)]
     trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
     publish(trainer)
@@ -759,7 +761,7 @@ def test_streamed_weights_go_to_every_server(folder, tmp_path):
         assert client.forgot == 1
         assert all(torch.equal(client.got[name], p) for name, p in trainer.model.named_parameters())
     assert known.streamed and known.weights is None
-    known.hang_up()
+    known.cancel()
 
 
 def test_a_client_of_trls_shows_our_key():
@@ -782,9 +784,9 @@ def test_servers_of_old_weights_are_noticed(folder, tmp_path):
             trust_sampler=False,
             publish=lambda trainer: None,
         )
-        with pytest.raises(Stop, match="does not sample from these weights"):
+        with pytest.raises(RunError, match="does not sample from these weights"):
             trainer.train()
-        known.hang_up()
+        known.cancel()
 
 
 def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
@@ -795,7 +797,7 @@ def test_a_run_from_the_command_line_is_served(cache, tmp_path, monkeypatch):
     key, where = "secret-7f3a", tmp_path / "servers"
     words += [f"launch.servers={where}", "launch.server_seconds=60"]
     experiment = config.load([*words, f"outputs={tmp_path / 'out'}"])
-    with CompletionsServer(policy.made(experiment, opening.open_world(experiment)), key) as server:
+    with CompletionsServer(policy.make_cached(experiment, opening.open_world(experiment)), key) as server:
         place(where, server, key=key)
         ended = run(experiment)
         assert server.reloads == ["0", "2", "4"], "before the first step, and after each, of two updates"
@@ -823,5 +825,5 @@ def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, mo
     command, env = [sys.executable, "-m", "aem_exp.jobs.serve", str(run_dir)], os.environ | {"AEM_SITE": str(site)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 1 and "has ended with code 3" in done.stderr and "Traceback" not in done.stderr
-    with pytest.raises(Stop, match=r"the server on .* has ended with code 3; what it says is in the job's log"):
-        rendezvous.gather(rendezvous.of_job(run_dir), 1, SECONDS)
+    with pytest.raises(RunError, match=r"the server on .* has ended with code 3; what it says is in the job's log"):
+        rendezvous.wait_for_servers(rendezvous.job_folder(run_dir), 1, SECONDS)

@@ -87,8 +87,8 @@ def test_wilson_is_scipys() -> None:
 
     for wins, tasks in [(0, 10), (1, 7), (60, 120), (119, 120), (5, 5)]:
         theirs = binomtest(wins, tasks).proportion_ci(0.95, "wilson")
-        assert scores.wilson(wins / tasks, tasks) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert scores.wilson(math.nan, 10) == scores.wilson(0.5, 0) == (0.0, 1.0)
+        assert scores.wilson_interval(wins / tasks, tasks) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert scores.wilson_interval(math.nan, 10) == scores.wilson_interval(0.5, 0) == (0.0, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------- live line
@@ -123,22 +123,22 @@ def test_few_lines_where_there_is_no_terminal() -> None:
 def test_one_line_on_a_terminal() -> None:
     screen = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
     with console.Progress(console=screen) as line:
-        line.say("loading")
-        assert "loading …  0 s" in str(line._line())
+        line.show_stage("loading")
+        assert "loading …  0 s" in str(line._live_line())
         for step in range(1, 11):
             line(step, 20, row(step))
-            shown = str(line._line())
+            shown = str(line._live_line())
             assert len(shown) <= 80
         assert "10/20" in shown
         assert "left" in shown
-        line.say("playing the test panel")
-        assert "10/20  playing the test panel …" in str(line._line())
+        line.show_stage("playing the test panel")
+        assert "10/20  playing the test panel …" in str(line._live_line())
     assert printed(screen).count("\n") <= 2, "the line is drawn over itself"
 
 
 def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     def play(line: console.Progress) -> None:
-        line.say("playing the dev panel")
+        line.show_stage("playing the dev panel")
         line.token(1)
         line.turn(4)
         line.token(7)
@@ -157,26 +157,26 @@ def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> No
     with console.Progress(console=few) as line:
         play(line)
     assert printed(few).splitlines() == [panel]  # it was said a moment ago
-    monkeypatch.setattr(console, "SLOW", 0.0)
+    monkeypatch.setattr(console, "SLOW_SECONDS", 0.0)
     with console.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
         play(line)
-        assert str(line._line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
+        assert str(line._live_line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
         line(0, 3, {})
         line.turn(12)
-        assert str(line._line()).endswith("0/3  turn 1 of 12 episodes")
-        line.alone(0, 1)
-        line.alone(5, 3)
-        assert str(line._line()).endswith("0/3  4 turns of 2 episodes at a time")
+        assert str(line._live_line()).endswith("0/3  turn 1 of 12 episodes")
+        line.slot_turn(0, 1)
+        line.slot_turn(5, 3)
+        assert str(line._live_line()).endswith("0/3  4 turns of 2 episodes at a time")
 
 
 def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     from aem_exp.evaluate import display
 
-    monkeypatch.setattr(display, "OFTEN", 0.0)
+    monkeypatch.setattr(display, "REFRESH_SECONDS", 0.0)
     screen = terminal(80)
-    with display.Line(screen, every=0.0) as line:
-        line.begin("policy", 0, 2, max_turns=8)
-        line.part(0, 2)
+    with display.ProgressLine(screen, every=0.0) as line:
+        line.start_agent("policy", 0, 2, max_turns=8)
+        line.start_chunk(0, 2)
         line.token(5)
         line.turn(2)
         line.token(120)
@@ -197,7 +197,7 @@ def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_durations() -> None:
-    assert [console.clock(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
+    assert [console.format_duration(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
         "0 s",
         "59 s",
         "1:00 min",
@@ -213,13 +213,13 @@ def test_durations() -> None:
 def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
     screen = terminal(100)
-    summary.summary(run_dir, screen)
+    summary.print_summary(run_dir, screen)
     text = printed(screen)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "dev 120 25.0% [18%, 33%] 62.5% [54%, 71%]" in lines
     assert "test 140 - 60.0% [52%, 68%]" in lines
     assert f"run {run_dir}" in lines
-    page = publish.page(run_dir)
+    page = publish.run_page(run_dir)
     assert page is not None
     assert f"serve {page.command}" in lines
     assert f"open {page.link}" in lines, "whole, on one line"
@@ -235,26 +235,28 @@ def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
     (run_dir / "tracking.json").unlink()
     (run_dir / "metrics.jsonl").write_text("")
     screen = terminal(60)
-    summary.summary(run_dir, screen)
+    summary.print_summary(run_dir, screen)
     assert "62.5%" in printed(screen)
 
 
 def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
     (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
     screen = terminal(100)
-    summary.summary(run_dir, screen)
-    low, high = scores.wilson(0.625, 30)
+    summary.print_summary(run_dir, screen)
+    low, high = scores.wilson_interval(0.625, 30)
     assert f"62.5%  [{low:.0%}, {high:.0%}]" in printed(screen)
     assert "(4 episodes each)" in printed(screen)
 
 
 def test_a_chart_of_blocks() -> None:
-    assert summary.chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
+    assert summary.draw_chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
         "   100% ┤  █ ",
         "     0% ┤ ██ ",
     ]
-    assert summary.chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], "fewer values than columns are stretched"
-    assert summary.chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
+    assert summary.draw_chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], (
+        "fewer values than columns are stretched"
+    )
+    assert summary.draw_chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
 
 
 # ----------------------------------------------------------------------------------------------- figures and episodes
@@ -262,23 +264,23 @@ def test_a_chart_of_blocks() -> None:
 
 def test_figures(run_dir: Path) -> None:
     rows = metrics.read(run_dir)
-    files = summary.plots(rows, run_dir / "plots")
+    files = summary.save_plots(rows, run_dir / "plots")
     assert [file.name for file in files] == ["success_entropy.png", "alpha.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     lost = [{"step": 1} | dict.fromkeys([*row(1), *row(0)], math.nan) | {"eval/episodes": 120}]
-    assert len(summary.plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
-    assert [file.name for file in summary.plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
+    assert len(summary.save_plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
+    assert [file.name for file in summary.save_plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
 
 
 def test_episodes_to_read() -> None:
-    text = episodes.markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
+    text = episodes.to_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
     assert "## dev: heat-7" in text
     assert "**won, return 1, after 0 steps of training**" in text
     assert "### Turn 1: reward 0, entropy 0.500\n\n> You see a box.\n\n```text\n<action>open box</action>\n```" in text
     assert "### Turn 2: reward 1, entropy 0.250, alpha 1.125, invalid" in text
     assert "**not won, crashed, return 1, after 0 steps of training**" in text
     assert "````text\nBoom: ```\n````" in text, "what a policy says cannot leave its box"
-    long = episodes.markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
+    long = episodes.to_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
     assert len(long) < 5000
     assert "(5000 more characters)" in long
 
@@ -291,7 +293,7 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
     rows += [episode(step=step, split="train", task="t9", member=m) for step in (3, STEPS) for m in range(8)]
     rows += [episode(task="hidden", responses=None)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), run_dir / "episodes.parquet")
-    names = [str(path.relative_to(run_dir)) for path in summary.artifacts(run_dir)]
+    names = [str(path.relative_to(run_dir)) for path in summary.write_artifacts(run_dir)]
     assert names == ["experiment.yaml", "episodes.md", "plots/success_entropy.png", "plots/alpha.png"]
     assert (run_dir / "experiment.yaml").read_text().startswith("name: household\nevaluation:\n  repeats: 1\n")
     heads = [line for line in (run_dir / "episodes.md").read_text().splitlines() if line.startswith("## ")]

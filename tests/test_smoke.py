@@ -189,8 +189,8 @@ def mine(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setenv("AEM_CACHE", str(folder / "cache"))
         patch.setenv("AEM_OUTPUTS", str(folder / "outputs"))
-        patch.setattr(dry_run, "SECONDS", LONG)
-        patch.setattr(dry_run, "LOOK", LONG)
+        patch.setattr(dry_run, "CHECK_SECONDS", LONG)
+        patch.setattr(dry_run, "COMPARE_SECONDS", LONG)
         yield folder
 
 
@@ -202,7 +202,7 @@ def at(mine, mark):
 
 def refused(mine, *words):
     with pytest.raises(ConfigError) as told:
-        preflight.fitting(load([*words], mine))
+        preflight.open_checked_world(load([*words], mine))
     said = str(told.value)
     assert "\n" not in said
     return said
@@ -226,7 +226,7 @@ WRONG = {
     "Narrow": "expert() failed: TypeError",
     "NumberWords": "words() must list words, and lists 1",
     "OneText": "words() must list words, and returns one text",
-    "Stream": "tasks('train') must return a list of tasks, or aem_exp.envs.Draws, not a generator",
+    "Stream": "tasks('train') must return a list of tasks, or aem_exp.envs.LazyTasks, not a generator",
     "Dicts": "tasks('dev') must hold aem_exp.envs.Task, not dict",
     "NumberIds": "tasks('dev'): the id of a task must be a str, not int",
     "OddPayload": "tasks('dev'): Task.payload must be plain",
@@ -255,7 +255,7 @@ def test_a_world_that_its_keywords_break_is_one_sentence(mine):
 
 def test_a_game_that_is_another_when_played_again_is_said(mine, caplog):
     with caplog.at_level(logging.INFO):
-        assert preflight.fitting(load(["env=Dice"], mine))
+        assert preflight.open_checked_world(load(["env=Dice"], mine))
     assert "env Dice: task train-0 was another game when it was played again" in caplog.text
 
 
@@ -271,28 +271,28 @@ def test_a_world_of_training_tasks_alone_is_one_sentence(mine):
 @pytest.mark.parametrize("name", ["World", "Unicode", "Endless", "Base"])
 def test_a_world_that_keeps_the_contract_passes(mine, name, caplog):
     with caplog.at_level(logging.INFO):
-        assert preflight.fitting(load([f"env={name}"], mine)).fingerprint == "guess-1"
+        assert preflight.open_checked_world(load([f"env={name}"], mine)).fingerprint == "guess-1"
     assert not caplog.records
 
 
 def test_without_a_scripted_player_actions_are_drawn(mine):
-    assert preflight.fitting(load(["env=Chooses", *FOLDER], mine))
+    assert preflight.open_checked_world(load(["env=Chooses", *FOLDER], mine))
 
 
 def test_who_hangs_is_not_waited_for(mine, caplog, monkeypatch):
-    monkeypatch.setattr(dry_run, "SECONDS", 0.2)
+    monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
     with caplog.at_level(logging.INFO):
-        world = preflight.fitting(load(["env=Sleeps"], mine))
+        world = preflight.open_checked_world(load(["env=Sleeps"], mine))
     assert world.asked.wait(LONG)
     assert "env Sleeps: two episodes were not played in 0.2 s" in caplog.text
-    stuck = [thread for thread in threading.enumerate() if thread.name == dry_run.THREAD]
+    stuck = [thread for thread in threading.enumerate() if thread.name == dry_run.THREAD_NAME]
     assert stuck and all(thread.daemon for thread in stuck)
     world.gate.set()
 
 
 def test_what_starts_other_programs_is_not_started(mine, caplog):
     with caplog.at_level(logging.INFO):
-        assert preflight.fitting(load(["env=Jvm"], mine))
+        assert preflight.open_checked_world(load(["env=Jvm"], mine))
     assert "env Jvm: not tried before the run, as its environments start other programs" in caplog.text
 
 
@@ -328,12 +328,12 @@ def test_what_an_advantage_does_wrong_is_one_sentence(mine, name):
     ],
 )
 def test_parts_that_do_as_they_should_pass(mine, words):
-    assert preflight.fitting(load(words, mine))
+    assert preflight.open_checked_world(load(words, mine))
 
 
 def test_an_advantage_that_does_not_answer_is_not_waited_for(mine, caplog, monkeypatch):
-    monkeypatch.setattr(dry_run, "SECONDS", 0.2)
-    dry_run.check_parts(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
+    monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
+    dry_run.check_functions(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
     assert "someones_parts.stuck: gave no answer in 0.2 s" in caplog.text
 
 

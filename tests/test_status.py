@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from aem_exp import status
-from aem_exp.cluster.run_state import State
+from aem_exp.cluster.run_state import RunState
 from aem_exp.config import load, run_dir, to_dict
 from aem_exp.jobs import labels, status_table
 from aem_exp.report import command as report
@@ -36,29 +36,29 @@ def data(*words):
 
 
 def test_a_label_says_what_differs_and_no_more():
-    assert labels.labels([data("seed=0"), data("seed=1")]) == ["grpo+aem", "grpo+aem"]
-    assert labels.labels([data(), data("modulation=none")]) == ["aem", "none"]
-    assert labels.labels([data("baseline=rloo"), data("modulation=none")]) == ["rloo aem", "grpo none"]
+    assert labels.make_labels([data("seed=0"), data("seed=1")]) == ["grpo+aem", "grpo+aem"]
+    assert labels.make_labels([data(), data("modulation=none")]) == ["aem", "none"]
+    assert labels.make_labels([data("baseline=rloo"), data("modulation=none")]) == ["rloo aem", "grpo none"]
     rates = [data(), data("trainer.learning_rate=1e-4"), data("modulation=none")]
     rate = rates[0]["trainer"]["learning_rate"]
-    assert labels.labels(rates) == [f"aem learning_rate={rate}", "aem learning_rate=0.0001", "none"]
-    assert labels.labels([data(), data("launch.threads=3", "outputs=elsewhere")]) == ["grpo+aem", "grpo+aem"]
-    assert labels.labels([data(), data("model.revision=null")]) == ["grpo+aem", "grpo+aem"]
-    assert labels.labels([data(), data("trainer.delta=2.0")]) == ["grpo+aem delta=null", "grpo+aem delta=2.0"]
-    assert labels.labels([]) == []
+    assert labels.make_labels(rates) == [f"aem learning_rate={rate}", "aem learning_rate=0.0001", "none"]
+    assert labels.make_labels([data(), data("launch.threads=3", "outputs=elsewhere")]) == ["grpo+aem", "grpo+aem"]
+    assert labels.make_labels([data(), data("model.revision=null")]) == ["grpo+aem", "grpo+aem"]
+    assert labels.make_labels([data(), data("trainer.delta=2.0")]) == ["grpo+aem delta=null", "grpo+aem delta=2.0"]
+    assert labels.make_labels([]) == []
 
 
 def test_eighty_columns_hold_a_table_and_its_reasons():
     why = "a sentence that says at length why this run could not be carried out to its end, and what helps " * 2
     score = ("train/success", 0.123)
-    running = State("running", 120, 2000, 4000.0, score, 3, job="123456_17")
+    running = RunState("running", 120, 2000, 4000.0, score, 3, job="123456_17")
     lines = [
-        status_table.Line("4b58fc", "none/learning_rate=0.0001/tasks_per_step=16", "0", running),
-        status_table.Line("d5594d", "aem", "1", State("failed", 3, 2000, kind="crash", sentence=why, starts=1)),
-        status_table.Line("a3056e", "aem", "2", State("queued", sentence="pending Resources", steps=2000)),
+        status_table.StatusRow("4b58fc", "none/learning_rate=0.0001/tasks_per_step=16", "0", running),
+        status_table.StatusRow("d5594d", "aem", "1", RunState("failed", 3, 2000, kind="crash", sentence=why, starts=1)),
+        status_table.StatusRow("a3056e", "aem", "2", RunState("queued", sentence="pending Resources", steps=2000)),
     ]
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    console.print(status_table.board(lines, "all runs in /somewhere"))
+    console.print(status_table.status_table(lines, "all runs in /somewhere"))
     shown = console.file.getvalue()
     assert "none/learning_rate=0.0001/tasks_per_step=16" in "".join(
         text[7:17].strip() for text in shown.splitlines()[2:]
@@ -112,7 +112,7 @@ def test_runs_that_cannot_be_read_take_no_other_from_the_table(there, capsys):
     assert status.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["group"].endswith("/grpo+aem")
     ruin(there / "out", {"deep": "[" * 100_000, "list": "[]", "flat": '{"name": 1, "baseline": 2}'})
-    assert len(status._all(there / "out")) == 7
+    assert len(status._all_runs(there / "out")) == 7
 
 
 def test_a_sweep_is_asked_for_as_it_is_run(there, capsys):

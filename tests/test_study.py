@@ -88,7 +88,7 @@ class Desk:
             number = json.loads(card.read_text()).get("number")
             runs = {trial["trial"]: trial["run"] for trial in self.trials()}
             run = Path(runs[number]) if runs.get(number) else None
-            if run and checkpoints.newest(run) and steps(run) < 3 and (card.parent / "run.lock").exists():
+            if run and checkpoints.find_newest(run) and steps(run) < 3 and (card.parent / "run.lock").exists():
                 return card.parent, number, run
         return None
 
@@ -142,7 +142,7 @@ def asked(desk, monkeypatch):
 
     def ask(text=TINY, typed=()):
         desk.write(text)
-        return study.of(question.load("tiny.yaml", typed), typed)
+        return study.from_sweep(question.load("tiny.yaml", typed), typed)
 
     return ask
 
@@ -185,7 +185,7 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
 @pytest.mark.slow
 def test_a_trial_below_the_median_is_stopped_early_and_its_twin_is_told_the_same(policy, desk, asked):
     text = TINY.replace("trials: 4", "trials: 5\n  metric: train/success\n  pruner: median")
-    opened = study.opened_study(asked(text))
+    opened = study.open_study(asked(text))
     for i in range(4):  # better than any policy can be
         values = dict.fromkeys((1, 2, 3), 2.0)
         space = {"trainer.learning_rate": FloatDistribution(1e-4, 2e-3, log=True)}
@@ -221,37 +221,37 @@ def test_a_run_that_cannot_be_is_a_failed_trial_with_its_sentence(policy, desk):
 
 def test_lost_trials_are_asked_for_again_at_most_twice(desk, asked):
     search = asked()
-    opened = study.opened_study(search)
+    opened = study.open_study(search)
     space = {"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")}
-    for again in range(study.RETRIES + 1):
+    for again in range(study.MAX_RETRIES + 1):
         trial = opened.ask(space)  # by a worker that nobody has seen since
-        now = study.standing(search)
-        assert [lost.number for lost in now.lost] == [trial.number] and now.missing == 3
-        assert len(study._settled(search, [])) == (4 if again < study.RETRIES else 3)
+        now = study.read_status(search)
+        assert [lost.number for lost in now.orphaned_trials] == [trial.number] and now.missing_count == 3
+        assert len(study._reconcile_workers(search, [])) == (4 if again < study.MAX_RETRIES else 3)
     trials = opened.get_trials()
     assert {trial.state for trial in trials} == {TrialState.FAIL}
     assert len({trial.params["trainer.learning_rate"] for trial in trials}) == 1
-    now = study.standing(search)
-    assert [trial.number for trial in now.trials] == [2] and now.missing == 3
-    assert len(study._settled(search, ["killed"])) == 4  # --retry killed
+    now = study.read_status(search)
+    assert [trial.number for trial in now.trials] == [2] and now.missing_count == 3
+    assert len(study._reconcile_workers(search, ["killed"])) == 4  # --retry killed
     assert len(list(search.folder.glob("worker-*"))) == 4  # those without a trial are used again
     assert (search.folder / "worker-000" / "code" / "slow.py").exists()
 
 
 def test_a_worker_that_only_dies_is_given_up(desk, asked):
     search = asked()
-    opened = study.opened_study(search)
+    opened = study.open_study(search)
     trial = opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
-    room._record(search, opened, trial, search.base)
+    room._record_membership(search, opened, trial, search.base)
     worker = search.folder / "worker-000"
     worker.mkdir()
     (worker / "trial.json").write_text(json.dumps({"number": 0}))
     file = desk.outputs / trial.user_attrs["run"] / attempts.FILE
-    for number in range(study.KILLS):
-        assert study._settled(search, [])[0] == worker, number
+    for number in range(study.MAX_KILLS):
+        assert study._reconcile_workers(search, [])[0] == worker, number
         with file.open("a") as events:
             events.write(json.dumps({"event": "start", "step": 1, "at": 0}) + "\n")
-    assert worker not in study._settled(search, [])
+    assert worker not in study._reconcile_workers(search, [])
     assert "killed 3 times at step 1" in opened.get_trials()[0].user_attrs["sentence"]
     assert opened.get_trials()[1].state == TrialState.WAITING
 
@@ -276,37 +276,37 @@ def test_ranges_are_hydras_and_parameters_are_ready_to_type(asked):
         "modulation.gate": FloatDistribution(0, 0.75, step=0.25),
         "baseline": CategoricalDistribution(["grpo", "rloo"]),
     }
-    e = search.experiment({"trainer.learning_rate": study.text_of(0.000123456789), "baseline": "rloo"})
+    e = search.experiment({"trainer.learning_rate": study.format_value(0.000123456789), "baseline": "rloo"})
     assert e.trainer["learning_rate"] == 0.000123457 and e.baseline.name == "rloo"
-    assert search.words({"baseline": "rloo"})[-1] == "baseline=rloo"
+    assert search.trial_overrides({"baseline": "rloo"})[-1] == "baseline=rloo"
 
 
 def test_another_search_does_not_go_on_with_this_one(desk, asked):
-    study.opened_study(asked())
-    study.standing(asked(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # more of the same
+    study.open_study(asked())
+    study.read_status(asked(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # more of the same
     for old, new in [
         ("1e-4", "1e-5"),
         ("trainer.steps=3", "trainer.steps=4"),
         ("trials:", "direction: minimize\n  trials:"),
     ]:
         with pytest.raises(ConfigError, match="was begun with"):
-            study.standing(asked(TINY.replace(old, new)))
+            study.read_status(asked(TINY.replace(old, new)))
 
 
 def test_data_bases_are_taken_and_their_secrets_kept(desk, asked, monkeypatch):
     monkeypatch.setenv("AEM_STUDY", f"sqlite:///{desk.folder / 'studies.db'}")
     search = asked()
-    opened = study.opened_study(search)
+    opened = study.open_study(search)
     opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
-    assert len(study.standing(search).lost) == 1 and not journal(desk)
-    worker = study._settled(search, [])[0]
-    assert room.read(worker).search == search.search
+    assert len(study.read_status(search).orphaned_trials) == 1 and not journal(desk)
+    worker = study._reconcile_workers(search, [])[0]
+    assert room.read_study(worker).search == search.search
     monkeypatch.delenv("AEM_STUDY")
     with pytest.raises(ConfigError, match="does the job get the environment"):
-        room.read(worker)
+        room.read_study(worker)
     monkeypatch.setenv("AEM_STUDY", "postgresql://me:secret@nowhere.invalid/base")
     with pytest.raises(ConfigError) as caught:
-        study.standing(asked())
+        study.read_status(asked())
     assert "cannot be used" in str(caught.value) and "secret" not in str(caught.value)
 
 
@@ -365,7 +365,7 @@ def test_what_is_searched_is_not_typed_and_what_runs_here_is_not_submitted(asked
     with pytest.raises(ConfigError, match="is searched"):
         asked(typed=["trainer.learning_rate=1e-3"])
     with pytest.raises(ConfigError, match="runs here; to submit"):
-        dispatch.check_begins([asked().base], True, desk.outputs)
+        dispatch.check_can_start([asked().base], True, desk.outputs)
 
 
 @pytest.mark.machine

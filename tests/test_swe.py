@@ -12,29 +12,29 @@ import pytest
 from doors import inside, lacking, metrics
 
 from aem_exp.config import instantiate, load
-from aem_exp.core.errors import ConfigError, Missing
-from aem_exp.envs.executor import Serial
+from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.envs.swe import generated, grading, rows
-from aem_exp.envs.swe.tools import Call
-from aem_exp.envs.swe.world import Made, host
+from aem_exp.envs.swe.tools import ToolCall
+from aem_exp.envs.swe.world import Made, host_image
 from aem_exp.envs.swebench import SWEBench
-from aem_exp.sandboxes import Limits, Lost
+from aem_exp.sandboxes import Limits, SandboxLost
 from aem_exp.sandboxes.bwrap import Bwrap
 
 pytestmark = pytest.mark.machine
 LIMITS = {"memory_mb": 400, "disk_mb": 64, "processes": 64, "output_mb": 1, "cpu_seconds": 60}
-FINISH = str(Call("finish", {}))
+FINISH = str(ToolCall("finish", {}))
 
 
 def bash(command):
-    return str(Call("execute_bash", {"command": command}))
+    return str(ToolCall("execute_bash", {"command": command}))
 
 
 @pytest.fixture(scope="module")
 def world():
     try:
         grading.check_installed()
-    except Missing as missing:
+    except MissingResource as missing:
         lacking(str(missing))
     if why := Bwrap().missing():
         lacking(why)
@@ -54,9 +54,12 @@ def env(world):
 def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
     for module, function, bug in generated._bugs():
         for number, (call, value) in enumerate(function.cases):
-            assert eval(generated._value(function, function.right, call), {"date": date}) == eval(value), (module, call)
+            assert eval(generated._evaluate_call(function, function.right, call), {"date": date}) == eval(value), (
+                module,
+                call,
+            )
             if number == 0:
-                assert generated._value(function, bug.line, call) != value, (module, bug.line)
+                assert generated._evaluate_call(function, bug.line, call) != value, (module, bug.line)
         assert function.code.format(line=bug.line).count(bug.line) == 1
     lines = Counter(
         line for _, f, bug in generated._bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else []))
@@ -69,9 +72,9 @@ def test_all_follows_from_the_name_and_splits_share_nothing(world):
     seen = {}
     for split in world.splits:
         for task in world.tasks(split)[:150]:
-            made = generated.make(task.id, 2, 2)
-            generated.make.cache_clear()
-            assert generated.make(task.id, 2, 2) == made
+            made = generated.generate(task.id, 2, 2)
+            generated.generate.cache_clear()
+            assert generated.generate(task.id, 2, 2) == made
             seen.setdefault(split, set()).add(made.row["base_commit"])
     assert not seen["train"] & (seen["dev"] | seen["test"]) and not seen["dev"] & seen["test"]
 
@@ -97,7 +100,7 @@ def test_knobs_that_make_no_world_are_refused(changes, field):
 
 
 def graded(world, task, patch, seconds=300.0):
-    with world.open(host()) as sandbox:
+    with world.open(host_image()) as sandbox:
         return grading.grade(sandbox, world.instance(task), patch, seconds)[0]
 
 
@@ -105,7 +108,7 @@ def test_gold_resolves_each_family_and_nothing_does_not(world):
     tasks = {task.kind: task for task in world.tasks("train")[:200]}
     assert set(tasks) == set(generated.families())
     for task in tasks.values():
-        gold = world.instance(task).gold.encode()
+        gold = world.instance(task).gold_patch.encode()
         assert graded(world, task, gold) == "resolved", task
         assert graded(world, task, b"") == graded(world, task, b" \n") == "no_patch"
 
@@ -164,7 +167,9 @@ def wrong(made):
 )
 def test_a_patch_that_is_not_right_is_a_verdict_and_no_crash(world, patch, verdict):
     task = world.tasks("dev")[0]
-    found = graded(world, task, patch(world.instance(task).gold.encode()), 6.0 if verdict == "tests_timeout" else 300.0)
+    found = graded(
+        world, task, patch(world.instance(task).gold_patch.encode()), 6.0 if verdict == "tests_timeout" else 300.0
+    )
     assert found in grading.VERDICTS and (verdict is None or found == verdict)
 
 
@@ -230,14 +235,14 @@ def test_what_is_no_repair_is_none_however_it_looks(world):
         if forgery.startswith("diff"):
             patch = forgery.encode()
         else:
-            with world.open(host()) as sandbox:
-                sandbox.run(instance.lay, 20, instance.given)
+            with world.open(host_image()) as sandbox:
+                sandbox.run(instance.setup_script, 20, instance.setup_input)
                 ran = sandbox.run(f"{forgery}\ngit add -A && git diff --cached --binary", 20)
                 assert not ran.code and ran.output.startswith(b"diff"), ran.text
                 patch = ran.output
         assert graded(world, task, patch) == "tests_fail", name
         if name in ("conftest.py", "os.py", "pytest.ini", "tests elsewhere"):  # nor is a repair less of one for it
-            assert graded(world, task, instance.gold.encode() + patch) == "resolved", name
+            assert graded(world, task, instance.gold_patch.encode() + patch) == "resolved", name
 
 
 def test_a_hook_that_a_patch_brings_forges_nothing(world):
@@ -287,7 +292,7 @@ def test_what_lies_there_at_the_end_is_graded(world, env):
     """Committed or not, new files too; and the last turn ends it, finished or not."""
     task = world.tasks("dev")[1]
     commit = bash(
-        f"git apply - <<'X'\n{world.instance(task).gold}X\ngit commit -qam done; echo x > new; git stash list"
+        f"git apply - <<'X'\n{world.instance(task).gold_patch}X\ngit commit -qam done; echo x > new; git stash list"
     )
     last = play(env, task, bash("ls"), "no call", commit, bash("ls"))[-1]
     assert not last.done and last.metrics["won"] == 1  # that it was the last one is not the world's to say
@@ -298,7 +303,7 @@ def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
-    right = generated.make(task.id, 2, 2).right
+    right = generated.generate(task.id, 2, 2).right
     look = f"git log --all -p | grep -F '{right}'; git fsck --lost-found | head; git stash list"
     turns = play(env, task, bash(f"grep -rlF -e '{hidden}' /testbed /tmp /home /etc 2>/dev/null; echo end"), bash(look))
     assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
@@ -324,13 +329,13 @@ def test_what_is_no_call_is_an_error_that_it_reads(env, world):
 )
 def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
     task = world.tasks("dev")[1]
-    last = play(env, task, bash(f"git apply - <<'X'\n{world.instance(task).gold}X\n{also}"), FINISH)[-1]
+    last = play(env, task, bash(f"git apply - <<'X'\n{world.instance(task).gold_patch}X\n{also}"), FINISH)[-1]
     assert last.metrics["end_resolved"] == 1
 
 
 def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
     """git tells changed files by size and second, unless its index is as old as they are: ours must not look younger."""
-    pairs = [(generated.make(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
+    pairs = [(generated.generate(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
     made, task = next((made, task) for made, task in pairs if len(made.wrong) == len(made.right))
     path = made.path
     write = (
@@ -345,7 +350,7 @@ def test_a_repository_that_it_destroyed_is_no_patch(env, world):
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
 
 
-CREATE = str(Call("file_editor", {"command": "create", "path": "x", "file_text": "y"}))
+CREATE = str(ToolCall("file_editor", {"command": "create", "path": "x", "file_text": "y"}))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +364,7 @@ CREATE = str(Call("file_editor", {"command": "create", "path": "x", "file_text":
 )
 def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin, then):
     """And is no crash, which would leave it out of its group: whatever it says next, and if that is that it has finished."""
-    stage = Serial(world)
+    stage = SerialExecutor(world)
     stage.reset({0: world.tasks("dev")[0]})
     assert not stage.step({0: bash(ruin)})[0].error
     reply = stage.step({0: then})[0]
@@ -385,8 +390,8 @@ def test_a_line_that_the_parser_of_logs_cannot_read_is_no_crash(world, parser, s
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
-    patch = amok(instance.gold.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
-    with world.open(host()) as sandbox:
+    patch = amok(instance.gold_patch.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
+    with world.open(host_image()) as sandbox:
         assert grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
 
 
@@ -409,7 +414,7 @@ def replace_seconds(world, **changes):
 
 
 def test_a_sandbox_that_is_lost_costs_one_episode(world):
-    stage = Serial(world)
+    stage = SerialExecutor(world)
     tasks = world.tasks("dev")
     stage.reset({0: tasks[0], 1: tasks[1]})
     stage.envs[0]._sandbox._holder.kill()
@@ -450,10 +455,10 @@ def hub(tmp_path_factory, world):
     """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
     images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
-    made = generated.make("dev-1", 2, 2)
+    made = generated.generate("dev-1", 2, 2)
     images.python(folder / "root")
     testbed = folder / "root" / "testbed"
-    subprocess.run(["bash", "-c", generated.LAY], input=made.stream, cwd=testbed, check=True)
+    subprocess.run(["bash", "-c", generated.SETUP_SCRIPT], input=made.stream, cwd=testbed, check=True)
     (testbed / ".git" / "info" / "exclude").write_text("run_tests.sh\nr2e_tests\n")
     (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")
     (folder / "root" / "r2e_tests").mkdir()
@@ -491,7 +496,7 @@ def bench(folder, **changes):
 
 def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
     folder, made = hub
-    with pytest.raises(Missing, match=r"is not unpacked .* run aem_exp.prepare"):
+    with pytest.raises(MissingResource, match=r"is not unpacked .* run aem_exp.prepare"):
         bench(folder)
     said = []
     files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
@@ -520,7 +525,7 @@ def test_dev_is_held_out_by_hash_and_sizes_choose(hub):
     folder, _ = hub
     try:
         world = bench(folder, sizes={"train": 1})
-    except Missing:
+    except MissingResource:
         pytest.skip("another worker has the images")
     ids = {split: [task.id for task in world.tasks(split)] for split in world.splits}
     assert not set(ids["train"]) & set(ids["dev"]) and len(ids["train"]) == 1
@@ -556,19 +561,19 @@ def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, table, said):
     ],
 )
 def test_a_row_that_is_not_whole_is_one_sentence(changes, said):
-    row = {**generated.make("dev-1", 2, 2).row, **changes}
+    row = {**generated.generate("dev-1", 2, 2).row, **changes}
     with pytest.raises(ConfigError, match=f"env.make=here: .*{said}"):
-        rows.instance(row, "here")
+        rows.parse_instance(row, "here")
 
 
 def test_rows_of_the_hub_that_are_not_here_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("AEM_CACHE", str(tmp_path))
-    with pytest.raises(Missing, match=r"env.make.train=some/rows: .* python -m aem_exp.prepare"):
+    with pytest.raises(MissingResource, match=r"env.make.train=some/rows: .* python -m aem_exp.prepare"):
         rows.Rows("some/rows", "train", None, "env.make.train")
 
 
 def test_a_lost_image_is_named(world):
     instance = world.instance(world.tasks("dev")[0])
-    with pytest.raises(Lost, match="is not unpacked"):
+    with pytest.raises(SandboxLost, match="is not unpacked"):
         world.open(replace(instance.image, name="no/such:1"))
     assert Limits().memory_mb == 4096

@@ -7,7 +7,7 @@ from doors import lacking
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aem_exp.envs.swe.tools import TOOLS, Call, Mistake, Tools, clip, read
+from aem_exp.envs.swe.tools import TOOLS, InvalidCall, ToolCall, Tools, clip, parse_call
 from aem_exp.sandboxes import Image, Limits
 from aem_exp.sandboxes.bwrap import Bwrap
 
@@ -28,14 +28,14 @@ EDIT = "<function=file_editor><parameter=command>{}</parameter><parameter=path>f
     ],
 )
 def test_what_can_only_mean_one_thing_is_read(said):
-    assert read(said) == Call("execute_bash", {"command": "ls -l"})
+    assert parse_call(said) == ToolCall("execute_bash", {"command": "ls -l"})
 
 
 def test_a_value_is_what_stands_between_its_tags():
     code = "\n    if a < b:\n\n        return '</p>'\n"
     told = EDIT.format("create", f"<parameter=file_text>\n{code}\n</parameter>")
-    assert read(told).given["file_text"] == code
-    assert read(str(read(told))) == read(told)
+    assert parse_call(told).arguments["file_text"] == code
+    assert parse_call(str(parse_call(told))) == parse_call(told)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_value_is_what_stands_between_its_tags():
     ],
 )
 def test_what_could_do_harm_is_no_call(said, why):
-    with pytest.raises(Mistake) as told:
-        read(said)
+    with pytest.raises(InvalidCall) as told:
+        parse_call(said)
     assert why in str(told.value)
 
 
@@ -75,14 +75,14 @@ def test_no_response_breaks_it(text, tool):
         f"<function={tool}>{text}",
         f"<function={tool}><parameter=command>{text}</parameter>{text}</function>",
     ):
-        with contextlib.suppress(Mistake):
-            assert read(said).tool in TOOLS
+        with contextlib.suppress(InvalidCall):
+            assert parse_call(said).tool in TOOLS
 
 
 def test_a_long_response_is_read_quickly():
     for part in ("<function=execute_bash>", "<parameter=command>", "<think>", "</think>", "<", "</parameter>"):
-        with contextlib.suppress(Mistake):
-            read(part * (200_000 // len(part)))
+        with contextlib.suppress(InvalidCall):
+            parse_call(part * (200_000 // len(part)))
 
 
 def test_output_is_cut_in_the_middle():
@@ -111,7 +111,7 @@ def tools(place):
 
 
 def edit(tools, command, path="pkg/f.py", **given):
-    return tools.use(Call("file_editor", {"command": command, "path": path, **given}), 60)
+    return tools.execute(ToolCall("file_editor", {"command": command, "path": path, **given}), 60)
 
 
 def test_a_folder_and_a_file_are_viewed(tools):
@@ -169,21 +169,21 @@ def test_what_cannot_be_edited_says_why(tools, command, path, given, said):
 
 def test_commands_say_how_they_ended(tools):
     def bash(command):
-        return tools.use(Call("execute_bash", {"command": command}), 60)
+        return tools.execute(ToolCall("execute_bash", {"command": command}), 60)
 
     assert bash("echo hi; exit 3") == "hi\n[exit code 3]"
     assert bash("true") == "[exit code 0]"
     assert bash("sleep 50").endswith("[stopped after 2 s]")
     assert bash("yes | head -c 3000000").endswith("[stopped after 1 MB of output]")
     assert len(bash("yes | head -n 5000").split("\n")) < 90
-    assert tools.use(Call("execute_bash", {"command": "sleep 50"}), 0.2).endswith(
+    assert tools.execute(ToolCall("execute_bash", {"command": "sleep 50"}), 0.2).endswith(
         "[stopped after 0.2 s]"
     )  # all that is left
 
 
 def test_a_search_finds_lines_and_files(tools):
     def search(term, path=None):
-        return tools.use(Call("search", {"search_term": term} | ({"path": path} if path else {})), 60)
+        return tools.execute(ToolCall("search", {"search_term": term} | ({"path": path} if path else {})), 60)
 
     assert search("b = 2") == "'b = 2' in .:\n./pkg/f.py:2"
     assert search("b = 2", "pkg/f.py") == "'b = 2' in pkg/f.py:\n2:b = 2\n3:b = 2"

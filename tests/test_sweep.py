@@ -132,7 +132,10 @@ def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
     rows = json.loads(ask("aem_exp.sweep", "other.yaml", "--json"))["cells"]
     assert [row["state"] for row in rows] == ["done", "new"]
     ask("aem_exp.sweep", "other.yaml", "--local")
-    assert membership.labels(folder / "out" / os.path.basename(rows[0]["run"])) == {"quick": "none", "other": "base"}
+    assert membership.read_labels(folder / "out" / os.path.basename(rows[0]["run"])) == {
+        "quick": "none",
+        "other": "base",
+    }
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
     runs = client.search_runs([experiment.experiment_id], "tags.`aem.sweep.other` = 'base'")
@@ -155,7 +158,7 @@ def test_stopped_it_ends_what_it_began(desk, number):
     (begun,) = (folder / number.name).glob("*/attempts.jsonl")
     assert json.loads(begun.read_text().splitlines()[-1])["event"] == "stopped"
     assert run_state.read([begun.parent])[begun.parent].what == "stopped"
-    assert checkpoints.newest(begun.parent) is not None
+    assert checkpoints.find_newest(begun.parent) is not None
 
 
 STUBBORN = """

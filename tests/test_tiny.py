@@ -10,7 +10,7 @@ import torch
 
 from aem_exp import tiny
 from aem_exp.config import instantiate, load
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs.household import Household
 from aem_exp.rollout.chat import Chat
 
@@ -152,7 +152,7 @@ def test_demonstrations_are_rows_of_the_rollout(history):
         assert row.completion[-1] == tok.eos_token_id
         said = [i for i, own in zip(row.completion, row.mask, strict=True) if own]
         assert said.count(tok.eos_token_id) == len(row.turns)
-    ids, labels = tiny._tensors(packed[:4], tok.pad_token_id)
+    ids, labels = tiny._pad_batch(packed[:4], tok.pad_token_id)
     assert ids.shape == labels.shape
     assert (labels != -100).sum() == sum(sum(row.mask) for row in packed[:4])
     assert torch.equal(ids[labels != -100], labels[labels != -100])
@@ -163,7 +163,7 @@ def test_imitation_lowers_the_loss():
     packed = tiny.demonstrate(world(), rules(), tok, 48, 0.0, 0.0, Random(0))
     torch.manual_seed(0)
     model = tiny.make_policy(tok, rules(), 32, 1, 2, 0.1)
-    ids, labels = tiny._tensors(packed[32:], tok.pad_token_id)
+    ids, labels = tiny._pad_batch(packed[32:], tok.pad_token_id)
 
     def loss():
         with torch.no_grad():
@@ -284,7 +284,7 @@ def test_nothing_to_imitate_is_no_batch():
 
 
 def test_a_world_that_cannot_be_entered_ends_with_a_sentence(tmp_path):
-    with pytest.raises(Stop) as told:
+    with pytest.raises(RunError) as told:
         tiny.make(Crumbling(lambda task: True), rules(), tmp_path / "policy", **SMALL)
     said = str(told.value)
     assert told.value.kind == "env"

@@ -84,8 +84,8 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
         tracker.log(1, {"eval/pass@1": 0.5, "train/success": 0.9})
         (run_dir / "plots").mkdir()
         (run_dir / "plots" / "a.png").write_bytes(b"png")
-        tracker.artifact(run_dir / "plots" / "a.png")
-        tracker.artifact(run_dir / "tracking.json")
+        tracker.log_artifact(run_dir / "plots" / "a.png")
+        tracker.log_artifact(run_dir / "tracking.json")
     assert tracker.trouble is None
     first, second = metrics.read(run_dir)
     assert first.pop(metrics.LOGGED_AT) <= second.pop(metrics.LOGGED_AT)
@@ -100,7 +100,7 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
     assert run.info.run_name == "grpo+aem/s0"
     assert run.data.params["trainer.learning_rate"] == "0.001"
     assert run.data.params["model.path"] == "null"
-    assert len(run.data.params["trainer.long"]) == writer.PARAM_CHARS
+    assert len(run.data.params["trainer.long"]) == writer.MAX_PARAM_CHARS
     assert run.data.params["tracking"] == "http://***@h"
     assert run.data.tags.items() >= {*tags.items(), ("mlflow.source.git.commit", "abc"), ("aem.run_dir", str(run_dir))}
     artifacts = Path(urllib.request.url2pathname(run.info.artifact_uri.removeprefix("file://")))
@@ -167,7 +167,7 @@ def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
         tracker.log(3, numbers(3))
         assert tracker.flush()
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
-    assert publish.page(tmp_path) is None
+    assert publish.run_page(tmp_path) is None
 
 
 def test_steps_go_forward(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_store_that_finds_no_room_at_start_says_so(tmp_path: Path, small_disk:
         sync.sync_run(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
     sentence = str(caught.value)
     assert "cannot be written (" in sentence and ("free space" in sentence or "make room" in sentence)
-    assert str(disk.cache()) not in sentence and "\n" not in sentence
+    assert str(disk.cache_dir()) not in sentence and "\n" not in sentence
 
 
 # ------------------------------------------------------------------------------------------- many runs, killed runs
@@ -340,9 +340,9 @@ class Server:
     """A real `mlflow server`, by the command that `aem-exp ui` gives."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        port = store_uri.free_port(5200 + os.getpid() % 500)
+        port = store_uri.find_free_port(5200 + os.getpid() % 500)
         words, environment = store_uri.serve_command(uri, port)
-        self.uri = store_uri.site(port)
+        self.uri = store_uri.local_address(port)
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             words, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
@@ -385,12 +385,12 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("aem_exp.tracking.tracker.PATIENCE", 2.0)
+    monkeypatch.setattr("aem_exp.tracking.tracker.FINISH_TIMEOUT", 2.0)
     direct, run_dir = store(tmp_path), tmp_path / "run"
     server.wait()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     tracker = opened(run_dir, server.uri)
-    tracker.artifact(run_dir / "tracking.json")
+    tracker.log_artifact(run_dir / "tracking.json")
     for step in range(1, 21):
         tracker.log(step, numbers(step))
     assert tracker.flush(wait=600)
@@ -504,22 +504,22 @@ def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
     tracker = opened(tmp_path / "a", f"sqlite:///{tmp_path}/text.db", wait=False)
     tracker.log(0, numbers(0))
     with pytest.raises(ConfigError, match="not a database"):
-        tracker.ready()
+        tracker.wait_until_ready()
     with opened(tmp_path / "b", store(tmp_path), wait=False) as tracker:
         tracker.log(0, numbers(0))
-        tracker.ready()
+        tracker.wait_until_ready()
     assert in_mlflow(store(tmp_path), tmp_path / "b").steps["train/success"] == [0]
 
 
 def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect, busy = writer._Run.connect, ["(sqlite3.OperationalError) database is locked"]
+    connect, busy = writer._RemoteRun.connect, ["(sqlite3.OperationalError) database is locked"]
 
-    def crowded(run: writer._Run) -> None:
+    def crowded(run: writer._RemoteRun) -> None:
         if busy:
             raise RuntimeError(busy.pop())
         connect(run)
 
-    monkeypatch.setattr(writer._Run, "connect", crowded)
+    monkeypatch.setattr(writer._RemoteRun, "connect", crowded)
     with opened(tmp_path / "run", store(tmp_path)) as tracker:
         tracker.log(1, numbers(1))
     assert not busy
@@ -545,10 +545,10 @@ def test_sync_says_what_it_needs(
 def test_metric_names_are_spelled_as_mlflow_allows() -> None:
     from mlflow.utils.validation import _validate_metric_name
 
-    assert metrics.sanitised("eval/pass@1") == "eval/pass_at_1"
-    assert metrics.sanitised("train/success") == "train/success"
+    assert metrics.sanitise_name("eval/pass@1") == "eval/pass_at_1"
+    assert metrics.sanitise_name("train/success") == "train/success"
     for name in ("a//b", "/a", "../a", "a/./b", "é", "x<lambda>", "a b:c.d-e", "time/λ", "x" * 400, "a=b;c"):
-        _validate_metric_name(metrics.sanitised(name))
+        _validate_metric_name(metrics.sanitise_name(name))
 
 
 def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +565,7 @@ def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
     run_card.save_card(
         tmp_path, {**run_card.read_card(tmp_path), "run_id": "r", "experiment_id": "1", "uri": "http://***@h:80"}
     )
-    page = publish.page(tmp_path)
+    page = publish.run_page(tmp_path)
     assert page is not None
     assert page.link.startswith("http://h:80/#/experiments/1/runs/r/")
     assert page.command is None
@@ -586,7 +586,7 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 2222")
     card = {"uri": store(tmp_path / "a b"), "run_id": "r", "experiment_id": "1"}
     (tmp_path / "tracking.json").write_text(json.dumps(card))
-    page = publish.page(tmp_path)
+    page = publish.run_page(tmp_path)
     assert page is not None
     assert page.command is not None
     words = shlex.split(page.command)
@@ -600,7 +600,7 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_flattened_config() -> None:
     nested = {"a": {"b": 1e-3, "c": {}}, "d": [1, None], "e": True, "f@": "x"}
-    assert run_card.flatten(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
+    assert run_card.flatten_params(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
 
 
 def test_importing_the_room_does_not_import_mlflow() -> None:

@@ -18,12 +18,12 @@ import torch
 import toy
 
 from aem_exp import advantages
-from aem_exp.core.errors import Stop
-from aem_exp.envs.executor import Serial
+from aem_exp.core.errors import RunError
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import max_episode_tokens
-from aem_exp.training.modulation import Arm
+from aem_exp.training.modulation import ModulationVariant
 
 LOSSES = {
     "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
@@ -198,7 +198,7 @@ def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
 def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
     given = {}
     for keep in ("all", "raising", "lowering"):
-        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, arm=Arm(keep=keep))
+        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, arm=ModulationVariant(keep=keep))
         _, ((batch,),) = first_step(trainer)
         given[keep] = batch["advantages"] * batch["tool_mask"]
     for keep in ("raising", "lowering"):
@@ -257,7 +257,7 @@ def test_d_ranks_change_nothing(folder, alone, held):
 def test_e_every_token_is_accounted_for(folder, history):
     run = toy.experiment(history, steps=3)
     seen = []
-    rollout = Rollout(Serial(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
+    rollout = Rollout(SerialExecutor(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
     trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout)
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
@@ -306,7 +306,7 @@ def test_entropies_that_the_sampler_has_wrong_are_noticed(folder, trusted):
         return played
 
     trainer.play = wrong
-    with pytest.raises((RuntimeError, Stop), match=r"entropies are .* nats away"):
+    with pytest.raises((RuntimeError, RunError), match=r"entropies are .* nats away"):
         trainer.train()
 
 
@@ -367,14 +367,14 @@ def test_a_step_without_advantages_updates_nothing(folder, changes):
     """The third step of four teaches nothing: Adam's momentum must not move the weights, nor a weight decay shrink them."""
     run = toy.experiment("full", steps=4, weight_decay=0.1, mini_batch=8, optim="adamw_torch")
     world, seen = Sometimes(), []
-    rollout = Rollout(Serial(world), run.env, toy.Chat(toy.policy(folder)[1]))
+    rollout = Rollout(SerialExecutor(world), run.env, toy.Chat(toy.policy(folder)[1]))
     trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout, **changes)
 
     def report(step, metrics):
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         moments = [state["step"].item() for state in trainer.optimizer.state.values()]
         seen.append((metrics, weights, moments))
-        rollout.stage.envs.clear()
+        rollout.executor.envs.clear()
         world.fair = step == 2
 
     trainer.aem.report = report
@@ -393,7 +393,9 @@ def test_a_step_without_advantages_updates_nothing(folder, changes):
 def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
     run = toy.experiment("full", steps=1, **term)
     seen = []
-    trainer = toy.trainer(folder, run, rollout=Rollout(Serial(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1])))
+    trainer = toy.trainer(
+        folder, run, rollout=Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    )
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
@@ -402,8 +404,10 @@ def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
 def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
     run = toy.experiment("full", steps=1)
     seen = []
-    rollout = Rollout(Serial(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
-    trainer = toy.trainer(folder, run, lam=1.0, arm=Arm(scope="batch", bonus=0.05, centred=True), rollout=rollout)
+    rollout = Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    trainer = toy.trainer(
+        folder, run, lam=1.0, arm=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
+    )
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == 1

@@ -89,19 +89,19 @@ def test_a_symbolic_link_is_refused_whosever_it_is(run_dir, name, tmp_path):
     (run_dir / name).rename(tmp_path / "elsewhere")
     (run_dir / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=f"{name} is a symbolic link"):
-        trust.check(run_dir)
-    trust.check(run_dir, trusted=True)
+        trust.check_run_dir(run_dir)
+    trust.check_run_dir(run_dir, trusted=True)
 
 
 @root
 def test_the_users_own_link_to_a_run_is_as_good_as_where_it_leads(run_dir, tmp_path):
     (run_dir / "code" / "msvcrt.py").unlink()
     (tmp_path / "latest").symlink_to(run_dir)
-    trust.check(tmp_path / "latest")
+    trust.check_run_dir(tmp_path / "latest")
     give_away(tmp_path / "latest")
     with pytest.raises(ConfigError, match="belongs to somebody else"):
-        trust.check(tmp_path / "latest")
+        trust.check_run_dir(tmp_path / "latest")
     give_away(run_dir)
     os.chown(tmp_path / "latest", os.getuid(), os.getgid(), follow_symlinks=False)
     with pytest.raises(ConfigError, match="belongs to somebody else"):
-        trust.check(tmp_path / "latest")
+        trust.check_run_dir(tmp_path / "latest")

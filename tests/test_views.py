@@ -37,14 +37,18 @@ def client(tmp_path: Path) -> Any:
 def held(client: Any, experiment: str) -> dict[str, dict[str, Any]]:
     """The views in the store: key to envelope, its state decoded."""
     tags = client.get_experiment(experiment).tags.items()
-    envelopes = {key.removeprefix(views.VIEW): json.loads(text) for key, text in tags if key.startswith(views.VIEW)}
-    return {key: {**envelope, "state": views.decode(envelope["state"])} for key, envelope in envelopes.items()}
+    envelopes = {
+        key.removeprefix(views.VIEW_TAG_PREFIX): json.loads(text)
+        for key, text in tags
+        if key.startswith(views.VIEW_TAG_PREFIX)
+    }
+    return {key: {**envelope, "state": views.decode_state(envelope["state"])} for key, envelope in envelopes.items()}
 
 
 def test_a_state_survives_the_tag() -> None:
     state = {"searchFilter": "tags.`aem.sweep.é` != ''", "orderByAsc": False, "groupBy": None, "columnWidths": {"a": 1}}
-    assert views.encode(state).startswith("deflate;")
-    assert views.decode(views.encode(state)) == state
+    assert views.encode_state(state).startswith("deflate;")
+    assert views.decode_state(views.encode_state(state)) == state
 
 
 def test_asking_twice_changes_only_the_time_of_the_update(client: Any) -> None:
@@ -60,7 +64,11 @@ def test_asking_twice_changes_only_the_time_of_the_update(client: Any) -> None:
     for key, view in first.items():
         assert second[key]["updatedAt"] > view["updatedAt"]
         assert second[key] | {"updatedAt": 0} == view | {"updatedAt": 0}
-    sizes = [len(text) for key, text in client.get_experiment(experiment).tags.items() if key.startswith(views.VIEW)]
+    sizes = [
+        len(text)
+        for key, text in client.get_experiment(experiment).tags.items()
+        if key.startswith(views.VIEW_TAG_PREFIX)
+    ]
     assert max(sizes) < 5000, "MLflow takes tags of 20000, once of 5000"
 
 
@@ -73,7 +81,7 @@ def test_the_filter_finds_a_sweeps_runs_and_orders_them(client: Any) -> None:
         (0.9, ("main.2",)),
         (1, ()),
     ):
-        run = client.create_run(experiment, tags={views.tag(sweep): "arm" for sweep in sweeps})
+        run = client.create_run(experiment, tags={views.sweep_tag(sweep): "arm" for sweep in sweeps})
         if success is not None:
             client.log_metric(run.info.run_id, "test/success", success)
     views.save(client, experiment, "main")
@@ -85,7 +93,7 @@ def test_the_filter_finds_a_sweeps_runs_and_orders_them(client: Any) -> None:
 
 def test_the_arms_may_be_told_apart_by_another_tag(client: Any) -> None:
     experiment = client.create_experiment("household")
-    views.save(client, experiment, "main", group=views.tag("main"))
+    views.save(client, experiment, "main", group=views.sweep_tag("main"))
     states = {key: view["state"] for key, view in held(client, experiment).items()}
     keys = [{"mode": "tag", "groupByData": "aem.sweep.main"}]
     assert states["aem.main.curves"]["groupBy"] == {"aggregateFunction": "average", "groupByKeys": keys}
@@ -94,34 +102,36 @@ def test_the_arms_may_be_told_apart_by_another_tag(client: Any) -> None:
 
 def test_many_sweeps_leave_room_for_other_peoples_views(client: Any) -> None:
     experiment = client.create_experiment("household")
-    theirs = views.VIEW + "3fd2"
+    theirs = views.VIEW_TAG_PREFIX + "3fd2"
     client.set_experiment_tag(experiment, theirs, json.dumps({"name": "mine", "createdAt": 1, "state": "{}"}))
-    sweeps = [f"sweep{index}" for index in range(views.MOST // 2)]
+    sweeps = [f"sweep{index}" for index in range(views.MAX_VIEWS // 2)]
     for sweep in sweeps:
         views.save(client, experiment, sweep)
     views.save(client, experiment, sweeps[0])
     views.save(client, experiment, "one_more")
-    kept = {key for key in client.get_experiment(experiment).tags if key.startswith(views.VIEW)}
-    expected = {f"{views.OURS}{sweep}.{kind}" for sweep in (*sweeps, "one_more") for kind in ("curves", "table")}
-    assert kept == {theirs} | expected - {f"{views.OURS}sweep1.curves", f"{views.OURS}sweep1.table"}
+    kept = {key for key in client.get_experiment(experiment).tags if key.startswith(views.VIEW_TAG_PREFIX)}
+    expected = {
+        f"{views.OWN_TAG_PREFIX}{sweep}.{kind}" for sweep in (*sweeps, "one_more") for kind in ("curves", "table")
+    }
+    assert kept == {theirs} | expected - {f"{views.OWN_TAG_PREFIX}sweep1.curves", f"{views.OWN_TAG_PREFIX}sweep1.table"}
 
 
 def test_views_of_all_runs_stay_beside_those_of_sweeps(client: Any) -> None:
     experiment = client.create_experiment("household")
-    assert not views.exist(client.get_experiment(experiment).tags)
+    assert not views.has_views(client.get_experiment(experiment).tags)
     assert (
         set(views.save(client, experiment))
         == {"all runs: curves", "all runs: table"}
         == set(views.links("", experiment))
     )
-    for index in range(views.MOST):
+    for index in range(views.MAX_VIEWS):
         views.save(client, experiment, f"sweep{index}")
-    assert views.exist(client.get_experiment(experiment).tags)
+    assert views.has_views(client.get_experiment(experiment).tags)
     states = {view["name"]: view["state"] for view in held(client, experiment).values()}
-    assert [states[f"all runs: {kind}"]["searchFilter"] for kind in views.KINDS] == ["", ""]
+    assert [states[f"all runs: {kind}"]["searchFilter"] for kind in views.VIEW_MODES] == ["", ""]
     assert states["all runs: curves"]["groupBy"] is None
     with pytest.raises(ConfigError):
-        views.tag(views.ALL)
+        views.sweep_tag(views.ALL_RUNS)
 
 
 def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
@@ -134,7 +144,7 @@ def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
 @pytest.mark.parametrize("sweep", ["", "a b", "it's", "a`b", "a/b", "x" * 101])
 def test_a_name_that_no_filter_can_hold_is_refused(sweep: str) -> None:
     with pytest.raises(ConfigError, match=r"^sweep="):
-        views.tag(sweep)
+        views.sweep_tag(sweep)
 
 
 def test_links_name_the_page_of_each_view() -> None:
@@ -150,8 +160,13 @@ def train(outputs: Path, uri: str, arm: str, seed: int) -> None:
     """Log a made-up run of the sweeps `main`, `all` (an arm for each run) and `plain` (no AEM); grpo/s1 has no test."""
     noise, (top, fall) = random.Random(f"{arm}{seed}"), ARMS[arm]
     luck = noise.gauss(0, 0.03)
-    tags = {"aem.group": arm, "aem.seed": str(seed), views.tag("main"): "true", views.tag("all"): f"{arm} {seed}"}
-    tags |= {views.tag("plain"): "true"} if arm == "grpo" else {}
+    tags = {
+        "aem.group": arm,
+        "aem.seed": str(seed),
+        views.sweep_tag("main"): "true",
+        views.sweep_tag("all"): f"{arm} {seed}",
+    }
+    tags |= {views.sweep_tag("plain"): "true"} if arm == "grpo" else {}
     with Tracker.open(outputs / f"{arm}-s{seed}", uri, "household", f"{arm}/s{seed}", tags=tags) as tracker:
         for step in range(1, STEPS + 1):
             success = top / (1 + math.exp((22 - step) / 8)) + luck
@@ -175,7 +190,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     outputs = tmp_path / "outputs"
     uri = store_uri.resolve_uri(None, outputs)
     mlflow_store.create_sqlite(outputs / "mlflow.db")
-    port = store_uri.free_port(5100)
+    port = store_uri.find_free_port(5100)
     words, environment = store_uri.serve_command(uri, port)
     with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
         server = subprocess.Popen(
@@ -185,11 +200,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         for seed in range(3):
             train(outputs, uri, arm, seed)
     for seed in range(6):  # newer than those of `main`: what a view that does not filter would draw
-        tags = {"aem.group": "rloo", views.tag("all"): f"rloo {seed}"}
+        tags = {"aem.group": "rloo", views.sweep_tag("all"): f"rloo {seed}"}
         with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
             for step in range(1, 4):
                 run.log(step, {"train/success": (step + seed) / 100, "test/success": 0.99})
-    yield store_uri.site(port)
+    yield store_uri.local_address(port)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
@@ -233,7 +248,7 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     assert "rloo" not in text
     drawn = {title: (lines, bands) for title, lines, bands in browser.read(CHARTS)}
     browser.screenshot("curves.png")
-    assert drawn == {metric: (1, 1) if metric == "aem/alpha_q50" else (2, 2) for metric in views.CURVES}
+    assert drawn == {metric: (1, 1) if metric == "aem/alpha_q50" else (2, 2) for metric in views.CURVE_METRICS}
 
     text = browser.open(links["main: table"], "document.querySelectorAll('[role=gridcell]').length >= 42")
     assert "6 matching runs" in text
@@ -248,7 +263,7 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
 
     links = views.links(site, experiment)  # which every run has saved by then
-    assert views.exist(client.get_experiment(experiment).tags)
+    assert views.has_views(client.get_experiment(experiment).tags)
     text = browser.open(links["all runs: table"], "document.querySelectorAll('[role=gridcell]').length >= 84")
     assert "12 matching runs" in text
     cells = {(row, column): value for row, column, value in browser.read(CELLS)}
@@ -257,11 +272,11 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     browser.screenshot("all_table.png")
     text = browser.open(links["all runs: curves"], "document.querySelectorAll('.js-plotly-plot .trace').length >= 24")
     drawn = [(title, lines) for title, lines, _ in browser.read(CHARTS)]
-    assert [title for title, _ in drawn] == list(views.CURVES), "success first, then entropy and loss"
+    assert [title for title, _ in drawn] == list(views.CURVE_METRICS), "success first, then entropy and loss"
     assert drawn[0] == ("train/success", 12), "a line for each run"
     browser.screenshot("all_curves.png")
 
-    views.save(client, experiment, "all", group=views.tag("all"))
+    views.save(client, experiment, "all", group=views.sweep_tag("all"))
     link = views.links(site, experiment, "all")["all: curves"]
     browser.open(link, "document.body.innerText.includes('rloo 5 (train/success)')")
     assert {title: lines for title, lines, _ in browser.read(CHARTS)}["train/success"] == 12, (

@@ -24,9 +24,9 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop import catalogue, generated, goals, search, words
 from aem_exp.envs.webshop.catalogue import Product, load_catalogue
-from aem_exp.envs.webshop.goals import Goals, alike, drawn, score, tagger
+from aem_exp.envs.webshop.goals import Goals, draw_prices, load_noun_tagger, score, token_set_ratio
 from aem_exp.envs.webshop.world import Generated, Shop, WebShop
-from aem_exp.envs.workers import Workers
+from aem_exp.envs.workers import WorkerPool
 
 GOLDEN = (
     Path(__file__).parent / "golden"
@@ -66,7 +66,7 @@ def test_a_text_is_analysed_as_lucene_does(text, terms):
 @given(text=st.text(max_size=60))
 def test_any_text_is_analysed(text):
     terms = words.analyze(text)
-    assert all(terms) and all(len(term) <= words.LONGEST for term in terms)
+    assert all(terms) and all(len(term) <= words.MAX_TOKEN_CHARACTERS for term in terms)
 
 
 # Search.
@@ -80,7 +80,7 @@ def lucene(texts, asins, query, count):
     mean = f32(sum(map(len, docs)) / used)
     found = []
     for doc, asin in zip(docs, asins, strict=True):
-        length = search._decoded(search._encoded(len(doc)))
+        length = search._decode_length(search._encode_length(len(doc)))
         cache = np.float32(1) / (
             np.float32(0.9)
             * ((np.float32(1) - np.float32(0.4)) + np.float32(0.4) * np.float32(length) / np.float32(mean))
@@ -101,7 +101,7 @@ def test_it_ranks_as_lucenes_formula_does(tmp_path):
     words = [f"word{i}" for i in range(60)] + ["running", "shoes", "the", "red"]
     texts = [" ".join(random.choices(words, k=random.choice((0, 3, 20, 45, 90, 300)))) for _ in range(120)]
     asins = ["".join(random.choices("B0XYZ123", k=10)) for _ in texts]
-    search.build(tmp_path, texts, asins)
+    search.build_index(tmp_path, texts, asins)
     index = search.Index(tmp_path)
     for _ in range(40):
         query = " ".join(random.choices([*words, "nothing"], k=random.randint(1, 6)))
@@ -110,10 +110,10 @@ def test_it_ranks_as_lucenes_formula_does(tmp_path):
 
 
 def test_lengths_survive_lucenes_byte():
-    assert [search._decoded(search._encoded(n)) for n in (0, 23, 39, 40, 41, 100, 1000, 123_456)] == [
+    assert [search._decode_length(search._encode_length(n)) for n in (0, 23, 39, 40, 41, 100, 1000, 123_456)] == [
         *(0, 23, 39, 40, 40, 96, 984, 122_904),
     ]
-    codes = [search._encoded(n) for n in range(100_000)]
+    codes = [search._encode_length(n) for n in range(100_000)]
     assert codes == sorted(codes) and max(codes) < 256
 
 
@@ -122,7 +122,7 @@ def test_many_processes_build_the_same_index(tmp_path, monkeypatch):
     for name, parallel in (("one", 1 << 30), ("many", 10)):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(search, "PARALLEL", parallel)
-        search.build(tmp_path / name, texts, asins)
+        search.build_index(tmp_path / name, texts, asins)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "many" / file.name).read_bytes()
 
@@ -135,20 +135,20 @@ def test_it_plays_as_the_original_did(official, goals):
     recorded = json.loads((GOLDEN / f"webshop_{goals}.json").read_text())
     files = [official / name for name in FILES]
     products = load_catalogue(files[0], files[1], files[2] if goals == "human" else None)
-    mine, prices = Goals(products, seed=7), drawn(products, 7)
+    mine, prices = Goals(products, seed=7), draw_prices(products, 7)
     assert len(mine) == recorded["count"]
     for place, (asin, text, attributes, bound, options) in recorded["goals"].items():
         assert mine[int(place)] == (asin, text, attributes, bound, options)
 
     def judge(*what):
-        return score(*what, tagger("words"))
+        return score(*what, load_noun_tagger("words"))
 
     bought = 0
     for episode in recorded["episodes"]:
         shop = Shop(products, mine[episode["goal"]], prices, judge)
         for action, page, clickable, reward in episode["steps"]:
             if action is not None:
-                shop.do(action)
+                shop.execute(action)
             assert (shop.page.text, shop.page.clickable) == (page, clickable)
             assert (shop.score or 0) == pytest.approx(reward, abs=1e-12)
             bought += shop.score is not None
@@ -157,11 +157,11 @@ def test_it_plays_as_the_original_did(official, goals):
 
 def test_a_likeness_is_thefuzzs():
     """By hand: token_set_ratio 0.19 without python-Levenshtein."""
-    assert alike("machine washable", "machine wash") == 86
-    assert alike("Super-Soft!", "super soft") == alike("rug, non slip", "non slip") == 100
-    assert alike("", "x") == alike("é", "é") == 0  # what is not ASCII is dropped first
-    assert alike("blue", "('color', 'light blue')") == 100
-    assert alike("red", "read") == 86
+    assert token_set_ratio("machine washable", "machine wash") == 86
+    assert token_set_ratio("Super-Soft!", "super soft") == token_set_ratio("rug, non slip", "non slip") == 100
+    assert token_set_ratio("", "x") == token_set_ratio("é", "é") == 0  # what is not ASCII is dropped first
+    assert token_set_ratio("blue", "('color', 'light blue')") == 100
+    assert token_set_ratio("red", "read") == 86
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_the_kind_of_thing_counts(bought, factor):
     wanted = product(title="red cotton shirt", query="shirt", product_category="A \u203a B \u203a C")
     goal = goals.Goal("x", "", ["soft"], 10.0, {})
     found = product(**{"query": "shirt", "product_category": "C", "attributes": ["soft"], **bought})
-    assert score(found, 5.0, [], goal, wanted, tagger("words")) == factor
-    assert score(found, 50.0, [], goal, wanted, tagger("words")) == factor / 2  # too dear
+    assert score(found, 5.0, [], goal, wanted, load_noun_tagger("words")) == factor
+    assert score(found, 50.0, [], goal, wanted, load_noun_tagger("words")) == factor / 2  # too dear
 
 
 def product(**fields):
@@ -205,7 +205,7 @@ def test_where_titles_have_little_in_common_little_is_paid():
         ("wa wb wc wd we", "o", 1.0),
     ]:
         found = product(title=title, query=query, attributes=["soft"])
-        assert score(found, 5.0, [], goal, wanted, tagger("words")) == factor
+        assert score(found, 5.0, [], goal, wanted, load_noun_tagger("words")) == factor
 
 
 # Splits.
@@ -218,7 +218,7 @@ def test_splits_are_disjoint_on_every_worker():
     places = {split: {one.partition("-")[2] for one in found} for split, found in ids.items()}
     assert {len(places[split]) for split in ("test", "dev")} == {64}
     assert not any(places[a] & places[b] for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")))
-    workers = Workers(make, 3, 30.0)
+    workers = WorkerPool(make, 3, 30.0)
     for split in world.splits:
         tasks = world.tasks(split)[:6]
         replies = workers.reset(dict(enumerate(tasks)))
@@ -227,7 +227,7 @@ def test_splits_are_disjoint_on_every_worker():
 
 
 def test_verl_agents_split_shuffles_anew_and_says_so():
-    folder = generated.folder(300, 0)
+    folder = generated.generate_catalogue(300, 0)
     world = WebShop(str(folder), nouns="words", split="verl_agent")
     train, dev, test = (world.tasks(split) for split in world.splits)
     total = len(world._goals(0, 0))
@@ -378,14 +378,14 @@ def test_an_element_without_end_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "LARGEST", 1000)
     (tmp_path / "x.json").write_text('["' + "x" * (3 << 20))
     with pytest.raises(ConfigError, match="an element has more than 1,000 characters"):
-        list(catalogue._elements(tmp_path / "x.json", list))
+        list(catalogue._read_elements(tmp_path / "x.json", list))
 
 
 def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "PARALLEL", 10)
     monkeypatch.setattr(search, "CHUNK", 10)
     words = "some words of a product"
-    search.build(tmp_path, [words] * 300, [str(n) for n in range(300)])
+    search.build_index(tmp_path, [words] * 300, [str(n) for n in range(300)])
     assert len(search.Index(tmp_path).search("product", 50)) == 50
 
     def texts():
@@ -395,7 +395,7 @@ def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monke
             yield words
 
     with pytest.raises(OSError, match="processes that indexed was killed"):
-        search.build(tmp_path, texts(), [""] * 100_000)
+        search.build_index(tmp_path, texts(), [""] * 100_000)
 
 
 def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
@@ -404,12 +404,12 @@ def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(t
     code += f"with disk.making(Path({str(folder)!r})) as empty:\n    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()
-    with disk.making(folder) as empty:
+    with disk.create_folder_once(folder) as empty:
         assert not list(empty.iterdir())
         (empty / "whole").write_text("x")
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["thing"]
     monkeypatch.setattr(disk, "check_writable", lambda *_: pytest.fail("it may be read-only"))
-    with disk.making(folder) as empty:
+    with disk.create_folder_once(folder) as empty:
         assert empty is None
 
 
@@ -420,7 +420,7 @@ def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
         (dict, {"k": 1, "long key": [1, 2], "z": "}"}),
     ):
         (tmp_path / "x.json").write_text(json.dumps(value, indent=1))
-        found = list(catalogue._elements(tmp_path / "x.json", kind))
+        found = list(catalogue._read_elements(tmp_path / "x.json", kind))
         assert found == (list(value.items()) if kind is dict else [("", one) for one in value])
 
 

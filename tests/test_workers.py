@@ -15,10 +15,10 @@ import pytest
 from doors import Beside
 
 from aem_exp.config.targets import instantiate
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs import Task, workers
-from aem_exp.envs.executor import Serial
-from aem_exp.envs.workers import Lenders, Workers
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.envs.workers import RemoteNodes, WorkerPool
 
 SECONDS = 120.0  # more than any request here needs, on a busy machine too
 HANGS = 6.0  # for a request that never returns: more than those beside it need
@@ -191,7 +191,7 @@ def open_workers(mischief):
     opened = []
 
     def make(count=2, seconds=SECONDS, **keywords):
-        opened.append(Workers(mischief | keywords, count, seconds))
+        opened.append(WorkerPool(mischief | keywords, count, seconds))
         return opened[-1]
 
     yield make
@@ -201,7 +201,7 @@ def open_workers(mischief):
 
 @pytest.fixture(params=["serial", "workers"])
 def stage(request, mischief, open_workers):
-    yield open_workers() if request.param == "workers" else Serial(instantiate(mischief))
+    yield open_workers() if request.param == "workers" else SerialExecutor(instantiate(mischief))
 
 
 @pytest.fixture(scope="module", params=["serial", "workers"])
@@ -209,7 +209,7 @@ def shared(request, modules, tmp_path_factory):
     """A stage that lives through many failures, and the file in which environments say that they were closed."""
     folder = tmp_path_factory.mktemp(request.param)
     make = {"_target_": "mischief.World", "folder": str(folder)}
-    stage = Workers(make, 2, SECONDS) if request.param == "workers" else Serial(instantiate(make))
+    stage = WorkerPool(make, 2, SECONDS) if request.param == "workers" else SerialExecutor(instantiate(make))
     (folder / "closed").touch()
     yield stage, folder / "closed"
     stage.close()
@@ -345,7 +345,7 @@ def test_closing_closes_every_environment_and_may_be_repeated(stage, tmp_path):
 
 
 def test_ctrl_c_passes_through_an_environment_in_this_process(mischief):
-    stage = Serial(instantiate(mischief))
+    stage = SerialExecutor(instantiate(mischief))
     stage.reset(tasks(0))
     with pytest.raises(KeyboardInterrupt):
         stage.step({0: "interrupt"})
@@ -375,14 +375,14 @@ def household():
         stage.close()
         return replies
 
-    return make, play, play(Serial(world))
+    return make, play, play(SerialExecutor(world))
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_workers_play_what_serial_plays(household, count):
     make, play, expected = household
     assert sum(map(len, expected)) > 100
-    assert play(Workers(make, count, SECONDS)) == expected
+    assert play(WorkerPool(make, count, SECONDS)) == expected
 
 
 def test_workers_play_at_the_same_time(open_workers):
@@ -503,7 +503,7 @@ def test_a_worker_that_cannot_be_replaced_costs_its_slots(open_workers, tmp_path
     ],
 )
 def test_a_world_that_cannot_be_made_is_the_users_mistake(open_workers, monkeypatch, start, why):
-    monkeypatch.setattr(workers, "START", 2.0 if start == "hang" else workers.START)
+    monkeypatch.setattr(workers, "START_SECONDS", 2.0 if start == "hang" else workers.START_SECONDS)
     before = psutil.Process().children()
     stage = open_workers(1 if start == "hang" else 2, start=start)
     with pytest.raises(ConfigError) as caught:
@@ -708,12 +708,12 @@ def lent(tmp_path, monkeypatch):
 
 def test_lent_workers_play_what_serial_plays(household, lent):
     make, play, expected = household
-    assert play(Workers(make, 3, SECONDS, Lenders(lent[0], 0))) == expected
+    assert play(WorkerPool(make, 3, SECONDS, RemoteNodes(lent[0], 0))) == expected
 
 
 def test_one_that_dies_over_there_is_replaced(mischief, lent):
     folder, lenders = lent
-    stage = Workers(mischief, 2, SECONDS, Lenders(folder, 1))
+    stage = WorkerPool(mischief, 2, SECONDS, RemoteNodes(folder, 1))
     before = pids(stage, [0, 1])
     assert {psutil.Process(pid).ppid() for pid in before.values()} == {lender.pid for lender in lenders}
     assert "ended" in stage.step({0: "kill"})[0].error
@@ -723,7 +723,7 @@ def test_one_that_dies_over_there_is_replaced(mischief, lent):
 
 
 def test_what_hangs_over_there_is_left(mischief, lent):
-    stage = Workers(mischief, 1, HANGS, Lenders(lent[0], 0))
+    stage = WorkerPool(mischief, 1, HANGS, RemoteNodes(lent[0], 0))
     stage.reset(tasks(0))
     assert "hung: no answer from 127.0.0.1:" in stage.step({0: "hang"})[0].error
     assert not stage.reset(tasks(0))[0].error
@@ -732,12 +732,12 @@ def test_what_hangs_over_there_is_left(mischief, lent):
 
 def test_where_all_lenders_are_stoppedthe_run_stops_and_may_go_on_later(mischief, lent):
     folder, lenders = lent
-    stage = Workers(mischief, 1, SECONDS, Lenders(folder, 0))
+    stage = WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0))
     stage.reset(tasks(0))
     for lender in lenders:
         lender.terminate()
         lender.wait(SECONDS)
-    with pytest.raises(Stop, match=r"who lent us cores is gone: launch\.workers_at=") as stopped:
+    with pytest.raises(RunError, match=r"who lent us cores is gone: launch\.workers_at=") as stopped:
         stage.step({0: "hello"})
     assert stopped.value.kind == "node"
 
@@ -747,9 +747,9 @@ def test_who_does_not_know_the_key_is_not_let_in(mischief, lent):
     assert (folder / "key").stat().st_mode & 0o077 == 0
     (folder / "key").write_text("another")
     with pytest.raises(ConfigError, match=r"launch.workers_at=.*nobody answers there"):
-        Workers(mischief, 1, SECONDS, Lenders(folder, 0)).reset(tasks(0))
+        WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0)).reset(tasks(0))
 
 
 def test_a_folder_of_nobody_is_one_sentence(mischief, tmp_path):
     with pytest.raises(ConfigError, match=r"launch.workers_at=.*says of no node"):
-        Workers(mischief, 1, SECONDS, Lenders(tmp_path, 0)).reset(tasks(0))
+        WorkerPool(mischief, 1, SECONDS, RemoteNodes(tmp_path, 0)).reset(tasks(0))

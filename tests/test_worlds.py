@@ -68,7 +68,7 @@ def data(common):
         with FileLock(common / "data.lock"):
             if all(map(find_spec, ALFWORLD)) and not (common / "alfworld").exists():
                 official(common / "alfworld")
-            patch.setenv("WEBSHOP_DATA", str(generated.folder(400, 0)))
+            patch.setenv("WEBSHOP_DATA", str(generated.generate_catalogue(400, 0)))
         yield
 
 
@@ -276,7 +276,7 @@ def test_a_fingerprint_tells_worlds_apart(name, ready):
     seen = {ready.fingerprint}
     told = 1
     block = experiment(name).env.make | SMALL.get(name, {})
-    hints = targets._signature("env.make", block["_target_"]).hints
+    hints = targets._read_signature("env.make", block["_target_"]).hints
     for key, value in block.items():
         if isinstance(value, list) and len(value) > 1:
             changed = value[:-1]

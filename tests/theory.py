@@ -284,7 +284,7 @@ def added(
     advantage_GM = (won_GM - won_GM.mean(1, keepdims=True)) / np.where(spread_G > 0, spread_G, 1.0)[:, None]
     group_R = torch.arange(groups).repeat_interleave(8 * turns)
     alpha_R = aem.coefficients(torch.from_numpy(said.mean_entropy_R[r_GMK]).flatten(), group_R, ARMS[arm])
-    alpha_R = modulation.shuffled(alpha_R, group_R, rng) if arm == "shuffled" else alpha_R
+    alpha_R = modulation.shuffle_coefficients(alpha_R, group_R, rng) if arm == "shuffled" else alpha_R
     moved_GMK = advantage_GM[..., None] * (alpha_R.double().numpy().reshape(shape) - 1) * relative_GMK
     return Added(
         *(_mean(moved_GMK, np.broadcast_to(is_GM[..., None], shape)) for is_GM in (advantage_GM < 0, advantage_GM > 0)),

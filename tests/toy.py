@@ -12,14 +12,14 @@ import torch
 from aem_exp import advantages, schedules, tiny
 from aem_exp.config import Env, Experiment, Launch
 from aem_exp.envs import Task, Turn
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import build_grpo_config
-from aem_exp.training.callback import AEMCallback, Time
+from aem_exp.training.callback import AEMCallback, StepCounter
 from aem_exp.training.trainer import AEMTrainer
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
@@ -136,11 +136,11 @@ def trainer(
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)
     chat = Chat(tokenizer)
-    callback = AEMCallback(Time(run.trainer["steps"]), schedules.Constant(lam) if lam is not None else None)
+    callback = AEMCallback(StepCounter(run.trainer["steps"]), schedules.Constant(lam) if lam is not None else None)
     settings: dict[str, Any] = {
         "callback": callback,
         "draw": draw,
-        "rollout": Rollout(Serial(ChatterWorld()), run.env, chat),
+        "rollout": Rollout(SerialExecutor(ChatterWorld()), run.env, chat),
         "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling()),
         "estimator": estimator or advantages.group_normalised,
         "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],

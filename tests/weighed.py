@@ -12,9 +12,9 @@ import toy
 
 from aem_exp import policy
 from aem_exp.envs import Task, Turn
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.jobs import fit
-from aem_exp.jobs.fit import Memory, Passes, Process
+from aem_exp.jobs.fit import MemoryEstimate, PassSpec, ProcessSpec
 from aem_exp.jobs.memory_trace import Meter
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
@@ -74,20 +74,20 @@ SETTINGS = (  # the first few are the tests'
 )
 
 
-def weigh(setting: Setting, folder: Path) -> tuple[float, Memory]:
+def weigh(setting: Setting, folder: Path) -> tuple[float, MemoryEstimate]:
     """Bytes that a step holds at most, and the plan of a process with rows as long as theirs were."""
     trainer = trainer_of(setting, folder)
     played: list[Trajectory] = []
     trainer.keep = lambda step, credit: played.extend(credit.played)
     with most(trainer.model, setting.cuda) as held:
         trainer.train()
-    return held[0], fit.memory(process(setting, *lengths(played)))
+    return held[0], fit.estimate_memory(process(setting, *lengths(played)))
 
 
 def trainer_of(setting: Setting, folder: Path, pieces: dict[str, Any] | None = None) -> Any:
     """The trainer of a setting; `pieces`: the launch's own settings of a run in pieces."""
     torch.manual_seed(0)
-    model = policy.skeleton(setting.shape, setting.dtype, setting.attention, setting.lora or {})
+    model = policy.build_from_config(setting.shape, setting.dtype, setting.attention, setting.lora or {})
     rules = toy.env("full", response_tokens=12)
     run = toy.experiment("full", steps=1, mini_batch=ROWS, bf16=setting.autocast, optim=setting.optim)
     how = pieces or {"use_cpu": not setting.cuda, "gradient_checkpointing": setting.checkpointing}
@@ -95,7 +95,7 @@ def trainer_of(setting: Setting, folder: Path, pieces: dict[str, Any] | None = N
     _, tokenizer = toy.policy(folder)
     exact = setting.dtype == "float32" and not setting.autocast
     more = {"model": model, "device_rows": setting.rows, "trust_sampler": exact, "draw": draw}
-    return toy.trainer(folder, run, rollout=Rollout(Serial(TalkerWorld()), rules, Chat(tokenizer)), **more)
+    return toy.trainer(folder, run, rollout=Rollout(SerialExecutor(TalkerWorld()), rules, Chat(tokenizer)), **more)
 
 
 def draw(step: int, number: int = 0) -> list[Episode]:
@@ -110,9 +110,9 @@ def lengths(played: list[Trajectory]) -> tuple[int, int]:
     return max(whole), max(len(t.responses[0].prompt) for t in played)
 
 
-def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> Process:
+def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> ProcessSpec:
     """What `fit` makes of a setting, with rows of this length."""
-    passes = Passes(
+    passes = PassSpec(
         shape=json.dumps(setting.shape),
         dtype=setting.dtype,
         attention=setting.attention,
@@ -124,7 +124,7 @@ def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> Proce
         offload=False,
         checkpointing=setting.checkpointing,
     )
-    whole = Process(
+    whole = ProcessSpec(
         passes=passes,
         optim=setting.optim,
         reference=False,
@@ -138,7 +138,7 @@ def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> Proce
         tokens=tokens,
         played=tokens,
         rows=setting.rows,
-        again=setting.rows < ROWS,
+        accumulates=setting.rows < ROWS,
     )
     return replace(whole, **changes)
 

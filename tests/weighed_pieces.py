@@ -59,9 +59,9 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
 
     def watched(phase: str, act: Callable[..., Any]) -> Callable[..., Any]:
         def watch(*args: Any, **kwargs: Any) -> Any:
-            meter.section()
+            meter.start_section()
             out = act(*args, **kwargs)
-            held[phase] = max(held.get(phase, 0), meter._most)
+            held[phase] = max(held.get(phase, 0), meter._peak)
             return out
 
         return watch
@@ -76,7 +76,7 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
             meter.count(tensor)
         trainer.train()
     process = weighed.process(setting, *weighed.lengths(played), ranks=2, episodes=weighed.ROWS)
-    need = fit.memory(replace(process, passes=replace(process.passes, processes=2)))
+    need = fit.estimate_memory(replace(process, passes=replace(process.passes, processes=2)))
     for phase, most in held.items() if torch.distributed.get_rank() == 0 else ():
         before = 0.0 if phase == "update" else need.phases[phase]["optimizer"]  # there are no moments yet
         said = sum(need.phases[phase].values()) - before

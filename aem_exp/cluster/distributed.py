@@ -11,36 +11,36 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def count() -> int:
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def number() -> int:
+def rank() -> int:
     """Of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def meet(cpu: bool) -> None:
+def initialize(cpu: bool) -> None:
     """Let the processes of a run find each other."""
-    if count() > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=cpu)
 
 
-def shared(work: Callable[[], T]) -> T:
+def broadcast_from_main(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, on all of them. Where it raises there, the others end without a word."""
-    if count() == 1:
+    if world_size() == 1:
         return work()
     from accelerate.utils import broadcast_object_list
 
     answer: list[T | None] = [None, False]  # type: ignore[list-item]
     try:
-        if first():
+        if is_main_process():
             answer = [work(), True]  # type: ignore[list-item]
     finally:
         broadcast_object_list(answer)
@@ -49,9 +49,9 @@ def shared(work: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def part() -> None:
+def shut_down() -> None:
     """Leave each other, when all have come this far."""
-    if count() > 1:
+    if world_size() > 1:
         import torch.distributed
 
         torch.distributed.barrier()

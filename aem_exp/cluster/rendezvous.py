@@ -21,27 +21,27 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
-LARGEST = 1 << 16  # characters of `urls`, and of `key`
-NONCE, WELCOME = 32, b"welcome\n"
-NODE, OVER = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
-GONE = "gone-"  # in that of a job: why the server of a node has ended, which nobody starts again
+MAX_CHARACTERS = 1 << 16  # characters of `urls`, and of `key`
+NONCE_BYTES, WELCOME = 32, b"welcome\n"
+NODE_PREFIX, RELEASED = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
+ENDED_PREFIX = "gone-"  # in that of a job: why the server of a node has ended, which nobody starts again
 
 
-def read(folder: Path) -> tuple[list[str], str]:
+def read_urls(folder: Path) -> tuple[list[str], str]:
     """Where the servers are, and the key that they want ("" where there is none).
 
     Raises:
         ConfigError: the folder does not say, others could read its key, or others could write what it says.
     """
-    _check_mine(folder, folder, "launch.servers")
+    _check_owner(folder, folder, "launch.servers")
     try:
-        told = _read(folder / URLS, "launch.servers")
+        told = _read_private(folder / URLS, "launch.servers")
     except OSError as error:
         raise ConfigError(
             "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
@@ -50,12 +50,12 @@ def read(folder: Path) -> tuple[list[str], str]:
     if not urls:
         raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
     for url in urls:
-        if (why := _odd(url)) is not None:
+        if (why := _url_error(url)) is not None:
             raise ConfigError("launch.servers", str(folder / URLS), f"{why}; a line reads http://10.0.0.7:41234")
-    return urls, _key(folder, urls, "launch.servers")
+    return urls, _read_key(folder, urls, "launch.servers")
 
 
-def _odd(url: str) -> str | None:
+def _url_error(url: str) -> str | None:
     """What is wrong with an address, in words that do not repeat it."""
     try:
         parts = urlsplit(url)
@@ -67,12 +67,12 @@ def _odd(url: str) -> str | None:
     return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
 
 
-def _key(folder: Path, urls: list[str], field: str) -> str:
+def _read_key(folder: Path, urls: list[str], field: str) -> str:
     file = folder / KEY
     try:
-        key = _read(file, field).strip()
+        key = _read_private(file, field).strip()
     except FileNotFoundError:
-        if all(_loopback(urlsplit(url).hostname or "") for url in urls):
+        if all(_is_loopback(urlsplit(url).hostname or "") for url in urls):
             return ""
         raise ConfigError(field, str(folder), f"must have a file {KEY}: anybody could ask without") from None
     except OSError as error:
@@ -82,7 +82,7 @@ def _key(folder: Path, urls: list[str], field: str) -> str:
     return key
 
 
-def _read(file: Path, field: str) -> str:
+def _read_private(file: Path, field: str) -> str:
     """What a file of the folder says.
 
     Raises:
@@ -91,19 +91,19 @@ def _read(file: Path, field: str) -> str:
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what it is, is seen before it is read
     with os.fdopen(descriptor, "rb") as opened:
-        _check_mine(file, descriptor, field)
+        _check_owner(file, descriptor, field)
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             raise ConfigError(field, str(file), "must be a file")
         if file.name == KEY and stat.S_IMODE(mode) & 0o077:
             raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
-        data = opened.read(LARGEST + 1)
-    if len(data) > LARGEST or not data.isascii():
-        raise ConfigError(field, str(file), f"must be plain text of at most {LARGEST:,} characters")
+        data = opened.read(MAX_CHARACTERS + 1)
+    if len(data) > MAX_CHARACTERS or not data.isascii():
+        raise ConfigError(field, str(file), f"must be plain text of at most {MAX_CHARACTERS:,} characters")
     return data.decode("ascii")
 
 
-def _check_mine(path: Path, opened: Path | int, field: str) -> None:
+def _check_owner(path: Path, opened: Path | int, field: str) -> None:
     """Refuse what somebody else could have written. `opened`: the path, or its descriptor. What is not there passes."""
     try:
         found = os.stat(opened)
@@ -121,14 +121,14 @@ def _check_mine(path: Path, opened: Path | int, field: str) -> None:
         raise ConfigError(field, str(path), f"{remedy} (nobody else may write there, not even your group)")
 
 
-def _loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def claim(folder: Path) -> "BaseFileLock":
+def lock_servers(folder: Path) -> "BaseFileLock":
     """Have the servers of a folder for this process alone, until the lock is released.
 
     Raises:
@@ -136,7 +136,7 @@ def claim(folder: Path) -> "BaseFileLock":
     """
     from filelock import FileLock, Timeout
 
-    read(folder)
+    read_urls(folder)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -146,15 +146,15 @@ def claim(folder: Path) -> "BaseFileLock":
     return lock
 
 
-def again(folder: Path, urls: list[str]) -> list[str]:
+def reread_urls(folder: Path, urls: list[str]) -> list[str]:
     """The addresses as they are now; what they were, where that cannot be read."""
     try:
-        return read(folder)[0]
+        return read_urls(folder)[0]
     except ConfigError:
         return urls
 
 
-def private(interface: str | None) -> str:
+def private_address(interface: str | None) -> str:
     """Where this node listens: on an interface, or where its name leads.
 
     Raises:
@@ -179,7 +179,7 @@ def private(interface: str | None) -> str:
     return found[0]
 
 
-def free_port(host: str) -> int:
+def find_free_port(host: str) -> int:
     """A port of this machine that nobody listens at now."""
     with socket.socket() as held:
         held.bind((host, 0))
@@ -189,38 +189,38 @@ def free_port(host: str) -> int:
 # Machines that lend their cores.
 
 
-def lenders(folder: Path) -> tuple[list[str], bytes]:
+def read_lenders(folder: Path) -> tuple[list[str], bytes]:
     """Where they are (host:port), and the key that they want.
 
     Raises:
         ConfigError: the folder does not say.
     """
-    _check_mine(folder, folder, "launch.workers_at")
-    found = [_read(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE}*"))]
+    _check_owner(folder, folder, "launch.workers_at")
+    found = [_read_private(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE_PREFIX}*"))]
     if not found or not (folder / KEY).is_file():
         remedy = "says of no node that lends its cores: start python -m aem_exp.jobs.lend on some, with this folder"
         raise ConfigError("launch.workers_at", str(folder), remedy)
-    return found, _key(folder, found, "launch.workers_at").encode()
+    return found, _read_key(folder, found, "launch.workers_at").encode()
 
 
-def greet(connection: socket.socket, key: bytes) -> bool:
+def prove_key(connection: socket.socket, key: bytes) -> bool:
     """Show the key to whoever listens, without saying it."""
-    challenge = _exactly(connection, NONCE)
+    challenge = _receive_exactly(connection, NONCE_BYTES)
     connection.sendall(hmac.digest(key, challenge, "sha256"))
-    return _exactly(connection, len(WELCOME)) == WELCOME
+    return _receive_exactly(connection, len(WELCOME)) == WELCOME
 
 
-def greeted(connection: socket.socket, key: bytes) -> bool:
+def verify_key(connection: socket.socket, key: bytes) -> bool:
     """Whether whoever has connected knows the key."""
-    challenge = secrets.token_bytes(NONCE)
+    challenge = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(challenge)
-    known = hmac.compare_digest(_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
+    known = hmac.compare_digest(_receive_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
     if known:
         connection.sendall(WELCOME)
     return known
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes:
+def _receive_exactly(connection: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count and (part := connection.recv(count - len(data))):
         data += part
@@ -230,50 +230,50 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 # Servers of a job.
 
 
-def of_job(run_dir: Path) -> Path:
+def job_folder(run_dir: Path) -> Path:
     """Where the servers of this start of a run's job are: another start has others, on other ports."""
     job, start = os.environ.get("SLURM_JOB_ID", "here"), os.environ.get("SLURM_RESTART_COUNT", "0")
     return run_dir / "servers" / f"{job}-{start}"
 
 
-def gather(folder: Path, count: int, seconds: float) -> None:
+def wait_for_servers(folder: Path, count: int, seconds: float) -> None:
     """Wait until so many servers of a job are well, and write down where they are.
 
     Raises:
         Stop: they are not, in so many seconds, or one has ended.
     """
     end = time.monotonic() + seconds
-    while len(found := sorted(folder.glob(f"{NODE}*"))) < count:
-        if why := gone(folder):
-            raise Stop(f"{why}; what it says is in the job's log", "node")
+    while len(found := sorted(folder.glob(f"{NODE_PREFIX}*"))) < count:
+        if why := read_ended(folder):
+            raise RunError(f"{why}; what it says is in the job's log", "node")
         if time.monotonic() > end:
             up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
-            raise Stop(f"{up}; what the others say is in the job's log", "node")
+            raise RunError(f"{up}; what the others say is in the job's log", "node")
         time.sleep(0.2)
-    write(folder / URLS, "".join(file.read_text() for file in found))
+    write_private(folder / URLS, "".join(file.read_text() for file in found))
 
 
-def write(file: Path, text: str) -> None:
+def write_private(file: Path, text: str) -> None:
     """Write a file of the folder, for its owner alone whatever the umask is."""
-    disk.write(file, text)
+    disk.write_atomically(file, text)
     file.chmod(0o600)
 
 
-def write_gone(folder: Path, node: str, why: str) -> None:
+def write_ended(folder: Path, node: str, why: str) -> None:
     """Write down that the server of a node of this job has ended, which nobody starts again."""
-    (folder / f"{NODE}{node}").unlink(missing_ok=True)
-    write(folder / f"{GONE}{node}", f"{why}\n")
+    (folder / f"{NODE_PREFIX}{node}").unlink(missing_ok=True)
+    write_private(folder / f"{ENDED_PREFIX}{node}", f"{why}\n")
 
 
-def gone(folder: Path) -> str:
+def read_ended(folder: Path) -> str:
     """Why a server of this job has ended for good; "" where none has, or nobody can know."""
-    for file in sorted(folder.glob(f"{GONE}*")):
+    for file in sorted(folder.glob(f"{ENDED_PREFIX}*")):
         with suppress(OSError):
             return file.read_text().strip()
     return ""
 
 
-def made_key(folder: Path) -> str:
+def ensure_key(folder: Path) -> str:
     """The key of a job's servers; made by the first that asks.
 
     Raises:
@@ -287,11 +287,11 @@ def made_key(folder: Path) -> str:
     with suppress(FileExistsError):
         os.link(mine, folder / KEY)
     mine.unlink()
-    return _read(folder / KEY, str(folder))
+    return _read_private(folder / KEY, str(folder))
 
 
-def leave(folder: Path) -> None:
+def release_servers(folder: Path) -> None:
     """A run needs its servers no more: those of its job end, and the weights that they read are removed."""
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-    if any(folder.glob(f"{NODE}*")):
-        disk.write(folder / OVER, "")
+    if any(folder.glob(f"{NODE_PREFIX}*")):
+        disk.write_atomically(folder / RELEASED, "")

@@ -14,8 +14,8 @@ from aem_exp.core import disk
 from aem_exp.rundir import RESULT, attempts, episodes, lock, metrics
 
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
-SUCCESS: Final = ("test/success", "eval/success", "train/success")
-ENDS: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
+SUCCESS_METRICS: Final = ("test/success", "eval/success", "train/success")
+JOB_FAILURES: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
     "OUT_OF_MEMORY": ("oom", "the node ran out of memory: raise mem_gb in site.yaml or lower launch.device_episodes"),
     "NODE_FAIL": ("node", "its node failed"),
     "BOOT_FAIL": ("node", "its node did not come up"),
@@ -24,12 +24,14 @@ ENDS: Final = {  # a job's end, where the run itself could not tell -> class, an
     "PREEMPTED": ("node", "its job was preempted and not requeued"),
     "DEADLINE": ("time", "its job's deadline passed"),
 }
-UNSEEN: Final = "its job ended before the run began; if there is no log either, the node does not see the run dir"
-AGAIN: Final = ("node", "time", "user", "killed", "unseen")  # they say nothing about the experiment: send it again
+NEVER_STARTED: Final = (
+    "its job ended before the run began; if there is no log either, the node does not see the run dir"
+)
+RETRYABLE: Final = ("node", "time", "user", "killed", "unseen")  # they say nothing about the experiment: send it again
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """One run. `left`: seconds, nan where unknown; `score`: the newest success, and which one; `kind`: a failure's class."""
 
     what: str
@@ -46,87 +48,87 @@ class State:
     @property
     def missing(self) -> bool:
         """Nobody is at it, and nothing about the experiment says that it cannot be finished."""
-        return self.what in (NEW, STOPPED) or (self.what == FAILED and self.kind in AGAIN)
+        return self.what in (NEW, STOPPED) or (self.what == FAILED and self.kind in RETRYABLE)
 
 
-def read(folders: Sequence[Path]) -> dict[Path, State]:
+def read(folders: Sequence[Path]) -> dict[Path, RunState]:
     """The state of each run; the scheduler is asked once."""
-    cards = {folder: _card(folder) for folder in folders}
-    jobs = slurm.jobs(card["job"] for card in cards.values() if "job" in card)
-    return {folder: _readable(folder, cards[folder], jobs) for folder in folders}
+    cards = {folder: _read_card(folder) for folder in folders}
+    jobs = slurm.query_jobs(card["job"] for card in cards.values() if "job" in card)
+    return {folder: _read_or_damaged(folder, cards[folder], jobs) for folder in folders}
 
 
-def _card(folder: Path) -> dict[str, Any]:
+def _read_card(folder: Path) -> dict[str, Any]:
     """Which job had a run last; nothing where that cannot be read."""
     with suppress(OSError, ValueError):
-        return dict(slurm.card(folder))
+        return dict(slurm.read_job_record(folder))
     return {}
 
 
-def _readable(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:
+def _read_or_damaged(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
     """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
     try:
-        return _state(folder, card, jobs)
-    except disk.Damaged as error:
-        return State(FAILED, kind="disk", sentence=error.remedy)
+        return _read_state(folder, card, jobs)
+    except disk.DamagedFileError as error:
+        return RunState(FAILED, kind="disk", sentence=error.remedy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return State(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.sentence(error)}")
+        return RunState(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.describe_error(error)}")
 
 
-def _state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> State:
+def _read_state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
     events = attempts.read(folder)
     starts = [event for event in events if event["event"] == "start"]
     rows = metrics.read(folder)
-    steps = _steps(folder)
+    steps = _planned_steps(folder)
     known: dict[str, Any] = {
         "step": int(rows[-1]["step"]) if rows else 0,
         "steps": steps,
-        "score": _score(rows),
+        "score": _newest_success(rows),
         "starts": len(starts),
         "job": card.get("job", ""),
         "log": card.get("log", ""),
     }
     if (folder / RESULT).exists():
-        disk.read(folder / RESULT)
-        return State(DONE, sentence=episodes.cut_short(folder), **known)
-    if owner := lock.owner(folder):
-        return State(RUNNING, left=_left(rows, steps), sentence=owner, **known)
+        disk.read_json(folder / RESULT)
+        return RunState(DONE, sentence=episodes.describe_truncation(folder), **known)
+    if owner := lock.describe_owner(folder):
+        return RunState(RUNNING, left=_seconds_left(rows, steps), sentence=owner, **known)
     job = jobs.get(card.get("job", ""))
-    if job is not None and job.live:
-        words = "starting" if job.state == "RUNNING" else f"{job.state.lower()} {job.why}".strip()
-        return State(QUEUED, sentence=words, **known)
-    return _ended(events, starts, job, card, known)
+    if job is not None and job.is_live:
+        words = "starting" if job.state == "RUNNING" else f"{job.state.lower()} {job.reason}".strip()
+        return RunState(QUEUED, sentence=words, **known)
+    return _inactive_state(events, starts, job, card, known)
 
 
-def _ended(
+def _inactive_state(
     events: Sequence[dict[str, Any]],
     starts: Sequence[dict[str, Any]],
     job: Job | None,
     card: Mapping[str, Any],
     known: dict[str, Any],
-) -> State:
+) -> RunState:
     """A run that nobody is at, and which is not done."""
     began = starts and starts[-1]["at"] >= card.get("at", 0)  # since it was last submitted
     last = events[-1] if events else {}
     if card and not began:
-        if job is not None and job.state in ENDS:
-            kind, sentence = ENDS[job.state]
-            return State(FAILED, kind=kind, sentence=sentence, **known)
-        kind, sentence = _last_words(Path(card["log"]))
-        return State(FAILED, kind=kind, sentence=sentence, **known)
+        if job is not None and job.state in JOB_FAILURES:
+            kind, sentence = JOB_FAILURES[job.state]
+            return RunState(FAILED, kind=kind, sentence=sentence, **known)
+        kind, sentence = _failure_from_log(Path(card["log"]))
+        return RunState(FAILED, kind=kind, sentence=sentence, **known)
     if last.get("event") == attempts.FAILED:
-        return State(FAILED, kind=last["class"], sentence=last["sentence"], **known)
+        return RunState(FAILED, kind=last["class"], sentence=last["sentence"], **known)
     if last.get("event") == attempts.STOPPED:
         if job is not None and job.state == "CANCELLED":
-            return State(FAILED, kind="user", sentence=ENDS[job.state][1], **known)
-        return State(STOPPED, sentence=last["sentence"], **known)
+            return RunState(FAILED, kind="user", sentence=JOB_FAILURES[job.state][1], **known)
+        return RunState(STOPPED, sentence=last["sentence"], **known)
     if last.get("event") == "start":  # and no end: killed
-        kind, sentence = ENDS.get(job.state if job else "", ("killed", "its process was killed"))
-        return State(FAILED, kind=kind, sentence=sentence, **known)
-    return State(NEW, **known)
+        kind, sentence = JOB_FAILURES.get(job.state if job else "", ("killed", "its process was killed"))
+        return RunState(FAILED, kind=kind, sentence=sentence, **known)
+    return RunState(NEW, **known)
 
 
-def _last_words(log: Path) -> tuple[str, str]:
+def _failure_from_log(log: Path) -> tuple[str, str]:
     """Why a job ended before its run began: it refused, or it crashed; the class, and a sentence."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     for number, line in reversed(list(enumerate(lines))):
@@ -136,24 +138,24 @@ def _last_words(log: Path) -> tuple[str, str]:
             return "crash", next(
                 (after for after in lines[number + 1 :] if after[:1].strip()), "a traceback; see its log"
             )
-    return "unseen", UNSEEN
+    return "unseen", NEVER_STARTED
 
 
-def _steps(folder: Path) -> int:
+def _planned_steps(folder: Path) -> int:
     file = folder / "experiment.json"
-    return int(disk.read(file, "trainer")["trainer"]["steps"]) if file.exists() else 0
+    return int(disk.read_json(file, "trainer")["trainer"]["steps"]) if file.exists() else 0
 
 
-def _score(rows: Sequence[metrics.Row]) -> tuple[str, float] | None:
+def _newest_success(rows: Sequence[metrics.MetricRow]) -> tuple[str, float] | None:
     """The newest success of the most telling kind."""
-    for name in SUCCESS:
+    for name in SUCCESS_METRICS:
         for row in reversed(rows):
             if name in row:
                 return name, row[name]
     return None
 
 
-def _left(rows: Sequence[metrics.Row], steps: int, recent: int = 10) -> float:
+def _seconds_left(rows: Sequence[metrics.MetricRow], steps: int, recent: int = 10) -> float:
     """Seconds to the last step, at the pace of the recent ones."""
     times = [(row["step"], row[metrics.LOGGED_AT] / 1000) for row in rows if "train/success" in row][-recent:]
     if len(times) < 2:

@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any, Self
 
 log = logging.getLogger("aem_exp")
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-AGAIN = "press it again to leave at once"
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+PRESS_AGAIN = "press it again to leave at once"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
 
-class Enough(KeyboardInterrupt):
+class Pruned(KeyboardInterrupt):
     """Whoever watches the run has seen enough of it (a pruned trial); all up to here is saved."""
 
 
@@ -31,47 +31,47 @@ class Signals:
     """Listens while the context lives, in the main thread; elsewhere it hears nothing."""
 
     def __init__(self) -> None:
-        self.heard: int | None = None
-        self._patient = False
+        self.received: int | None = None
+        self._deferring = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             # A shell starts a command with `&` so that it ignores Ctrl-C; it still does.
-            wanted = [n for n in HEARD if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._hear) for number in wanted}
+            wanted = [n for n in HANDLED_SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def deferred(self) -> AbstractContextManager[None]:
+    def defer(self) -> AbstractContextManager[None]:
         """Only note what is heard: whoever works here asks `heard` when it is safe to stop. A second Ctrl-C is obeyed."""
-        return self._patience(True)
+        return self._set_deferring(True)
 
     @contextmanager
-    def prompt(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Within `deferred`, work that may be cut short: it is done anew by whoever goes on."""
-        with self._patience(False):
-            if self.heard is not None:
-                raise Interrupted(self.heard)
+        with self._set_deferring(False):
+            if self.received is not None:
+                raise Interrupted(self.received)
             yield
 
     @contextmanager
-    def _patience(self, patient: bool) -> Iterator[None]:
-        before, self._patient = self._patient, patient
+    def _set_deferring(self, patient: bool) -> Iterator[None]:
+        before, self._deferring = self._deferring, patient
         try:
             yield
         finally:
-            self._patient = before
+            self._deferring = before
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        again = self.heard is not None and number == signal.SIGINT
-        self.heard = number
-        if again or not self._patient:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again = self.received is not None and number == signal.SIGINT
+        self.received = number
+        if again or not self._deferring:
             raise Interrupted(number)
-        name, press = ("Ctrl-C", f"; {AGAIN}") if number == signal.SIGINT else (signal.Signals(number).name, "")
+        name, press = ("Ctrl-C", f"; {PRESS_AGAIN}") if number == signal.SIGINT else (signal.Signals(number).name, "")
         sentence = f"{name}: saving at the end of this step{press}"
         # In a thread: the main one may have been interrupted in the middle of a write, and a stream takes no second one.
         threading.Thread(target=log.warning, args=[sentence], daemon=True).start()

@@ -23,14 +23,14 @@ from aem_exp import config
 from aem_exp.cluster import distributed
 from aem_exp.config import Launch
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.core.typed import AT_LEAST_1, build
+from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.core.typed import AT_LEAST_1, build_from_mapping
 
-SERVER = "vllm_server.sh"  # of the site: what a node that serves runs
-JOB = "job.json"  # in a run dir: which job has it
-OURS = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
-LOGIN = "submit from a login node of your cluster, or choose launch=local"
-LIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
+SERVER_SCRIPT = "vllm_server.sh"  # of the site: what a node that serves runs
+JOB_FILE = "job.json"  # in a run dir: which job has it
+JOB_VARIABLE = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
+LOGIN_HINT = "submit from a login node of your cluster, or choose launch=local"
+LIVE_STATES = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Job:
 
     id: str
     state: str
-    why: str = ""  # it waits, or its exit code
+    reason: str = ""  # it waits, or its exit code
 
     @property
-    def live(self) -> bool:
-        return self.state in LIVE
+    def is_live(self) -> bool:
+        return self.state in LIVE_STATES
 
 
-def site() -> tuple[Site, Path]:
+def read_site() -> tuple[Site, Path]:
     """The cluster's settings, and the folder that they come from: $AEM_SITE, else `slurm/` beside `conf/`."""
     import yaml
 
@@ -72,7 +72,7 @@ def site() -> tuple[Site, Path]:
             raise ConfigError("AEM_SITE", str(folder), "must be a folder with site.yaml")
         return Site(), folder
     try:
-        return build(Site, yaml.safe_load(file.read_text()) or {}, str(file)), folder
+        return build_from_mapping(Site, yaml.safe_load(file.read_text()) or {}, str(file)), folder
     except yaml.YAMLError as error:
         raise ConfigError(str(file), "not YAML", " ".join(str(error).split())) from error
 
@@ -92,50 +92,50 @@ def submit(
     Raises:
         ConfigError: there is no SLURM here, or it refuses the job; in its own words.
     """
-    check()
+    check_available()
     import cloudpickle
     import submitit
     from submitit.core.utils import FailedJobError
 
-    here, place = site()
+    here, place = read_site()
     nodes = launch.nodes if launch.server_nodes else 0
-    if nodes and not (place / SERVER).is_file():
-        raise ConfigError("AEM_SITE", str(place), f"must have {SERVER}, which starts a server on a node")
+    if nodes and not (place / SERVER_SCRIPT).is_file():
+        raise ConfigError("AEM_SITE", str(place), f"must have {SERVER_SCRIPT}, which starts a server on a node")
     if nodes and room != "aem_exp.run":
         raise ConfigError(
             "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"
         )
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
-    executor.update_parameters(**_asked(here, place, launch, name, at_once))
+    executor.update_parameters(**_sbatch_options(here, place, launch, name, at_once))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
-            jobs = [executor.submit(_start, str(folder), room, nodes, str(place)) for folder in folders]
+            jobs = [executor.submit(_exec_task, str(folder), room, nodes, str(place)) for folder in folders]
     except FailedJobError as error:
-        _refused(error, here, launch)
+        _raise_refusal(error, here, launch)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     for folder, job in zip(folders, jobs, strict=True):
         card = {"job": job.job_id, "at": time.time(), "log": str(job.paths.stdout)}
-        disk.write(folder / JOB, json.dumps(card, indent=1) + "\n")
+        disk.write_atomically(folder / JOB_FILE, json.dumps(card, indent=1) + "\n")
     return [job.job_id for job in jobs]
 
 
-def check() -> None:
+def check_available() -> None:
     """Refuse to submit where nothing can be submitted, or the site's settings are wrong."""
-    site()
+    read_site()
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
-            raise ConfigError("launch.where", "slurm", f"{program} is not on the PATH; {LOGIN}")
+            raise ConfigError("launch.where", "slurm", f"{program} is not on the PATH; {LOGIN_HINT}")
     if shutil.which("sinfo") is None:
         return
     asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
     if asked.returncode:
         why = next((line for line in asked.stderr.splitlines() if line.strip()), f"exit code {asked.returncode}")
-        raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN}")
+        raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN_HINT}")
 
 
-def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
+def _sbatch_options(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
     """The options of sbatch, as submitit calls them."""
     tasks = max(1, launch.gpus_per_node)
     setup = place / "setup.sh"
@@ -156,22 +156,22 @@ def _asked(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> 
         "setup": [f"source {setup}"] if setup.is_file() else None,
         "stderr_to_stdout": True,
         # One process that fails ends all; and newer SLURMs hand --cpus-per-task to srun only where told.
-        "srun_args": ["--kill-on-bad-exit=1", *_cpus(launch), *_in_order(launch), *here.srun],
+        "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *here.srun],
         "additional_parameters": {"requeue": True, **here.sbatch},
     }
     return {key: value for key, value in asked.items() if value is not None}
 
 
-def _cpus(launch: Launch) -> list[str]:
+def _cpu_arguments(launch: Launch) -> list[str]:
     return [f"--cpus-per-task={launch.cpus_per_task}"] if launch.cpus_per_task else []
 
 
-def _in_order(launch: Launch) -> list[str]:
+def _distribution_arguments(launch: Launch) -> list[str]:
     """The nodes that train come first."""
     return ["--distribution=block"] if launch.server_nodes else []
 
 
-def _start(folder: str, room: str, nodes: int, place: str) -> None:
+def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
     """What each task of a job does: become the command that a person would type. Pickled whole.
 
     `nodes`: how many train, where the others serve; 0: all of them train. `place`: the cluster's settings.
@@ -208,16 +208,16 @@ def _start(folder: str, room: str, nodes: int, place: str) -> None:
     os.execv(sys.executable, [sys.executable, "-u", "-m", room, folder])
 
 
-def make_way(number: int) -> None:
+def requeue_and_wait(number: int) -> None:
     """After a signal, in a job of ours, and with all saved: be started again, and wait to be killed.
 
     Where the time is nearly up (USR2), the first process asks for the new start. Where a job is preempted, SLURM does that
     itself, but only for one that has not ended.
     """
-    if OURS not in os.environ or number == signal.SIGINT:
+    if JOB_VARIABLE not in os.environ or number == signal.SIGINT:
         return
-    if number == signal.SIGUSR2 and distributed.first():
-        _requeue(os.environ[OURS])
+    if number == signal.SIGUSR2 and distributed.is_main_process():
+        _requeue(os.environ[JOB_VARIABLE])
     while True:
         time.sleep(1)
 
@@ -225,55 +225,57 @@ def make_way(number: int) -> None:
 def _requeue(job: str) -> None:
     done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise Stop(f"its time is up, and scontrol does not requeue job {job}: {done.stderr.strip()}", "time")
+        raise RunError(f"its time is up, and scontrol does not requeue job {job}: {done.stderr.strip()}", "time")
 
 
-def card(folder: Path) -> dict[str, Any]:
+def read_job_record(folder: Path) -> dict[str, Any]:
     """Which job had a run dir last; empty where none did."""
-    file = folder / JOB
+    file = folder / JOB_FILE
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def jobs(ids: Iterable[str]) -> Mapping[str, Job]:
+def query_jobs(ids: Iterable[str]) -> Mapping[str, Job]:
     """What the scheduler knows of these jobs; those that it has forgotten are left out."""
     wanted = sorted(set(ids))
     if not wanted or shutil.which("squeue") is None:
         return {}
     parents = ",".join(sorted({job.partition("_")[0] for job in wanted}))
-    queue = _queue()
-    told = {job.id: job for job in _accounted(parents)}  # asked after the queue: who has left it since is in here
+    queue = _query_queue()
+    told = {
+        job.id: job for job in _query_accounting(parents)
+    }  # asked after the queue: who has left it since is in here
     if queue is not None:  # a job that is not in the queue has ended, though accounting may not know yet
-        told = {name: job for name, job in told.items() if not job.live} | queue
+        told = {name: job for name, job in told.items() if not job.is_live} | queue
     return {job: told[job] for job in wanted if job in told}
 
 
-def _queue() -> dict[str, Job] | None:
+def _query_queue() -> dict[str, Job] | None:
     """Jobs in the queue, array tasks one by one; None where the controller does not answer."""
-    lines = _lines("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
+    lines = _run_client("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
     if lines is None:
         return None
     rows = [line.split("|", 2) for line in lines]
     return {job: Job(job, state, "" if why == "None" else why) for job, state, why in rows}
 
 
-def _accounted(parents: str) -> Iterable[Job]:
+def _query_accounting(parents: str) -> Iterable[Job]:
     """Jobs as accounting knows them, which lags behind."""
     words = ("--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "--jobs", parents)
-    for line in _lines("sacct", *words) or ():
+    for line in _run_client("sacct", *words) or ():
         job, state, code = line.split("|")
         yield Job(job, state.split()[0] if state else "", "" if code == "0:0" else f"exit code {code}")
 
 
-def _lines(*words: str) -> list[str] | None:
+def _run_client(*words: str) -> list[str] | None:
     """What a client of SLURM prints; None where it fails: a site may keep no accounts."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
-def _refused(error: Exception, here: Site, launch: Launch) -> NoReturn:
+def _raise_refusal(error: Exception, here: Site, launch: Launch) -> NoReturn:
     """sbatch's own words, as a sentence."""
     lines = [line for line in str(error).splitlines() if "error:" in line]
     said = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
-    known = " ".join(sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%R") or ()}))
+    known = " ".join(sorted({line.rstrip("*") for line in _run_client("sinfo", "--noheader", "--format=%R") or ()}))
     asked = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
     raise ConfigError("launch", asked, f"sbatch refuses: {said}; partitions here: {known}; see site.yaml and launch.*")

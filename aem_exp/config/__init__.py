@@ -5,12 +5,22 @@ tree of YAML files and overrides, `schema` and `saved` make it typed, `targets` 
 refuses contradictions, `identity` hashes it. It imports `core` and `rundir`. Others use the names below.
 """
 
-from aem_exp.config.identity import arm, diff, outputs_root, run_dir, signature
+from aem_exp.config.identity import arm_signature, diff, outputs_root, run_dir, signature
 from aem_exp.config.loading import load, resolve
-from aem_exp.config.rules import check_here, notes
-from aem_exp.config.saved import from_dict, nearest, read
-from aem_exp.config.schema import Baseline, Env, Evaluation, Experiment, Launch, Model, Modulation, examined, to_dict
-from aem_exp.config.sources import choices, conf_root, config_roots
+from aem_exp.config.rules import check_machine, notes
+from aem_exp.config.saved import from_dict, nearest_run, read
+from aem_exp.config.schema import (
+    Baseline,
+    Env,
+    Evaluation,
+    Experiment,
+    Launch,
+    Model,
+    Modulation,
+    apply_evaluation_limits,
+    to_dict,
+)
+from aem_exp.config.sources import conf_root, config_roots, list_choices
 from aem_exp.config.targets import instantiate
 from aem_exp.core.errors import ConfigError
 
@@ -23,17 +33,17 @@ __all__ = [
     "Launch",
     "Model",
     "Modulation",
-    "arm",
-    "check_here",
-    "choices",
+    "apply_evaluation_limits",
+    "arm_signature",
+    "check_machine",
     "conf_root",
     "config_roots",
     "diff",
-    "examined",
     "from_dict",
     "instantiate",
+    "list_choices",
     "load",
-    "nearest",
+    "nearest_run",
     "notes",
     "outputs_root",
     "read",

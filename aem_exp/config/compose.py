@@ -31,17 +31,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from aem_exp.config import Experiment, choices, config_roots, continuation, read, safe_yaml, to_dict, trainer_keys
-from aem_exp.config.rules import TEMPLATES
-from aem_exp.core.errors import ConfigError, closest, unknown
+from aem_exp.config import Experiment, config_roots, continuation, list_choices, read, safe_yaml, to_dict, trainer_keys
+from aem_exp.config.rules import TEMPLATE_FIELDS
+from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 
 Choices = Mapping[str, Mapping[str, Path]]
-FROM: Final = "from="
-CONTINUED: Final = "continued"
-BRANCHES: Final = ("modulation", "launch")  # groups whose file says all of their block
-MOST_VALUES: Final = 10_000  # of one override of a sweep
+PARENT_PREFIX: Final = "from="
+PARENT_CONFIG: Final = "continued"
+REPLACEABLE_GROUPS: Final = ("modulation", "launch")  # groups whose file says all of their block
+MAX_VALUES: Final = 10_000  # of one override of a sweep
 FIELDS: Final = [item.name for item in fields(Experiment)]
-FOREIGN: Final = (HydraException, OmegaConfBaseException, YAMLError)  # what the libraries below raise
+LIBRARY_ERRORS: Final = (HydraException, OmegaConfBaseException, YAMLError)  # what the libraries below raise
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None, trust: bool = False) -> DictConfig:
@@ -50,60 +50,60 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
     With `from=RUN_DIR` that run's experiment stands in the place of `config.yaml`.
     """
     roots = config_roots(config_dir)
-    groups = choices(roots)
-    parents = [text.removeprefix(FROM) for text in overrides if text.startswith(FROM)]
+    groups = list_choices(roots)
+    parents = [text.removeprefix(PARENT_PREFIX) for text in overrides if text.startswith(PARENT_PREFIX)]
     if trust and not parents:
-        raise ConfigError("--trust", True, f"only read with {FROM}RUN_DIR")
-    overrides = [text for text in overrides if not text.startswith(FROM)]
-    base = _continued(parents[-1], overrides, trust) if parents else None
-    lines = [line for text in overrides for line in _lines(text, groups, base is not None)]
+        raise ConfigError("--trust", True, f"only read with {PARENT_PREFIX}RUN_DIR")
+    overrides = [text for text in overrides if not text.startswith(PARENT_PREFIX)]
+    base = _parent_config(parents[-1], overrides, trust) if parents else None
+    lines = [line for text in overrides for line in _hydra_overrides(text, groups, base is not None)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
-            tree = _composed(lines, roots, base)
-    except FOREIGN as error:
-        raise ConfigError("config", " ".join(overrides) or "config.yaml", _sentence(error)) from error
+            tree = _compose_with_hydra(lines, roots, base)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError("config", " ".join(overrides) or "config.yaml", _format_error(error)) from error
     except RecursionError as error:
         circle = "defaults: of these files lead in a circle; a file must not ask for one that asks for it"
         raise ConfigError("config", " ".join(overrides) or "config.yaml", circle) from error
-    _check_read(tree, overrides)
+    _check_templates(tree, overrides)
     return tree
 
 
-def _check_read(tree: DictConfig, overrides: Sequence[str]) -> None:
+def _check_templates(tree: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse a template that was asked for, and that the episodes' history never shows."""
     history = OmegaConf.select(tree, "env.history")
     for text in overrides:
-        key, value = key_of(text), text.partition("=")[2]
+        key, value = override_key(text), text.partition("=")[2]
         head, _, name = key.rpartition(".")
-        readers = [other for other, templates in TEMPLATES.items() if name in templates]
-        if head == "env.prompt" and readers and history in TEMPLATES and history not in readers:
+        readers = [other for other, templates in TEMPLATE_FIELDS.items() if name in templates]
+        if head == "env.prompt" and readers and history in TEMPLATE_FIELDS and history not in readers:
             raise ConfigError(key, value, f"only read with env.history={readers[0]}")
 
 
-def _continued(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:
+def _parent_config(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:
     """What another run was, without the blocks that are chosen anew."""
     folder = Path(parent).expanduser().absolute()
     experiment = read(folder, trust)
-    name, steps = continuation.origin(parent, experiment)
+    name, steps = continuation.starting_point(parent, experiment)
     tree = to_dict(experiment) | {"parent": name, "parent_dir": str(folder), "parent_steps": steps, "resume": "exact"}
     chosen = {text.lstrip("+").partition("=")[0] for text in overrides}
-    return {key: value for key, value in tree.items() if key not in chosen & set(BRANCHES)}
+    return {key: value for key, value in tree.items() if key not in chosen & set(REPLACEABLE_GROUPS)}
 
 
-def _composed(lines: list[str], roots: list[Path], base: dict[str, Any] | None) -> DictConfig:
+def _compose_with_hydra(lines: list[str], roots: list[Path], base: dict[str, Any] | None) -> DictConfig:
     """Hydra's answer, where an earlier folder hides the files of a later one. The first `config.yaml` is the primary."""
-    ConfigStore.instance().store(CONTINUED, OmegaConf.create(base or {}))
-    with _opened(roots) as search_path:
-        return hydra.compose(CONTINUED if base else "config", [*lines, search_path])
+    ConfigStore.instance().store(PARENT_CONFIG, OmegaConf.create(base or {}))
+    with _initialize_hydra(roots) as search_path:
+        return hydra.compose(PARENT_CONFIG if base else "config", [*lines, search_path])
 
 
 @contextmanager
-def _opened(roots: list[Path]) -> Iterator[str]:
+def _initialize_hydra(roots: list[Path]) -> Iterator[str]:
     """Hydra with our folders; what is yielded is an override that it needs."""
     main = next(i for i, root in enumerate(roots) if (root / "config.yaml").is_file())
     below = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in roots[main + 1 :])
-    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"), _checked():
+    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"), _check_files_on_read():
         places = GlobalHydra.instance().config_loader().get_search_path()
         for root in roots[:main]:
             places.prepend("config-dir", f"file://{root}", anchor="main")
@@ -112,17 +112,17 @@ def _opened(roots: list[Path]) -> Iterator[str]:
 
 
 @contextmanager
-def _checked() -> Iterator[None]:
+def _check_files_on_read() -> Iterator[None]:
     """Let Hydra read only files that are safe to read; those that it opens here remain so."""
     kinds = SourcesRegistry.instance().types
-    usual, kinds["file"] = kinds["file"], _CheckedFiles
+    usual, kinds["file"] = kinds["file"], _CheckedConfigSource
     try:
         yield
     finally:
         kinds["file"] = usual
 
 
-class _CheckedFiles(FileConfigSource):
+class _CheckedConfigSource(FileConfigSource):
     """A folder of configs. What is wrong with a file is said with its name."""
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -132,7 +132,7 @@ class _CheckedFiles(FileConfigSource):
         try:
             return super().load_config(config_path)
         except (ValueError, YAMLError) as error:
-            raise ConfigError("config", str(file), f"is not YAML: {_sentence(error)}") from error
+            raise ConfigError("config", str(file), f"is not YAML: {_format_error(error)}") from error
 
 
 # Many at once.
@@ -148,29 +148,29 @@ class Composer:
     def __init__(self, config_dir: str | Path | None = None):
         self.config_dir = config_dir
         self.roots = config_roots(config_dir)
-        self.groups = choices(self.roots)
+        self.groups = list_choices(self.roots)
         self._trees: dict[tuple[str, ...], bytes] = {}  # choice of groups -> its tree, pickled: a copy is quick
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """What `compose` makes of the overrides."""
-        if any(text.startswith(FROM) for text in overrides):
+        if any(text.startswith(PARENT_PREFIX) for text in overrides):
             return compose(list(overrides), self.config_dir)
-        read = [_parsed(line) for text in overrides for line in _lines(text, self.groups, False)]
+        read = [_parse_override(line) for text in overrides for line in _hydra_overrides(text, self.groups, False)]
         chosen = tuple(str(override.input_line) for override in read if override.key_or_group in self.groups)
         try:
             if chosen not in self._trees:
-                self._trees[chosen] = pickle.dumps(self._chosen(chosen))
+                self._trees[chosen] = pickle.dumps(self._compose_groups(chosen))
             tree: DictConfig = pickle.loads(self._trees[chosen])
             values = [override for override in read if override.key_or_group not in self.groups]
             ConfigLoaderImpl._apply_overrides_to_config(values, tree)
-        except (*FOREIGN, RecursionError):
+        except (*LIBRARY_ERRORS, RecursionError):
             return compose(list(overrides), self.config_dir)
-        _check_read(tree, overrides)
+        _check_templates(tree, overrides)
         return tree
 
-    def spread(self, text: str) -> list[str]:
+    def expand_sweep(self, text: str) -> list[str]:
         """An override of several values, in Hydra's grammar, as one override per value."""
-        override = _parsed(text)
+        override = _parse_override(text)
         if not override.is_sweep_override():
             return [text]
         key, given, parsed = override.get_key_element(), text.partition("=")[2], override.value()
@@ -179,22 +179,26 @@ class Composer:
         if isinstance(parsed, Glob):
             values = parsed.filter(list(self.groups.get(override.key_or_group, ())))
         else:
-            values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+            values = list(islice(override.sweep_string_iterator(), MAX_VALUES + 1))
         if not values:
             raise ConfigError(key, given, "holds no value")
-        if len(values) > MOST_VALUES:
-            raise ConfigError(key, given, f"holds more than {MOST_VALUES:,} values")
+        if len(values) > MAX_VALUES:
+            raise ConfigError(key, given, f"holds more than {MAX_VALUES:,} values")
         return [f"{key}={value}" for value in values]
 
-    def settled(self, overrides: Sequence[str]) -> list[str]:
+    def drop_replaced_choices(self, overrides: Sequence[str]) -> list[str]:
         """The overrides without the choices of a group that a later one replaces."""
-        last = {key_of(text): i for i, text in enumerate(overrides)}
-        return [text for i, text in enumerate(overrides) if key_of(text) not in self.groups or last[key_of(text)] == i]
+        last = {override_key(text): i for i, text in enumerate(overrides)}
+        return [
+            text
+            for i, text in enumerate(overrides)
+            if override_key(text) not in self.groups or last[override_key(text)] == i
+        ]
 
-    def _chosen(self, lines: tuple[str, ...]) -> DictConfig:
+    def _compose_groups(self, lines: tuple[str, ...]) -> DictConfig:
         """What Hydra makes of a choice of groups, before values are set."""
-        loader, files = self._hydra
-        repo, read = CachingConfigRepository(files), [_parsed(line) for line in lines]
+        loader, files = self._hydra_loader
+        repo, read = CachingConfigRepository(files), [_parse_override(line) for line in lines]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parts = create_defaults_list(repo, "config", read, prepend_hydra=False, skip_missing=False)
@@ -205,19 +209,21 @@ class Composer:
         return tree
 
     @cached_property
-    def _hydra(self) -> "tuple[ConfigLoaderImpl, _Files]":
+    def _hydra_loader(self) -> "tuple[ConfigLoaderImpl, _CachedConfigRepository]":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _opened(self.roots) as search_path:
+            with _initialize_hydra(self.roots) as search_path:
                 loader = GlobalHydra.instance().config_loader()
                 assert isinstance(loader, ConfigLoaderImpl)
-                return loader, _Files(loader._parse_overrides_and_create_caching_repo("config", [search_path])[1])
+                return loader, _CachedConfigRepository(
+                    loader._parse_overrides_and_create_caching_repo("config", [search_path])[1]
+                )
 
 
-class _Files(CachingConfigRepository):
+class _CachedConfigRepository(CachingConfigRepository):
     """Hydra's files, each read once. It hands out copies, since Hydra changes what it is given."""
 
-    def __deepcopy__(self, memo: Any) -> "_Files":
+    def __deepcopy__(self, memo: Any) -> "_CachedConfigRepository":
         return self
 
     def load_config(self, config_path: str) -> ConfigResult | None:
@@ -225,23 +231,23 @@ class _Files(CachingConfigRepository):
         return copy
 
 
-def key_of(text: str) -> str:
+def override_key(text: str) -> str:
     """The group or dotted key that an override sets."""
-    return str(_parsed(text).key_or_group)
+    return str(_parse_override(text).key_or_group)
 
 
-def value_of(text: str) -> Any:
+def override_value(text: str) -> Any:
     """What an override of one value sets its key to."""
-    return _parsed(text).value()
+    return _parse_override(text).value()
 
 
-def quotes(cfg: DictConfig, key: str) -> bool:
+def may_interpolate(cfg: DictConfig, key: str) -> bool:
     """Whether a value may be made of the top-level `key`: by an interpolation that names it, or is more than a dotted key."""
     quoted = re.findall(r"\$\{(.*?)\}", repr(OmegaConf.to_container(cfg)))
     return any(not re.fullmatch(r"[\w.]+", inner) or key in inner for inner in quoted)
 
 
-def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def to_container(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Dicts, lists and scalars, with interpolations resolved."""
     tree = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     _check_values(tree)
@@ -251,7 +257,7 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         missing = re.search(r"Missing mandatory value: (\S+)", str(error))
         if missing:
             raise ConfigError(missing[1], "???", "must be given a value") from error
-        raise ConfigError(str(error.full_key or "config"), "${...}", _sentence(error)) from error
+        raise ConfigError(str(error.full_key or "config"), "${...}", _format_error(error)) from error
 
 
 def _check_values(tree: DictConfig) -> None:
@@ -266,7 +272,7 @@ def _check_values(tree: DictConfig) -> None:
         elif isinstance(value, str):
             try:
                 safe_yaml.check_value(value)
-            except safe_yaml.Refused as error:
+            except safe_yaml.UnsafeYAMLError as error:
                 raise ConfigError(key, value, str(error)) from error
 
 
@@ -274,13 +280,13 @@ def to_yaml(cfg: DictConfig, resolve: bool = False) -> str:
     return OmegaConf.to_yaml(cfg, resolve=resolve)
 
 
-def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
+def _hydra_overrides(text: str, groups: Choices, continued: bool) -> list[str]:
     """An override as Hydra wants it.
 
     Ours need no `+` to set a key that no file sets: the types say which keys exist. A block with a `_target_` replaces the
     one that stands there: its keywords belong to another function.
     """
-    override = _parsed(text)
+    override = _parse_override(text)
     key, value = override.key_or_group, text.partition("=")[2]
     if override.is_sweep_override():
         raise ConfigError(key, value, "one value per experiment; several are a sweep: -m, or python -m aem_exp.sweep")
@@ -293,14 +299,14 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
                 raise ConfigError(key, name, "reads as a number; give the file another name")
             if str(name) not in groups[key]:
                 raise ConfigError(key, name, groups[key])
-        if continued and key not in BRANCHES:
-            remedy = f"with from=, {' and '.join(BRANCHES)} can be chosen anew; of the rest, single keys"
+        if continued and key not in REPLACEABLE_GROUPS:
+            remedy = f"with from=, {' and '.join(REPLACEABLE_GROUPS)} can be chosen anew; of the rest, single keys"
             raise ConfigError(key, value, remedy)
         return [("" if key in FIELDS and not continued else "+") + text.lstrip("+")]
     if key in ("parent", "parent_dir", "parent_steps"):
         raise ConfigError(key, value, "is set by from=RUN_DIR")
     if key.partition(".")[0] not in FIELDS:
-        raise _stranger(key, value, groups)
+        raise _unknown_key_error(key, value, groups)
     if override.is_delete():
         return [text]
     block = override.value()
@@ -309,31 +315,31 @@ def _lines(text: str, groups: Choices, continued: bool) -> list[str]:
 
 
 @cache
-def _parsed(text: str) -> Override:
+def _parse_override(text: str) -> Override:
     try:
         safe_yaml.check_nesting(text)
         safe_yaml.check_value(text)
         return OverridesParser.create().parse_override(text)
-    except safe_yaml.Refused as error:
+    except safe_yaml.UnsafeYAMLError as error:
         raise ConfigError("override", text, str(error)) from error
     except (HydraException, ValueError) as error:  # a number of more digits than Python reads is a ValueError
-        raise ConfigError("override", text, f"must read key=value ({_sentence(error)})") from error
+        raise ConfigError("override", text, f"must read key=value ({_format_error(error)})") from error
 
 
-def _stranger(key: str, value: str, groups: Choices) -> ConfigError:
+def _unknown_key_error(key: str, value: str, groups: Choices) -> ConfigError:
     """A key that is neither field nor group: the end of one perhaps, or a typo."""
     parts = {name: part for name, part in vars(Experiment()).items() if is_dataclass(part)}
     known = [f"{name}.{leaf.name}" for name, part in parts.items() for leaf in fields(part)]
-    known += [f"trainer.{name}" for name in trainer_keys.OURS | trainer_keys.SCIENCE]
-    known += [f"launch.trainer.{name}" for name in trainer_keys.EXECUTION]
+    known += [f"trainer.{name}" for name in trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS]
+    known += [f"launch.trainer.{name}" for name in trainer_keys.LAUNCH_KEYS]
     leaves = {full.rpartition(".")[2]: full for full in reversed(known)}
     heads = list(dict.fromkeys([*FIELDS, *groups]))
-    near = leaves.get(key) or trainer_keys.INSTEAD.get(key) or closest(key, known if "." in key else heads)
-    near = near or closest(key.partition(".")[0], heads) or leaves.get(closest(key, leaves) or "")
+    near = leaves.get(key) or trainer_keys.REPLACEMENTS.get(key) or closest_match(key, known if "." in key else heads)
+    near = near or closest_match(key.partition(".")[0], heads) or leaves.get(closest_match(key, leaves) or "")
     if near:
         return ConfigError(key, value, f"no such key or group; did you mean {near}?")
-    return unknown(key, value, heads)
+    return unknown_key_error(key, value, heads)
 
 
-def _sentence(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(str(error).partition("\n    full_key")[0].split())

@@ -14,7 +14,7 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import RESULT, checkpoints, lock
 
 
-def origin(parent: str, experiment: Experiment) -> tuple[str, int]:
+def starting_point(parent: str, experiment: Experiment) -> tuple[str, int]:
     """How a new run names the one at `parent`, and how many steps that one has.
 
     Raises:
@@ -27,10 +27,10 @@ def origin(parent: str, experiment: Experiment) -> tuple[str, int]:
     )
     if (folder / RESULT).exists():
         return name, steps
-    checkpoint = checkpoints.newest(folder)
+    checkpoint = checkpoints.find_newest(folder)
     done = checkpoints.steps(checkpoint) if checkpoint else 0
-    if who := lock.owner(folder):
-        raise ConfigError("from", parent, f"is at work, {_at(done)}; stop it, or wait for its end ({who})")
+    if who := lock.describe_owner(folder):
+        raise ConfigError("from", parent, f"is at work, {_format_progress(done)}; stop it, or wait for its end ({who})")
     if checkpoint is None:
         again = shlex.join(["python", "-m", "aem_exp.run", str(folder)])
         raise ConfigError(
@@ -39,7 +39,7 @@ def origin(parent: str, experiment: Experiment) -> tuple[str, int]:
     return (name if done == steps else f"{name}@{done}"), done
 
 
-def checkpoint(experiment: Experiment) -> Path:
+def starting_checkpoint(experiment: Experiment) -> Path:
     """The checkpoint of its parent that a run begins at.
 
     Raises:
@@ -49,11 +49,11 @@ def checkpoint(experiment: Experiment) -> Path:
     parent, steps = Path(experiment.parent_dir), experiment.parent_steps
     steps = steps or config.read(parent, trust=True).trainer["steps"]  # of a run that an older version has begun
     found = dict[int, Path]()
-    for each in checkpoints.marked(parent):
+    for each in checkpoints.list_complete(parent):
         with suppress(OSError, ValueError, KeyError, TypeError):  # its mark is damaged: then nobody knows its step
             found[checkpoints.steps(each)] = each
     if steps in found:
-        if why := checkpoints.damage(found[steps]):
+        if why := checkpoints.describe_damage(found[steps]):
             raise ConfigError("from", str(parent), f"its last checkpoint is damaged: {why}; put a good copy there")
         return found[steps]
     if max(found, default=0) > steps:
@@ -62,5 +62,5 @@ def checkpoint(experiment: Experiment) -> Path:
     raise ConfigError("from", str(parent), f"has no checkpoint of step {steps}; it may have been removed")
 
 
-def _at(steps: int) -> str:
+def _format_progress(steps: int) -> str:
     return f"at step {steps}" if steps else "and has no checkpoint yet"

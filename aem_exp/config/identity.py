@@ -11,7 +11,7 @@ from typing import Any
 from aem_exp.config import trainer_keys
 from aem_exp.config.schema import Experiment, to_dict
 
-EXECUTION = (
+NOT_HASHED = (
     "name",
     "launch",
     "outputs",
@@ -28,7 +28,7 @@ def signature(experiment: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def arm(experiment: Experiment) -> str:
+def arm_signature(experiment: Experiment) -> str:
     """Hash of the science without the seed: the runs that answer one question."""
     return signature(replace(experiment, seed=0))
 
@@ -45,24 +45,24 @@ def outputs_root(experiment: Experiment) -> Path:
 
 def diff(a: Experiment, b: Experiment) -> list[str]:
     """How the science of `b` differs from that of `a`, a line per dotted key."""
-    old, new = dict(_dotted(_hashed(a))), dict(_dotted(_hashed(b)))
+    old, new = dict(_flatten(_hashed_fields(a))), dict(_flatten(_hashed_fields(b)))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: {_worded(old.get(key))} -> {_worded(new.get(key))}" for key in keys]
+    return [f"{key}: {_format_value(old.get(key))} -> {_format_value(new.get(key))}" for key in keys]
 
 
-def _hashed(e: Experiment) -> dict[str, Any]:
+def _hashed_fields(e: Experiment) -> dict[str, Any]:
     """The science, complete: without execution, and without names, which are only read by people."""
     data = to_dict(e)
-    parts = {key: value for key, value in data.items() if key not in EXECUTION}
+    parts = {key: value for key, value in data.items() if key not in NOT_HASHED}
     for part in ("model", "env", "baseline", "modulation"):
         del parts[part]["name"]
     return parts
 
 
 def _science(e: Experiment) -> dict[str, Any]:
-    neutral = _hashed(Experiment()) | {"trainer": trainer_keys.NEUTRAL}
+    neutral = _hashed_fields(Experiment()) | {"trainer": trainer_keys.NEUTRAL_VALUES}
     out = {}
-    for key, value in _hashed(e).items():
+    for key, value in _hashed_fields(e).items():
         if isinstance(value, dict):
             out[key] = {k: v for k, v in value.items() if k not in neutral[key] or neutral[key][k] != v}
         elif value != neutral[key]:
@@ -70,14 +70,14 @@ def _science(e: Experiment) -> dict[str, Any]:
     return {key: value for key, value in out.items() if value != {}}
 
 
-def _dotted(data: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(data: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{at}{key}.")
+            yield from _flatten(value, f"{at}{key}.")
         else:
             yield f"{at}{key}", value
 
 
-def _worded(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57].replace("\n", " ") + "..."

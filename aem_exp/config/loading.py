@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from aem_exp.config import rules
 from aem_exp.config.saved import build_experiment, read
 from aem_exp.config.schema import Experiment
-from aem_exp.config.targets import bind_experiment
+from aem_exp.config.targets import bind_targets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,10 +31,10 @@ def load(overrides: list[str], config_dir: str | Path | None = None, trust: bool
 
 def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
     """The typed value of a composed config, with every `_target_` bound and every contradiction refused."""
-    from aem_exp.config.compose import plain
+    from aem_exp.config.compose import to_container
 
-    experiment = bind_experiment(build_experiment(plain(cfg)))
+    experiment = bind_targets(build_experiment(to_container(cfg)))
     rules.check(experiment)
     if experiment.parent_dir is not None:
-        rules.check_continued(experiment, read(experiment.parent_dir, trust=True))
+        rules.check_against_parent(experiment, read(experiment.parent_dir, trust=True))
     return experiment

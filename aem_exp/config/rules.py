@@ -10,23 +10,30 @@ from math import prod
 from string import Formatter
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.config.trainer_keys import ROW_MEANS
-from aem_exp.core.errors import ConfigError, Missing, shown, unknown
+from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
+from aem_exp.core.errors import ConfigError, MissingResource, format_value, unknown_key_error
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
 
-_SHOWN: Final = {"task", "observation", "actions", "step", "turn", "left"}  # turns taken, this one's number, turns left
-_WINDOW: Final = _SHOWN | {"history", "length"}
-TEMPLATES: Final = {  # history -> template -> what it may quote
-    "full": {"first": _SHOWN, "next": _SHOWN},
-    "window": {"first": _SHOWN, "window": _WINDOW, "pair": {"n", "observation", "action"}},
+_TURN_FIELDS: Final = {
+    "task",
+    "observation",
+    "actions",
+    "step",
+    "turn",
+    "left",
+}  # turns taken, this one's number, turns left
+_WINDOW_FIELDS: Final = _TURN_FIELDS | {"history", "length"}
+TEMPLATE_FIELDS: Final = {  # history -> template -> what it may quote
+    "full": {"first": _TURN_FIELDS, "next": _TURN_FIELDS},
+    "window": {"first": _TURN_FIELDS, "window": _WINDOW_FIELDS, "pair": {"n", "observation", "action"}},
 }
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
-MOMENTS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
-CONSTANT: Final = "aem_exp.schedules.Constant"
-MOST_EPISODES: Final = 1_000_000  # of a step: more is a slip of the finger
-UNFILTERED: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
+OPTIMIZER_KEYS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
+CONSTANT_SCHEDULE: Final = "aem_exp.schedules.Constant"
+MAX_EPISODES: Final = 1_000_000  # of a step: more is a slip of the finger
+UNFILTERED_SAMPLING: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def check(e: Experiment) -> None:
@@ -39,13 +46,15 @@ def check(e: Experiment) -> None:
         rule(e)
 
 
-def check_continued(e: Experiment, parent: Experiment) -> None:
+def check_against_parent(e: Experiment, parent: Experiment) -> None:
     """Refuse what a run that begins at another's last checkpoint could not honour: weights and moments are as they are."""
-    kept = {f"trainer.{key}": (parent.trainer.get(key), e.trainer.get(key)) for key in MOMENTS}
+    kept = {f"trainer.{key}": (parent.trainer.get(key), e.trainer.get(key)) for key in OPTIMIZER_KEYS}
     kept |= {f"model.{key}": (value, getattr(e.model, key)) for key, value in vars(parent.model).items()}
     for field, (old, new) in kept.items():
         if old != new:
-            raise ConfigError(field, new, f"must stay {shown(old)}: weights and optimizer are those of {e.parent_dir}")
+            raise ConfigError(
+                field, new, f"must stay {format_value(old)}: weights and optimizer are those of {e.parent_dir}"
+            )
     if e.trainer["steps"] <= e.parent_steps:
         remedy = f"must be above {e.parent_steps}, the steps of {e.parent_dir}: steps are counted from its start"
         raise ConfigError("trainer.steps", e.trainer["steps"], remedy)
@@ -54,7 +63,7 @@ def check_continued(e: Experiment, parent: Experiment) -> None:
 def notes(e: Experiment) -> list[str]:
     """What is allowed and yet does nothing, or not what its name says."""
     t, out = e.trainer, []
-    fits = e.env.history == "full" and round(t["tasks_per_step"] * t["group_size"] / _rows(e)) == 1
+    fits = e.env.history == "full" and round(t["tasks_per_step"] * t["group_size"] / _rows_per_update(e)) == 1
     if t["num_iterations"] == 1 and (t["mini_batch"] == "all" or fits):
         clips = ", ".join(f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if key in t)
         out.append(f"one update per step (trainer.mini_batch={t['mini_batch']}): the ratio is 1, so {clips} never act")
@@ -62,7 +71,7 @@ def notes(e: Experiment) -> list[str]:
         out.append(
             f"trainer.loss_type={t['loss_type']} weights a sequence ratio by length; GSPO's own loss_type is grpo"
         )
-    if e.parent_steps and (anew := _changing(e)):
+    if e.parent_steps and (anew := _progress_schedules(e)):
         span = f"steps {e.parent_steps + 1} to {t['steps']}"
         out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; not the parent's")
     if e.modulation.lam is not None and e.modulation.gate == 0:
@@ -79,11 +88,11 @@ def notes(e: Experiment) -> list[str]:
         out.append(
             f"launch.device_tokens={e.launch.device_tokens}: longer rows are trained one by one, whatever they need"
         )
-    for name in TEMPLATES[e.env.history]:
+    for name in TEMPLATE_FIELDS[e.env.history]:
         needed = {"observation"} if name != "pair" else {"observation", "action"}
-        if not needed & _quoted(e.env.prompt[name]):
+        if not needed & _template_fields(e.env.prompt[name]):
             out.append(f"env.prompt.{name} has no {{observation}}: the policy is not shown what it stands before")
-    if e.env.history == "window" and e.env.window and "history" not in _quoted(e.env.prompt["window"]):
+    if e.env.history == "window" and e.env.window and "history" not in _template_fields(e.env.prompt["window"]):
         out.append(f"env.prompt.window has no {{history}}: env.window={e.env.window} shows nothing")
     if e.model.path and not e.model.lora and t["learning_rate"] > 1e-4:
         out.append(
@@ -106,19 +115,19 @@ def notes(e: Experiment) -> list[str]:
     return out
 
 
-def _changing(e: Experiment) -> list[str]:
+def _progress_schedules(e: Experiment) -> list[str]:
     """What follows the progress of a run."""
     lam, shape = e.modulation.lam or {}, e.trainer["lr_scheduler_type"]
-    fields = {"modulation.lam": lam.get("_target_", CONSTANT), "trainer.lr_scheduler_type": shape}
-    return [f"{field}={value}" for field, value in fields.items() if value not in (CONSTANT, "constant")]
+    fields = {"modulation.lam": lam.get("_target_", CONSTANT_SCHEDULE), "trainer.lr_scheduler_type": shape}
+    return [f"{field}={value}" for field, value in fields.items() if value not in (CONSTANT_SCHEDULE, "constant")]
 
 
-def _name(e: Experiment) -> None:
-    if not NAME.fullmatch(e.name):
+def _check_name(e: Experiment) -> None:
+    if not NAME_PATTERN.fullmatch(e.name):
         raise ConfigError("name", e.name, "must be a file name: letters, digits, and . _ + = - (at most 100)")
 
 
-def _tracking(e: Experiment) -> None:
+def _check_tracking(e: Experiment) -> None:
     if not e.tracking:
         return
     from aem_exp.core.errors import redact
@@ -128,7 +137,7 @@ def _tracking(e: Experiment) -> None:
         raise ConfigError("tracking", safe, f"{remedy} or the URI in MLFLOW_TRACKING_URI")
 
 
-def _model(e: Experiment) -> None:
+def _check_model(e: Experiment) -> None:
     model = e.model
     if (model.path is None) == (model.make is None):
         given = "neither is set" if model.path is None else "both are set"
@@ -144,7 +153,7 @@ def _model(e: Experiment) -> None:
         raise ConfigError("model.lora.r", model.lora["r"], "must be a whole number of at least 1")
 
 
-def _modulation(e: Experiment) -> None:
+def _check_modulation(e: Experiment) -> None:
     m, neutral = e.modulation, type(e.modulation)()
     for key, value in vars(m).items():
         if m.lam is None and key not in ("name", "lam") and value != getattr(neutral, key):
@@ -161,7 +170,7 @@ def _modulation(e: Experiment) -> None:
         raise ConfigError("modulation.bonus", m.bonus, "is paid for the next response; needs modulation.unit=response")
 
 
-def _budgets(e: Experiment) -> None:
+def _check_budgets(e: Experiment) -> None:
     env = e.env
     if env.response_tokens >= env.context_tokens:
         remedy = f"must be below env.context_tokens={env.context_tokens}, which also holds the prompt"
@@ -170,7 +179,7 @@ def _budgets(e: Experiment) -> None:
         raise ConfigError("env.window", env.window, "only read with env.history=window")
 
 
-def _world(e: Experiment) -> None:
+def _check_world(e: Experiment) -> None:
     reward = e.env.make.get("reward", 1.0)
     if str(e.env.make.get("_target_", "")).startswith("aem_exp.envs.") and not (
         isinstance(reward, int | float) and reward > 0
@@ -178,49 +187,49 @@ def _world(e: Experiment) -> None:
         raise ConfigError("env.make.reward", reward, "must be above 0: it is what success is paid")
 
 
-def _prompts(e: Experiment) -> None:
-    templates = {name: words for history in TEMPLATES.values() for name, words in history.items()}
-    for name in TEMPLATES[e.env.history]:
+def _check_prompts(e: Experiment) -> None:
+    templates = {name: words for history in TEMPLATE_FIELDS.values() for name, words in history.items()}
+    for name in TEMPLATE_FIELDS[e.env.history]:
         if name not in e.env.prompt:
             raise ConfigError(f"env.prompt.{name}", None, f"required with env.history={e.env.history}: a template")
     for name, text in e.env.prompt.items():
         field = f"env.prompt.{name}"
         if name not in templates:
-            raise unknown(field, text, templates)
+            raise unknown_key_error(field, text, templates)
         try:
-            quoted = _quoted(text)
+            quoted = _template_fields(text)
         except ValueError as error:
             raise ConfigError(field, text, f"is not a template ({error}); write {{{{ and }}}} for braces") from error
         for word in sorted(quoted - templates[name]):
             raise ConfigError(field, f"{{{word}}}", sorted(f"{{{known}}}" for known in templates[name]))
 
 
-def _quoted(template: str) -> set[str]:
+def _template_fields(template: str) -> set[str]:
     return {word for _, word, _, _ in Formatter().parse(template) if word is not None}
 
 
-def _sizes(e: Experiment) -> None:
+def _check_sizes(e: Experiment) -> None:
     t, world = e.trainer, e.launch.nodes * max(1, e.launch.gpus_per_node)
     sizes = {key: t[key] for key in ("group_size", "tasks_per_step", "oversample")}
-    if (played := prod(sizes.values())) > MOST_EPISODES:
+    if (played := prod(sizes.values())) > MAX_EPISODES:
         key = max(sizes, key=sizes.__getitem__)
-        remedy = f"makes {played:,} episodes a step, and {MOST_EPISODES:,} is the most"
+        remedy = f"makes {played:,} episodes a step, and {MAX_EPISODES:,} is the most"
         raise ConfigError(f"trainer.{key}", t[key], remedy)
     episodes = t["tasks_per_step"] * t["group_size"]
     asked = f"trainer.tasks_per_step={t['tasks_per_step']} x trainer.group_size={t['group_size']} = {episodes}"
-    if e.env.history == "full" and _rows(e) > episodes:
+    if e.env.history == "full" and _rows_per_update(e) > episodes:
         raise ConfigError("trainer.mini_batch", t["mini_batch"], f"must be at most the rows of a step: {asked}")
     if episodes % world:
         raise ConfigError("launch", f"{world} processes", f"must divide the trajectories of a step: {asked}")
 
 
-def _sampled_again(e: Experiment) -> None:
+def _check_resampling(e: Experiment) -> None:
     for key in ("rounds", "oversample"):
         if e.trainer[key] > 1 and not e.trainer["drop_equal"]:
             raise ConfigError(f"trainer.{key}", e.trainer[key], "only read with trainer.drop_equal=true")
 
 
-def _loss(e: Experiment) -> None:
+def _check_loss(e: Experiment) -> None:
     t = e.trainer
     averaged = e.env.history == "full" or e.modulation.unit == "token"
     if t["importance_sampling_level"] == "sequence" and averaged and e.modulation.lam is not None:
@@ -230,17 +239,17 @@ def _loss(e: Experiment) -> None:
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
     if t["count_masked"] and not t["mask_truncated_completions"]:
         raise ConfigError("trainer.count_masked", True, "only read with trainer.mask_truncated_completions=true")
-    if t["count_masked"] and t["loss_type"] not in ROW_MEANS:
-        remedy = f"only read with a loss that is a mean over rows (trainer.loss_type={', '.join(ROW_MEANS)})"
+    if t["count_masked"] and t["loss_type"] not in ROW_MEAN_LOSSES:
+        remedy = f"only read with a loss that is a mean over rows (trainer.loss_type={', '.join(ROW_MEAN_LOSSES)})"
         raise ConfigError("trainer.count_masked", True, remedy)
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t["loss_type"] == loss and t["importance_sampling_level"] != level:
             raise ConfigError("trainer.loss_type", loss, f"needs trainer.importance_sampling_level={level}")
 
 
-def _sampling(e: Experiment) -> None:
+def _check_sampling(e: Experiment) -> None:
     t = e.trainer
-    for key, off in UNFILTERED.items():
+    for key, off in UNFILTERED_SAMPLING.items():
         if t.get(key, off) != off and e.modulation.lam is not None:
             raise ConfigError(
                 f"trainer.{key}", t[key], f"modulation needs the unfiltered distribution: {off:g}, or modulation=none"
@@ -251,10 +260,10 @@ def _sampling(e: Experiment) -> None:
         )
 
 
-def _evaluation(e: Experiment) -> None:
+def _check_evaluation(e: Experiment) -> None:
     panels = {"evaluation.panel": e.evaluation.panel, "evaluation.final": e.evaluation.final}
     for field, panel in panels.items():
-        if not NAME.fullmatch(panel) or panel == "train":
+        if not NAME_PATTERN.fullmatch(panel) or panel == "train":
             raise ConfigError(field, panel, "must name a panel of held-out tasks, such as dev or test")
     if e.evaluation.panel == e.evaluation.final:
         raise ConfigError(
@@ -262,7 +271,7 @@ def _evaluation(e: Experiment) -> None:
         )
 
 
-def _launch(e: Experiment) -> None:
+def _check_launch(e: Experiment) -> None:
     launch, t = e.launch, e.launch.trainer
     for key in t:
         corrects = launch.sampler == "served" and key.startswith("vllm_importance_sampling_")
@@ -298,7 +307,7 @@ def _launch(e: Experiment) -> None:
         raise ConfigError("launch.hours", launch.hours, "launch.where=slurm needs a time limit above 0")
 
 
-def _served(e: Experiment) -> None:
+def _check_servers(e: Experiment) -> None:
     launch, neutral = e.launch, type(e.launch)()
     for key in ("servers", "server_nodes", "server_weights", "server_seconds"):
         if launch.sampler != "served" and getattr(launch, key) != getattr(neutral, key):
@@ -320,7 +329,7 @@ def _served(e: Experiment) -> None:
         raise ConfigError("launch.server_weights", "nccl", "goes from GPU to GPU, and launch.gpus_per_node=0: files")
 
 
-def _sharded(e: Experiment) -> None:
+def _check_fsdp(e: Experiment) -> None:
     launch, t = e.launch, e.launch.trainer
     how = t.get("fsdp_config") or {}
     if not t.get("fsdp"):
@@ -347,7 +356,7 @@ def _sharded(e: Experiment) -> None:
         raise ConfigError("launch.sampler", "engine", remedy)
 
 
-def _rows(e: Experiment) -> int:
+def _rows_per_update(e: Experiment) -> int:
     """Rows per update; with `mini_batch: all`, the trajectories of a step."""
     t = e.trainer
     return t["tasks_per_step"] * t["group_size"] if t["mini_batch"] == "all" else t["mini_batch"]
@@ -355,35 +364,35 @@ def _rows(e: Experiment) -> int:
 
 RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
     *(
-        _name,
-        _tracking,
-        _model,
-        _modulation,
-        _budgets,
-        _prompts,
-        _world,
-        _sizes,
-        _sampled_again,
-        _loss,
-        _sampling,
-        _evaluation,
-        _launch,
-        _served,
-        _sharded,
+        _check_name,
+        _check_tracking,
+        _check_model,
+        _check_modulation,
+        _check_budgets,
+        _check_prompts,
+        _check_world,
+        _check_sizes,
+        _check_resampling,
+        _check_loss,
+        _check_sampling,
+        _check_evaluation,
+        _check_launch,
+        _check_servers,
+        _check_fsdp,
     ),
 )
 
 
-def check_here(experiment: Experiment) -> None:
+def check_machine(experiment: Experiment) -> None:
     """Refuse what another machine, or another number of processes, would have to run."""
     launch, here = experiment.launch, int(os.environ.get("WORLD_SIZE", "1"))
     wanted = launch.nodes * max(1, launch.gpus_per_node)
     if here != wanted:
         asked = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
         remedy = f"is a run of {wanted} processes, and here are {here}: choose launch=gpu1 or launch=local, submit it"
-        raise Missing("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
+        raise MissingResource("launch", asked, f"{remedy} (launch.where=slurm), or start them with torchrun")
     vllm = "vLLM is not installed: pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or"
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
-        raise Missing("launch.trainer.use_vllm", True, f"{vllm} false")
+        raise MissingResource("launch.trainer.use_vllm", True, f"{vllm} false")
     if launch.server_weights == "nccl" and find_spec("vllm") is None:
-        raise Missing("launch.server_weights", "nccl", f"{vllm} files")
+        raise MissingResource("launch.server_weights", "nccl", f"{vllm} files")

@@ -11,10 +11,10 @@ import yaml
 
 from aem_exp.core.errors import ConfigError
 
-LARGEST: Final = 2**20  # bytes of a file
-DEEPEST: Final = 50  # blocks inside of each other
-MOST: Final = 20_000  # values, each alias counted as what it stands for
-PLAIN: Final = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+MAX_BYTES: Final = 2**20  # bytes of a file
+MAX_DEPTH: Final = 50  # blocks inside of each other
+MAX_VALUES: Final = 20_000  # values, each alias counted as what it stands for
+PLAIN_TAGS: Final = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 _Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -28,31 +28,31 @@ def read(file: Path, field: str) -> str:
         raise ConfigError(field, str(file), "must be an ordinary file")
     try:
         with file.open("rb") as stream:
-            content = stream.read(LARGEST + 1)
-        text = content[:LARGEST].decode()
-        check(text)
+            content = stream.read(MAX_BYTES + 1)
+        text = content[:MAX_BYTES].decode()
+        check_text(text)
     except OSError as error:
         raise ConfigError(field, str(file), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(field, str(file), f"must be UTF-8 text; byte {error.start + 1} is not") from error
-    except (yaml.YAMLError, Refused) as error:
-        why = str(error) if isinstance(error, Refused) else f"is not YAML: {told(error)}"
+    except (yaml.YAMLError, UnsafeYAMLError) as error:
+        why = str(error) if isinstance(error, UnsafeYAMLError) else f"is not YAML: {format_error(error)}"
         raise ConfigError(field, str(file), why) from error
-    if len(content) > LARGEST:
-        raise ConfigError(field, str(file), f"is too large; such a file has at most {LARGEST >> 20} MB")
+    if len(content) > MAX_BYTES:
+        raise ConfigError(field, str(file), f"is too large; such a file has at most {MAX_BYTES >> 20} MB")
     return text
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return what a parser says in one line, without the name that it has for a text."""
     return " ".join(str(error).replace(' in "<unicode string>",', " at").split())
 
 
-class Refused(ValueError):
+class UnsafeYAMLError(ValueError):
     """What is wrong with a text, in words that follow its name."""
 
 
-def check(text: str) -> None:
+def check_text(text: str) -> None:
     """Refuse a YAML text that grows without measure when it is loaded, or that calls a function.
 
     Raises:
@@ -66,15 +66,15 @@ def check(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             size = sizes.get(event.anchor, 1)
             if size is None:
-                raise Refused(f"holds itself: *{event.anchor} stands inside of &{event.anchor}")
+                raise UnsafeYAMLError(f"holds itself: *{event.anchor} stands inside of &{event.anchor}")
         elif isinstance(event, yaml.ScalarEvent):
             check_value(event.value)
             size, sizes[event.anchor] = 1, 1
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes[event.anchor] = None
             blocks.append((event.anchor, 1))
-            if len(blocks) > DEEPEST:
-                raise Refused(f"is nested too deeply: more than {DEEPEST} blocks inside of each other")
+            if len(blocks) > MAX_DEPTH:
+                raise UnsafeYAMLError(f"is nested too deeply: more than {MAX_DEPTH} blocks inside of each other")
             continue
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = blocks.pop()
@@ -83,8 +83,10 @@ def check(text: str) -> None:
             continue
         anchor, before = blocks.pop()
         blocks.append((anchor, before + size))
-        if before + size > MOST:
-            raise Refused(f"holds too much: more than {MOST:,} values, aliases counted as what they stand for")
+        if before + size > MAX_VALUES:
+            raise UnsafeYAMLError(
+                f"holds too much: more than {MAX_VALUES:,} values, aliases counted as what they stand for"
+            )
 
 
 def check_value(text: str) -> None:
@@ -97,7 +99,7 @@ def check_value(text: str) -> None:
         Refused: it is one of the two.
     """
     if re.search(r"\d{1000}", text):
-        raise Refused("holds a number of more than a thousand digits")
+        raise UnsafeYAMLError("holds a number of more than a thousand digits")
     depth = 0
     for i, letter in enumerate(text if "${" in text else ""):
         if text.startswith("${", i):
@@ -105,7 +107,7 @@ def check_value(text: str) -> None:
         elif letter == "}" and depth:
             depth -= 1
         elif letter == ":" and depth:
-            raise Refused(
+            raise UnsafeYAMLError(
                 "must not call a function in ${...}, only name keys as in ${env.name}; the shell can fill in a variable: "
                 "outputs=$SCRATCH/runs"
             )
@@ -120,11 +122,11 @@ def check_nesting(text: str) -> None:
     depth = 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
-        if depth > DEEPEST:
-            raise Refused(f"is nested too deeply: more than {DEEPEST} brackets inside of each other")
+        if depth > MAX_DEPTH:
+            raise UnsafeYAMLError(f"is nested too deeply: more than {MAX_DEPTH} brackets inside of each other")
 
 
 def _check_tag(event: Any) -> None:
     tag = getattr(event, "tag", None)
-    if tag not in (None, "!") and tag not in PLAIN:
-        raise Refused(f"must not have tags such as !{tag.rpartition(':')[2]}")
+    if tag not in (None, "!") and tag not in PLAIN_TAGS:
+        raise UnsafeYAMLError(f"must not have tags such as !{tag.rpartition(':')[2]}")

@@ -9,11 +9,11 @@ from typing import Any
 from aem_exp.config import trainer_keys
 from aem_exp.config.identity import diff, outputs_root, signature
 from aem_exp.config.schema import Experiment
-from aem_exp.config.targets import bind_experiment
+from aem_exp.config.targets import bind_targets
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.core.trust import check as check_owner
-from aem_exp.core.typed import build
+from aem_exp.core.trust import check_run_dir as check_owner
+from aem_exp.core.typed import build_from_mapping
 
 RETIRED: tuple[str, ...] = ()  # dotted keys that older versions wrote into records, and that decide nothing any more
 
@@ -29,7 +29,7 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
     file = folder / "experiment.json"
     if not os.access(file, os.R_OK):
         raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; no {file.name} can be read there")
-    experiment = bind_experiment(from_dict(disk.read(file)))
+    experiment = bind_targets(from_dict(disk.read_json(file)))
     if not folder.name.endswith(f"-{signature(experiment)}"):
         remedy = f"{file.name} hashes to {signature(experiment)}: it was edited, or written by another version"
         raise ConfigError("RUN_DIR", str(folder), remedy)
@@ -55,17 +55,17 @@ def build_experiment(data: Mapping[str, Any]) -> Experiment:
         if isinstance(block, Mapping) and (group in block or ("trainer" in block and group != "launch")):
             header = "a file that sets more than its own block begins with the line `# @package _global_`"
             raise ConfigError(group, f"{{{', '.join(block)}}}", f"{header}: does the one in conf/{group}/?")
-    e = build(Experiment, data)
-    launch = replace(e.launch, trainer=trainer_keys.execution(e.launch.trainer))
-    return replace(e, trainer=trainer_keys.science(e.trainer), launch=launch)
+    e = build_from_mapping(Experiment, data)
+    launch = replace(e.launch, trainer=trainer_keys.resolve_launch_trainer(e.launch.trainer))
+    return replace(e, trainer=trainer_keys.resolve_trainer(e.trainer), launch=launch)
 
 
-def nearest(experiment: Experiment) -> tuple[Path, list[str]] | None:
+def nearest_run(experiment: Experiment) -> tuple[Path, list[str]] | None:
     """The existing run that differs least from this experiment, and how this experiment differs from it."""
     found = []
     for file in outputs_root(experiment).glob("*/experiment.json"):
         try:
-            found.append((file.parent, diff(from_dict(disk.read(file)), experiment)))
+            found.append((file.parent, diff(from_dict(disk.read_json(file)), experiment)))
         except ConfigError:  # written by another version, or damaged
             continue
     return min(found, key=lambda pair: len(pair[1]), default=None)

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from aem_exp.core.typed import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 
-Count = Annotated[int, NOT_NEGATIVE]
+NonNegativeInt = Annotated[int, NOT_NEGATIVE]
 
 
-Size = Annotated[int, AT_LEAST_1]
+PositiveInt = Annotated[int, AT_LEAST_1]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Env:
     name: str = ""
     make: dict[str, Any] = field(default_factory=dict)  # `_target_` of a World, and its keywords
     history: Literal["full", "window"] = "full"  # full: one row per trajectory | window: every turn is its own row
-    window: Count = 0  # past turns shown in each prompt (history: window)
-    max_turns: Size = 1
-    response_tokens: Size = 1  # budget of one response
-    context_tokens: Size = 1  # budget of a row: prompt and responses
+    window: NonNegativeInt = 0  # past turns shown in each prompt (history: window)
+    max_turns: PositiveInt = 1
+    response_tokens: PositiveInt = 1  # budget of one response
+    context_tokens: PositiveInt = 1  # budget of a row: prompt and responses
     invalid_penalty: Annotated[float, NOT_NEGATIVE] = 0.0  # what an invalid turn subtracts from its own score
     prompt: dict[str, str] = field(default_factory=dict)  # str.format templates, see rules.TEMPLATES
 
@@ -65,12 +65,12 @@ class Modulation:
 class Evaluation:
     panel: str = "dev"  # read while training; tuning reads only this
     final: str = "test"  # opened once, at the end
-    every: Count = 0  # steps between dev evaluations; 0: only before and after
-    repeats: Size = 1
+    every: NonNegativeInt = 0  # steps between dev evaluations; 0: only before and after
+    repeats: PositiveInt = 1
     temperature: Annotated[float, POSITIVE] = 1.0
-    tasks: Count = 0  # 0: the full panel
-    max_turns: Count = 0  # of its episodes; 0: env.max_turns
-    context_tokens: Count = 0  # 0: env.context_tokens
+    tasks: NonNegativeInt = 0  # 0: the full panel
+    max_turns: NonNegativeInt = 0  # of its episodes; 0: env.max_turns
+    context_tokens: NonNegativeInt = 0  # 0: env.context_tokens
 
 
 @dataclass(frozen=True)
@@ -79,37 +79,41 @@ class Launch:
 
     name: str = ""
     where: Literal["local", "slurm"] = "local"
-    nodes: Size = 1
-    gpus_per_node: Count = 0
-    cpus_per_task: Count = 0
+    nodes: PositiveInt = 1
+    gpus_per_node: NonNegativeInt = 0
+    cpus_per_task: NonNegativeInt = 0
     gpu_memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, as its name has it; 0: not known
     gpu_tflops: Annotated[float, NOT_NEGATIVE] = 0.0  # of each GPU, dense bf16, at its best; 0: not known
     hours: Annotated[float, NOT_NEGATIVE] = 0.0
-    threads: Count = 0  # torch threads; 0: torch's own choice
-    device_rows: Count = 0  # rows per micro-batch and device; 0: all rows of an update at once
-    device_tokens: Count = 0  # tokens per micro-batch and device, padding included; 0: no limit
-    device_episodes: Count = 0  # episodes played at once per device; 0: all of a round
+    threads: NonNegativeInt = 0  # torch threads; 0: torch's own choice
+    device_rows: NonNegativeInt = 0  # rows per micro-batch and device; 0: all rows of an update at once
+    device_tokens: NonNegativeInt = 0  # tokens per micro-batch and device, padding included; 0: no limit
+    device_episodes: NonNegativeInt = 0  # episodes played at once per device; 0: all of a round
     # Who generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers of other processes.
     sampler: Literal["local", "engine", "served"] = "local"
     servers: str | None = None  # folder with the `urls` and the `key` of servers (sampler: served); see addresses.py
-    server_nodes: Count = 0  # nodes of the job that serve, besides `nodes`; then `vllm_client` is in the run dir
+    server_nodes: NonNegativeInt = (
+        0  # nodes of the job that serve, besides `nodes`; then `vllm_client` is in the run dir
+    )
     server_weights: Literal["files", "nccl"] = "files"  # how they get the newest weights; see weights.py
     server_seconds: Annotated[float, POSITIVE] = 600.0  # for one answer; and how long none may come
-    workers: Count = 0  # processes that environments are stepped in; 0: in the trainer's own
+    workers: NonNegativeInt = 0  # processes that environments are stepped in; 0: in the trainer's own
     workers_at: str | None = None  # folder of nodes that lend their cores to them (see lend.py); null: this machine
     env_seconds: Annotated[float, POSITIVE] = (
         120.0  # an environment that answers later than this has hung (workers > 0)
     )
-    save_every: Count = 0  # steps between checkpoints; 0: only at the end
-    warn_seconds: Count = 0  # before the time limit of a job: it saves and is requeued; longer than a step and a save
-    requeues: Count = 0  # starts of a job after its first, at most; 0: no limit
+    save_every: NonNegativeInt = 0  # steps between checkpoints; 0: only at the end
+    warn_seconds: NonNegativeInt = (
+        0  # before the time limit of a job: it saves and is requeued; longer than a step and a save
+    )
+    requeues: NonNegativeInt = 0  # starts of a job after its first, at most; 0: no limit
     trainer: dict[str, Any] = field(default_factory=dict)  # GRPOConfig keywords of execution, see keywords.EXECUTION
 
 
 @dataclass(frozen=True)
 class Experiment:
     name: str = ""
-    seed: Count = 0
+    seed: NonNegativeInt = 0
     model: Model = field(default_factory=Model)
     env: Env = field(default_factory=Env)
     baseline: Baseline = field(default_factory=Baseline)
@@ -123,11 +127,11 @@ class Experiment:
         None  # the run that this one continues, by `from=RUN_DIR`: its signature, and @STEP where it was stopped
     )
     parent_dir: str | None = None  # where that one lies
-    parent_steps: Count = 0  # steps that it has made: the first step of this run is the next one
+    parent_steps: NonNegativeInt = 0  # steps that it has made: the first step of this run is the next one
     resume: Literal["exact", "inexact"] = "exact"  # inexact: go on though code, libraries or machine changed
 
 
-def examined(experiment: Experiment) -> Experiment:
+def apply_evaluation_limits(experiment: Experiment) -> Experiment:
     """The same under the rules that its panels are played by, which may give an episode more room than training does."""
     env, how = experiment.env, experiment.evaluation
     turns, tokens = how.max_turns or env.max_turns, how.context_tokens or env.context_tokens

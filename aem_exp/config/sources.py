@@ -28,7 +28,7 @@ def config_roots(config_dir: str | Path | None = None) -> list[Path]:
     return roots
 
 
-def choices(roots: list[Path]) -> dict[str, dict[str, Path]]:
+def list_choices(roots: list[Path]) -> dict[str, dict[str, Path]]:
     """Group -> choice -> file, over all folders. The groups are ours: a user's folder may hold other things beside."""
     groups = sorted(folder.name for folder in roots[-1].iterdir() if folder.is_dir())
     out: dict[str, dict[str, Path]] = {group: {} for group in groups}

@@ -12,86 +12,87 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypedDict, get_args
 
-from aem_exp.core.errors import ConfigError, closest, unknown
-from aem_exp.core.typed import AT_LEAST_1, AT_LEAST_2, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, convert, described
+from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
+from aem_exp.core.typed import AT_LEAST_1, AT_LEAST_2, BELOW_1, FRACTION, NOT_NEGATIVE, POSITIVE, convert, describe_type
 
-Count = Annotated[int, AT_LEAST_1]
-Positive = Annotated[float, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
-Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-Shape = Literal[
+PositiveInt = Annotated[int, AT_LEAST_1]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+SchedulerType = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
 ]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
-Switch = bool | None
-Text = str | None
-Mapped = dict[str, Any] | None
+OptionalBool = bool | None
+OptionalText = str | None
+OptionalMapping = dict[str, Any] | None
 
 
-class Sharding(TypedDict, total=False):
+class FSDPKeywords(TypedDict, total=False):
     """What `fsdp_config` may say; transformers would read other keys over."""
 
     version: int | None
-    reshard_after_forward: Switch
-    cpu_offload: Switch
-    cpu_ram_efficient_loading: Switch
-    activation_checkpointing: Switch
+    reshard_after_forward: OptionalBool
+    cpu_offload: OptionalBool
+    cpu_ram_efficient_loading: OptionalBool
+    activation_checkpointing: OptionalBool
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None
     transformer_layer_cls_to_wrap: list[str] | None
     min_num_params: int | None
 
 
-OURS: Final[dict[str, Any]] = {
+OWN_KEYS: Final[dict[str, Any]] = {
     "steps": Annotated[int, NOT_NEGATIVE],  # rollout batches
-    "tasks_per_step": Count,
+    "tasks_per_step": PositiveInt,
     "group_size": Annotated[int, AT_LEAST_2],  # trajectories per drawn task
-    "mini_batch": Literal["all"] | Count,  # rows per update
-    "oversample": Count,  # tasks drawn per round, as a multiple of tasks_per_step
-    "rounds": Count,  # rounds of play until tasks_per_step groups have unequal returns (DAPO's dynamic sampling)
+    "mini_batch": Literal["all"] | PositiveInt,  # rows per update
+    "oversample": PositiveInt,  # tasks drawn per round, as a multiple of tasks_per_step
+    "rounds": PositiveInt,  # rounds of play until tasks_per_step groups have unequal returns (DAPO's dynamic sampling)
     "drop_equal": bool,  # groups of equal returns leave the step
     "count_masked": bool,  # masked trajectories count among the rows that a loss is the mean of
-    "loss_constant": Count | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
+    "loss_constant": PositiveInt
+    | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
 }
-SCIENCE: Final[dict[str, Any]] = {
-    "learning_rate": Positive,
-    "lr_scheduler_type": Shape,
-    "lr_scheduler_kwargs": Mapped,
-    "warmup_steps": NotNegative,
+GRPO_KEYS: Final[dict[str, Any]] = {
+    "learning_rate": PositiveFloat,
+    "lr_scheduler_type": SchedulerType,
+    "lr_scheduler_kwargs": OptionalMapping,
+    "warmup_steps": NonNegativeFloat,
     "optim": Optimizer,
-    "optim_args": Text,
-    "weight_decay": NotNegative,
+    "optim_args": OptionalText,
+    "weight_decay": NonNegativeFloat,
     "adam_beta1": Annotated[float, BELOW_1],
     "adam_beta2": Annotated[float, BELOW_1],
-    "adam_epsilon": Positive,
-    "max_grad_norm": NotNegative,
+    "adam_epsilon": PositiveFloat,
+    "max_grad_norm": NonNegativeFloat,
     "bf16": bool,
     "cast_lm_head_to_fp32": bool,
-    "loss_type": Loss,
+    "loss_type": LossType,
     "importance_sampling_level": Literal["token", "sequence"],
-    "epsilon": Positive,
-    "epsilon_high": Positive | None,
-    "delta": Positive | None,
+    "epsilon": PositiveFloat,
+    "epsilon_high": PositiveFloat | None,
+    "delta": PositiveFloat | None,
     "mask_truncated_completions": bool,  # episodes cut by turns or context leave the loss, and count as 0 in their group
-    "beta": NotNegative,
+    "beta": NonNegativeFloat,
     "use_bias_correction_kl": bool,
-    "entropy_coef": NotNegative,
-    "top_entropy_quantile": Annotated[float, SHARE],
-    "off_policy_mask_threshold": Positive | None,
-    "num_iterations": Count,
-    "temperature": Positive,
-    "top_p": Annotated[float, SHARE],
+    "entropy_coef": NonNegativeFloat,
+    "top_entropy_quantile": Annotated[float, FRACTION],
+    "off_policy_mask_threshold": PositiveFloat | None,
+    "num_iterations": PositiveInt,
+    "temperature": PositiveFloat,
+    "top_p": Annotated[float, FRACTION],
     "top_k": Annotated[int, NOT_NEGATIVE],
     "min_p": Annotated[float, BELOW_1] | None,
-    "repetition_penalty": Positive,
-    "sapo_temperature_neg": Positive | None,
-    "sapo_temperature_pos": Positive | None,
-    "vespo_k_pos": Positive | None,
-    "vespo_lambda_pos": Positive | None,
-    "vespo_k_neg": Positive | None,
-    "vespo_lambda_neg": Positive | None,
+    "repetition_penalty": PositiveFloat,
+    "sapo_temperature_neg": PositiveFloat | None,
+    "sapo_temperature_pos": PositiveFloat | None,
+    "vespo_k_pos": PositiveFloat | None,
+    "vespo_lambda_pos": PositiveFloat | None,
+    "vespo_k_neg": PositiveFloat | None,
+    "vespo_lambda_neg": PositiveFloat | None,
 }
-NEUTRAL: Final[dict[str, Any]] = {
+NEUTRAL_VALUES: Final[dict[str, Any]] = {
     "mini_batch": "all",
     "oversample": 1,
     "rounds": 1,
@@ -113,38 +114,38 @@ NEUTRAL: Final[dict[str, Any]] = {
     "top_k": 0,
     "repetition_penalty": 1.0,
 }
-EXECUTION: Final[dict[str, Any]] = {
-    "use_cpu": Switch,
-    "tf32": Switch,
-    "gradient_checkpointing": Switch,
-    "gradient_checkpointing_kwargs": Mapped,
-    "fsdp": Switch,
-    "fsdp_config": Sharding | None,
-    "torch_compile": Switch,
-    "torch_compile_backend": Text,
-    "torch_compile_mode": Text,
-    "torch_empty_cache_steps": Count | None,
-    "full_determinism": Switch,
-    "ddp_find_unused_parameters": Switch,
-    "ddp_bucket_cap_mb": Count | None,
-    "ddp_broadcast_buffers": Switch,
-    "ddp_static_graph": Switch,
-    "ddp_backend": Text,
-    "ddp_timeout": Count | None,
-    "use_vllm": Switch,
+LAUNCH_KEYS: Final[dict[str, Any]] = {
+    "use_cpu": OptionalBool,
+    "tf32": OptionalBool,
+    "gradient_checkpointing": OptionalBool,
+    "gradient_checkpointing_kwargs": OptionalMapping,
+    "fsdp": OptionalBool,
+    "fsdp_config": FSDPKeywords | None,
+    "torch_compile": OptionalBool,
+    "torch_compile_backend": OptionalText,
+    "torch_compile_mode": OptionalText,
+    "torch_empty_cache_steps": PositiveInt | None,
+    "full_determinism": OptionalBool,
+    "ddp_find_unused_parameters": OptionalBool,
+    "ddp_bucket_cap_mb": PositiveInt | None,
+    "ddp_broadcast_buffers": OptionalBool,
+    "ddp_static_graph": OptionalBool,
+    "ddp_backend": OptionalText,
+    "ddp_timeout": PositiveInt | None,
+    "use_vllm": OptionalBool,
     "vllm_mode": Literal["colocate", "server"] | None,
     "vllm_model_impl": Literal["vllm", "transformers"] | None,
-    "vllm_enable_sleep_mode": Switch,
-    "vllm_gpu_memory_utilization": Annotated[float, SHARE] | None,
-    "vllm_max_model_length": Count | None,
-    "vllm_tensor_parallel_size": Count | None,
-    "vllm_importance_sampling_correction": Switch,
+    "vllm_enable_sleep_mode": OptionalBool,
+    "vllm_gpu_memory_utilization": Annotated[float, FRACTION] | None,
+    "vllm_max_model_length": PositiveInt | None,
+    "vllm_tensor_parallel_size": PositiveInt | None,
+    "vllm_importance_sampling_correction": OptionalBool,
     "vllm_importance_sampling_mode": Literal["token_truncate"]
     | None,  # a sum over an agent's tokens masks whole episodes
-    "vllm_importance_sampling_clip_max": Positive | None,
-    "vllm_importance_sampling_clip_min": Positive | None,
+    "vllm_importance_sampling_clip_max": PositiveFloat | None,
+    "vllm_importance_sampling_clip_min": PositiveFloat | None,
 }
-INSTEAD: Final[dict[str, str]] = {
+REPLACEMENTS: Final[dict[str, str]] = {
     "per_device_train_batch_size": "launch.device_rows",
     "gradient_accumulation_steps": "launch.device_rows",
     "auto_find_batch_size": "launch.device_rows",
@@ -179,63 +180,68 @@ INSTEAD: Final[dict[str, str]] = {
     **dict.fromkeys(("save_strategy", "save_steps"), "launch.save_every"),
     **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start", "do_eval"), "evaluation.every"),
 }
-ROW_MEANS: Final = ("grpo", "sapo", "luspo", "dr_grpo")  # losses that TRL averages over rows; the others, over tokens
-ONLY_WITH: Final[dict[str, tuple[str, ...]]] = {
+ROW_MEAN_LOSSES: Final = (
+    "grpo",
+    "sapo",
+    "luspo",
+    "dr_grpo",
+)  # losses that TRL averages over rows; the others, over tokens
+LOSS_SPECIFIC_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     "dr_grpo": ("loss_constant",),
 }
 
 
-def science(block: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_trainer(block: Mapping[str, Any]) -> dict[str, Any]:
     """The `trainer` block: checked, typed, complete. What is null is not set."""
-    table = OURS | SCIENCE
-    given = _typed("trainer", block, table)
+    table = OWN_KEYS | GRPO_KEYS
+    given = _convert_block("trainer", block, table)
     loss = given.get("loss_type")
     for key in table:
-        optional = key in NEUTRAL or type(None) in get_args(table[key])
-        wanted = key in SCIENCE and key in ONLY_WITH.get(str(loss), ())
+        optional = key in NEUTRAL_VALUES or type(None) in get_args(table[key])
+        wanted = key in GRPO_KEYS and key in LOSS_SPECIFIC_KEYS.get(str(loss), ())
         if key not in given and (wanted or not optional):
-            raise ConfigError(f"trainer.{key}", None, f"must be {described(table[key])}; nothing sets it")
-    for other, keys in ONLY_WITH.items():
+            raise ConfigError(f"trainer.{key}", None, f"must be {describe_type(table[key])}; nothing sets it")
+    for other, keys in LOSS_SPECIFIC_KEYS.items():
         for key in keys:
             if other != loss and key in given:
                 raise ConfigError(
                     f"trainer.{key}", given[key], f"only read with trainer.loss_type={other}, here {loss}"
                 )
-    return {key: value for key in table if (value := given.get(key, NEUTRAL.get(key))) is not None}
+    return {key: value for key in table if (value := given.get(key, NEUTRAL_VALUES.get(key))) is not None}
 
 
-def execution(block: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_launch_trainer(block: Mapping[str, Any]) -> dict[str, Any]:
     """The `slurm.trainer` block: checked and typed. What is null keeps TRL's default."""
-    typed = _typed("launch.trainer", block, EXECUTION)
+    typed = _convert_block("launch.trainer", block, LAUNCH_KEYS)
     if how := typed.get("fsdp_config"):
         typed["fsdp_config"] = {key: value for key, value in how.items() if value is not None}
     return typed
 
 
-def _typed(at: str, block: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_block(at: str, block: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in block.items():
         if key not in table:
-            raise _refusal(at, key, value, table)
+            raise _refused_key_error(at, key, value, table)
     typed = {key: convert(table[key], value, f"{at}.{key}") for key, value in block.items() if value is not None}
     return {key: typed[key] for key in table if key in typed}
 
 
-def _refusal(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError:
+def _refused_key_error(at: str, key: str, value: Any, table: Iterable[str]) -> ConfigError:
     """Why a keyword cannot stand here, and what can."""
     field = f"{at}.{key}"
-    for home, keys in (("trainer", OURS | SCIENCE), ("launch.trainer", EXECUTION)):
+    for home, keys in (("trainer", OWN_KEYS | GRPO_KEYS), ("launch.trainer", LAUNCH_KEYS)):
         if key in keys:
             return ConfigError(field, value, f"belongs to {home}.{key}")
-    if key in INSTEAD:
-        return ConfigError(field, value, f"this GRPOConfig keyword is derived here; use {INSTEAD[key]}")
+    if key in REPLACEMENTS:
+        return ConfigError(field, value, f"this GRPOConfig keyword is derived here; use {REPLACEMENTS[key]}")
     if key in grpo_keywords():
         return ConfigError(
             field, value, "this GRPOConfig keyword has no part in what this trainer does, so it would be ignored"
         )
-    everywhere = [*OURS, *SCIENCE, *EXECUTION]
-    return unknown(field, value, table if closest(key, table) else everywhere)
+    everywhere = [*OWN_KEYS, *GRPO_KEYS, *LAUNCH_KEYS]
+    return unknown_key_error(field, value, table if closest_match(key, table) else everywhere)
 
 
 @cache
@@ -246,10 +252,10 @@ def grpo_keywords() -> frozenset[str]:
         ("trl", "trainer/base_config.py"),
         ("transformers", "training_args.py"),
     )
-    return frozenset(name for package, file in sources for name in _fields(package, file))
+    return frozenset(name for package, file in sources for name in _field_names(package, file))
 
 
-def _fields(package: str, file: str) -> Iterable[str]:
+def _field_names(package: str, file: str) -> Iterable[str]:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return []

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-RECENT = 10  # steps in a moving mean
-EVERY = 10.0  # seconds between lines where there is no terminal
-SLOW = 2.0  # seconds after which a step, or a panel, shows how far its play is
+RECENT_STEPS = 10  # steps in a moving mean
+PRINT_SECONDS = 10.0  # seconds between lines where there is no terminal
+SLOW_SECONDS = 2.0  # seconds after which a step, or a panel, shows how far its play is
 SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
 CRASHED = "train/ended_crashed"
 
@@ -33,17 +33,17 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DISABLE_MLFLOW_INTEGRATION": "TRUE",  # of transformers, which TRL would import MLflow for; `tracker` speaks to it
 }
-_NOISY = (
+_NOISY_LIBRARIES = (
     *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),
     *("sqlalchemy", "matplotlib", "PIL", "httpx", "urllib3", "filelock", "git", "fsspec"),
 )
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence the libraries; call it before they are imported. What a user has set in the environment stands."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in _NOISY:
+    for name in _NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     for kind in (DeprecationWarning, FutureWarning):
@@ -53,7 +53,7 @@ def quiet() -> None:
 class Progress:
     """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
 
-    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = EVERY) -> None:
+    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
         from rich.console import Console
 
         self.console = console or Console(quiet=not enabled, highlight=False)
@@ -62,9 +62,9 @@ class Progress:
         self.step, self.steps = 0, 0
         self.stage, self.stage_since = "starting", time.monotonic()
         self.held_out = math.nan
-        self.recent = {name: deque[float](maxlen=RECENT) for name in (SUCCESS, ENTROPY, GATED)}
-        self.times = deque[float](maxlen=RECENT + 1)
-        self.crashed = deque[float](maxlen=RECENT)
+        self.recent = {name: deque[float](maxlen=RECENT_STEPS) for name in (SUCCESS, ENTROPY, GATED)}
+        self.times = deque[float](maxlen=RECENT_STEPS + 1)
+        self.crashed = deque[float](maxlen=RECENT_STEPS)
         self.printed, self.ended = -math.inf, False
         self.turns, self.play, self.played = 0, "", -math.inf
         self.slots = dict[int, int]()
@@ -74,9 +74,9 @@ class Progress:
         if self.console.is_terminal and not self.console.quiet:
             from rich.live import Live
 
-            self.live = Live(console=self.console, get_renderable=self._line, refresh_per_second=4)
+            self.live = Live(console=self.console, get_renderable=self._live_line, refresh_per_second=4)
             self.live.start()
-        self.open.enter_context(heard(self.say, self.warn))
+        self.open.enter_context(forward_log(self.show_stage, self.warn))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +89,7 @@ class Progress:
     def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Show that `step` of `steps` is done."""
         self.step, self.steps, self.stage, self.stage_since = step, steps, "", time.monotonic()
-        self._play("")
+        self._show_play("")
         for name, values in self.recent.items():
             if not math.isnan(value := metrics.get(name, math.nan)):
                 values.append(value)
@@ -100,12 +100,12 @@ class Progress:
         last = step == steps and not self.ended
         if self.live is None and (time.monotonic() - self.printed >= self.every or last):
             self.printed, self.ended = time.monotonic(), self.ended or last
-            self.console.print(self._plain(), soft_wrap=True)
+            self.console.print(self._plain_line(), soft_wrap=True)
 
-    def say(self, stage: str) -> None:
+    def show_stage(self, stage: str) -> None:
         """Show what the run is at between steps."""
         self.stage, self.stage_since = stage, time.monotonic()
-        self._play("")
+        self._show_play("")
         if self.live is None:
             self.played = self.stage_since
             self.console.print(stage, soft_wrap=True, markup=False)
@@ -117,18 +117,18 @@ class Progress:
     def turn(self, live: int) -> None:
         """Show that `live` episodes have played another turn together; 0: they are over."""
         self.turns = self.turns + 1 if live else 0
-        self._play(f"turn {self.turns} of {live} episodes" if live else "")
+        self._show_play(f"turn {self.turns} of {live} episodes" if live else "")
 
     def token(self, count: int) -> None:
         """Show that the turn at hand has so many tokens."""
-        self._play(f"turn {self.turns + 1}, {count} tokens")
+        self._show_play(f"turn {self.turns + 1}, {count} tokens")
 
-    def alone(self, slot: int, turn: int) -> None:
+    def slot_turn(self, slot: int, turn: int) -> None:
         """Show that an episode has played a turn by itself."""
         self.slots[slot] = turn
-        self._play(f"{sum(self.slots.values())} turns of {len(self.slots)} episodes at a time")
+        self._show_play(f"{sum(self.slots.values())} turns of {len(self.slots)} episodes at a time")
 
-    def _play(self, how_far: str) -> None:
+    def _show_play(self, how_far: str) -> None:
         """Note how far the play is, and say it where there is no terminal and nothing was said for long."""
         self.play = how_far
         if not how_far:
@@ -148,16 +148,16 @@ class Progress:
         if len(self.times) > 1:
             pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             left = pace * (self.steps - self.step)
-            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{clock(left)} left"] if left else [])]
+            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{format_duration(left)} left"] if left else [])]
         return facts
 
-    def _plain(self) -> str:
+    def _plain_line(self) -> str:
         return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
 
-    def _line(self) -> "RenderableType":
+    def _live_line(self) -> "RenderableType":
         from rich.text import Text
 
-        line, slow = Text(no_wrap=True, overflow="ellipsis"), time.monotonic() - self.stage_since >= SLOW
+        line, slow = Text(no_wrap=True, overflow="ellipsis"), time.monotonic() - self.stage_since >= SLOW_SECONDS
         if self.steps:
             at = [self.play] if slow and self.play and not self.stage else []
             count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in [*at, *self._facts()])
@@ -167,13 +167,15 @@ class Progress:
             line.append(count, "bold")
             line.append("" if self.stage else facts)
         if self.stage:
-            line.append(f"  {self.stage} …  ").append(clock(time.monotonic() - self.stage_since), "bright_black")
+            line.append(f"  {self.stage} …  ").append(
+                format_duration(time.monotonic() - self.stage_since), "bright_black"
+            )
             line.append(f"  {self.play}" if slow else "", "bright_black")
         return line
 
 
 @contextmanager
-def heard(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
+def forward_log(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
     """Hand what our rooms log to a person, and to nobody else: what is being waited for to `say`, warnings to `warn`."""
     log, handler = logging.getLogger("aem_exp"), logging.Handler(logging.INFO)
     handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else say)(record.getMessage())  # type: ignore[method-assign]
@@ -190,7 +192,7 @@ def heard(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[N
 
 
 @contextmanager
-def bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
     """Show how far something long has got, `tell(done, of)`: a bar with the time left, or a line now and then."""
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -203,14 +205,14 @@ def bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, 
         def tell(done: int, of: int) -> None:
             nonlocal said
             shown.update(task, completed=done, total=of)
-            if not console.is_terminal and time.monotonic() - said >= EVERY:
+            if not console.is_terminal and time.monotonic() - said >= PRINT_SECONDS:
                 said = time.monotonic()
                 console.print(f"{what}: {done / max(1, of):.0%}", soft_wrap=True)
 
         yield tell
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
     whole = max(0, round(seconds))
     if whole < 60:

@@ -15,16 +15,16 @@ from aem_exp.core.errors import ConfigError
 PACKAGE = Path(__file__).absolute().parents[1]  # the folder of aem_exp
 
 
-class Damaged(ConfigError):
+class DamagedFileError(ConfigError):
     """A file of a run dir is not what was written."""
 
 
-def cache() -> Path:
+def cache_dir() -> Path:
     """Where what is made once lies: $AEM_CACHE, else ~/.cache/aem_exp."""
     return Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
 
 
-def link(source: str | Path, target: str | Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
     """The same file under a second name; a copy where both do not lie on one disk."""
     try:
         os.link(source, target)
@@ -32,7 +32,7 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file at once, or leave it as it was."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -46,7 +46,7 @@ def write(path: Path, content: str | bytes) -> None:
         raise
 
 
-def read(file: Path, *keys: str) -> dict[str, Any]:
+def read_json(file: Path, *keys: str) -> dict[str, Any]:
     """The mapping that a file of a run dir holds as JSON; `keys`: what it has at least.
 
     Raises:
@@ -59,11 +59,11 @@ def read(file: Path, *keys: str) -> dict[str, Any]:
         if missing := [key for key in keys if key not in content]:
             raise ValueError(f"it has no {missing[0]}")
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, error) from error
+        raise damaged_file_error(file, error) from error
     return content
 
 
-def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+def read_json_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     """The mappings that a file of a run dir holds as JSON, one per line; a last line that a kill cut short is left out.
 
     Raises:
@@ -78,23 +78,23 @@ def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
                 raise ValueError(f"no mapping with {' and '.join(keys)}")
             rows.append(row)
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, f"line {len(rows) + 1}: {_why(error)}", ", or remove the line") from error
+        raise damaged_file_error(file, f"line {len(rows) + 1}: {_error_text(error)}", ", or remove the line") from error
     return rows
 
 
-def damaged(file: Path, why: Exception | str, further: str = "") -> Damaged:
+def damaged_file_error(file: Path, why: Exception | str, further: str = "") -> DamagedFileError:
     """The error for a file of a run dir that is not what was written; `further`: what else helps than a good copy."""
     remedy = f"put a good copy of it there{further}, or move the run dir away and run again"
-    return Damaged("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_why(why)}); {remedy}")
+    return DamagedFileError("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_error_text(why)}); {remedy}")
 
 
-def _why(error: Exception | str) -> str:
+def _error_text(error: Exception | str) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200]
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[Path | None]:
+def create_folder_once(folder: Path) -> Iterator[Path | None]:
     """Make a folder of the cache once: yields an empty one, which becomes it at the end; None where it is there already.
 
     One process makes it while others wait. What a killed one left half done is removed; one that is there is only read.
@@ -130,10 +130,10 @@ def check_writable(folder: Path, field: str) -> None:
         raise ConfigError(field, str(folder), f"cannot be written: {error.strerror}; choose another folder") from error
 
 
-def known(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """A value for JSON, which has no NaN: null, where a number is not known."""
     if isinstance(value, Mapping):
-        return {key: known(item) for key, item in value.items()}
+        return {key: nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [known(item) for item in value]
+        return [nonfinite_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

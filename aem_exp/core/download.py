@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aem_exp.core import disk
-from aem_exp.core.console import bar
+from aem_exp.core.console import progress_bar
 from aem_exp.core.errors import ConfigError
 
 CHUNK = 1 << 20
-PATIENCE = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte
 
 
 def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
@@ -33,7 +33,7 @@ def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
     say(f"fetch   {url}")
     part = file.with_name(f"{file.name}.part")
     try:
-        with bar(file.name) as tell:
+        with progress_bar(file.name) as tell:
             _download(url, part, size, tell)
         part.replace(file)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -57,7 +57,7 @@ def _download(url: str, part: Path, size: int, tell: Callable[[int, int], None])
     if have >= size:
         have = 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         have = have if answer.status == 206 else 0  # a server may begin anew
         coming = int(answer.headers.get("Content-Length") or size - have)
         if have + coming != size:
@@ -80,7 +80,7 @@ def unzip(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Unpack an archive into a folder, which its members may not leave; each is checked by its CRC."""
     say(f"unpack  {archive.name}")
     try:
-        with zipfile.ZipFile(archive) as packed, bar(archive.name) as tell:
+        with zipfile.ZipFile(archive) as packed, progress_bar(archive.name) as tell:
             members = packed.infolist()
             for number, member in enumerate(members, start=1):
                 target = os.path.realpath(folder / member.filename)

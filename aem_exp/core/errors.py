@@ -26,22 +26,22 @@ class ConfigError(Exception):
         super().__init__(field, value, self.choices, self.remedy)
 
     def __str__(self) -> str:
-        close = closest(self.value, self.choices) if self.choices else None
+        close = closest_match(self.value, self.choices) if self.choices else None
         hint = f"did you mean {close}?" if close else ""
         choices = f"choose from {', '.join(self.choices)}" if self.choices else ""
         why = "; ".join(part for part in (choices, self.remedy) if part)
-        return " ".join(f"{self.field}={shown(self.value)}: {hint} {why}".split())
+        return " ".join(f"{self.field}={format_value(self.value)}: {hint} {why}".split())
 
 
-class Missing(ConfigError):
+class MissingResource(ConfigError):
     """Nothing is wrong with what was asked: this machine lacks something that can be fetched, installed or started."""
 
 
-class Elsewhere(Missing):
+class MissingOnThisMachine(MissingResource):
     """What is missing belongs to a machine, and the one that a job gets may have it: a program, a server that answers."""
 
 
-class Stop(Exception):
+class RunError(Exception):
     """A run that cannot go on; `str()` says why in a sentence, `kind` in a word. What was saved stays, and is good."""
 
     def __init__(self, sentence: str, kind: str = "crash"):
@@ -49,7 +49,7 @@ class Stop(Exception):
         self.kind = kind
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as the command line would write it, cut to a line."""
     try:
         text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
@@ -58,7 +58,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def closest(word: Any, choices: Iterable[str]) -> str | None:
+def closest_match(word: Any, choices: Iterable[str]) -> str | None:
     """The choice that was probably meant: the one with these initials (`lr`), or the nearest spelling."""
     choices = list(choices)
     meant = [full for full in choices if len(str(word)) > 1 and word == _initials(full.rpartition(".")[2])]
@@ -69,10 +69,10 @@ def _initials(name: str) -> str:
     return "".join(re.findall("(?<![a-z0-9])[a-z]", name))
 
 
-def unknown(field: str, value: Any, keys: Iterable[str]) -> ConfigError:
+def unknown_key_error(field: str, value: Any, keys: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist; `keys` are its siblings."""
     keys = sorted(keys)
-    close = closest(field.rpartition(".")[2], keys)
+    close = closest_match(field.rpartition(".")[2], keys)
     siblings = f"the keys here are {', '.join(keys)}" if keys else "nothing can be set here"
     return ConfigError(field, value, "no such key; " + (f"did you mean {close}?" if close else siblings))
 

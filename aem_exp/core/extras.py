@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlparse
 PACKAGE = "aem-exp"
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that adds an extra: to a checkout where the package comes from one, else to the package of the index."""
     try:
         told = distribution(PACKAGE).read_text("direct_url.json")

@@ -15,7 +15,7 @@ from pathlib import Path
 from aem_exp.core.errors import ConfigError
 
 
-def check(run_dir: str | Path, trusted: bool = False) -> None:
+def check_run_dir(run_dir: str | Path, trusted: bool = False) -> None:
     """Refuse a run dir that somebody else could have written, unless it is trusted.
 
     Every file is looked at itself, not what it leads to: a symbolic link in somebody else's folder may lead to a file of
@@ -29,13 +29,13 @@ def check(run_dir: str | Path, trusted: bool = False) -> None:
     if not trusted:
         _check_owner(folder)
     for file in (folder / "code").glob("*"):
-        if _stands_in(file.name.partition(".")[0]):
+        if _shadows_standard_library(file.name.partition(".")[0]):
             why = f"code/{file.name} would be taken for a module of Python's standard library; remove it"
             raise ConfigError("RUN_DIR", str(folder), why)
 
 
 @cache
-def standard_library() -> list[str]:
+def standard_library_paths() -> list[str]:
     """The places of `sys.path` that are the standard library's: its archive, its folder, its compiled modules."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     archive = folder.with_name(f"python{sys.version_info.major}{sys.version_info.minor}.zip")
@@ -43,15 +43,15 @@ def standard_library() -> list[str]:
     return [str(place) for place in (archive, folder, folder / "lib-dynload", compiled)]
 
 
-def _stands_in(name: str) -> bool:
+def _shadows_standard_library(name: str) -> bool:
     """Whether a module would be imported for one of the standard library that this system lacks, such as `msvcrt`. For one that
     is there it never is, as the standard library comes first."""
     missing = name in sys.stdlib_module_names and name not in sys.builtin_module_names
-    return missing and PathFinder.find_spec(name, standard_library()) is None
+    return missing and PathFinder.find_spec(name, standard_library_paths()) is None
 
 
 def _check_owner(folder: Path) -> None:
-    for path in _decisive(folder):
+    for path in _code_paths(folder):
         try:
             link, owner = path.is_symlink(), path.lstat().st_uid
         except OSError:  # not there, or out of reach: nothing can be read from it either
@@ -65,7 +65,7 @@ def _check_owner(folder: Path) -> None:
             raise ConfigError("RUN_DIR", str(folder), f"{why}, or read it, then add --trust")
 
 
-def _decisive(folder: Path) -> Iterator[Path]:
+def _code_paths(folder: Path) -> Iterator[Path]:
     """What decides which code runs: the folder (a link to it, and where that leads), its experiment, and its code."""
     yield from (folder, folder.resolve(), folder / "experiment.json", folder / "code")
     for place, folders, files in os.walk(folder / "code"):

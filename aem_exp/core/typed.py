@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from aem_exp.core.errors import ConfigError, unknown
+from aem_exp.core.errors import ConfigError, unknown_key_error
 
 T = TypeVar("T")
-LARGEST, SIZE = (
+LARGEST_INT, LARGEST_SIZE = (
     2**63 - 1,
     2**32 - 1,
 )  # the largest of whole numbers (JSON's, MLflow's), and of sizes and seeds (numpy's)
@@ -24,17 +24,23 @@ LARGEST, SIZE = (
 class Range:
     """The numbers that a field takes, and how to say so."""
 
-    words: str
-    holds: Callable[[float], bool]
+    description: str
+    contains: Callable[[float], bool]
 
 
 POSITIVE = Range("above 0", lambda x: x > 0)
 NOT_NEGATIVE = Range("of at least 0", lambda x: x >= 0)
 AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
 AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
-SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+FRACTION = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes?)", type(None): "null"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (in quotes?)",
+    type(None): "null",
+}
 
 
 def convert(hint: Any, value: Any, field: str) -> Any:
@@ -44,66 +50,66 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         ConfigError: it does not fit.
     """
     origin, args = get_origin(hint), get_args(hint)
-    most = SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST
+    most = LARGEST_SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST_INT
     if hint is not Any and isinstance(value, int) and abs(value) > most:
         raise ConfigError(field, value, f"must be at most {most:,}")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
-        return build(hint, value, field)
+        return build_from_mapping(hint, value, field)
     if origin is Annotated:
-        if not _is_number(value) or not all(rule.holds(value) for rule in args[1:]):
-            raise ConfigError(field, value, f"must be {described(hint)}")
+        if not _is_number(value) or not all(rule.contains(value) for rule in args[1:]):
+            raise ConfigError(field, value, f"must be {describe_type(hint)}")
         return convert(args[0], value, field)
     if origin in (Union, types.UnionType):
-        return _any_of(hint, args, value, field)
+        return _convert_union(hint, args, value, field)
     if origin is Literal:
-        return _choice(args, value, field)
+        return _convert_literal(args, value, field)
     if origin is dict and isinstance(value, Mapping):
         return {str(key): convert(args[1], item, f"{field}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
         return [convert(args[0], item, f"{field}[{i}]") for i, item in enumerate(value)]
     if hint is Any:
-        return _plain(value, field)
+        return _convert_untyped(value, field)
     if hint is float and _is_number(value):
         return float(value)
     if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
         return value
     if hint is bool and isinstance(value, bool):
         return value
-    raise ConfigError(field, value, f"must be {described(hint)}")
+    raise ConfigError(field, value, f"must be {describe_type(hint)}")
 
 
-def build(cls: type[T], data: Any, field: str = "") -> T:
+def build_from_mapping(cls: type[T], data: Any, field: str = "") -> T:
     """A dataclass of ours, or a typed dict of the keys that are given, from a mapping of its fields."""
-    hints = _hints(cls)  # type: ignore[arg-type]
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
         raise ConfigError(field, data, f"must be a mapping with the keys {', '.join(hints)}")
     at = f"{field}." if field else ""
     for key, value in data.items():
         if key not in hints:
-            raise unknown(f"{at}{key}", value, hints)
+            raise unknown_key_error(f"{at}{key}", value, hints)
     return cls(**{key: convert(hints[key], value, f"{at}{key}") for key, value in data.items()})
 
 
-def described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A hint in words: what a value must be."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{described(args[0])} {' and '.join(rule.words for rule in args[1:])}"
+        return f"{describe_type(args[0])} {' and '.join(rule.description for rule in args[1:])}"
     if origin in (Union, types.UnionType):
-        return " or ".join(described(arg) for arg in args)
+        return " or ".join(describe_type(arg) for arg in args)
     if origin is Literal:
         return " or ".join(str(arg) for arg in args)
     if origin is list:
-        return f"a list, each item {described(args[0])}"
-    return "a mapping" if origin is dict else _WORDS.get(hint, str(hint))
+        return f"a list, each item {describe_type(args[0])}"
+    return "a mapping" if origin is dict else _TYPE_NAMES.get(hint, str(hint))
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _type_hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def _any_of(hint: Any, args: tuple[Any, ...], value: Any, field: str) -> Any:
+def _convert_union(hint: Any, args: tuple[Any, ...], value: Any, field: str) -> Any:
     if value is None and type(None) in args:
         return None
     options = [arg for arg in args if arg is not type(None)]
@@ -114,10 +120,10 @@ def _any_of(hint: Any, args: tuple[Any, ...], value: Any, field: str) -> Any:
             return convert(option, value, field)
         except ConfigError:
             continue
-    raise ConfigError(field, value, f"must be {described(hint)}")
+    raise ConfigError(field, value, f"must be {describe_type(hint)}")
 
 
-def _choice(choices: tuple[Any, ...], value: Any, field: str) -> Any:
+def _convert_literal(choices: tuple[Any, ...], value: Any, field: str) -> Any:
     if isinstance(value, bool) and {"on", "off"} <= set(choices):  # YAML reads an unquoted `on` as true
         return "on" if value else "off"
     if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -129,7 +135,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(value: Any, field: str) -> Any:
+def _convert_untyped(value: Any, field: str) -> Any:
     """Lists, mappings and scalars only, so that JSON brings back the same value."""
     if isinstance(value, Mapping):
         return {str(key): convert(Any, item, f"{field}.{key}") for key, item in value.items()}

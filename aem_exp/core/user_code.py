@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from aem_exp.core.disk import PACKAGE
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 
-_OURS = str(PACKAGE) + os.sep
-_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
+_PACKAGE_PREFIX = str(PACKAGE) + os.sep
+_LIBRARY_PREFIXES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 
 @contextmanager
-def blaming(field: str, path: str, call: str, function: Any = None) -> Iterator[None]:
+def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> Iterator[None]:
     """Turn what a call raises into a ConfigError.
 
     Args:
@@ -28,14 +28,16 @@ def blaming(field: str, path: str, call: str, function: Any = None) -> Iterator[
     """
     try:
         yield
-    except (ConfigError, Stop):
+    except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(field, path, f"{call} failed: {sentence(error)} ({place(error, function)})") from error
+        raise ConfigError(
+            field, path, f"{call} failed: {format_error(error)} ({error_location(error, function)})"
+        ) from error
 
 
 @contextmanager
-def demanding(field: str, path: str, function: Any, prefix: str = "") -> Iterator[None]:
+def wrap_result_errors(field: str, path: str, function: Any, prefix: str = "") -> Iterator[None]:
     """Turn a TypeError or ValueError about what a function returned into a ConfigError that says where the function is.
 
     Raises:
@@ -44,31 +46,31 @@ def demanding(field: str, path: str, function: Any, prefix: str = "") -> Iterato
     try:
         yield
     except (TypeError, ValueError) as error:
-        where = defined(function)
+        where = definition_location(function)
         raise ConfigError(field, path, f"{prefix}{error}" + (f" ({where})" if where else "")) from error
 
 
-def sentence(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def place(error: BaseException, function: Any = None) -> str:
+def error_location(error: BaseException, function: Any = None) -> str:
     """FILE, line N: the innermost line of an error's traceback that is the user's own, else a library's.
 
     Where none is (a wrong number of arguments, say), it is where `function` is defined, which was called.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = [frame for frame in frames if not frame.filename.startswith(_OURS)]
-    own = [frame for frame in foreign if not frame.filename.startswith(_LIBRARIES)]
-    if own or foreign or not defined(function):
+    foreign = [frame for frame in frames if not frame.filename.startswith(_PACKAGE_PREFIX)]
+    own = [frame for frame in foreign if not frame.filename.startswith(_LIBRARY_PREFIXES)]
+    if own or foreign or not definition_location(function):
         frame = (own or foreign or frames)[-1]
         return f"{frame.filename}, line {frame.lineno}"
-    return defined(function)
+    return definition_location(function)
 
 
-def defined(function: Any) -> str:
+def definition_location(function: Any) -> str:
     """FILE, line N where a function, a method, a class or a callable object is defined; empty where it has no source."""
     while hasattr(function, "func"):  # a partial
         function = function.func

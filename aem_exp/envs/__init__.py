@@ -89,7 +89,7 @@ class World(Protocol):
     def env(self) -> TextEnv: ...
 
 
-def sized(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
+def split_sizes(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
     """Tasks per split: the default's where none are given.
 
     Raises:
@@ -103,7 +103,7 @@ def sized(default: Mapping[str, int], given: Mapping[str, int] | None, most: int
     return chosen
 
 
-class Draws(Sequence[Task]):
+class LazyTasks(Sequence[Task]):
     """Tasks made when asked for, the same ones every time."""
 
     def __init__(self, count: int, draw: Callable[[int], Task]) -> None:

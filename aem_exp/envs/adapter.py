@@ -4,61 +4,63 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Draws, Task, Turn, parsing, sized
+from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
 
-LONGEST: Final = 2000  # characters of an action that are read
-FIRST: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
+MAX_ACTION_CHARACTERS: Final = 2000  # characters of an action that are read
+FIRST_SEEDS: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
 
 
-class ForeignEnv:
+class AdapterEnv:
     """One environment of another library, spoken to in text.
 
     A response that names none of `actions` changes nothing and is invalid; without `actions`, any text is an action.
     """
 
-    def __init__(self, world: "ForeignWorld"):
+    def __init__(self, world: "AdapterWorld"):
         self._world = world
         self.goal = world.goal
-        self._over = True
+        self._is_over = True
 
     def parse(self, response: str) -> str:
-        return self._read(response)[0]
+        return self._parse_action(response)[0]
 
     def reset(self, task: Task) -> Turn:
-        self._earned, self._over = 0.0, False
-        self._seen = self.begin(task.seed)
+        self._total_reward, self._is_over = 0.0, False
+        self._observation = self.start_game(task.seed)
         return self._turn(metrics={"won": 0.0})
 
     def step(self, response: str) -> Turn:
-        action, valid = self._read(response)
+        action, valid = self._parse_action(response)
         actions = self._world.actions
-        known = valid and not self._over and (actions is None or action in actions)
-        reward, terminated, truncated = 0.0, self._over, False
+        known = valid and not self._is_over and (actions is None or action in actions)
+        reward, terminated, truncated = 0.0, self._is_over, False
         if known:
-            self._seen, reward, terminated, truncated = self.act(action if actions is None else actions[action])
-            self._earned += reward
-            self._over = terminated or truncated
-        won = self._over and self._earned >= self._world.wins
+            self._observation, reward, terminated, truncated = self.apply_action(
+                action if actions is None else actions[action]
+            )
+            self._total_reward += reward
+            self._is_over = terminated or truncated
+        won = self._is_over and self._total_reward >= self._world.wins
         metrics = {"won": float(won), "format_valid": float(valid), "admissible": float(known)}
         return self._turn(self._world.reward * reward, terminated, truncated, known, metrics)
 
-    def begin(self, seed: int) -> str:
+    def start_game(self, seed: int) -> str:
         """Start a game; what is seen."""
         raise NotImplementedError
 
-    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+    def apply_action(self, action: Any) -> tuple[str, float, bool, bool]:
         """Do something: what is seen, what it earns, whether the game ended, whether it was cut short."""
         raise NotImplementedError
 
     def close(self) -> None:
         raise NotImplementedError
 
-    def _read(self, response: str) -> tuple[str, bool]:
+    def _parse_action(self, response: str) -> tuple[str, bool]:
         if self._world.tags:
-            return parsing.read(response, LONGEST)
+            return parsing.parse_tagged(response, MAX_ACTION_CHARACTERS)
         if self._world.actions is not None:
-            return parsing.bare(response, LONGEST)
-        return response[:LONGEST], bool(response.strip()) and len(response) <= LONGEST
+            return parsing.parse_bare(response, MAX_ACTION_CHARACTERS)
+        return response[:MAX_ACTION_CHARACTERS], bool(response.strip()) and len(response) <= MAX_ACTION_CHARACTERS
 
     def _turn(
         self,
@@ -69,13 +71,13 @@ class ForeignEnv:
         metrics: Mapping[str, float] | None = None,
     ) -> Turn:
         actions = None if self._world.actions is None else tuple(self._world.actions)
-        return Turn(self._seen, reward, terminated, truncated, valid, actions, dict(metrics or {}))
+        return Turn(self._observation, reward, terminated, truncated, valid, actions, dict(metrics or {}))
 
 
-class ForeignWorld:
+class AdapterWorld:
     """Games of one environment, each a seed."""
 
-    splits = tuple(FIRST)
+    splits = tuple(FIRST_SEEDS)
 
     def __init__(
         self,
@@ -88,11 +90,11 @@ class ForeignWorld:
     ):
         self.actions = None if actions is None else {name.lower(): value for name, value in actions.items()}
         self.goal, self.wins, self.tags, self.reward = goal, wins, tags, reward
-        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes, FIRST["dev"])
+        self.sizes = split_sizes({"train": 4096, "dev": 128, "test": 128}, sizes, FIRST_SEEDS["dev"])
         if not goal.strip():
             raise ConfigError("env.make.goal", goal, "must say what a game asks for; prompts quote it")
 
     def tasks(self, split: str) -> Sequence[Task]:
-        if split not in FIRST:
-            raise ConfigError("split", split, choices=FIRST)
-        return Draws(self.sizes[split], lambda index: Task(f"{split}-{index}", seed=FIRST[split] + index))
+        if split not in FIRST_SEEDS:
+            raise ConfigError("split", split, choices=FIRST_SEEDS)
+        return LazyTasks(self.sizes[split], lambda index: Task(f"{split}-{index}", seed=FIRST_SEEDS[split] + index))

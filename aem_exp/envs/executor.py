@@ -1,6 +1,6 @@
 """The stage: where environments are stepped, and what counts as an answer.
 
-An environment that raises or talks nonsense fails in its own slot, and the others go on. `Serial` is this process;
+An environment that raises or talks nonsense fails in its own slot, and the others go on. `SerialExecutor` is this process;
 `workers.Workers` are others.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol
 
 from aem_exp.envs import Task, TextEnv, Turn, World
 
-LARGEST: Final = 1 << 24  # bytes of one text that an environment may return
-LINE: Final = 300  # characters of an error
-TRACE: Final = 10_000  # characters of its trace
+MAX_TEXT_BYTES: Final = 1 << 24  # bytes of one text that an environment may return
+ERROR_CHARACTERS: Final = 300  # characters of an error
+TRACE_CHARACTERS: Final = 10_000  # characters of its trace
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Reply:
     trace: str = ""  # the traceback, or what a lost process last wrote to stderr
 
 
-class Stage(Protocol):
+class EnvExecutor(Protocol):
     """Plays episodes in slots, which are small numbers used again and again.
 
     A slot that got an error must be reset before its next step, and then works again. `close` may be called twice. Several
@@ -46,7 +46,7 @@ class Stage(Protocol):
     def close(self) -> None: ...
 
 
-class Serial:
+class SerialExecutor:
     """Environments in this process, one after another. A slot's, `envs[slot]`, is made once (by `make`; the world's `env`
     where none is given) and reused until it fails."""
 
@@ -56,90 +56,92 @@ class Serial:
         self.envs: dict[int, TextEnv] = {}
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
-        return {slot: self._reply(slot, task) for slot, task in tasks.items()}
+        return {slot: self._call_locked(slot, task) for slot, task in tasks.items()}
 
     def step(self, responses: Mapping[int, str]) -> dict[int, Reply]:
         assert responses.keys() <= self.envs.keys(), "a step without a reset"
-        return {slot: self._reply(slot, response) for slot, response in responses.items()}
+        return {slot: self._call_locked(slot, response) for slot, response in responses.items()}
 
     def close(self) -> None:
         with ExitStack() as closing:  # all of them, though one may raise
             while self.envs:
                 closing.callback(self.envs.popitem()[1].close)
 
-    def _reply(self, slot: int, asked: Task | str) -> Reply:
+    def _call_locked(self, slot: int, asked: Task | str) -> Reply:
         with self._lock:
-            return self._answer(slot, asked)
+            return self._call(slot, asked)
 
-    def _answer(self, slot: int, asked: Task | str) -> Reply:
+    def _call(self, slot: int, asked: Task | str) -> Reply:
         try:
             if isinstance(asked, str):
                 env = self.envs[slot]
-                turn, action = checked("step", env.step(asked)), text("parse()", env.parse(asked))
+                turn, action = check_turn("step", env.step(asked)), check_text("parse()", env.parse(asked))
             else:
-                plain(asked)
+                serialize_task(asked)
                 if slot not in self.envs:
                     self.envs[slot] = self._make()
                 env = self.envs[slot]
-                turn, action = checked("reset", env.reset(asked)), ""
-            return Reply(turn, text("goal", env.goal), action)
+                turn, action = check_turn("reset", env.reset(asked)), ""
+            return Reply(turn, check_text("goal", env.goal), action)
         except Exception as error:
             with suppress(Exception):  # KeyError: it was not even made
                 self.envs.pop(slot).close()
-            return failed(error)
+            return error_reply(error)
 
 
-def checked(call: str, turn: Any) -> Turn:
+def check_turn(call: str, turn: Any) -> Turn:
     """What an environment returned, as the plain Turn that its contract promises.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
     if not isinstance(turn, Turn):
-        raise TypeError(f"{call} must return a Turn, not {kind_of(turn)}")
+        raise TypeError(f"{call} must return a Turn, not {type_name(turn)}")
     for name in ("terminated", "truncated", "valid"):
         if not isinstance(getattr(turn, name), bool):
-            raise TypeError(f"Turn.{name} must be a bool, not {kind_of(getattr(turn, name))}")
+            raise TypeError(f"Turn.{name} must be a bool, not {type_name(getattr(turn, name))}")
     if not isinstance(turn.actions, tuple | list | None):
-        raise TypeError(f"Turn.actions must be a tuple of str or None, not {kind_of(turn.actions)}")
+        raise TypeError(f"Turn.actions must be a tuple of str or None, not {type_name(turn.actions)}")
     if not isinstance(turn.metrics, dict):
-        raise TypeError(f"Turn.metrics must be a dict, not {kind_of(turn.metrics)}")
-    observation, reward = text("Turn.observation", turn.observation), _number("Turn.reward", turn.reward)
-    actions = None if turn.actions is None else tuple(text("Turn.actions", action) for action in turn.actions)
-    metrics = {text("Turn.metrics", key): _number(f"Turn.metrics[{key!r}]", n) for key, n in turn.metrics.items()}
+        raise TypeError(f"Turn.metrics must be a dict, not {type_name(turn.metrics)}")
+    observation, reward = check_text("Turn.observation", turn.observation), _check_number("Turn.reward", turn.reward)
+    actions = None if turn.actions is None else tuple(check_text("Turn.actions", action) for action in turn.actions)
+    metrics = {
+        check_text("Turn.metrics", key): _check_number(f"Turn.metrics[{key!r}]", n) for key, n in turn.metrics.items()
+    }
     return Turn(observation, reward, turn.terminated, turn.truncated, turn.valid, actions, metrics)
 
 
-def text(name: str, value: Any) -> str:
+def check_text(name: str, value: Any) -> str:
     """A text that any tokenizer and any file take.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {kind_of(value)}")
+        raise TypeError(f"{name} must be a str, not {type_name(value)}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:  # no tokenizer and no file would take it
         raise ValueError(f"{name} is not Unicode text: {error.reason} at character {error.start}") from None
-    if size > LARGEST:
-        raise ValueError(f"{name} has {size:,} bytes, more than the {LARGEST:,} that are allowed")
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes, more than the {MAX_TEXT_BYTES:,} that are allowed")
     return str(value)
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """The type of a value, with its module where it is none of Python's own."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     return float(value)
 
 
-def plain(task: Task) -> dict[str, Any]:
+def serialize_task(task: Task) -> dict[str, Any]:
     """The task as JSON carries it, so that it plays alike here and in a worker.
 
     Raises:
@@ -150,10 +152,10 @@ def plain(task: Task) -> dict[str, Any]:
     return asdict(task)
 
 
-def failed(error: str | Exception, trace: str = "") -> Reply:
+def error_reply(error: str | Exception, trace: str = "") -> Reply:
     """A reply whose error is one line, and which any file can hold."""
     if isinstance(error, Exception):
         trace = "".join(traceback.format_exception(error))
         error = "".join(traceback.format_exception_only(error))
-    line, trace = (text.encode(errors="backslashreplace").decode() for text in (error, trace[-TRACE:]))
-    return Reply(None, error=" ".join(line.split())[:LINE], trace=trace)
+    line, trace = (text.encode(errors="backslashreplace").decode() for text in (error, trace[-TRACE_CHARACTERS:]))
+    return Reply(None, error=" ".join(line.split())[:ERROR_CHARACTERS], trace=trace)

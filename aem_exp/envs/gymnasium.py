@@ -8,13 +8,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Final
 
-from aem_exp.core.errors import ConfigError, Missing
-from aem_exp.core.extras import install
-from aem_exp.envs.adapter import ForeignEnv, ForeignWorld
+from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.core.extras import install_command
+from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
-RULES: Final = 2  # raise when the same task would read or play differently
-_COLOUR: Final = re.compile(r"\x1b\[([\d;]*)m")
-_NAMES: Final = {
+RULES_VERSION: Final = 2  # raise when the same task would read or play differently
+_COLOUR_CODE: Final = re.compile(r"\x1b\[([\d;]*)m")
+_COLOUR_NAMES: Final = {
     1: "red",
     2: "green",
     3: "yellow",
@@ -25,18 +25,18 @@ _NAMES: Final = {
 }  # last digit of a code
 
 
-class GymnasiumEnv(ForeignEnv):
+class GymnasiumEnv(AdapterEnv):
     def __init__(self, world: "Gymnasium"):
         import gymnasium
 
         super().__init__(world)
         self._env = gymnasium.make(world.id, **world.kwargs)
 
-    def begin(self, seed: int) -> str:
+    def start_game(self, seed: int) -> str:
         observation, _ = self._env.reset(seed=seed)
         return self._text(observation)
 
-    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+    def apply_action(self, action: Any) -> tuple[str, float, bool, bool]:
         observation, reward, terminated, truncated, _ = self._env.step(action)
         return self._text(observation), float(reward), bool(terminated), bool(truncated)
 
@@ -52,16 +52,16 @@ class GymnasiumEnv(ForeignEnv):
             raise TypeError(
                 f"its observations are {kind}, and it renders no text: kwargs: {{render_mode: ansi}}, where it can"
             )
-        return coloured(text).strip()
+        return describe_colours(text).strip()
 
 
-def coloured(text: str) -> str:
+def describe_colours(text: str) -> str:
     """A text for a terminal in plain words: what is coloured stands in brackets, with its colour where there are several."""
-    before, *rest = _COLOUR.split(text)
+    before, *rest = _COLOUR_CODE.split(text)
     pieces: list[tuple[list[str], str]] = []
     names: list[str] = []
     for codes, piece in zip(rest[::2], rest[1::2], strict=True):
-        found = [_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
+        found = [_COLOUR_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
         names = [*names, *filter(None, found)] if found else []  # no colour: all of them end
         pieces.append((names, piece))
     several = len({name for names, piece in pieces for name in names if piece}) > 1
@@ -71,7 +71,7 @@ def coloured(text: str) -> str:
     )
 
 
-class Gymnasium(ForeignWorld):
+class Gymnasium(AdapterWorld):
     """Games of a registered environment.
 
     Args:
@@ -98,7 +98,7 @@ class Gymnasium(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("gymnasium") is None:
-            raise Missing("env.make.id", id, f"needs Gymnasium: {install('gymnasium')}")
+            raise MissingResource("env.make.id", id, f"needs Gymnasium: {install_command('gymnasium')}")
         import gymnasium
 
         self.id, self.kwargs = id, dict(kwargs or {})
@@ -119,7 +119,7 @@ class Gymnasium(ForeignWorld):
             raise ConfigError(
                 "env.make.kwargs.render_mode", mode, "renders no text: ansi, or none where it returns text"
             )
-        how = [RULES, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
+        how = [RULES_VERSION, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
         self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def env(self) -> GymnasiumEnv:

@@ -16,9 +16,11 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Draws, Task, Turn, parsing, sized
+from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
 
-RULES: Final = 3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
+RULES_VERSION: Final = (
+    3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
+)
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
 SURFACES: Final = (
     *("shelf", "countertop", "desk", "sofa", "sinkbasin", "diningtable", "sidetable", "coffeetable"),
@@ -27,7 +29,7 @@ SURFACES: Final = (
 KITCHEN: Final = ("mug", "plate", "bowl", "cup", "apple", "tomato", "potato", "bread", "egg", "lettuce")
 OBJECTS: Final = (*KITCHEN, "book", "cd", "pen", "watch", "keychain", "pillow", "vase", "newspaper")
 APPLIANCE: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
-STATE: Final = {"clean": "clean", "heat": "hot", "cool": "cool"}
+STATE_AFTER: Final = {"clean": "clean", "heat": "hot", "cool": "cool"}
 GOALS: Final = {
     "pick_and_place": "put a {object} in {target}.",
     "look_at_obj_in_light": "look at {object} under the desklamp.",
@@ -38,7 +40,7 @@ GOALS: Final = {
 }
 SPLITS: Final = {"train": range(6), "dev": range(6, 8), "test": range(8, 10)}  # tenths of goals and of layouts
 LAMP: Final = "desklamp 1"
-LONGEST_ACTION: Final = 100  # characters; what later prompts quote of a response stays this short
+MAX_ACTION_CHARACTERS: Final = 100  # characters; what later prompts quote of a response stays this short
 
 # Wordings that never vary. A word-level tokenizer may take each as one token: shorter rows, same text.
 PHRASES: Final = (
@@ -110,7 +112,7 @@ def kind_of(name: str) -> str:
     return name.rsplit(" ", 1)[0]
 
 
-def listed(things: Iterable[str]) -> str:
+def format_list(things: Iterable[str]) -> str:
     """ALFWorld's list: 'a mug 1, and a book 1', or 'nothing'."""
     names = [f"a {thing}" for thing in things]
     if len(names) > 1:
@@ -118,11 +120,11 @@ def listed(things: Iterable[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def read_action(response: str, tags: bool) -> tuple[str, bool]:
+def parse_action(response: str, tags: bool) -> tuple[str, bool]:
     """What a response asks for, and whether it could be read."""
     if tags:
-        return parsing.read(response, LONGEST_ACTION)
-    action, short = parsing.bare(response, LONGEST_ACTION)
+        return parsing.parse_tagged(response, MAX_ACTION_CHARACTERS)
+    action, short = parsing.parse_bare(response, MAX_ACTION_CHARACTERS)
     return action, short and _GRAMMAR.fullmatch(action) is not None
 
 
@@ -135,7 +137,7 @@ class HouseholdEnv:
         self.goal = ""
 
     def parse(self, response: str) -> str:
-        return read_action(response, self.tags)[0]
+        return parse_action(response, self.tags)[0]
 
     def close(self) -> None:
         pass
@@ -144,47 +146,49 @@ class HouseholdEnv:
         room = task.payload
         self.errand = Errand(room["kind"], room["object"], room["target"])
         self.goal = self.errand.text
-        self.inside: dict[str, list[str]] = {place: list(things) for place, things in room["layout"].items()}
-        self.shut = {place for place in self.inside if kind_of(place) in OPENABLE}
+        self.contents: dict[str, list[str]] = {place: list(things) for place, things in room["layout"].items()}
+        self.closed_places = {place for place in self.contents if kind_of(place) in OPENABLE}
         self.seen: set[str] = set()  # receptacles whose content the agent has been shown
-        self.here: str | None = None
-        self.held: str | None = None
+        self.location: str | None = None
+        self.held_object: str | None = None
         self.state: dict[str, set[str]] = {}  # object -> clean, hot, cool
         self.lit = False
         self.won = False
-        self.intro = f"{PHRASES[0]} {listed(self.inside)}."
-        self.journeys = {place: f"go to {place}" for place in self.inside}
-        self.targets = [place for place in self.inside if kind_of(place) == self.errand.target]
-        self.table = self._admissible()
-        return Turn(f"{self.intro} Your task is to: {self.goal}", actions=tuple(self.table), metrics={"won": 0.0})
+        self.intro = f"{PHRASES[0]} {format_list(self.contents)}."
+        self.go_actions = {place: f"go to {place}" for place in self.contents}
+        self.targets = [place for place in self.contents if kind_of(place) == self.errand.target]
+        self.admissible_actions = self._build_actions()
+        return Turn(
+            f"{self.intro} Your task is to: {self.goal}", actions=tuple(self.admissible_actions), metrics={"won": 0.0}
+        )
 
     def step(self, response: str) -> Turn:
-        action, valid = read_action(response, self.tags)
-        move = self.table.get(action) if not self.won else None
+        action, valid = parse_action(response, self.tags)
+        move = self.admissible_actions.get(action) if not self.won else None
         observation = NOTHING
         if move is not None:
             verb, things = move
             observation = verb(self, *things)
             self.won = self._is_won()
-            self.table = self._admissible()
+            self.admissible_actions = self._build_actions()
         metrics = {"won": float(self.won), "format_valid": float(valid), "admissible": float(move is not None)}
         reward = self.reward if self.won and move is not None else 0.0
-        return Turn(observation, reward, self.won, valid=valid, actions=tuple(self.table), metrics=metrics)
+        return Turn(observation, reward, self.won, valid=valid, actions=tuple(self.admissible_actions), metrics=metrics)
 
-    def _admissible(self) -> dict[str, tuple[Callable[..., str], tuple[str, ...]]]:
+    def _build_actions(self) -> dict[str, tuple[Callable[..., str], tuple[str, ...]]]:
         """Every action that would be answered, with what carries it out."""
-        here, held = self.here, self.held
+        here, held = self.location, self.held_object
         table: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-            journey: (_go, (place,)) for place, journey in self.journeys.items() if place != here
+            journey: (_go, (place,)) for place, journey in self.go_actions.items() if place != here
         }
         if here is not None:
             table[f"examine {here}"] = (_examine_place, (here,))
-            if here in self.shut:
+            if here in self.closed_places:
                 table[f"open {here}"] = (_open, (here,))
             else:
                 if kind_of(here) in OPENABLE:
                     table[f"close {here}"] = (_close, (here,))
-                for thing in self.inside[here]:
+                for thing in self.contents[here]:
                     if thing == LAMP:
                         table[f"use {LAMP}"] = (_use, ())
                     elif held is None:
@@ -203,52 +207,57 @@ class HouseholdEnv:
 
     def _is_won(self) -> bool:
         if self.errand.kind == "look_at_obj_in_light":
-            lamp_here = self.here is not None and LAMP in self.inside[self.here]
-            return self.lit and lamp_here and self.held is not None and kind_of(self.held) == self.errand.object
-        there = sum(self.is_done(thing, place, self.errand) for place in self.targets for thing in self.inside[place])
+            lamp_here = self.location is not None and LAMP in self.contents[self.location]
+            return (
+                self.lit
+                and lamp_here
+                and self.held_object is not None
+                and kind_of(self.held_object) == self.errand.object
+            )
+        there = sum(self.is_done(thing, place, self.errand) for place in self.targets for thing in self.contents[place])
         return there >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
 
     def is_done(self, thing: str, place: str, errand: Errand) -> bool:
         """Whether this object lies where the errand wants it, in the state it wants."""
         if kind_of(place) != errand.target or kind_of(thing) != errand.object:
             return False
-        return errand.verb is None or STATE[errand.verb] in self.state.get(thing, ())
+        return errand.verb is None or STATE_AFTER[errand.verb] in self.state.get(thing, ())
 
-    def shown(self, place: str) -> str:
+    def look_at(self, place: str) -> str:
         """What one sees of a receptacle, and remember that it was seen."""
-        if place in self.shut:
+        if place in self.closed_places:
             return f"The {place} is closed."
         self.seen.add(place)
-        things = listed(self.inside[place])
+        things = format_list(self.contents[place])
         if kind_of(place) in OPENABLE:
             return f"The {place} is open. In it, you see {things}."
         return f"On the {place}, you see {things}."
 
 
 def _go(env: HouseholdEnv, place: str) -> str:
-    env.here = place
-    return f"You arrive at {place}. {env.shown(place)}"
+    env.location = place
+    return f"You arrive at {place}. {env.look_at(place)}"
 
 
 def _open(env: HouseholdEnv, place: str) -> str:
-    env.shut.discard(place)
-    return f"You open the {place}. {env.shown(place)}"
+    env.closed_places.discard(place)
+    return f"You open the {place}. {env.look_at(place)}"
 
 
 def _close(env: HouseholdEnv, place: str) -> str:
-    env.shut.add(place)
+    env.closed_places.add(place)
     return f"You close the {place}."
 
 
 def _take(env: HouseholdEnv, thing: str, place: str) -> str:
-    env.inside[place].remove(thing)
-    env.held = thing
+    env.contents[place].remove(thing)
+    env.held_object = thing
     return f"You pick up the {thing} from the {place}."
 
 
 def _move(env: HouseholdEnv, thing: str, place: str) -> str:
-    env.inside[place].append(thing)
-    env.held = None
+    env.contents[place].append(thing)
+    env.held_object = None
     return f"You move the {thing} to the {place}."
 
 
@@ -256,7 +265,7 @@ def _treat(env: HouseholdEnv, verb: str, thing: str, place: str) -> str:
     states = env.state.setdefault(thing, set())
     if verb != "clean":
         states -= {"hot", "cool"}  # a thing is never both
-    states.add(STATE[verb])
+    states.add(STATE_AFTER[verb])
     return f"You {verb} the {thing} using the {place}."
 
 
@@ -266,7 +275,7 @@ def _use(env: HouseholdEnv) -> str:
 
 
 def _examine_place(env: HouseholdEnv, place: str) -> str:
-    return env.shown(place)
+    return env.look_at(place)
 
 
 def _examine_thing(env: HouseholdEnv, thing: str) -> str:
@@ -275,58 +284,58 @@ def _examine_thing(env: HouseholdEnv, thing: str) -> str:
 
 
 def _inventory(env: HouseholdEnv) -> str:
-    return f"You are carrying: a {env.held}." if env.held else "You are not carrying anything."
+    return f"You are carrying: a {env.held_object}." if env.held_object else "You are not carrying anything."
 
 
 def _look(env: HouseholdEnv) -> str:
-    return f"You are facing the {env.here}. Next to it, you see nothing." if env.here else env.intro
+    return f"You are facing the {env.location}. Next to it, you see nothing." if env.location else env.intro
 
 
-def honest_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
+def expert_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
     """The next action of a player who runs this errand and knows only what the episode has shown."""
-    if env.held is None:
-        for place in (place for place in env.inside if place in env.seen):  # in an order that hashing does not decide
-            for thing in env.inside[place]:
+    if env.held_object is None:
+        for place in (place for place in env.contents if place in env.seen):  # in an order that hashing does not decide
+            for thing in env.contents[place]:
                 if kind_of(thing) == errand.object and not env.is_done(thing, place, errand):
                     return _approach(env, place) or f"take {thing} from {place}"
         return _explore(env, errand, random)
-    if kind_of(env.held) != errand.object:  # picked up by mistake
-        place = env.here or random.choice(list(env.inside))
-        return _approach(env, place) or f"move {env.held} to {place}"
+    if kind_of(env.held_object) != errand.object:  # picked up by mistake
+        place = env.location or random.choice(list(env.contents))
+        return _approach(env, place) or f"move {env.held_object} to {place}"
     if errand.kind == "look_at_obj_in_light":
-        lamps = [place for place in env.seen if LAMP in env.inside[place]]
+        lamps = [place for place in env.seen if LAMP in env.contents[place]]
         return (_approach(env, lamps[0]) or f"use {LAMP}") if lamps else _explore(env, errand, random)
-    if errand.verb and STATE[errand.verb] not in env.state.get(env.held, ()):
-        place = _nearest(env, APPLIANCE[errand.verb], random)
-        return f"{errand.verb} {env.held} with {place}" if env.here == place else f"go to {place}"
-    place = _nearest(env, errand.target, random)
-    return _approach(env, place) or f"move {env.held} to {place}"
+    if errand.verb and STATE_AFTER[errand.verb] not in env.state.get(env.held_object, ()):
+        place = _choose_place(env, APPLIANCE[errand.verb], random)
+        return f"{errand.verb} {env.held_object} with {place}" if env.location == place else f"go to {place}"
+    place = _choose_place(env, errand.target, random)
+    return _approach(env, place) or f"move {env.held_object} to {place}"
 
 
-def _nearest(env: HouseholdEnv, kind: str, random: Random) -> str:
-    places = [place for place in env.inside if kind_of(place) == kind]
-    return env.here if env.here in places else random.choice(places)
+def _choose_place(env: HouseholdEnv, kind: str, random: Random) -> str:
+    places = [place for place in env.contents if kind_of(place) == kind]
+    return env.location if env.location in places else random.choice(places)
 
 
 def _approach(env: HouseholdEnv, place: str) -> str | None:
     """The next step towards standing before an open receptacle; None when there."""
-    if env.here != place:
+    if env.location != place:
         return f"go to {place}"
-    return f"open {place}" if place in env.shut else None
+    return f"open {place}" if place in env.closed_places else None
 
 
 def _explore(env: HouseholdEnv, errand: Errand, random: Random) -> str:
     """Open what is before one, else go where one has not been; the target last, for nothing wanted lies there."""
-    unseen = [place for place in env.inside if place not in env.seen]
-    if env.here in unseen:
-        return f"open {env.here}"
+    unseen = [place for place in env.contents if place not in env.seen]
+    if env.location in unseen:
+        return f"open {env.location}"
     elsewhere = [place for place in unseen if kind_of(place) != errand.target]
-    return f"go to {random.choice(elsewhere or unseen or list(env.inside))}"
+    return f"go to {random.choice(elsewhere or unseen or list(env.contents))}"
 
 
 def _digest(thing: Any) -> bytes:
     """A hash that is the same on every machine."""
-    return hashlib.sha256(json.dumps([RULES, thing], sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps([RULES_VERSION, thing], sort_keys=True).encode()).digest()
 
 
 def split_of(layout: dict[str, list[str]]) -> str:
@@ -372,15 +381,15 @@ class Household:
         self.tags, self.reward = tags, reward
         rules = vars(self) | ({"draw": "a kind, then a goal"} if len(self.kinds) > 1 else {})
         digest = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
-        self.fingerprint = f"household-{RULES}-{digest}"
-        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes)
-        self._check()
-        self.goals = {split: self._goals(split) for split in SPLITS}
+        self.fingerprint = f"household-{RULES_VERSION}-{digest}"
+        self.sizes = split_sizes({"train": 4096, "dev": 128, "test": 128}, sizes)
+        self._check_settings()
+        self.goals = {split: self._select_goals(split) for split in SPLITS}
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in SPLITS:
             raise ConfigError("split", split, choices=list(SPLITS))
-        return Draws(self.sizes[split], lambda index: self._draw(split, index))
+        return LazyTasks(self.sizes[split], lambda index: self._draw_task(split, index))
 
     def env(self) -> HouseholdEnv:
         return HouseholdEnv(tags=self.tags, reward=self.reward)
@@ -399,20 +408,20 @@ class Household:
         With probability `noise` it does anything, blunders included; and what it ought to open it walks past with
         probability `shyness`, to anywhere else.
         """
-        action = honest_action(env, env.errand, random)
+        action = expert_action(env, env.errand, random)
         if random.random() < noise:
             strange, missing = random.choice(self.receptacle_types), random.choice(self.object_types)
-            blunders = [f"go to {strange} 1", f"take {missing} 1 from {env.here or f'{strange} 1'}"]
-            action = random.choice([*env.table, *blunders])
+            blunders = [f"go to {strange} 1", f"take {missing} 1 from {env.location or f'{strange} 1'}"]
+            action = random.choice([*env.admissible_actions, *blunders])
         elif action.startswith("open") and random.random() < shyness:
-            action = random.choice([journey for place, journey in env.journeys.items() if place != env.here])
+            action = random.choice([journey for place, journey in env.go_actions.items() if place != env.location])
         return f"<think></think><action>{action}</action>" if self.tags else action
 
-    def _goals(self, split: str) -> dict[str, list[Errand]]:
+    def _select_goals(self, split: str) -> dict[str, list[Errand]]:
         """This split's share of the errands of each kind, in an order that only their hash decides."""
         mine: dict[str, list[Errand]] = {}
         for kind in self.kinds:
-            errands = sorted(self._errands(kind), key=_digest)
+            errands = sorted(self._list_errands(kind), key=_digest)
             share = SPLITS[split]
             part = errands[len(errands) * share.start // 10 : len(errands) * share.stop // 10]
             if not part:
@@ -421,7 +430,7 @@ class Household:
             mine[kind] = part
         return mine
 
-    def _errands(self, kind: str) -> list[Errand]:
+    def _list_errands(self, kind: str) -> list[Errand]:
         verb = Errand(kind, "", "").verb
         objects = [thing for thing in self.object_types if verb is None or thing in KITCHEN]
         if kind == "look_at_obj_in_light":
@@ -429,7 +438,7 @@ class Household:
         targets = [place for place in self.receptacle_types if verb is None or place != APPLIANCE[verb]]
         return [Errand(kind, thing, target) for thing in objects for target in targets]
 
-    def _draw(self, split: str, index: int) -> Task:
+    def _draw_task(self, split: str, index: int) -> Task:
         """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split.
 
         The kind comes first: kinds differ widely in how many goals they have, and the rare are not to be drawn rarely.
@@ -440,14 +449,14 @@ class Household:
             kind = random.choice(self.kinds)
         errand = random.choice(self.goals[split][kind])
         for _ in range(1000):
-            layout = self._layout(errand, random)
+            layout = self._draw_layout(errand, random)
             if layout and split_of(layout) == split:
                 payload = {**errand._asdict(), "layout": layout}
                 return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload=payload)
         remedy = "too few different rooms to split; choose more receptacles, objects or types"
         raise ConfigError("env.make.receptacles", self.receptacles, remedy=remedy)
 
-    def _layout(self, errand: Errand, random: Random) -> dict[str, list[str]]:
+    def _draw_layout(self, errand: Errand, random: Random) -> dict[str, list[str]]:
         """A room in which the errand can be run and is not yet done."""
         light = errand.kind == "look_at_obj_in_light"
         kinds = ([] if light else [errand.target]) + ([APPLIANCE[errand.verb]] if errand.verb else [])
@@ -459,7 +468,7 @@ class Household:
             missing = wanted - sum(kind in pool for kind in kinds)
             kinds = kinds + random.sample(spare, max(0, min(missing, self.receptacles - len(kinds))))
         random.shuffle(kinds)
-        places = _numbered(kinds)
+        places = _number_names(kinds)
         random.shuffle(places)
         layout: dict[str, list[str]] = {place: [] for place in places}
         elsewhere = [place for place in places if kind_of(place) != errand.target]
@@ -468,13 +477,13 @@ class Household:
         own = [errand.object] * (2 if errand.kind == "pick_two_obj_and_place" else 1)
         others = [kind for kind in self.object_types if kind != errand.object]
         strangers = random.choices(others, k=self.objects - len(own)) if others else []
-        for thing in _numbered([*own, *strangers]):
+        for thing in _number_names([*own, *strangers]):
             layout[random.choice(elsewhere if kind_of(thing) == errand.object else places)].append(thing)
         if light:
             layout[random.choice(places)].append(LAMP)
         return layout
 
-    def _check(self) -> None:
+    def _check_settings(self) -> None:
         """Refuse knobs that make no room, before any room is made."""
         for field, given, choices in (
             ("kinds", self.kinds, list(GOALS)),
@@ -498,7 +507,7 @@ class Household:
                 raise ConfigError(f"env.make.{field}", number, remedy=f"choose {least} to {most}")
 
 
-def _numbered(kinds: Iterable[str]) -> list[str]:
+def _number_names(kinds: Iterable[str]) -> list[str]:
     """Give each thing its number within its type: mug 1, mug 2, book 1."""
     count: dict[str, int] = {}
     names = []

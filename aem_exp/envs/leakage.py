@@ -14,43 +14,43 @@ from typing import Any, Final
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Task
 
-MOST: Final = 128  # training tasks that are looked at, where they are made when asked for
-AIMED: Final = 16  # tasks of a panel whose seeds are looked for among the others
-LEAST: Final = 8  # games that must be told apart before any is said to be the same
+MAX_TRAIN_TASKS: Final = 128  # training tasks that are looked at, where they are made when asked for
+PROBED_PANEL_TASKS: Final = 16  # tasks of a panel whose seeds are looked for among the others
+MIN_GAMES: Final = 8  # games that must be told apart before any is said to be the same
 
 
-def looked_at(train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> list[int]:
+def select_indices(train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> list[int]:
     """Which training tasks to compare: all of a list; else the first, the last, some between, and those of a panel's seeds."""
     size = len(train)
-    if size <= MOST or isinstance(train, list | tuple):
+    if size <= MAX_TRAIN_TASKS or isinstance(train, list | tuple):
         return list(range(size))
-    ends = [*range(MOST // 2), *range(size - MOST // 4, size)]
-    between = range(0, size, size // (MOST // 4))
+    ends = [*range(MAX_TRAIN_TASKS // 2), *range(size - MAX_TRAIN_TASKS // 4, size)]
+    between = range(0, size, size // (MAX_TRAIN_TASKS // 4))
     first = getattr(train[0], "seed", 0)
-    aimed = [task.seed - first for held_out in panels.values() for task in held_out[:AIMED]]
+    aimed = [task.seed - first for held_out in panels.values() for task in held_out[:PROBED_PANEL_TASKS]]
     return list(dict.fromkeys([*ends, *between, *(index for index in aimed if 0 <= index < size)]))
 
 
-def refuse_shared(env: str, train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> None:
+def check_shared_tasks(env: str, train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> None:
     """Compare training tasks with those of panels by what they say.
 
     Raises:
         ConfigError: one is in both.
     """
-    known = {_text(task, task.id): task for task in train}
-    seeds = {_text(task): task for task in train} if len({task.seed for task in train}) > 1 else {}
+    known = {_task_key(task, task.id): task for task in train}
+    seeds = {_task_key(task): task for task in train} if len({task.seed for task in train}) > 1 else {}
     for split, held_out in panels.items():
         for task in held_out:
-            if _text(task, task.id) in known:
+            if _task_key(task, task.id) in known:
                 raise ConfigError(f"env {env}", task.id, f"is a task of train and of the panel {split}")
-            if twin := seeds.get(_text(task)):
+            if twin := seeds.get(_task_key(task)):
                 remedy = f"seed, kind and payload are those of {twin.id}, a task of train, so it is the same game"
                 raise ConfigError(
                     f"env {env}", task.id, f"of the panel {split}: {remedy}; give each split its own seeds"
                 )
 
 
-def refuse_alike(
+def check_identical_games(
     env: str, train: Mapping[str, tuple[Any, ...]], panels: Mapping[str, Mapping[str, tuple[Any, ...]]]
 ) -> None:
     """Compare them by how they played: task id -> what was seen and said.
@@ -59,7 +59,7 @@ def refuse_alike(
         ConfigError: half of the games of a panel or more are those of training tasks.
     """
     known = {played: name for name, played in train.items()}
-    if len(train) < LEAST or len(known) < len(train):
+    if len(train) < MIN_GAMES or len(known) < len(train):
         return
     for split, held_out in panels.items():
         twins = [(name, known[played]) for name, played in held_out.items() if played in known]
@@ -69,5 +69,5 @@ def refuse_alike(
             raise ConfigError(f"env {env}", twins[0][0], f"{told}; {share}, under other ids and seeds")
 
 
-def _text(task: Task, name: str = "") -> str:
+def _task_key(task: Task, name: str = "") -> str:
     return json.dumps([name, task.seed, task.kind, task.payload], sort_keys=True)

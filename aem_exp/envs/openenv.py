@@ -8,14 +8,14 @@ import urllib.request
 from importlib.util import find_spec
 from typing import Any, Final
 
-from aem_exp.core.errors import ConfigError, Elsewhere, Missing
-from aem_exp.core.extras import install
-from aem_exp.envs.adapter import ForeignEnv, ForeignWorld
+from aem_exp.core.errors import ConfigError, MissingOnThisMachine, MissingResource
+from aem_exp.core.extras import install_command
+from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
-PATIENCE: Final = 10.0  # seconds for a server to tell what it is
+METADATA_SECONDS: Final = 10.0  # seconds for a server to tell what it is
 
 
-class OpenEnvEnv(ForeignEnv):
+class OpenEnvEnv(AdapterEnv):
     def __init__(self, world: "OpenEnv"):
         from openenv.core.generic_client import GenericEnvClient
 
@@ -23,10 +23,10 @@ class OpenEnvEnv(ForeignEnv):
         self._fields = world.action_field, world.observation_field
         self._session = GenericEnvClient(base_url=world.base_url, message_timeout_s=world.seconds).sync()
 
-    def begin(self, seed: int) -> str:
+    def start_game(self, seed: int) -> str:
         return self._text(self._session.reset(seed=seed).observation)
 
-    def act(self, action: Any) -> tuple[str, float, bool, bool]:
+    def apply_action(self, action: Any) -> tuple[str, float, bool, bool]:
         result = self._session.step({self._fields[0]: action})
         return self._text(result.observation), float(result.reward or 0.0), bool(result.done), False
 
@@ -41,7 +41,7 @@ class OpenEnvEnv(ForeignEnv):
         return str(observation[self._fields[1]])
 
 
-class OpenEnv(ForeignWorld):
+class OpenEnv(AdapterWorld):
     """Games of a server, each a seed, which the server must honour.
 
     Args:
@@ -73,10 +73,12 @@ class OpenEnv(ForeignWorld):
     ):
         super().__init__(actions, goal, wins, tags, reward, sizes)
         if find_spec("openenv") is None:
-            raise Missing("env.make.base_url", base_url, f"needs OpenEnv's client: {install('openenv')}")
+            raise MissingResource(
+                "env.make.base_url", base_url, f"needs OpenEnv's client: {install_command('openenv')}"
+            )
         self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
         self.seconds = seconds
-        told = [self._asked("/metadata"), self._asked("/schema")]
+        told = [self._request_json("/metadata"), self._request_json("/schema")]
         action = (told[1] or {}).get("action") if isinstance(told[1], dict) else None
         known = action.get("properties") if isinstance(action, dict) else None
         if known and action_field not in known:
@@ -87,15 +89,15 @@ class OpenEnv(ForeignWorld):
     def env(self) -> OpenEnvEnv:
         return OpenEnvEnv(self)
 
-    def _asked(self, path: str) -> Any:
+    def _request_json(self, path: str) -> Any:
         """What the server says of itself."""
         try:
-            with urllib.request.urlopen(self.base_url + path, timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(self.base_url + path, timeout=METADATA_SECONDS) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
                 return None
             why = getattr(error, "reason", None) or repr(error)
-            raise Elsewhere(
+            raise MissingOnThisMachine(
                 "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
             ) from error

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from aem_exp.config.schema import Experiment
 from aem_exp.config.targets import instantiate
 from aem_exp.core.errors import ConfigError
-from aem_exp.core.user_code import blaming
+from aem_exp.core.user_code import wrap_call_errors
 from aem_exp.envs import World
 from aem_exp.envs.panel import ENV_TARGET
 
@@ -18,10 +18,10 @@ def open_world(experiment: Experiment) -> World:
     """
     make = experiment.env.make
     path = make["_target_"]
-    with blaming(ENV_TARGET, path, "making it"):
+    with wrap_call_errors(ENV_TARGET, path, "making it"):
         world: World = instantiate(make)
     for name in ("fingerprint", "splits", "tasks", "env"):
-        with blaming(ENV_TARGET, path, name):
+        with wrap_call_errors(ENV_TARGET, path, name):
             there = hasattr(world, name)
         if not there:
             raise ConfigError(ENV_TARGET, path, f"has no {name}, which aem_exp.envs.World asks for")

@@ -8,9 +8,9 @@ from hashlib import sha256
 from typing import Any
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.core.user_code import blaming, demanding
+from aem_exp.core.user_code import wrap_call_errors, wrap_result_errors
 from aem_exp.envs import Task, World
-from aem_exp.envs.executor import plain
+from aem_exp.envs.executor import serialize_task
 
 ENV_TARGET = "env.make._target_"
 
@@ -54,10 +54,10 @@ def list_tasks(world: World, split: str) -> Sequence[Task]:
         ConfigError: the world has something else.
     """
     path, call = world_path(world), f"tasks({split!r})"
-    with blaming(ENV_TARGET, path, call, world.tasks):
+    with wrap_call_errors(ENV_TARGET, path, call, world.tasks):
         tasks: Any = world.tasks(split)
     if isinstance(tasks, str | Mapping) or not (hasattr(tasks, "__len__") and hasattr(tasks, "__getitem__")):
-        remedy = f"{call} must return a list of tasks, or aem_exp.envs.Draws, not a {type(tasks).__name__}"
+        remedy = f"{call} must return a list of tasks, or aem_exp.envs.LazyTasks, not a {type(tasks).__name__}"
         raise ConfigError(ENV_TARGET, path, remedy)
     return tasks
 
@@ -69,17 +69,17 @@ def select_tasks(world: World, split: str, tasks: Sequence[Task], chosen: Iterab
         ConfigError: they cannot be made, or are none.
     """
     path, call = world_path(world), f"tasks({split!r})"
-    with blaming(ENV_TARGET, path, call, world.tasks):
+    with wrap_call_errors(ENV_TARGET, path, call, world.tasks):
         found = [tasks[index] for index in chosen]
     for task in found:
         if not isinstance(task, Task):
             remedy = f"{call} must hold aem_exp.envs.Task, not {type(task).__name__}"
             raise ConfigError(ENV_TARGET, path, remedy)
-        with demanding(ENV_TARGET, path, world.tasks, f"{call}: "):
+        with wrap_result_errors(ENV_TARGET, path, world.tasks, f"{call}: "):
             for what, kind in (("id", str), ("seed", int), ("kind", str)):
                 if not isinstance(value := getattr(task, what), kind):
                     raise TypeError(f"the {what} of a task must be a {kind.__name__}, not {type(value).__name__}")
-            plain(task)
+            serialize_task(task)
     return found
 
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Final
 
-from aem_exp.core.errors import ConfigError, Missing, unknown
-from aem_exp.envs import Draws, Task
+from aem_exp.core.errors import ConfigError, MissingResource, unknown_key_error
+from aem_exp.envs import LazyTasks, Task
 from aem_exp.envs.swe import rows
-from aem_exp.envs.swe.rows import Instance, Rows, instance
+from aem_exp.envs.swe.rows import Instance, Rows, parse_instance
 from aem_exp.envs.swe.world import Repositories
 from aem_exp.sandboxes import Backend
 
-TRAIN: Final = "R2E-Gym/R2E-Gym-Subset"
-TEST: Final = "SWE-bench/SWE-bench_Verified"
-DEV: Final = 100
+TRAIN_DATASET: Final = "R2E-Gym/R2E-Gym-Subset"
+TEST_DATASET: Final = "SWE-bench/SWE-bench_Verified"
+DEV_ROWS: Final = 100
 
 
 class SWEBench(Repositories):
@@ -33,11 +33,11 @@ class SWEBench(Repositories):
     def __init__(
         self,
         sandbox: Backend,
-        train: str = TRAIN,
-        test: str = TEST,
+        train: str = TRAIN_DATASET,
+        test: str = TEST_DATASET,
         train_revision: str | None = None,
         test_revision: str | None = None,
-        dev: int = DEV,
+        dev: int = DEV_ROWS,
         sizes: dict[str, int] | None = None,
         limits: dict[str, int] | None = None,
         turns: int = 50,
@@ -47,22 +47,22 @@ class SWEBench(Repositories):
         reward: float = 1.0,
     ):
         super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
-        self._rows, self._chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
-        for split, indices in self._chosen.items():
+        self._rows, self._indices = _choose_rows(train, test, train_revision, test_revision, dev, sizes)
+        for split, indices in self._indices.items():
             (first,) = self._rows[split].images(indices[:1])
             if why := sandbox.lacks(first):
-                raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
-        names = {split: [self._rows[split].ids[i] for i in indices] for split, indices in self._chosen.items()}
+                raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        names = {split: [self._rows[split].ids[i] for i in indices] for split, indices in self._indices.items()}
         self.fingerprint = f"swebench-{self._digest(names, train_revision, test_revision)}"
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
             raise ConfigError("split", split, choices=self.splits)
-        return Draws(len(self._chosen[split]), lambda index: self._task(split, self._chosen[split][index]))
+        return LazyTasks(len(self._indices[split]), lambda index: self._task(split, self._indices[split][index]))
 
     def instance(self, task: Task) -> Instance:
         split, row = task.payload["split"], task.payload["row"]
-        found = instance(self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        found = parse_instance(self._rows[split][row], f"{self._rows[split].source}, row {row}")
         return replace(found, id=task.id)
 
     @classmethod
@@ -70,20 +70,20 @@ class SWEBench(Repositories):
         cls,
         say: Callable[[str], None],
         sandbox: Backend,
-        train: str = TRAIN,
-        test: str = TEST,
+        train: str = TRAIN_DATASET,
+        test: str = TEST_DATASET,
         train_revision: str | None = None,
         test_revision: str | None = None,
-        dev: int = DEV,
+        dev: int = DEV_ROWS,
         sizes: dict[str, int] | None = None,
         **_: Any,
     ) -> None:
         """Fetch rows, then the images of all tasks that there are; asked again, go on."""
         if why := sandbox.missing():
-            raise Missing("env.make.sandbox", type(sandbox).__name__.lower(), why)
+            raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
         rows.fetch(train, "train", train_revision, "env.make.train", say)
         rows.fetch(test, "test", test_revision, "env.make.test", say)
-        tables, chosen = _chosen(train, test, train_revision, test_revision, dev, sizes)
+        tables, chosen = _choose_rows(train, test, train_revision, test_revision, dev, sizes)
         images = dict.fromkeys(name for split, indices in chosen.items() for name in tables[split].images(indices))
         missing = [image for image in images if sandbox.lacks(image)]
         say(
@@ -92,11 +92,11 @@ class SWEBench(Repositories):
         sandbox.prepare(missing, say)
 
     def _task(self, split: str, row: int) -> Task:
-        found = instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        found = parse_instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
         return Task(found.id, kind=found.kind, payload={"split": split, "row": row, "sha256": rows.digest(data)})
 
 
-def _chosen(
+def _choose_rows(
     train: str,
     test: str,
     train_revision: str | None,
@@ -107,19 +107,19 @@ def _chosen(
     """The data set of each split, and which of its rows are tasks; `dev` comes out of train."""
     training = Rows(train, "train", train_revision, "env.make.train")
     final = Rows(test, "test", test_revision, "env.make.test")
-    order, tests = _by_hash(training.ids), _by_hash(final.ids)
+    order, tests = _order_by_hash(training.ids), _order_by_hash(final.ids)
     if not 1 <= dev < len(order):
         raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
     chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}
     for split, size in (sizes or {}).items():
         if split not in chosen:
-            raise unknown(f"env.make.sizes.{split}", size, chosen)
+            raise unknown_key_error(f"env.make.sizes.{split}", size, chosen)
         if not 1 <= size <= len(chosen[split]):
             raise ConfigError(f"env.make.sizes.{split}", size, f"choose 1 to {len(chosen[split])}")
         chosen[split] = chosen[split][:size]
     return {"train": training, "dev": training, "test": final}, {split: sorted(rows) for split, rows in chosen.items()}
 
 
-def _by_hash(ids: Sequence[str]) -> list[int]:
+def _order_by_hash(ids: Sequence[str]) -> list[int]:
     """Rows in an order that depends on nothing but their names."""
     return sorted(range(len(ids)), key=lambda row: sha256(ids[row].encode()).digest())

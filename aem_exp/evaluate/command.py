@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING
 
 from aem_exp.config import ConfigError
 from aem_exp.core import cli
-from aem_exp.evaluate.evaluation import Exam, sit
-from aem_exp.evaluate.request import PLAYERS, UNTRAINED, _at_path, asked_by, asking, points_at_run, setting
+from aem_exp.evaluate.evaluation import EvaluationSetup, evaluate_agent
+from aem_exp.evaluate.request import (
+    AGENTS,
+    UNTRAINED,
+    _model_path_overrides,
+    build_parser,
+    is_run_dir,
+    parse_target_arguments,
+    prepare_evaluation,
+)
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
@@ -38,38 +46,38 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
-    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
-    parser = asking("python -m aem_exp.evaluate", ABOUT)
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser("python -m aem_exp.evaluate", ABOUT)
     parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
     parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
     parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
     parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
-    parser.add_argument("--only", action="append", choices=PLAYERS, help="leave the other rows out (may be repeated)")
-    asked = asked_by(parser, argv, ("repeats", "tasks", "at_once"))
+    parser.add_argument("--only", action="append", choices=AGENTS, help="leave the other rows out (may be repeated)")
+    asked = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
     if asked.temperature is not None and not 0 < asked.temperature < math.inf:
         remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
         raise ConfigError("--temperature", asked.temperature, remedy)
     return asked
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run_command(asked: argparse.Namespace) -> int:
     from aem_exp.core import console
 
-    console.quiet()
-    cli.reach(asked.config_dir, [asked.target] if points_at_run(asked.target) else [], asked.trust)
-    from aem_exp.evaluate.display import Line, show
-    from aem_exp.rollout.sampling.vllm_client import Unheld
+    console.silence_libraries()
+    cli.add_user_modules(asked.config_dir, [asked.target] if is_run_dir(asked.target) else [], asked.trust)
+    from aem_exp.evaluate.display import ProgressLine, print_results
+    from aem_exp.rollout.sampling.vllm_client import WrongWeights
 
-    with Line() as line:
-        exam, players, left_out = setting(asked)
+    with ProgressLine() as line:
+        exam, players, left_out = prepare_evaluation(asked)
         found = {}
         for player in players:
             try:
-                found[player.name] = sit(exam, player, line)
-            except Unheld as why:
+                found[player.name] = evaluate_agent(exam, player, line)
+            except WrongWeights as why:
                 if player.name != UNTRAINED or asked.only:
                     raise
                 left_out[UNTRAINED] = str(why)
@@ -80,11 +88,11 @@ def _act(asked: argparse.Namespace) -> int:
     tasks = f"{len(exam.panel.tasks)} tasks x {exam.repeats}, temperature {exam.temperature:g}"
     title = f"success on the panel {exam.panel.name} ({exam.panel.hash}) of {exam.experiment.env.name}: {tasks}"
     facts = [("result", str(folder / RESULT)) for folder, _ in found.values()][:1]
-    show(title, results, left_out, [*facts, ("next", _next(asked, exam))])
+    print_results(title, results, left_out, [*facts, ("next", _suggest_next_command(asked, exam))])
     return 0
 
 
-def _next(asked: argparse.Namespace, exam: Exam) -> str:
+def _suggest_next_command(asked: argparse.Namespace, exam: EvaluationSetup) -> str:
     """The command that most likely comes next."""
     own = ["--config-dir", asked.config_dir] if asked.config_dir else []
     if exam.repeats == 1:
@@ -92,10 +100,10 @@ def _next(asked: argparse.Namespace, exam: Exam) -> str:
         return shlex.join(
             ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
         )
-    if points_at_run(asked.target):
+    if is_run_dir(asked.target):
         steps = 2 * exam.experiment.trainer["steps"]
         return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
-    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_at_path(asked.target), *own])
+    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_model_path_overrides(asked.target), *own])
 
 
 # What is asked for.

@@ -11,16 +11,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from aem_exp.core.console import EVERY, clock, heard
+from aem_exp.core.console import PRINT_SECONDS, format_duration, forward_log
 
-OFTEN = 0.1  # seconds between two looks at the tokens of a turn
+REFRESH_SECONDS = 0.1  # seconds between two looks at the tokens of a turn
 Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says
 
 
-class Line:
+class ProgressLine:
     """Where the playing is, on stderr: a live line, or plain lines where there is no terminal. A context manager."""
 
-    def __init__(self, console: Console | None = None, every: float = EVERY) -> None:
+    def __init__(self, console: Console | None = None, every: float = PRINT_SECONDS) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         what = TextColumn("{task.description}", markup=False)
         count = TextColumn("{task.fields[count]}", markup=False)
@@ -32,7 +32,7 @@ class Line:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
-        self.open.enter_context(heard(self.say, self.warn))
+        self.open.enter_context(forward_log(self.show_stage, self.warn))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,9 +40,9 @@ class Line:
         if self.console.is_terminal:
             self.bar.stop()
 
-    def say(self, stage: str) -> None:
+    def show_stage(self, stage: str) -> None:
         """Show what is at work before episodes are played."""
-        self._forget()
+        self._remove_task()
         if self.console.is_terminal:
             self.task = self.bar.add_task(f"{stage} …", total=None, count="")
         else:
@@ -52,72 +52,72 @@ class Line:
         """Show a sentence that stays."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
 
-    def begin(self, player: str, done: int, episodes: int, max_turns: int) -> None:
+    def start_agent(self, player: str, done: int, episodes: int, max_turns: int) -> None:
         """Show that a player has played `done` of its episodes."""
-        self._forget()
+        self._remove_task()
         self.task = self.bar.add_task(player, total=episodes, completed=done, count="")
         self.max_turns, self.over, self.slots = max_turns, done, dict[int, int]()
-        self.part(done, 0)
+        self.start_chunk(done, 0)
 
-    def part(self, done: int, size: int) -> None:
+    def start_chunk(self, done: int, size: int) -> None:
         """Show that the `size` episodes after `done` are being played."""
         self.done, self.size, self.turns, self.tokens = done, size, 0, 0
-        self._show(done)
+        self._refresh(done)
 
     def turn(self, live: int) -> None:
         """Show that `live` episodes of the part have played another turn; none of them needs more than all the rest."""
         self.turns, self.live, self.tokens = self.turns + 1, live, 0
-        self._show(self._played())
+        self._refresh(self._episodes_played())
 
     def token(self, count: int) -> None:
         """Show that the turn at hand has so many tokens."""
         self.tokens = count
-        if time.monotonic() - self.shown >= OFTEN:
-            self._show(self._played())
+        if time.monotonic() - self.shown >= REFRESH_SECONDS:
+            self._refresh(self._episodes_played())
 
-    def _played(self) -> float:
+    def _episodes_played(self) -> float:
         """How many episodes have been played, parts of episodes included."""
         live = self.live if self.turns else self.size
         return self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns))
 
-    def alone(self, slot: int, turn: int) -> None:
+    def slot_turn(self, slot: int, turn: int) -> None:
         """Show that the episode in a slot has played this turn; what was in it before the first has ended."""
         self.over += turn == 1 and slot in self.slots
         self.slots[slot] = turn
-        self._show(self.over + sum(min(1.0, t / self.max_turns) for t in list(self.slots.values())))
+        self._refresh(self.over + sum(min(1.0, t / self.max_turns) for t in list(self.slots.values())))
 
-    def _show(self, done: float) -> None:
+    def _refresh(self, done: float) -> None:
         done = max(done, self.over)
         task = self.bar.tasks[-1]
-        count = f"{int(done)}/{task.total} episodes{self._turn()}"
+        count = f"{int(done)}/{task.total} episodes{self._format_turn()}"
         self.shown = time.monotonic()
         self.bar.update(self.task, completed=done, count=count)
         if not self.console.is_terminal and time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
-            left = f"  {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
+            left = f"  {format_duration(task.time_remaining)} left" if task.time_remaining is not None else ""
             self.console.print(f"{task.description} {count}{left}", markup=False)
 
-    def _turn(self) -> str:
+    def _format_turn(self) -> str:
         """The turn at hand, where all play it together, and its tokens."""
         if self.slots or not self.size or self.turns >= self.max_turns or not (self.turns or self.tokens):
             return ""
         tokens = f", {self.tokens} tokens" if self.tokens else ""
         return f", turn {self.turns + 1}/{self.max_turns}{tokens}"
 
-    def _forget(self) -> None:
+    def _remove_task(self) -> None:
         if self.task is not None:
             self.bar.remove_task(self.task)
             self.task = None
 
 
-def show(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
+def print_results(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
     """Print who reached what, per kind too where there are several, why a player is missing, and where it is kept."""
     console = Console(highlight=False)
     console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
-    console.print(_scores(results))
+    console.print(_score_table(results))
     if len(kinds := next(iter(results.values()))["by_kind"]) > 1:
         console.print()
-        console.print(_kinds(kinds, results))
+        console.print(_kind_table(kinds, results))
     console.print()
     for name, text in [*_notes(results), *((f"no {player}", why) for player, why in left_out.items()), *facts]:
         console.print(f"  [bold]{name:<10}[/bold]", end="")
@@ -136,7 +136,7 @@ def _notes(results: Results) -> list[tuple[str, str]]:
     return [("ended", "; ".join(ended)), *crashed]
 
 
-def _scores(results: Results) -> Table:
+def _score_table(results: Results) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     k = next(iter(results.values()))["repeats"]
     several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
@@ -157,7 +157,7 @@ def _scores(results: Results) -> Table:
     return table
 
 
-def _kinds(kinds: Mapping[str, float], results: Results) -> Table:
+def _kind_table(kinds: Mapping[str, float], results: Results) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("success by kind", "tasks", *results):
         table.add_column(heading, header_style="bold", justify="left" if heading.startswith("success") else "right")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aem_exp.config import Env, Experiment
 from aem_exp.core import disk
-from aem_exp.core.errors import Stop
+from aem_exp.core.errors import RunError
 from aem_exp.envs import World
 from aem_exp.envs.panel import Panel
 from aem_exp.rundir import RESULT
@@ -25,22 +25,22 @@ from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
 
 if TYPE_CHECKING:
-    from aem_exp.evaluate.agents import Player
-    from aem_exp.evaluate.display import Line
+    from aem_exp.evaluate.agents import Agent
+    from aem_exp.evaluate.display import ProgressLine
     from aem_exp.rollout.types import Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
 
 
-def play(
+def play_panel(
     panel: Panel, play: Callable[[Sequence["Episode"]], list["Trajectory"]], repeats: int = 1, at_once: int = 256
 ) -> list["Trajectory"]:
     """Play every task of the panel `repeats` times, `at_once` episodes at a time (this bounds memory)."""
-    wanted = episodes(panel, repeats)
+    wanted = list_episodes(panel, repeats)
     return [t for start in range(0, len(wanted), at_once) for t in play(wanted[start : start + at_once])]
 
 
-def episodes(panel: Panel, repeats: int) -> list["Episode"]:
+def list_episodes(panel: Panel, repeats: int) -> list["Episode"]:
     """What is to be played, in the order of the panel."""
     from aem_exp.rollout.types import Episode
 
@@ -51,15 +51,15 @@ def episodes(panel: Panel, repeats: int) -> list["Episode"]:
     ]
 
 
-def score(panel: Panel, played: Sequence["Trajectory"]) -> Score:
+def score_panel(panel: Panel, played: Sequence["Trajectory"]) -> Score:
     """Summarise; a partial panel is refused, not averaged."""
-    from aem_exp.rundir.episodes import record
+    from aem_exp.rundir.episodes import build_record
 
     assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
-    return scores.score(panel.name, panel.hash, [_outcome(record(0, panel.name, t, True)) for t in played])
+    return scores.score_panel(panel.name, panel.hash, [_outcome(build_record(0, panel.name, t, True)) for t in played])
 
 
-def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
+def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
     """Refuse what has no score, and warn of what makes a score say little.
 
     Raises:
@@ -70,8 +70,8 @@ def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
     begun = [t for t in played if t.responses and t.ended != CRASHED]
     if begun and not any("won" in t.responses[-1].metrics for t in begun):
         told = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
-        raise Stop(f"{told}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
-    if _one_game(begun):
+        raise RunError(f"{told}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
+    if _is_one_game(begun):
         log.warning(
             "all games of the panel %s begin alike and answer alike; where a task's seed changes nothing, none is held out",
             panel.name,
@@ -81,7 +81,7 @@ def heed(panel: Panel, played: Sequence["Trajectory"]) -> None:
         log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
 
 
-def _one_game(begun: Sequence["Trajectory"]) -> bool:
+def _is_one_game(begun: Sequence["Trajectory"]) -> bool:
     """Whether games of different tasks begin alike, and answered alike wherever the same was said.
 
     In a game of guessing they begin alike, and then answer differently. Where no two players said the same, nothing is known.
@@ -109,7 +109,7 @@ def _one_game(begun: Sequence["Trajectory"]) -> bool:
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSetup:
     """What the players of an evaluation share. `out`: the folder that keeps their `evaluations/`."""
 
     experiment: Experiment
@@ -121,11 +121,11 @@ class Exam:
     out: Path
 
 
-def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any]]:
+def evaluate_agent(exam: EvaluationSetup, player: "Agent", line: "ProgressLine") -> tuple[Path, dict[str, Any]]:
     """The folder of a player's exam and what its `result.json` says; what is not played yet is played first."""
     identity = {
         "player": player.name,
-        "env": rules(exam.experiment),
+        "env": env_rules(exam.experiment),
         "world": exam.world.fingerprint,
         "panel": [exam.panel.name, exam.panel.hash],
         "repeats": exam.repeats,
@@ -135,28 +135,28 @@ def sit(exam: Exam, player: "Player", line: "Line") -> tuple[Path, dict[str, Any
         **({"bf16": True} if player.model and exam.experiment.trainer.get("bf16") else {}),
     }
     heat = f"-T{exam.temperature:g}" if player.model else ""
-    name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{digest(identity)}-k{exam.repeats}{heat}-{player.name}"
+    name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{hash_identity(identity)}-k{exam.repeats}{heat}-{player.name}"
     folder = exam.out / "evaluations" / name
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
-        with alone(folder, line):
+        with lock_folder(folder, line):
             if not (folder / RESULT).exists():
-                _play(exam, player, folder, identity, line)
-    return folder, disk.read(folder / RESULT, "success")
+                _play_remaining(exam, player, folder, identity, line)
+    return folder, disk.read_json(folder / RESULT, "success")
 
 
-def rules(experiment: Experiment) -> dict[str, Any]:
+def env_rules(experiment: Experiment) -> dict[str, Any]:
     """The rules of play; neutral ones are left out, so that a new rule orphans no result."""
     neutral = asdict(Env())
     return {key: value for key, value in asdict(experiment.env).items() if key != "name" and value != neutral[key]}
 
 
-def digest(identity: dict[str, Any]) -> str:
+def hash_identity(identity: dict[str, Any]) -> str:
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
-def alone(folder: Path, line: "Line") -> Iterator[None]:
+def lock_folder(folder: Path, line: "ProgressLine") -> Iterator[None]:
     """One process at a time; whoever comes second waits, and finds the result."""
     from filelock import FileLock, Timeout
 
@@ -164,7 +164,7 @@ def alone(folder: Path, line: "Line") -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        line.say(f"another process is at {folder.name}; waiting for it")
+        line.show_stage(f"another process is at {folder.name}; waiting for it")
         lock.acquire()
     try:
         yield
@@ -172,55 +172,57 @@ def alone(folder: Path, line: "Line") -> Iterator[None]:
         lock.release()
 
 
-def _play(exam: Exam, player: "Player", folder: Path, identity: dict[str, Any], line: "Line") -> None:
+def _play_remaining(
+    exam: EvaluationSetup, player: "Agent", folder: Path, identity: dict[str, Any], line: "ProgressLine"
+) -> None:
     """Play what is not on disk yet, part by part; then join the parts, write the result, and forget them, in this order."""
     import pyarrow.parquet
 
     from aem_exp.evaluate import agents
-    from aem_exp.rundir.episodes import Episodes, record
+    from aem_exp.rundir.episodes import EpisodeWriter, build_record
 
     def keep(part: Sequence["Trajectory"]) -> None:
-        heed(exam.panel, part)
-        kept.add([_known(record(player.steps, exam.panel.name, t, True), player) for t in part])
+        check_results(exam.panel, part)
+        kept.add([_clear_model_fields(build_record(player.steps, exam.panel.name, t, True), player) for t in part])
         kept.write(done)
 
-    wanted = episodes(exam.panel, exam.repeats)
-    kept = Episodes(folder, len(wanted))  # a part is named by how many episodes come before it
+    wanted = list_episodes(exam.panel, exam.repeats)
+    kept = EpisodeWriter(folder, len(wanted))  # a part is named by how many episodes come before it
     if lost := kept.drop_damaged():
         log.warning("%s of %s is damaged: what it held, and what followed, is played again", lost.name, folder)
     done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
     if done < len(wanted):
-        line.say(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
+        line.show_stage(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
         with (
-            agents.at(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
+            agents.open_agent(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
             closing(plays(wanted[done:])) as played,
         ):
-            line.begin(player.name, done, len(wanted), exam.experiment.env.max_turns)
+            line.start_agent(player.name, done, len(wanted), exam.experiment.env.max_turns)
             while done < len(wanted):
-                line.part(done, min(exam.at_once, len(wanted) - done))
+                line.start_chunk(done, min(exam.at_once, len(wanted) - done))
                 part: list[Trajectory] = []
                 try:
                     for trajectory in islice(played, exam.at_once):
                         part.append(trajectory)
                 except BaseException:  # what was played before stays
                     if part:
-                        with suppress(Stop):
+                        with suppress(RunError):
                             keep(part)
                     raise
                 keep(part)
                 done += len(part)
-            line.part(len(wanted), 0)
-    result = _result(exam, player, kept.finish()) | {"identity": identity}
-    disk.write(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    kept.forget()
+            line.start_chunk(len(wanted), 0)
+    result = _build_result(exam, player, kept.finish()) | {"identity": identity}
+    disk.write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    kept.remove_parts()
 
 
-def _known(record: dict[str, Any], player: "Player") -> dict[str, Any]:
+def _clear_model_fields(record: dict[str, Any], player: "Agent") -> dict[str, Any]:
     """A record without the tokens and entropies that only a model has."""
     return record if player.model else record | {"tokens": None, "response_entropy": None}
 
 
-def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
+def _build_result(exam: EvaluationSetup, player: "Agent", file: Path) -> dict[str, Any]:
     """What the episodes of a player add up to."""
     import pyarrow.parquet
 
@@ -231,11 +233,11 @@ def _result(exam: Exam, player: "Player", file: Path) -> dict[str, Any]:
     rows = pyarrow.parquet.ParquetFile(file).read([*columns, *said]).to_pylist()
     outcomes = [_outcome(row) for row in rows]
     found = scores.statistics(outcomes, exam.repeats)
-    total = scores.score(exam.panel.name, exam.panel.hash, outcomes)
+    total = scores.score_panel(exam.panel.name, exam.panel.hash, outcomes)
     return {
         "player": player.name,
         **asdict(total),
-        "interval": scores.wilson(total.success, found["effective_episodes"]),
+        "interval": scores.wilson_interval(total.success, found["effective_episodes"]),
         **found,
         "errors": sorted({row["error"] for row in rows if row["error"]})[:10],
         "temperature": exam.temperature if player.model else None,

@@ -13,28 +13,31 @@ from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
-from aem_exp.evaluate.evaluation import Exam, digest, rules
+from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
-    from aem_exp.evaluate.agents import Player
+    from aem_exp.evaluate.agents import Agent
 
 POLICY, UNTRAINED = "policy", "untrained"
 
 
-PLAYERS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
+AGENTS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
 
 
-KEYS = {"run": ("env", "model", "launch", "outputs"), "model": ("env", "model", "launch", "experiment", "outputs")}
+OVERRIDABLE_GROUPS = {
+    "run": ("env", "model", "launch", "outputs"),
+    "model": ("env", "model", "launch", "experiment", "outputs"),
+}
 
 
-HERE = (  # what an evaluation reads of launch
+LAUNCH_KEYS = (  # what an evaluation reads of launch
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
     *("workers", "workers_at", "env_seconds"),
 )
 
 
-def asking(command: str, about: str) -> cli.Parser:
+def build_parser(command: str, about: str) -> cli.Parser:
     """The parser of a door that is pointed at a run or a model."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
@@ -53,7 +56,7 @@ def asking(command: str, about: str) -> cli.Parser:
     return parser
 
 
-def asked_by(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
+def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
     """What a command line asks of such a door; `counts` are its options that are whole numbers of at least 1."""
     asked = parser.parse_intermixed_args(argv)
     if asked.target is None or "=" in asked.target:
@@ -69,47 +72,47 @@ def asked_by(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> ar
     return asked
 
 
-def _at_path(target: str) -> list[str]:
+def _model_path_overrides(target: str) -> list[str]:
     """Overrides that name a model by its path, as Hydra reads them."""
     plain = re.fullmatch(r"[\w./-]+", target) is not None
     quoted = target if plain else "'" + target.replace("'", r"\'") + "'"
     return [f"model.path={quoted}", "model.make=null"]
 
 
-def setting(asked: argparse.Namespace) -> tuple[Exam, list["Player"], dict[str, str]]:
+def prepare_evaluation(asked: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
     """The exam, who sits it, and why some do not."""
-    is_run = points_at_run(asked.target)
-    keys = KEYS["run" if is_run else "model"]
+    is_run = is_run_dir(asked.target)
+    keys = OVERRIDABLE_GROUPS["run" if is_run else "model"]
     for text in asked.overrides:
         key, _, value = text.lstrip("+~").partition("=")
         if re.split(r"[.@]", key)[0] not in keys:
             raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
-    experiment, original = _of_run(asked) if is_run else (_of_model(asked), None)
-    config.check_here(experiment)
-    experiment = config.examined(experiment)
+    experiment, original = _experiment_of_run(asked) if is_run else (_experiment_of_model(asked), None)
+    config.check_machine(experiment)
+    experiment = config.apply_evaluation_limits(experiment)
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
-        _check_same(world.fingerprint, _path(asked.target))
+        _check_fingerprint(world.fingerprint, _absolute_path(asked.target))
     fields = ("--panel" if asked.panel else "evaluation.final", "--tasks")
     chosen = build_panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, fields)
     policy = _policy(asked, experiment, original)
     heat = asked.temperature or experiment.evaluation.temperature
-    home = _home(asked, experiment, world, policy)
-    exam = Exam(experiment, world, chosen, asked.repeats, heat, asked.at_once, home)
-    return exam, *_beside(asked.only, policy, original, exam)
+    home = _results_folder(asked, experiment, world, policy)
+    exam = EvaluationSetup(experiment, world, chosen, asked.repeats, heat, asked.at_once, home)
+    return exam, *_select_agents(asked.only, policy, original, exam)
 
 
-def _path(target: str) -> Path:
+def _absolute_path(target: str) -> Path:
     return Path(target).expanduser().absolute()
 
 
-def points_at_run(target: str) -> bool:
-    return (_path(target) / "experiment.json").exists()
+def is_run_dir(target: str) -> bool:
+    return (_absolute_path(target) / "experiment.json").exists()
 
 
-def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
+def _experiment_of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
     """The experiment of a run dir under the overrides, as it is played here; and as it was."""
-    folder = _path(asked.target)
+    folder = _absolute_path(asked.target)
     original = config.read(folder, asked.trust)
     if not (folder / RESULT).exists():
         raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
@@ -117,7 +120,9 @@ def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
     if asked.overrides:
         from aem_exp.config import compose
 
-        tree = compose.plain(compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust))
+        tree = compose.to_container(
+            compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust)
+        )
     tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], asked.overrides)}
     experiment = config.resolve(tree) if asked.overrides else config.from_dict(tree)
     for key in ("path", "make", "revision", "lora"):
@@ -126,9 +131,9 @@ def _of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
     return experiment, original
 
 
-def _of_model(asked: argparse.Namespace) -> Experiment:
+def _experiment_of_model(asked: argparse.Namespace) -> Experiment:
     """The experiment that a model would train in under the overrides."""
-    path = _path(asked.target)
+    path = _absolute_path(asked.target)
     if asked.trust:
         raise ConfigError("--trust", True, "only read with a run dir")
     if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.target)):
@@ -136,10 +141,10 @@ def _of_model(asked: argparse.Namespace) -> Experiment:
         raise ConfigError("RUN_DIR|MODEL", asked.target, f"{why}; give a run dir, a hub id or a folder of weights")
     name = f"{path.parent.name}-model" if path.name == "model" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
-    own = [*_at_path(asked.target), f"model.name='{name}'"]
+    own = [*_model_path_overrides(asked.target), f"model.name='{name}'"]
     from aem_exp.config import compose
 
-    tree = compose.plain(compose.compose([*asked.overrides, *own], asked.config_dir))
+    tree = compose.to_container(compose.compose([*asked.overrides, *own], asked.config_dir))
     return config.resolve({**tree, "launch": _launch(tree["launch"], asked.overrides)})
 
 
@@ -151,12 +156,12 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     """
     from aem_exp.config import compose
 
-    others = {field.name for field in fields(Launch)} - {*HERE}
-    typed = {compose.key_of(text): text.partition("=")[2] for text in overrides}
+    others = {field.name for field in fields(Launch)} - {*LAUNCH_KEYS}
+    typed = {compose.override_key(text): text.partition("=")[2] for text in overrides}
     for key, value in typed.items():
         part = key.removeprefix("launch.").partition(".")[0]
         if key.startswith("launch.") and part in others:
-            raise ConfigError(key, value, f"decides nothing here; of launch, {', '.join(HERE[1:])} do")
+            raise ConfigError(key, value, f"decides nothing here; of launch, {', '.join(LAUNCH_KEYS[1:])} do")
     own = {key: value for key, value in launch.items() if key not in others}
     sampler, gpus = own.get("sampler", "local"), own.get("gpus_per_node", 0)
     if sampler == "engine" and "launch.sampler" in typed:
@@ -181,45 +186,45 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     return here | ({"sampler": "local"} if sampler == "engine" else {})
 
 
-def _check_same(fingerprint: str, folder: Path) -> None:
+def _check_fingerprint(fingerprint: str, folder: Path) -> None:
     """Refuse a world whose rules have changed since the run: its numbers would stand beside those of another game."""
-    trained = disk.read(folder / RESULT, "fingerprint")["fingerprint"]
+    trained = disk.read_json(folder / RESULT, "fingerprint")["fingerprint"]
     if fingerprint != trained:
         remedy = f"was trained in the world {trained}, and this version plays {fingerprint}; with the code that it ran:"
         command = f"PYTHONPATH={folder / 'code'} python -m aem_exp.evaluate {folder}"
         raise ConfigError("RUN_DIR", str(folder), f"{remedy} {command}")
 
 
-def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Player":
+def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Agent":
     from aem_exp import policy
-    from aem_exp.evaluate.agents import Player
+    from aem_exp.evaluate.agents import Agent
 
     model = replace(experiment.model, make=None, lora=None)
     if original is None:
-        return Player(POLICY, model, policy.locate(model))
-    model = replace(model, path=str(_path(asked.target) / "model"), revision=None)
-    return Player(POLICY, model, policy.locate(model), original.trainer["steps"])
+        return Agent(POLICY, model, policy.locate(model))
+    model = replace(model, path=str(_absolute_path(asked.target) / "model"), revision=None)
+    return Agent(POLICY, model, policy.locate(model), original.trainer["steps"])
 
 
-def _beside(
-    only: list[str] | None, policy: "Player", original: Experiment | None, exam: Exam
-) -> tuple[list["Player"], dict[str, str]]:
+def _select_agents(
+    only: list[str] | None, policy: "Agent", original: Experiment | None, exam: EvaluationSetup
+) -> tuple[list["Agent"], dict[str, str]]:
     """Who plays, and why others who were asked for do not."""
-    from aem_exp.evaluate.agents import Player, why_not
+    from aem_exp.evaluate.agents import Agent, unavailable_reason
 
-    wanted, players, left_out = only or PLAYERS, [], {}
+    wanted, players, left_out = only or AGENTS, [], {}
     if POLICY in wanted:
         players.append(policy)
     if UNTRAINED in wanted and original:
-        players.append(Player(UNTRAINED, policy.model, _start(original)))
+        players.append(Agent(UNTRAINED, policy.model, _initial_weights(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "only a run dir knows what its training started from")
-    for name in PLAYERS[2:]:
+    for name in AGENTS[2:]:
         if name in wanted:
-            if why := why_not(name, exam.experiment, exam.world, exam.panel.tasks[0]):
+            if why := unavailable_reason(name, exam.experiment, exam.world, exam.panel.tasks[0]):
                 left_out[name] = why
             else:
-                players.append(Player(name))
+                players.append(Agent(name))
     if not players:
         raise ConfigError("--only", *next(iter(left_out.items())))
     if only is None:  # that a world brings nobody along is no news
@@ -227,22 +232,22 @@ def _beside(
     return players, left_out
 
 
-def _start(original: Experiment) -> str:
+def _initial_weights(original: Experiment) -> str:
     """The folder of the weights that training started from."""
     from aem_exp import policy
-    from aem_exp.policy import made
+    from aem_exp.policy import make_cached
 
     if original.model.path:
         return policy.locate(original.model)
-    return made(original, opening.open_world(original))
+    return make_cached(original, opening.open_world(original))
 
 
-def _home(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Player") -> Path:
+def _results_folder(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
     """The folder that keeps the evaluations: the run dir, or for a model one named by its weights and its world."""
-    if points_at_run(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
-        return _path(asked.target)
+    if is_run_dir(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
+        return _absolute_path(asked.target)
     root = config.outputs_root(experiment)
-    if points_at_run(asked.target):
-        return root / _path(asked.target).name
-    identity = {"env": rules(experiment), "world": world.fingerprint, **policy.identity()}
-    return root / f"{experiment.model.name}-{digest(identity)}"
+    if is_run_dir(asked.target):
+        return root / _absolute_path(asked.target).name
+    identity = {"env": env_rules(experiment), "world": world.fingerprint, **policy.identity()}
+    return root / f"{experiment.model.name}-{hash_identity(identity)}"

@@ -14,35 +14,35 @@ from pathlib import Path
 
 from aem_exp import config, provenance
 from aem_exp.cluster import slurm
-from aem_exp.cluster.signals import AGAIN, Signals
+from aem_exp.cluster.signals import PRESS_AGAIN, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
-from aem_exp.core.console import clock
-from aem_exp.core.errors import ConfigError, Elsewhere
+from aem_exp.core.console import format_duration
+from aem_exp.core.errors import ConfigError, MissingOnThisMachine
 from aem_exp.jobs import fit
 from aem_exp.rundir import RESULT, attempts
-from aem_exp.rundir.lock import owner
+from aem_exp.rundir.lock import describe_owner
 
-LOG = "local.log"  # of a process that is started here
-Say = Callable[[str], None]
+LOCAL_LOG = "local.log"  # of a process that is started here
+PrintLine = Callable[[str], None]
 
 
-def send(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
+def submit_runs(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
     """Submit experiments of one size as one array; the run dirs and their jobs.
 
     Raises:
         ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
     """
-    slurm.check()
+    slurm.check_available()
     check_worlds(experiments)
     for experiment in experiments:
         check_prepared(experiment)
-    folders = _written(experiments)
+    folders = _write_run_dirs(experiments)
     ids = slurm.submit(folders, experiments[0].launch, name, logs, at_once)
     return list(zip(folders, ids, strict=True))
 
 
-def check_begins(experiments: Sequence[Experiment], submit: bool, outputs: Path) -> None:
+def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Path) -> None:
     """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
 
     Raises:
@@ -50,43 +50,45 @@ def check_begins(experiments: Sequence[Experiment], submit: bool, outputs: Path)
     """
     for experiment in experiments:
         if not submit:
-            config.check_here(experiment)
+            config.check_machine(experiment)
             if experiment.launch.gpus_per_node:
                 from aem_exp import policy
 
-                policy.device(experiment.launch)
+                policy.select_device(experiment.launch)
         elif experiment.launch.where != "slurm":
             remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
             raise ConfigError("launch", experiment.launch.name, remedy)
     if submit and experiments:
-        slurm.check()
+        slurm.check_available()
     disk.check_writable(outputs, "outputs")
 
 
-def run_here(experiments: Mapping[str, Experiment], at_once: int, say: Say) -> int:
-    """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `here`."""
-    folders = _written(list(experiments.values()))
+def run_locally(experiments: Mapping[str, Experiment], at_once: int, say: PrintLine) -> int:
+    """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `run_processes`."""
+    folders = _write_run_dirs(list(experiments.values()))
     names = dict(zip(folders, experiments, strict=True))
 
     def ended(folder: Path, code: int, last: str) -> str:
         return "" if (folder / RESULT).exists() else last.removeprefix("aem_exp: ")
 
-    say(f"logs    {folders[0].parent}/*/{LOG}")
-    return here("aem_exp.run", folders, at_once, say, ended, names)
+    say(f"logs    {folders[0].parent}/*/{LOCAL_LOG}")
+    return run_processes("aem_exp.run", folders, at_once, say, ended, names)
 
 
-Ended = Callable[
+ExplainFailure = Callable[
     [Path, int, str], str
 ]  # folder, exit code, the last line that was printed -> why it failed, or nothing
 
 
-def here(room: str, folders: Sequence[Path], at_once: int, say: Say, ended: Ended, names: Mapping[Path, str]) -> int:
+def run_processes(
+    room: str, folders: Sequence[Path], at_once: int, say: PrintLine, ended: ExplainFailure, names: Mapping[Path, str]
+) -> int:
     """`python -m ROOM FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
 
     Each end is said, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
     waits for them.
     """
-    waiting, live, tally = list(folders), dict[subprocess.Popen[bytes], Path](), _Tally(len(folders), at_once)
+    waiting, live, tally = list(folders), dict[subprocess.Popen[bytes], Path](), _TimeEstimate(len(folders), at_once)
     with Signals():  # TERM ends as Ctrl-C does
         try:
             while waiting or live:
@@ -94,21 +96,21 @@ def here(room: str, folders: Sequence[Path], at_once: int, say: Say, ended: Ende
                     folder = waiting.pop(0)
                     say(f"start   {names[folder]}")
                     tally.begin(folder)
-                    live[_started(room, folder)] = folder
+                    live[_start_process(room, folder)] = folder
                 time.sleep(0.2)
                 for process in [process for process in live if process.poll() is not None]:
                     folder = live.pop(process)
-                    why = ended(folder, process.returncode, _last_line(folder / LOG))
+                    why = ended(folder, process.returncode, _last_line(folder / LOCAL_LOG))
                     took, left = tally.end(folder, failed=bool(why), waiting=len(waiting))
-                    end = f"failed: {why}" if why else f"{_score(folder)}{took}"
+                    end = f"failed: {why}" if why else f"{_format_success(folder)}{took}"
                     say(f"{f'{tally.done}/{tally.all}':<7} {names[folder]}: {end}{left}")
         except BaseException:
-            _stop(list(live), say)
+            _stop_processes(list(live), say)
             raise
     return tally.failed
 
 
-class _Tally:
+class _TimeEstimate:
     """How many processes have ended, how long they took, and how long the others will."""
 
     def __init__(self, count: int, at_once: int) -> None:
@@ -127,13 +129,15 @@ class _Tally:
         if not failed:
             self._took.append(seconds)
         if not self._took or self.done == self.all:
-            return clock(seconds), ""
+            return format_duration(seconds), ""
         each = sum(self._took) / len(self._took)
         left = waiting * each + sum(max(0.0, each - (now - begun)) for begun in self._begun.values())
-        return clock(seconds), f"; about {clock(left / min(self.at_once, self.all - self.done))} left"
+        return format_duration(
+            seconds
+        ), f"; about {format_duration(left / min(self.at_once, self.all - self.done))} left"
 
 
-def _score(folder: Path) -> str:
+def _format_success(folder: Path) -> str:
     """The success of a finished run before and after its training, where the folder is one."""
     if not (folder / RESULT).exists():
         return ""
@@ -143,10 +147,10 @@ def _score(folder: Path) -> str:
     return f"{panel} {before:.0%} -> {after:.0%}, {last} {final:.0%}, "
 
 
-def _stop(live: Sequence["subprocess.Popen[bytes]"], say: Say) -> None:
+def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], say: PrintLine) -> None:
     """Ask processes to save and end, and wait for them. Another Ctrl-C asks them to leave at once; a third kills them."""
     if live:
-        say(f"stopping: {len(live)} at work save at the end of their step; {AGAIN}")
+        say(f"stopping: {len(live)} at work save at the end of their step; {PRESS_AGAIN}")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         with suppress(KeyboardInterrupt):
             for process in live:
@@ -156,13 +160,13 @@ def _stop(live: Sequence["subprocess.Popen[bytes]"], say: Say) -> None:
             return
 
 
-def _started(room: str, folder: Path) -> "subprocess.Popen[bytes]":
+def _start_process(room: str, folder: Path) -> "subprocess.Popen[bytes]":
     """A process with the code that lies in its folder; Ctrl-C is for its parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
-    environment.setdefault("PYTHONSAFEPATH", cli.IN_A_JOB)  # not this folder before the code
+    environment.setdefault("PYTHONSAFEPATH", cli.JOB_SAFE_PATH)  # not this folder before the code
     command = [sys.executable, "-u", "-m", room, str(folder)]
-    with (folder / LOG).open("ab") as log:
+    with (folder / LOCAL_LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
@@ -179,20 +183,20 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     from aem_exp.jobs import dry_run, preflight
 
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
-        dry_run.check_parts(experiment)
+        dry_run.check_functions(experiment)
     asked = {
         repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
         for e in experiments
     }
     for experiment in asked.values():
         try:
-            preflight.fitting(experiment)
-        except Elsewhere:
+            preflight.open_checked_world(experiment)
+        except MissingOnThisMachine:
             continue
         except ConfigError:
             raise
         except Exception as error:  # a world's own, of any kind
-            told = f"its world cannot be opened: {attempts.sentence(error)}"
+            told = f"its world cannot be opened: {attempts.describe_error(error)}"
             raise ConfigError("env.make", experiment.env.make["_target_"], told) from error
 
 
@@ -207,26 +211,26 @@ def check_prepared(experiment: Experiment) -> None:
 
     if experiment.model.path:
         policy.locate(experiment.model)
-        fit.check(experiment)
+        fit.check_memory(experiment)
         fit.check_disk(experiment)
     folder = config.run_dir(experiment)
     store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))
     disk.check_writable(folder.parent, "outputs")
 
 
-def on_its_way(folder: Path) -> str | None:
+def describe_active_job(folder: Path) -> str | None:
     """Who has this run, or will have it: a live process, or a job in the queue."""
-    if by := owner(folder):
+    if by := describe_owner(folder):
         return by
-    job = slurm.card(folder).get("job")
-    known = slurm.jobs([job]).get(job) if job else None
-    return f"job {known.id}, {known.state.lower()}" if known and known.live else None
+    job = slurm.read_job_record(folder).get("job")
+    known = slurm.query_jobs([job]).get(job) if job else None
+    return f"job {known.id}, {known.state.lower()}" if known and known.is_live else None
 
 
-def _written(experiments: Sequence[Experiment]) -> list[Path]:
+def _write_run_dirs(experiments: Sequence[Experiment]) -> list[Path]:
     """The run dirs, with what the jobs need: the experiment, and the code that runs it."""
     runs = {config.run_dir(experiment): experiment for experiment in experiments}
-    provenance.freeze(runs)
+    provenance.freeze_code(runs)
     for folder, experiment in runs.items():
-        disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+        disk.write_atomically(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return list(runs)

@@ -1,8 +1,8 @@
 """A smoke test of what a user may have written: a world, an advantage function, a schedule, before any policy is made.
 
 Two episodes are played, and the functions are called on a step that is made up. What they raise, or return though they must
-not, is one sentence with the user's own file and line. It takes `SECONDS` at most, whatever they do: who needs longer is left
-alone in a thread, with a note.
+not, is one sentence with the user's own file and line. It takes `CHECK_SECONDS` at most, whatever they do: what takes longer is
+left alone in a thread, with a note.
 """
 
 import logging
@@ -14,24 +14,24 @@ from typing import Any, Final, TypeVar
 
 from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
-from aem_exp.core.errors import Stop
-from aem_exp.core.user_code import blaming, defined, demanding
+from aem_exp.core.errors import RunError
+from aem_exp.core.user_code import definition_location, wrap_call_errors, wrap_result_errors
 from aem_exp.envs import Task, TextEnv, Turn, World, parsing
-from aem_exp.envs.executor import checked, text
+from aem_exp.envs.executor import check_text, check_turn
 from aem_exp.envs.panel import ENV_TARGET
 
 T = TypeVar("T")
 log = logging.getLogger("aem_exp")
-SECONDS: Final = 3.0
-LOOK: Final = 0.5  # for seeing whether games of panels are games of training
-LOOK_TRAIN, LOOK_PANEL, LOOK_TURNS = 32, 8, 8  # tasks, and turns of each
-OPENING: Final = 3  # of what was seen: the goal, and the first turn
-THREAD: Final = "smoke test"
-TINY: Final = "aem_exp.tiny.make"
-OWN: Final = "aem_exp.advantages."  # functions that our own tests try
+CHECK_SECONDS: Final = 3.0
+COMPARE_SECONDS: Final = 0.5  # for seeing whether games of panels are games of training
+COMPARE_TRAIN, COMPARE_PANEL, COMPARE_TURNS = 32, 8, 8  # tasks, and turns of each
+OPENING_LENGTH: Final = 3  # of what was seen: the goal, and the first turn
+THREAD_NAME: Final = "smoke test"
+TINY_POLICY: Final = "aem_exp.tiny.make"
+OWN_ADVANTAGES: Final = "aem_exp.advantages."  # functions that our own tests try
 
 
-def boxed(work: Callable[[threading.Event], T], seconds: float) -> T | None:
+def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T | None:
     """What some work gives; None where it is not done in so many seconds. It is given an event: then nobody wants it any more.
 
     Raises:
@@ -45,7 +45,7 @@ def boxed(work: Callable[[threading.Event], T], seconds: float) -> T | None:
         except BaseException as error:
             done.append((None, error))
 
-    thread = threading.Thread(target=run, name=THREAD, daemon=True)
+    thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
     thread.start()
     thread.join(seconds)
     over.set()
@@ -68,14 +68,14 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
     if starts_programs(world):
         log.info("%s: not tried before the run, as its environments start other programs or processes", name)
         return False
-    part = _World(experiment, world)
-    changed = boxed(lambda over: part.changed(tasks[:2], over), SECONDS)
+    part = _WorldPlayer(experiment, world)
+    changed = run_with_timeout(lambda over: part.find_changed_task(tasks[:2], over), CHECK_SECONDS)
     if changed is None:
         log.warning(
             "%s: two episodes were not played in %g s, so it was not tried before the run; "
             "launch.workers=N and launch.env_seconds=S replace an environment that hangs",
             name,
-            SECONDS,
+            CHECK_SECONDS,
         )
     elif changed:
         told = "%s: task %s was another game when it was played again; a group plays one game, so its chance must be the task's"
@@ -83,22 +83,22 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
     return changed is not None
 
 
-def games(
+def play_games(
     experiment: Experiment, world: World, splits: Mapping[str, Sequence[Task]]
 ) -> dict[str, dict[str, tuple[Any, ...]]]:
     """How some tasks of each split play under one player: what was seen and said, by id. Nothing where that takes long."""
-    part = _World(experiment, world)
-    part.turns = min(part.turns, LOOK_TURNS)
-    some = {split: tasks[: LOOK_TRAIN if split == "train" else LOOK_PANEL] for split, tasks in splits.items()}
+    part = _WorldPlayer(experiment, world)
+    part.turns = min(part.turns, COMPARE_TURNS)
+    some = {split: tasks[: COMPARE_TRAIN if split == "train" else COMPARE_PANEL] for split, tasks in splits.items()}
 
     def look(over: threading.Event) -> dict[str, dict[str, tuple[Any, ...]]]:
         return {
-            split: dict(zip([task.id for task in tasks], part.play(tasks, over), strict=False))
+            split: dict(zip([task.id for task in tasks], part.play_tasks(tasks, over), strict=False))
             for split, tasks in some.items()
         }
 
     try:
-        return boxed(look, LOOK) or {}
+        return run_with_timeout(look, COMPARE_SECONDS) or {}
     except ConfigError:  # two episodes were played well: one that crashes later costs no more than itself
         return {}
 
@@ -107,47 +107,47 @@ def starts_programs(world: World) -> bool:
     return bool(getattr(world, "external", False) or getattr(world, "own_process", False))
 
 
-class _World:
+class _WorldPlayer:
     """A world as a config names it, and how it is played."""
 
     def __init__(self, experiment: Experiment, world: World) -> None:
         self.world, self.turns = world, experiment.env.max_turns
         self.path = experiment.env.make["_target_"]
-        self.tiny = (experiment.model.make or {}).get("_target_") == TINY
+        self.tiny = (experiment.model.make or {}).get("_target_") == TINY_POLICY
 
-    def changed(self, tasks: Sequence[Task], over: threading.Event) -> str:
+    def find_changed_task(self, tasks: Sequence[Task], over: threading.Event) -> str:
         """Play the tasks, the first one twice, each in an environment that has played the other. Its id, where it was not
         the same game again; else nothing.
         """
         if self.tiny:
             self._check_words()
-        one, two = self._env(), self._env()
+        one, two = self._make_env(), self._make_env()
         if one is two:
-            where = defined(self.world.env)
+            where = definition_location(self.world.env)
             remedy = f"env() must make an environment each time, and returned the same one twice ({where})"
             raise ConfigError(ENV_TARGET, self.path, remedy)
-        first = self._episode(one, tasks[0], (), over)
+        first = self._play_episode(one, tasks[0], (), over)
         for task in tasks[1:]:
-            self._episode(two, task, self.habits, over)
-        again = self._episode(two, tasks[0], (), over)
+            self._play_episode(two, task, self.expert_arguments, over)
+        again = self._play_episode(two, tasks[0], (), over)
         for env in (one, two):
-            self._close(env)
-        return "" if over.is_set() or first[:OPENING] == again[:OPENING] else tasks[0].id
+            self._close_env(env)
+        return "" if over.is_set() or first[:OPENING_LENGTH] == again[:OPENING_LENGTH] else tasks[0].id
 
-    def play(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
+    def play_tasks(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
         """What was seen and said in an episode of each task, until nobody wants more."""
-        env = self._env()
-        played = [self._episode(env, task, self.habits, over) for task in tasks if not over.is_set()]
-        self._close(env)
+        env = self._make_env()
+        played = [self._play_episode(env, task, self.expert_arguments, over) for task in tasks if not over.is_set()]
+        self._close_env(env)
         return played
 
     @property
-    def habits(self) -> tuple[float, ...]:
+    def expert_arguments(self) -> tuple[float, ...]:
         """What the making of a small policy also tells the scripted player: noise and shyness."""
         return (0.0, 0.0) if self.tiny else ()
 
-    def _env(self) -> TextEnv:
-        with blaming(ENV_TARGET, self.path, "env()", self.world.env):
+    def _make_env(self) -> TextEnv:
+        with wrap_call_errors(ENV_TARGET, self.path, "env()", self.world.env):
             env = self.world.env()
         for name in ("parse", "reset", "step", "close"):
             if not callable(getattr(env, name, None)):
@@ -155,25 +155,27 @@ class _World:
                 raise ConfigError(ENV_TARGET, self.path, remedy)
         return env
 
-    def _close(self, env: TextEnv) -> None:
-        with blaming(ENV_TARGET, self.path, "close", env.close):
+    def _close_env(self, env: TextEnv) -> None:
+        with wrap_call_errors(ENV_TARGET, self.path, "close", env.close):
             env.close()
 
-    def _episode(self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event) -> tuple[Any, ...]:
+    def _play_episode(
+        self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event
+    ) -> tuple[Any, ...]:
         """The goal, and turn by turn what was seen, offered, answered and earned."""
         random = Random(0)
-        turn = self._turn("reset", env.reset, task)
-        with demanding(ENV_TARGET, self.path, type(env)):
-            seen: list[Any] = [text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
+        turn = self._call_env("reset", env.reset, task)
+        with wrap_result_errors(ENV_TARGET, self.path, type(env)):
+            seen: list[Any] = [check_text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
         won: list[float] = []
         turns = 0
         while not turn.done and turns < self.turns and not over.is_set():
-            response = self._response(env, turn, random, habits)
-            turn = self._turn("step", env.step, response)
+            response = self._choose_response(env, turn, random, habits)
+            turn = self._call_env("step", env.step, response)
             turns += 1
             won += [turn.metrics["won"]] if "won" in turn.metrics else []
             seen += [response, turn.observation, turn.actions, turn.reward, turn.done]
-        with demanding(ENV_TARGET, self.path, env.step):
+        with wrap_result_errors(ENV_TARGET, self.path, env.step):
             if turns and turn.done and not won:
                 raise ValueError(
                     "no turn of a step says metrics['won'], which evaluation reports as success: 0.0 or 1.0"
@@ -182,36 +184,36 @@ class _World:
                 raise ValueError(f"metrics['won'] must be 0.0 or 1.0, not {strange[0]}")
         return tuple(seen)
 
-    def _turn(self, name: str, call: Callable[[Any], Turn], asked: Task | str) -> Turn:
-        with blaming(ENV_TARGET, self.path, name, call):
+    def _call_env(self, name: str, call: Callable[[Any], Turn], asked: Task | str) -> Turn:
+        with wrap_call_errors(ENV_TARGET, self.path, name, call):
             turn = call(asked)
-        with demanding(ENV_TARGET, self.path, call):
-            return checked(name, turn)
+        with wrap_result_errors(ENV_TARGET, self.path, call):
+            return check_turn(name, turn)
 
-    def _response(self, env: TextEnv, turn: Turn, random: Random, habits: tuple[float, ...]) -> str:
+    def _choose_response(self, env: TextEnv, turn: Turn, random: Random, habits: tuple[float, ...]) -> str:
         """What is said next. The action in it is read too, as later prompts quote it."""
         response: Any = "look"
         if expert := getattr(self.world, "expert", None):
-            with blaming(ENV_TARGET, self.path, "expert()", expert):
+            with wrap_call_errors(ENV_TARGET, self.path, "expert()", expert):
                 response = expert(env, random, *habits)
-            with demanding(ENV_TARGET, self.path, expert):
-                text("what expert() returns", response)
-        with blaming(ENV_TARGET, self.path, "parse()", env.parse):
+            with wrap_result_errors(ENV_TARGET, self.path, expert):
+                check_text("what expert() returns", response)
+        with wrap_call_errors(ENV_TARGET, self.path, "parse()", env.parse):
             if turn.actions and not expert:
-                response = parsing.spoken(env.parse, random.choice(turn.actions))
+                response = parsing.format_response(env.parse, random.choice(turn.actions))
             action = env.parse(response)
-        with demanding(ENV_TARGET, self.path, env.parse):
-            text("what parse() returns", action)
+        with wrap_result_errors(ENV_TARGET, self.path, env.parse):
+            check_text("what parse() returns", action)
         return str(response)
 
     def _check_words(self) -> None:
         """A small policy has a token for each of the words."""
         world: Any = self.world
-        with blaming(ENV_TARGET, self.path, "words()", world.words):
+        with wrap_call_errors(ENV_TARGET, self.path, "words()", world.words):
             words = world.words()
             if not isinstance(words, str):
                 words = list(words)
-        with demanding(ENV_TARGET, self.path, world.words):
+        with wrap_result_errors(ENV_TARGET, self.path, world.words):
             if isinstance(words, str):
                 raise TypeError("words() must list words, and returns one text")
             if strange := [word for word in words if not isinstance(word, str)]:
@@ -221,7 +223,7 @@ class _World:
 # What an experiment calls besides.
 
 
-def check_parts(experiment: Experiment) -> None:
+def check_functions(experiment: Experiment) -> None:
     """Call the advantage function on a step that is made up, where it is the user's own; and the schedule.
 
     Raises:
@@ -229,18 +231,18 @@ def check_parts(experiment: Experiment) -> None:
     """
     _check_schedule(experiment)
     block = experiment.baseline.advantage
-    if str(block["_target_"]).startswith(OWN):
+    if str(block["_target_"]).startswith(OWN_ADVANTAGES):
         return
     from aem_exp.training import credit  # before the time runs: it imports torch
 
     field, path = "baseline.advantage._target_", block["_target_"]
-    with blaming(field, path, "importing it"):
+    with wrap_call_errors(field, path, "importing it"):
         estimator = config.instantiate(block, partial=True)
-    step = _made_up(experiment.trainer)
+    step = _synthetic_step(experiment.trainer)
     try:
-        if boxed(lambda _: credit.advantages(estimator, step), SECONDS) is None:
-            log.warning("%s: gave no answer in %g s, so it was not tried before the run", path, SECONDS)
-    except Stop as stop:
+        if run_with_timeout(lambda _: credit.estimate_advantages(estimator, step), CHECK_SECONDS) is None:
+            log.warning("%s: gave no answer in %g s, so it was not tried before the run", path, CHECK_SECONDS)
+    except RunError as stop:
         raise ConfigError(field, path, str(stop)) from stop
 
 
@@ -249,19 +251,21 @@ def _check_schedule(experiment: Experiment) -> None:
     if block is None:
         return
     field, path = "modulation.lam._target_", block["_target_"]
-    with blaming(field, path, "making it"):
+    with wrap_call_errors(field, path, "making it"):
         schedule = config.instantiate(block)
     if not callable(schedule):
         raise ConfigError(field, path, "makes no schedule: it must be callable with the progress of a run, from 0 to 1")
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        with blaming(field, path, f"progress {progress:g}", schedule):
+        with wrap_call_errors(field, path, f"progress {progress:g}", schedule):
             lam = schedule(progress)
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam):
-            remedy = f"must return a finite number, not {lam!r} at progress {progress:g} ({defined(schedule)})"
+            remedy = (
+                f"must return a finite number, not {lam!r} at progress {progress:g} ({definition_location(schedule)})"
+            )
             raise ConfigError(field, path, remedy)
 
 
-def _made_up(settings: dict[str, Any]) -> Any:
+def _synthetic_step(settings: dict[str, Any]) -> Any:
     """What was played in a step: as many tasks and trajectories as the experiment has, of one to three turns; half of them win.
 
     Where groups of equal returns are trained on, the first is one.

@@ -19,21 +19,26 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp import config
 from aem_exp.config import Experiment, Launch, Model
-from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.errors import ConfigError, MissingResource
 
 if TYPE_CHECKING:
-    from aem_exp.jobs.memory_trace import Rehearsal
+    from aem_exp.jobs.memory_trace import MemoryTrace
 
 GB: Final = 1e9
-MOMENTS: Final = {"sgd": 0.0, "adafactor": 0.01, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes per weight
-KEPT: Final = 3  # checkpoints on disk while the newest is written
-ASLEEP: Final = 2e9  # bytes that vLLM keeps in its sleep: graphs, and what NCCL took
+MOMENT_BYTES: Final = {
+    "sgd": 0.0,
+    "adafactor": 0.01,
+    "adamw_bnb_8bit": 2.0,
+    "paged_adamw_8bit": 2.0,
+}  # bytes per weight
+CHECKPOINTS_ON_DISK: Final = 3  # checkpoints on disk while the newest is written
+VLLM_SLEEP_BYTES: Final = 2e9  # bytes that vLLM keeps in its sleep: graphs, and what NCCL took
 VLLM_SERVER_SHARE: Final = 0.9  # of a GPU, that vLLM takes where it is alone
 VLLM_SHARE: Final = 0.3  # of a GPU, that TRL gives vLLM where nothing is said
-QUARTER: Final = 4  # a first prompt is taken to fill this part of a full history's context
+FIRST_PROMPT_DIVISOR: Final = 4  # a first prompt is taken to fill this part of a full history's context
 UTILISATION: Final = 0.3  # of a GPU's bf16 peak: a common share for training at such lengths
 BANDWIDTH: Final = 2e12  # bytes a second, at which a GPU reads all weights for each token that it decodes: an A100's
-_KEYS: Final = (
+_SHAPE_KEYS: Final = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
 )
@@ -48,7 +53,7 @@ SHAPES: Final = {  # config.json of what conf/model/ names, so that a plan needs
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSizes:
     """The sizes of one step, at most: what is played in a round, and what is trained on."""
 
     episodes: int
@@ -59,7 +64,7 @@ class Step:
     updates: int  # of the optimizer
 
     @classmethod
-    def of(cls, experiment: Experiment) -> Step:
+    def from_experiment(cls, experiment: Experiment) -> StepSizes:
         t, env, launch = experiment.trainer, experiment.env, experiment.launch
         windows, group = env.history == "window", t["group_size"]
         episodes = t["tasks_per_step"] * t["oversample"] * group
@@ -68,7 +73,7 @@ class Step:
         updates = 1 if t["mini_batch"] == "all" else max(1, round(rows / t["mini_batch"]))
         return cls(
             episodes=episodes,
-            live=min(episodes, launch.device_episodes * processes(launch) or episodes),
+            live=min(episodes, launch.device_episodes * process_count(launch) or episodes),
             rows=rows,
             tokens=rows * env.context_tokens,
             sampled=episodes * (said if windows else min(said, env.context_tokens)),
@@ -77,7 +82,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Passes:
+class PassSpec:
     """How the passes of a policy are computed; see `memory_trace.Rehearsal`."""
 
     shape: str  # of the model: its config.json
@@ -93,10 +98,10 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessSpec:
     """All that the memory of a process depends on: a value that can be varied, and remembered."""
 
-    passes: Passes
+    passes: PassSpec
     optim: str
     reference: bool  # a second model, frozen
     scored: bool  # all log-probs come from a pass of their own, and not a few of them for comparison
@@ -109,20 +114,20 @@ class Process:
     tokens: int  # of a row
     played: int  # tokens of an episode in play, which a panel may give more of
     rows: int  # of a micro-batch
-    again: bool  # an update has several micro-batches
+    accumulates: bool  # an update has several micro-batches
 
     @classmethod
-    def of(cls, experiment: Experiment) -> Process:
+    def from_experiment(cls, experiment: Experiment) -> ProcessSpec:
         """The process of an experiment with `model.path`.
 
         Raises:
             ConfigError: the shape of its model cannot be known.
         """
         e, t, env, launch = experiment, experiment.trainer, experiment.env, experiment.launch
-        how, sizes, ranks = launch.trainer, Step.of(experiment), processes(launch)
+        how, sizes, ranks = launch.trainer, StepSizes.from_experiment(experiment), process_count(launch)
         fsdp = how.get("fsdp_config") or {}
-        passes = Passes(
-            shape=shape(e.model),
+        passes = PassSpec(
+            shape=read_shape(e.model),
             dtype=e.model.dtype,
             attention=e.model.attention,
             lora=json.dumps(e.model.lora or {}, sort_keys=True),
@@ -138,7 +143,7 @@ class Process:
         rows = min(share, short, launch.device_rows or share)
         played = -(-sizes.episodes // ranks)
         sampler = "served" if launch.sampler == "served" else "colocate" if how.get("use_vllm") else "local"
-        engine = how.get("vllm_gpu_memory_utilization", VLLM_SHARE) * capacity(launch) * GB
+        engine = how.get("vllm_gpu_memory_utilization", VLLM_SHARE) * gpu_memory(launch) * GB
         return cls(
             passes=passes,
             optim=t["optim"],
@@ -151,19 +156,19 @@ class Process:
             episodes=min(played, launch.device_episodes or played),
             prompt=env.context_tokens - env.response_tokens
             if env.history == "window"
-            else env.context_tokens // QUARTER,
+            else env.context_tokens // FIRST_PROMPT_DIVISOR,
             tokens=env.context_tokens,
-            played=max(env.context_tokens, config.examined(e).env.context_tokens),
+            played=max(env.context_tokens, config.apply_evaluation_limits(e).env.context_tokens),
             rows=rows,
-            again=share > rows,
+            accumulates=share > rows,
         )
 
 
-def processes(launch: Launch) -> int:
+def process_count(launch: Launch) -> int:
     return launch.nodes * max(1, launch.gpus_per_node)
 
 
-def capacity(launch: Launch) -> float:
+def gpu_memory(launch: Launch) -> float:
     """GB of a GPU: as `slurm` says, or else of the one that is here; 0: not known."""
     if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
         return launch.gpu_memory_gb
@@ -172,7 +177,7 @@ def capacity(launch: Launch) -> float:
     return torch.cuda.get_device_properties(0).total_memory / GB if torch.cuda.is_available() else 0.0
 
 
-def shape(model: Model) -> str:
+def read_shape(model: Model) -> str:
     """The config.json of a model: from its folder, the hub's cache, or SHAPES.
 
     Raises:
@@ -180,7 +185,9 @@ def shape(model: Model) -> str:
     """
     path = model.path or ""
     if model.trust_remote_code:
-        raise Missing("model.trust_remote_code", True, "what a model of its own code needs is not known before it runs")
+        raise MissingResource(
+            "model.trust_remote_code", True, "what a model of its own code needs is not known before it runs"
+        )
     file = Path(path).expanduser() / "config.json"
     if path.count("/") == 1 and path[0] not in "./~" and not file.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -188,8 +195,10 @@ def shape(model: Model) -> str:
         cached = try_to_load_from_cache(path, "config.json", revision=model.revision)
         if not isinstance(cached, str):
             if path in SHAPES:
-                return json.dumps(dict(zip(_KEYS, SHAPES[path], strict=True)))
-            raise Missing("model.path", path, f"its config.json is not on this machine: hf download {path} config.json")
+                return json.dumps(dict(zip(_SHAPE_KEYS, SHAPES[path], strict=True)))
+            raise MissingResource(
+                "model.path", path, f"its config.json is not on this machine: hf download {path} config.json"
+            )
         file = Path(cached)
     try:
         text = file.read_text()
@@ -205,7 +214,7 @@ def shape(model: Model) -> str:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """What a process holds, in bytes and by its parts, in each phase of a step."""
 
     weights: int  # how many
@@ -228,32 +237,32 @@ class Memory:
 
 
 @cache
-def memory(process: Process) -> Memory:
+def estimate_memory(process: ProcessSpec) -> MemoryEstimate:
     """What a process holds.
 
     Raises:
         Missing: its model is of a kind that cannot be rehearsed.
     """
     try:
-        return _memory(process)
+        return _estimate_memory(process)
     except ConfigError:
         raise
     except Exception as error:  # transformers has hundreds of models, and some need to see their data
         kind, why = json.loads(process.passes.shape)["model_type"], " ".join(str(error).split())[:80]
-        raise Missing(
+        raise MissingResource(
             "model.path", kind, f"what it needs is not known, as its passes cannot be rehearsed ({why})"
         ) from error
 
 
-def _memory(process: Process) -> Memory:
+def _estimate_memory(process: ProcessSpec) -> MemoryEstimate:
     """Add what is resident to what is rehearsed."""
     from aem_exp.jobs.memory_trace import ACTIVATIONS, GATHERED, GRADIENTS
 
-    how, seen = process.passes, _rehearsal(process.passes)
+    how, seen = process.passes, _cached_trace(process.passes)
     mixed = how.processes > 1 and how.autocast
     learns = [p.numel() * (4 if mixed else p.element_size()) for p in seen.parameters if p.requires_grad]
     weights, trained = (sum(p.numel() for p in seen.parameters if p.requires_grad or every) for every in (True, False))
-    moments = trained * MOMENTS[process.optim] if process.optim in MOMENTS else 2.0 * sum(learns)
+    moments = trained * MOMENT_BYTES[process.optim] if process.optim in MOMENT_BYTES else 2.0 * sum(learns)
     stored, sent = (4 if how.dtype == "float32" else 2), (2 if mixed or how.dtype == "bfloat16" else 4)
     part = 1 / how.processes
     here = 0.0 if how.offload else part
@@ -261,15 +270,15 @@ def _memory(process: Process) -> Memory:
         "weights": here * (sum(learns) + (weights - trained) * stored),
         "optimizer": here * moments,
         "reference": part * weights * stored if process.reference else 0.0,
-        "vLLM": ASLEEP if process.sleeps and process.engine else process.engine,
+        "vLLM": VLLM_SLEEP_BYTES if process.sleeps and process.engine else process.engine,
     }
     copies = sum(learns) if process.ranks > how.processes else 0.0  # which DDP sends
     play = {"vLLM": process.engine}
     if process.sampler == "local":
         gathered = float(sent * weights) if how.processes > 1 else 0.0
-        play = {GATHERED: gathered, **_play(seen, process.episodes, process.played, process.prompt)}
-    update = _update(seen, process.rows, process.tokens, process.again)
-    score = _score(seen, process.rows, process.tokens)
+        play = {GATHERED: gathered, **_trace_play(seen, process.episodes, process.played, process.prompt)}
+    update = _trace_update(seen, process.rows, process.tokens, process.accumulates)
+    score = _trace_scoring(seen, process.rows, process.tokens)
     if process.reference and how.processes > 1:  # TRL makes it one unit: it comes whole, beside the buffer it comes in
         score = score | {GATHERED: 2.0 * sent * weights}
     scratch = part * sum(learns) if how.gpu else 2.0 * max(learns)  # a GPU does all weights at a time
@@ -280,18 +289,18 @@ def _memory(process: Process) -> Memory:
     }
     if not how.offload:
         phases["optimizer"] = resident | {GRADIENTS: part * sum(learns) + copies, ACTIVATIONS: scratch}
-    return Memory(weights, trained, sum(learns) + moments, phases)
+    return MemoryEstimate(weights, trained, sum(learns) + moments, phases)
 
 
 @cache
-def _rehearsal(how: Passes) -> Rehearsal:
+def _cached_trace(how: PassSpec) -> MemoryTrace:
     from aem_exp import policy
-    from aem_exp.jobs.memory_trace import Rehearsal
+    from aem_exp.jobs.memory_trace import MemoryTrace
 
     dtype = "bfloat16" if how.processes > 1 and how.autocast else how.dtype
     attention = how.attention if how.attention in (None, "eager") else "sdpa"  # whatever else never holds the scores
-    return Rehearsal(
-        lambda: policy.skeleton(json.loads(how.shape), dtype, attention, json.loads(how.lora)),
+    return MemoryTrace(
+        lambda: policy.build_from_config(json.loads(how.shape), dtype, attention, json.loads(how.lora)),
         autocast=how.autocast,
         gpu=how.gpu,
         masks=how.attention in (None, "sdpa", "eager"),
@@ -303,85 +312,91 @@ def _rehearsal(how: Passes) -> Rehearsal:
 
 
 @cache
-def _play(seen: Rehearsal, episodes: int, tokens: int, prompt: int) -> dict[str, float]:
+def _trace_play(seen: MemoryTrace, episodes: int, tokens: int, prompt: int) -> dict[str, float]:
     return {**seen.play(episodes, tokens, prompt)}
 
 
 @cache
-def _score(seen: Rehearsal, rows: int, tokens: int) -> dict[str, float]:
+def _trace_scoring(seen: MemoryTrace, rows: int, tokens: int) -> dict[str, float]:
     return {**seen.score(rows, tokens, tokens - 1)}
 
 
 @cache
-def _update(seen: Rehearsal, rows: int, tokens: int, again: bool) -> dict[str, float]:
+def _trace_update(seen: MemoryTrace, rows: int, tokens: int, again: bool) -> dict[str, float]:
     return {**seen.update(rows, tokens, tokens - 1, again)}
 
 
 # What a plan says.
 
 
-def lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
+def plan_lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """A plan, as headings and texts. A policy that is made here has the first line alone.
 
     Raises:
         ConfigError: the shape of the model cannot be known.
     """
-    yield "step", _step(experiment)
+    yield "step", _format_step(experiment)
     if experiment.model.path is None:
         return
-    launch, need = experiment.launch, memory(Process.of(experiment))
-    have, whose = capacity(launch), "per GPU" if launch.gpus_per_node else "per process, beside Python's own"
-    held = ", ".join(f"{n} {_gb(size)}" for n, size in sorted(need.peak.items(), key=lambda p: -p[1]) if size > GB / 20)
-    others = ", ".join(f"{name} {_gb(sum(p.values()))}" for name, p in need.phases.items() if name != need.phase)
-    yield "memory", f"{_gb(need.total)} {f'of {have:g} GB' if have else 'GB'} {whose}, in {need.phase}: {held}"
-    yield "", f"{others}; {_weights(need)}"
-    if serving := Serving.of(experiment, need):
+    launch, need = experiment.launch, estimate_memory(ProcessSpec.from_experiment(experiment))
+    have, whose = gpu_memory(launch), "per GPU" if launch.gpus_per_node else "per process, beside Python's own"
+    held = ", ".join(
+        f"{n} {_format_gb(size)}" for n, size in sorted(need.peak.items(), key=lambda p: -p[1]) if size > GB / 20
+    )
+    others = ", ".join(f"{name} {_format_gb(sum(p.values()))}" for name, p in need.phases.items() if name != need.phase)
+    yield "memory", f"{_format_gb(need.total)} {f'of {have:g} GB' if have else 'GB'} {whose}, in {need.phase}: {held}"
+    yield "", f"{others}; {_format_weights(need)}"
+    if serving := ServerSpec.from_experiment(experiment, need):
         yield "serve", str(serving)
-    yield "disk", _disk(experiment, need)
+    yield "disk", _format_disk(experiment, need)
     if launch.gpus_per_node:
         if not have:
             yield "note", "launch.gpu_memory_gb=0: not known, so nothing is refused"
-        yield "cost", _cost(experiment, need)
+        yield "cost", _format_cost(experiment, need)
 
 
-def _step(experiment: Experiment) -> str:
-    sizes, launch = Step.of(experiment), experiment.launch
+def _format_step(experiment: Experiment) -> str:
+    sizes, launch = StepSizes.from_experiment(experiment), experiment.launch
     nodes = f", {-(-sizes.live // launch.nodes):,} a node" if launch.nodes > 1 else ""
-    tokens = f"{_count(sizes.tokens)} tokens, {_count(min(sizes.sampled, sizes.tokens))} of them sampled"
+    tokens = f"{_format_count(sizes.tokens)} tokens, {_format_count(min(sizes.sampled, sizes.tokens))} of them sampled"
     updates = f"{sizes.updates:,} update{'s' if sizes.updates > 1 else ''}"
     return f"{sizes.live:,} environments at once{nodes}; up to {sizes.rows:,} rows, {tokens}; {updates}"
 
 
-def _weights(need: Memory) -> str:
+def _format_weights(need: MemoryEstimate) -> str:
     learning = f", {need.trained / 1e6:,.1f} M of them trained" if need.trained < need.weights else ""
     return f"{need.weights / 1e9:.2f} B weights{learning}"
 
 
-def _disk(experiment: Experiment, need: Memory) -> str:
-    least, free, whole = _room(experiment, need)
-    each = (
-        f"{_gb(least)} GB, for {KEPT} checkpoints of {_gb(need.saved)} while one is written, and the weights at the end"
-    )
+def _format_disk(experiment: Experiment, need: MemoryEstimate) -> str:
+    least, free, whole = _disk_space(experiment, need)
+    saved = f"{CHECKPOINTS_ON_DISK} checkpoints of {_format_gb(need.saved)} while one is written"
+    each = f"{_format_gb(least)} GB, for {saved}, and the weights at the end"
     once = (experiment.launch.trainer.get("fsdp_config") or {}).get("cpu_ram_efficient_loading")
     readers = 1 if once else max(1, experiment.launch.gpus_per_node)
-    loaded = f"{_gb(readers * whole)} GB of a node's memory while it loads"
-    return f"{each}; {_gb(free)} GB free here{', too few' if free < least else ''}; {loaded}"
+    loaded = f"{_format_gb(readers * whole)} GB of a node's memory while it loads"
+    return f"{each}; {_format_gb(free)} GB free here{', too few' if free < least else ''}; {loaded}"
 
 
-def _room(experiment: Experiment, need: Memory) -> tuple[float, float, float]:
+def _disk_space(experiment: Experiment, need: MemoryEstimate) -> tuple[float, float, float]:
     """Bytes that a run needs on disk, that are free where it would be, and of its weights."""
     whole = need.weights * (4 if experiment.model.dtype == "float32" else 2)
     root = config.outputs_root(experiment)
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
-    return KEPT * need.saved + whole, free, whole
+    return CHECKPOINTS_ON_DISK * need.saved + whole, free, whole
 
 
-def _cost(experiment: Experiment, need: Memory) -> str:
+def _format_cost(experiment: Experiment, need: MemoryEstimate) -> str:
     """2 FLOPs per weight and token forward, twice that backward, and attention to half a context on average."""
-    t, launch, process, sizes = experiment.trainer, experiment.launch, Process.of(experiment), Step.of(experiment)
+    t, launch, process, sizes = (
+        experiment.trainer,
+        experiment.launch,
+        ProcessSpec.from_experiment(experiment),
+        StepSizes.from_experiment(experiment),
+    )
     if not launch.gpu_tflops:
         return "not known: launch.gpu_tflops=0"
-    _, heads, layers, width = _attention(process)
+    _, heads, layers, width = _attention_shape(process)
     forward = 2 * need.weights + 2 * process.tokens * heads * width * layers
     turns = experiment.env.max_turns if experiment.env.history == "window" else 1
     flops = {
@@ -389,11 +404,13 @@ def _cost(experiment: Experiment, need: Memory) -> str:
         "update": forward * sizes.tokens * (4 if process.passes.checkpointing else 3) * t["num_iterations"],
         "scoring": forward * sizes.tokens * (process.scored + process.reference),
     }
-    gpus, rate = processes(launch), UTILISATION * launch.gpu_tflops * 1e12
+    gpus, rate = process_count(launch), UTILISATION * launch.gpu_tflops * 1e12
     hours, slow = {name: count / rate / 3600 for name, count in flops.items()}, ""
-    if serving := Serving.of(experiment, need):  # who trains waits for them, and they for it
+    if serving := ServerSpec.from_experiment(experiment, need):  # who trains waits for them, and they for it
         every = gpus + serving.nodes * serving.gpus
-        hours = {name: part * every / gpus for name, part in hours.items()} | {"play": serving.hours(sizes) * every}
+        hours = {name: part * every / gpus for name, part in hours.items()} | {
+            "play": serving.play_hours(sizes) * every
+        }
         gpus, slow = every, f" and {BANDWIDTH / 1e12:g} TB/s for decoding"
     if process.sampler == "local":  # a process decodes its episodes in portions, one token of all of them after another
         portions = -(-sizes.episodes // (gpus * process.episodes))
@@ -408,50 +425,50 @@ def _cost(experiment: Experiment, need: Memory) -> str:
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServerSpec:
     """The nodes of a job that serve: the GPUs of each hold the policy together, and contexts beside it. All of it is bf16."""
 
     nodes: int
     gpus: int  # of each
     weights: float  # bytes of the policy
     context: float  # bytes of the cache of a full context
-    room: float  # bytes that a node has for contexts; infinite where the cards are not known
+    free_bytes: float  # bytes that a node has for contexts; infinite where the cards are not known
 
     @classmethod
-    def of(cls, experiment: Experiment, need: Memory) -> Serving | None:
-        launch, process = experiment.launch, Process.of(experiment)
+    def from_experiment(cls, experiment: Experiment, need: MemoryEstimate) -> ServerSpec | None:
+        launch, process = experiment.launch, ProcessSpec.from_experiment(experiment)
         if not launch.server_nodes:
             return None
-        cached, _, layers, width = _attention(process)
-        gpus, have = max(1, launch.gpus_per_node), capacity(launch) * GB or float("inf")
+        cached, _, layers, width = _attention_shape(process)
+        gpus, have = max(1, launch.gpus_per_node), gpu_memory(launch) * GB or float("inf")
         weights = 2.0 * need.weights
-        room = gpus * (VLLM_SERVER_SHARE * have - ASLEEP) - weights
+        room = gpus * (VLLM_SERVER_SHARE * have - VLLM_SLEEP_BYTES) - weights
         return cls(launch.server_nodes, gpus, weights, 4.0 * layers * cached * width * process.played, room)
 
     @property
-    def held(self) -> float:
+    def max_contexts(self) -> float:
         """Full contexts that all servers hold at once."""
-        return self.nodes * (self.room // self.context)
+        return self.nodes * (self.free_bytes // self.context)
 
-    def hours(self, sizes: Step) -> float:
+    def play_hours(self, sizes: StepSizes) -> float:
         """Of a round's play, where each token reads the weights and half of the contexts that are decoded with it."""
-        at_once = max(1.0, min(sizes.live, self.held) / self.nodes)
+        at_once = max(1.0, min(sizes.live, self.max_contexts) / self.nodes)
         token = (self.weights + at_once * self.context / 2) / (self.gpus * BANDWIDTH)
         return sizes.sampled / self.nodes / at_once * token / 3600
 
     def __str__(self) -> str:
-        contexts = "" if self.held == float("inf") else f", {self.held:,.0f} full contexts at once"
-        return f"{self.nodes} nodes of {self.gpus} GPUs; {_gb(self.weights / self.gpus)} GB of weights each{contexts}"
+        contexts = "" if self.max_contexts == float("inf") else f", {self.max_contexts:,.0f} full contexts at once"
+        return f"{self.nodes} nodes of {self.gpus} GPUs; {_format_gb(self.weights / self.gpus)} GB of weights each{contexts}"
 
 
-def _attention(process: Process) -> tuple[int, int, int, int]:
+def _attention_shape(process: ProcessSpec) -> tuple[int, int, int, int]:
     """Heads that are cached, all heads, layers, and the width of a head."""
-    c = _rehearsal(process.passes).config
+    c = _cached_trace(process.passes).config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return getattr(c, "num_key_value_heads", c.num_attention_heads), c.num_attention_heads, c.num_hidden_layers, width
 
 
-def notes(experiment: Experiment) -> list[str]:
+def context_warnings(experiment: Experiment) -> list[str]:
     """What is allowed and yet not what it seems, as the shape of the model says."""
     if experiment.model.path is None:
         return []
@@ -459,7 +476,7 @@ def notes(experiment: Experiment) -> list[str]:
 
     env, panels = experiment.env, experiment.evaluation
     try:
-        most, scaled = policy.positions(json.loads(shape(experiment.model)))
+        most, scaled = policy.max_positions(json.loads(read_shape(experiment.model)))
     except ConfigError:  # told where it is needed
         return []
     asked = max(env.context_tokens, panels.context_tokens)
@@ -476,34 +493,36 @@ def notes(experiment: Experiment) -> list[str]:
 # What does not fit.
 
 
-def check(experiment: Experiment) -> None:
+def check_memory(experiment: Experiment) -> None:
     """Refuse what cannot fit into a GPU of its launch, and name the key to change.
 
     Raises:
         ConfigError: with what is needed, and with a value that would fit where there is one.
     """
-    have = capacity(experiment.launch) * GB
+    have = gpu_memory(experiment.launch) * GB
     if experiment.model.path is None or not have:
         return
     try:
-        process = Process.of(experiment)
-        need = memory(process)
-    except Missing:  # what is not known is not refused
+        process = ProcessSpec.from_experiment(experiment)
+        need = estimate_memory(process)
+    except MissingResource:  # what is not known is not refused
         return
-    _check_engine(experiment, process, need)
-    if (serving := Serving.of(experiment, need)) and serving.room < serving.context:
-        told = f"the {serving.gpus} GPUs of a node that serves hold {_gb(serving.room + serving.weights)} GB"
-        remedy = f"{told}, and the policy takes {_gb(serving.weights)} and one full context {_gb(serving.context)}"
+    _check_vllm_share(experiment, process, need)
+    if (serving := ServerSpec.from_experiment(experiment, need)) and serving.free_bytes < serving.context:
+        told = (
+            f"the {serving.gpus} GPUs of a node that serves hold {_format_gb(serving.free_bytes + serving.weights)} GB"
+        )
+        remedy = f"{told}, and the policy takes {_format_gb(serving.weights)} and one full context {_format_gb(serving.context)}"
         raise ConfigError("launch.server_nodes", serving.nodes, f"{remedy}: larger or more GPUs per node")
     if need.total <= have:
         return
     most = max(need.peak, key=need.peak.__getitem__)
-    told = f"needs {_gb(need.total)} of {have / GB:g} GB per GPU in {need.phase}, most of it {most}"
+    told = f"needs {_format_gb(need.total)} of {have / GB:g} GB per GPU in {need.phase}, most of it {most}"
     tried: dict[str, Any] = {}
-    for field, old, new, lighter in _levers(experiment, process, need.phase):
+    for field, old, new, lighter in _propose_changes(experiment, process, need.phase):
         tried.setdefault(field, old)
-        if memory(lighter).total <= have:
-            raise ConfigError(field, old, f"{told}; {_word(new)} would fit")
+        if estimate_memory(lighter).total <= have:
+            raise ConfigError(field, old, f"{told}; {_format_value(new)} would fit")
     field, old = next(iter(tried.items()), ("launch", experiment.launch.name))
     also = f"; none of {', '.join(tried)} is enough alone" if tried else ""
     raise ConfigError(field, old, f"{told}{also}: several of them, more or larger GPUs, or another model")
@@ -518,27 +537,31 @@ def check_disk(experiment: Experiment) -> None:
     if experiment.model.path is None or config.run_dir(experiment).exists():
         return
     try:
-        least, free, _ = _room(experiment, memory(Process.of(experiment)))
-    except Missing:
+        least, free, _ = _disk_space(experiment, estimate_memory(ProcessSpec.from_experiment(experiment)))
+    except MissingResource:
         return
     if free < least:
-        told = f"has {_gb(free)} GB free, and the run takes {_gb(least)}: {KEPT} checkpoints and the weights at the end"
+        told = f"has {_format_gb(free)} GB free, and the run takes {_format_gb(least)}: "
+        told += f"{CHECKPOINTS_ON_DISK} checkpoints and the weights at the end"
         raise ConfigError("outputs", config.outputs_root(experiment), f"{told}; choose a folder with more room")
 
 
-def _check_engine(experiment: Experiment, process: Process, need: Memory) -> None:
+def _check_vllm_share(experiment: Experiment, process: ProcessSpec, need: MemoryEstimate) -> None:
     """vLLM begins only where the weights and the cache of a full context fit into its share (both bf16)."""
     if process.sampler != "colocate":
         return
-    how, (cached, _, layers, width) = experiment.launch.trainer, _attention(process)
+    how, (cached, _, layers, width) = experiment.launch.trainer, _attention_shape(process)
     least = 2 * need.weights + 4 * layers * cached * width * process.tokens
-    if least + ASLEEP > process.engine:
+    if least + VLLM_SLEEP_BYTES > process.engine:
         share = how.get("vllm_gpu_memory_utilization", VLLM_SHARE)
-        told = f"gives vLLM {_gb(process.engine)} GB per GPU; with one context of the policy it takes {_gb(least + ASLEEP)}"
+        told = f"gives vLLM {_format_gb(process.engine)} GB per GPU; with one context of the policy it takes "
+        told += _format_gb(least + VLLM_SLEEP_BYTES)
         raise ConfigError("launch.trainer.vllm_gpu_memory_utilization", share, told)
 
 
-def _levers(experiment: Experiment, process: Process, phase: str) -> Iterator[tuple[str, Any, Any, Process]]:
+def _propose_changes(
+    experiment: Experiment, process: ProcessSpec, phase: str
+) -> Iterator[tuple[str, Any, Any, ProcessSpec]]:
     """Keys that make a process lighter where it needs most: a field, its value, another one, and the process with that."""
     launch, how = experiment.launch, process.passes
     at = "launch.trainer"
@@ -553,7 +576,7 @@ def _levers(experiment: Experiment, process: Process, phase: str) -> Iterator[tu
     elif phase != "optimizer":
         by_tokens = launch.device_tokens and process.rows < (launch.device_rows or process.rows + 1)
         for fewer in _halves(process.rows):
-            lighter = replace(process, rows=fewer, again=True)
+            lighter = replace(process, rows=fewer, accumulates=True)
             if by_tokens:
                 yield "launch.device_tokens", launch.device_tokens, fewer * process.tokens, lighter
             else:
@@ -575,13 +598,13 @@ def _halves(count: int) -> Iterator[int]:
         yield count
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _gb(size: float) -> str:
+def _format_gb(size: float) -> str:
     return f"{size / GB:,.0f}" if size >= 100 * GB else f"{size / GB:,.1f}"
 
 
-def _count(tokens: int) -> str:
+def _format_count(tokens: int) -> str:
     return f"{tokens / 1e6:,.1f} M" if tokens >= 1e5 else f"{tokens:,}"

@@ -20,8 +20,8 @@ from aem_exp.cluster import rendezvous, slurm
 from aem_exp.core import cli, disk
 from aem_exp.envs import workers
 
-PATIENCE: Final = 5.0  # seconds for whoever connects to show the key
-ABOUT = """\
+KEY_SECONDS: Final = 5.0  # seconds for whoever connects to show the key
+DESCRIPTION = """\
 Lend the cores of this node to runs that say launch.workers_at=FOLDER, until this is stopped. On a cluster:
 
   sbatch --nodes=16 --cpus-per-task=32 --wrap "srun python -m aem_exp.jobs.lend /shared/lent"
@@ -29,64 +29,66 @@ Lend the cores of this node to runs that say launch.workers_at=FOLDER, until thi
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.answer(lambda: _act(_read(argv)))
+    return cli.run_cli(lambda: _run(_parse_arguments(argv)))
 
 
-def _read(argv: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser("python -m aem_exp.jobs.lend", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser = cli.Parser(
+        "python -m aem_exp.jobs.lend", description=DESCRIPTION, formatter_class=layout, allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder on a disk that nodes and runs see")
     return parser.parse_args(argv)
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run(asked: argparse.Namespace) -> int:
     folder = asked.folder.expanduser().absolute()
     disk.check_writable(folder, "FOLDER")
-    site, _ = slurm.site()
-    host, key = rendezvous.private(site.interface), rendezvous.made_key(folder).encode()
-    signal.signal(signal.SIGTERM, _stop)
+    site, _ = slurm.read_site()
+    host, key = rendezvous.private_address(site.interface), rendezvous.ensure_key(folder).encode()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     with socket.create_server((host, 0), backlog=1024) as listening:
         where = f"{host}:{listening.getsockname()[1]}"
-        note = folder / f"{rendezvous.NODE}{socket.gethostname()}-{os.getpid()}"
-        rendezvous.write(note, f"{where}\n")
+        note = folder / f"{rendezvous.NODE_PREFIX}{socket.gethostname()}-{os.getpid()}"
+        rendezvous.write_private(note, f"{where}\n")
         print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
         try:
-            _serve(listening, key)
+            _accept_connections(listening, key)
         finally:
             note.unlink(missing_ok=True)
     return 0
 
 
-def _serve(listening: socket.socket, key: bytes) -> NoReturn:
+def _accept_connections(listening: socket.socket, key: bytes) -> NoReturn:
     """Start a worker for each that knows the key."""
     lent: set[subprocess.Popen[bytes]] = set()
     try:
         while True:
             connection, _ = listening.accept()
-            threading.Thread(target=_lend, args=[connection, key, lent], daemon=True).start()
+            threading.Thread(target=_run_worker, args=[connection, key, lent], daemon=True).start()
     finally:
         for worker in list(lent):
             with suppress(OSError):
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
-def _lend(connection: socket.socket, key: bytes, lent: "set[subprocess.Popen[bytes]]") -> None:
+def _run_worker(connection: socket.socket, key: bytes, lent: "set[subprocess.Popen[bytes]]") -> None:
     """One worker, which ends when its connection does."""
     with connection:
-        connection.settimeout(PATIENCE)
+        connection.settimeout(KEY_SECONDS)
         try:
-            if not rendezvous.greeted(connection, key):
+            if not rendezvous.verify_key(connection, key):
                 return
         except OSError:  # it has nothing to say, or went away
             return
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        lent.add(worker := workers.child(connection, None))
+        lent.add(worker := workers.start_worker(connection, None))
     worker.wait()
     lent.discard(worker)
 
 
-def _stop(*_: object) -> NoReturn:
+def _raise_interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -29,8 +29,11 @@ WEIGHTS, GATHERED, ACTIVATIONS, GRADIENTS = "weights", "gathered", "activations"
 LOGITS, CACHE = "logits", "KV cache"
 TILE: Final = (4096, 32768)  # tokens and words that TRL's head computes at a time
 FORWARD_TILES, BACKWARD_TILES = 3, 7  # float32 copies of a tile where torch computes it; a GPU's kernel needs none
-UNITS: Final = {True: 3, False: 2}  # layers that FSDP2 holds: one, a buffer of what is sent, and on a GPU the next
-FEW: Final = 3  # layers that are rehearsed of many
+FSDP_LAYERS: Final = {
+    True: 3,
+    False: 2,
+}  # layers that FSDP2 holds: one, a buffer of what is sent, and on a GPU the next
+TRACED_LAYERS: Final = 3  # layers that are rehearsed of many
 Bytes = dict[str, int]
 
 
@@ -46,7 +49,7 @@ class Meter(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peaks: list[Bytes] = [{}]
         self._known: dict[int, tuple[str, int]] = {}
-        self._total = self._most = 0
+        self._total = self._peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -61,36 +64,36 @@ class Meter(TorchDispatchMode):
         before = self._known.get(id(storage))
         if before is None:
             self._change(id(storage), kind or self.kind, storage.nbytes())
-            weakref.finalize(storage, self._gone, id(storage))
+            weakref.finalize(storage, self._release, id(storage))
         elif kind:
-            self._gone(id(storage))
+            self._release(id(storage))
             self._change(id(storage), kind, before[1])
 
-    def hold(self, kind: str, size: int) -> None:
+    def set_bytes(self, kind: str, size: int) -> None:
         """Let there be so many bytes of a kind, in no tensor."""
         if 0 in self._known:
-            self._gone(0)
+            self._release(0)
         self._change(0, kind, size)
 
-    def section(self) -> None:
+    def start_section(self) -> None:
         """Begin another part of the pass."""
         self.peaks.append(dict(self.live))
-        self._most = self._total
+        self._peak = self._total
 
     def _change(self, key: int, kind: str, size: int) -> None:
         self._known[key] = (kind, size)
         self.live[kind] += size
         self._total += size
-        if self._total > self._most:
-            self._most, self.peaks[-1] = self._total, dict(self.live)
+        if self._total > self._peak:
+            self._peak, self.peaks[-1] = self._total, dict(self.live)
 
-    def _gone(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         kind, size = self._known.pop(key)
         self.live[kind] -= size
         self._total -= size
 
 
-class Rehearsal:
+class MemoryTrace:
     """A policy that pretends, and what its passes would allocate beside its weights.
 
     Args:
@@ -122,39 +125,39 @@ class Rehearsal:
         with torch.device("meta"):
             policy = make()
         with self._fake:
-            _pretend(policy)
+            _materialize_fakes(policy)
         if checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = list(policy.parameters())
         self._model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self.config = self._model.config.get_text_config()
         self._base = getattr(self._model, self._model.base_model_prefix)
-        self._parent, self._name = _layers(self._base)
-        self._all = getattr(self._parent, self._name)
+        self._parent, self._name = _find_layers(self._base)
+        self._all_layers = getattr(self._parent, self._name)
         self._eager = self.config._attn_implementation == "eager"
 
     def update(self, rows: int, tokens: int, completion: int, again: bool = False) -> Bytes:
         """The peak of a forward and backward pass over a micro-batch; `again`: there are gradients of another already."""
 
         def act(meter: Meter) -> None:
-            left = [[p for p in layer.parameters() if p.requires_grad] for layer in self._shown]
+            left = [[p for p in layer.parameters() if p.requires_grad] for layer in self._active_layers]
             trained = [p for p in self._model.parameters() if p.requires_grad]
-            told = partial(self._told, meter, left, again)
+            told = partial(self._on_gradient, meter, left, again)
             hooks = [p.register_post_accumulate_grad_hook(told) for p in trained]
             if again and self.processes == 1:
                 for p in trained:
                     p.grad = torch.empty_like(p)
                     meter.count(p.grad, GRADIENTS)
-            self._parts = [self._part(meter, p) for p in self.parameters if p.requires_grad and again]
+            self._shards = [self._shard(meter, p) for p in self.parameters if p.requires_grad and again]
             self._model.train()
             self._logps(meter, rows, tokens, completion).sum().backward()
-            self._parts.clear()
+            self._shards.clear()
             for hook in hooks:
                 hook.remove()
             for p in trained:
                 p.grad = None
 
-        return self._most(act)
+        return self._peak(act)
 
     def score(self, rows: int, tokens: int, completion: int) -> Bytes:
         """The peak of a pass that only reads: log-probs and entropies of a micro-batch."""
@@ -164,23 +167,23 @@ class Rehearsal:
             with torch.no_grad():
                 self._logps(meter, rows, tokens, completion)
 
-        return self._most(act)
+        return self._peak(act)
 
     def play(self, episodes: int, tokens: int, prompt: int) -> Bytes:
         """The peak of sampling with a KV cache: the first prompts, or the last token of full contexts."""
-        begun = self._most(lambda meter: self._append(meter, episodes, 0, prompt))
-        full = self._most(lambda meter: self._append(meter, episodes, tokens - 1, 1))
+        begun = self._peak(lambda meter: self._append(meter, episodes, 0, prompt))
+        full = self._peak(lambda meter: self._append(meter, episodes, tokens - 1, 1))
         return max(begun, full, key=lambda peak: sum(peak.values()))
 
     def _append(self, meter: Meter, episodes: int, past: int, new: int) -> None:
         self._model.eval()
-        cache, ids = _Cache(meter), torch.zeros(episodes, new, dtype=torch.long)
-        with torch.no_grad(), self._mixed():
-            with _counted(meter, LOGITS):  # of a turn's first token, which a session keeps through the turn
+        cache, ids = _CountedCache(meter), torch.zeros(episodes, new, dtype=torch.long)
+        with torch.no_grad(), self._autocast():
+            with _count_as(meter, LOGITS):  # of a turn's first token, which a session keeps through the turn
                 first = torch.empty(episodes, self.config.vocab_size)
             if past:
                 self._base(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-                cache.pretend(past)
+                cache.fill(past)
             hidden = self._base(
                 input_ids=ids,
                 attention_mask=self._mask(episodes, new, past + new),
@@ -188,26 +191,26 @@ class Rehearsal:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-            with _counted(meter, LOGITS):
+            with _count_as(meter, LOGITS):
                 scores = self._model.get_output_embeddings()(hidden).float()
-                local._draw(scores, torch.empty(episodes, dtype=torch.float64), base.Sampling())
+                local._sample_tokens(scores, torch.empty(episodes, dtype=torch.float64), base.Sampling())
             del first
 
     def _logps(self, meter: Meter, rows: int, tokens: int, completion: int) -> Tensor:
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         mask = self._mask(rows, tokens, tokens) if rows > 1 else None  # one row has no padding
-        units = UNITS[self.gpu]
-        self._gather(meter, units, head=False)
-        with self._mixed():
+        units = FSDP_LAYERS[self.gpu]
+        self._gather_layers(meter, units, head=False)
+        with self._autocast():
             hidden = self._base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            self._gather(meter, 1)
+            self._gather_layers(meter, 1)
             weight = self._model.get_output_embeddings().weight
             scored = hidden[:, -completion - 1 : -1] if self.gpu else hidden[:, :-1]
             dtype = torch.bfloat16 if self.autocast else hidden.dtype
             if self.fp32_head:
                 scored, dtype = scored.float(), torch.float32
-            after = partial(self._gather, meter, 2 * units)  # layers, and their gradients
-            return _Head.apply(scored.reshape(-1, hidden.shape[-1]), weight, dtype, self.gpu, meter, after)
+            after = partial(self._gather_layers, meter, 2 * units)  # layers, and their gradients
+            return _FakeHead.apply(scored.reshape(-1, hidden.shape[-1]), weight, dtype, self.gpu, meter, after)
 
     def _mask(self, rows: int, queries: int, keys: int) -> Tensor | None:
         if not self.masks:
@@ -215,15 +218,15 @@ class Rehearsal:
         mask = torch.ones(rows, 1, queries, keys, dtype=torch.bool)
         return mask.to(self.parameters[0].dtype) if self._eager else mask
 
-    def _mixed(self) -> Any:
+    def _autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
 
-    def _told(self, meter: Meter, left: list[list[nn.Parameter]], again: bool, p: nn.Parameter) -> None:
+    def _on_gradient(self, meter: Meter, left: list[list[nn.Parameter]], again: bool, p: nn.Parameter) -> None:
         """A weight has its gradient."""
         if self.processes > 1:
             p.grad = None  # summed over the processes, and each keeps its part
             if not again:
-                self._parts.append(self._part(meter, p))
+                self._shards.append(self._shard(meter, p))
         else:
             assert p.grad is not None
             meter.count(p.grad, GRADIENTS)
@@ -231,54 +234,54 @@ class Rehearsal:
             if any(p is other for other in waiting):
                 waiting[:] = [other for other in waiting if other is not p]
                 if not waiting:
-                    meter.section()
+                    meter.start_section()
 
-    def _part(self, meter: Meter, p: nn.Parameter) -> Tensor:
+    def _shard(self, meter: Meter, p: nn.Parameter) -> Tensor:
         """Of a gradient, what this process keeps."""
         size = 0 if self.offload or self.processes == 1 else -(-p.numel() // self.processes)
-        with _counted(meter, GRADIENTS):
+        with _count_as(meter, GRADIENTS):
             return torch.empty(size, dtype=torch.float32 if self.autocast else p.dtype)
 
-    def _gather(self, meter: Meter, layers: int, head: bool = True) -> None:
+    def _gather_layers(self, meter: Meter, layers: int, head: bool = True) -> None:
         """Hold so many layers, and the head, whole."""
         if self.processes > 1:
             words = self._model.get_output_embeddings().weight.numel() if head else 0
-            largest = max(sum(p.numel() for p in layer.parameters()) for layer in self._all)
-            meter.hold(GATHERED, self.parameters[0].element_size() * (layers * largest + words))
+            largest = max(sum(p.numel() for p in layer.parameters()) for layer in self._all_layers)
+            meter.set_bytes(GATHERED, self.parameters[0].element_size() * (layers * largest + words))
 
     # Few layers in the place of many.
 
-    def _most(self, act: Callable[[Meter], None]) -> Bytes:
+    def _peak(self, act: Callable[[Meter], None]) -> Bytes:
         """The largest moment of a pass through all layers."""
-        count = len(self._all)
-        if count <= FEW + 2 or not self._alike():
-            return max(self._watched(act, count), key=lambda peak: sum(peak.values()))
-        few, more = (self._watched(act, n) for n in (FEW - 1, FEW))
+        count = len(self._all_layers)
+        if count <= TRACED_LAYERS + 2 or not self._has_equal_layers():
+            return max(self._trace_layers(act, count), key=lambda peak: sum(peak.values()))
+        few, more = (self._trace_layers(act, n) for n in (TRACED_LAYERS - 1, TRACED_LAYERS))
         ends = range(min(2, len(few))), range(-min(2, len(few)), 0)  # sections between these are between these in size
         longer = [
-            {k: more[i].get(k, 0) + (count - FEW) * (more[i].get(k, 0) - few[i].get(k, 0)) for k in more[i]}
+            {k: more[i].get(k, 0) + (count - TRACED_LAYERS) * (more[i].get(k, 0) - few[i].get(k, 0)) for k in more[i]}
             for i in {i % len(few) - (len(few) if j else 0) for j, end in enumerate(ends) for i in end}
         ]
         return max(longer, key=lambda peak: sum(peak.values()))
 
-    def _watched(self, act: Callable[[Meter], None], count: int) -> list[Bytes]:
-        self._shown = self._all[:count]
-        setattr(self._parent, self._name, nn.ModuleList(self._shown))
+    def _trace_layers(self, act: Callable[[Meter], None], count: int) -> list[Bytes]:
+        self._active_layers = self._all_layers[:count]
+        setattr(self._parent, self._name, nn.ModuleList(self._active_layers))
         try:
-            with self._fake, _kernels(self.gpu), Meter() as meter:
+            with self._fake, _replace_kernels(self.gpu), Meter() as meter:
                 for tensor in (*self.parameters, *self._model.buffers()):
                     meter.count(tensor, WEIGHTS)
                 act(meter)
         finally:
-            setattr(self._parent, self._name, self._all)
+            setattr(self._parent, self._name, self._all_layers)
         return [{kind: size for kind, size in peak.items() if kind != WEIGHTS} for peak in meter.peaks]
 
-    def _alike(self) -> bool:
-        sizes = {tuple((p.shape, p.requires_grad) for p in layer.parameters()) for layer in self._all}
+    def _has_equal_layers(self) -> bool:
+        sizes = {tuple((p.shape, p.requires_grad) for p in layer.parameters()) for layer in self._all_layers}
         return len(sizes) == 1 and len(set(getattr(self.config, "layer_types", None) or [""])) == 1
 
 
-class _Cache(DynamicCache):
+class _CountedCache(DynamicCache):
     """The KV cache of a session."""
 
     def __init__(self, meter: Meter):
@@ -286,19 +289,19 @@ class _Cache(DynamicCache):
         self._meter = meter
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        with _counted(self._meter, CACHE):
+        with _count_as(self._meter, CACHE):
             return super().update(*args, **kwargs)
 
-    def pretend(self, tokens: int) -> None:
+    def fill(self, tokens: int) -> None:
         """To have seen so many."""
-        with _counted(self._meter, CACHE):
+        with _count_as(self._meter, CACHE):
             for layer in self.layers:
                 layer.keys, layer.values = (
                     kept.new_empty(*kept.shape[:2], tokens, kept.shape[3]) for kept in (layer.keys, layer.values)
                 )
 
 
-class _Head(torch.autograd.Function):
+class _FakeHead(torch.autograd.Function):
     """Allocates what TRL's `ChunkedLogProbFunction` does: a tile of logits at a time, gradients summed in float32."""
 
     @staticmethod
@@ -307,24 +310,24 @@ class _Head(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.rest = dtype, gpu, meter, after
-        with _counted(meter, LOGITS):
-            _tile(hidden, weight, dtype, 0 if gpu else FORWARD_TILES)
+        with _count_as(meter, LOGITS):
+            _allocate_tile(hidden, weight, dtype, 0 if gpu else FORWARD_TILES)
             return hidden.new_empty(10, len(hidden), dtype=torch.float32)[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
         (hidden, weight), (dtype, gpu, meter, after) = ctx.saved_tensors, ctx.rest
-        with _counted(meter, LOGITS):
+        with _count_as(meter, LOGITS):
             hidden_grad = torch.empty_like(hidden, dtype=torch.float32)
             trained = ctx.needs_input_grad[1]
             weight_grad = torch.empty_like(weight, dtype=torch.float32) if trained else None
-            _tile(hidden, weight, dtype, 0 if gpu else BACKWARD_TILES)
+            _allocate_tile(hidden, weight, dtype, 0 if gpu else BACKWARD_TILES)
             grads = hidden_grad.to(hidden.dtype), None if weight_grad is None else weight_grad.to(weight.dtype)
         after()
         return (*grads, None, None, None, None)
 
 
-def _tile(hidden: Tensor, weight: Tensor, dtype: torch.dtype, copies: int) -> None:
+def _allocate_tile(hidden: Tensor, weight: Tensor, dtype: torch.dtype, copies: int) -> None:
     """Make one, and let it go: the next takes its place."""
     tokens, words = min(len(hidden), TILE[0]), min(len(weight), TILE[1])
     made = [hidden.new_empty(tokens, TILE[1], dtype=dtype), hidden[:tokens].to(dtype), weight[:words].to(dtype)]
@@ -332,7 +335,7 @@ def _tile(hidden: Tensor, weight: Tensor, dtype: torch.dtype, copies: int) -> No
 
 
 @contextlib.contextmanager
-def _counted(meter: Meter, kind: str) -> Iterator[None]:
+def _count_as(meter: Meter, kind: str) -> Iterator[None]:
     before, meter.kind = meter.kind, kind
     try:
         yield
@@ -341,11 +344,11 @@ def _counted(meter: Meter, kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kernels(gpu: bool) -> Iterator[None]:
+def _replace_kernels(gpu: bool) -> Iterator[None]:
     """Attention as a GPU computes it, which never holds the scores; and no search for several texts in one row."""
     attention, search = functional.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices
     if gpu:
-        functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+        functional.scaled_dot_product_attention = _fake_attention  # type: ignore[assignment]
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
@@ -353,13 +356,13 @@ def _kernels(gpu: bool) -> Iterator[None]:
         functional.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices = attention, search
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
-    return _Attention.apply(query, key, value, attn_mask)
+    return _FakeAttention.apply(query, key, value, attn_mask)
 
 
-class _Attention(torch.autograd.Function):
+class _FakeAttention(torch.autograd.Function):
     """Allocates what torch's flash attention does, and its memory-efficient one where there is a mask."""
 
     @staticmethod
@@ -379,7 +382,7 @@ class _Attention(torch.autograd.Function):
         return grads
 
 
-def _pretend(model: nn.Module) -> None:
+def _materialize_fakes(model: nn.Module) -> None:
     """Put tensors that pretend to be on a CPU in the place of those that admit to be nowhere; shared ones stay shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -393,7 +396,7 @@ def _pretend(model: nn.Module) -> None:
                     held[name] = made[id(tensor)]
 
 
-def _layers(base: nn.Module) -> tuple[nn.Module, str]:
+def _find_layers(base: nn.Module) -> tuple[nn.Module, str]:
     """Where the layers are: the longest list of modules, as its owner and its name there."""
     lists = [
         (len(child), parent, name)

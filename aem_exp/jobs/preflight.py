@@ -2,26 +2,26 @@
 
 from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
-from aem_exp.core.user_code import blaming
+from aem_exp.core.user_code import wrap_call_errors
 from aem_exp.envs import World, leakage, panel
 from aem_exp.envs.opening import open_world
 from aem_exp.envs.panel import ENV_TARGET
 from aem_exp.jobs import dry_run
-from aem_exp.jobs.dry_run import TINY
+from aem_exp.jobs.dry_run import TINY_POLICY
 
 
-def fitting(experiment: Experiment) -> World:
+def open_checked_world(experiment: Experiment) -> World:
     """The world, opened; refuses what it cannot give: a player to imitate, so many tasks, panels apart from them.
 
     Whatever of the experiment may be a user's own is tried (see `dry_run`).
     """
-    with blaming(ENV_TARGET, experiment.env.make["_target_"], "importing it"):
+    with wrap_call_errors(ENV_TARGET, experiment.env.make["_target_"], "importing it"):
         kind = config.instantiate(experiment.env.make, partial=True).func
     teachable = not isinstance(kind, type) or (hasattr(kind, "words") and hasattr(kind, "expert"))
-    if experiment.model.make and experiment.model.make["_target_"] == TINY and not teachable:
+    if experiment.model.make and experiment.model.make["_target_"] == TINY_POLICY and not teachable:
         remedy = f"env {experiment.env.name} has no scripted player to imitate; load a policy: model=NAME, or"
-        raise ConfigError("model.make", TINY, f"{remedy} model.make=null model.path=FOLDER")
-    dry_run.check_parts(experiment)
+        raise ConfigError("model.make", TINY_POLICY, f"{remedy} model.make=null model.path=FOLDER")
+    dry_run.check_functions(experiment)
     world, settings = open_world(experiment), experiment.trainer
     train = panel.list_tasks(world, "train")
     if settings["tasks_per_step"] * settings["oversample"] > len(train):
@@ -33,9 +33,9 @@ def fitting(experiment: Experiment) -> World:
         for field, split in (("evaluation.panel", how.panel), ("evaluation.final", how.final))
     }
     name, held_out = experiment.env.name, {split: panel.tasks for split, panel in panels.items()}
-    some = panel.select_tasks(world, "train", train, leakage.looked_at(train, held_out))
-    leakage.refuse_shared(name, some, held_out)
+    some = panel.select_tasks(world, "train", train, leakage.select_indices(train, held_out))
+    leakage.check_shared_tasks(name, some, held_out)
     playable = dry_run.check_world(experiment, world, some)
-    if playable and (played := dry_run.games(experiment, world, {"train": some, **held_out})):
-        leakage.refuse_alike(name, played.pop("train"), played)
+    if playable and (played := dry_run.play_games(experiment, world, {"train": some, **held_out})):
+        leakage.check_identical_games(name, played.pop("train"), played)
     return world

@@ -21,27 +21,27 @@ from aem_exp import config
 from aem_exp.cluster import rendezvous, slurm
 from aem_exp.config import Experiment
 from aem_exp.core import cli
-from aem_exp.core.errors import Stop
+from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling import http
 
 GRACE: Final = 20.0  # seconds for a server to end
 
 
 def main() -> int:
-    return cli.answer(lambda: _act(_read()))
+    return cli.run_cli(lambda: _run(_parse_arguments()))
 
 
-def _read() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     what = "Serve a run's policy from this node, until the run ends; jobs send this."
     parser = cli.Parser("python -m aem_exp.jobs.serve", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     return parser.parse_args()
 
 
-def _act(asked: argparse.Namespace) -> int:
-    cli.reach_frozen(asked.run_dir)
+def _run(asked: argparse.Namespace) -> int:
+    cli.add_frozen_modules(asked.run_dir)
     run_dir = asked.run_dir.expanduser().absolute()
-    experiment, folder = config.read(run_dir), rendezvous.of_job(run_dir)
+    experiment, folder = config.read(run_dir), rendezvous.job_folder(run_dir)
     heard: list[int] = []
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
@@ -50,66 +50,79 @@ def _act(asked: argparse.Namespace) -> int:
     child = None
     try:
         if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
-            child = _started(experiment, folder)
-        while not (folder / rendezvous.OVER).exists():
+            child = _start_server(experiment, folder)
+        while not (folder / rendezvous.RELEASED).exists():
             if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
-                raise Stop(f"the server on {_node()} has ended with code {child.returncode}", "node")
+                raise RunError(f"the server on {_node_name()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
-    except Stop as stop:
-        rendezvous.write_gone(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
+    except RunError as stop:
+        rendezvous.write_ended(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
         raise
     finally:
         if child is not None:
-            _end(child)
+            _end_server(child)
     return 0
 
 
-def _node() -> str:
+def _node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _started(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
+def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
     """Start the node's server, and write down where it is when it answers."""
     from aem_exp import policy
     from aem_exp.envs import opening
 
-    site, place = slurm.site()
+    site, place = slurm.read_site()
     model, how = experiment.model, experiment.launch
-    weights = policy.locate(model) if model.path else policy.made(experiment, opening.open_world(experiment))
-    host, dtype = rendezvous.private(site.interface), "bfloat16" if experiment.trainer.get("bf16") else model.dtype
-    port = rendezvous.free_port(host)
-    context = max(experiment.env.context_tokens, config.examined(experiment).env.context_tokens)
-    words = [weights, host, str(port), str(max(1, how.gpus_per_node)), str(context), dtype, *_further(weights, context)]
-    secret = {"VLLM_API_KEY": rendezvous.made_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
+    weights = policy.locate(model) if model.path else policy.make_cached(experiment, opening.open_world(experiment))
+    host, dtype = (
+        rendezvous.private_address(site.interface),
+        "bfloat16" if experiment.trainer.get("bf16") else model.dtype,
+    )
+    port = rendezvous.find_free_port(host)
+    context = max(experiment.env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens)
+    words = [
+        weights,
+        host,
+        str(port),
+        str(max(1, how.gpus_per_node)),
+        str(context),
+        dtype,
+        *_context_options(weights, context),
+    ]
+    secret = {"VLLM_API_KEY": rendezvous.ensure_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # it is no process of the run
     child = subprocess.Popen(
-        ["bash", str(place / slurm.SERVER), *words], env=os.environ | secret, start_new_session=True
+        ["bash", str(place / slurm.SERVER_SCRIPT), *words], env=os.environ | secret, start_new_session=True
     )
     url = f"http://{host}:{port}"
     end = time.monotonic() + how.server_seconds
-    while not http.well(url):
+    while not http.is_healthy(url):
         if (code := child.poll()) is not None or time.monotonic() > end:
-            _end(child)
+            _end_server(child)
             late = f"did not answer within {how.server_seconds:g} s (launch.server_seconds)"
-            raise Stop(f"the server on {_node()} {late if code is None else f'has ended with code {code}'}", "node")
+            raise RunError(
+                f"the server on {_node_name()} {late if code is None else f'has ended with code {code}'}", "node"
+            )
         time.sleep(0.5)
-    rendezvous.write(folder / f"{rendezvous.NODE}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
+    rendezvous.write_private(folder / f"{rendezvous.NODE_PREFIX}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
     print(f"serves   {url}", flush=True)
     return child
 
 
-def _further(weights: str, context: int) -> list[str]:
+def _context_options(weights: str, context: int) -> list[str]:
     """Options of vLLM for a context beyond the model's positions: more of them, unscaled, as the trainer has them."""
     from aem_exp import policy
 
-    most, scaled = policy.positions(json.loads((Path(weights) / "config.json").read_text()))
+    most, scaled = policy.max_positions(json.loads((Path(weights) / "config.json").read_text()))
     if scaled or not 0 < most < context:
         return []
     return ["--hf-overrides", json.dumps({"max_position_embeddings": context})]
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end_server(child: subprocess.Popen[bytes]) -> None:
     """Make sure that a server and all that it started are gone."""
     child.terminate()
     with suppress(subprocess.TimeoutExpired):

@@ -11,76 +11,78 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from aem_exp.cluster.run_state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, State
-from aem_exp.core.console import clock
+from aem_exp.cluster.run_state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, RunState
+from aem_exp.core.console import format_duration
 
 COLOURS: Mapping[str, str] = {DONE: "green", RUNNING: "blue", QUEUED: "cyan", STOPPED: "yellow", FAILED: "red", NEW: ""}
-EVERY = 5.0  # seconds between looks
+REFRESH_SECONDS = 5.0  # seconds between looks
 HEADINGS = ("id", "run", "seed", "state", "step", "left", "success", "starts", "job")
-OPTIONAL = ("left", "success", "starts", "job")  # left out where they are empty
-LEAST = 10  # columns of a name, which goes on in the next line: so that a table fits into 80
-MOST = 60  # rows; of larger sweeps only those that need a look
+OPTIONAL_HEADINGS = ("left", "success", "starts", "job")  # left out where they are empty
+MIN_NAME_WIDTH = 10  # columns of a name, which goes on in the next line: so that a table fits into 80
+MAX_ROWS = 60  # rows; of larger sweeps only those that need a look
 
 
 @dataclass(frozen=True)
-class Line:
+class StatusRow:
     """A run on the board: the first digits of its signature, what it is called there, and how it is."""
 
     id: str
     name: str
     seed: str
-    state: State
+    state: RunState
 
 
-def watch(look: Callable[[], Sequence[Line]], title: str, console: Console | None = None, every: float = EVERY) -> None:
+def watch_runs(
+    look: Callable[[], Sequence[StatusRow]], title: str, console: Console | None = None, every: float = REFRESH_SECONDS
+) -> None:
     """Show the runs until none of them is live; once where there is no terminal."""
     console = console or Console(highlight=False)
     lines = look()
     if not console.is_terminal:
-        console.print(board(lines, title))
+        console.print(status_table(lines, title))
         return
-    with Live(board(lines, title), console=console, auto_refresh=False) as live:
+    with Live(status_table(lines, title), console=console, auto_refresh=False) as live:
         while any(line.state.what in (RUNNING, QUEUED) for line in lines):
             time.sleep(every)
             lines = look()
-            live.update(board(lines, title), refresh=True)
+            live.update(status_table(lines, title), refresh=True)
 
 
-def board(lines: Sequence[Line], title: str) -> Group:
+def status_table(lines: Sequence[StatusRow], title: str) -> Group:
     """A row per run, and the sum of them."""
     shown = list(lines)
-    if len(shown) > MOST:
-        shown = [line for line in lines if line.state.what not in (DONE, NEW)][:MOST]
-    rows = [_row(line) for line in shown]
+    if len(shown) > MAX_ROWS:
+        shown = [line for line in lines if line.state.what not in (DONE, NEW)][:MAX_ROWS]
+    rows = [_row_cells(line) for line in shown]
     table = Table(box=None, padding=(0, 1, 0, 0))
-    columns = [heading for heading in HEADINGS if heading not in OPTIONAL or any(row[heading] for row in rows)]
+    columns = [heading for heading in HEADINGS if heading not in OPTIONAL_HEADINGS or any(row[heading] for row in rows)]
     for heading in columns:
         right = heading in ("seed", "step", "left", "success", "starts")
-        how = {"overflow": "fold", "min_width": LEAST} if heading == "run" else {"no_wrap": True}
+        how = {"overflow": "fold", "min_width": MIN_NAME_WIDTH} if heading == "run" else {"no_wrap": True}
         table.add_column(heading, header_style="bold", justify="right" if right else "left", **how)
     for row in rows:
         table.add_row(*(row[heading] for heading in columns))
-    whole = counted(lines) + (f"; {len(shown)} shown" if len(shown) < len(lines) else "")
-    return Group(Text(title, "italic"), table, *_notes(shown), Text(f"\n{whole}"))
+    whole = count_states(lines) + (f"; {len(shown)} shown" if len(shown) < len(lines) else "")
+    return Group(Text(title, "italic"), table, *_reason_lines(shown), Text(f"\n{whole}"))
 
 
-def _notes(lines: Sequence[Line]) -> list[Text]:
+def _reason_lines(lines: Sequence[StatusRow]) -> list[Text]:
     """Why runs wait or have failed, below the table: a sentence needs its width."""
     notes = [line for line in lines if line.state.sentence and line.state.what in (FAILED, STOPPED, QUEUED)]
     said = [Text.assemble((f"{line.id}  ", "bold"), (line.state.sentence, "bright_black")) for line in notes]
     return [Text(), *said] if said else []
 
 
-def counted(lines: Sequence[Line]) -> str:
+def count_states(lines: Sequence[StatusRow]) -> str:
     """The sum of a board: `4 done, 2 running`."""
     counts = Counter(line.state.what for line in lines)
     return ", ".join(f"{counts[what]} {what}" for what in STATES if counts[what]) or "no runs"
 
 
-def _row(line: Line) -> dict[str, Text | str]:
+def _row_cells(line: StatusRow) -> dict[str, Text | str]:
     state = line.state
     what = Text(f"{state.what}{f' ({state.kind})' if state.kind else ''}", COLOURS[state.what])
-    left = "" if math.isnan(state.left) else clock(state.left)
+    left = "" if math.isnan(state.left) else format_duration(state.left)
     score = f"{state.score[0].partition('/')[0]} {state.score[1]:.0%}" if state.score else ""
     step = f"{state.step}/{state.steps}" if state.steps else ""
     starts = str(state.starts) if state.starts > 1 else ""

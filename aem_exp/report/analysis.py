@@ -3,7 +3,7 @@
 Everything here follows from archives of runs alone. The primary measure is success on the final panel; the area under the curve
 of success in training comes second, and the world's own score where it has one. Which arms are compared is declared (by default
 each with the first); they are at every point of the sweep, and all of that together is one family. Nothing is said where it would
-mislead: see `_refused`.
+mislead: see `_refusal_reason`.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from aem_exp.config.rules import NAME
+from aem_exp.config.rules import NAME_PATTERN
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir.archive import Archive
 from aem_exp.stats import compare
@@ -24,13 +24,13 @@ from aem_exp.stats.compare import Interval
 SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"
 SCORE: Final = "score"
-BUDGET: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
+BUDGET_KEYS: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
 Pair = tuple[str, str]  # an arm, and what it stands against
-COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
+CSV_COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
 
 
 @dataclass(frozen=True)
-class Run:
+class SeedRun:
     """One seed of a cell. `archive`: None where there is none yet. `command`: what makes it."""
 
     seed: int
@@ -43,12 +43,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ArmCell:
     """An arm at a point of the sweep: the runs that differ by their seed alone. `point`: empty where there is one."""
 
     arm: str
     point: str
-    runs: tuple[Run, ...]
+    runs: tuple[SeedRun, ...]
 
     @property
     def done(self) -> list[Archive]:
@@ -56,7 +56,7 @@ class Cell:
 
     def scores(self, measure: str) -> list[float]:
         """One number per run that is done, and has it."""
-        return [value for archive in self.done if (value := measured(archive, measure)) is not None]
+        return [value for archive in self.done if (value := measure_value(archive, measure)) is not None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Difference:
     interval: Interval | None = None
     refusal: str = ""
     new_tasks: Interval | None = None
-    p: compare.Permutation | None = None
+    p: compare.PermutationResult | None = None
     detectable: float = math.nan
     enough: int | None = None
     partial: bool = False
@@ -102,17 +102,17 @@ class Difference:
         return f"{'so far: ' if self.partial else ''}{compare.verdict(self.interval)}"
 
 
-def measured(archive: Archive, measure: str) -> float | None:
+def measure_value(archive: Archive, measure: str) -> float | None:
     """A run's number; None where it has none."""
     if measure == AREA:
-        return _area(archive)
+        return _area_under_curve(archive)
     if measure == SCORE:
         per_task = archive.tasks.get("score")
         return mean([mean(repeats) for repeats in per_task]) if per_task else None
     return mean(archive.success)
 
 
-def _area(archive: Archive) -> float | None:
+def _area_under_curve(archive: Archive) -> float | None:
     """Mean success in training over all steps that were planned; after a run has diverged, it stays where it was."""
     planned, values = archive.experiment.get("trainer", {}).get("steps"), archive.curve("train/success")
     if not planned or not values:
@@ -120,13 +120,15 @@ def _area(archive: Archive) -> float | None:
     return (sum(value for _, value in values) + (planned - len(values)) * values[-1][1]) / planned
 
 
-def measures(cells: Sequence[Cell]) -> list[str]:
+def available_measures(cells: Sequence[ArmCell]) -> list[str]:
     """Which of them the runs have; the primary one first."""
     done = [archive for cell in cells for archive in cell.done]
-    return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measured(a, m) is not None for a in done)]
+    return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measure_value(a, m) is not None for a in done)]
 
 
-def differences(cells: Sequence[Cell], families: Sequence[Sequence[Pair]], measure: str = SUCCESS) -> list[Difference]:
+def differences(
+    cells: Sequence[ArmCell], families: Sequence[Sequence[Pair]], measure: str = SUCCESS
+) -> list[Difference]:
     """Each pair of arms, the second being what the first stands against, point by point; a family's intervals hold at once."""
     known = {(cell.arm, cell.point): cell for cell in cells}
     points, out = dict.fromkeys(cell.point for cell in cells), list[Difference]()
@@ -137,7 +139,7 @@ def differences(cells: Sequence[Cell], families: Sequence[Sequence[Pair]], measu
     return out
 
 
-def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> Difference:
+def _difference(cell: ArmCell, reference: ArmCell, measure: str, comparisons: int) -> Difference:
     one, other = cell.scores(measure), reference.scores(measure)
     runs = (*cell.runs, *reference.runs)
     known: dict[str, Any] = {
@@ -153,53 +155,53 @@ def _difference(cell: Cell, reference: Cell, measure: str, comparisons: int) -> 
     }
     if (cell.done and not one) or (reference.done and not other):
         return Difference(**known, refusal="not measured")
-    if refusal := _refused(cell, reference) or compare.why_not(one, other):
+    if refusal := _refusal_reason(cell, reference) or compare.no_interval_reason(one, other):
         return Difference(**known, refusal=refusal)
-    interval = compare.welch(one, other, comparisons)
+    interval = compare.welch_interval(one, other, comparisons)
     return Difference(
         **known,
         interval=interval,
-        new_tasks=_new_tasks(cell, reference, comparisons) if measure == SUCCESS else None,
-        p=compare.permutation(one, other, comparisons),
-        detectable=compare.detectable(one, other, comparisons),
-        enough=compare.runs_to_show(interval.difference, compare.spread(one, other), comparisons),
+        new_tasks=_interval_on_new_tasks(cell, reference, comparisons) if measure == SUCCESS else None,
+        p=compare.permutation_test(one, other, comparisons),
+        detectable=compare.detectable_difference(one, other, comparisons),
+        enough=compare.runs_needed(interval.difference, compare.pooled_sd(one, other), comparisons),
     )
 
 
-def _new_tasks(cell: Cell, reference: Cell, comparisons: int) -> Interval | None:
+def _interval_on_new_tasks(cell: ArmCell, reference: ArmCell, comparisons: int) -> Interval | None:
     one, other = ([archive.success for archive in each.done] for each in (cell, reference))
-    return compare.across_tasks(one, other, comparisons) if len(one[0]) > 1 else None
+    return compare.new_tasks_interval(one, other, comparisons) if len(one[0]) > 1 else None
 
 
-def _refused(cell: Cell, reference: Cell) -> str | None:
+def _refusal_reason(cell: ArmCell, reference: ArmCell) -> str | None:
     """Why two cells must not be compared."""
     both = [*cell.done, *reference.done]
-    for name, asked in IDENTITY.items():
+    for name, asked in MUST_MATCH.items():
         if len(found := {asked(archive) for archive in both} - {None}) > 1:
             return f"{name} differ: {', '.join(sorted(map(str, found)))}"
     return None
 
 
-def _tasks(ids: Sequence[str]) -> str:
+def _hash_tasks(ids: Sequence[str]) -> str:
     return sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8]
 
 
-def budget(archive: Archive) -> str | None:
+def planned_budget(archive: Archive) -> str | None:
     """What a run was to play: steps x tasks x group x oversampling; None where that is not known."""
     trainer = archive.experiment.get("trainer", {})
-    return " x ".join(str(trainer.get(key, 1)) for key in BUDGET) if trainer else None
+    return " x ".join(str(trainer.get(key, 1)) for key in BUDGET_KEYS) if trainer else None
 
 
-IDENTITY: Final[Mapping[str, Callable[[Archive], str | None]]] = {
+MUST_MATCH: Final[Mapping[str, Callable[[Archive], str | None]]] = {
     "panels": lambda archive: (archive.result.get("final") or {}).get("panel_hash"),
-    "tasks of the panels": lambda archive: _tasks(archive.tasks["id"]) if archive.tasks else None,
+    "tasks of the panels": lambda archive: _hash_tasks(archive.tasks["id"]) if archive.tasks else None,
     "worlds (fingerprints)": lambda archive: archive.result.get("fingerprint"),
-    "planned budgets (steps x tasks x group x oversampling)": budget,
+    "planned budgets (steps x tasks x group x oversampling)": planned_budget,
     "checkpoint rules": lambda archive: archive.result.get("checkpoint_rule"),
 }
 
 
-def revisions(done: Iterable[Archive]) -> dict[int, list[str]]:
+def runs_by_revision(done: Iterable[Archive]) -> dict[int, list[str]]:
     """The names of runs by the revision of the method that trained them; those of other frameworks have none."""
     out: dict[int, list[str]] = {}
     for run, method in {archive.run: archive.method for archive in done}.items():
@@ -208,7 +210,7 @@ def revisions(done: Iterable[Archive]) -> dict[int, list[str]]:
     return dict(sorted(out.items()))
 
 
-def troubles(cells: Sequence[Cell]) -> list[tuple[str, str, int, str]]:
+def list_problems(cells: Sequence[ArmCell]) -> list[tuple[str, str, int, str]]:
     """(arm, point, seed, what is the matter) of each run that is not done as planned."""
     out = []
     for cell in cells:
@@ -224,7 +226,7 @@ def troubles(cells: Sequence[Cell]) -> list[tuple[str, str, int, str]]:
     return out
 
 
-def curves(cells: Sequence[Cell]) -> list[tuple[object, ...]]:
+def curve_rows(cells: Sequence[ArmCell]) -> list[tuple[object, ...]]:
     """What was measured over the steps, a row per number: arm, point, seed, run, step, measured, value."""
     rows: list[tuple[object, ...]] = [("arm", "point", "seed", "run", "step", "measured", "value")]
     for cell in cells:
@@ -240,38 +242,49 @@ def curves(cells: Sequence[Cell]) -> list[tuple[object, ...]]:
 
 
 @dataclass(frozen=True)
-class Overall:
+class OverallComparison:
     """An arm against another over all points: how likely a run of it is to score above one of the other."""
 
     arm: str
     against: str
     points: int
-    improvement: compare.Summary
-    middle: compare.Summary  # interquartile mean of the arm
-    reference: compare.Summary
+    improvement: compare.Estimate
+    interquartile_mean: compare.Estimate  # interquartile mean of the arm
+    reference: compare.Estimate
 
 
-def overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Overall]:
+def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[OverallComparison]:
     """Pairs of arms with enough points and runs (see `compare.enough`), none of them refused, and no run in two points."""
     known = {(cell.arm, cell.point): cell for cell in cells}
     out = []
     for arm, against in pairs:
         found = [(cell, known[against, p]) for (a, p), cell in known.items() if a == arm and (against, p) in known]
         runs = [archive.run for pair in found for cell in pair for archive in cell.done]
-        scores = [(one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in found if not _refused(one, other)]
-        if compare.enough(scores) and len(scores) == len(found) and len(set(runs)) == len(runs):
+        scores = [
+            (one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in found if not _refusal_reason(one, other)
+        ]
+        if compare.has_enough_cells(scores) and len(scores) == len(found) and len(set(runs)) == len(runs):
             one, other = ([pair[i] for pair in scores] for i in (0, 1))
-            summary = compare.improvement(scores)
-            out.append(Overall(arm, against, len(scores), summary, compare.middle(one), compare.middle(other)))
+            summary = compare.probability_of_improvement(scores)
+            out.append(
+                OverallComparison(
+                    arm,
+                    against,
+                    len(scores),
+                    summary,
+                    compare.interquartile_mean(one),
+                    compare.interquartile_mean(other),
+                )
+            )
     return out
 
 
 # Runs of other frameworks.
 
-Steps = dict[int, dict[str, list[float]]]  # step -> task -> success of each episode
+StepScores = dict[int, dict[str, list[float]]]  # step -> task -> success of each episode
 
 
-def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
+def read_csv_arms(file: Path, panel: Sequence[str]) -> dict[str, tuple[SeedRun, ...]]:
     """Arms of a CSV with the columns arm, seed, step, task, success: each seed a run, scored at its last step.
 
     Args:
@@ -280,32 +293,34 @@ def foreign(file: Path, panel: Sequence[str]) -> dict[str, tuple[Run, ...]]:
     Raises:
         ConfigError: the file is not that.
     """
-    runs: dict[str, dict[int, Steps]] = {}
-    for row in _rows(file):
+    runs: dict[str, dict[int, StepScores]] = {}
+    for row in _read_csv_rows(file):
         steps = runs.setdefault(row["arm"], {}).setdefault(int(row["seed"]), {})
         steps.setdefault(int(row["step"]), {}).setdefault(row["task"], []).append(float(row["success"]))
-    out: dict[str, tuple[Run, ...]] = {}
+    out: dict[str, tuple[SeedRun, ...]] = {}
     for arm, seeds in runs.items():
         ends = {max(steps) for steps in seeds.values()}
         if len(ends) > 1:
             told = f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
             raise ConfigError("--csv", f"{file}, {arm}", told)
-        out[arm] = tuple(Run(seed, _foreign(file, arm, seed, seeds[seed], panel)) for seed in sorted(seeds))
+        out[arm] = tuple(
+            SeedRun(seed, _archive_from_csv(file, arm, seed, seeds[seed], panel)) for seed in sorted(seeds)
+        )
     return out
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+def _read_csv_rows(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             rows = list(csv.DictReader(text))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError("--csv", str(file), f"cannot be read: {error}") from error
-    if not rows or not set(COLUMNS) <= set(rows[0]):
-        raise ConfigError("--csv", str(file), f"must have the columns {', '.join(COLUMNS)}, and a row per episode")
+    if not rows or not set(CSV_COLUMNS) <= set(rows[0]):
+        raise ConfigError("--csv", str(file), f"must have the columns {', '.join(CSV_COLUMNS)}, and a row per episode")
     for number, row in enumerate(rows, 2):
         try:
             int(row["seed"]), int(row["step"])
-            good = 0 <= float(row["success"]) <= 1 and bool(row["task"]) and NAME.fullmatch(row["arm"])
+            good = 0 <= float(row["success"]) <= 1 and bool(row["task"]) and NAME_PATTERN.fullmatch(row["arm"])
         except (TypeError, ValueError):
             good = None
         if not good:
@@ -314,7 +329,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _foreign(file: Path, arm: str, seed: int, steps: Steps, panel: Sequence[str]) -> Archive:
+def _archive_from_csv(file: Path, arm: str, seed: int, steps: StepScores, panel: Sequence[str]) -> Archive:
     last = max(steps)
     played = steps[last]
     where = f"{file}, {arm}, seed {seed}, step {last}"

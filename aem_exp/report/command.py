@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp.core import cli
-from aem_exp.core.disk import known
+from aem_exp.core.disk import nonfinite_to_none
 from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from aem_exp.cluster.run_state import State
-    from aem_exp.report.analysis import Cell, Difference
-    from aem_exp.report.sections import Asked
+    from aem_exp.cluster.run_state import RunState
+    from aem_exp.report.analysis import ArmCell, Difference
+    from aem_exp.report.sections import SweepDescription
     from aem_exp.rundir.archive import Archive
     from aem_exp.sweep.question import Sweep
 
@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.report", *argv])
-    return cli.answer(lambda: _act(_read(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.report", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("sweep", help="a file, or a name of sweeps/")
@@ -62,41 +62,41 @@ def _read(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run_command(asked: argparse.Namespace) -> int:
     from aem_exp.sweep import question
 
-    cli.reach(asked.config_dir)
+    cli.add_user_modules(asked.config_dir)
     sweep = question.load(asked.sweep, asked.overrides, asked.config_dir)
     if sweep.search is not None:
         remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(asked.sweep)} shows them"
         raise ConfigError("sweep", sweep.name, remedy)
     from aem_exp.report import analysis, render, sections
 
-    archives, source = _archives(sweep, asked.archives)
-    cells = [*_cells(sweep, archives), *_others(sweep, archives, asked.csv)]
+    archives, source = _load_archives(sweep, asked.archives)
+    cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, asked.csv)]
     if not any(cell.done for cell in cells):
         runs_them = f"python -m aem_exp.sweep {shlex.quote(asked.sweep)} --local runs them"
         remedy = f"none of its {len(sweep.cells)} runs is done; {runs_them}"
         raise ConfigError("sweep", sweep.name, remedy)
     _check_revisions(sweep, cells, asked.across_revisions)
-    kept = _keep(archives.values(), asked.archive) if asked.archive else []
-    design = _asked(sweep, cells, source)
+    kept = _write_archives(archives.values(), asked.archive) if asked.archive else []
+    design = _describe_sweep(sweep, cells, source)
     differences = analysis.differences(cells, design.families)
     if asked.json:
-        print(json.dumps(known([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
+        print(json.dumps(nonfinite_to_none([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = sections.report(design, cells, differences, published)
+    report = sections.build_report(design, cells, differences, published)
     folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
-    files = render.write(report, folder, analysis.curves(cells))
-    _show(differences, cells)
-    tracked = _tracked(sweep, folder, files, asked)
+    files = render.write(report, folder, analysis.curve_rows(cells))
+    _show_summary(differences, cells)
+    tracked = _log_to_mlflow(sweep, folder, files, asked)
     for heading, text in [("from", source), *kept, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
         print(f"{heading:<7} {text}")
     return 0
 
 
-def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
+def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
     """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
     run dir at all, and never mix with some."""
     from aem_exp.cluster import run_state
@@ -105,7 +105,7 @@ def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive],
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
-    found = {folder: _read_dir(folder, how) for folder, how in run_state.read(here).items()}
+    found = {folder: _read_run_dir(folder, how) for folder, how in run_state.read(here).items()}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
     taken = {
@@ -117,64 +117,64 @@ def _archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive],
     return found | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
 
 
-def _read_dir(folder: Path, how: "State") -> "Archive":
+def _read_run_dir(folder: Path, how: "RunState") -> "Archive":
     """The archive of a run dir. One that cannot be read is one run that is not done; the others are compared."""
     from aem_exp.rundir import archive, attempts
 
     try:
-        return archive.of(folder, how.what, (how.kind, how.sentence))
+        return archive.from_run_dir(folder, how.what, (how.kind, how.sentence))
     except Exception as error:  # of many kinds: files may be missing, cut short, or another version's
-        why = f"its run dir cannot be read: {attempts.sentence(error)}"
+        why = f"its run dir cannot be read: {attempts.describe_error(error)}"
         return archive.Archive(folder.name, {}, "unreadable", ("", why))
 
 
-def _cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[Cell]":
+def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCell]":
     """The cells of the question, the reference first at each point."""
-    from aem_exp.report.analysis import Cell, Run
+    from aem_exp.report.analysis import ArmCell, SeedRun
 
-    runs: dict[tuple[str, str], list[Run]] = {}
+    runs: dict[tuple[str, str], list[SeedRun]] = {}
     for cell in sweep.cells:
-        run = Run(cell.seed, archives.get(cell.folder), shlex.join(["python", "-m", "aem_exp", *cell.overrides]))
+        run = SeedRun(cell.seed, archives.get(cell.folder), shlex.join(["python", "-m", "aem_exp", *cell.overrides]))
         for label in cell.labels:
             point = label.group.removeprefix(label.arm).removeprefix("/")
             runs.setdefault((label.arm, point), []).append(run)
-    return [Cell(arm, point, tuple(mine)) for (arm, point), mine in runs.items()]
+    return [ArmCell(arm, point, tuple(mine)) for (arm, point), mine in runs.items()]
 
 
-def _others(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[Cell]":
+def _load_external_arms(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[ArmCell]":
     """Arms of other frameworks."""
-    from aem_exp.report.analysis import Cell, foreign
+    from aem_exp.report.analysis import ArmCell, read_csv_arms
 
     if files and len(sweep.points) > 1:
         raise ConfigError(
             "--csv", str(files[0]), f"{sweep.name} has {len(sweep.points)} points: ask one, by an override"
         )
-    out: list[Cell] = []
+    out: list[ArmCell] = []
     panel = next((a.tasks["id"] for a in archives.values() if a.done), [])
     for file in files:
-        for arm, runs in foreign(file, panel).items():
+        for arm, runs in read_csv_arms(file, panel).items():
             if arm in sweep.arms or arm in [cell.arm for cell in out]:
                 raise ConfigError("--csv", f"{file}, {arm}", "is the name of another arm here")
-            out.append(Cell(arm, "", runs))
+            out.append(ArmCell(arm, "", runs))
     return out
 
 
-def _check_revisions(sweep: "Sweep", cells: "Sequence[Cell]", across: bool) -> None:
+def _check_revisions(sweep: "Sweep", cells: "Sequence[ArmCell]", across: bool) -> None:
     """Refuse to pool or compare runs of different revisions of the method, unless that was asked for."""
     from aem_exp.report import analysis
 
-    found = analysis.revisions(archive for cell in cells for archive in cell.done)
+    found = analysis.runs_by_revision(archive for cell in cells for archive in cell.done)
     if len(found) > 1 and not across:
-        told = [f"{len(runs)} of method revision {number} ({_few(runs)})" for number, runs in found.items()]
+        told = [f"{len(runs)} of method revision {number} ({_shorten_list(runs)})" for number, runs in found.items()]
         remedy = "the same experiment trains differently in each; run the older ones again, or compare all the same: "
         raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(told)}; {remedy}--across-revisions")
 
 
-def _few(runs: Sequence[str], most: int = 3) -> str:
+def _shorten_list(runs: Sequence[str], most: int = 3) -> str:
     return ", ".join(runs[:most]) + (f", and {len(runs) - most} more" if len(runs) > most else "")
 
 
-def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
+def _write_archives(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
     from aem_exp.rundir import archive
 
     done = [each for each in archives if each.done]
@@ -182,8 +182,8 @@ def _keep(archives: "Iterable[Archive]", folder: Path) -> list[tuple[str, str]]:
     return [("kept", f"{len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")]
 
 
-def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
-    from aem_exp.report.sections import Asked
+def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> "SweepDescription":
+    from aem_exp.report.sections import SweepDescription
 
     base = [word for word in sweep.cells[0].overrides if not word.startswith(("seed=", "launch="))]
     common = [word for word in base if all(word in cell.overrides for cell in sweep.cells)]
@@ -192,10 +192,12 @@ def _asked(sweep: "Sweep", cells: "Sequence[Cell]", source: str) -> "Asked":
     first, *_ = sweep.arms
     others = [(arm, first) for arm in arms if arm not in sweep.arms]
     file = str(sweep.file) if sweep.file else sweep.name
-    return Asked(sweep.name, sweep.question, file, source, shlex.join(common), arms, (sweep.pairs, others), sweep.seeds)
+    return SweepDescription(
+        sweep.name, sweep.question, file, source, shlex.join(common), arms, (sweep.pairs, others), sweep.seeds
+    )
 
 
-def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
+def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]") -> None:
     """Scores and verdicts, for the terminal."""
     from rich.console import Console
 
@@ -207,28 +209,28 @@ def _show(differences: "Sequence[Difference]", cells: "Sequence[Cell]") -> None:
         (
             f"{cell.arm} {cell.point}".strip(),
             f"{len(found)} of {len(cell.runs)}",
-            sections.points(analysis.mean(found)),
+            sections.format_points(analysis.mean(found)),
         )
         for cell, found in scores
     ]
-    console.print(_table(("arm", "runs", "success"), rows))
+    console.print(_make_table(("arm", "runs", "success"), rows))
     console.print()
     compared = [
         (
             f"{d.arm} against {d.reference} {d.point}".strip(),
-            sections.points(d.interval.difference, True) if d.interval else "-",
-            sections.span(d.interval),
+            sections.format_points(d.interval.difference, True) if d.interval else "-",
+            sections.format_interval(d.interval),
             d.verdict.partition(";")[0],
         )
         for d in differences
     ]
-    console.print(_table(("success in points", "", "95 %, all at once", "verdict"), compared))
-    if wrong := analysis.troubles(cells):
+    console.print(_make_table(("success in points", "", "95 %, all at once", "verdict"), compared))
+    if wrong := analysis.list_problems(cells):
         console.print(f"{len(wrong)} runs are not done as planned; the report names them", style="yellow")
     console.print()
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+def _make_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -240,7 +242,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
     return table
 
 
-def _tracked(sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argparse.Namespace) -> list[tuple[str, str]]:
+def _log_to_mlflow(
+    sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argparse.Namespace
+) -> list[tuple[str, str]]:
     """Log the report as an artifact of the sweep, where its runs are tracked."""
     from aem_exp.tracking import publish, store_uri
 
@@ -248,4 +252,4 @@ def _tracked(sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argpars
     uri = store_uri.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
     if asked.no_tracking or uri == store_uri.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
         return []
-    return publish.report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)
+    return publish.log_report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from aem_exp.core.plots import BLUE, GREY, ORANGE
-from aem_exp.report.analysis import SUCCESS, Cell, Difference
+from aem_exp.report.analysis import SUCCESS, ArmCell, Difference
 from aem_exp.stats import compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ARM, REFERENCE = ORANGE, BLUE
-MOST: Final = 20  # cells whose curves are drawn: a page of more is too long to read, and to load
-WIDE: Final = 4  # curves side by side
-MANY: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
+ARM_COLOR, REFERENCE_COLOR = ORANGE, BLUE
+MAX_CELLS: Final = 20  # cells whose curves are drawn: a page of more is too long to read, and to load
+MAX_COLUMNS: Final = 4  # curves side by side
+MIN_RUNS_FOR_QUARTILES: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
 CURVES: Final = {  # measured -> what it is called, and in what
     "train/success": "success in training (%)",
     "eval/success": "success on the evaluation panel (%)",
     "train/response_entropy": "response entropy (nats)",
 }
-MORE: Final = {
+MORE_CURVES: Final = {
     "train/kl": "KL to the reference (nats)",
     "train/invalid_share": "invalid turns (%)",
     "train/zero_advantage_groups": "groups without advantage (%)",
@@ -40,59 +40,59 @@ MORE: Final = {
 }
 
 
-def forest(differences: Sequence[Difference]) -> str | None:
+def forest_plot(differences: Sequence[Difference]) -> str | None:
     """Each difference with its interval, in points; None where there is none."""
     shown = [d for d in differences if d.interval is not None]
     if not shown:
         return None
-    axes, save = _page([_named(f"{d.arm} - {d.reference}", d.point) for d in shown])
+    axes, save = _row_axes([_row_name(f"{d.arm} - {d.reference}", d.point) for d in shown])
     for row, d in enumerate(reversed(shown)):
         assert d.interval is not None
         low, middle, high = (100 * value for value in (d.interval.low, d.interval.difference, d.interval.high))
         sure = low > 0 or high < 0
-        axes.plot([low, high], [row, row], color=ARM if sure else GREY, linewidth=2)
-        axes.plot(middle, row, "D" if sure else "o", color=ARM if sure else GREY, markersize=6)
-    axes.axvline(0, color=REFERENCE, linewidth=1, linestyle="--")
+        axes.plot([low, high], [row, row], color=ARM_COLOR if sure else GREY, linewidth=2)
+        axes.plot(middle, row, "D" if sure else "o", color=ARM_COLOR if sure else GREY, markersize=6)
+    axes.axvline(0, color=REFERENCE_COLOR, linewidth=1, linestyle="--")
     axes.set_xlabel(f"difference in {shown[0].measure} (points); all intervals hold at once (95 %)")
     return save()
 
 
-def dots(cells: Sequence[Cell]) -> str | None:
+def dot_plot(cells: Sequence[ArmCell]) -> str | None:
     """Every run's success, and the mean of its cell with a 95 % interval of its own."""
     shown = [cell for cell in cells if cell.done]
     if not shown:
         return None
-    axes, save = _page([_named(cell.arm, cell.point) for cell in shown])
+    axes, save = _row_axes([_row_name(cell.arm, cell.point) for cell in shown])
     for row, cell in enumerate(reversed(shown)):
         scores = 100 * np.asarray(cell.scores(SUCCESS))
-        colour = REFERENCE if cell.arm == cells[0].arm else ARM
+        colour = REFERENCE_COLOR if cell.arm == cells[0].arm else ARM_COLOR
         axes.plot(scores, [row] * len(scores), "|", color=colour, markersize=11, alpha=0.8)
-        half = compare.reach(scores)
+        half = compare.half_width(scores)
         axes.errorbar(scores.mean(), row, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
     axes.set_xlabel("success on the final panel (%): every run, and the mean with its 95 % interval")
     return save()
 
 
-def curves(cells: Sequence[Cell], names: dict[str, str] | None = None) -> list[str]:
+def curve_plots(cells: Sequence[ArmCell], names: dict[str, str] | None = None) -> list[str]:
     """Over the steps, arm by arm beside the first one of its point: the median over runs, and a band; some curves to a figure."""
     known = [(n, t) for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)]
     first = {cell.point: cell for cell in reversed(cells)}
     done = [cell for cell in cells if cell.done]
-    shown = ([cell for cell in done if cell is not first[cell.point]] or done)[:MOST]
-    parts = [dict(known[start : start + WIDE]) for start in range(0, len(known), WIDE)]
-    return [_curves(shown, first, part) for part in parts] if shown else []
+    shown = ([cell for cell in done if cell is not first[cell.point]] or done)[:MAX_CELLS]
+    parts = [dict(known[start : start + MAX_COLUMNS]) for start in range(0, len(known), MAX_COLUMNS)]
+    return [_curve_plot(shown, first, part) for part in parts] if shown else []
 
 
-def _curves(shown: Sequence[Cell], first: dict[str, Cell], names: dict[str, str]) -> str:
-    grid, save = _grid(len(shown), len(names))
+def _curve_plot(shown: Sequence[ArmCell], first: dict[str, ArmCell], names: dict[str, str]) -> str:
+    grid, save = _grid_axes(len(shown), len(names))
     for row, cell in zip(grid, shown, strict=True):
         for axes, (name, title) in zip(row, names.items(), strict=True):
             if cell is not first[cell.point]:
-                _band(axes, first[cell.point], name, title, REFERENCE, "--")
-            _band(axes, cell, name, title, ARM, "-")
+                _draw_band(axes, first[cell.point], name, title, REFERENCE_COLOR, "--")
+            _draw_band(axes, cell, name, title, ARM_COLOR, "-")
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(_named(cell.arm, cell.point).replace("$", r"\$"), fontsize=8)
+        row[0].set_ylabel(_row_name(cell.arm, cell.point).replace("$", r"\$"), fontsize=8)
     for axes, title in zip(grid[0], names.values(), strict=True):
         axes.set_title(title, fontsize=8)
     for axes in grid[-1]:
@@ -100,7 +100,7 @@ def _curves(shown: Sequence[Cell], first: dict[str, Cell], names: dict[str, str]
     return save()
 
 
-def _band(axes: "Axes", cell: Cell, name: str, title: str, colour: str, line: str) -> None:
+def _draw_band(axes: "Axes", cell: ArmCell, name: str, title: str, colour: str, line: str) -> None:
     scale = 100 if title.endswith("(%)") else 1
     found = [dict(archive.curve(name)) for archive in cell.done]
     steps = sorted(set().union(*found))
@@ -109,19 +109,19 @@ def _band(axes: "Axes", cell: Cell, name: str, title: str, colour: str, line: st
     values = scale * np.array([[run.get(step, np.nan) for step in steps] for run in found])
     known = ~np.isnan(values).all(axis=0)
     at, values = np.asarray(steps)[known], values[:, known]
-    low, high = (25, 75) if len(found) >= MANY else (0, 100)
+    low, high = (25, 75) if len(found) >= MIN_RUNS_FOR_QUARTILES else (0, 100)
     axes.fill_between(at, *np.nanpercentile(values, [low, high], axis=0), color=colour, alpha=0.18, linewidth=0)
     axes.plot(at, np.nanmedian(values, axis=0), color=colour, linestyle=line, linewidth=1.2)
 
 
-def _named(arm: str, point: str) -> str:
+def _row_name(arm: str, point: str) -> str:
     return f"{arm} {point}".strip()
 
 
-def _page(names: Sequence[str]) -> tuple["Axes", Any]:
+def _row_axes(names: Sequence[str]) -> tuple["Axes", Any]:
     """A page of a row per name, from the top down."""
     left, rows = 0.25 + 0.08 * max(map(len, names)), len(names)
-    axes, save = _figure((left + 6.4, 0.34 * rows + 0.9), (left, 0.15, 0.6, 0.15), 1, 1)
+    axes, save = _make_figure((left + 6.4, 0.34 * rows + 0.9), (left, 0.15, 0.6, 0.15), 1, 1)
     axes = axes[0][0]
     axes.set_yticks(range(rows), [name.replace("$", r"\$") for name in reversed(names)])  # no formula
     axes.set_ylim(-0.6, rows - 0.4)
@@ -131,12 +131,12 @@ def _page(names: Sequence[str]) -> tuple["Axes", Any]:
     return axes, save
 
 
-def _grid(rows: int, columns: int) -> tuple[Any, Any]:
+def _grid_axes(rows: int, columns: int) -> tuple[Any, Any]:
     size = (2.5 * columns + 0.7, 1.35 * rows + 0.8)
-    return _figure(size, (0.7, 0.1, 0.45, 0.35), rows, columns, sharex=True, sharey="col")
+    return _make_figure(size, (0.7, 0.1, 0.45, 0.35), rows, columns, sharex=True, sharey="col")
 
 
-def _figure(
+def _make_figure(
     size: tuple[float, float], margins: tuple[float, float, float, float], rows: int, columns: int, **how: Any
 ) -> tuple[Any, Any]:
     """The axes of a figure that no window shows, and what makes an SVG of it: the same bytes for the same numbers.
@@ -157,12 +157,12 @@ def _figure(
         text = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": "aem_exp", "svg.fonttype": "none"}):
             figure.savefig(text, format="svg", metadata={"Date": None})
-        return _inline(text.getvalue())
+        return _inline_svg(text.getvalue())
 
     return axes, save
 
 
-def _inline(svg: str) -> str:
+def _inline_svg(svg: str) -> str:
     """The element alone, as a page holds it; ids of several figures on one page must not meet."""
     mark = f"f{sha256(svg.encode()).hexdigest()[:8]}-"
     svg = svg[svg.index("<svg") :]

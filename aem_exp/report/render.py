@@ -11,8 +11,8 @@ from typing import Final
 from aem_exp.core import disk
 
 TEMPLATE: Final = "report.html"
-LISTED: Final = ".written"  # in a folder of tables: which of them a report wrote
-CODE: Final = ("command",)  # columns that hold what is typed
+MANIFEST: Final = ".written"  # in a folder of tables: which of them a report wrote
+CODE_COLUMNS: Final = ("command",)  # columns that hold what is typed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Report:
             yield from (block for block in section.blocks if isinstance(block, Table))
 
 
-def html(report: Report) -> str:
+def render_html(report: Report) -> str:
     """The page; whatever runs are called, they cannot add to it."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -84,47 +84,55 @@ def html(report: Report) -> str:
     environment.tests |= {
         name.lower(): lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()
     }
-    return environment.get_template(TEMPLATE).render(report=report, code=CODE)
+    return environment.get_template(TEMPLATE).render(report=report, code=CODE_COLUMNS)
 
 
-def markdown(report: Report) -> str:
+def render_markdown(report: Report) -> str:
     """The same without figures."""
-    lines = [f"# {_cell(report.title)}", "", _cell(report.question), ""]
+    lines = [f"# {_escape_markdown(report.title)}", "", _escape_markdown(report.question), ""]
     for section in report.sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
-            lines += [*_markdown(block), ""]
+            lines += [*_markdown_lines(block), ""]
     return "\n".join(lines)
 
 
-def _markdown(block: Block) -> list[str]:
+def _markdown_lines(block: Block) -> list[str]:
     match block:
         case Text(text, True):
             fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
             return [fence, text, fence]
         case Text(text):
-            return [_cell(text)]
+            return [_escape_markdown(text)]
         case Figure(title):
             return [f"(In the HTML page: a figure, {title}.)"]
     rules = ["---:" if numeric else "---" for numeric in block.numeric]
     body = [
-        [_typed(cell) if c in CODE and cell else _cell(cell) for c, cell in zip(block.columns, row, strict=True)]
+        [
+            _markdown_code(cell) if c in CODE_COLUMNS and cell else _escape_markdown(cell)
+            for c, cell in zip(block.columns, row, strict=True)
+        ]
         for row in block.rows
     ]
-    rows = [f"| {' | '.join(row)} |" for row in (map(_cell, block.columns), rules, *body)]
-    return [f"**{_cell(block.title)}**", "", *rows, *(["", _cell(block.note)] if block.note else [])]
+    rows = [f"| {' | '.join(row)} |" for row in (map(_escape_markdown, block.columns), rules, *body)]
+    return [
+        f"**{_escape_markdown(block.title)}**",
+        "",
+        *rows,
+        *(["", _escape_markdown(block.note)] if block.note else []),
+    ]
 
 
-def _cell(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     """A text whose signs mean nothing to Markdown."""
     return re.sub(r"([\\`*_|<>&\[\]])", r"\\\1", text).replace("\n", " ")
 
 
-def _typed(text: str) -> str:
+def _markdown_code(text: str) -> str:
     return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
 
 
-def _csv(cell: str) -> str:
+def _escape_csv(cell: str) -> str:
     """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
     return f"'{cell}" if re.match(r"[=+@\t\r-](?![\d.]+$)", cell) and cell != "-" else cell
 
@@ -137,17 +145,17 @@ def write(report: Report, folder: Path, curves: Sequence[Sequence[object]]) -> l
     tables: dict[str, Sequence[Sequence[object]]] = {f"{t.name}.csv": [t.columns, *t.rows] for t in report.tables()}
     tables["curves.csv"] = curves
     (folder / "tables").mkdir(parents=True, exist_ok=True)
-    listed = folder / "tables" / LISTED
+    listed = folder / "tables" / MANIFEST
     for name in set(listed.read_text().split() if listed.is_file() else ()) - set(tables):
         if re.fullmatch(r"[a-z0-9_]+\.csv", name):
             (folder / "tables" / name).unlink(missing_ok=True)
     for name, rows in tables.items():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
-            [[_csv(c) if isinstance(c, str) else c for c in r] for r in rows]
+            [[_escape_csv(c) if isinstance(c, str) else c for c in r] for r in rows]
         )
-        disk.write(folder / "tables" / name, text.getvalue())
-    disk.write(listed, "".join(f"{name}\n" for name in tables))
-    disk.write(folder / "report.md", markdown(report))
-    disk.write(folder / "index.html", html(report))
+        disk.write_atomically(folder / "tables" / name, text.getvalue())
+    disk.write_atomically(listed, "".join(f"{name}\n" for name in tables))
+    disk.write_atomically(folder / "report.md", render_markdown(report))
+    disk.write_atomically(folder / "index.html", render_html(report))
     return [folder / "index.html", folder / "report.md", *(folder / "tables" / name for name in tables)]

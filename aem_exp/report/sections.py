@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp.report import analysis, figures
-from aem_exp.report.analysis import SCORE, SUCCESS, Cell, Difference, Pair, mean
+from aem_exp.report.analysis import SCORE, SUCCESS, ArmCell, Difference, Pair, mean
 from aem_exp.report.render import Block, Figure, Report, Section, Table, Text
 from aem_exp.rundir.archive import Archive
 from aem_exp.stats import compare, power, scores
@@ -27,11 +27,13 @@ runs per arm            3             5            10
 this panel      96.5   96.3   95.4   95.5   94.9   95.1 %
 new tasks       95.7   95.4   95.1   95.1   95.1   95.1 %
 bootstrap       79.9   79.5   87.1   87.4   91.4   91.5 %   (over runs, on this panel: not used)"""
-PAPER: Final = "published elsewhere, with other code, hardware and panels: to be read beside, never counted in"
+PUBLISHED_CAVEAT: Final = (
+    "published elsewhere, with other code, hardware and panels: to be read beside, never counted in"
+)
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepDescription:
     """What a sweep asked. `modulation`: name -> how it differs from the base, in words."""
 
     name: str
@@ -44,33 +46,37 @@ class Asked:
     seeds: Sequence[int]
 
 
-def report(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference], published: Path | None = None) -> Report:
+def build_report(
+    asked: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference], published: Path | None = None
+) -> Report:
     """All of it; where runs are missing, what there is. `primary`: the differences in success, as declared; then others."""
     parts = [
-        _question(asked, cells),
-        _provenance(cells),
-        _cells(cells),
-        _differences(asked, cells, primary),
-        _curves(cells),
-        _breakdown(cells),
-        _sanity(cells),
-        _elsewhere(cells, published),
-        _reproduce(cells),
-        _reading(cells),
+        _question_section(asked, cells),
+        _provenance_section(cells),
+        _cells_section(cells),
+        _differences_section(asked, cells, primary),
+        _curves_section(cells),
+        _breakdown_section(cells),
+        _sanity_section(cells),
+        _published_section(cells, published),
+        _commands_section(cells),
+        _interpretation_section(cells),
     ]
     return Report(f"{asked.name}: report of a sweep", asked.question, parts)
 
 
-def points(value: float, sign: bool = False) -> str:
+def format_points(value: float, sign: bool = False) -> str:
     """A share of 1 as points of 100."""
     return "-" if math.isnan(value) else f"{100 * value:{'+' if sign else ''}.1f}"
 
 
-def span(interval: Any, sign: bool = True) -> str:
-    return f"[{points(interval.low, sign)}, {points(interval.high, sign)}]" if interval is not None else "-"
+def format_interval(interval: Any, sign: bool = True) -> str:
+    return (
+        f"[{format_points(interval.low, sign)}, {format_points(interval.high, sign)}]" if interval is not None else "-"
+    )
 
 
-def verdicts(differences: Sequence[Difference]) -> Table:
+def verdict_table(differences: Sequence[Difference]) -> Table:
     """The table that a sweep is run for."""
     columns = (
         *("point", "arm", "against", "runs", "difference", "95 % interval", "verdict", "p", "detectable"),
@@ -82,12 +88,12 @@ def verdicts(differences: Sequence[Difference]) -> Table:
             d.arm,
             d.reference,
             f"{len(d.one)} v {len(d.other)}{f', {d.diverged} diverged' if d.diverged else ''}",
-            points(d.interval.difference, True) if d.interval else "-",
-            span(d.interval),
+            format_points(d.interval.difference, True) if d.interval else "-",
+            format_interval(d.interval),
             d.verdict,
-            _p(d),
-            points(d.detectable),
-            _settle(d),
+            _format_p_value(d),
+            format_points(d.detectable),
+            _runs_to_settle(d),
         )
         for d in differences
     ]
@@ -95,24 +101,24 @@ def verdicts(differences: Sequence[Difference]) -> Table:
     note = (
         f"Points of {measure}; Welch's t over runs, not paired by seed; all intervals of this table hold at once (Bonferroni)"
         f"{'' if measure == SUCCESS else ', but not together with those of other tables'}. "
-        f"p: by permutation, to be held against {_level(differences)}; it takes the arms to spread alike, so that it may say "
-        "something else, and the verdict is the interval's. detectable: what arms that spread like these would show 4 times in "
-        "5; runs to settle: per arm, to show the difference seen, if it is real."
+        f"p: by permutation, to be held against {_format_level(differences)}; it takes the arms to spread alike, so that it may "
+        "say something else, and the verdict is the interval's. detectable: what arms that spread like these would show 4 times "
+        "in 5; runs to settle: per arm, to show the difference seen, if it is real."
     )
     if any(d.partial for d in differences):
         note += " So far: the sweep is not done; who looks before it is, and stops when it suits, has not 95 %."
     if any(d.diverged for d in differences):
         note += " Where runs diverged, the intervals do not hold what they promise; look at every seed."
     rank = "Differences" if measure == SUCCESS else "Secondary: differences"
-    return _without_empty(Table(f"{rank} in {measure}", columns, rows, note))
+    return _drop_empty_column(Table(f"{rank} in {measure}", columns, rows, note))
 
 
-def _level(differences: Sequence[Difference]) -> str:
+def _format_level(differences: Sequence[Difference]) -> str:
     shares = sorted({d.comparisons for d in differences})
     return " or ".join(f"{compare.LEVEL:g} / {share} = {compare.LEVEL / share:.2g}" for share in shares) or "-"
 
 
-def _p(d: Difference) -> str:
+def _format_p_value(d: Difference) -> str:
     if d.interval is None:
         return "-"
     seeds = min(len(d.one), len(d.other))
@@ -121,13 +127,13 @@ def _p(d: Difference) -> str:
     return f"{d.p.p:.3g}{f' ± {d.p.error:.1g}' if d.p.error else ''}"
 
 
-def _settle(d: Difference) -> str:
+def _runs_to_settle(d: Difference) -> str:
     if not d.open:
         return "-"
-    return str(d.enough) if d.enough else f"above {compare.MOST_RUNS}"
+    return str(d.enough) if d.enough else f"above {compare.MAX_RUNS}"
 
 
-def _without_empty(table: Table) -> Table:
+def _drop_empty_column(table: Table) -> Table:
     """The table without a first column that says nothing."""
     if any(row[0] for row in table.rows):
         return table
@@ -137,7 +143,7 @@ def _without_empty(table: Table) -> Table:
 # 1
 
 
-def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
+def _question_section(asked: SweepDescription, cells: Sequence[ArmCell]) -> Section:
     done = [archive for cell in cells for archive in cell.done]
     distinct, declared = {archive.run for archive in done}, asked.families[0]
     facts = [
@@ -157,25 +163,25 @@ def _question(asked: Asked, cells: Sequence[Cell]) -> Section:
     if len(distinct) < len(done):
         facts.insert(5, ("shared", f"these are {len(distinct)} runs: some stand in several cells"))
     for name, title in (("final", "final panel"), ("after", "panel of the curves")):
-        for panel, count in Counter(_panel(a, name) for a in done if a.result.get(name)).items():
+        for panel, count in Counter(_describe_panel(a, name) for a in done if a.result.get(name)).items():
             facts.append((title, f"{panel}{'' if count == len(done) else f' ({count} runs)'}"))
     rules = Counter(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
     only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
     facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules.items()]
-    if len(found := analysis.revisions(done)) > 1:
+    if len(found := analysis.runs_by_revision(done)) > 1:
         told = ", ".join(f"{number} ({len(runs)} runs)" for number, runs in found.items())
         facts.append(("method revisions", f"{told}: the same experiment trains differently in each; compared as asked"))
-    facts += [("planned power", text) for text in _power(asked, cells)]
+    facts += [("planned power", text) for text in _planned_power(asked, cells)]
     arms = [(arm, words or "as the base") for arm, words in asked.arms.items()]
     return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by"), arms)])
 
 
-def _panel(archive: Archive, which: str) -> str:
+def _describe_panel(archive: Archive, which: str) -> str:
     found, repeats = archive.result[which], len(archive.tasks["success"][0])
     return f"{found['panel']} ({found['panel_hash']}), {found['episodes'] // repeats} tasks x {repeats}"
 
 
-def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
+def _planned_power(asked: SweepDescription, cells: Sequence[ArmCell]) -> list[str]:
     """What the design could show, before it was run; for each size of panel."""
     seeds, comparisons = len(asked.seeds), len(asked.families[0]) * len({cell.point for cell in cells})
     if seeds < 2 or not comparisons:
@@ -183,7 +189,9 @@ def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
     sizes = {(len(a.tasks["id"]), len(a.tasks["success"][0])) for cell in cells for a in cell.done}
     spread, out = " and ".join(f"{sd:g}" for sd in power.SEED_SDS), []
     for tasks, repeats in sorted(sizes):
-        found = [power.detectable(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS]
+        found = [
+            power.detectable_difference(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS
+        ]
         told = " and ".join(f"{x:.1f}" for x in found)
         out.append(f"{tasks} tasks x {repeats}: {told} points, found 4 times in 5, where seeds spread by {spread}")
     return out
@@ -192,7 +200,7 @@ def _power(asked: Asked, cells: Sequence[Cell]) -> list[str]:
 # 2
 
 
-def _provenance(cells: Sequence[Cell]) -> Section:
+def _provenance_section(cells: Sequence[ArmCell]) -> Section:
     columns = (
         "point",
         "arm",
@@ -207,13 +215,13 @@ def _provenance(cells: Sequence[Cell]) -> Section:
         "tokens",
         "updates",
     )
-    rows = [[cell.point, cell.arm, *_made_by(cell.done)] for cell in cells if cell.done]
+    rows = [[cell.point, cell.arm, *_provenance_row(cell.done)] for cell in cells if cell.done]
     note = (
         "Budgets match as planned: steps x tasks x group x oversampling. Realised episodes, tokens and updates are means per "
         "run; dynamic sampling and the policy itself decide them."
     )
     spent = ("point", "arm", "minutes a run", "GPU-hours a run", "starts with changes")
-    time = [[cell.point, cell.arm, *_took(cell.done)] for cell in cells if cell.done]
+    time = [[cell.point, cell.arm, *_time_row(cell.done)] for cell in cells if cell.done]
     packages = Counter(
         ", ".join(f"{name} {number}" for name, number in a.result.get("packages", {}).items())
         for cell in cells
@@ -222,14 +230,14 @@ def _provenance(cells: Sequence[Cell]) -> Section:
     return Section(
         "Where the runs come from",
         [
-            _without_empty(Table("Provenance", columns, rows, note)),
-            _without_empty(Table("Time", spent, time)),
+            _drop_empty_column(Table("Provenance", columns, rows, note)),
+            _drop_empty_column(Table("Time", spent, time)),
             *(Text(f"{count} runs with {text}.") for text, count in packages.items() if text),
         ],
     )
 
 
-def _made_by(done: Sequence[Archive]) -> list[str]:
+def _provenance_row(done: Sequence[Archive]) -> list[str]:
     def said(values: Iterable[Any]) -> str:
         return ", ".join(sorted({str(value) for value in values if value})) or "-"
 
@@ -239,67 +247,69 @@ def _made_by(done: Sequence[Archive]) -> list[str]:
         if a.provenance
     )
     return [
-        said(_commit(a.provenance.get("commit") or "") for a in done),
-        ", ".join(map(str, analysis.revisions(done))) or "-",
-        said(_policy(a) for a in done),
+        said(_shorten_commit(a.provenance.get("commit") or "") for a in done),
+        ", ".join(map(str, analysis.runs_by_revision(done))) or "-",
+        said(_describe_policy(a) for a in done),
         machines,
         said(a.result.get("fingerprint") for a in done),
-        said(analysis.budget(a) for a in done),
+        said(analysis.planned_budget(a) for a in done),
         said(a.result.get("steps") for a in done),
-        *(_average([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
+        *(_format_mean([a.spent[key] for a in done if key in a.spent]) for key in ("episodes", "tokens", "updates")),
     ]
 
 
-def _commit(commit: str) -> str:
+def _shorten_commit(commit: str) -> str:
     """In short; a `+` says that there were edits on top of it."""
     return commit[:10] + ("+" if commit.endswith("+") and len(commit) > 10 else "")
 
 
-def _policy(archive: Archive) -> str:
+def _describe_policy(archive: Archive) -> str:
     """What training began with: a model and its weights, or how it was made."""
     model = archive.experiment.get("model") or {}
     revision = archive.provenance.get("weights") or model.get("revision") or ("made here" if model.get("make") else "")
     return " ".join(filter(None, [model.get("path") or model.get("name"), revision]))
 
 
-def _took(done: Sequence[Archive]) -> list[str]:
+def _time_row(done: Sequence[Archive]) -> list[str]:
     seconds = [a.spent["seconds"] for a in done if "seconds" in a.spent]
     hours = [a.spent["seconds"] * a.spent.get("gpus", 0) / 3600 for a in done if "seconds" in a.spent]
     resumed = sum(bool(a.result.get("resumed")) for a in done)
-    return [_average([each / 60 for each in seconds], 1), _average(hours, 1), str(resumed)]
+    return [_format_mean([each / 60 for each in seconds], 1), _format_mean(hours, 1), str(resumed)]
 
 
-def _average(values: Sequence[float], digits: int = 0) -> str:
+def _format_mean(values: Sequence[float], digits: int = 0) -> str:
     return f"{mean(values):,.{digits}f}" if values else "-"
 
 
 # 3
 
 
-def _cells(cells: Sequence[Cell]) -> Section:
+def _cells_section(cells: Sequence[ArmCell]) -> Section:
     columns = ("point", "arm", "runs", "mean", "95 % interval", "every seed")
     blocks: list[Block] = []
-    if picture := figures.dots(cells):
+    if picture := figures.dot_plot(cells):
         blocks.append(Figure("Success of every run", picture))
-    for measure in analysis.measures(cells):
+    for measure in analysis.available_measures(cells):
         rows = []
         for cell in cells:
             found = cell.scores(measure)
-            middle, half = mean(found), compare.reach(found)
+            middle, half = mean(found), compare.half_width(found)
             low, high = max(0.0, middle - half), min(1.0, middle + half)
-            own = f"[{points(low)}, {points(high)}]" if math.isfinite(half) else "-"
-            seeds = " ".join(points(value) for value in found)
-            rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", points(middle), own, seeds))
+            own = f"[{format_points(low)}, {format_points(high)}]" if math.isfinite(half) else "-"
+            seeds = " ".join(format_points(value) for value in found)
+            rows.append((cell.point, cell.arm, f"{len(found)} of {len(cell.runs)}", format_points(middle), own, seeds))
         note = "In points of 100; each interval is one arm's own (Student's t over runs): to compare arms, see the differences."
-        blocks.append(_without_empty(Table(f"{measure.capitalize()} of each cell", columns, rows, note)))
-    if wrong := analysis.troubles(cells):
+        blocks.append(_drop_empty_column(Table(f"{measure.capitalize()} of each cell", columns, rows, note)))
+    if wrong := analysis.list_problems(cells):
         alike: dict[tuple[str, str, str], list[str]] = {}
         for arm, point, seed, what in wrong:
             alike.setdefault((point, arm, what), []).append(str(seed))
         listed = [(point, arm, " ".join(seeds), what) for (point, arm, what), seeds in alike.items()]
         note = "Runs that failed by a node, by memory or by their world are to be run again, and are not scored."
         blocks.append(
-            _without_empty(Table("Runs that are not done as planned", ("point", "arm", "seeds", "what"), listed, note))
+            _drop_empty_column(
+                Table("Runs that are not done as planned", ("point", "arm", "seeds", "what"), listed, note)
+            )
         )
     return Section("Every cell", blocks)
 
@@ -307,17 +317,19 @@ def _cells(cells: Sequence[Cell]) -> Section:
 # 4
 
 
-def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Difference]) -> Section:
+def _differences_section(asked: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference]) -> Section:
     if not primary:
         return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
     blocks: list[Block] = []
-    if picture := figures.forest(primary):
+    if picture := figures.forest_plot(primary):
         blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
-    blocks.append(verdicts(primary))
-    if told := _cheapest(cells, primary):
+    blocks.append(verdict_table(primary))
+    if told := _cheapest_comparison(cells, primary):
         blocks.append(Text(told))
     blocks += [
-        verdicts(analysis.differences(cells, asked.families, m)) for m in analysis.measures(cells) if m != SUCCESS
+        verdict_table(analysis.differences(cells, asked.families, m))
+        for m in analysis.available_measures(cells)
+        if m != SUCCESS
     ]
     columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "says")
     rows = [
@@ -325,8 +337,8 @@ def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Differen
             d.point,
             d.arm,
             d.reference,
-            points(d.interval.difference, True),
-            span(d.new_tasks),
+            format_points(d.interval.difference, True),
+            format_interval(d.new_tasks),
             compare.verdict(d.new_tasks),
         )
         for d in primary
@@ -334,12 +346,12 @@ def _differences(asked: Asked, cells: Sequence[Cell], primary: Sequence[Differen
     ]
     note = "What would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
     if rows:
-        blocks.append(_without_empty(Table("Secondary: generalisation to new tasks", columns, rows, note)))
-    blocks += _overall(cells, asked.families[0])
+        blocks.append(_drop_empty_column(Table("Secondary: generalisation to new tasks", columns, rows, note)))
+    blocks += _overall_table(cells, asked.families[0])
     return Section("Differences and verdicts", blocks)
 
 
-def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str | None:
+def _cheapest_comparison(cells: Sequence[ArmCell], differences: Sequence[Difference]) -> str | None:
     """Which open comparison would cost least to settle, and how."""
     took = {(c.arm, c.point): [a.spent["seconds"] for a in c.done if "seconds" in a.spent] for c in cells}
     found = []
@@ -358,8 +370,8 @@ def _cheapest(cells: Sequence[Cell], differences: Sequence[Difference]) -> str |
     )
 
 
-def _overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Block]:
-    found = analysis.overall(cells, pairs)
+def _overall_table(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[Block]:
+    found = analysis.compare_overall(cells, pairs)
     if not found:
         return []
     columns = (
@@ -371,7 +383,11 @@ def _overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Block]:
             o.arm,
             o.against,
             str(o.points),
-            *(text for s in (o.improvement, o.middle, o.reference) for text in (points(s.value), span(s, False))),
+            *(
+                text
+                for s in (o.improvement, o.interquartile_mean, o.reference)
+                for text in (format_points(s.value), format_interval(s, False))
+            ),
         )
         for o in found
     ]
@@ -382,41 +398,47 @@ def _overall(cells: Sequence[Cell], pairs: Sequence[Pair]) -> list[Block]:
 # 5
 
 
-def _curves(cells: Sequence[Cell]) -> Section:
+def _curves_section(cells: Sequence[ArmCell]) -> Section:
     band = (
-        f"Median over runs, and the middle half of them ({figures.MANY} runs or more; below that, all); of those that got so "
-        "far. Raw, not smoothed; every number is in tables/curves.csv. "
+        f"Median over runs, and the middle half of them ({figures.MIN_RUNS_FOR_QUARTILES} runs or more; below that, all); "
+        "of those that got so far. Raw, not smoothed; every number is in tables/curves.csv. "
     )
     note = band + "Orange: the arm; blue, dashed: the first arm of the same point."
-    blocks: list[Block] = [Figure("Success and response entropy", picture, note) for picture in figures.curves(cells)]
-    if sum(bool(cell.done) for cell in cells) > figures.MOST:
-        blocks.append(Text(f"The first {figures.MOST} cells are drawn; tables/curves.csv has all."))
-    blocks += [Figure("What else was measured", picture, note) for picture in figures.curves(cells, figures.MORE)]
+    blocks: list[Block] = [
+        Figure("Success and response entropy", picture, note) for picture in figures.curve_plots(cells)
+    ]
+    if sum(bool(cell.done) for cell in cells) > figures.MAX_CELLS:
+        blocks.append(Text(f"The first {figures.MAX_CELLS} cells are drawn; tables/curves.csv has all."))
+    blocks += [
+        Figure("What else was measured", picture, note) for picture in figures.curve_plots(cells, figures.MORE_CURVES)
+    ]
     return Section("Curves", blocks or [Text("No run has left a curve yet.")])
 
 
 # 6
 
 
-def _breakdown(cells: Sequence[Cell]) -> Section:
+def _breakdown_section(cells: Sequence[ArmCell]) -> Section:
     done = [(cell, cell.done) for cell in cells if cell.done]
     kinds = sorted({kind for _, runs in done for a in runs for kind in a.tasks["kind"] if kind})
     blocks: list[Block] = []
     if len(kinds) > 1:
-        rows = [(c.point, c.arm, *(points(_of_kind(runs, kind)) for kind in kinds)) for c, runs in done]
+        rows = [(c.point, c.arm, *(format_points(_success_of_kind(runs, kind)) for kind in kinds)) for c, runs in done]
         sizes = Counter(done[0][1][0].tasks["kind"])
         note = f"Tasks of each kind: {', '.join(f'{kind} {count}' for kind, count in sizes.items())}."
-        blocks.append(_without_empty(Table("Success by kind of task", ("point", "arm", *kinds), rows, note)))
+        blocks.append(_drop_empty_column(Table("Success by kind of task", ("point", "arm", *kinds), rows, note)))
     repeats = min((len(a.tasks["success"][0]) for _, runs in done for a in runs), default=1)
     if repeats > 1:
         heads = [f"{name}{k}" for name in ("pass@", "pass^") for k in range(1, repeats + 1)]
-        rows = [(c.point, c.arm, *map(points, _passes(runs, repeats))) for c, runs in done]
+        rows = [(c.point, c.arm, *map(format_points, _pass_rates(runs, repeats))) for c, runs in done]
         note = "pass@k: at least one of k episodes of a task is won; pass^k: all of them (unbiased, means over tasks and runs)."
-        blocks.append(_without_empty(Table("Again and again", ("point", "arm", *heads), rows, note)))
+        blocks.append(_drop_empty_column(Table("Again and again", ("point", "arm", *heads), rows, note)))
     endings = sorted({ending for _, runs in done for a in runs for ending in a.endings})
     if endings:
-        rows = [(c.point, c.arm, *(points(_ended(runs, ending)) for ending in endings)) for c, runs in done]
-        blocks.append(_without_empty(Table("How episodes ended (% of them)", ("point", "arm", *endings), rows)))
+        rows = [
+            (c.point, c.arm, *(format_points(_ending_share(runs, ending)) for ending in endings)) for c, runs in done
+        ]
+        blocks.append(_drop_empty_column(Table("How episodes ended (% of them)", ("point", "arm", *endings), rows)))
     habits = sorted(
         {name for _, runs in done for a in runs for name in ((a.result.get("final") or {}).get("habits") or {})}
     )
@@ -427,59 +449,67 @@ def _breakdown(cells: Sequence[Cell]) -> Section:
         "response_entropy": "entropy (nats)",
     }
     rows = [
-        (c.point, c.arm, *(_said(runs, name) for name in plain), *(_said(runs, h) for h in habits)) for c, runs in done
+        (
+            c.point,
+            c.arm,
+            *(_format_final_mean(runs, name) for name in plain),
+            *(_format_final_mean(runs, h) for h in habits),
+        )
+        for c, runs in done
     ]
     note = "Means over runs, on the final panel; turns and tokens per episode."
-    blocks.append(_without_empty(Table("Episodes", ("point", "arm", *plain.values(), *habits), rows, note)))
+    blocks.append(_drop_empty_column(Table("Episodes", ("point", "arm", *plain.values(), *habits), rows, note)))
     return Section("Breakdown", blocks)
 
 
-def _of_kind(runs: Sequence[Archive], kind: str) -> float:
+def _success_of_kind(runs: Sequence[Archive], kind: str) -> float:
     return mean([s for a in runs for s, k in zip(a.success, a.tasks["kind"], strict=True) if k == kind])
 
 
-def _passes(runs: Sequence[Archive], repeats: int) -> list[float]:
+def _pass_rates(runs: Sequence[Archive], repeats: int) -> list[float]:
     wins = [(len(r), sum(x >= 1 for x in r)) for a in runs for r in a.tasks["success"]]
     how = (scores.pass_at, scores.pass_hat)
     return [mean([f(n, c, k) for n, c in wins]) for f in how for k in range(1, repeats + 1)]
 
 
-def _ended(runs: Sequence[Archive], ending: str) -> float:
+def _ending_share(runs: Sequence[Archive], ending: str) -> float:
     episodes = sum(sum(a.endings.values()) for a in runs)
     return sum(a.endings.get(ending, 0) for a in runs) / episodes if episodes else math.nan
 
 
-def _final(archive: Archive) -> Mapping[str, Any]:
+def _final_score(archive: Archive) -> Mapping[str, Any]:
     """What a run's score on the final panel says, the world's own numbers among it."""
     final = archive.result.get("final") or {}
     return (final.get("habits") or {}) | final
 
 
-def _said(runs: Sequence[Archive], name: str) -> str:
-    values = [value for a in runs if (value := _final(a).get(name)) is not None]
+def _format_final_mean(runs: Sequence[Archive], name: str) -> str:
+    values = [value for a in runs if (value := _final_score(a).get(name)) is not None]
     return f"{mean(values):.3g}" if values else "-"
 
 
 # 7
 
 
-def _sanity(cells: Sequence[Cell]) -> Section:
+def _sanity_section(cells: Sequence[ArmCell]) -> Section:
     done = [(cell, archive) for cell in cells for archive in cell.done]
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for _, a in done for name in a.players):
         found = {(a.players[name]["success"], a.players[name]["repeats"]) for _, a in done if name in a.players}
         for success, repeats in sorted(found):
-            rows.append((name, "final", points(success), f"{repeats} episodes a task, one policy"))
+            rows.append((name, "final", format_points(success), f"{repeats} episodes a task, one policy"))
     before = {
         (a.result["before"]["panel"], round(a.result["before"]["success"], 6))
         for _, a in done
         if a.result.get("before")
     }
     for panel, success in sorted(before):
-        rows.append(("before the first step", panel, points(success), "the same policy for all runs with this number"))
+        rows.append(
+            ("before the first step", panel, format_points(success), "the same policy for all runs with this number")
+        )
     for cell in cells:
-        if cell.done and (told := _control(cell.done[0].experiment.get("modulation") or {})):
-            rows.append((f"{cell.arm} {cell.point}".strip(), "final", points(mean(cell.scores(SUCCESS))), told))
+        if cell.done and (told := _describe_control(cell.done[0].experiment.get("modulation") or {})):
+            rows.append((f"{cell.arm} {cell.point}".strip(), "final", format_points(mean(cell.scores(SUCCESS))), told))
     note = "lambda = 0 is no modulation, bit for bit: a law that the tests hold."
     blocks: list[Block] = [Table("What must be told apart from luck", ("row", "panel", "success", ""), rows, note)]
     if done and not any("random" in a.players for _, a in done):
@@ -491,7 +521,7 @@ def _sanity(cells: Sequence[Cell]) -> Section:
     return Section("Sanity rows", blocks)
 
 
-def _control(modulation: Mapping[str, Any]) -> str:
+def _describe_control(modulation: Mapping[str, Any]) -> str:
     """What an arm is a control for, if it is one."""
     lam = modulation.get("lam")
     if modulation.get("shuffle"):
@@ -503,9 +533,9 @@ def _control(modulation: Mapping[str, Any]) -> str:
 # 8
 
 
-def _elsewhere(cells: Sequence[Cell], published: Path | None) -> Section:
+def _published_section(cells: Sequence[ArmCell], published: Path | None) -> Section:
     rows = []
-    known = _published(published)
+    known = _read_published(published)
     for cell in cells:
         if not (done := cell.done) or not done[0].experiment.get("env"):
             continue
@@ -516,16 +546,22 @@ def _elsewhere(cells: Sequence[Cell], published: Path | None) -> Section:
                 arm = f"{cell.arm} {cell.point}".strip()
                 for measure in (SUCCESS, SCORE):
                     if row[measure]:
-                        rows.append((arm, measure, points(mean(cell.scores(measure))), row[measure], row["source"]))
+                        rows.append(
+                            (arm, measure, format_points(mean(cell.scores(measure))), row[measure], row["source"])
+                        )
     if not rows:
         return Section("Published numbers", [Text("None are known for these worlds, models and arms.")])
     return Section(
         "Published numbers",
-        [Table("Beside ours", ("arm", "measure", "ours", "published", "by"), rows, f"{PAPER.capitalize()}.")],
+        [
+            Table(
+                "Beside ours", ("arm", "measure", "ours", "published", "by"), rows, f"{PUBLISHED_CAVEAT.capitalize()}."
+            )
+        ],
     )
 
 
-def _published(file: Path | None) -> list[dict[str, str]]:
+def _read_published(file: Path | None) -> list[dict[str, str]]:
     if file is None or not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as text:
@@ -535,7 +571,7 @@ def _published(file: Path | None) -> list[dict[str, str]]:
 # 9
 
 
-def _reproduce(cells: Sequence[Cell]) -> Section:
+def _commands_section(cells: Sequence[ArmCell]) -> Section:
     rows = [
         (run.archive.run if run.archive else "-", cell.arm, cell.point, str(run.seed), run.command)
         for cell in cells
@@ -552,7 +588,7 @@ def _reproduce(cells: Sequence[Cell]) -> Section:
 # 10
 
 
-def _reading(cells: Sequence[Cell]) -> Section:
+def _interpretation_section(cells: Sequence[ArmCell]) -> Section:
     few = min((len(cell.done) for cell in cells if cell.done), default=0)
     said: list[Block] = [
         Text(

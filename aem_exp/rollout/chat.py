@@ -11,7 +11,9 @@ from typing import Any
 
 from aem_exp.core.errors import ConfigError
 
-PATIENCE = 60.0  # seconds for the first rendering, which takes milliseconds: a template is a program, and may not end
+TEMPLATE_TIMEOUT = (
+    60.0  # seconds for the first rendering, which takes milliseconds: a template is a program, and may not end
+)
 _REPLY = "REPLY7F3A"  # stands in for the assistant's words while the template is asked what follows them
 
 
@@ -27,13 +29,15 @@ class Chat:
         self._lock = threading.Lock()  # a fast tokenizer breaks where one thread sets what another reads
         self._head = [{"role": "system", "content": system}] if system else []
         self._options = {} if thinking == "template" else {"enable_thinking": thinking == "on"}
-        self._between = lru_cache(4096)(lambda user: self._ids(self._after_reply(user)))  # worlds repeat themselves
-        first = _ended(lambda: self._between("x")[0], tokenizer)
+        self._between = lru_cache(4096)(
+            lambda user: self._tokenize(self._text_after_reply(user))
+        )  # worlds repeat themselves
+        first = _run_with_timeout(lambda: self._between("x")[0], tokenizer)
         self.end_ids = tuple(dict.fromkeys([first, tokenizer.eos_token_id]))
 
     def start(self, user: str) -> list[int]:
         """Tokens of a fresh conversation that waits for its first response."""
-        return self._ids(self._text([*self._head, _user(user)]))
+        return self._tokenize(self._apply_template([*self._head, _user_message(user)]))
 
     def follow(self, user: str, last_id: int) -> list[int]:
         """Tokens between a response, whose last token is given, and the next one.
@@ -47,22 +51,24 @@ class Chat:
         with self._lock:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _after_reply(self, user: str) -> str:
-        text = self._text([*self._head, _user("x"), {"role": "assistant", "content": _REPLY}, _user(user)])
+    def _text_after_reply(self, user: str) -> str:
+        text = self._apply_template(
+            [*self._head, _user_message("x"), {"role": "assistant", "content": _REPLY}, _user_message(user)]
+        )
         _, found, after = text.partition(_REPLY)
         if not found:
             raise ValueError("it leaves out what the assistant said")
         return after
 
-    def _text(self, messages: list[dict[str, str]]) -> str:
+    def _apply_template(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._options)
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         with self._lock:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _ended(render: Callable[[], int], tokenizer: Any) -> int:
+def _run_with_timeout(render: Callable[[], int], tokenizer: Any) -> int:
     """Return what is rendered for the first time, beside a clock; what does not end is left to end with this process."""
     done: list[int] = []
     errors: list[Exception] = []
@@ -75,16 +81,16 @@ def _ended(render: Callable[[], int], tokenizer: Any) -> int:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(TEMPLATE_TIMEOUT)
     place = getattr(tokenizer, "name_or_path", "")
     if errors and (type(errors[0]).__module__.startswith("jinja2") or isinstance(errors[0], ValueError)):
         raise ConfigError("model.path", place, f"its chat template fails: {errors[0]}") from errors[0]
     if errors:
         raise errors[0]
     if not done:
-        raise ConfigError("model.path", place, f"its chat template did not end within {PATIENCE:.0f} s")
+        raise ConfigError("model.path", place, f"its chat template did not end within {TEMPLATE_TIMEOUT:.0f} s")
     return done[0]
 
 
-def _user(text: str) -> dict[str, str]:
+def _user_message(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}

@@ -15,7 +15,7 @@ class Clock:
     def __init__(self, first: str = "") -> None:
         self.first = first
         self._seconds: dict[str, float] = {}
-        self._at: dict[str, int] = {}  # how many are at what
+        self._active: dict[str, int] = {}  # how many are at what
         self._last = 0.0  # when somebody last began or ended something
         self._lock = threading.Lock()
 
@@ -34,9 +34,9 @@ class Clock:
 
     def _change(self, name: str, by: int) -> None:
         with self._lock:
-            now, going_on = time.perf_counter(), [name for name, count in self._at.items() if count]
+            now, going_on = time.perf_counter(), [name for name, count in self._active.items() if count]
             if going_on:
                 counted = self.first if self.first in going_on else going_on[0]
                 self._seconds[counted] = self._seconds.get(counted, 0.0) + now - self._last
             self._last = now
-            self._at[name] = self._at.get(name, 0) + by
+            self._active[name] = self._active.get(name, 0) + by

@@ -13,14 +13,14 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from aem_exp.config import Env
 from aem_exp.envs import Turn
-from aem_exp.envs.executor import Reply, Stage
+from aem_exp.envs.executor import EnvExecutor, Reply
 from aem_exp.rollout import threads
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
-from aem_exp.rollout.sampling.base import Independent, Sample, Sampler, Session
+from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampler, Session
 from aem_exp.rollout.types import CONTEXT, CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
 
-HANDS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
+MAX_THREADS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class Watcher(Protocol):
     def token(self, count: int) -> None:
         """The turn that they are at has so many tokens by now, where they are sampled in this process."""
 
-    def alone(self, slot: int, turn: int) -> None:
+    def slot_turn(self, slot: int, turn: int) -> None:
         """The episode in a slot has played this turn, by itself; after the first, whatever was in the slot before is over."""
 
 
@@ -46,8 +46,8 @@ class Rollout:
         watcher: told of each turn.
     """
 
-    def __init__(self, stage: Stage, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
-        self.stage, self.env, self.chat, self.at_once, self.watcher = stage, env, chat, at_once, watcher
+    def __init__(self, stage: EnvExecutor, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
+        self.executor, self.env, self.chat, self.at_once, self.watcher = stage, env, chat, at_once, watcher
         self.clock = Clock(first="generation")  # so what counts for environments is time without any
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
@@ -55,40 +55,40 @@ class Rollout:
 
         What comes of an episode does not depend on the others, nor on whether it waited for them.
         """
-        if isinstance(sampler, Independent):
-            return list(self.flow(episodes, sampler))
+        if isinstance(sampler, IndependentSampler):
+            return list(self.stream(episodes, sampler))
         size = self.at_once or len(episodes)
         starts = range(0, len(episodes), size) if size else ()
-        return [t for start in starts for t in self._play(episodes[start : start + size], sampler)]
+        return [t for start in starts for t in self._play_batch(episodes[start : start + size], sampler)]
 
-    def flow(self, episodes: Sequence[Episode], sampler: Independent) -> Generator[Trajectory, None, None]:
+    def stream(self, episodes: Sequence[Episode], sampler: IndependentSampler) -> Generator[Trajectory, None, None]:
         """The same, one by one and in order: those that come later are played meanwhile."""
-        hands = min(self.at_once or len(episodes), HANDS)
-        return threads.work(episodes, hands, partial(self._alone, sampler), sampler.hang_up)
+        hands = min(self.at_once or len(episodes), MAX_THREADS)
+        return threads.map_ordered(episodes, hands, partial(self._play_one, sampler), sampler.cancel)
 
-    def _play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        games = {slot: _Game(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
+    def _play_batch(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
+        games = {slot: _LiveEpisode(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
         session = sampler.session()
         with self.clock("environment"):
-            replies = self.stage.reset({slot: game.episode.task for slot, game in games.items()})
-        live = {slot: game for slot, game in games.items() if game.begin(replies[slot])}
+            replies = self.executor.reset({slot: game.episode.task for slot, game in games.items()})
+        live = {slot: game for slot, game in games.items() if game.start(replies[slot])}
         while live:
             with self.clock("generation"):
                 if self.env.history == "window":
                     session = sampler.session()
-                samples = _ask(session, live)
+                samples = _generate(session, live)
             if self.watcher:
                 self.watcher.turn(len(live))
-            said = {slot: game.say(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)}
+            said = {slot: game.add_response(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)}
             with self.clock("environment"):
-                replies = self.stage.step(said)
-            live = {slot: game for slot, game in live.items() if game.hear(replies[slot])}
+                replies = self.executor.step(said)
+            live = {slot: game for slot, game in live.items() if game.add_reply(replies[slot])}
         if self.watcher:
             self.watcher.turn(0)
         return [game.trajectory for game in games.values()]
 
     @contextmanager
-    def under(self, rules: Env) -> Iterator[None]:
+    def override_rules(self, rules: Env) -> Iterator[None]:
         """Play by other rules for a while."""
         usual, self.env = self.env, rules
         try:
@@ -96,30 +96,30 @@ class Rollout:
         finally:
             self.env = usual
 
-    def _alone(self, sampler: Independent, slot: int, episode: Episode) -> Trajectory:
+    def _play_one(self, sampler: IndependentSampler, slot: int, episode: Episode) -> Trajectory:
         """Play one episode, whatever others are at."""
-        game, session = _Game(episode, self.env, self.chat), sampler.session()
+        game, session = _LiveEpisode(episode, self.env, self.chat), sampler.session()
         with self.clock("environment"):
-            reply = self.stage.reset({slot: episode.task})[slot]
-        live = game.begin(reply)
+            reply = self.executor.reset({slot: episode.task})[slot]
+        live = game.start(reply)
         while live:
             if self.env.history == "window":
                 session = sampler.session()
             with self.clock("generation"):
                 sample = session.ask(slot, game.prompt, game.key, game.budget)
             if self.watcher:
-                self.watcher.alone(slot, len(game.trajectory.responses) + 1)
-            said = game.say(sample)
+                self.watcher.slot_turn(slot, len(game.trajectory.responses) + 1)
+            said = game.add_response(sample)
             with self.clock("environment"):
-                reply = self.stage.step({slot: said})[slot]
-            live = game.hear(reply)
+                reply = self.executor.step({slot: said})[slot]
+            live = game.add_reply(reply)
         return game.trajectory
 
     def close(self) -> None:
-        self.stage.close()
+        self.executor.close()
 
 
-def _ask(session: Session, live: Mapping[int, "_Game"]) -> list[Sample]:
+def _generate(session: Session, live: Mapping[int, "_LiveEpisode"]) -> list[Sample]:
     return session.generate(
         list(live),
         [game.prompt for game in live.values()],
@@ -128,7 +128,7 @@ def _ask(session: Session, live: Mapping[int, "_Game"]) -> list[Sample]:
     )
 
 
-class _Game:
+class _LiveEpisode:
     """One episode in play: the trajectory so far, and the prompt of the next response."""
 
     def __init__(self, episode: Episode, rules: Env, chat: Chat):
@@ -144,12 +144,12 @@ class _Game:
         """What seeds the next response."""
         return (*self.episode.key, len(self.trajectory.responses))
 
-    def begin(self, reply: Reply) -> bool:
+    def start(self, reply: Reply) -> bool:
         """Start; False when there is nothing to generate."""
         self.goal = self.trajectory.goal = reply.goal
-        return self._crashed(reply) if reply.turn is None else self._next(reply.turn)
+        return self._end_crashed(reply) if reply.turn is None else self._render_prompt(reply.turn)
 
-    def say(self, sample: Sample) -> str:
+    def add_response(self, sample: Sample) -> str:
         """Take a response into the trajectory; its text is for the environment."""
         text = self.chat.decode(sample.ids)
         entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else None
@@ -158,11 +158,11 @@ class _Game:
         self._used += len(self.prompt) + len(sample.ids)
         return text
 
-    def hear(self, reply: Reply) -> bool:
+    def add_reply(self, reply: Reply) -> bool:
         """Take the environment's answer; False when the episode is over."""
         turn, response = reply.turn, self.trajectory.responses[-1]
         if turn is None:
-            return self._crashed(reply)
+            return self._end_crashed(reply)
         self.goal = reply.goal
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
         if turn.done:
@@ -171,9 +171,9 @@ class _Game:
             return self._end(TURNS)
         if self.rules.history == "window":
             self._pairs.append((self._observation, reply.action))
-        return self._next(turn)
+        return self._render_prompt(turn)
 
-    def _next(self, turn: Turn) -> bool:
+    def _render_prompt(self, turn: Turn) -> bool:
         """Render the prompt of the next response; False when it does not fit."""
         self._observation = turn.observation
         if self.rules.history == "window":
@@ -187,7 +187,9 @@ class _Game:
             )
             self.budget = self.rules.response_tokens
             return bool(self.prompt) or self._end(CONTEXT)
-        message = _fill(self.rules.prompt, "next" if self.trajectory.responses else "first", self._words(turn))
+        message = _fill_template(
+            self.rules.prompt, "next" if self.trajectory.responses else "first", self._prompt_fields(turn)
+        )
         if self.trajectory.responses:
             self.prompt = self.chat.follow(message, self.trajectory.responses[-1].sample.ids[-1])
         else:
@@ -205,10 +207,10 @@ class _Game:
             history = "\n".join(
                 self.rules.prompt["pair"].format(n=first + i, observation=o, action=a) for i, (o, a) in enumerate(shown)
             )
-            words = {**self._words(turn), "history": history, "length": len(shown)}
-            yield self.chat.start(_fill(self.rules.prompt, "window" if self._pairs else "first", words))
+            words = {**self._prompt_fields(turn), "history": history, "length": len(shown)}
+            yield self.chat.start(_fill_template(self.rules.prompt, "window" if self._pairs else "first", words))
 
-    def _words(self, turn: Turn) -> dict[str, Any]:
+    def _prompt_fields(self, turn: Turn) -> dict[str, Any]:
         return {
             "task": self.goal,
             "observation": turn.observation,
@@ -218,7 +220,7 @@ class _Game:
             "left": self.rules.max_turns - len(self.trajectory.responses),
         }
 
-    def _crashed(self, reply: Reply) -> bool:
+    def _end_crashed(self, reply: Reply) -> bool:
         """A crash of the environment ends this episode and no other."""
         self.trajectory.error = reply.error
         return self._end(CRASHED)
@@ -228,5 +230,5 @@ class _Game:
         return False
 
 
-def _fill(templates: dict[str, str], name: str, words: dict[str, Any]) -> str:
+def _fill_template(templates: dict[str, str], name: str, words: dict[str, Any]) -> str:
     return templates[name].format(**words)

@@ -11,7 +11,7 @@ R = TypeVar("R")
 GRACE: Final = 1.0  # seconds for hands to leave when all is over; who is stuck is left behind
 
 
-def work(
+def map_ordered(
     pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Callable[[], None]
 ) -> Generator[R, None, None]:
     """What `do(hand, piece)` gives for each piece, in the order of the pieces; hands go on while nobody asks for the next.

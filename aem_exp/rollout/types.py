@@ -9,7 +9,7 @@ from aem_exp.rollout.sampling.base import Sample
 CRASHED, CONTEXT, TURNS, OVER, STOPPED = "crashed", "context", "turns", "over", "stopped"
 
 
-OUTCOMES = ("won", "score")  # metrics of a turn that speak of the episode
+OUTCOME_METRICS = ("won", "score")  # metrics of a turn that speak of the episode
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Trajectory:
         told: dict[str, list[float]] = {}
         for response in self.responses:
             for name, value in response.metrics.items():
-                if name not in OUTCOMES:
+                if name not in OUTCOME_METRICS:
                     told.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in told.items()}
 

@@ -12,74 +12,75 @@ from aem_exp.cluster import distributed, slurm
 from aem_exp.cluster.signals import Interrupted
 from aem_exp.config.schema import Experiment
 from aem_exp.core import cli, console, disk
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.run import session
 from aem_exp.run.execution import run
 from aem_exp.rundir import RESULT
-from aem_exp.rundir.lock import Owned
+from aem_exp.rundir.lock import RunLocked
 
 
-def at_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
+def run_in_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
     """Run with a live line, and show what there is at the end; the exit code.
 
     Args:
         header: printed first, unless the run is refused: then its sentence stands alone.
     """
-    console.quiet()
+    console.silence_libraries()
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
-    return cli.answer(
-        lambda: _shown(experiment, folder, header), lambda: f"to go on from step {session.found(folder).step}: {again}"
+    return cli.run_cli(
+        lambda: _run_with_progress(experiment, folder, header),
+        lambda: f"to go on from step {session.find_resume_point(folder).step}: {again}",
     )
 
 
-def _shown(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
+def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
     from aem_exp.run import summary
 
     def begin() -> None:
-        if distributed.first():
+        if distributed.is_main_process():
             print(*header, sep="\n", flush=True)
 
     if (folder / RESULT).exists():
         begin()
-        for change in _since(experiment, folder):
+        for change in _changes_since_run(experiment, folder):
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
-            with console.Progress(enabled=distributed.first()) as line:
+            with console.Progress(enabled=distributed.is_main_process()) as line:
                 run(experiment, line, folder, begin)
-        except Owned as owned:
+        except RunLocked as owned:
             begin()
             print(owned)
-            return 0 if distributed.count() == 1 else 1  # the other processes of this job end with it
-        except Stop as stop:
-            raise Stop(
-                f"{stop}. The run dir has all up to step {session.found(folder).step}: {folder}", stop.kind
+            return 0 if distributed.world_size() == 1 else 1  # the other processes of this job end with it
+        except RunError as stop:
+            raise RunError(
+                f"{stop}. The run dir has all up to step {session.find_resume_point(folder).step}: {folder}", stop.kind
             ) from stop
         except Interrupted as stop:
-            if distributed.first():
-                step = session.found(folder).step
+            if distributed.is_main_process():
+                step = session.find_resume_point(folder).step
                 print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
-            slurm.make_way(stop.signal)
+            slurm.requeue_and_wait(stop.signal)
             raise
-    if distributed.first():
-        summary.summary(folder)
+    if distributed.is_main_process():
+        summary.print_summary(folder)
     return 0
 
 
-def _since(experiment: Experiment, folder: Path) -> list[str]:
+def _changes_since_run(experiment: Experiment, folder: Path) -> list[str]:
     """What has changed since a finished run ran: its result stands for what it was."""
     try:
         weights = policy.locate(experiment.model) if experiment.model.path else None
     except ConfigError:  # moved away since
         weights = None
-    return provenance.changes(folder, experiment, weights)
+    return provenance.list_changes(folder, experiment, weights)
 
 
 def main() -> int:
-    return cli.answer(lambda: _act(_read()))
+    return cli.run_cli(lambda: _run_command(_parse_arguments()))
 
 
-def _read() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     what = "Run, or go on with, what a run dir holds."
     parser = cli.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
@@ -88,11 +89,11 @@ def _read() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _act(asked: argparse.Namespace) -> int:
-    cli.reach_frozen(asked.run_dir, asked.trust)
+def _run_command(asked: argparse.Namespace) -> int:
+    cli.add_frozen_modules(asked.run_dir, asked.trust)
     experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
     if asked.inexact:
         experiment = replace(experiment, resume="inexact")
-    if distributed.first() and not (folder / RESULT).exists():
+    if distributed.is_main_process() and not (folder / RESULT).exists():
         disk.check_writable(folder, "RUN_DIR")
-    return at_terminal(experiment, folder, [f"run       {folder}"])
+    return run_in_terminal(experiment, folder, [f"run       {folder}"])

@@ -20,13 +20,13 @@ from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Signals
 from aem_exp.config import ConfigError, Experiment, continuation
 from aem_exp.core import console, disk
-from aem_exp.core.errors import shown
+from aem_exp.core.errors import format_value
 from aem_exp.jobs import preflight
 from aem_exp.run import session
-from aem_exp.run.session import Start, Watch
+from aem_exp.run.session import ResumePoint, StepCallback
 from aem_exp.rundir import RESULT, checkpoints, membership
-from aem_exp.rundir.attempts import attempt
-from aem_exp.rundir.lock import owning
+from aem_exp.rundir.attempts import record_attempt
+from aem_exp.rundir.lock import hold_run_lock
 from aem_exp.tracking import store_uri, views
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ log = logging.getLogger("aem_exp")
 
 def run(
     experiment: Experiment,
-    watch: Watch | None = None,
+    watch: StepCallback | None = None,
     folder: Path | None = None,
     begin: Callable[[], None] | None = None,
 ) -> Path:
@@ -55,96 +55,102 @@ def run(
         Interrupted: by Ctrl-C, TERM or USR2, at the end of a step, all of which is saved.
         Stop: it cannot go on.
     """
-    config.check_here(experiment)
+    config.check_machine(experiment)
     folder = folder or config.run_dir(experiment)
     if (folder / RESULT).exists():
         return folder
-    console.quiet()
-    world = preflight.fitting(experiment)
-    policy.device(experiment.launch)
+    console.silence_libraries()
+    world = preflight.open_checked_world(experiment)
+    policy.select_device(experiment.launch)
     if experiment.launch.servers:
-        rendezvous.read(Path(experiment.launch.servers))
+        rendezvous.read_urls(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
-    distributed.meet(cpu=not experiment.launch.gpus_per_node)
+    distributed.initialize(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
-        if not distributed.first():
-            _play(experiment, folder, world, weights, None, signals, None)
+        if not distributed.is_main_process():
+            _run_attempt(experiment, folder, world, weights, None, signals, None)
             return folder
         store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))
         disk.check_writable(folder, "outputs")
-        with owning(folder):
+        with hold_run_lock(folder):
             if not (folder / RESULT).exists():
-                saved = session.found(folder).step
-                with attempt(folder, saved, lambda: session.found(folder).step, experiment.launch.requeues):
-                    _play(experiment, folder, world, weights, watch, signals, begin)
+                saved = session.find_resume_point(folder).step
+                with record_attempt(
+                    folder, saved, lambda: session.find_resume_point(folder).step, experiment.launch.requeues
+                ):
+                    _run_attempt(experiment, folder, world, weights, watch, signals, begin)
     return folder
 
 
-def _play(
+def _run_attempt(
     experiment: Experiment,
     folder: Path,
     world: Any,
     weights: str | None,
-    watch: Watch | None,
+    watch: StepCallback | None,
     signals: Signals,
     begin: Callable[[], None] | None,
 ) -> None:
     """A start of the run, in each of its processes, to its result."""
     from aem_exp.run import summary
 
-    start = distributed.shared(lambda: _begin(experiment, folder, weights))
+    start = distributed.broadcast_from_main(lambda: _prepare_run_dir(experiment, folder, weights))
     if begin:
         begin()
     if start.step > 0:
         log.info("going on from step %d", start.step)
-    with _tracker(experiment, folder, world.fingerprint, start) as tracker:
-        weights = weights or distributed.shared(lambda: policy.made(experiment, world))
-        playing = session.Parts(experiment, folder, world, weights, start, tracker, watch, signals)
+    with _open_tracker(experiment, folder, world.fingerprint, start) as tracker:
+        weights = weights or distributed.broadcast_from_main(lambda: policy.make_cached(experiment, world))
+        playing = session.RunSession(experiment, folder, world, weights, start, tracker, watch, signals)
         try:
             result = playing.play() | {"resumed": start.changes}
         finally:
             playing.close()
         if playing.episodes:
-            for path in summary.artifacts(folder):
-                tracker.artifact(path)
-            disk.write(folder / RESULT, json.dumps(result, indent=1) + "\n")
-            playing.episodes.forget()
-        distributed.part()
+            for path in summary.write_artifacts(folder):
+                tracker.log_artifact(path)
+            disk.write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+            playing.episodes.remove_parts()
+        distributed.shut_down()
     if tracker.trouble:
         log.warning(tracker.trouble)
 
 
-def _begin(experiment: Experiment, folder: Path, weights: str | None) -> Start:
+def _prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -> ResumePoint:
     """Make the run dir what this start needs; where it begins."""
-    _room(folder, weights)
-    for sentence in checkpoints.set_aside(folder):
+    _check_disk_space(folder, weights)
+    for sentence in checkpoints.set_aside_damaged(folder):
         log.warning(sentence)
-    if experiment.parent_dir and checkpoints.newest(folder) is None:
-        checkpoints.adopt(continuation.checkpoint(experiment), folder)
-    start = session.found(folder)
+    if experiment.parent_dir and checkpoints.find_newest(folder) is None:
+        checkpoints.copy_into_run(continuation.starting_checkpoint(experiment), folder)
+    start = session.find_resume_point(folder)
     asked = experiment.launch.trainer.get("fsdp", False)
-    if start.checkpoint and (saved := checkpoints.in_pieces(start.checkpoint)) != asked:
-        remedy = f"{start.checkpoint} was saved with {shown(saved)}: go on with that"
+    if start.checkpoint and (saved := checkpoints.is_sharded(start.checkpoint)) != asked:
+        remedy = f"{start.checkpoint} was saved with {format_value(saved)}: go on with that"
         raise ConfigError("launch.trainer.fsdp", asked, remedy)
     if (
-        start.scored
+        start.is_scored
         and start.checkpoint is None
-        and provenance.changes(folder, experiment, weights, distributed.count())
+        and provenance.list_changes(folder, experiment, weights, distributed.world_size())
     ):
-        (folder / session.BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
-        start = session.found(folder)
+        (folder / session.BEFORE_FILE).unlink()  # nothing was trained yet: begin anew, with what there is now
+        start = session.find_resume_point(folder)
     session.check_record(folder, start)
-    changes = provenance.begin(folder, experiment, weights, start.step if start.scored else None, distributed.count())
-    disk.write(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+    changes = provenance.record_start(
+        folder, experiment, weights, start.step if start.is_scored else None, distributed.world_size()
+    )
+    disk.write_atomically(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return replace(start, changes=changes)
 
 
-def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Start) -> "AbstractContextManager[Any]":
+def _open_tracker(
+    experiment: Experiment, folder: Path, fingerprint: str, start: ResumePoint
+) -> "AbstractContextManager[Any]":
     """What the first process logs to; the others log nothing."""
     from aem_exp.tracking import tracker
 
-    if not distributed.first():
-        return tracker.Silent()
+    if not distributed.is_main_process():
+        return tracker.NullTracker()
     commit, uri = provenance.read(folder)["commit"], store_uri.resolve_uri(experiment.tracking, folder.parent)
     return tracker.Tracker.open(
         folder,
@@ -153,10 +159,10 @@ def _tracker(experiment: Experiment, folder: Path, fingerprint: str, start: Star
         run_name=f"{experiment.baseline.name}+{experiment.modulation.name}/s{experiment.seed}/{config.signature(experiment)[:6]}",
         params=config.to_dict(experiment),
         tags=_tags(experiment, fingerprint, commit, start.changes)
-        | {views.tag(sweep): group for sweep, group in membership.labels(folder).items()},
-        resume_step=start.measured,
+        | {views.sweep_tag(sweep): group for sweep, group in membership.read_labels(folder).items()},
+        resume_step=start.last_measured_step,
         wait=False,
-        live=slurm.OURS not in os.environ or store_uri.sqlite_file(uri) is None,
+        live=slurm.JOB_VARIABLE not in os.environ or store_uri.sqlite_file(uri) is None,
     )
 
 
@@ -165,7 +171,7 @@ def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed:
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),
         "aem.signature": config.signature(experiment),
-        "aem.arm": config.arm(experiment),
+        "aem.arm": config.arm_signature(experiment),
         "aem.env_fingerprint": fingerprint,
         "aem.method": str(METHOD),
         **({"aem.parent": experiment.parent} if experiment.parent else {}),
@@ -174,10 +180,10 @@ def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed:
     }
 
 
-def _room(folder: Path, weights: str | None) -> None:
+def _check_disk_space(folder: Path, weights: str | None) -> None:
     """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
-    need, free = 7 * size + session.SPARE, shutil.disk_usage(folder).free
+    need, free = 7 * size + session.SPARE_BYTES, shutil.disk_usage(folder).free
     if free < need:
         raise ConfigError(
             "outputs", str(folder), f"has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f} GB; choose another folder"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aem_exp.core import disk
-from aem_exp.core.console import ENTROPY, GATED, RECENT, SUCCESS
+from aem_exp.core.console import ENTROPY, GATED, RECENT_STEPS, SUCCESS
 from aem_exp.core.plots import BLUE, GREY, ORANGE
 from aem_exp.rundir import episodes, metrics
-from aem_exp.stats.scores import wilson
+from aem_exp.stats.scores import wilson_interval
 from aem_exp.tracking import publish
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ Rows = Sequence[dict[str, float]]
 # ------------------------------------------------------------------------------------------------------------ summary
 
 
-def summary(run_dir: Path, console: "Console | None" = None) -> None:
+def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
     """Print what a finished run reached, how it got there, and where to look further; from its run dir alone."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
     result, repeats, gaps = _json(run_dir / "result.json"), _repeats(run_dir), list[str]()
-    rows = _unless_damaged(lambda: metrics.read(run_dir), gaps) or []
-    page = _unless_damaged(lambda: publish.page(run_dir), gaps)
+    rows = _read_unless_damaged(lambda: metrics.read(run_dir), gaps) or []
+    page = _read_unless_damaged(lambda: publish.run_page(run_dir), gaps)
     if (record := run_dir / episodes.FILE).exists():
-        _unless_damaged(lambda: episodes.check(record), gaps)
+        _read_unless_damaged(lambda: episodes.check_file(record), gaps)
     console.print()
     console.print("success on tasks never trained on, with the 95 % interval of one run (Wilson)", style="italic")
-    console.print(_scores(result, repeats))
+    console.print(_score_table(result, repeats))
     if (picture := _charts(rows, console.width)) is not None:
         console.print()
         console.print(picture)
@@ -54,16 +54,16 @@ def summary(run_dir: Path, console: "Console | None" = None) -> None:
         console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
 
 
-def _unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
+def _read_unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
     """What is read; where its file is damaged, nothing, and a sentence in `gaps`."""
     try:
         return read()
-    except disk.Damaged as error:
+    except disk.DamagedFileError as error:
         gaps.append(error.remedy.partition("; ")[0])
         return None
 
 
-def _scores(result: dict[str, Any], repeats: int) -> "RenderableType":
+def _score_table(result: dict[str, Any], repeats: int) -> "RenderableType":
     """Return the table of success before and after, per panel."""
     from rich.table import Table
 
@@ -76,18 +76,18 @@ def _scores(result: dict[str, Any], repeats: int) -> "RenderableType":
         if (known := then or before) is not None:
             tasks = known["episodes"] // repeats
             name = known["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
-            table.add_row(name, str(tasks), _share(before, tasks), _share(then, tasks))
+            table.add_row(name, str(tasks), _format_success(before, tasks), _format_success(then, tasks))
             if known.get("score") is not None:
                 table.add_row("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then)))
     return table
 
 
-def _share(score: dict[str, Any] | None, tasks: int) -> "Text":
+def _format_success(score: dict[str, Any] | None, tasks: int) -> "Text":
     from rich.text import Text
 
     if score is None:
         return Text("-", "bright_black")
-    low, high = wilson(score["success"], tasks)
+    low, high = wilson_interval(score["success"], tasks)
     return Text.assemble((f"{score['success']:.1%}", "bold"), (f"  [{low:.0%}, {high:.0%}]", "bright_black"))
 
 
@@ -102,13 +102,13 @@ def _charts(rows: Rows, width: int) -> "RenderableType | None":
     entropy = _series(rows, ENTROPY)
     top = max((value for value in entropy if not math.isnan(value)), default=1.0) or 1.0
     charts = [
-        _titled("success in training", chart(_series(rows, SUCCESS), columns, 1.0, "{:.0%}".format), steps),
-        _titled("response entropy (nats)", chart(entropy, columns, top, "{:.2f}".format), steps),
+        _add_title("success in training", draw_chart(_series(rows, SUCCESS), columns, 1.0, "{:.0%}".format), steps),
+        _add_title("response entropy (nats)", draw_chart(entropy, columns, top, "{:.2f}".format), steps),
     ]
     return Columns(charts, padding=(1, 3))
 
 
-def _titled(title: str, lines: list[str], steps: list[float]) -> "Text":
+def _add_title(title: str, lines: list[str], steps: list[float]) -> "Text":
     from rich.text import Text
 
     inner = len(lines[0]) - 9
@@ -119,7 +119,9 @@ def _titled(title: str, lines: list[str], steps: list[float]) -> "Text":
     )
 
 
-def chart(values: Sequence[float], width: int, top: float, spell: Callable[[float], str], height: int = 6) -> list[str]:
+def draw_chart(
+    values: Sequence[float], width: int, top: float, spell: Callable[[float], str], height: int = 6
+) -> list[str]:
     """Draw values from 0 to `top` as an area of eighth blocks; each column is the mean of its share of the values."""
     levels = []
     for column in range(width):
@@ -141,7 +143,7 @@ def _series(rows: Rows, name: str) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def plots(rows: Rows, folder: Path, repeats: int = 1) -> list[Path]:
+def save_plots(rows: Rows, folder: Path, repeats: int = 1) -> list[Path]:
     """Draw success and response entropy over steps, and alpha where there was any, as PNG; return the files."""
     import matplotlib
 
@@ -169,7 +171,7 @@ def _draw_learning(pyplot: Any, rows: Rows, repeats: int) -> Any:
     _draw_curve(right, rows, ENTROPY, BLUE)
     scored = [row for row in rows if "eval/success" in row]
     steps, shares = [row["step"] for row in scored], [row["eval/success"] for row in scored]
-    ends = [wilson(row["eval/success"], int(row.get("eval/episodes", 0)) // repeats) for row in scored]
+    ends = [wilson_interval(row["eval/success"], int(row.get("eval/episodes", 0)) // repeats) for row in scored]
     bars = [
         [share - low for share, (low, _) in zip(shares, ends, strict=True)],
         [high - share for share, (_, high) in zip(shares, ends, strict=True)],
@@ -193,9 +195,9 @@ def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
         return
     steps, values = zip(*known, strict=True)
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    windows = [values[max(0, i - RECENT // 2) : i + RECENT // 2] for i in range(1, len(values) + 1)]
+    windows = [values[max(0, i - RECENT_STEPS // 2) : i + RECENT_STEPS // 2] for i in range(1, len(values) + 1)]
     mean = [sum(window) / len(window) for window in windows]
-    axes.plot(steps, mean, color=colour, linewidth=2, label=f"training, mean of {RECENT} steps")
+    axes.plot(steps, mean, color=colour, linewidth=2, label=f"training, mean of {RECENT_STEPS} steps")
 
 
 def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
@@ -221,7 +223,7 @@ def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def artifacts(run_dir: Path) -> list[Path]:
+def write_artifacts(run_dir: Path) -> list[Path]:
     """Write what is pleasant to open beside a run's numbers: its config as YAML, episodes to read, figures."""
     import yaml
 
@@ -229,10 +231,10 @@ def artifacts(run_dir: Path) -> list[Path]:
     if (experiment := run_dir / "experiment.json").exists():
         (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
         files.append(config)
-    if rows := episodes.sample(run_dir):
-        (readable := run_dir / "episodes.md").write_text(episodes.markdown(rows))
+    if rows := episodes.select_examples(run_dir):
+        (readable := run_dir / "episodes.md").write_text(episodes.to_markdown(rows))
         files.append(readable)
-    return files + plots(metrics.read(run_dir), run_dir / "plots", _repeats(run_dir))
+    return files + save_plots(metrics.read(run_dir), run_dir / "plots", _repeats(run_dir))
 
 
 def _repeats(run_dir: Path) -> int:
@@ -242,4 +244,4 @@ def _repeats(run_dir: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return disk.read(path)
+    return disk.read_json(path)

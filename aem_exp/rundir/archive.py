@@ -22,11 +22,17 @@ from aem_exp.rundir import attempts, episodes, metrics
 
 SUFFIX: Final = ".json.gz"
 NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
-LARGEST: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
+MAX_BYTES: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
 DIGITS: Final = 5  # of a number in a curve
-CURVES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
-LEFT_OUT: Final = ("outputs", "tracking", "parent_dir", "resume", "launch")  # of an experiment: no matter of science
-MACHINE: Final = ("nodes", "gpus_per_node", "server_nodes")
+CURVE_PREFIXES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
+EXCLUDED_KEYS: Final = (
+    "outputs",
+    "tracking",
+    "parent_dir",
+    "resume",
+    "launch",
+)  # of an experiment: no matter of science
+LAUNCH_KEYS: Final = ("nodes", "gpus_per_node", "server_nodes")
 DONE, NAN = "done", "nan"  # a state, and the class of a failure
 
 
@@ -84,39 +90,39 @@ class Archive:
         return [(int(step), value) for step, value in pairs if step is not None and value is not None]
 
 
-def of(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
+def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
     """The archive of a run dir; `what` and `why`: its state.
 
     Raises:
         Damaged: with the file's name.
     """
-    experiment, rows = disk.read(folder / "experiment.json"), metrics.read(folder)
+    experiment, rows = disk.read_json(folder / "experiment.json"), metrics.read(folder)
     scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
     result = _json(folder / scored) if scored else {}
-    played = _episodes(folder, result) if result else []
+    played = _read_final_episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
     return Archive(
         run=folder.name,
-        experiment={key: value for key, value in experiment.items() if key not in LEFT_OUT}
-        | {"launch": {key: launch[key] for key in MACHINE if launch.get(key)}},
+        experiment={key: value for key, value in experiment.items() if key not in EXCLUDED_KEYS}
+        | {"launch": {key: launch[key] for key in LAUNCH_KEYS if launch.get(key)}},
         what=what,
         why=why,
         result=result,
-        tasks=_tasks(played),
+        tasks=_group_by_task(played),
         endings=dict(sorted(Counter(row["ended"] for row in played).items())),
         curves=_curves(rows),
         provenance=_json(folder / "provenance.json"),
-        spent=_spent(folder, launch, result, rows),
-        players=_players(folder, experiment, result),
+        spent=_spent_resources(folder, launch, result, rows),
+        players=_read_other_agents(folder, experiment, result),
     )
 
 
 def _json(file: Path) -> dict[str, Any]:
     """What a file of a run dir says; nothing where there is none: then the run failed, and says so itself."""
-    return disk.read(file) if file.exists() else {}
+    return disk.read_json(file) if file.exists() else {}
 
 
-def _episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _read_final_episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The episodes of the final panel, the last time that it was played."""
     columns = ["split", "step", "task", "kind", "won", "score", "ended", "draw", "member"]
     chosen = [("split", "==", result["final"]["panel"]), ("step", "==", result["steps"])]
@@ -124,7 +130,7 @@ def _episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows[-int(result["final"]["episodes"]) :]
 
 
-def _tasks(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _group_by_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in episodes:
         by_task.setdefault(row["task"], []).append(row)
@@ -138,25 +144,25 @@ def _tasks(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {"id": list(by_task), "kind": kinds, "success": each("won")} | ({"score": each("score")} if scored else {})
 
 
-def _curves(rows: Sequence[metrics.Row]) -> dict[str, list[float | None]]:
-    names = sorted({name for row in rows for name in row if name.startswith(CURVES)})
-    table = {name: [_short(row.get(name)) for row in rows] for name in names}
+def _curves(rows: Sequence[metrics.MetricRow]) -> dict[str, list[float | None]]:
+    names = sorted({name for row in rows for name in row if name.startswith(CURVE_PREFIXES)})
+    table = {name: [_round_finite(row.get(name)) for row in rows] for name in names}
     return {"step": [int(row["step"]) for row in rows], **table} if rows else {}
 
 
-def _short(value: float | None) -> float | None:
+def _round_finite(value: float | None) -> float | None:
     return float(f"{value:.{DIGITS}g}") if value is not None and math.isfinite(value) else None
 
 
-def _spent(
-    folder: Path, launch: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[metrics.Row]
+def _spent_resources(
+    folder: Path, launch: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[metrics.MetricRow]
 ) -> dict[str, float]:
     nodes = launch.get("nodes", 1) + launch.get("server_nodes", 0)
     sums = {
         "episodes": sum(row.get("train/episodes", 0.0) for row in rows),
         "tokens": sum(row.get("train/tokens_generated", 0.0) for row in rows),
     }
-    seconds = attempts.seconds(folder)
+    seconds = attempts.total_seconds(folder)
     return {
         **({"seconds": round(seconds, 1)} if seconds is not None else {}),
         "gpus": nodes * launch.get("gpus_per_node", 0),
@@ -165,14 +171,16 @@ def _spent(
     }
 
 
-def _players(folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_other_agents(
+    folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Evaluations of others, the untrained policy say, on the panel that ended the run and as that was played."""
     kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
     final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
     for file in sorted((folder / "evaluations").glob("*/result.json")):
         try:
-            found = disk.read(file)
-        except disk.Damaged:  # of another player: it is asked again where it is missed
+            found = disk.read_json(file)
+        except disk.DamagedFileError:  # of another player: it is asked again where it is missed
             continue
         name, rules = found.get("player"), found.get("identity", {}).get("env", {})
         alike = all(rules[key] == experiment["env"].get(key) for key in rules)
@@ -196,7 +204,7 @@ def write(archive: Archive, folder: Path) -> Path:
     text = json.dumps(asdict(archive), sort_keys=True, separators=(",", ":"), allow_nan=False)
     file = folder / f"{archive.run}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
-    disk.write(file, gzip.compress(text.encode(), mtime=0))
+    disk.write_atomically(file, gzip.compress(text.encode(), mtime=0))
     return file
 
 
@@ -208,22 +216,22 @@ def read(file: Path) -> Archive:
     """
     try:
         with gzip.open(file) as unfolded:
-            text = unfolded.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise ValueError(f"more than {LARGEST >> 20} MB")
-        data = json.loads(text, parse_constant=_no_number)
+            text = unfolded.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MB")
+        data = json.loads(text, parse_constant=_refuse_constant)
         archive = Archive(**{**data, "why": tuple(data["why"])})
-        _check(archive, file)
+        _validate(archive, file)
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError("archive", str(file), f"is no archive of a run: {error}") from error
     return archive
 
 
-def _no_number(word: str) -> None:
+def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number")
 
 
-def _check(archive: Archive, file: Path) -> None:
+def _validate(archive: Archive, file: Path) -> None:
     """Refuse what no run leaves. What an archive says is shown as text, and counted as numbers; nothing in it is called."""
     for each in fields(Archive):
         wanted = {"run": str, "what": str, "why": tuple}.get(each.name, dict)

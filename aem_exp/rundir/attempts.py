@@ -15,48 +15,50 @@ from pathlib import Path
 from typing import Any
 
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError, Stop
+from aem_exp.core.errors import ConfigError, RunError
 
 FILE = "attempts.jsonl"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-KINDS = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `run_state`)
+FAILURE_CLASSES = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `run_state`)
     *("config", "crash", "disk", "env", "hang", "nan", "oom"),
     *("killed", "node", "time", "unseen", "user"),
 )
-IDLE = 2  # starts of a job in a row that may get nowhere
+MAX_IDLE_STARTS = 2  # starts of a job in a row that may get nowhere
 
 
 @contextmanager
-def attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0) -> Iterator[None]:
+def record_attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0) -> Iterator[None]:
     """Record a start at `step`, and how it ends; `at`: the step that is saved by then; `most`: starts of a job (0: no limit).
 
     Raises:
         Stop: the job is started again and again, and gets nowhere.
     """
     job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    _add(
+    _append_event(
         folder,
         {"event": "start", "step": step, "host": platform.node(), "pid": os.getpid(), "job": job, "start": start},
     )
     try:
         if job and start:
-            _check(folder, job, start, most)
+            _check_requeues(folder, job, start, most)
         yield
     except Exception as error:
-        _add(folder, {"event": FAILED, "class": kind(error), "sentence": sentence(error), "step": at()})
+        _append_event(
+            folder, {"event": FAILED, "class": classify_error(error), "sentence": describe_error(error), "step": at()}
+        )
         raise
     except BaseException as stop:
-        _add(folder, {"event": STOPPED, "sentence": sentence(stop), "step": at()})
+        _append_event(folder, {"event": STOPPED, "sentence": describe_error(stop), "step": at()})
         raise
-    _add(folder, {"event": DONE, "step": at()})
+    _append_event(folder, {"event": DONE, "step": at()})
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; a last line that a kill cut short is left out."""
-    return disk.read_lines(folder / FILE, "event", "at")
+    return disk.read_json_lines(folder / FILE, "event", "at")
 
 
-def seconds(folder: Path) -> float | None:
+def total_seconds(folder: Path) -> float | None:
     """How long a finished run ran, over all of its starts whose end is known; None where it is not finished."""
     events = read(folder)
     if not events or events[-1]["event"] != DONE:
@@ -64,13 +66,13 @@ def seconds(folder: Path) -> float | None:
     return sum(b["at"] - a["at"] for a, b in pairwise(events) if a["event"] == "start" != b["event"])
 
 
-def kind(error: BaseException) -> str:
+def classify_error(error: BaseException) -> str:
     """The class of a failure, which decides what helps: config, nan, env, oom, disk, hang, or crash for the unforeseen."""
-    if isinstance(error, disk.Damaged):
+    if isinstance(error, disk.DamagedFileError):
         return "disk"
     if isinstance(error, ConfigError):
         return "config"
-    if isinstance(error, Stop):
+    if isinstance(error, RunError):
         return error.kind
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "oom"
@@ -79,23 +81,25 @@ def kind(error: BaseException) -> str:
     return "crash"
 
 
-def sentence(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
-    told = isinstance(error, ConfigError | Stop | KeyboardInterrupt)
+    told = isinstance(error, ConfigError | RunError | KeyboardInterrupt)
     return (text if told and text else f"{type(error).__name__}: {text}")[:500]
 
 
-def _check(folder: Path, job: str, start: int, most: int) -> None:
+def _check_requeues(folder: Path, job: str, start: int, most: int) -> None:
     """Stop a job that SLURM or we requeue for ever."""
     if most and start > most:
-        raise Stop(f"job {job} was requeued {start} times, and launch.requeues={most}", "hang")
+        raise RunError(f"job {job} was requeued {start} times, and launch.requeues={most}", "hang")
     steps = [event["step"] for event in read(folder) if event["event"] == "start" and event["job"] == job]
-    if len(steps) > IDLE and len(set(steps[-IDLE - 1 :])) == 1:
-        raise Stop(f"job {job} got nowhere in {IDLE} starts, which both began and ended at step {steps[-1]}", "hang")
+    if len(steps) > MAX_IDLE_STARTS and len(set(steps[-MAX_IDLE_STARTS - 1 :])) == 1:
+        raise RunError(
+            f"job {job} got nowhere in {MAX_IDLE_STARTS} starts, which both began and ended at step {steps[-1]}", "hang"
+        )
 
 
-def _add(folder: Path, event: dict[str, Any]) -> None:
+def _append_event(folder: Path, event: dict[str, Any]) -> None:
     with (folder / FILE).open("a") as file:
         file.write(json.dumps({"at": round(time.time(), 3), **event}) + "\n")
         file.flush()

@@ -16,11 +16,11 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 
 _MARK: Final = "step.json"
-_AT_ONCE: Final = 1 << 24  # bytes read together
+_CHUNK_BYTES: Final = 1 << 24  # bytes read together
 _READERS: Final = 4  # files read at the same time
 
 
-def mark(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
+def mark_complete(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
     """Declare a checkpoint complete: every rank has written its part of the state after `step` steps.
 
     It reads all files once, which are still in memory right after they were written.
@@ -29,28 +29,30 @@ def mark(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
     names = [str(path.relative_to(checkpoint)) for path in files]
     facts = [{"size": path.stat().st_size, "crc32": crc} for path, crc in zip(files, _crcs(files), strict=True)]
     content = {"step": step, "updates": updates, "ranks": ranks, "files": dict(zip(names, facts, strict=True))}
-    disk.write(checkpoint / _MARK, json.dumps(content))
+    disk.write_atomically(checkpoint / _MARK, json.dumps(content))
 
 
-def newest(run_dir: Path) -> Path | None:
+def find_newest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint whose files have their sizes; their content is not read."""
-    return next((checkpoint for checkpoint in marked(run_dir) if not damage(checkpoint, content=False)), None)
+    return next(
+        (checkpoint for checkpoint in list_complete(run_dir) if not describe_damage(checkpoint, content=False)), None
+    )
 
 
-def marked(run_dir: Path) -> list[Path]:
+def list_complete(run_dir: Path) -> list[Path]:
     """The checkpoints that were once complete, newest first."""
     complete = [path for path in run_dir.glob("checkpoint-*") if (path / _MARK).exists()]
     return sorted(complete, key=_number, reverse=True)
 
 
-def damage(checkpoint: Path, content: bool = True) -> str:
+def describe_damage(checkpoint: Path, content: bool = True) -> str:
     """How a checkpoint differs from what was written; empty where it does not, or an older version wrote down nothing.
 
     Args:
         content: read every file, not only its size.
     """
     try:
-        wanted = {checkpoint / name: facts for name, facts in _read(checkpoint).get("files", {}).items()}
+        wanted = {checkpoint / name: facts for name, facts in _read_mark(checkpoint).get("files", {}).items()}
         sizes = {file: facts["size"] for file, facts in wanted.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{_MARK} cannot be read: {error}"
@@ -67,15 +69,15 @@ def damage(checkpoint: Path, content: bool = True) -> str:
     return ""
 
 
-def set_aside(run_dir: Path) -> list[str]:
+def set_aside_damaged(run_dir: Path) -> list[str]:
     """Rename checkpoints that are damaged and newer than an undamaged one, so that this one counts; a sentence for each.
 
     Raises:
         ConfigError: none is undamaged.
     """
     damaged = dict[Path, str]()
-    for checkpoint in marked(run_dir):
-        if not (why := damage(checkpoint)):
+    for checkpoint in list_complete(run_dir):
+        if not (why := describe_damage(checkpoint)):
             break
         damaged[checkpoint] = why
     else:
@@ -84,35 +86,35 @@ def set_aside(run_dir: Path) -> list[str]:
             remedy = "put a good copy of one there, or move the run dir away to train anew"
             raise ConfigError("RUN_DIR", str(run_dir), f"no checkpoint of it is undamaged ({told}); {remedy}")
     for checkpoint in damaged:
-        shutil.rmtree(_aside(checkpoint), ignore_errors=True)
-        checkpoint.rename(_aside(checkpoint))
-    return [f"{path.name} is damaged ({why}); it is now {_aside(path).name}" for path, why in damaged.items()]
+        shutil.rmtree(_damaged_path(checkpoint), ignore_errors=True)
+        checkpoint.rename(_damaged_path(checkpoint))
+    return [f"{path.name} is damaged ({why}); it is now {_damaged_path(path).name}" for path, why in damaged.items()]
 
 
 def steps(checkpoint: Path) -> int:
     """Steps that were trained when it was saved."""
-    return int(_read(checkpoint)["step"])
+    return int(_read_mark(checkpoint)["step"])
 
 
 def updates(checkpoint: Path) -> int:
     """Updates that were made when it was saved; what transformers counts, and names it by, includes steps without any."""
-    return int(_read(checkpoint).get("updates", _number(checkpoint)))
+    return int(_read_mark(checkpoint).get("updates", _number(checkpoint)))
 
 
-def in_pieces(checkpoint: Path) -> bool:
+def is_sharded(checkpoint: Path) -> bool:
     """It was saved by processes that share the weights (FSDP)."""
     return any(checkpoint.glob("pytorch_model_fsdp*"))
 
 
-def adopt(checkpoint: Path, run_dir: Path) -> None:
+def copy_into_run(checkpoint: Path, run_dir: Path) -> None:
     """Let a run begin at another run's checkpoint: a copy, without a byte where both lie on one disk."""
     copy = run_dir / checkpoint.name
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=disk.link)
-    disk.write(copy / _MARK, (checkpoint / _MARK).read_text())
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=disk.link_or_copy)
+    disk.write_atomically(copy / _MARK, (checkpoint / _MARK).read_text())
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
+def _read_mark(checkpoint: Path) -> dict[str, Any]:
     content = json.loads((checkpoint / _MARK).read_text())
     int(content["step"])
     return dict(content)
@@ -122,7 +124,7 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def _aside(checkpoint: Path) -> Path:
+def _damaged_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"damaged-{checkpoint.name}")
 
 
@@ -134,6 +136,6 @@ def _crcs(files: list[Path]) -> list[int]:
 def _crc(file: Path) -> int:
     value = 0
     with file.open("rb") as data:
-        while part := data.read(_AT_ONCE):
+        while part := data.read(_CHUNK_BYTES):
             value = zlib.crc32(part, value)
     return value

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aem_exp.core import disk
-from aem_exp.core.disk import Damaged
+from aem_exp.core.disk import DamagedFileError
 
 if TYPE_CHECKING:
     from aem_exp.rollout.types import Response, Trajectory
@@ -25,7 +25,7 @@ FILE, PARTS = "episodes.parquet", "episodes"
 _MAGIC = b"PAR1"  # a Parquet file begins and ends with it
 
 
-def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
+def build_record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
     """One episode; `in_full` keeps what was said, not only how it went. `step`: steps trained before it was played."""
     turns = trajectory.responses
     known = [r.entropy for r in turns if r.entropy is not None]
@@ -46,16 +46,16 @@ def record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Reco
         "tokens": trajectory.tokens,
         "response_entropy": sum(known) / len(known) if known else None,
         "habits": list(trajectory.habits.items()),
-        "responses": [_said(r) for r in turns] if in_full else None,
+        "responses": [_response_record(r) for r in turns] if in_full else None,
     }
 
 
-def _said(response: Response) -> Record:
+def _response_record(response: Response) -> Record:
     names = ("observation", "text", "reward", "valid", "entropy", "alpha", "advantage")
     return {name: getattr(response, name) for name in names}
 
 
-class Episodes:
+class EpisodeWriter:
     """The episodes of a run, written part by part."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
@@ -89,7 +89,7 @@ class Episodes:
             for part in sorted(self._parts.glob("*.parquet")):
                 try:
                     table = read(part, schema=_schema())
-                except Damaged as error:
+                except DamagedFileError as error:
                     log.warning("%s lacks the episodes of %s: %s", FILE, part.name, error.remedy.partition(";")[0])
                     continue
                 writer.write_table(table)
@@ -97,7 +97,7 @@ class Episodes:
         os.replace(self.file.with_suffix(".part"), self.file)
         return self.file
 
-    def forget(self) -> None:
+    def remove_parts(self) -> None:
         """Drop the parts; only once the result is written, or a kill in between would cost them."""
         shutil.rmtree(self._parts)
 
@@ -106,8 +106,8 @@ class Episodes:
         kept = sorted(self._parts.glob("*.parquet"))
         for number, part in enumerate(kept):
             try:
-                check(part)
-            except Damaged:
+                check_file(part)
+            except DamagedFileError:
                 for lost in kept[number:]:
                     lost.unlink()
                 return part
@@ -161,7 +161,7 @@ def _schema() -> Any:
 # To read.
 
 
-def parts(run_dir: Path, step: int) -> list[Path]:
+def list_parts(run_dir: Path, step: int) -> list[Path]:
     """The parts of a live run that were written up to a step."""
     return [part for part in sorted((run_dir / PARTS).glob("*.parquet")) if int(part.stem) <= step]
 
@@ -177,10 +177,10 @@ def read(file: Path, **how: Any) -> Any:
     try:
         return pyarrow.parquet.read_table(file, page_checksum_verification=True, **how)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
+        raise _damaged_error(file, error) from error
 
 
-def check(file: Path) -> None:
+def check_file(file: Path) -> None:
     """Read all of a record, and keep nothing of it.
 
     Raises:
@@ -192,15 +192,15 @@ def check(file: Path) -> None:
         for _ in pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).iter_batches():
             pass
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
+        raise _damaged_error(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> Damaged:
+def _damaged_error(file: Path, error: Exception) -> DamagedFileError:
     further = ", or remove it: then the record lacks these episodes" if file.parent.name == PARTS else ""
-    return disk.damaged(file, error, further)
+    return disk.damaged_file_error(file, error, further)
 
 
-def cut_short(run_dir: Path) -> str:
+def describe_truncation(run_dir: Path) -> str:
     """That the record of a run is no whole Parquet file, in a sentence; only its ends are read."""
     file = run_dir / FILE
     if not file.exists():
@@ -213,7 +213,7 @@ def cut_short(run_dir: Path) -> str:
     return "" if whole else f"{FILE} is damaged (it is no whole Parquet file)"
 
 
-def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
+def select_examples(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
     """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
     file = run_dir / FILE
     files = [file] if file.exists() else sorted((run_dir / PARTS).glob("*.parquet"))
@@ -233,28 +233,28 @@ def sample(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, An
     return pairs + [row for row in trained if row["step"] == newest][:members]
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Write episodes for reading: what was seen, what was answered, what it earned, how sure the policy was."""
     about = (
         "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
         "multiplied by (absent where nothing was trained on the episode).\n"
     )
-    return "\n".join(["# Episodes\n", about, *(_episode(row) for row in rows)])
+    return "\n".join(["# Episodes\n", about, *(_episode_markdown(row) for row in rows)])
 
 
-def _episode(row: dict[str, Any]) -> str:
+def _episode_markdown(row: dict[str, Any]) -> str:
     outcome = "won" if row.get("won") else "not won"
     ended = {"over": "", "turns": ", out of turns", "context": ", out of context"}.get(
         row["ended"], f", {row['ended']}"
     )
     facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
-    error = f"\n{_fenced(row['error'])}" if row.get("error") else ""
-    turns = (_turn(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
-    goal = [f"{_quoted(row['goal'])}\n"] if row.get("goal") else []
+    error = f"\n{_code_block(row['error'])}" if row.get("error") else ""
+    turns = (_turn_markdown(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
+    goal = [f"{_block_quote(row['goal'])}\n"] if row.get("goal") else []
     return "\n".join([f"## {row['split']}: {row['task']}\n", *goal, f"**{facts}**\n{error}", *turns])
 
 
-def _turn(number: int, said: dict[str, Any]) -> str:
+def _turn_markdown(number: int, said: dict[str, Any]) -> str:
     alpha = said.get("alpha")
     facts = [
         f"reward {said['reward']:g}",
@@ -262,19 +262,21 @@ def _turn(number: int, said: dict[str, Any]) -> str:
         *([f"alpha {alpha:.3f}"] if alpha is not None else []),
         *([] if said.get("valid", True) else ["invalid"]),
     ]
-    return f"### Turn {number}: {', '.join(facts)}\n\n{_quoted(said['observation'])}\n\n{_fenced(said['text'])}\n"
+    return (
+        f"### Turn {number}: {', '.join(facts)}\n\n{_block_quote(said['observation'])}\n\n{_code_block(said['text'])}\n"
+    )
 
 
-def _quoted(text: str, most: int = 2000) -> str:
-    return "\n".join(f"> {line}" for line in _cut(text, most).splitlines())
+def _block_quote(text: str, most: int = 2000) -> str:
+    return "\n".join(f"> {line}" for line in _truncate(text, most).splitlines())
 
 
-def _fenced(text: str, most: int = 4000) -> str:
+def _code_block(text: str, most: int = 4000) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}text\n{_cut(text, most)}\n{fence}"
+    return f"{fence}text\n{_truncate(text, most)}\n{fence}"
 
 
-def _cut(text: str, most: int) -> str:
+def _truncate(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"

@@ -19,28 +19,30 @@ from typing import Any
 from aem_exp.core import disk
 
 LOCK, OWNER = "run.lock", "owner.json"
-BEAT = 30.0  # seconds between touches
-STALE = 300.0  # seconds without one
+HEARTBEAT_SECONDS = 30.0  # seconds between touches
+STALE_SECONDS = 300.0  # seconds without one
 
 
-class Owned(Exception):
+class RunLocked(Exception):
     """Somebody else is at this run; the message names them."""
 
 
 @contextmanager
-def owning(folder: Path) -> Iterator[None]:
+def hold_run_lock(folder: Path) -> Iterator[None]:
     """Be the only one at a run dir.
 
     Raises:
         Owned: somebody is.
     """
-    lock = _lock(folder)
+    lock = _acquire_lock(folder)
     if lock is None:
-        raise Owned(f"{folder} is being run by {_named(folder)}")
+        raise RunLocked(f"{folder} is being run by {_format_owner(folder)}")
     stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=[folder / LOCK, stop], name="aem_exp.rundir.lock", daemon=True)
+    beating = threading.Thread(
+        target=_send_heartbeats, args=[folder / LOCK, stop], name="aem_exp.rundir.lock", daemon=True
+    )
     try:
-        disk.write(folder / OWNER, json.dumps(_me()))
+        disk.write_atomically(folder / OWNER, json.dumps(_current_process()))
         beating.start()
         yield
     finally:
@@ -48,19 +50,19 @@ def owning(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def owner(folder: Path) -> str | None:
+def describe_owner(folder: Path) -> str | None:
     """Who is at this run now, if anybody is. It only looks: a lock that is taken to find out may be in a start's way."""
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime
         pid, host = (folder / LOCK).read_text().split()[:2]
     except (FileNotFoundError, NotADirectoryError, ValueError):  # nobody's, or being written at this moment
         return None
-    if silent > STALE or (host == platform.node() and not _lives(int(pid))):
+    if silent > STALE_SECONDS or (host == platform.node() and not _is_alive(int(pid))):
         return None
-    return _named(folder)
+    return _format_owner(folder)
 
 
-def _lock(folder: Path) -> Any:
+def _acquire_lock(folder: Path) -> Any:
     """The lock, taken; or None where somebody holds it."""
     from filelock import SoftFileLock, Timeout
 
@@ -69,23 +71,25 @@ def _lock(folder: Path) -> Any:
         with suppress(Timeout):
             lock.acquire()
             return lock
-        if not _left_behind(folder):
+        if not _is_stale(folder):
             return None
         lock.break_lock()
     return None
 
 
-def _left_behind(folder: Path) -> bool:
+def _is_stale(folder: Path) -> bool:
     """Whether a lock of another host is nobody's any more."""
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime
     except FileNotFoundError:  # just released, or broken by the attempt
         return True
-    me, them = _me(), _who(folder)
-    return silent > STALE or (me["job"] is not None and me["job"] == them.get("job") and me["start"] > them["start"])
+    me, them = _current_process(), _read_owner(folder)
+    return silent > STALE_SECONDS or (
+        me["job"] is not None and me["job"] == them.get("job") and me["start"] > them["start"]
+    )
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     """Whether there is such a process on this host."""
     try:
         os.kill(pid, 0)
@@ -96,13 +100,13 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _beat(lock: Path, stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
+def _send_heartbeats(lock: Path, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
         with suppress(OSError):  # a disk that hiccups does not end a run
             os.utime(lock)
 
 
-def _me() -> dict[str, Any]:
+def _current_process() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "pid": os.getpid(),
@@ -112,12 +116,12 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _who(folder: Path) -> dict[str, Any]:
+def _read_owner(folder: Path) -> dict[str, Any]:
     file = folder / OWNER
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _named(folder: Path) -> str:
-    who = _who(folder)
+def _format_owner(folder: Path) -> str:
+    who = _read_owner(folder)
     job = f", job {who['job']}" if who.get("job") else ""
     return f"process {who.get('pid', '?')} of {who.get('user', '?')} on {who.get('host', '?')}{job}"

@@ -19,7 +19,7 @@ def write(outputs: Path, name: str, question: str, members: Sequence[dict[str, A
     """Record a sweep. `membership`: run (the name of its dir), arm, group and seed of each."""
     (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
     whole = {"question": question, "members": list(members)}
-    disk.write(outputs / FOLDER / f"{name}.json", json.dumps(whole, indent=1) + "\n")
+    disk.write_atomically(outputs / FOLDER / f"{name}.json", json.dumps(whole, indent=1) + "\n")
 
 
 def read(outputs: Path, name: str) -> list[dict[str, Any]]:
@@ -28,39 +28,39 @@ def read(outputs: Path, name: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: it was not.
     """
-    names = known(outputs)
+    names = list_sweeps(outputs)
     if name not in names:
         remedy = f"no sweep of that name was begun in {outputs}; begin it with: python -m aem_exp.sweep {name} --submit"
         raise ConfigError("sweep", name, names, remedy)
     return json.loads((outputs / FOLDER / f"{name}.json").read_text())["members"]
 
 
-def known(outputs: Path) -> list[str]:
+def list_sweeps(outputs: Path) -> list[str]:
     """The names of the sweeps that were recorded."""
     return sorted(path.stem for path in (outputs / FOLDER).glob("*.json"))
 
 
-def leave_links(outputs: Path, name: str, lines: Sequence[str]) -> None:
+def write_links(outputs: Path, name: str, lines: Sequence[str]) -> None:
     """Keep what leads to a sweep's views in MLflow, as it was printed."""
     (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
-    disk.write(outputs / FOLDER / f"{name}.links", "".join(f"{line}\n" for line in lines))
+    disk.write_atomically(outputs / FOLDER / f"{name}.links", "".join(f"{line}\n" for line in lines))
 
 
-def links(outputs: Path, name: str) -> str:
+def read_links(outputs: Path, name: str) -> str:
     """Those lines, or nothing."""
     file = outputs / FOLDER / f"{name}.links"
     return file.read_text().rstrip() if file.exists() else ""
 
 
-def label(folder: Path, sweep: str, group: str) -> bool:
+def add_label(folder: Path, sweep: str, group: str) -> bool:
     """Tell a run that a sweep calls it so; whether that was news."""
-    so_far = labels(folder)
+    so_far = read_labels(folder)
     if so_far.get(sweep) == group:
         return False
-    disk.write(folder / LABELS, json.dumps({**so_far, sweep: group}) + "\n")
+    disk.write_atomically(folder / LABELS, json.dumps({**so_far, sweep: group}) + "\n")
     return True
 
 
-def labels(folder: Path) -> dict[str, str]:
+def read_labels(folder: Path) -> dict[str, str]:
     file = folder / LABELS
     return json.loads(file.read_text()) if file.exists() else {}

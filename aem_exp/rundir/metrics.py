@@ -13,22 +13,22 @@ METRICS = "metrics.jsonl"
 LOGGED_AT = "time/logged_at"  # ms since 1970, in each row; MLflow gets it as the time of the row's points
 NAME_CHARS = 250  # of a metric's name, in MLflow
 
-Point = tuple[str, float, int, int]  # metric, value, ms, step
-Row = dict[str, float]
+MetricPoint = tuple[str, float, int, int]  # metric, value, ms, step
+MetricRow = dict[str, float]
 
 
-def sanitised(name: str) -> str:
+def sanitise_name(name: str) -> str:
     """Spell a metric or param as MLflow allows: `pass@1` becomes `pass_at_1`."""
     name = re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"), flags=re.ASCII)
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))[:NAME_CHARS]
 
 
-def read(run_dir: Path) -> list[Row]:
+def read(run_dir: Path) -> list[MetricRow]:
     """Return the rows of a run in step order; a last line that a kill cut short is left out."""
-    return disk.read_lines(run_dir / METRICS, "step")
+    return disk.read_json_lines(run_dir / METRICS, "step")
 
 
-class Mirror:
+class MetricsFile:
     """`metrics.jsonl`, open for writing: one row per step."""
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
@@ -36,14 +36,14 @@ class Mirror:
         path = run_dir / METRICS
         self.rows = [row for row in read(run_dir) if resume_step is not None and row["step"] <= resume_step]
         lines = [_line(row) for row in self.rows]
-        disk.write(path, "".join(lines))
+        disk.write_atomically(path, "".join(lines))
         self.file = path.open("r+b")
         self.end = self.file.seek(0, os.SEEK_END)
         self.start = self.end - (len(lines[-1]) if lines else 0)  # of the last row
 
-    def add(self, step: int, metrics: dict[str, float | None]) -> list[Point]:
+    def add(self, step: int, metrics: dict[str, float | None]) -> list[MetricPoint]:
         """Write what is new about this step and return it; the first value of a metric stands, here as in MLflow."""
-        fresh = {sanitised(name): float(value) for name, value in metrics.items() if value is not None}
+        fresh = {sanitise_name(name): float(value) for name, value in metrics.items() if value is not None}
         if not self.rows or self.rows[-1]["step"] != step:
             assert not self.rows or self.rows[-1]["step"] < step, f"step {step} after step {self.rows[-1]['step']}"
             self.rows.append({"step": step, LOGGED_AT: round(time.time() * 1000)})
@@ -62,7 +62,7 @@ class Mirror:
         os.fsync(self.file.fileno())
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
+def points(rows: Iterable[MetricRow]) -> list[MetricPoint]:
     return [
         (name, value, int(row[LOGGED_AT]), int(row["step"]))
         for row in rows
@@ -71,5 +71,5 @@ def points(rows: Iterable[Row]) -> list[Point]:
     ]
 
 
-def _line(row: Row) -> str:
+def _line(row: MetricRow) -> str:
     return json.dumps(row) + "\n"

@@ -12,13 +12,24 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
 
-from aem_exp.sandboxes.process import Lost, Ran, Ruined, execute
+from aem_exp.sandboxes.process import CommandResult, SandboxBroken, SandboxLost, execute
 
-__all__ = ["HOST", "PATH", "Backend", "Image", "Limits", "Lost", "Ran", "Ruined", "Sandbox", "file_name"]
+__all__ = [
+    "HOST",
+    "PATH",
+    "Backend",
+    "CommandResult",
+    "Image",
+    "Limits",
+    "Sandbox",
+    "SandboxBroken",
+    "SandboxLost",
+    "file_name",
+]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
-SHELL: Final = 30.0  # seconds for our own small commands (put, get)
+SHELL_SECONDS: Final = 30.0  # seconds for our own small commands (put, get)
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,12 @@ class Image:
     """
 
     name: str = HOST
-    shown: tuple[str, ...] = ()
-    hidden: tuple[str, ...] = ()
+    visible_paths: tuple[str, ...] = ()
+    hidden_paths: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def file_name(image: str) -> str:
+def image_file_name(image: str) -> str:
     """A name for an image's file or folder: no other image has it."""
     return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', image)[-100:]}-{sha256(image.encode()).hexdigest()[:8]}"
 
@@ -68,7 +79,9 @@ class Sandbox(ABC):
 
     limits: Limits
     workdir: str = "/testbed"
-    outer: Mapping[str, str] | None = None  # variables of the programs that lead inside, which see them; None: our own
+    outer_env: Mapping[str, str] | None = (
+        None  # variables of the programs that lead inside, which see them; None: our own
+    )
 
     def __enter__(self) -> "Sandbox":
         self.start()
@@ -79,21 +92,21 @@ class Sandbox(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Make it. Raises `Lost` where the machine does not let us."""
+        """Make it. Raises `SandboxLost` where the machine does not let us."""
 
     @abstractmethod
     def close(self) -> None:
         """End whatever runs in it and forget what it wrote. May be called twice, and while another thread runs a command."""
 
     @abstractmethod
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it can be entered."""
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
-        """The argument vector that runs this bash script in `workdir` inside. Raises `Lost` where it is not alive."""
+        """The argument vector that runs this bash script in `workdir` inside. Raises `SandboxLost` where it is not alive."""
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
         """Run a bash script with `given` on its stdin, for at most `timeout` seconds.
 
         Raises:
@@ -102,7 +115,7 @@ class Sandbox(ABC):
         """
         return self._execute(self.command(script), timeout, given)
 
-    def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> Ran:
+    def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> CommandResult:
         """Run what leads inside, within our limits."""
         return execute(
             argv,
@@ -110,9 +123,9 @@ class Sandbox(ABC):
             given,
             most=self.limits.output_mb << 20,
             memory=self.limits.memory_mb << 20,
-            env=self.outer,
+            env=self.outer_env,
             passed=passed,
-            gone=lambda: not self.alive(),
+            gone=lambda: not self.is_alive(),
         )
 
     def put(self, path: str, data: bytes) -> None:
@@ -120,13 +133,13 @@ class Sandbox(ABC):
         that is no file is in its place."""
         name = shlex.quote(path)
         odd = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
-        ran = self.run(f'{odd}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL, data)
+        ran = self.run(f'{odd}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL_SECONDS, data)
         if ran.code:
-            raise OSError(f"{path}: {ran.text.strip() or ran.stopped}")
+            raise OSError(f"{path}: {ran.text.strip() or ran.stop_reason}")
 
     def get(self, path: str) -> bytes:
         """Read a file, as a command inside would. Raises OSError."""
-        ran = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL)
+        ran = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL_SECONDS)
         if ran.code:
             raise OSError(f"{path}: cannot be read in the sandbox")
         return ran.output

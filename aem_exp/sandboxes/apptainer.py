@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from aem_exp.core import disk
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox, file_name
+from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost, image_file_name
 
 PROGRAMS: Final = ("apptainer", "singularity")
 
@@ -33,41 +33,47 @@ class Apptainer:
     def lacks(self, image: str) -> str | None:
         if image == HOST:
             return "apptainer needs an image: take bwrap"
-        return None if self._file(image).is_file() else f"image {image} is not in {self._home()}: run aem_exp.prepare"
+        return (
+            None
+            if self._image_file(image).is_file()
+            else f"image {image} is not in {self._images_folder()}: run aem_exp.prepare"
+        )
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
         """Build what is not there; layers are fetched once, by digest, and interrupted builds leave no image."""
-        self._home().mkdir(parents=True, exist_ok=True)
+        self._images_folder().mkdir(parents=True, exist_ok=True)
         for image in images:
-            if self._file(image).is_file():
+            if self._image_file(image).is_file():
                 continue
-            say(f"build   {self._file(image)}")
-            part = self._file(image).with_suffix(f".{os.getpid()}.part")
-            subprocess.run([self._program() or PROGRAMS[0], *build(image, part)], check=True)
-            part.replace(self._file(image))
+            say(f"build   {self._image_file(image)}")
+            part = self._image_file(image).with_suffix(f".{os.getpid()}.part")
+            subprocess.run([self._program() or PROGRAMS[0], *build_arguments(image, part)], check=True)
+            part.replace(self._image_file(image))
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
         scratch = self.scratch or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-        return _Contained(self._program() or PROGRAMS[0], self._file(image.name), Path(scratch), image, limits)
+        return _ApptainerSandbox(
+            self._program() or PROGRAMS[0], self._image_file(image.name), Path(scratch), image, limits
+        )
 
     def _program(self) -> str | None:
         return next((name for name in PROGRAMS if shutil.which(name)), None)
 
-    def _home(self) -> Path:
-        return Path(self.images).expanduser() if self.images else disk.cache() / "images"
+    def _images_folder(self) -> Path:
+        return Path(self.images).expanduser() if self.images else disk.cache_dir() / "images"
 
-    def _file(self, image: str) -> Path:
-        return self._home() / f"{file_name(image)}.sif"
+    def _image_file(self, image: str) -> Path:
+        return self._images_folder() / f"{image_file_name(image)}.sif"
 
 
-def build(image: str, to: Path) -> list[str]:
+def build_arguments(image: str, to: Path) -> list[str]:
     """The words after the program's name that make an image file."""
     return ["build", "--force", str(to), image if "://" in image else f"docker://{image}"]
 
 
-class _Contained(Sandbox):
+class _ApptainerSandbox(Sandbox):
     def __init__(self, program: str, file: Path, scratch: Path, image: Image, limits: Limits):
-        self.limits, self._program, self._file, self._image, self._scratch = limits, program, file, image, scratch
+        self.limits, self._program, self._image_file, self._image, self._scratch = limits, program, file, image, scratch
         self.layer: Path | None = None
         kept = (
             "PATH",
@@ -75,7 +81,7 @@ class _Contained(Sandbox):
             "TMPDIR",
             *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))),
         )
-        self.outer = {name: os.environ[name] for name in kept if name in os.environ}  # no tokens
+        self.outer_env = {name: os.environ[name] for name in kept if name in os.environ}  # no tokens
 
     def start(self) -> None:
         self.layer = Path(tempfile.mkdtemp(prefix="aem-exp-layer-", dir=self._scratch))
@@ -85,13 +91,13 @@ class _Contained(Sandbox):
         if layer is not None:
             shutil.rmtree(layer, ignore_errors=True)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         layer = self.layer
         return layer is not None and layer.is_dir()
 
     def command(self, script: str) -> list[str]:
-        if not self.alive():
-            raise Lost("the sandbox is gone")
+        if not self.is_alive():
+            raise SandboxLost("the sandbox is gone")
         limits = self.limits
         env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]
         return [
@@ -99,5 +105,5 @@ class _Contained(Sandbox):
             *(f"--fsize={limits.disk_mb << 20}", "--core=0"),
             *(self._program, "--silent", "exec", "--containall", "--cleanenv", "--no-home", "--fakeroot"),
             *("--net", "--network", "none", "--overlay", str(self.layer), "--pwd", self.workdir, *env),
-            *(str(self._file), "bash", "-c", f"ulimit -u {limits.processes}; {script}"),
+            *(str(self._image_file), "bash", "-c", f"ulimit -u {limits.processes}; {script}"),
         ]

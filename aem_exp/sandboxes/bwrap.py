@@ -27,32 +27,50 @@ from pathlib import Path
 from typing import Any, Final
 
 from aem_exp.core import disk
-from aem_exp.core.errors import Missing
-from aem_exp.sandboxes import HOST, PATH, Image, Limits, Lost, Ran, Ruined, Sandbox, file_name, seccomp
-from aem_exp.sandboxes.process import TOO_LONG, hold, release, sealed
+from aem_exp.core.errors import MissingResource
+from aem_exp.sandboxes import (
+    HOST,
+    PATH,
+    CommandResult,
+    Image,
+    Limits,
+    Sandbox,
+    SandboxBroken,
+    SandboxLost,
+    image_file_name,
+    seccomp,
+)
+from aem_exp.sandboxes.process import ARGUMENTS_TOO_LONG, create_sealed_file, start_holder, stop_holder
 
-NOBODY: Final = 61999  # whom root becomes: no user of any system that we know
-NEEDED: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
-NAMESPACES: Final = (
+NOBODY_UID: Final = 61999  # whom root becomes: no user of any system that we know
+PROGRAMS: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
+NAMESPACES_REMEDY: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
-PROBE: Final = 20.0  # seconds
-SETTLE: Final = 0.5  # seconds
+PROBE_SECONDS: Final = 20.0  # seconds
+SETTLE_SECONDS: Final = 0.5  # seconds
 START: Final = 60.0  # seconds for a sandbox to be mounted
-FILES: Final = 512  # open at once, of a process: what hides in their buffers is no process's memory
+MAX_OPEN_FILES: Final = 512  # open at once, of a process: what hides in their buffers is no process's memory
 # Of a sandbox, where the machine lets us: its user has 128 instances and groups in all, and the watches are kernel memory.
-WATCHES: Final = "inotify_instances=8 inotify_watches=8192 fanotify_groups=8 fanotify_marks=8192"
+WATCH_LIMITS: Final = "inotify_instances=8 inotify_watches=8192 fanotify_groups=8 fanotify_marks=8192"
 SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
-SYSTEM: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # beside /usr, where they are not links into it
-ETC: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
+SYSTEM_FOLDERS: Final = (
+    "bin",
+    "sbin",
+    "lib",
+    "lib32",
+    "lib64",
+    "libx32",
+)  # beside /usr, where they are not links into it
+ETC_FILES: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
 HOME: Final = "/home/agent"
 # Beside the working directory; of the machine's own system nothing else is.
-WRITABLE: Final = (HOME, "/tmp", "/var/tmp")
+WRITABLE_FOLDERS: Final = (HOME, "/tmp", "/var/tmp")
 
 # Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
 # The overlay's folders are named from where they lie: a folder above with `:` or `,` in its name would be two options.
-OUTER: Final = """set -e
+OUTER_SCRIPT: Final = """set -e
 at=$1 drop=$2 inner=$3 disk=$4 layers=$5 watches=$6; shift 6
 mount -t tmpfs -o size=1m,mode=755 none "$at"
 cd "$at"
@@ -69,7 +87,7 @@ for shown in "$@"; do
 done
 exec $drop sh -c "$inner" sh "$at" "$disk" "$layers" "$watches"
 """
-INNER: Final = """set -e
+INNER_SCRIPT: Final = """set -e
 at=$1 disk=$2 layers=$3 watches=$4
 for limit in $watches; do (echo "${limit#*=}" > "/proc/sys/user/max_${limit%=*}") 2>/dev/null || true; done
 mount -t tmpfs -o size="$disk"m,nr_inodes=200k,mode=755 none "$at/rw"
@@ -96,160 +114,164 @@ class Bwrap:
     images: str | None = None
 
     def missing(self) -> str | None:
-        if absent := [name for name in NEEDED if not shutil.which(name, path=_path())]:
+        if absent := [name for name in PROGRAMS if not shutil.which(name, path=_search_path())]:
             return f"{', '.join(absent)} not found: apt install bubblewrap util-linux git (or as your system has it)"
         if why := seccomp.missing(platform.machine()):
             return why
         try:
             with self.open(Image(), Limits()) as sandbox:
-                ran = sandbox.run("true", PROBE)
-        except Lost as error:
-            return f"{error}; {NAMESPACES}"
-        return f"{ran.text.strip()}; {NAMESPACES}" if ran.code else None
+                ran = sandbox.run("true", PROBE_SECONDS)
+        except SandboxLost as error:
+            return f"{error}; {NAMESPACES_REMEDY}"
+        return f"{ran.text.strip()}; {NAMESPACES_REMEDY}" if ran.code else None
 
     def lacks(self, image: str) -> str | None:
         if image == HOST or (self._folder(image) / "config.json").is_file():
             return None
-        return f"image {image} is not unpacked in {self._home()}: run aem_exp.prepare"
+        return f"image {image} is not unpacked in {self._images_folder()}: run aem_exp.prepare"
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
         """Fetch and unpack what is not there (skopeo, umoci). Layers are fetched once, checked by their digest, and kept in
         `oci` beside the images, so that an interrupted call goes on; what is half unpacked is unpacked again."""
-        self._home().mkdir(parents=True, exist_ok=True)
+        self._images_folder().mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, 1):
             if self.lacks(image) is None:
                 continue
             if absent := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
-                raise Missing("env.make.sandbox", self._home(), f"needs {' and '.join(absent)}, to unpack images")
+                raise MissingResource(
+                    "env.make.sandbox", self._images_folder(), f"needs {' and '.join(absent)}, to unpack images"
+                )
             say(f"unpack  {image} ({number} of {len(images)})")
-            _unpack(image, self._home(), self._folder(image))
+            _unpack(image, self._images_folder(), self._folder(image))
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
         if image.name == HOST:
-            return _Bwrapped(image, limits, None)
+            return _BwrapSandbox(image, limits, None)
         folder = self._folder(image.name)
         told = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
         # As Docker does, what has no `=` is left out; what has no name could not be set.
         env = dict(word.split("=", 1) for word in told if "=" in word[1:])
-        return _Bwrapped(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
+        return _BwrapSandbox(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
-    def _home(self) -> Path:
-        return Path(self.images).expanduser() if self.images else disk.cache() / "images"
+    def _images_folder(self) -> Path:
+        return Path(self.images).expanduser() if self.images else disk.cache_dir() / "images"
 
     def _folder(self, image: str) -> Path:
-        return self._home() / file_name(image)
+        return self._images_folder() / image_file_name(image)
 
 
 def _unpack(image: str, home: Path, folder: Path) -> None:
     """An image as a folder that belongs to whom its sandboxes run as."""
-    tag = f"{home / 'oci'}:{file_name(image)}"
+    tag = f"{home / 'oci'}:{image_file_name(image)}"
     source = image if _TRANSPORT.match(image) else f"docker://{image}"
-    _done(image, "skopeo", "copy", source, f"oci:{tag}")
+    _run_program(image, "skopeo", "copy", source, f"oci:{tag}")
     half = folder.with_suffix(f".{os.getpid()}.part")
     try:
         half.mkdir()
-        _done(image, "umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs"))
+        _run_program(image, "umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs"))
         with (half / "config.json").open("wb") as config:
-            _done(image, "skopeo", "inspect", "--config", f"oci:{tag}", out=config)
+            _run_program(image, "skopeo", "inspect", "--config", f"oci:{tag}", out=config)
         if os.geteuid() == 0:
-            _done(image, "chown", "-R", "--no-dereference", f"{NOBODY}:{NOBODY}", str(half / "rootfs"))
+            _run_program(image, "chown", "-R", "--no-dereference", f"{NOBODY_UID}:{NOBODY_UID}", str(half / "rootfs"))
         half.replace(folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _done(image: str, *words: str, out: Any = None) -> None:
+def _run_program(image: str, *words: str, out: Any = None) -> None:
     """Run a program, whose progress is shown; Missing where it fails."""
     if code := subprocess.run(words, stdout=out).returncode:
-        raise Missing("image", image, f"{words[0]} could not get it (it says why above, and exited with {code})")
+        raise MissingResource(
+            "image", image, f"{words[0]} could not get it (it says why above, and exited with {code})"
+        )
 
 
-class _Bwrapped(Sandbox):
+class _BwrapSandbox(Sandbox):
     def __init__(self, image: Image, limits: Limits, folder: Path | None):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
-        self._at = ""
-        self._used = False  # whether something has run in it
-        self._rules = seccomp.rules(platform.machine())
-        self.outer = {"PATH": _path()}  # bwrap is process 1 inside: whatever it was given can be read there
+        self._mount_folder = ""
+        self._has_run = False  # whether something has run in it
+        self._filter = seccomp.build_filter(platform.machine())
+        self.outer_env = {"PATH": _search_path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
     def start(self) -> None:
-        self._at = _mount_point()
-        shown = [*([str(self._folder)] if self._folder else []), *self._image.shown]
+        self._mount_folder = _mount_point()
+        shown = [*([str(self._folder)] if self._folder else []), *self._image.visible_paths]
         own = ["unshare", "--user", "--map-root-user", "--mount"]
         root = os.geteuid() == 0
-        drop = " ".join([*_become_nobody(), *own]) if root else ""
+        drop = " ".join([*_nobody_command(), *own]) if root else ""
         outer = ["unshare", "--mount", "--propagation", "private"] if root else own
         layers = "image" if self._folder else "host"
-        words = [self._at, drop, INNER, str(self.limits.disk_mb), layers, WATCHES, *shown]
+        words = [self._mount_folder, drop, INNER_SCRIPT, str(self.limits.disk_mb), layers, WATCH_LIMITS, *shown]
         try:
-            self._holder = hold([*outer, "sh", "-c", OUTER, "sh", *words], START, self.outer)
-        except Lost as lost:
-            raise Lost(f"the sandbox could not be mounted: {lost}") from None
+            self._holder = start_holder([*outer, "sh", "-c", OUTER_SCRIPT, "sh", *words], START, self.outer_env)
+        except SandboxLost as lost:
+            raise SandboxLost(f"the sandbox could not be mounted: {lost}") from None
 
     def close(self) -> None:
         holder, self._holder = self._holder, None
         if holder is not None:
-            release(holder)
+            stop_holder(holder)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         holder = self._holder
         return holder is not None and holder.poll() is None
 
     def command(self, script: str, *more: str) -> list[str]:
         """`more`: of bwrap's words, those that hold for one run."""
         holder = self._holder
-        if holder is None or not self.alive():
-            raise Lost("the sandbox is gone")
+        if holder is None or not self.is_alive():
+            raise SandboxLost("the sandbox is gone")
         # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
         shell = ["bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
-        return [*self._within(holder.pid, self.workdir), *more, *shell]
+        return [*self._enter_command(holder.pid, self.workdir), *more, *shell]
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
+    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
         """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the sandbox for it."""
-        ran, began = self._tried(script, timeout, given)
-        if not began and not ran.stopped:
-            time.sleep(SETTLE)  # what the last command began may still be ending, and count
-            ran, began = self._tried(script, timeout, given)
-        if not began and self._used:
+        ran, began = self._try_run(script, timeout, given)
+        if not began and not ran.stop_reason:
+            time.sleep(SETTLE_SECONDS)  # what the last command began may still be ending, and count
+            ran, began = self._try_run(script, timeout, given)
+        if not began and self._has_run:
             self._check_machine()
-            ran, began = self._tried(script, timeout, given)
-            if not began and not ran.stopped:
-                raise Ruined(ran.text.strip()[-300:])
+            ran, began = self._try_run(script, timeout, given)
+            if not began and not ran.stop_reason:
+                raise SandboxBroken(ran.text.strip()[-300:])
         elif not began:
-            raise Lost(f"the command did not begin: {ran.text.strip()[-300:]}")
-        self._used = True
+            raise SandboxLost(f"the command did not begin: {ran.text.strip()[-300:]}")
+        self._has_run = True
         return ran
 
     def _check_machine(self) -> None:
         """Raise `Lost` where no command begins in a fresh sandbox either."""
-        fresh = _Bwrapped(self._image, self.limits, self._folder)
-        fresh.outer, fresh.workdir = self.outer, self.workdir
+        fresh = _BwrapSandbox(self._image, self.limits, self._folder)
+        fresh.outer_env, fresh.workdir = self.outer_env, self.workdir
         with fresh:
-            fresh.run("true", PROBE)
+            fresh.run("true", PROBE_SECONDS)
 
-    def _tried(self, script: str, timeout: float, given: bytes) -> tuple[Ran, bool]:
+    def _try_run(self, script: str, timeout: float, given: bytes) -> tuple[CommandResult, bool]:
         """What became of it, and whether it began: bwrap writes that to a file of which nothing inside has a descriptor."""
-        with sealed(self._rules) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
+        with create_sealed_file(self._filter) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
             passed = rules.fileno(), status.fileno()
             more = ("--seccomp", str(passed[0]), "--json-status-fd", str(passed[1]))
             ran = self._execute(self.command(script, *more), timeout, given, passed)
             said = os.pread(passed[1], 1 << 12, 0)
         # An exit code is told of what began alone; whoever was stopped has none, and had at least a process.
-        return ran, ran is TOO_LONG or (b"child-pid" if ran.stopped else b"exit-code") in said
+        return ran, ran is ARGUMENTS_TOO_LONG or (b"child-pid" if ran.stop_reason else b"exit-code") in said
 
-    def _within(self, holder: int, folder: str) -> list[str]:
+    def _enter_command(self, holder: int, folder: str) -> list[str]:
         """The words before a command that runs inside, in that folder."""
-        limits, at = self.limits, self._at
+        limits, at = self.limits, self._mount_folder
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
-            *(_become_nobody() if os.geteuid() == 0 else []),
+            *(_nobody_command() if os.geteuid() == 0 else []),
             *("nsenter", f"--target={holder}", "--user", "--mount", "--preserve-credentials"),
             *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
-            *(f"--nofile={FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
+            *(f"--nofile={MAX_OPEN_FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
             # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--"),
-            *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host())),
+            *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host_mounts())),
             *("--proc", "/proc", "--dev", "/dev", "--bind", f"{at}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
             *([] if self._folder else ["--remount-ro", "/"]),
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
@@ -258,13 +280,13 @@ class _Bwrapped(Sandbox):
             *("--chdir", folder),
         ]
 
-    def _host(self) -> list[str]:
+    def _host_mounts(self) -> list[str]:
         """The machine's own programs and libraries, read-only; of /etc what they cannot start without; some folders to write.
 
         The root is made anew for each command, so that nothing that ran inside can lead our mounts elsewhere by a link.
         """
-        at, words = self._at, ["--ro-bind", "/usr", "/usr"]
-        for name in SYSTEM:
+        at, words = self._mount_folder, ["--ro-bind", "/usr", "/usr"]
+        for name in SYSTEM_FOLDERS:
             path = Path("/", name)
             if path.is_symlink():
                 words += ["--symlink", os.readlink(path), str(path)]
@@ -272,22 +294,22 @@ class _Bwrapped(Sandbox):
                 words += ["--ro-bind", str(path), str(path)]
         for name in ("passwd", "group", "hosts", "nsswitch.conf"):
             words += ["--ro-bind", f"{at}/etc/{name}", f"/etc/{name}"]
-        for name in ETC:
+        for name in ETC_FILES:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-        for number, inside in enumerate((*WRITABLE, self.workdir)):
+        for number, inside in enumerate((*WRITABLE_FOLDERS, self.workdir)):
             words += ["--bind", f"{at}/rw/folder/{number}", inside]
-        for number, inside in enumerate(self._image.shown):
+        for number, inside in enumerate(self._image.visible_paths):
             words += ["--ro-bind", f"{at}/{number}", inside]
-        for inside in self._image.hidden:
+        for inside in self._image.hidden_paths:
             words += ["--ro-bind", f"{at}/none", inside]
         return words
 
 
-def _become_nobody() -> list[str]:
-    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
+def _nobody_command() -> list[str]:
+    return ["setpriv", f"--reuid={NOBODY_UID}", f"--regid={NOBODY_UID}", "--clear-groups", "--no-new-privs"]
 
 
-def _path() -> str:
+def _search_path() -> str:
     return os.environ.get("PATH", "") + ":" + PATH
 
 
@@ -298,6 +320,6 @@ def _mount_point() -> str:
         path.mkdir(mode=0o711)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise Lost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
+        raise SandboxLost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
     path.chmod(0o711)  # whom root becomes must pass through
     return str(path)

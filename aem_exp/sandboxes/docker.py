@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox
-from aem_exp.sandboxes.process import KILLED, Ran, execute, hold, release
+from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost
+from aem_exp.sandboxes.process import STOPPED_EXIT_CODE, CommandResult, execute, start_holder, stop_holder
 
-ASK: Final = 20.0  # seconds for the daemon to answer
+DAEMON_SECONDS: Final = 20.0  # seconds for the daemon to answer
 START: Final = 120.0  # seconds for a container to start
-GRACE: Final = 10.0  # seconds that a command may need to begin and to end
-WAIT: Final = (
+GRACE_SECONDS: Final = 10.0  # seconds that a command may need to begin and to end
+WAIT_SCRIPT: Final = (
     "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
 )
-ENDED: Final = 137  # what `timeout -s KILL` exits with
+KILLED_EXIT_CODE: Final = 137  # what `timeout -s KILL` exits with
 # Whatever a command leaves behind is killed: a signal to -1 reaches all but process 1 and this shell.
-SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $code'
+RUN_SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $code'
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Docker:
     def missing(self) -> str | None:
         if not shutil.which(self.program):
             return f"{self.program} not found: install it, or take bwrap or apptainer"
-        ran = execute([self.program, "info"], ASK)
-        return f"{self.program} does not answer: {_last(ran)}" if ran.code else None
+        ran = execute([self.program, "info"], DAEMON_SECONDS)
+        return f"{self.program} does not answer: {_last_line(ran)}" if ran.code else None
 
     def lacks(self, image: str) -> str | None:
         if image == HOST:
             return f"{self.program} needs an image: take bwrap"
-        ran = execute([self.program, "image", "inspect", image], ASK)
+        ran = execute([self.program, "image", "inspect", image], DAEMON_SECONDS)
         return f"image {image} is not here: run aem_exp.prepare" if ran.code else None
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
@@ -50,17 +50,17 @@ class Docker:
             subprocess.run([self.program, "pull", image], check=True)
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
-        return _Container(self.program, image, limits)
+        return _DockerSandbox(self.program, image, limits)
 
 
-class _Container(Sandbox):
+class _DockerSandbox(Sandbox):
     def __init__(self, program: str, image: Image, limits: Limits):
         self.limits, self._image, self._program = limits, image, program
         self.name = f"aem-exp-{uuid.uuid4().hex[:12]}"
         self._seconds = 0.0
-        self._held: subprocess.Popen[bytes] | None = None
+        self._holder: subprocess.Popen[bytes] | None = None
 
-    def create(self) -> list[str]:
+    def create_command(self) -> list[str]:
         """The argument vector that makes the container."""
         limits = self.limits
         env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]
@@ -76,38 +76,38 @@ class _Container(Sandbox):
                 "--ulimit",
                 "core=0",
             ),
-            *(*env, "--pull", "never", "--entrypoint", "bash", self._image.name, "-c", WAIT),
+            *(*env, "--pull", "never", "--entrypoint", "bash", self._image.name, "-c", WAIT_SCRIPT),
         ]
 
     def start(self) -> None:
         try:
-            self._held = hold(self.create(), START)
-        except Lost as lost:
-            execute([self._program, "kill", self.name], ASK)  # it may have begun, unheard
-            raise Lost(f"the container did not start: {lost}") from None
+            self._holder = start_holder(self.create_command(), START)
+        except SandboxLost as lost:
+            execute([self._program, "kill", self.name], DAEMON_SECONDS)  # it may have begun, unheard
+            raise SandboxLost(f"the container did not start: {lost}") from None
 
     def close(self) -> None:
-        held, self._held = self._held, None
+        held, self._holder = self._holder, None
         if held is not None:
-            execute([self._program, "kill", self.name], ASK)
-            release(held)
+            execute([self._program, "kill", self.name], DAEMON_SECONDS)
+            stop_holder(held)
 
-    def alive(self) -> bool:
-        held = self._held
+    def is_alive(self) -> bool:
+        held = self._holder
         return held is not None and held.poll() is None
 
     def command(self, script: str) -> list[str]:
-        words = ["bash", "-c", SCRIPT, "bash", f"{self._seconds:g}", script]
+        words = ["bash", "-c", RUN_SCRIPT, "bash", f"{self._seconds:g}", script]
         return [self._program, "exec", "--interactive", "--workdir", self.workdir, self.name, *words]
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> Ran:
-        if not self.alive():
-            raise Lost("the container is gone")
+    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
+        if not self.is_alive():
+            raise SandboxLost("the container is gone")
         self._seconds = timeout
-        ran = super().run(script, timeout + GRACE, given)
-        late = ran.stopped == "time" or (ran.code == ENDED and ran.seconds >= timeout)
-        return replace(ran, code=KILLED, stopped="time") if late else ran
+        ran = super().run(script, timeout + GRACE_SECONDS, given)
+        late = ran.stop_reason == "time" or (ran.code == KILLED_EXIT_CODE and ran.seconds >= timeout)
+        return replace(ran, code=STOPPED_EXIT_CODE, stop_reason="time") if late else ran
 
 
-def _last(ran: Ran) -> str:
+def _last_line(ran: CommandResult) -> str:
     return (ran.text.strip().splitlines() or ["no answer"])[-1]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aem_exp.sandboxes import HOST, Image, Limits, Lost, Sandbox
+from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Local:
         """Nothing is to be fetched."""
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
-        return _Folder(image, limits)
+        return _LocalSandbox(image, limits)
 
 
-class _Folder(Sandbox):
+class _LocalSandbox(Sandbox):
     def __init__(self, image: Image, limits: Limits):
         self.limits, self._image = limits, image
         self._root: Path | None = None
@@ -48,13 +48,13 @@ class _Folder(Sandbox):
         if root is not None:
             shutil.rmtree(root, ignore_errors=True)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         root = self._root
         return root is not None and root.is_dir()
 
     def command(self, script: str) -> list[str]:
-        if not self.alive():
-            raise Lost("the sandbox is gone")
+        if not self.is_alive():
+            raise SandboxLost("the sandbox is gone")
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": f"{self._root}/home", "TMPDIR": f"{self._root}/tmp"}
         env |= {"LANG": "C.UTF-8"} | dict(self._image.env)
         words = [f"{name}={value}" for name, value in env.items()]

@@ -10,50 +10,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-PAGE: Final = os.sysconf("SC_PAGESIZE")
-OVER: Final = 1 << 16  # bytes that a socket may hold beyond its buffer
-AREA: Final = 200  # bytes that the kernel notes of a mapping
-SHARED: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # how `maps` names it
+PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+SOCKET_OVERHEAD_BYTES: Final = 1 << 16  # bytes that a socket may hold beyond its buffer
+MAPPING_OVERHEAD_BYTES: Final = 200  # bytes that the kernel notes of a mapping
+SHARED_MAPPINGS: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # how `maps` names it
 
 
-def taken(pid: int, most: int) -> int:
+def used_bytes(pid: int, most: int) -> int:
     """Bytes of a process and all below it; 0 where it has ended.
 
     Args:
         most: bytes of address space up to which pages that are not resident are not looked for, since they cannot be many.
     """
-    processes = [place for one in _family(pid) if (place := _living(one))]
-    sizes = [_numbers(place / "statm")[:3] for place in processes]
-    total, resident, shared = (PAGE * sum(size[n] for size in sizes if len(size) == 3) for n in range(3))
+    processes = [place for one in _process_tree(pid) if (place := _find_live_folder(one))]
+    sizes = [_read_numbers(place / "statm")[:3] for place in processes]
+    total, resident, shared = (PAGE_BYTES * sum(size[n] for size in sizes if len(size) == 3) for n in range(3))
     if total > most:
-        resident += _mapped(processes, shared, most) + sum(map(_tables, processes))
-    return resident + _buffers(processes)
+        resident += _unmapped_bytes(processes, shared, most) + sum(map(_page_table_bytes, processes))
+    return resident + _socket_bytes(processes)
 
 
-def _family(pid: int) -> list[int]:
+def _process_tree(pid: int) -> list[int]:
     """A process and all below it."""
     found, todo = [], [pid]
     while todo:
         found.append(one := todo.pop())
         with suppress(OSError):
             for thread in os.listdir(f"/proc/{one}/task"):
-                todo += _numbers(Path(f"/proc/{one}/task/{thread}/children"))
+                todo += _read_numbers(Path(f"/proc/{one}/task/{thread}/children"))
     return found
 
 
-def _living(pid: int) -> Path | None:
+def _find_live_folder(pid: int) -> Path | None:
     """Where /proc tells of a process's memory: at a thread that lives, as the first may have ended; None where none does."""
     first = Path(f"/proc/{pid}")
-    if any(_numbers(first / "statm")[:1]):
+    if any(_read_numbers(first / "statm")[:1]):
         return first
     with suppress(OSError):
         for thread in os.listdir(first / "task"):
-            if any(_numbers((place := first / "task" / thread) / "statm")[:1]):
+            if any(_read_numbers((place := first / "task" / thread) / "statm")[:1]):
                 return place
     return None
 
 
-def _mapped(processes: Iterable[Path], resident: int, most: int) -> int:
+def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
     """Bytes of anonymous memory that processes share, each piece once, beyond what is resident; and of notes on mappings.
 
     Up to `most`: beyond that it does not matter how many, and to read on may take long.
@@ -61,55 +61,57 @@ def _mapped(processes: Iterable[Path], resident: int, most: int) -> int:
     pieces: dict[str, int] = {}
     areas = hidden = 0
     for place in processes:
-        for line in _text(place / "maps").splitlines():
+        for line in _read_text(place / "maps").splitlines():
             areas += 1
-            if any(name in line for name in SHARED) and (words := line.split(maxsplit=5))[5].startswith(SHARED):
+            if any(name in line for name in SHARED_MAPPINGS) and (words := line.split(maxsplit=5))[5].startswith(
+                SHARED_MAPPINGS
+            ):
                 begin, end = (int(word, 16) for word in words[0].split("-"))
                 pieces[words[4]] = max(pieces.get(words[4], 0), int(words[2], 16) + end - begin)
-        hidden = max(0, sum(pieces.values()) - resident) + AREA * areas
+        hidden = max(0, sum(pieces.values()) - resident) + MAPPING_OVERHEAD_BYTES * areas
         if hidden > most:
             break
     return hidden
 
 
-def _tables(place: Path) -> int:
+def _page_table_bytes(place: Path) -> int:
     """Bytes of a process's page tables."""
-    told = _text(place / "status").partition("VmPTE:")[2].split(maxsplit=1)
+    told = _read_text(place / "status").partition("VmPTE:")[2].split(maxsplit=1)
     return int(told[0]) << 10 if told else 0
 
 
-def _buffers(processes: Iterable[Path]) -> int:
+def _socket_bytes(processes: Iterable[Path]) -> int:
     """Bytes that sockets of the sandbox's network may hold at most; TCP's, whose buffers grow, what they hold."""
     for place in processes:
         with suppress(OSError, IndexError, ValueError):
             if (place / "ns" / "net").stat().st_ino == os.stat("/proc/self/ns/net").st_ino:
                 continue  # it leads inside, or there is no inside
-            if not (count := int(_text(place / "net" / "sockstat").split()[2])):
+            if not (count := int(_read_text(place / "net" / "sockstat").split()[2])):
                 return 0
-            return count * _buffer() + sum(_queued(place / "net" / name) for name in ("tcp", "tcp6"))
+            return count * _socket_limit_bytes() + sum(_queued_bytes(place / "net" / name) for name in ("tcp", "tcp6"))
     return 0
 
 
-def _buffer() -> int:
+def _socket_limit_bytes() -> int:
     """Bytes that one socket may hold: what was sent or came in, and beside that its options and filters."""
     sent, came, options = (
-        next(iter(_numbers(Path("/proc/sys/net/core", name))), usual)
+        next(iter(_read_numbers(Path("/proc/sys/net/core", name))), usual)
         for name, usual in (("wmem_default", 212_992), ("rmem_default", 212_992), ("optmem_max", 131_072))
     )
-    return max(sent, came) + options + OVER
+    return max(sent, came) + options + SOCKET_OVERHEAD_BYTES
 
 
-def _queued(table: Path) -> int:
+def _queued_bytes(table: Path) -> int:
     """Bytes that wait in a table of sockets, to be sent or to be read."""
-    rows = (line.split(maxsplit=5)[4] for line in _text(table).splitlines()[1:])
+    rows = (line.split(maxsplit=5)[4] for line in _read_text(table).splitlines()[1:])
     return sum(int(part, 16) for row in rows for part in row.split(":"))
 
 
-def _numbers(file: Path) -> list[int]:
-    return [int(word) for word in _text(file).split()]
+def _read_numbers(file: Path) -> list[int]:
+    return [int(word) for word in _read_text(file).split()]
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     """What a file says; nothing where its process has ended meanwhile, or is not ours to look at."""
     try:
         return file.read_text(errors="replace")

@@ -13,31 +13,31 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, Final, Literal
 
-from aem_exp.sandboxes.memory import taken
+from aem_exp.sandboxes.memory import used_bytes
 
-GLANCE: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
-END: Final = 5.0  # seconds for the kernel to end what is killed
-KILLED: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
-
-
-Stopped = Literal["", "time", "output", "memory"]
+POLL_SECONDS: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
+KILL_SECONDS: Final = 5.0  # seconds for the kernel to end what is killed
+STOPPED_EXIT_CODE: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
 
 
-class Lost(RuntimeError):
+StopReason = Literal["", "time", "output", "memory"]
+
+
+class SandboxLost(RuntimeError):
     """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
 
 
-class Ruined(RuntimeError):
+class SandboxBroken(RuntimeError):
     """No command can begin any more, because of what ran before: it has locked, removed or replaced what each one needs."""
 
 
 @dataclass(frozen=True)
-class Ran:
+class CommandResult:
     """What a command printed (stdout and stderr as they came), how it ended, and in how long."""
 
     output: bytes
     code: int
-    stopped: Stopped = ""  # what it had too much of, where it was stopped for that
+    stop_reason: StopReason = ""  # what it had too much of, where it was stopped for that
     seconds: float = 0.0
 
     @property
@@ -45,7 +45,7 @@ class Ran:
         return self.output.decode(errors="replace")
 
 
-TOO_LONG: Final = Ran(b"Argument list too long\n", 126)  # what shells say of it
+ARGUMENTS_TOO_LONG: Final = CommandResult(b"Argument list too long\n", 126)  # what shells say of it
 
 
 def execute(
@@ -58,7 +58,7 @@ def execute(
     env: Mapping[str, str] | None = None,
     passed: Sequence[int] = (),
     gone: Callable[[], bool] = lambda: False,
-) -> Ran:
+) -> CommandResult:
     """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
     processes.
 
@@ -71,7 +71,7 @@ def execute(
     """
     began = time.monotonic()
     try:
-        with sealed(given) as stdin:
+        with create_sealed_file(given) as stdin:
             child = subprocess.Popen(
                 argv,
                 stdin=stdin,
@@ -83,20 +83,20 @@ def execute(
             )
     except OSError as error:
         if error.errno == errno.E2BIG:  # whoever wrote the command is at fault, not the machine
-            return TOO_LONG
-        raise Lost(f"no process could be begun: {error}") from error
+            return ARGUMENTS_TOO_LONG
+        raise SandboxLost(f"no process could be begun: {error}") from error
     try:
-        output, stopped = _watch(child, began + timeout, most, memory, gone)
+        output, stopped = _watch_output(child, began + timeout, most, memory, gone)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # also what a finished shell left in its session
         code = child.wait()
         assert child.stdout is not None
         child.stdout.close()
-    return Ran(output, KILLED if stopped else code, stopped, time.monotonic() - began)
+    return CommandResult(output, STOPPED_EXIT_CODE if stopped else code, stopped, time.monotonic() - began)
 
 
-def hold(argv: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start_holder(argv: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """A process that says `ready`, and stays until it is released. Raises Lost with what it says instead, or where it says
     nothing for so long."""
     try:
@@ -109,15 +109,15 @@ def hold(argv: Sequence[str], seconds: float, env: Mapping[str, str] | None = No
             env=env,
         )
     except OSError as error:
-        raise Lost(f"no process could be begun: {error}") from error
-    if (said := _line(child, seconds)) != b"ready\n":
-        release(child)
+        raise SandboxLost(f"no process could be begun: {error}") from error
+    if (said := _read_first_line(child, seconds)) != b"ready\n":
+        stop_holder(child)
         what = said.decode(errors="replace").strip()
-        raise Lost(what if said.endswith(b"\n") else f"{what} (no more within {seconds:g} s)".strip())
+        raise SandboxLost(what if said.endswith(b"\n") else f"{what} (no more within {seconds:g} s)".strip())
     return child
 
 
-def release(child: subprocess.Popen[bytes]) -> None:
+def stop_holder(child: subprocess.Popen[bytes]) -> None:
     """End what was held, with all of its session; what hangs in the kernel is left to it."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
@@ -126,10 +126,10 @@ def release(child: subprocess.Popen[bytes]) -> None:
         assert stream is not None
         stream.close()
     with suppress(subprocess.TimeoutExpired):
-        child.wait(END)
+        child.wait(KILL_SECONDS)
 
 
-def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
+def _read_first_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
     """Its first line, or as much of it as came."""
     assert child.stdout is not None
     descriptor, deadline, said = child.stdout.fileno(), time.monotonic() + seconds, b""
@@ -141,7 +141,7 @@ def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
     return said
 
 
-def sealed(data: bytes) -> BinaryIO:
+def create_sealed_file(data: bytes) -> BinaryIO:
     """A file in memory that nobody can write any more: whoever reads it may be anybody."""
     file = os.fdopen(os.memfd_create("given", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
@@ -152,9 +152,9 @@ def sealed(data: bytes) -> BinaryIO:
     return file
 
 
-def _watch(
+def _watch_output(
     child: subprocess.Popen[bytes], deadline: float, most: int, memory: int, gone: Callable[[], bool]
-) -> tuple[bytes, Stopped]:
+) -> tuple[bytes, StopReason]:
     """Read what it prints until it ends, or has too much of something."""
     assert child.stdout is not None
     descriptor = child.stdout.fileno()
@@ -164,9 +164,9 @@ def _watch(
     with selectors.DefaultSelector() as ready:
         ready.register(descriptor, selectors.EVENT_READ)
         while True:
-            ready.select(max(0.0, min(GLANCE, deadline - time.monotonic())))
+            ready.select(max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
             now = time.monotonic()
-            chunk = _read(descriptor)
+            chunk = _read_available(descriptor)
             if chunk == b"":
                 break
             output += chunk or b""
@@ -174,28 +174,28 @@ def _watch(
                 return bytes(output[:most]), "output"
             if now >= deadline:
                 return bytes(output), "time"
-            if now - looked >= GLANCE:
+            if now - looked >= POLL_SECONDS:
                 looked = now
-                if _seen(child, memory, gone):
+                if _exceeds_memory(child, memory, gone):
                     return bytes(output), "memory"
     # it closed its output, which is its end, or very nearly
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
-            child.wait(min(GLANCE, left))
+            child.wait(min(POLL_SECONDS, left))
             return bytes(output), ""
-        if _seen(child, memory, gone):
+        if _exceeds_memory(child, memory, gone):
             return bytes(output), "memory"
     return bytes(output), "time"
 
 
-def _seen(child: subprocess.Popen[bytes], memory: int, gone: Callable[[], bool]) -> bool:
+def _exceeds_memory(child: subprocess.Popen[bytes], memory: int, gone: Callable[[], bool]) -> bool:
     """Whether it takes too much memory. Raises Lost where it has lost its place."""
     if gone():
-        raise Lost("the sandbox is gone")
-    return taken(child.pid, memory) > memory
+        raise SandboxLost("the sandbox is gone")
+    return used_bytes(child.pid, memory) > memory
 
 
-def _read(descriptor: int) -> bytes | None:
+def _read_available(descriptor: int) -> bytes | None:
     """What there is now; nothing where it is at its end, None where there may be more later."""
     try:
         return os.read(descriptor, 1 << 16)

@@ -12,10 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 ENOSYS, EAFNOSUPPORT = 38, 97
-FAMILIES: Final = (1, 2, 10, 16)  # of sockets: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; each ends at its own namespace
-AUDIT: Final[Mapping[str, int]] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # how the kernel names machines
-SOCKETS: Final[Mapping[str, Sequence[int]]] = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
-REFUSED: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 and aarch64
+SOCKET_FAMILIES: Final = (
+    1,
+    2,
+    10,
+    16,
+)  # of sockets: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; each ends at its own namespace
+AUDIT_ARCHITECTURES: Final[Mapping[str, int]] = {
+    "x86_64": 0xC000003E,
+    "aarch64": 0xC00000B7,
+}  # how the kernel names machines
+SOCKET_CALLS: Final[Mapping[str, Sequence[int]]] = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
+REFUSED_CALLS: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 and aarch64
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
@@ -37,56 +45,69 @@ REFUSED: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 
 }
 SETSOCKOPT: Final[Mapping[str, int]] = {"x86_64": 54, "aarch64": 208}
 SOL_SOCKET: Final = 1
-BUFFERS: Final = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and both with FORCE
-X32: Final = 0x40000000  # from here on x86_64 numbers the same calls once more; elsewhere there are none
+BUFFER_OPTIONS: Final = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and both with FORCE
+X32_FIRST_CALL: Final = 0x40000000  # from here on x86_64 numbers the same calls once more; elsewhere there are none
 # Of the kernel's `struct seccomp_data`: number, architecture, low half of each argument (both machines: little end first).
-NUMBER, MACHINE, FIRST, SECOND, THIRD = 0, 4, 16, 24, 32
-_LOAD, _IS, _FROM, _GIVE = 0x20, 0x15, 0x35, 0x06  # load a word, jump if equal, jump if at least, return
+CALL_OFFSET, MACHINE_OFFSET, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = 0, 4, 16, 24, 32
+_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = (
+    0x20,
+    0x15,
+    0x35,
+    0x06,
+)  # load a word, jump if equal, jump if at least, return
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
 
 def missing(machine: str) -> str | None:
     """Why there is no filter for a machine, as `platform` names it; None where there is one."""
-    return None if machine in AUDIT else f"no filter of system calls is known for {machine}: take docker or apptainer"
+    return (
+        None
+        if machine in AUDIT_ARCHITECTURES
+        else f"no filter of system calls is known for {machine}: take docker or apptainer"
+    )
 
 
-def rules(machine: str) -> bytes:
+def build_filter(machine: str) -> bytes:
     """The filter, as `bwrap --seccomp` reads it."""
-    column = list(AUDIT).index(machine)
-    families = [*_each(FAMILIES, _ALLOW), _step(_GIVE, _ERROR | EAFNOSUPPORT)]
+    column = list(AUDIT_ARCHITECTURES).index(machine)
+    families = [*_return_for_any(SOCKET_FAMILIES, _ALLOW), _instruction(_RETURN, _ERROR | EAFNOSUPPORT)]
     options = [
-        _step(_LOAD, SECOND),
-        _step(_IS, SOL_SOCKET, 1, 0),
-        _step(_GIVE, _ALLOW),
-        _step(_LOAD, THIRD),
-        *_each(BUFFERS, _ERROR),  # no error: as if it were done
-        _step(_GIVE, _ALLOW),
+        _instruction(_LOAD, SECOND_ARGUMENT),
+        _instruction(_JUMP_IF_EQUAL, SOL_SOCKET, 1, 0),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_LOAD, THIRD_ARGUMENT),
+        *_return_for_any(BUFFER_OPTIONS, _ERROR),  # no error: as if it were done
+        _instruction(_RETURN, _ALLOW),
     ]
     return b"".join(
         [
-            _step(_LOAD, MACHINE),
-            _step(_IS, AUDIT[machine], 1, 0),
-            _step(_GIVE, _ERROR | ENOSYS),
-            _step(_LOAD, NUMBER),
-            _step(_FROM, X32, 0, 1),
-            _step(_GIVE, _ERROR | ENOSYS),
-            *_each([numbers[column] for numbers in REFUSED.values()], _ERROR | ENOSYS),
-            _step(_IS, SETSOCKOPT[machine], 0, len(options)),
+            _instruction(_LOAD, MACHINE_OFFSET),
+            _instruction(_JUMP_IF_EQUAL, AUDIT_ARCHITECTURES[machine], 1, 0),
+            _instruction(_RETURN, _ERROR | ENOSYS),
+            _instruction(_LOAD, CALL_OFFSET),
+            _instruction(_JUMP_IF_AT_LEAST, X32_FIRST_CALL, 0, 1),
+            _instruction(_RETURN, _ERROR | ENOSYS),
+            *_return_for_any([numbers[column] for numbers in REFUSED_CALLS.values()], _ERROR | ENOSYS),
+            _instruction(_JUMP_IF_EQUAL, SETSOCKOPT[machine], 0, len(options)),
             *options,
-            _step(_IS, SOCKETS[machine][0], 1, 0),
-            _step(_IS, SOCKETS[machine][1], 0, 1 + len(families)),
-            _step(_LOAD, FIRST),
+            _instruction(_JUMP_IF_EQUAL, SOCKET_CALLS[machine][0], 1, 0),
+            _instruction(_JUMP_IF_EQUAL, SOCKET_CALLS[machine][1], 0, 1 + len(families)),
+            _instruction(_LOAD, FIRST_ARGUMENT),
             *families,
-            _step(_GIVE, _ALLOW),
+            _instruction(_RETURN, _ALLOW),
         ]
     )
 
 
-def _each(numbers: Sequence[int], verdict: int) -> list[bytes]:
+def _return_for_any(numbers: Sequence[int], verdict: int) -> list[bytes]:
     """The same verdict for each of them, where what is loaded is it."""
-    return [step for number in numbers for step in (_step(_IS, number, 0, 1), _step(_GIVE, verdict))]
+    return [
+        step
+        for number in numbers
+        for step in (_instruction(_JUMP_IF_EQUAL, number, 0, 1), _instruction(_RETURN, verdict))
+    ]
 
 
-def _step(what: int, word: int, then: int = 0, otherwise: int = 0) -> bytes:
+def _instruction(what: int, word: int, then: int = 0, otherwise: int = 0) -> bytes:
     """An instruction; `then`, `otherwise`: how many of the next ones a jump leaves out."""
     return struct.pack("<HBBI", what, then, otherwise, word)

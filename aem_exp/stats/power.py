@@ -26,16 +26,18 @@ from scipy.special import chdtri, ndtr, stdtrit
 POWER: Final = 0.8
 LEVEL: Final = 0.05  # two-sided
 SEED_SDS: Final = (2.0, 4.0)  # points; what peers' seeds spread without evaluation noise
-WITHIN: Final = 0.109  # fitted to published tables of power, ALFWorld's; those of SWE-bench-Verified want about 0.19
-_GRID: Final = 240  # quantiles of each sample variance
+WITHIN_TASK_VARIANCE: Final = (
+    0.109  # fitted to published tables of power, ALFWorld's; those of SWE-bench-Verified want about 0.19
+)
+_QUANTILES: Final = 240  # quantiles of each sample variance
 
 
-def detectable(
+def detectable_difference(
     seeds: int,
     tasks: int,
     repeats: int = 1,
     seed_sd: float = 2.0,
-    within: float = WITHIN,
+    within: float = WITHIN_TASK_VARIANCE,
     comparisons: int = 1,
     pooled: bool = False,
 ) -> float:
@@ -48,18 +50,18 @@ def detectable(
     """
     if seeds < 2:
         return math.inf
-    return run_sd(tasks, repeats, seed_sd, within) * effect(seeds, comparisons, pooled)
+    return run_sd(tasks, repeats, seed_sd, within) * detectable_effect(seeds, comparisons, pooled)
 
 
-def run_sd(tasks: int, repeats: int, seed_sd: float, within: float = WITHIN) -> float:
+def run_sd(tasks: int, repeats: int, seed_sd: float, within: float = WITHIN_TASK_VARIANCE) -> float:
     """s above, in points: how far the scores of one arm's runs lie apart."""
     return math.hypot(seed_sd, 100 * math.sqrt(within / (tasks * repeats)))
 
 
 @cache
-def effect(seeds: int, comparisons: int = 1, pooled: bool = False) -> float:
+def detectable_effect(seeds: int, comparisons: int = 1, pooled: bool = False) -> float:
     """The difference that arms of so many runs show with 80 % power, in units of s."""
-    share = (np.arange(_GRID) + 0.5) / _GRID
+    share = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     v1 = chdtri(seeds - 1, 1 - share)[:, None] / (seeds - 1)
     v2 = v1.T
     freedom = 2 * seeds - 2 if pooled else (seeds - 1) * (v1 + v2) ** 2 / (v1**2 + v2**2)

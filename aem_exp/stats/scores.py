@@ -56,32 +56,32 @@ class Score:
         return {f"{prefix}{name}": value for name, value in (self.habits | numbers | kinds).items()}
 
 
-def score(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
+def score_panel(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
     """Means over the episodes of whole passes over a panel; invalid share and entropy are means over responses."""
     assert outcomes, "the panel was not played"
     return Score(
         panel=panel,
         panel_hash=panel_hash,
         episodes=len(outcomes),
-        success=_sure(_mean([o.success for o in outcomes])),
-        returns=_mean([o.ret for o in outcomes]),
-        turns=_sure(_mean([len(o.valid) for o in outcomes])),
-        tokens=_mean([o.tokens for o in outcomes if o.tokens is not None]),
-        invalid_share=_mean([not valid for o in outcomes for valid in o.valid]),
-        response_entropy=_mean([entropy for o in outcomes for entropy in o.entropies]),
+        success=_require_value(_finite_mean([o.success for o in outcomes])),
+        returns=_finite_mean([o.ret for o in outcomes]),
+        turns=_require_value(_finite_mean([len(o.valid) for o in outcomes])),
+        tokens=_finite_mean([o.tokens for o in outcomes if o.tokens is not None]),
+        invalid_share=_finite_mean([not valid for o in outcomes for valid in o.valid]),
+        response_entropy=_finite_mean([entropy for o in outcomes for entropy in o.entropies]),
         crashed=sum(o.crashed for o in outcomes),
         by_kind={
-            kind: _sure(_mean([o.success for o in outcomes if o.kind == kind]))
+            kind: _require_value(_finite_mean([o.success for o in outcomes if o.kind == kind]))
             for kind in sorted({o.kind for o in outcomes})
         },
-        score=_mean([0.0 if o.crashed else o.score or 0.0 for o in outcomes])
+        score=_finite_mean([0.0 if o.crashed else o.score or 0.0 for o in outcomes])
         if any(o.score is not None for o in outcomes)
         else None,
-        habits={name: _habit(name, outcomes) for name in sorted({name for o in outcomes for name in o.habits})},
+        habits={name: _mean_habit(name, outcomes) for name in sorted({name for o in outcomes for name in o.habits})},
     )
 
 
-def _habit(name: str, outcomes: Sequence[Outcome]) -> float:
+def _mean_habit(name: str, outcomes: Sequence[Outcome]) -> float:
     """The mean of a number over all turns; over all episodes, where it speaks of how they ended."""
     turns = [(o.habits[name], 1 if name.startswith("end_") else len(o.valid)) for o in outcomes if name in o.habits]
     return sum(value * count for value, count in turns) / sum(count for _, count in turns)
@@ -105,15 +105,15 @@ def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:
         "tasks": len(by_task),
         "repeats": repeats,
         "standard_error": standard_error(means),
-        "effective_episodes": effective(means, repeats),
-        "pass_at": {str(j): _mean([pass_at(repeats, c, j) for c in wins]) for j in sizes},
-        "pass_hat": {str(j): _mean([pass_hat(repeats, c, j) for c in wins]) for j in sizes},
+        "effective_episodes": effective_episodes(means, repeats),
+        "pass_at": {str(j): _finite_mean([pass_at(repeats, c, j) for c in wins]) for j in sizes},
+        "pass_hat": {str(j): _finite_mean([pass_hat(repeats, c, j) for c in wins]) for j in sizes},
         "tasks_by_kind": dict(sorted(kinds.items())),
         "endings": dict(sorted(Counter(o.ended for o in outcomes).items())),
     }
 
 
-def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's interval (95 %) of a share of n tasks."""
     if n == 0 or math.isnan(share):
         return 0.0, 1.0
@@ -141,7 +141,7 @@ def standard_error(task_means: Sequence[float]) -> float | None:
     return math.sqrt(sum((x - mean) ** 2 for x in task_means) / (n - 1) / n)
 
 
-def effective(task_means: Sequence[float], repeats: int) -> int:
+def effective_episodes(task_means: Sequence[float], repeats: int) -> int:
     """How many independent episodes would be as sure: p (1 - p) / SE^2, from the number of tasks to that of episodes.
 
     With it, Wilson's interval holds for repeated tasks too, stays within [0, 1], and never shrinks to a point.
@@ -153,11 +153,11 @@ def effective(task_means: Sequence[float], repeats: int) -> int:
     return min(n * repeats, max(n, int(share * (1 - share) / error**2)))
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _finite_mean(values: Sequence[float]) -> float | None:
     mean = sum(values) / len(values) if values else math.nan
     return mean if math.isfinite(mean) else None
 
 
-def _sure(value: float | None) -> float:
+def _require_value(value: float | None) -> float:
     assert value is not None, "an episode without a finite outcome"
     return value

@@ -20,61 +20,61 @@ from aem_exp import config
 from aem_exp.cluster import slurm
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk
-from aem_exp.core.errors import ConfigError, Stop
-from aem_exp.core.typed import build
+from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.core.typed import build_from_mapping
 from aem_exp.sweep.study import (
-    ASKED,
-    TRIAL,
-    Say,
+    STUDY_FILE,
+    TRIAL_FILE,
+    PrintLine,
     Search,
     Study,
     ask,
-    card_of,
-    counted,
-    fail,
-    held,
-    opened_study,
-    told,
-    twin,
-    values_of,
+    drop_replaced_trials,
+    find_finished_duplicate,
+    open_study,
+    parameter_values,
+    read_card,
+    reopen_trial,
+    tell,
+    tell_failure,
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Be a worker; the exit code."""
-    return cli.answer(lambda: _act(_read(argv), print), lambda: "to go on, ask the sweep again")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv), print), lambda: "to go on, ask the sweep again")
 
 
-def _read(argv: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
     parser = cli.Parser("python -m aem_exp.sweep.trial", description=what, allow_abbrev=False)
     parser.add_argument("worker_dir", type=Path)
     return parser.parse_args(argv)
 
 
-def _act(asked: argparse.Namespace, say: Say) -> int:
+def _run_command(asked: argparse.Namespace, say: PrintLine) -> int:
     from aem_exp.cluster import distributed
     from aem_exp.core import console
     from aem_exp.jobs import dispatch
     from aem_exp.rundir import lock
 
     worker = asked.worker_dir.expanduser().absolute()
-    cli.reach_frozen(worker)
-    console.quiet()
-    study = read(worker)
-    config.check_here(study.base)
-    if not distributed.first():
-        return _follow(worker, study)
+    cli.add_frozen_modules(worker)
+    console.silence_libraries()
+    study = read_study(worker)
+    config.check_machine(study.base)
+    if not distributed.is_main_process():
+        return _run_other_rank(worker, study)
     dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
     try:
-        with lock.owning(worker):
-            return _lead(worker, study, say)
-    except lock.Owned as owned:
+        with lock.hold_run_lock(worker):
+            return _run_rank_zero(worker, study, say)
+    except lock.RunLocked as owned:
         say(str(owned))
         return 0
 
 
-def read(worker: Path) -> Study:
+def read_study(worker: Path) -> Study:
     """The study that a worker works for.
 
     Raises:
@@ -82,66 +82,66 @@ def read(worker: Path) -> Study:
     """
     from aem_exp.core.errors import redact
 
-    file = worker / ASKED
+    file = worker / STUDY_FILE
     if not file.is_file():
-        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {ASKED}")
+        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {STUDY_FILE}")
     asked, over = json.loads(file.read_text()), worker / "config"
     os.environ.pop("AEM_ROOT", None)  # conf/ is what was frozen with the code
-    search = build(Search, asked["search"], "search")
+    search = build_from_mapping(Search, asked["search"], "search")
     study = Study(worker.parent, asked["question"], tuple(asked["overrides"]), over if over.is_dir() else None, search)
-    if redact(study.uri or "") != asked["storage"]:
+    if redact(study.storage_url or "") != asked["storage"]:
         remedy = (
             f"was {asked['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
         )
-        raise ConfigError("AEM_STUDY", redact(study.uri or "") or None, remedy)
+        raise ConfigError("AEM_STUDY", redact(study.storage_url or "") or None, remedy)
     return study
 
 
-def _lead(worker: Path, study: Study, say: Say) -> int:
+def _run_rank_zero(worker: Path, study: Study, say: PrintLine) -> int:
     """Take a trial, run it, tell; the first process of a worker does this, and says to the others what they need."""
-    opened = opened_study(study)
-    number = _taken(worker, study, opened)
+    opened = open_study(study)
+    number = _take_trial(worker, study, opened)
     if number is None:
-        _tell_others(worker, {"play": False})
+        _notify_other_ranks(worker, {"play": False})
         say("nothing is missing")
         return 0
     frozen = opened.get_trials(deepcopy=False)[number]
     if frozen.state.is_finished():  # killed after it had told
-        _tell_others(worker, {"play": False})
+        _notify_other_ranks(worker, {"play": False})
         say(f"trial {number} is told: {frozen.state.name.lower()}")
         return 0
-    trial = held(opened, frozen)
+    trial = reopen_trial(opened, frozen)
     try:
-        experiment = study.experiment(values_of(frozen))
-        _record(study, opened, trial, experiment)
+        experiment = study.experiment(parameter_values(frozen))
+        _record_membership(study, opened, trial, experiment)
     except ConfigError as error:
-        fail(opened, frozen, "config", str(error))
+        tell_failure(opened, frozen, "config", str(error))
         raise
-    say(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in values_of(frozen).items())}")
+    say(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in parameter_values(frozen).items())}")
     say(f"run      {config.run_dir(experiment)}")
-    return _played(worker, study, opened, trial, experiment, say)
+    return _run_trial(worker, study, opened, trial, experiment, say)
 
 
-def _taken(worker: Path, study: Study, opened: Any) -> int | None:
+def _take_trial(worker: Path, study: Study, opened: Any) -> int | None:
     """The number of the worker's own trial: the one that it had, or a new one; None where none is missing."""
-    card = card_of(worker)
+    card = read_card(worker)
     if "number" in card:
         return int(card["number"])
-    with study.alone():
+    with study.lock():
         trial = ask(study, opened)
         if trial is None:
             return None
-        disk.write(worker / TRIAL, json.dumps({"number": trial.number, "id": trial._trial_id}) + "\n")
+        disk.write_atomically(worker / TRIAL_FILE, json.dumps({"number": trial.number, "id": trial._trial_id}) + "\n")
         return trial.number
 
 
-def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
+def _record_membership(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
     """Write down who belongs to the study, where status, MLflow and the report look."""
     from aem_exp.rundir import membership
     from aem_exp.tracking import publish, views
 
     folder = config.run_dir(experiment)
-    with study.alone():
+    with study.lock():
         trial.set_user_attr("run", folder.name)
         rows = [
             {
@@ -150,84 +150,89 @@ def _record(study: Study, opened: Any, trial: Any, experiment: Experiment) -> No
                 "group": f"trial {t.number}",
                 "seed": experiment.seed,
             }
-            for t in counted(opened.get_trials(deepcopy=False))
+            for t in drop_replaced_trials(opened.get_trials(deepcopy=False))
             if "run" in t.user_attrs
         ]
         membership.write(study.outputs, study.name, study.question, rows)
     folder.mkdir(parents=True, exist_ok=True)
     group = f"trial {trial.number}"
-    if membership.label(folder, study.name, group):
-        publish.mark(folder, {views.tag(study.name): group})
+    if membership.add_label(folder, study.name, group):
+        publish.add_tags(folder, {views.sweep_tag(study.name): group})
 
 
-def _played(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: Say) -> int:
+def _run_trial(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: PrintLine) -> int:
     """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
     from aem_exp.cluster import distributed
-    from aem_exp.cluster.signals import Enough, Interrupted
+    from aem_exp.cluster.signals import Interrupted, Pruned
     from aem_exp.run import execution
     from aem_exp.rundir import attempts, lock
 
     while True:
-        if (other := twin(opened, trial)) is not None:
-            _tell_others(worker, {"play": False})
+        if (other := find_finished_duplicate(opened, trial)) is not None:
+            _notify_other_ranks(worker, {"play": False})
             for step, value in other.intermediate_values.items():
                 trial.report(value, step)
-            return told(opened, trial, other.state.name, other.value, say)
-        _tell_others(worker, {"play": True, "values": values_of(opened.get_trials(deepcopy=False)[trial.number])})
+            return tell(opened, trial, other.state.name, other.value, say)
+        _notify_other_ranks(
+            worker, {"play": True, "values": parameter_values(opened.get_trials(deepcopy=False)[trial.number])}
+        )
         try:
-            with _line() as line:
-                execution.run(experiment, _Watch(opened, trial, study.search.metric, line))
-            return told(opened, trial, "COMPLETE", _value(study, config.run_dir(experiment)), say)
-        except Enough:
-            return told(opened, trial, "PRUNED", None, say)
+            with _make_progress() as line:
+                execution.run(experiment, _TrialReporter(opened, trial, study.search.metric, line))
+            return tell(opened, trial, "COMPLETE", _final_value(study, config.run_dir(experiment)), say)
+        except Pruned:
+            return tell(opened, trial, "PRUNED", None, say)
         except Interrupted as stop:
             say(f"{stop}; the trial stays open")
-            slurm.make_way(stop.signal)
+            slurm.requeue_and_wait(stop.signal)
             raise
-        except lock.Owned as owned:  # a trial with the same parameters has it
-            if distributed.count() > 1:
-                raise Stop(str(owned)) from owned
-            _wait(say)
+        except lock.RunLocked as owned:  # a trial with the same parameters has it
+            if distributed.world_size() > 1:
+                raise RunError(str(owned)) from owned
+            _wait_for_duplicate(say)
         except Exception as error:
-            fail(
-                opened, opened.get_trials(deepcopy=False)[trial.number], attempts.kind(error), attempts.sentence(error)
+            tell_failure(
+                opened,
+                opened.get_trials(deepcopy=False)[trial.number],
+                attempts.classify_error(error),
+                attempts.describe_error(error),
             )
             raise
 
 
-def _follow(worker: Path, study: Study) -> int:
+def _run_other_rank(worker: Path, study: Study) -> int:
     """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
-    from aem_exp.cluster.signals import Enough, Interrupted
+    from aem_exp.cluster.signals import Interrupted, Pruned
     from aem_exp.run import execution
 
-    while (card := card_of(worker)).get("start") != _start():
+    while (card := read_card(worker)).get("start") != _start_id():
         time.sleep(0.5)
     if card["play"]:
         try:
-            with suppress(Enough):
+            with suppress(Pruned):
                 execution.run(study.experiment(card["values"]))
         except Interrupted as stop:
-            slurm.make_way(stop.signal)
+            slurm.requeue_and_wait(stop.signal)
             raise
     return 0
 
 
-def _tell_others(worker: Path, news: dict[str, Any]) -> None:
-    disk.write(worker / TRIAL, json.dumps({**card_of(worker), "start": _start(), **news}) + "\n")
+def _notify_other_ranks(worker: Path, news: dict[str, Any]) -> None:
+    disk.write_atomically(worker / TRIAL_FILE, json.dumps({**read_card(worker), "start": _start_id(), **news}) + "\n")
 
 
-def _start() -> str:
+def _start_id() -> str:
     """Which start of which job this is."""
     return f"{os.environ.get('SLURM_JOB_ID', os.getpid())}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
-def _line() -> Any:
+def _make_progress() -> Any:
     from aem_exp.core import console
 
     return console.Progress()
 
 
-class _Watch:
+class _TrialReporter:
     """Reports a trial's metric to the storage, and says when enough was seen; what the untrained policy scored is no news."""
 
     def __init__(self, opened: Any, trial: Any, metric: str, line: Any):
@@ -237,36 +242,36 @@ class _Watch:
     def __call__(self, step: int, steps: int, row: dict[str, float]) -> bool:
         self.line(step, steps, row)
         if self.metric not in row:
-            self._check(row)
+            self._check_metric(row)
             return False
         if step > 0 and step not in self.reported:
             self.trial.report(row[self.metric], step)
             self.reported.add(step)
         return 0 < step < steps and self.trial.should_prune()  # at the last step nothing is left to save
 
-    def _check(self, row: Mapping[str, float]) -> None:
+    def _check_metric(self, row: Mapping[str, float]) -> None:
         """Say at the first evaluation what would otherwise be found at the end."""
         names = [name for name in row if name.startswith("eval/")]
         if names and self.metric.startswith("eval/"):
             raise ConfigError("search.metric", self.metric, names)
 
 
-def _value(study: Study, folder: Path) -> float:
+def _final_value(study: Study, folder: Path) -> float:
     """What a finished run gives: the last value of the metric."""
     from aem_exp.rundir import metrics
 
-    name, rows = metrics.sanitised(study.search.metric), metrics.read(folder)
+    name, rows = metrics.sanitise_name(study.search.metric), metrics.read(folder)
     found = [row[name] for row in rows if name in row]
     if not found:
         raise ConfigError(
             "search.metric", study.search.metric, sorted({key for row in rows for key in row if "/" in key})
         )
     if not math.isfinite(found[-1]):
-        raise Stop(f"{study.search.metric} is {found[-1]} at the end", "nan")
+        raise RunError(f"{study.search.metric} is {found[-1]} at the end", "nan")
     return found[-1]
 
 
-def _wait(say: Say, seconds: float = 2.0) -> None:
+def _wait_for_duplicate(say: PrintLine, seconds: float = 2.0) -> None:
     from aem_exp.cluster.signals import Signals
 
     say("its parameters are those of a trial that runs; waiting for its end")

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from aem_exp.core import cli
 from aem_exp.tracking import store_uri
-from aem_exp.tracking.sync import _reconcile, _runs, sync_run
+from aem_exp.tracking.sync import _find_run_dirs, _reconcile, sync_run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
-    return cli.answer(lambda: _act(_read(argv)))
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)))
 
 
-def _read(argv: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser("python -m aem_exp.tracking", description="Send MLflow what it lacks of runs.")
     verb = parser.add_subparsers(metavar="sync", required=True).add_parser("sync", help="rebuild runs in MLflow")
     verb.add_argument("run_dir", type=Path, nargs="+", help="run dirs, or a folder of them")
@@ -22,9 +22,9 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _act(asked: argparse.Namespace) -> int:
+def _run_command(asked: argparse.Namespace) -> int:
     uri = asked.uri and store_uri.resolve_uri(asked.uri, Path.cwd())
-    runs = [run for folder in asked.run_dir for run in _runs(folder)]
+    runs = [run for folder in asked.run_dir for run in _find_run_dirs(folder)]
     if asked.reconcile:
         _reconcile(runs)
     for run_dir in runs:

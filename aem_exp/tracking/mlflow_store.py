@@ -18,7 +18,7 @@ from aem_exp.tracking import store_uri
 DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 
-def _mlflow() -> Any:
+def _import_mlflow() -> Any:
     """Import MLflow (2 to 4 s), silent and with short waits: the thread tries again by itself."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -31,26 +31,26 @@ def _mlflow() -> Any:
     return mlflow
 
 
-def _import(uri: str) -> None:
+def _import_store(uri: str) -> None:
     """Import all of MLflow that a store needs, in the caller's thread: two that import can meet half-made modules."""
-    _mlflow()
-    if not store_uri.served(uri):
+    _import_mlflow()
+    if not store_uri.is_remote(uri):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def create_sqlite(database: Path) -> None:
     """Make an MLflow store that appears whole: many processes may ask at once, and none ever opens half of one."""
-    if _made(database):
+    if _is_created(database):
         return
     from filelock import FileLock
 
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(database.with_name(f".{database.name}.lock"), timeout=300):
-        if _made(database):
+        if _is_created(database):
             return
         half = database.with_name(f".{database.name}.{os.getpid()}")
         try:
-            shutil.copyfile(_template(), half)
+            shutil.copyfile(_template_database(), half)
             root = (database.parent / "mlruns" / "0").as_uri()
             with sqlite3.connect(half) as connection:
                 connection.execute("UPDATE experiments SET artifact_location = ?", (root,))
@@ -60,16 +60,16 @@ def create_sqlite(database: Path) -> None:
             half.unlink(missing_ok=True)
 
 
-def _made(database: Path) -> bool:
+def _is_created(database: Path) -> bool:
     return database.exists() and database.stat().st_size > 0
 
 
-def _template() -> Path:
+def _template_database() -> Path:
     """Return an empty store, made once per machine and MLflow version: migrating takes seconds, copying none."""
-    version = _mlflow().__version__
-    cache = disk.cache()
+    version = _import_mlflow().__version__
+    cache = disk.cache_dir()
     template = cache / f"mlflow-{version}.db"
-    if not _made(template):
+    if not _is_created(template):
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         cache.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _template() -> Path:
     return template
 
 
-def _ask_database(uri: str) -> None:
+def _check_database(uri: str) -> None:
     """Ask a database one question, because MLflow would repeat a hopeless one for hours."""
     import sqlalchemy
 
@@ -91,7 +91,7 @@ def _ask_database(uri: str) -> None:
     engine.dispose()
 
 
-def refused(uri: str, error: Exception) -> NoReturn:
+def raise_store_error(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
@@ -120,7 +120,7 @@ def _reason(error: BaseException) -> str:
     return errors.redact((text.splitlines() or [type(error).__name__])[0])[:200]
 
 
-def _turn(uri: str) -> AbstractContextManager[Any]:
+def _lock_sqlite(uri: str) -> AbstractContextManager[Any]:
     """Wait for one's turn at a sqlite file, which takes one writer at a time."""
     database = store_uri.sqlite_file(uri)
     if database is None:
@@ -131,13 +131,13 @@ def _turn(uri: str) -> AbstractContextManager[Any]:
     return FileLock(database.with_name(f".{database.name}.sync.lock"), timeout=600)
 
 
-def _client(uri: str) -> Any:
+def _open_client(uri: str) -> Any:
     """A client of a store that answers; None where it does not, or its credentials were not kept."""
     if uri == store_uri.OFF or "***" in uri:
         return None
     try:
         store_uri.probe(uri)
-        client = _mlflow().MlflowClient(tracking_uri=uri)
+        client = _import_mlflow().MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception:  # of many kinds; nothing depends on it
         return None

@@ -7,42 +7,42 @@ from typing import Any
 
 from aem_exp.tracking import store_uri
 from aem_exp.tracking import views as saved
-from aem_exp.tracking.mlflow_store import _client, _reason
+from aem_exp.tracking.mlflow_store import _open_client, _reason
 from aem_exp.tracking.run_card import read_card, save_card
-from aem_exp.tracking.writer import NOTE, _Run
+from aem_exp.tracking.writer import NOTE_TAG, _RemoteRun
 
-REPORTS = "Reports of sweeps:"  # our part of the description of an experiment
-REPORT = "aem.report"  # tag of the run that holds a report: the sweep
-
-
-CHARTS = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
+REPORTS_HEADING = "Reports of sweeps:"  # our part of the description of an experiment
+REPORT_TAG = "aem.report"  # tag of the run that holds a report: the sweep
 
 
-def page(run_dir: Path) -> store_uri.Page | None:
+CHARTS_PATH = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
+
+
+def run_page(run_dir: Path) -> store_uri.MLflowPage | None:
     """Return where to see a run, from its run dir alone; None if MLflow has no page of it."""
     card = read_card(run_dir)
     uri = card.get("uri", store_uri.OFF)
-    if uri == store_uri.OFF or card["run_id"] is None or store_uri.serverless(uri):
+    if uri == store_uri.OFF or card["run_id"] is None or store_uri.is_databricks(uri):
         return None
     number = card["experiment_id"]
-    there = store_uri.page(uri, f"#/experiments/{number}/runs/{card['run_id']}/{CHARTS}")
+    there = store_uri.store_page(uri, f"#/experiments/{number}/runs/{card['run_id']}/{CHARTS_PATH}")
     views_of_all = saved.links(there.link.partition("/#/")[0], number)
     return replace(there, more=tuple((name.rpartition(" ")[2], link) for name, link in views_of_all.items()))
 
 
-def mark(run_dir: Path, tags: dict[str, str]) -> None:
+def add_tags(run_dir: Path, tags: dict[str, str]) -> None:
     """Give a run more tags: in its card, and in MLflow where it is there already."""
     card = read_card(run_dir)
     new = {name: value for name, value in tags.items() if card.get("tags", {}).get(name) != value}
     if not card or not new:
         return
     save_card(run_dir, {**card, "tags": {**card["tags"], **new}})
-    if card["run_id"] and (client := _client(card["uri"])):
+    if card["run_id"] and (client := _open_client(card["uri"])):
         for name, value in new.items():
             client.set_tag(card["run_id"], name, value)
 
 
-def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> list[tuple[str, str]]:
+def save_views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> list[tuple[str, str]]:
     """Save a sweep's views, and tell how to open them: a command that serves the store, if none does, and links.
 
     The store and its experiments are made where they are not there yet, once and before any run writes to them.
@@ -50,50 +50,50 @@ def views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) -> li
     """
     if uri == store_uri.OFF:
         return []
-    there, links = store_uri.page(uri), list[str]()
+    there, links = store_uri.store_page(uri), list[str]()
     try:
         store_uri.probe(uri)
         for experiment in experiments:
-            store = _Run(outputs / experiment, uri, {"experiment": experiment})
-            number = store.reach()
-            saved.save(store.client, number, sweep, saved.tag(sweep))
+            store = _RemoteRun(outputs / experiment, uri, {"experiment": experiment})
+            number = store.open_experiment()
+            saved.save(store.client, number, sweep, saved.sweep_tag(sweep))
             links += saved.links(there.link, number, sweep).values()
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"no links: {_reason(error)}")]
     return there.lines(*links)
 
 
-def report(
+def log_report(
     outputs: Path, uri: str, experiment: str, sweep: str, folder: Path, files: Iterable[Path]
 ) -> list[tuple[str, str]]:
     """Log the files of a sweep's report as artifacts of a run of its own, name it on the experiment's page, and tell where.
 
-    Best effort, as `views`.
+    Best effort, as `save_views`.
     """
     try:
         store_uri.probe(uri)
-        store = _Run(outputs / experiment, uri, {"experiment": experiment})
-        number, client = store.reach(), store.client
-        known = client.search_runs([number], f"tags.`{REPORT}` = '{sweep}'", max_results=1)
-        run = known[0] if known else client.create_run(number, run_name=f"report of {sweep}", tags={REPORT: sweep})
+        store = _RemoteRun(outputs / experiment, uri, {"experiment": experiment})
+        number, client = store.open_experiment(), store.client
+        known = client.search_runs([number], f"tags.`{REPORT_TAG}` = '{sweep}'", max_results=1)
+        run = known[0] if known else client.create_run(number, run_name=f"report of {sweep}", tags={REPORT_TAG: sweep})
         for file in files:
             inside = file.relative_to(folder).parent
             client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))
         client.set_terminated(run.info.run_id)
-        there = store_uri.page(uri, _shown(number, run.info.run_id))
-        client.set_experiment_tag(number, f"{saved.tag(sweep)}.report", run.info.run_id)
-        _describe(client, number)
+        there = store_uri.store_page(uri, _report_path(number, run.info.run_id))
+        client.set_experiment_tag(number, f"{saved.sweep_tag(sweep)}.report", run.info.run_id)
+        _link_reports(client, number)
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"the report is not there: {_reason(error)}")]
     return there.lines()
 
 
-def _shown(experiment: str, run: str) -> str:
+def _report_path(experiment: str, run: str) -> str:
     """Where MLflow shows a report."""
     return f"#/experiments/{experiment}/runs/{run}/artifacts/index.html?workflowType=machine_learning"
 
 
-def _describe(client: Any, experiment: str) -> None:
+def _link_reports(client: Any, experiment: str) -> None:
     """Link the reports of all sweeps in the description of an experiment, which its page shows; what else stands there stays."""
     tags = client.get_experiment(experiment).tags
     runs = {
@@ -101,6 +101,6 @@ def _describe(client: Any, experiment: str) -> None:
         for name, run in tags.items()
         if name.endswith(".report")
     }
-    lines = [f"- [{sweep}]({_shown(experiment, run)})" for sweep, run in sorted(runs.items())]
-    others = [part for part in tags.get(NOTE, "").split("\n\n") if part and not part.startswith(REPORTS)]
-    client.set_experiment_tag(experiment, NOTE, "\n\n".join([*others, "\n".join([REPORTS, *lines])]))
+    lines = [f"- [{sweep}]({_report_path(experiment, run)})" for sweep, run in sorted(runs.items())]
+    others = [part for part in tags.get(NOTE_TAG, "").split("\n\n") if part and not part.startswith(REPORTS_HEADING)]
+    client.set_experiment_tag(experiment, NOTE_TAG, "\n\n".join([*others, "\n".join([REPORTS_HEADING, *lines])]))

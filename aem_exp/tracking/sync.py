@@ -7,9 +7,9 @@ from aem_exp.core import errors
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
 from aem_exp.tracking import store_uri
-from aem_exp.tracking.mlflow_store import _turn, refused
-from aem_exp.tracking.run_card import CARD, read_card, save_card
-from aem_exp.tracking.writer import _Run
+from aem_exp.tracking.mlflow_store import _lock_sqlite, raise_store_error
+from aem_exp.tracking.run_card import CARD_FILE, read_card, save_card
+from aem_exp.tracking.writer import _RemoteRun
 
 
 def sync_run(run_dir: Path, uri: str | None = None) -> str:
@@ -17,16 +17,16 @@ def sync_run(run_dir: Path, uri: str | None = None) -> str:
     run_dir = run_dir.absolute()
     card = read_card(run_dir)
     if not card:
-        raise ConfigError("RUN_DIR", str(run_dir), remedy=f"name the folder of a run; it has a {CARD}")
+        raise ConfigError("RUN_DIR", str(run_dir), remedy=f"name the folder of a run; it has a {CARD_FILE}")
     uri = uri or card["uri"]
     if uri == store_uri.OFF or "***" in uri:
         raise ConfigError("--uri", None, remedy=f"required: {run_dir.name} was logged to {card['uri']}")
     store_uri.probe(uri)
-    run = _Run(run_dir, uri, card)
+    run = _RemoteRun(run_dir, uri, card)
     points = metrics.points(metrics.read(run_dir))
     files = [path for name in card["artifacts"] if (path := run_dir / name).exists()]
     try:
-        with _turn(uri):
+        with _lock_sqlite(uri):
             run.connect()
             sent = run.send(points)
             for path in files:
@@ -34,15 +34,15 @@ def sync_run(run_dir: Path, uri: str | None = None) -> str:
             if card["status"] is not None:
                 run.end(card["status"])
     except Exception as error:  # all become a sentence
-        refused(uri, error)
+        raise_store_error(uri, error)
     save_card(run_dir, {**card, "uri": errors.redact(uri)})
     return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {errors.redact(uri)}"
 
 
-def _runs(folder: Path) -> list[Path]:
+def _find_run_dirs(folder: Path) -> list[Path]:
     """A run dir, or those that lie in a folder."""
-    inside = sorted(card.parent for card in folder.glob(f"*/{CARD}"))
-    return inside if inside and not (folder / CARD).exists() else [folder]
+    inside = sorted(card.parent for card in folder.glob(f"*/{CARD_FILE}"))
+    return inside if inside and not (folder / CARD_FILE).exists() else [folder]
 
 
 def _reconcile(runs: Iterable[Path]) -> None:
@@ -50,7 +50,7 @@ def _reconcile(runs: Iterable[Path]) -> None:
     from aem_exp.cluster import run_state
 
     ends = {run_state.DONE: "FINISHED", run_state.FAILED: "FAILED", run_state.STOPPED: "KILLED"}
-    for run_dir, found in run_state.read([run for run in runs if (run / CARD).exists()]).items():
+    for run_dir, found in run_state.read([run for run in runs if (run / CARD_FILE).exists()]).items():
         card = read_card(run_dir)
         if card["status"] is None and found.what in ends:
             save_card(run_dir, {**card, "status": ends[found.what]})

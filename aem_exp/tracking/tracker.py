@@ -18,21 +18,21 @@ from uuid import uuid4
 from aem_exp.core import errors
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
-from aem_exp.rundir.metrics import Mirror
+from aem_exp.rundir.metrics import MetricsFile
 from aem_exp.tracking import store_uri
-from aem_exp.tracking.mlflow_store import _import, _reason, refused
-from aem_exp.tracking.run_card import flatten, read_card, save_card
+from aem_exp.tracking.mlflow_store import _import_store, _reason, raise_store_error
+from aem_exp.tracking.run_card import flatten_params, read_card, save_card
 from aem_exp.tracking.sync import sync_run
-from aem_exp.tracking.writer import PARAM_CHARS, TAG_CHARS, _fit, _Run, _Writer
+from aem_exp.tracking.writer import MAX_PARAM_CHARS, MAX_TAG_CHARS, _redact_and_truncate, _RemoteRun, _Writer
 
-PATIENCE = 10.0  # seconds that `finish` keeps trying while the tracker refuses
+FINISH_TIMEOUT = 10.0  # seconds that `finish` keeps trying while the tracker refuses
 
 
 class Tracker:
     """A run's metrics and artifacts. A context manager: the run ends in MLflow as it ended."""
 
     def __init__(
-        self, run_dir: Path, mirror: Mirror, card: dict[str, Any], writer: _Writer | None, later: bool = False
+        self, run_dir: Path, mirror: MetricsFile, card: dict[str, Any], writer: _Writer | None, later: bool = False
     ) -> None:
         self._later = later
         self.run_dir, self._mirror, self._card, self._writer = run_dir, mirror, card, writer
@@ -71,28 +71,28 @@ class Tracker:
             "uri": errors.redact(uri),
             "experiment": experiment,
             "run_name": run_name,
-            "params": _fit(flatten(params or {}), PARAM_CHARS),
-            "tags": _fit(tags or {}, TAG_CHARS),
+            "params": _redact_and_truncate(flatten_params(params or {}), MAX_PARAM_CHARS),
+            "tags": _redact_and_truncate(tags or {}, MAX_TAG_CHARS),
             "status": None,
             "artifacts": [],
         }
         save_card(run_dir, card)
         writer = None
         if uri != store_uri.OFF and live:
-            _import(uri)
-            writer = _Writer(_Run(run_dir, uri, card))
+            _import_store(uri)
+            writer = _Writer(_RemoteRun(run_dir, uri, card))
             writer.start()
             if wait or store_uri.sqlite_file(uri) is None:
-                _ready(writer)
-        mirror = Mirror(run_dir, resume_step)
+                _wait_until_ready(writer)
+        mirror = MetricsFile(run_dir, resume_step)
         if writer is not None:
             writer.put(metrics.points(mirror.rows))
         return cls(run_dir, mirror, card, writer, later=uri != store_uri.OFF and not live)
 
-    def ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until MLflow has the run; a ConfigError says why it cannot."""
         if self._writer is not None:
-            _ready(self._writer)
+            _wait_until_ready(self._writer)
             save_card(self.run_dir, self._card)
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
@@ -101,7 +101,7 @@ class Tracker:
         if self._writer is not None:
             self._writer.put(points)
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Send a file or folder of the run dir to MLflow, now and with every `sync_run`."""
         path = path.absolute()
         name = str(path.relative_to(self.run_dir)) if path.is_relative_to(self.run_dir) else str(path)
@@ -125,15 +125,15 @@ class Tracker:
             return self.trouble
         self._finished = True
         if self._writer is not None:  # first, so that a run that ends because its disk is full is seen to end
-            self._writer.close(status, PATIENCE)
+            self._writer.close(status, FINISH_TIMEOUT)
             self._writer.join()
-            self.trouble = None if self._writer.idle else _trouble(self._writer)
+            self.trouble = None if self._writer.idle else _describe_trouble(self._writer)
         self._mirror.sync()
         self._mirror.file.close()
         self._card["status"] = status
         save_card(self.run_dir, self._card)
         if self._later and status != "KILLED":  # who is killed has no time, and will go on
-            self.trouble = _sent(self.run_dir)
+            self.trouble = _sync_or_explain(self.run_dir)
         return self.trouble
 
     def __enter__(self) -> Self:
@@ -148,16 +148,16 @@ class Tracker:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
-class Silent:
+class NullTracker:
     """The tracker of all processes of a run but the first, which speaks for them."""
 
     trouble: str | None = None
 
-    def ready(self) -> None: ...
+    def wait_until_ready(self) -> None: ...
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None: ...
 
-    def artifact(self, path: Path) -> None: ...
+    def log_artifact(self, path: Path) -> None: ...
 
     def flush(self, wait: float = 0.0) -> bool:
         return True
@@ -168,27 +168,27 @@ class Silent:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _ready(writer: _Writer) -> None:
+def _wait_until_ready(writer: _Writer) -> None:
     writer.tried.wait()
     if writer.error is not None and not writer.remote.id:
         writer.close("FAILED", patience=0.0)
-        refused(writer.remote.uri, writer.error)
+        raise_store_error(writer.remote.uri, writer.error)
 
 
-def _sent(run_dir: Path) -> str | None:
+def _sync_or_explain(run_dir: Path) -> str | None:
     """Send a whole run; one sentence where that fails."""
     try:
         sync_run(run_dir)
     except ConfigError as error:
-        return _lacking(run_dir, read_card(run_dir)["uri"], str(error))
+        return _incomplete_message(run_dir, read_card(run_dir)["uri"], str(error))
     return None
 
 
-def _trouble(writer: _Writer) -> str:
+def _describe_trouble(writer: _Writer) -> str:
     why = "it is slow" if writer.error is None else _reason(writer.error)
-    return _lacking(writer.remote.run_dir, errors.redact(writer.remote.uri), why)
+    return _incomplete_message(writer.remote.run_dir, errors.redact(writer.remote.uri), why)
 
 
-def _lacking(run_dir: Path, store: str, why: str) -> str:
+def _incomplete_message(run_dir: Path, store: str, why: str) -> str:
     command = shlex.join([sys.executable, "-m", "aem_exp.tracking", "sync", str(run_dir)])
     return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"

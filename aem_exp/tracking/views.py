@@ -22,95 +22,101 @@ from urllib.parse import quote
 
 from aem_exp.core.errors import ConfigError
 
-VIEW = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
-OURS = f"{VIEW}aem."
-ALL = "all runs"  # no sweep can be called so, and the key of its views is not one of `OURS`: they are not surplus
-MOST = 30  # of our views in an experiment: at 40 in all, MLflow's page lets nobody save another
-KINDS = {"curves": "CHART", "table": "TABLE"}  # and the page's modes; a view does not hold its mode, its link does
-MENU = "workflowType=machine_learning"  # that for trained models
+VIEW_TAG_PREFIX = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
+OWN_TAG_PREFIX = f"{VIEW_TAG_PREFIX}aem."
+ALL_RUNS = "all runs"  # no sweep can be called so, and the key of its views is not one of `OWN_TAG_PREFIX`: they are not surplus
+MAX_VIEWS = 30  # of our views in an experiment: at 40 in all, MLflow's page lets nobody save another
+VIEW_MODES = {"curves": "CHART", "table": "TABLE"}  # and the page's modes; a view does not hold its mode, its link does
+WORKFLOW_QUERY = "workflowType=machine_learning"  # that for trained models
 
-GROUP = "aem.group"
-CURVES = ("train/success", "eval/success", "train/response_entropy", "train/loss", "aem/alpha_q50")
-FOLDED = ("train", "eval", "test", "aem", "time")  # sections that MLflow fills with all other metrics
-RESULTS = {"test/success": 130, "eval/success": 130, "train/response_entropy": 190}  # columns of the table, in pixels
+GROUP_TAG = "aem.group"
+CURVE_METRICS = ("train/success", "eval/success", "train/response_entropy", "train/loss", "aem/alpha_q50")
+FOLDED_SECTIONS = ("train", "eval", "test", "aem", "time")  # sections that MLflow fills with all other metrics
+TABLE_METRICS = {
+    "test/success": 130,
+    "eval/success": 130,
+    "train/response_entropy": 190,
+}  # columns of the table, in pixels
 
 
-def tag(sweep: str) -> str:
+def sweep_tag(sweep: str) -> str:
     """Name the tag that puts a run into a sweep; any text but none will do as its value, the arm's name best."""
     if not re.fullmatch(r"[\w.\-]{1,100}", sweep, re.ASCII):
         raise ConfigError("sweep", sweep, "must be a name of letters, digits, _ - and .")
     return f"aem.sweep.{sweep}"
 
 
-def save(client: Any, experiment_id: str, sweep: str = ALL, group: str = GROUP) -> dict[str, str]:
+def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GROUP_TAG) -> dict[str, str]:
     """Write or refresh a sweep's views, with an `MlflowClient`; return the name and key of those that were taken.
 
     `group` is the tag that tells the arms apart; among all runs, each has a line of its own. Asking twice changes nothing
     but the time of the last update.
     """
-    states = {"curves": _curves(sweep, group), "table": _table(sweep, group)}
+    states = {"curves": _curves_state(sweep, group), "table": _table_state(sweep, group)}
     saved: dict[str, str] = {}
     with suppress(Exception):  # MLflow's, of many kinds: nothing depends on a view
         tags = client.get_experiment(experiment_id).tags
         for kind, state in states.items():
-            name, key = _name(sweep, kind), _key(sweep, kind)
-            client.set_experiment_tag(experiment_id, VIEW + key, _envelope(name, state, tags.get(VIEW + key)))
+            name, key = _view_name(sweep, kind), _view_key(sweep, kind)
+            client.set_experiment_tag(
+                experiment_id, VIEW_TAG_PREFIX + key, _serialize_view(name, state, tags.get(VIEW_TAG_PREFIX + key))
+            )
             saved[name] = key
-        for surplus in _surplus({**tags, **{VIEW + key: "" for key in saved.values()}}):
+        for surplus in _find_surplus({**tags, **{VIEW_TAG_PREFIX + key: "" for key in saved.values()}}):
             client.delete_experiment_tag(experiment_id, surplus)
     return saved
 
 
-def links(site: str, experiment_id: str, sweep: str = ALL) -> dict[str, str]:
+def links(site: str, experiment_id: str, sweep: str = ALL_RUNS) -> dict[str, str]:
     """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served."""
     return {
-        _name(sweep, kind): f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
-        f"?viewStateShareKey={quote(_key(sweep, kind))}&compareRunsMode={mode}&{MENU}"
-        for kind, mode in KINDS.items()
+        _view_name(sweep, kind): f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        f"?viewStateShareKey={quote(_view_key(sweep, kind))}&compareRunsMode={mode}&{WORKFLOW_QUERY}"
+        for kind, mode in VIEW_MODES.items()
     }
 
 
-def encode(state: Mapping[str, Any]) -> str:
+def encode_state(state: Mapping[str, Any]) -> str:
     return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
 
 
-def decode(text: str) -> dict[str, Any]:
+def decode_state(text: str) -> dict[str, Any]:
     return json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
 
 
-def _name(sweep: str, kind: str) -> str:
+def _view_name(sweep: str, kind: str) -> str:
     return f"{sweep}: {kind}"
 
 
-def _key(sweep: str, kind: str) -> str:
-    return f"aem-all-runs.{kind}" if sweep == ALL else f"aem.{sweep}.{kind}"
+def _view_key(sweep: str, kind: str) -> str:
+    return f"aem-all-runs.{kind}" if sweep == ALL_RUNS else f"aem.{sweep}.{kind}"
 
 
-def exist(tags: Mapping[str, str]) -> bool:
+def has_views(tags: Mapping[str, str]) -> bool:
     """Whether an experiment has the views of all of its runs."""
-    return all(VIEW + _key(ALL, kind) in tags for kind in KINDS)
+    return all(VIEW_TAG_PREFIX + _view_key(ALL_RUNS, kind) in tags for kind in VIEW_MODES)
 
 
-def _envelope(name: str, state: Mapping[str, Any], old: str | None) -> str:
+def _serialize_view(name: str, state: Mapping[str, Any], old: str | None) -> str:
     now = round(time.time() * 1000)
     created = json.loads(old)["createdAt"] if old else now
-    return json.dumps({"name": name, "createdAt": created, "updatedAt": now, "state": encode(state)})
+    return json.dumps({"name": name, "createdAt": created, "updatedAt": now, "state": encode_state(state)})
 
 
-def _surplus(tags: Mapping[str, str]) -> list[str]:
+def _find_surplus(tags: Mapping[str, str]) -> list[str]:
     """Name our views that were saved the longest ago; `save` brings any of them back under its old link."""
-    ours = [key for key in tags if key.startswith(OURS)]
+    ours = [key for key in tags if key.startswith(OWN_TAG_PREFIX)]
     fresh_last = sorted(ours, key=lambda key: json.loads(tags[key])["updatedAt"] if tags[key] else float("inf"))
-    return fresh_last[: max(0, len(ours) - MOST)]
+    return fresh_last[: max(0, len(ours) - MAX_VIEWS)]
 
 
 # ------------------------------------------------------------------------------------------------- the page's state
 
 
-def _state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
+def _shared_state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
     """Return what both views share; the page fills in its own defaults for all that is not named."""
     return {
-        "searchFilter": "" if sweep == ALL else f"tags.`{tag(sweep)}` != ''",
+        "searchFilter": "" if sweep == ALL_RUNS else f"tags.`{sweep_tag(sweep)}` != ''",
         "orderByKey": order,
         "orderByAsc": ascending,
         "startTime": "ALL",
@@ -118,23 +124,26 @@ def _state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
     }
 
 
-def _curves(sweep: str, group: str) -> dict[str, Any]:
+def _curves_state(sweep: str, group: str) -> dict[str, Any]:
     keys = [{"mode": "tag", "groupByData": group}]
     return {
-        **_state(sweep, f"tags.`{group}`", ascending=True),
+        **_shared_state(sweep, f"tags.`{group}`", ascending=True),
         **_columns({}),  # MLflow's list of views opens this one as a table, with a row per arm
-        "groupBy": None if sweep == ALL else {"aggregateFunction": "average", "groupByKeys": keys},
+        "groupBy": None if sweep == ALL_RUNS else {"aggregateFunction": "average", "groupByKeys": keys},
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,  # a sweep without AEM has no alpha
         "compareRunCharts": list(_charts()),
-        "compareRunSections": [_section("curves", display=True), *(_section(name, display=False) for name in FOLDED)],
+        "compareRunSections": [
+            _section("curves", display=True),
+            *(_section(name, display=False) for name in FOLDED_SECTIONS),
+        ],
         "isAccordionReordered": True,  # or the sections are sorted by name
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
 
 
 def _charts() -> Iterator[dict[str, Any]]:
-    for metric in CURVES:
+    for metric in CURVE_METRICS:
         yield {
             "uuid": f"aem.{metric}",
             "type": "LINE",
@@ -160,14 +169,14 @@ def _section(name: str, display: bool) -> dict[str, Any]:
     return {"uuid": f"aem.{name}", "name": name, "display": display, "isReordered": False, "deleted": False, **size}
 
 
-def _table(sweep: str, group: str) -> dict[str, Any]:
+def _table_state(sweep: str, group: str) -> dict[str, Any]:
     return {
-        **_state(sweep, "metrics.`test/success`", ascending=False),  # MLflow puts runs without it last
+        **_shared_state(sweep, "metrics.`test/success`", ascending=False),  # MLflow puts runs without it last
         **_columns({f"tags.`{group}`": 180, "tags.`aem.seed`": 90}),
         "groupBy": None,
     }
 
 
 def _columns(first: Mapping[str, int]) -> dict[str, Any]:
-    widths = {**first, **{f"metrics.`{metric}`": pixels for metric, pixels in RESULTS.items()}}
+    widths = {**first, **{f"metrics.`{metric}`": pixels for metric, pixels in TABLE_METRICS.items()}}
     return {"selectedColumns": list(widths), "columnOrder": [*widths, "duration"], "columnWidths": widths}

@@ -5,7 +5,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from aem_exp.config.schema import Experiment
-from aem_exp.config.trainer_keys import OURS
+from aem_exp.config.trainer_keys import OWN_KEYS
 
 
 def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
@@ -37,7 +37,7 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
             "report_to": [],
             "disable_tqdm": True,
             "vllm_importance_sampling_mode": "token_truncate",  # as we correct: TRL's own masks whole rows by a sum
-            **{key: value for key, value in settings.items() if key not in (*OURS, "num_iterations")},
+            **{key: value for key, value in settings.items() if key not in (*OWN_KEYS, "num_iterations")},
             **experiment.launch.trainer,
         }
     )

@@ -22,7 +22,7 @@ _LOGGED = {
 
 
 @dataclass
-class Time:
+class StepCounter:
     """Where a run is. The trainer plays steps, the callback ends them.
 
     Attributes:
@@ -32,17 +32,17 @@ class Time:
 
     steps: int
     step: int = 0
-    first: int = 0
+    first_step: int = 0
     updates: int = 0  # made so far
-    closing: bool = False  # the update at hand is the last one of its step
+    is_last_update: bool = False  # the update at hand is the last one of its step
 
     @property
     def progress(self) -> float:
         """0 at the first step of this run, 1 at its last."""
-        return (self.step - self.first) / max(1, self.steps - self.first - 1)
+        return (self.step - self.first_step) / max(1, self.steps - self.first_step - 1)
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         return self.step >= self.steps
 
 
@@ -62,7 +62,7 @@ class AEMCallback(TrainerCallback):
 
     def __init__(
         self,
-        time: Time,
+        time: StepCounter,
         schedule: Callable[[float], float] | None = None,
         gate: float = 0.1,
         report: Callable[[int, dict[str, float]], None] | None = None,
@@ -87,10 +87,10 @@ class AEMCallback(TrainerCallback):
             self.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.time.closing:
+        if not self.time.is_last_update:
             return
         self.time.step += 1
-        if self.evaluate and (self.time.over or self._due(self.evaluate_every)):
+        if self.evaluate and (self.time.is_finished or self._is_due(self.evaluate_every)):
             self.metrics |= self.evaluate()
         control.should_log = True
 
@@ -100,19 +100,19 @@ class AEMCallback(TrainerCallback):
         if "train_runtime" in logs:  # the summary of transformers, after the last step
             return
         if self.report and state.is_world_process_zero:
-            self.metrics |= _shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
+            self.metrics |= _time_shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
             ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
             self.report(self.time.step, {**self.metrics, **ours})
         self.metrics = {}
-        stop = self.time.over or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
-        control.should_save = stop or self._due(self.save_every)
+        stop = self.time.is_finished or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
+        control.should_save = stop or self._is_due(self.save_every)
         control.should_training_stop = stop
 
-    def _due(self, every: int) -> bool:
+    def _is_due(self, every: int) -> bool:
         return bool(every) and self.time.step % every == 0
 
 
-def _shares(metrics: dict[str, float]) -> dict[str, float]:
+def _time_shares(metrics: dict[str, float]) -> dict[str, float]:
     """What a step's time went into.
 
     What counts for environments is time in which nothing is generated: `idle_share` is its share of the play.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def modulation(
+def modulation_statistics(
     alpha_R: Tensor,
     entropy_R: Tensor,
     advantage_R: Tensor,
@@ -67,7 +67,9 @@ def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
     return surprisal_R - (total_S[state_R] - surprisal_R) / others_R.where(others_R > 0, torch.nan)
 
 
-def drift(advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor) -> dict[str, float]:
+def entropy_drift(
+    advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor
+) -> dict[str, float]:
     """How the advantages move the entropy of the states, per response: mean of A (S - H).
 
     Args:
@@ -84,7 +86,7 @@ def drift(advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, stat
     return {name: (value_R * relative_R)[known_R].mean().item() for name, value_R in moved.items()}
 
 
-def validity(
+def proxy_validity(
     alpha_R: Tensor, relative_R: Tensor, state_R: Tensor, draws: int = 2000, seed: int = 0
 ) -> dict[str, float | int | list[float]]:
     """How well 1 - alpha stands for S - H(s), where coefficients compare the responses of a state.
@@ -111,14 +113,14 @@ def validity(
     drawn_DS = torch.randint(states, (draws, states), generator=torch.Generator().manual_seed(seed))
     out: dict[str, float | int | list[float]] = {"states": states, "responses": len(x_R)}
     out |= {"states_open": int(open_S.sum()), "states_agree": int(agree_S.sum())}
-    found, spread = _validity(columns_SK.sum(0)), _validity(columns_SK[drawn_DS].sum(1))
+    found, spread = _agreement_shares(columns_SK.sum(0)), _agreement_shares(columns_SK[drawn_DS].sum(1))
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     for name in found:
         out[f"{name}_interval"] = torch.nanquantile(spread[name], ends).tolist()
     return out | {name: found[name].item() for name in ("r", "responses_agree")}
 
 
-def _validity(total_K: Tensor) -> dict[str, Tensor]:
+def _agreement_shares(total_K: Tensor) -> dict[str, Tensor]:
     """What sums over states, in the last dimension, add up to; those of states and of responses as shares."""
     xx, yy, xy, agree, opened, same, counted = total_K.unbind(-1)
     return {"r": xy / (xx * yy).sqrt(), "states_agree": agree / opened, "responses_agree": same / counted}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 
-def read_once(settings: Mapping[str, Any]) -> None:
+def enable_ram_efficient_loading(settings: Mapping[str, Any]) -> None:
     """Where `fsdp_config` asks for it, have one process of a node read weights, and the others take them from the first when
     they are cut up. It is transformers that reads, and it goes by the environment; TRL would set that too late for us."""
     if (settings.get("fsdp_config") or {}).get("cpu_ram_efficient_loading"):
@@ -21,7 +21,7 @@ def read_once(settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def whole(policy: Any, reshard: bool = True) -> Iterator[None]:
+def full_weights(policy: Any, reshard: bool = True) -> Iterator[None]:
     """Hold all weights in each process: a pass of one then waits for no other. Entered by all of them.
 
     `reshard`: in training, a layer is in pieces again after its forward pass (`reshard_after_forward`).
@@ -41,7 +41,7 @@ def whole(policy: Any, reshard: bool = True) -> Iterator[None]:
         policy.set_reshard_after_forward(reshard)
 
 
-def gathered(policy: Any) -> dict[str, Tensor] | None:
+def gather_state_dict(policy: Any) -> dict[str, Tensor] | None:
     """All weights on the CPU of the first process, and none on the others; None where the policy is not in pieces."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

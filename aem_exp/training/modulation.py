@@ -15,7 +15,7 @@ from aem_exp import aem
 
 
 @dataclass(frozen=True)
-class Arm:
+class ModulationVariant:
     """Where an arm departs from the paper.
 
     Attributes:
@@ -24,7 +24,8 @@ class Arm:
         signal: mean token entropy, or mean surprisal (-log p of the sampled tokens) in its place.
         unit: what gets a coefficient: a response, or each token by its own signal.
         shuffle: permute the coefficients within their scope, by a seeded generator: the placebo.
-        keep: train all units, or those alone whose training raises, or lowers, the entropy of the policy: see `kept`.
+        keep: train all units, or those alone whose training raises, or lowers, the entropy of the policy; see
+            `filter_by_entropy_effect`.
         bonus: zeta of EMPG (arXiv 2509.09265): what the clarity of the trajectory's next response adds.
         bonus_lam: k' of EMPG.
         centred: subtract the mean over the batch from the modulated advantages, as EMPG does.
@@ -40,20 +41,20 @@ class Arm:
     centred: bool = False
 
 
-def scoped(arm: Arm, group_U: Tensor, trajectory_U: Tensor) -> Tensor:
+def scope_ids(arm: ModulationVariant, group_U: Tensor, trajectory_U: Tensor) -> Tensor:
     """Which units share a range of entropies."""
     return {"group": group_U, "trajectory": trajectory_U, "batch": torch.zeros_like(group_U)}[arm.scope]
 
 
 def coefficients(
-    arm: Arm, signal_U: Tensor, scope_U: Tensor, lam: float, gate: float, rng: np.random.Generator
+    arm: ModulationVariant, signal_U: Tensor, scope_U: Tensor, lam: float, gate: float, rng: np.random.Generator
 ) -> Tensor:
     """The coefficient of each unit; its mean over every scope is 1."""
     alpha_U = aem.coefficients(signal_U, scope_U, lam, gate)
-    return shuffled(alpha_U, scope_U, rng) if arm.shuffle else alpha_U
+    return shuffle_coefficients(alpha_U, scope_U, rng) if arm.shuffle else alpha_U
 
 
-def shuffled(alpha_U: Tensor, scope_U: Tensor, rng: np.random.Generator) -> Tensor:
+def shuffle_coefficients(alpha_U: Tensor, scope_U: Tensor, rng: np.random.Generator) -> Tensor:
     """The same coefficients within each scope, in a random order."""
     order = torch.from_numpy(rng.permutation(len(scope_U)))
     taken = order[torch.argsort(scope_U[order], stable=True)]  # scope by scope, each in random order
@@ -61,7 +62,7 @@ def shuffled(alpha_U: Tensor, scope_U: Tensor, rng: np.random.Generator) -> Tens
     return torch.empty_like(alpha_U).index_copy_(0, given, alpha_U[taken])
 
 
-def kept(arm: Arm, advantage_U: Tensor, alpha_U: Tensor) -> Tensor:
+def filter_by_entropy_effect(arm: ModulationVariant, advantage_U: Tensor, alpha_U: Tensor) -> Tensor:
     """The coefficients of the units that are trained, and 0 for all others: the causal check.
 
     A trained response moves entropy by A alpha (S - H) (see `diagnostics.drift`), and where lambda is above 0, alpha < 1 stands
@@ -74,7 +75,9 @@ def kept(arm: Arm, advantage_U: Tensor, alpha_U: Tensor) -> Tensor:
     return alpha_U.where(side_U < 0 if arm.keep == "raising" else side_U > 0, 0.0)
 
 
-def addition(arm: Arm, advantage_U: Tensor, alpha_U: Tensor, signal_U: Tensor, trajectory_U: Tensor) -> Tensor | None:
+def advantage_bonus(
+    arm: ModulationVariant, advantage_U: Tensor, alpha_U: Tensor, signal_U: Tensor, trajectory_U: Tensor
+) -> Tensor | None:
     """What is added to the modulated advantage of each unit; None where nothing is.
 
     EMPG: zeta * exp(-k' Htilde of the next response of the trajectory), nothing after the last, Htilde over the batch; then

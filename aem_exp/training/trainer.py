@@ -30,23 +30,30 @@ from trl.trainer.utils import use_adapter
 
 from aem_exp import aem
 from aem_exp.config import Experiment, instantiate
-from aem_exp.config.trainer_keys import ROW_MEANS
-from aem_exp.core.errors import Stop
+from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
+from aem_exp.core.errors import RunError
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row
-from aem_exp.rollout.sampling.base import Sampler, generator
+from aem_exp.rollout.sampling.base import Sampler, keyed_generator
 from aem_exp.rollout.types import CRASHED, Episode, Trajectory
 from aem_exp.rundir import checkpoints
 from aem_exp.training import fsdp, modulation
 from aem_exp.training.arguments import build_grpo_config
-from aem_exp.training.batch import DEAD, measured, pack, plan, split
-from aem_exp.training.callback import AEMCallback, Time
-from aem_exp.training.credit import Credit, Estimator, annotate, assign, describe, sift
-from aem_exp.training.modulation import Arm
+from aem_exp.training.batch import DEAD_ROW, pack_rows, plan_updates, sampler_logps_and_entropies, split_micro_batches
+from aem_exp.training.callback import AEMCallback, StepCounter
+from aem_exp.training.credit import (
+    Credit,
+    Estimator,
+    annotate_responses,
+    assign_credit,
+    drop_uninformative_groups,
+    step_metrics,
+)
+from aem_exp.training.modulation import ModulationVariant
 
 Batch = dict[str, Tensor]
-PAPER = Arm()
+PAPER = ModulationVariant()
 
 _SAMPLER_GAP = 1e-3  # nats that a float32 session may differ from a scoring pass
 _ENGINE_GAP = 0.1  # nats that another engine may differ on average, by its own arithmetic
@@ -57,7 +64,7 @@ _COMPARE_EVERY = 50  # steps
 class Update:
     """One optimizer step of this rank: its micro-batches, and the sizes of the whole update over all ranks."""
 
-    micros: list[list[int]]
+    micro_batches: list[list[int]]
     live_rows: int
     tokens: int
     batches: list[Batch] = field(default_factory=list)
@@ -105,7 +112,7 @@ class AEMTrainer(GRPOTrainer):
         epochs: int = 1,
         device_rows: int = 0,
         device_tokens: int = 0,
-        arm: Arm = PAPER,
+        arm: ModulationVariant = PAPER,
         groups: int = 0,
         drop_equal: bool = False,
         rounds: int = 1,
@@ -139,7 +146,7 @@ class AEMTrainer(GRPOTrainer):
         self.draw, self.rollout, self.sampler, self.keep = draw, rollout, make_sampler(self), keep
         self.before_save = before_save
         self.credit = partial(
-            assign,
+            assign_credit,
             history=rollout.env.history,
             estimator=estimator,
             penalty=penalty,
@@ -164,15 +171,15 @@ class AEMTrainer(GRPOTrainer):
         A step without updates yields one of no micro-batches. It leaves no gradients, so the optimizer skips every weight,
         and what happens at the end of a step happens.
         """
-        while not self.time.over:
+        while not self.time.is_finished:
             step = self.time.step
             played, dropped = self.play(step)
             credit = self.credit(played, dropped=dropped)
             updates = self.batches(credit, step)
-            self._note(credit, len(updates))
+            self._record_metrics(credit, len(updates))
             self.time.updates += len(updates)
             for i, batches in enumerate(updates or [[]]):
-                self.time.closing = i >= len(updates) - 1
+                self.time.is_last_update = i >= len(updates) - 1
                 yield batches
 
     def play(self, step: int) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -185,8 +192,8 @@ class AEMTrainer(GRPOTrainer):
         kept: list[Trajectory] = []
         dropped: list[Trajectory] = []
         for number in range(self.rounds):
-            played = self._play(self.draw(step, number), step)
-            useful, equal = sift(played, self.mask_cut) if self.drop_equal else (played, [])
+            played = self._play_round(self.draw(step, number), step)
+            useful, equal = drop_uninformative_groups(played, self.mask_cut) if self.drop_equal else (played, [])
             kept, dropped = kept + useful, dropped + equal
             if len({t.draw for t in kept}) >= self.groups:
                 break
@@ -196,7 +203,7 @@ class AEMTrainer(GRPOTrainer):
         self.aem.metrics["train/rounds"] = number + 1
         return kept, dropped
 
-    def share(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
+    def play_distributed(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         """Play: each rank its part. All ranks get all trajectories."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
@@ -204,110 +211,114 @@ class AEMTrainer(GRPOTrainer):
             with self.clock("weights"):
                 self.publish(self)
             self._published = self.state.global_step
-        with contextlib.nullcontext() if self.use_vllm else self._whole():  # vLLM and servers have weights of their own
+        with (
+            contextlib.nullcontext() if self.use_vllm else self._full_weights()
+        ):  # vLLM and servers have weights of their own
             played = self.rollout.play(episodes[start : start + size], sampler)
         return gather_object(played)
 
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
+    def _full_weights(self) -> contextlib.AbstractContextManager[None]:
         """All weights in each process, where they are trained in pieces."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return fsdp.whole(self.model, reshard=plugin is None or plugin.reshard_after_forward)
+        return fsdp.full_weights(self.model, reshard=plugin is None or plugin.reshard_after_forward)
 
-    def _play(self, episodes: list[Episode], step: int) -> list[Trajectory]:
-        played = self.share(episodes, self.sampler)
+    def _play_round(self, episodes: list[Episode], step: int) -> list[Trajectory]:
+        played = self.play_distributed(episodes, self.sampler)
         if all(t.ended == CRASHED for t in played):
-            raise Stop(f"every environment crashed in step {step + 1}; the first: {played[0].error}", "env")
+            raise RunError(f"every environment crashed in step {step + 1}; the first: {played[0].error}", "env")
         return played
 
     def batches(self, credit: Credit, step: int) -> list[list[Batch]]:
         """The updates of a step; none where its loss is zero. Old log-probs, entropies and coefficients are measured once and
         stay fixed.
         """
-        updates = self._plan(credit, step)
+        updates = self._plan_updates(credit, step)
         told = all(row.logps for row in credit.rows)
         with self.clock("scoring"):
             for update in updates:
-                update.batches = [self._measure(credit, micro, told) for micro in update.micros]
-            credit.surprisal_R = self._gathered(credit.surprisal_R)
+                update.batches = [self._score_micro_batch(credit, micro, told) for micro in update.micro_batches]
+            credit.surprisal_R = self._sum_over_ranks(credit.surprisal_R)
         with self.clock("aem"):
-            credit.entropy_R = self._gathered(credit.entropy_R)
+            credit.entropy_R = self._sum_over_ranks(credit.entropy_R)
             if self.aem.lam is not None:
                 self._modulate(credit, step)
             if self._loss_is_zero(credit):
                 credit.trained = False
                 return []
             for update in updates:
-                for micro, batch in zip(update.micros, update.batches, strict=True):
-                    batch["advantages"] = _advantages(credit, micro, batch["tool_mask"], self.arm.unit)
+                for micro, batch in zip(update.micro_batches, update.batches, strict=True):
+                    batch["advantages"] = _token_advantages(credit, micro, batch["tool_mask"], self.arm.unit)
         for update in updates:
             for batch in update.batches:
-                self._weigh(batch, update, self._averaged(credit) / len(credit.rows))
+                self._set_loss_weights(batch, update, self._loss_denominator(credit) / len(credit.rows))
         return [update.batches for update in updates] * self.epochs
 
     def _loss_is_zero(self, credit: Credit) -> bool:
         """Whether no term of the loss has a gradient. With one of zero, Adam's momentum would move the weights all the same."""
         other_terms = self.beta or self._bonus or self.aux_loss_enabled
-        return not credit.rows or not (other_terms or credit.given_U.any())
+        return not credit.rows or not (other_terms or credit.final_advantage_U.any())
 
-    def _plan(self, credit: Credit, step: int) -> list[Update]:
+    def _plan_updates(self, credit: Credit, step: int) -> list[Update]:
         lengths = [len(row.prompt) + len(row.completion) for row in credit.rows]
         ranks, me = self.accelerator.num_processes, self.accelerator.process_index
         shares = [
-            plan(lengths, self.mini_batch, generator((self.args.seed, "updates", step)), rank, ranks)
+            plan_updates(lengths, self.mini_batch, keyed_generator((self.args.seed, "updates", step)), rank, ranks)
             for rank in range(ranks)
         ]
         out = []
         for update in zip(*shares, strict=True):
-            live = [i for share in update for i in share if i != DEAD]
+            live = [i for share in update for i in share if i != DEAD_ROW]
             tokens = sum(sum(credit.rows[i].mask) for i in live)
-            micros = [split(share, lengths, self.device_rows, self.device_tokens) for share in update]
+            micros = [split_micro_batches(share, lengths, self.device_rows, self.device_tokens) for share in update]
             idle = max(map(len, micros)) - len(micros[me])
-            mine = micros[me] + [[DEAD]] * idle  # ranks that share the weights do as many passes as each other
+            mine = micros[me] + [[DEAD_ROW]] * idle  # ranks that share the weights do as many passes as each other
             out.append(Update(mine, len(live), tokens))
         return out
 
-    def _measure(self, credit: Credit, micro: list[int], told: bool) -> Batch:
+    def _score_micro_batch(self, credit: Credit, micro: list[int], told: bool) -> Batch:
         """Pack a micro-batch with its old log-probs, and note the entropies and surprisals of its responses.
 
         `told`: the sampler gave log-probs; another engine's are its own, and are corrected for.
         Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
         """
-        batch = pack(credit.rows, micro, self._tokenizer.pad_token_id)
+        batch = pack_rows(credit.rows, micro, self._tokenizer.pad_token_id)
         if self.trust_sampler:
-            logps, entropies = measured(credit.rows, micro, batch["completion_ids"].shape[1])
-            self._compare(batch, logps, entropies)
+            logps, entropies = sampler_logps_and_entropies(credit.rows, micro, batch["completion_ids"].shape[1])
+            self._check_sampler_gap(batch, logps, entropies)
         else:
             logps, entropies = self._score(self.model, batch)
             if told:
-                self._correct(batch, credit.rows, micro, logps, entropies)
+                self._set_importance_ratio(batch, credit.rows, micro, logps, entropies)
         if self.mini_batch or self.epochs > 1:
             batch["old_per_token_logps"] = logps
         if self.beta:
             batch["ref_per_token_logps"] = self._reference(batch)
         response_NT = aem.responses(batch["tool_mask"])
-        owned = credit.owned(micro)
+        owned = credit.response_ids(micro)
         credit.entropy_R[owned] = aem.response_entropy(entropies, response_NT)
         credit.surprisal_R[owned] = aem.response_entropy(-logps, response_NT)
         if self.arm.unit == "token":
             signal_NT = entropies if self.arm.signal == "entropy" else -logps
-            credit.signal_U[credit.units(micro)] = signal_NT[response_NT >= 0]
+            credit.signal_U[credit.unit_ids(micro)] = signal_NT[response_NT >= 0]
         return batch
 
-    def _correct(self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor, entropies: Tensor) -> None:
+    def _set_importance_ratio(
+        self, batch: Batch, rows: list[Row], micro: list[int], logps: Tensor, entropies: Tensor
+    ) -> None:
         """Weigh each token by how much likelier the policy finds it than the engine that sampled it did, up to a cap.
 
         The engine's entropies are compared as its log-probs are, where it has any.
         """
-        sampled, told = measured(rows, micro, batch["completion_ids"].shape[1])
+        sampled, told = sampler_logps_and_entropies(rows, micro, batch["completion_ids"].shape[1])
         apart = (logps - sampled) * batch["tool_mask"]
         gaps = {"sampler_gap": ("log-probs", apart)}
-        if all(rows[i].entropies for i in micro if i != DEAD):
+        if all(rows[i].entropies for i in micro if i != DEAD_ROW):
             gaps["sampler_entropy_gap"] = ("entropies", (entropies - told) * batch["tool_mask"])
         for name, (what, difference) in gaps.items():
             gap = (difference.abs().sum() / batch["tool_mask"].sum().clamp(min=1)).item()
             self.aem.metrics[f"train/{name}"] = gap
             if gap > _ENGINE_GAP:
-                raise Stop(
+                raise RunError(
                     f"the engine's {what} are {gap:.2g} nats away from the policy's on average (at most {_ENGINE_GAP}): "
                     "it does not sample from these weights, or at another temperature"
                 )
@@ -318,33 +329,35 @@ class AEMTrainer(GRPOTrainer):
     def _modulate(self, credit: Credit, step: int) -> None:
         """Give each unit its coefficient; all ranks compute the same."""
         if self.arm.unit == "token":
-            credit.signal_U = self._gathered(credit.signal_U)
+            credit.signal_U = self._sum_over_ranks(credit.signal_U)
         else:
             credit.signal_U = credit.entropy_R if self.arm.signal == "entropy" else credit.surprisal_R
         trajectory_U = credit.trajectory_R[credit.response_U]
         group_U, advantage_U = credit.group_M[trajectory_U], credit.advantage_R[credit.response_U]
-        rng = generator((self.args.seed, "shuffle", step))
+        rng = keyed_generator((self.args.seed, "shuffle", step))
         lam = self.aem.lam or 0.0
-        scope_U = modulation.scoped(self.arm, group_U, trajectory_U)
+        scope_U = modulation.scope_ids(self.arm, group_U, trajectory_U)
         credit.metrics["aem/gated_share"] = aem.gated(credit.signal_U, scope_U, self.aem.gate).float().mean().item()
         alpha_U = modulation.coefficients(self.arm, credit.signal_U, scope_U, lam, self.aem.gate, rng)
-        credit.alpha_U = modulation.kept(self.arm, advantage_U, alpha_U)
+        credit.alpha_U = modulation.filter_by_entropy_effect(self.arm, advantage_U, alpha_U)
         if self.arm.keep != "all":
             credit.metrics["aem/kept_share"] = (credit.alpha_U > 0).float().mean().item()
-        credit.addition_U = modulation.addition(self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U)
+        credit.addition_U = modulation.advantage_bonus(
+            self.arm, advantage_U, credit.alpha_U, credit.signal_U, trajectory_U
+        )
 
-    def _gathered(self, value_U: Tensor) -> Tensor:
+    def _sum_over_ranks(self, value_U: Tensor) -> Tensor:
         """What each rank measured of its own rows, on all of them."""
         return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
-    def _averaged(self, credit: Credit) -> int:
+    def _loss_denominator(self, credit: Credit) -> int:
         """How many rows, or trajectories, a loss that is a mean over them divides by in a step; see `count_masked`."""
         counted = [*credit.kept, *(credit.filtered if self.count_masked else ())]
         if self.loss_type == "dr_grpo" or self.rollout.env.history == "full":
             return len(counted)
         return sum(len(t.responses) for t in counted)
 
-    def _weigh(self, batch: Batch, update: Update, averaged_per_row: float) -> None:
+    def _set_loss_weights(self, batch: Batch, update: Update, averaged_per_row: float) -> None:
         """Make the sum over micro-batches, and the mean over ranks, an average over the whole update.
 
         `loss_weight` multiplies what TRL returns. `bonus_weight` takes that back for the entropy bonus, which TRL averages
@@ -356,27 +369,27 @@ class AEMTrainer(GRPOTrainer):
         weight = 1.0
         if self.loss_type == "bnpo":
             weight = token_share
-        elif self.loss_type in ROW_MEANS:
+        elif self.loss_type in ROW_MEAN_LOSSES:
             weight = len(batch["tool_mask"]) * ranks / (update.live_rows * averaged_per_row)
         batch["num_items_in_batch"] = torch.tensor(float(update.tokens))
         batch["loss_weight"] = torch.tensor(weight)
         batch["bonus_weight"] = torch.tensor(token_share / weight if weight else 0.0)
 
-    def _note(self, credit: Credit, updates: int) -> None:
+    def _record_metrics(self, credit: Credit, updates: int) -> None:
         """Leave the step's numbers where the callback finds them."""
         spent = self.clock.read() | self.rollout.clock.read()
-        self.aem.metrics |= {f"time/{name}": value for name, value in spent.items()} | describe(credit)
+        self.aem.metrics |= {f"time/{name}": value for name, value in spent.items()} | step_metrics(credit)
         self.aem.metrics |= {"train/updates": updates, "time/update": 0.0}
         if self.aem.lam is not None:
             self.aem.metrics["aem/lam"] = self.aem.lam
         if self.keep:
-            annotate(credit)
+            annotate_responses(credit)
             self.keep(self.time.step, credit)
 
     # What TRL and transformers call.
 
     def get_train_dataloader(self) -> Any:
-        return _Updates(self.updates)
+        return _UpdateLoader(self.updates)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update: all its micro-batches, gradients synchronised with the last; in pieces, with each, or none would fit."""
@@ -395,7 +408,7 @@ class AEMTrainer(GRPOTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(norm):
             what = f"the norm of the gradient is {norm} in step {self.time.step + 1}, with loss_type={self.loss_type}"
-            raise Stop(
+            raise RunError(
                 f"{what}; nothing was updated with it. A lower trainer.learning_rate or trainer.max_grad_norm may help",
                 "nan",
             )
@@ -412,8 +425,10 @@ class AEMTrainer(GRPOTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate follows steps, like every schedule here: the updates of a step share it."""
-        scheduler = super().create_scheduler(self.time.steps - self.time.first, optimizer)
-        self.lr_scheduler = scheduler if isinstance(scheduler, _PerStep) else _PerStep(scheduler, self.time)
+        scheduler = super().create_scheduler(self.time.steps - self.time.first_step, optimizer)
+        self.lr_scheduler = (
+            scheduler if isinstance(scheduler, _PerStepScheduler) else _PerStepScheduler(scheduler, self.time)
+        )
         return self.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -426,7 +441,7 @@ class AEMTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            checkpoints.mark(folder, self.time.step, self.time.updates, self.accelerator.num_processes)
+            checkpoints.mark_complete(folder, self.time.step, self.time.updates, self.accelerator.num_processes)
 
     # Scoring.
 
@@ -450,7 +465,7 @@ class AEMTrainer(GRPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
             return self._score(self.model, batch)[0]
 
-    def _compare(self, batch: Batch, logps: Tensor, entropies: Tensor) -> None:
+    def _check_sampler_gap(self, batch: Batch, logps: Tensor, entropies: Tensor) -> None:
         """Now and then, check that the sampler sampled from the distribution that is trained."""
         if self.time.step % _COMPARE_EVERY or "train/sampler_gap" in self.aem.metrics:
             return
@@ -468,21 +483,21 @@ class AEMTrainer(GRPOTrainer):
                 )
 
 
-class _PerStep:
+class _PerStepScheduler:
     """A learning rate scheduler that moves when a step ends, not with each update."""
 
-    def __init__(self, scheduler: Any, time: Time):
+    def __init__(self, scheduler: Any, time: StepCounter):
         self._scheduler, self._time = scheduler, time
 
     def step(self) -> None:
-        if self._time.closing:
+        if self._time.is_last_update:
             self._scheduler.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take none of the state: rate and shape are the config's, and where a run is, its time says. Both may differ from the
         run that this one continues."""
         scheduler = self._scheduler
-        scheduler.last_epoch = self._time.step - self._time.first
+        scheduler.last_epoch = self._time.step - self._time.first_step
         scheduler._step_count = scheduler.last_epoch + 1
         scheduler._last_lr = [
             base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -494,7 +509,7 @@ class _PerStep:
         return getattr(self._scheduler, name)
 
 
-class _Updates:
+class _UpdateLoader:
     """What transformers iterates over in place of a data loader."""
 
     def __init__(self, updates: Callable[[], Iterator[list[Batch]]]):
@@ -504,20 +519,24 @@ class _Updates:
         return self._updates()
 
 
-def _advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor, unit: str) -> Tensor:
+def _token_advantages(credit: Credit, micro: Sequence[int], mask_NT: Tensor, unit: str) -> Tensor:
     """Advantages (N, T): those of the responses, spread over their tokens, times the coefficients of their units."""
     unit_NT = aem.responses(mask_NT)
-    advantage_NT = _spread(credit.advantage_R[credit.owned(micro)], unit_NT)
+    advantage_NT = _broadcast_to_tokens(credit.advantage_R[credit.response_ids(micro)], unit_NT)
     if credit.alpha_U is None:
         return advantage_NT
-    ids = credit.units(micro)
+    ids = credit.unit_ids(micro)
     if unit == "token":
         unit_NT = (mask_NT.flatten().cumsum(0).view_as(mask_NT) - 1).masked_fill(mask_NT == 0, -1)
     advantage_NT = aem.modulate(advantage_NT, credit.alpha_U[ids], unit_NT)
-    return advantage_NT if credit.addition_U is None else advantage_NT + _spread(credit.addition_U[ids], unit_NT)
+    return (
+        advantage_NT
+        if credit.addition_U is None
+        else advantage_NT + _broadcast_to_tokens(credit.addition_U[ids], unit_NT)
+    )
 
 
-def _spread(value_U: Tensor, unit_NT: Tensor) -> Tensor:
+def _broadcast_to_tokens(value_U: Tensor, unit_NT: Tensor) -> Tensor:
     """The value of its unit at each token; 0 where there is none."""
     return torch.cat([value_U, value_U.new_zeros(1)])[unit_NT]
 
@@ -526,7 +545,7 @@ def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]
     raise AssertionError("TRL asks no reward function here")
 
 
-def build(
+def build_trainer(
     experiment: Experiment,
     folder: Path,
     model: Any,
@@ -552,7 +571,7 @@ def build(
         epochs=settings.get("num_iterations", 1),
         device_rows=launch.device_rows,
         device_tokens=launch.device_tokens,
-        arm=Arm(**{f.name: getattr(experiment.modulation, f.name) for f in fields(Arm)}),
+        arm=ModulationVariant(**{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}),
         groups=settings["tasks_per_step"],
         drop_equal=settings["drop_equal"],
         rounds=settings["rounds"],

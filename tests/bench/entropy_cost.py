@@ -43,7 +43,7 @@ from trl.trainer.utils import add_fused_lm_head
 from aem_exp import policy
 from aem_exp.core import console
 from aem_exp.envs import Task
-from aem_exp.envs.executor import Serial
+from aem_exp.envs.executor import SerialExecutor
 from aem_exp.jobs.memory_trace import Meter
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
@@ -109,12 +109,12 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
         "generation": lambda: play(trainer),
         "scoring": lambda: trainer._score(trainer.model, batch),
         "update": lambda: train(trainer, batch),
-        "draw": lambda: local._draw(*draws[-1]),
+        "draw": lambda: local._sample_tokens(*draws[-1]),
         "mute draw": lambda: mute(*draws[-1]),
         "head": lambda: trainer._score(heads[0], batch),
         "mute head": lambda: trainer._score(heads[1], batch),
     }
-    assert all(map(torch.equal, local._draw(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
+    assert all(map(torch.equal, local._sample_tokens(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
     train(trainer, batch)  # the optimizer makes its moments
     times, modulating = timed(acts, updates, trainer, rounds)
     entropy = max(0.0, times["head"] - times["mute head"])
@@ -182,12 +182,12 @@ def most(trainer: Any, act: Callable[[], Any]) -> float:
 def trainer_of(case: Case, folder: Path) -> Any:
     torch.manual_seed(0)
     shape = weighed.Setting("", case.kind, hidden=case.hidden, layers=case.layers, vocab=case.vocab).shape
-    model = policy.skeleton(shape | {"max_position_embeddings": 4096}, "float32", None, {})
+    model = policy.build_from_config(shape | {"max_position_embeddings": 4096}, "float32", None, {})
     rules = toy.env("full", response_tokens=case.tokens, context_tokens=TURNS * (case.tokens + 20))
     run = toy.experiment("full", steps=10**6, bf16=CUDA)
     run = replace(run, env=rules, launch=replace(run.launch, trainer={"use_cpu": not CUDA}))
     _, tokenizer = toy.policy(folder)
-    rollout = Rollout(Serial(toy.ChatterWorld()), rules, Chat(tokenizer))
+    rollout = Rollout(SerialExecutor(toy.ChatterWorld()), rules, Chat(tokenizer))
     trainer = toy.trainer(folder, run, lam=1.0, model=model, rollout=rollout)
     trainer.time.step = 1  # not step 0, at which sampler and trainer are compared
     trainer.current_gradient_accumulation_steps = 1
@@ -199,7 +199,7 @@ def play(trainer: Any, draw: Callable | None = None) -> list[Any]:
     """Two groups of four; every response has its full length, as the end is one word of many."""
     (task,) = [Task("train-3", 3, kind="turns4")]
     episodes = [Episode(task, d, m, (0, d, m)) for d in range(2) for m in range(EPISODES // 2)]
-    with drawing(draw or local._draw):
+    with drawing(draw or local._sample_tokens):
         return trainer.rollout.play(episodes, trainer.sampler)
 
 
@@ -211,15 +211,15 @@ def train(trainer: Any, batch: dict) -> None:
 
 @contextlib.contextmanager
 def drawing(draw: Callable) -> Iterator[None]:
-    usual, local._draw = local._draw, draw
+    usual, local._sample_tokens = local._sample_tokens, draw
     try:
         yield
     finally:
-        local._draw = usual
+        local._sample_tokens = usual
 
 
 def recording(draws: list[tuple]) -> Callable:
-    usual = local._draw
+    usual = local._sample_tokens
 
     def draw(*args: Any) -> tuple:
         draws[-1:] = [()] * len(draws[-1:])  # all are counted, the last is kept
@@ -232,7 +232,7 @@ def recording(draws: list[tuple]) -> Callable:
 def mute(scores_BV: torch.Tensor, draw_B: torch.Tensor, sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`local._draw` without the entropies."""
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
-    kept_BV = local._filtered(logp_BV.exp(), sampling).double().cumsum(-1)
+    kept_BV = local._filter_probabilities(logp_BV.exp(), sampling).double().cumsum(-1)
     token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)
     token_B = token_B.clamp(max=scores_BV.shape[-1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)
@@ -282,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    console.quiet()
+    console.silence_libraries()
     disable_progress_bar()
     torch.set_num_threads(1)
     print(torch.cuda.get_device_name() if CUDA else "a CPU, one thread")

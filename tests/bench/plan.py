@@ -26,11 +26,11 @@ def seconds(act) -> float:
 
 
 def main(rounds: int = 5) -> None:
-    cells = question.grid(GRID).cells  # warms caches
+    cells = question.parse_grid(GRID).cells  # warms caches
     some = cells[:: len(cells) // ALONE]
     together, alone = [], []
     for _ in range(rounds):
-        together.append(seconds(lambda: question.grid(GRID)))
+        together.append(seconds(lambda: question.parse_grid(GRID)))
         alone.append(seconds(lambda: [config.load(list(cell.overrides)) for cell in some]) / len(some) * len(cells))
     one, other = statistics.median(together), statistics.median(alone)
     print(f"{len(cells)} cells together {one:6.2f} s   (best {min(together):.2f})")

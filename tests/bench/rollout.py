@@ -113,7 +113,7 @@ Contender = Callable[[], tuple[float, int, int]]  # plays all episodes: seconds,
 
 
 def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
-    from aem_exp.envs.executor import Serial
+    from aem_exp.envs.executor import SerialExecutor
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
     from aem_exp.rollout.sampling.base import Sampling
@@ -121,7 +121,7 @@ def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     from aem_exp.rollout.types import Episode
 
     world, chat = Talk(), Chat(tokenizer)
-    rollout, sampler = Rollout(Serial(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())
+    rollout, sampler = Rollout(SerialExecutor(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())
     episodes = [Episode(task, task.seed // GROUP, task.seed % GROUP, (task.seed,)) for task in world.tasks("train")]
 
     def play() -> tuple[float, int, int]:

@@ -43,11 +43,11 @@ def main() -> None:
     import toy
     from completions_server import CompletionsServer
 
-    from aem_exp.envs.workers import Workers
+    from aem_exp.envs.workers import WorkerPool
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
     from aem_exp.rollout.sampling.base import Sampling
-    from aem_exp.rollout.sampling.vllm import ServedSampler
+    from aem_exp.rollout.sampling.vllm import ServerSampler
     from aem_exp.rollout.sampling.vllm_client import Servers
     from aem_exp.rollout.types import Episode
 
@@ -63,8 +63,8 @@ def main() -> None:
         server.seconds = asked.answer
         servers = Servers(folder, 60.0)
         sampler, stage = (
-            ServedSampler(servers, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer)),
-            Workers(make, asked.episodes, 60.0),
+            ServerSampler(servers, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer)),
+            WorkerPool(make, asked.episodes, 60.0),
         )
         stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})  # processes start
         ways = {"in step": InStep(sampler), "by itself": sampler}
@@ -81,7 +81,7 @@ def main() -> None:
                     idle[way].append(spent["environment"] / (spent["environment"] + spent["generation"]))
             assert said["in step"] == said["by itself"]
         stage.close()
-        servers.hang_up()
+        servers.cancel()
     how = f"{asked.episodes} episodes of {asked.turns} turns, answers of {asked.answer * 1000:.0f} ms and more"
     print(f"{how}, steps of {LOW * 1000:.0f} to {HIGH * 1000:.0f} ms, medians of {asked.rounds} rounds")
     for way in ways:

@@ -38,7 +38,7 @@ def steps(log: Callable[[int, dict[str, float]], object]) -> list[float]:
 
 def ours(folder: Path) -> tuple[list[float], float]:
     with Tracker.open(folder / "run", store_uri.resolve_uri(None, folder), "bench", "ours", {}, {}) as tracker:
-        tracker.ready()
+        tracker.wait_until_ready()
         spent = steps(tracker.log)
         end = time.perf_counter()
     assert tracker.trouble is None

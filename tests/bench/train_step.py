@@ -45,7 +45,7 @@ Arm = Callable[
 def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any, list[Any]]:
     """The default experiment with one update per step, a loader of its policy, its rollout, and the episodes it played."""
     from aem_exp import config, policy
-    from aem_exp.envs.executor import Serial
+    from aem_exp.envs.executor import SerialExecutor
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
     from aem_exp.rollout.sampling.base import Sampling
@@ -61,10 +61,10 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
     ]
     experiment = config.load(words)
     world = execution.world_of(experiment)
-    load = partial(policy.load, experiment.model, policy.made(experiment, world), experiment.seed)
+    load = partial(policy.load, experiment.model, policy.make_cached(experiment, world), experiment.seed)
     model, tokenizer = load()
     chat = Chat(tokenizer)
-    rollout = Rollout(Serial(world), experiment.env, chat)
+    rollout = Rollout(SerialExecutor(world), experiment.env, chat)
     episodes = execution._draw(experiment, world.tasks("train"), 0, 0)
     return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, Sampling()))
 
@@ -73,14 +73,14 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
     from aem_exp import config
     from aem_exp.rollout.sampling.base import Sampling
     from aem_exp.rollout.sampling.local import LocalSampler
-    from aem_exp.training.callback import AEMCallback, Time
-    from aem_exp.training.trainer import build
+    from aem_exp.training.callback import AEMCallback, StepCounter
+    from aem_exp.training.trainer import build_trainer
 
     model, tokenizer = load()
     modulation = experiment.modulation if modulated else config.load(["modulation=none"]).modulation
     lam = config.instantiate(modulation.lam) if modulated else None
-    clock = Time(10**6, step=1)  # not step 0, at which sampler and trainer are compared
-    trainer = build(
+    clock = StepCounter(10**6, step=1)  # not step 0, at which sampler and trainer are compared
+    trainer = build_trainer(
         replace(experiment, modulation=modulation),
         folder,
         model,
@@ -193,7 +193,7 @@ def main() -> None:
 
     from aem_exp.core import console
 
-    console.quiet()
+    console.silence_libraries()
     torch.set_num_threads(1)
     for device_rows in asked.device_rows:
         experiment, *parts = prepared(device_rows)

@@ -14,7 +14,7 @@ import numpy as np
 
 from aem_exp.envs.webshop import generated
 from aem_exp.envs.webshop.catalogue import Catalogue
-from aem_exp.envs.webshop.world import Generated, _opened
+from aem_exp.envs.webshop.world import Generated, _load_catalogue
 
 
 def steps(seconds: float = 4.0) -> float:
@@ -66,11 +66,11 @@ def main() -> None:
         searches(Generated(products=1000).catalogue)
         return
     start = time.perf_counter()
-    folder = generated.folder(asked.products, 0)
+    folder = generated.generate_catalogue(asked.products, 0)
     print(f"made    {asked.products:,} products in {time.perf_counter() - start:.0f} s", flush=True)
     start = time.perf_counter()
     files = folder / "items_shuffle_1000.json", folder / "items_ins_v2_1000.json", None
-    catalogue = _opened(files)
+    catalogue = _load_catalogue(files)
     print(
         f"built   in {time.perf_counter() - start:.0f} s; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
     )

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from aem_exp.envs import Task, Turn
-from aem_exp.envs.executor import Serial, Stage
-from aem_exp.envs.workers import Workers
+from aem_exp.envs.executor import EnvExecutor, SerialExecutor
+from aem_exp.envs.workers import WorkerPool
 
 EPISODES, TURNS = 32, 5
 
@@ -44,7 +44,7 @@ class Waiting:
     def close(self) -> None: ...
 
 
-def play(stage: Stage, world: Waiting) -> float:
+def play(stage: EnvExecutor, world: Waiting) -> float:
     """Seconds that one batch of episodes takes."""
     start = time.perf_counter()
     replies = stage.reset(dict(enumerate(world.tasks("train"))))
@@ -57,8 +57,8 @@ def play(stage: Stage, world: Waiting) -> float:
 def main(rounds: int = 3) -> None:
     for seconds in (0.05, 0.0):
         world, make = Waiting(seconds), {"_target_": f"{Path(__file__).stem}.Waiting", "seconds": seconds}
-        stages: dict[str, Stage] = {"Serial": Serial(world)}
-        stages |= {f"Workers({count})": Workers(make, count, 60.0) for count in (16, 32)}
+        stages: dict[str, EnvExecutor] = {"Serial": SerialExecutor(world)}
+        stages |= {f"Workers({count})": WorkerPool(make, count, 60.0) for count in (16, 32)}
         first = {name: play(stage, world) for name, stage in stages.items()}  # processes start
         times: dict[str, list[float]] = {name: [] for name in stages}
         for _ in range(rounds):

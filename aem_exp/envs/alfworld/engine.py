@@ -21,17 +21,17 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from aem_exp.core.errors import Missing
-from aem_exp.core.extras import install
+from aem_exp.core.errors import MissingResource
+from aem_exp.core.extras import install_command
 
 NOTHING: Final = "Nothing happens."
-GAMES: Final = 64  # translated games that a process keeps
-COMPILES: Final = "(it compiles two packages: a C++ compiler, make and cmake)"
+CACHED_GAMES: Final = 64  # translated games that a process keeps
+COMPILER_NOTE: Final = "(it compiles two packages: a C++ compiler, make and cmake)"
 PACKAGES: Final = ("alfworld", "textworld", "fast_downward")
 
-ERRAND: Final = "ERRAND7F3A"  # stands in a grammar for the errand of one game
-ANYTHING: Final = "*"  # a predicate that stands for all
-_SENTENCE: Final = re.compile(r"(?<=Your task is to: )[\w ,.'-]+(?=\")")
+GOAL_PLACEHOLDER: Final = "ERRAND7F3A"  # stands in a grammar for the errand of one game
+ANY_PREDICATE: Final = "*"  # a predicate that stands for all
+_GOAL_SENTENCE: Final = re.compile(r"(?<=Your task is to: )[\w ,.'-]+(?=\")")
 
 Var = tuple[str, str]  # name and type, of a variable or of a placeholder
 Fact = tuple[str, tuple[str, ...], tuple[str, ...]]  # predicate, types, names
@@ -41,12 +41,16 @@ def check_installed() -> None:
     """Refuse where the engine is missing, or cannot run; nothing is imported for it."""
     if sys.version_info >= (3, 13):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise Missing("env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}")
+        raise MissingResource(
+            "env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}"
+        )
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise Missing("env.make", "alfworld", f"needs {', '.join(missing)}: {install('alfworld')} {COMPILES}")
+        raise MissingResource(
+            "env.make", "alfworld", f"needs {', '.join(missing)}: {install_command('alfworld')} {COMPILER_NOTE}"
+        )
 
 
-class Scene(NamedTuple):
+class GameState(NamedTuple):
     """What a game says after a step: its text, the commands it takes now, whether its goal is reached."""
 
     text: str
@@ -60,59 +64,59 @@ class Engine:
     def __init__(self) -> None:
         self._library: Any = None
 
-    def start(self, data: Mapping[str, Any]) -> Scene:
+    def start(self, data: Mapping[str, Any]) -> GameState:
         """Begin a game, as its file holds it.
 
         Raises:
             ValueError: the engine does not take the game.
         """
-        self.game = game_of(data)
+        self.game = load_game(data)
         if self._library is None:
-            self._library = _FREE.pop() if _FREE else _library()
+            self._library = _IDLE_LIBRARIES.pop() if _IDLE_LIBRARIES else _load_library()
         self._library.load_sas(self.game.sas)
-        self._facts = _Facts(self.game, [*self.game.initial, *self._atoms()])
+        self._facts = _Facts(self.game, [*self.game.initial, *self._read_facts()])
         if self.game.entities is None:
             self.game.entities = self._facts.entities()
-        self._speaker = _Speaker(self.game, self._facts)
-        self._commands = dict[str, str]()  # ground operator -> command, where no step changes it
-        return self._scene(self._speaker.say("#intro#", {}))
+        self._generator = _TextGenerator(self.game, self._facts)
+        self._command_cache = dict[str, str]()  # ground operator -> command, where no step changes it
+        return self._make_state(self._generator.write("#intro#", {}))
 
-    def step(self, command: str) -> Scene:
+    def step(self, command: str) -> GameState:
         """Carry out a command; one that is not admissible changes nothing."""
-        operator = self._table.get(command.strip())
+        operator = self._operator_by_command.get(command.strip())
         if operator is None:
-            return self._last._replace(text=NOTHING)
+            return self._state._replace(text=NOTHING)
         self._apply(operator)
         mapping = self.game.mapping(operator[1])
-        return self._scene(self._speaker.say(self.game.grammar.feedback[operator[1].split()[0]], mapping))
+        return self._make_state(self._generator.write(self.game.grammar.feedback[operator[1].split()[0]], mapping))
 
-    def reads(self, command: str) -> bool:
+    def matches_grammar(self, command: str) -> bool:
         """Whether a command has the form of one of the game's, admissible or not."""
-        return self.game.grammar.shapes.fullmatch(command) is not None
+        return self.game.grammar.command_pattern.fullmatch(command) is not None
 
     def close(self) -> None:
         if self._library is not None:
-            _FREE.append(self._library)
+            _IDLE_LIBRARIES.append(self._library)
             self._library = None
 
-    def _scene(self, text: str) -> Scene:
-        self._table: dict[str, tuple[int, str, int]] = {}
-        for operator in self._operators():
-            self._table.setdefault(self._command(operator[1]), operator)
-        self._last = Scene(text, tuple(sorted(self._table)), bool(self._library.check_goal()))
-        return self._last
+    def _make_state(self, text: str) -> GameState:
+        self._operator_by_command: dict[str, tuple[int, str, int]] = {}
+        for operator in self._applicable_operators():
+            self._operator_by_command.setdefault(self._word_command(operator[1]), operator)
+        self._state = GameState(text, tuple(sorted(self._operator_by_command)), bool(self._library.check_goal()))
+        return self._state
 
-    def _command(self, ground: str) -> str:
+    def _word_command(self, ground: str) -> str:
         """How a player words a ground operator."""
-        found = self._commands.get(ground)
+        found = self._command_cache.get(ground)
         if found is None:
             action = ground.split()[0]
-            found = self._speaker.say(self.game.grammar.command[action], self.game.mapping(ground))
-            if action in self.game.fixed:
-                self._commands[ground] = found
+            found = self._generator.write(self.game.grammar.command[action], self.game.mapping(ground))
+            if action in self.game.fixed_wordings:
+                self._command_cache[ground] = found
         return found
 
-    def _operators(self) -> list[tuple[int, str, int]]:
+    def _applicable_operators(self) -> list[tuple[int, str, int]]:
         """Number, name and effects of what can be done; of several with one name, the first."""
         from fast_downward import Operator
 
@@ -129,17 +133,17 @@ class Engine:
         effects = (Atom * operator[2])()
         self._library.apply_operator(operator[0], effects)
         for effect in effects:
-            predicate, types, names = self.game.fact(effect.name)
-            self._facts.remove((_negated(predicate), types, names))
+            predicate, types, names = self.game.parse_atom(effect.name)
+            self._facts.remove((_negate(predicate), types, names))
             self._facts.add((predicate, types, names))
 
-    def _atoms(self) -> list[Fact]:
+    def _read_facts(self) -> list[Fact]:
         """The facts that are true and may change."""
         from fast_downward import Atom
 
         atoms = (Atom * self._library.get_state_size())()
         self._library.get_state(atoms)
-        return [self.game.fact(name) for atom in atoms if not (name := atom.name).startswith("NegatedAtom")]
+        return [self.game.parse_atom(name) for atom in atoms if not (name := atom.name).startswith("NegatedAtom")]
 
 
 # A game, translated once.
@@ -156,30 +160,32 @@ class Game:
     """
 
     def __init__(self, domain: str, grammar: str, problem: str):
-        task, sas = _translated(domain, problem)
+        task, sas = _translate(domain, problem)
         self.sas = sas.encode()
         self.types = {thing.name: thing.type_name for thing in task.objects}
         self.parameters = {
             action.name: [(one.name.strip("?"), one.type_name) for one in action.parameters] for action in task.actions
         }
-        self.initial = _initial(task, self.types)
+        self.initial = _initial_facts(task, self.types)
         self.hierarchy = _hierarchy(task)
-        self.grammar, self.errand = _parted(grammar)
+        self.grammar, self.goal_sentence = _split_goal(grammar)
         self.entities: dict[str, Entity] | None = None
         changed = {effect.literal.predicate for action in task.actions for effect in action.effects}
-        changed |= {axiom.name for axiom in task.axioms} | {ANYTHING}
-        changed |= {_negated(predicate) for predicate in changed}
-        self.fixed = {action for action, asked in self.grammar.asked.items() if not asked & changed}
-        self.fact = cache(self._fact)
+        changed |= {axiom.name for axiom in task.axioms} | {ANY_PREDICATE}
+        changed |= {_negate(predicate) for predicate in changed}
+        self.fixed_wordings = {
+            action for action, asked in self.grammar.command_predicates.items() if not asked & changed
+        }
+        self.parse_atom = cache(self._parse_atom)
         self.mapping = cache(self._mapping)
 
-    def _fact(self, atom: str) -> Fact:
+    def _parse_atom(self, atom: str) -> Fact:
         """'Atom in(a, b)' or 'NegatedAtom in(a, b)', as Fast Downward writes it."""
         sign, rest = atom.split(" ", 1)
         predicate, arguments = rest[:-1].split("(", 1)
         names = tuple(name for name in arguments.split(", ") if name)
         predicate = f"not_{predicate}" if sign == "NegatedAtom" else predicate
-        return predicate, tuple(self.types[name] for name in names), tuple(_spelt(name) for name in names)
+        return predicate, tuple(self.types[name] for name in names), tuple(_restore_case(name) for name in names)
 
     def _mapping(self, ground: str) -> dict[Var, Var]:
         """Placeholder -> variable, of a ground operator."""
@@ -190,7 +196,7 @@ class Game:
         return {placeholder: (name, placeholder[1]) for placeholder, name in pairs}
 
 
-def game_of(data: Mapping[str, Any]) -> Game:
+def load_game(data: Mapping[str, Any]) -> Game:
     """The game that a file holds; the latest are kept.
 
     Raises:
@@ -199,16 +205,16 @@ def game_of(data: Mapping[str, Any]) -> Game:
     parts = [data.get(key) for key in ("pddl_domain", "grammar", "pddl_problem")]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError("not a game: it has no text for each of pddl_domain, grammar, pddl_problem")
-    return _game(*parts)
+    return _translate_game(*parts)
 
 
-@lru_cache(GAMES)
-def _game(domain: str, grammar: str, problem: str) -> Game:
-    with contained():
+@lru_cache(CACHED_GAMES)
+def _translate_game(domain: str, grammar: str, problem: str) -> Game:
+    with isolate_globals():
         return Game(domain, grammar, problem)
 
 
-def _translated(domain: str, problem: str) -> tuple[Any, str]:
+def _translate(domain: str, problem: str) -> tuple[Any, str]:
     from fast_downward import pddl2sas
 
     try:
@@ -217,7 +223,7 @@ def _translated(domain: str, problem: str) -> tuple[Any, str]:
         raise ValueError(f"Fast Downward refuses the game: {error}") from error
 
 
-def _initial(task: Any, types: Mapping[str, str]) -> list[Fact]:
+def _initial_facts(task: Any, types: Mapping[str, str]) -> list[Fact]:
     """What the problem file says, without equality, costs and distances."""
     facts = []
     for atom in task.init:
@@ -248,11 +254,11 @@ def _hierarchy(task: Any) -> Any:
     return narrowed
 
 
-def _negated(predicate: str) -> str:
+def _negate(predicate: str) -> str:
     return predicate.removeprefix("not_") if predicate.startswith("not_") else f"not_{predicate}"
 
 
-def _spelt(name: str) -> str:
+def _restore_case(name: str) -> str:
     return name.upper() if name in ("i", "p") else name
 
 
@@ -265,7 +271,7 @@ class Entity(NamedTuple):
     indefinite: str = "a"
 
 
-def names(ids: Sequence[str]) -> dict[str, str]:
+def display_names(ids: Sequence[str]) -> dict[str, str]:
     """The name of each thing: `mug_bar__plus_01_dot_23_bar_...` is a numbered mug. ALFWorld's own numbering, from the last.
 
     A sink's id holds its basin, and the name says so.
@@ -280,11 +286,11 @@ def names(ids: Sequence[str]) -> dict[str, str]:
             found[one] = f"{kinds[one]} {left[kinds[one]]}"
             left[kinds[one]] -= 1
         else:
-            found[one] = f"{_unescaped(one)} "
+            found[one] = f"{_unescape(one)} "
     return found
 
 
-def _unescaped(name: str) -> str:
+def _unescape(name: str) -> str:
     for word, sign in (("_minus_", "-"), ("_plus_", "+"), ("_dot_", "."), ("_comma_", ",")):
         name = name.replace(word, sign)
     return name
@@ -294,7 +300,7 @@ class _Facts:
     """What is true in a game."""
 
     def __init__(self, game: Game, facts: Sequence[Fact]):
-        self._narrowed = game.hierarchy
+        self._list_subtypes = game.hierarchy
         self._true: dict[tuple[str, tuple[str, ...]], set[tuple[str, ...]]] = {}
         for fact in facts:
             self.add(fact)
@@ -307,22 +313,24 @@ class _Facts:
 
     def entities(self) -> dict[str, Entity]:
         things = dict.fromkeys(name for facts in self._true.values() for fact in facts for name in fact)
-        return {one: Entity(one, name) for one, name in names(list(things)).items()}
+        return {one: Entity(one, name) for one, name in display_names(list(things)).items()}
 
-    def answers(self, query: Sequence["Predicate"], mapping: dict[Var, Var]) -> Iterator[dict[Var, Var]]:
+    def find_mappings(self, query: Sequence["Predicate"], mapping: dict[Var, Var]) -> Iterator[dict[Var, Var]]:
         """All ways to make a query true, in TextWorld's order. Different placeholders are different things."""
         if not query:
             yield mapping
             return
         first, *rest = query
-        for types in self._narrowed(tuple(type_ for _, type_ in first.placeholders)):
+        for types in self._list_subtypes(tuple(type_ for _, type_ in first.placeholders)):
             for fact in sorted(self._true.get((first.name, types), ())):
-                extended = _matched(first.placeholders, zip(fact, types, strict=True), mapping)
+                extended = _extend_mapping(first.placeholders, zip(fact, types, strict=True), mapping)
                 if extended is not None:
-                    yield from self.answers(rest, extended)
+                    yield from self.find_mappings(rest, extended)
 
 
-def _matched(placeholders: Sequence[Var], values: Iterator[Var], mapping: dict[Var, Var]) -> dict[Var, Var] | None:
+def _extend_mapping(
+    placeholders: Sequence[Var], values: Iterator[Var], mapping: dict[Var, Var]
+) -> dict[Var, Var] | None:
     extended, used = dict(mapping), set(mapping.values())
     for placeholder, value in zip(placeholders, values, strict=True):
         known = extended.get(placeholder)
@@ -364,7 +372,7 @@ class _Nonterminal:
 
 
 @dataclass(frozen=True)
-class _Each:
+class _ForEach:
     """A term or nonterminal for every answer to a query; `listed`: as an enumeration, a, b, and c."""
 
     inner: "_Term | _Nonterminal"
@@ -382,49 +390,51 @@ class Grammar:
 
     def __init__(self, actions: Mapping[str, Any], rules: Mapping[str, Sequence[Any]]):
         self.rules = {
-            name: [_Rule(_query(rule.condition), _compiled(rule.rhs)) for rule in alternatives]
+            name: [_Rule(_parse_query(rule.condition), _compile_symbols(rule.rhs)) for rule in alternatives]
             for name, alternatives in rules.items()
         }
         self.symbols = cache(self._symbols)
         self.command = {name: action.template for name, action in actions.items()}
         self.feedback = {name: action.feedback_rule for name, action in actions.items()}
-        self.shapes = re.compile("|".join(_shape(self.symbols(text)) for text in self.command.values()))
-        self.asked = {name: self._predicates(self.symbols(text)) for name, text in self.command.items()}
+        self.command_pattern = re.compile(
+            "|".join(_command_regex(self.symbols(text)) for text in self.command.values())
+        )
+        self.command_predicates = {name: self._predicates(self.symbols(text)) for name, text in self.command.items()}
 
     def _symbols(self, text: str) -> tuple[Any, ...]:
         """A template, compiled."""
         from textworld.envs.pddl import textgen
 
-        with contained():
-            return _compiled(textgen._parse_and_convert(text, rule_name="symbols"))
+        with isolate_globals():
+            return _compile_symbols(textgen._parse_and_convert(text, rule_name="symbols"))
 
     def _predicates(self, symbols: Sequence[Any]) -> set[str]:
         found: set[str] = set()
         for symbol in symbols:
-            if isinstance(symbol, _Each):
+            if isinstance(symbol, _ForEach):
                 found |= {predicate.name for predicate in symbol.query} | self._predicates([symbol.inner])
             elif isinstance(symbol, _Nonterminal):
-                found.add(ANYTHING)
+                found.add(ANY_PREDICATE)
         return found
 
 
-def _parted(text: str) -> tuple[Grammar, str]:
+def _split_goal(text: str) -> tuple[Grammar, str]:
     """A grammar, and the errand that only this game has: games that differ in nothing else share the rest."""
-    found = _SENTENCE.search(text)
-    if found is None or ERRAND in text:
-        return _grammar(text), ERRAND
-    return _grammar(text[: found.start()] + ERRAND + text[found.end() :]), found[0]
+    found = _GOAL_SENTENCE.search(text)
+    if found is None or GOAL_PLACEHOLDER in text:
+        return _parse_grammar(text), GOAL_PLACEHOLDER
+    return _parse_grammar(text[: found.start()] + GOAL_PLACEHOLDER + text[found.end() :]), found[0]
 
 
 @lru_cache(8)
-def _grammar(text: str) -> Grammar:
+def _parse_grammar(text: str) -> Grammar:
     from textworld.envs.pddl.logic import GameLogic
 
     logic = GameLogic("", text)
     return Grammar(logic.actions, logic.grammar._rules)
 
 
-def _query(text: str | None) -> Query:
+def _parse_query(text: str | None) -> Query:
     if not text:
         return ()
     from textworld.logic import Rule
@@ -433,30 +443,30 @@ def _query(text: str | None) -> Query:
     return tuple(Predicate(p.name, tuple((one.name, one.type) for one in p.parameters)) for p in parsed)
 
 
-def _compiled(symbols: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_symbol(symbol) for symbol in symbols)
+def _compile_symbols(symbols: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(_compile_symbol(symbol) for symbol in symbols)
 
 
-def _symbol(symbol: Any) -> Any:
+def _compile_symbol(symbol: Any) -> Any:
     kind = type(symbol).__name__
     if kind == "TerminalSymbol":
         return str(symbol.symbol)
     if kind == "NonterminalSymbol":
         return _Nonterminal(str(symbol.symbol))
     if kind == "EvalSymbol":
-        return _Term(_expression(symbol.expression))
+        return _Term(_parse_expression(symbol.expression))
     if kind == "ConditionalSymbol":
-        return _Each(_symbol(symbol.expression), _query(symbol.given))
+        return _ForEach(_compile_symbol(symbol.expression), _parse_query(symbol.given))
     assert kind == "ListSymbol", kind
-    each = _symbol(symbol.symbol)
-    return _Each(each.inner, each.query, listed=True)
+    each = _compile_symbol(symbol.symbol)
+    return _ForEach(each.inner, each.query, listed=True)
 
 
-def _shape(symbols: Sequence[Any]) -> str:
+def _command_regex(symbols: Sequence[Any]) -> str:
     return "".join(re.escape(symbol) if isinstance(symbol, str) else r"[\w-]+ \d+" for symbol in symbols)
 
 
-def _expression(text: str) -> ast.expr:
+def _parse_expression(text: str) -> ast.expr:
     """An expression that only names things and joins them. The stock engine evaluates whatever a game file says.
 
     Raises:
@@ -477,38 +487,45 @@ def _expression(text: str) -> ast.expr:
     return tree
 
 
-class _Speaker:
+class _TextGenerator:
     """Derives texts from a grammar and what is true."""
 
     def __init__(self, game: Game, facts: _Facts):
         assert game.entities is not None
-        self._grammar, self._errand, self._entities, self._facts = game.grammar, game.errand, game.entities, facts
+        self._grammar, self._goal_sentence, self._entities, self._facts = (
+            game.grammar,
+            game.goal_sentence,
+            game.entities,
+            facts,
+        )
 
-    def say(self, template: str, mapping: dict[Var, Var]) -> str:
-        return "".join(self._derive(self._grammar.symbols(template), mapping)).replace(ERRAND, self._errand)
+    def write(self, template: str, mapping: dict[Var, Var]) -> str:
+        return "".join(self._derive(self._grammar.symbols(template), mapping)).replace(
+            GOAL_PLACEHOLDER, self._goal_sentence
+        )
 
     def _derive(self, symbols: Sequence[Any], mapping: dict[Var, Var]) -> Iterator[str]:
         for symbol in symbols:
             if isinstance(symbol, str):
                 yield symbol
             elif isinstance(symbol, _Nonterminal):
-                yield from self._derive(self._rule(symbol.name, mapping), mapping)
+                yield from self._derive(self._select_rule(symbol.name, mapping), mapping)
             elif isinstance(symbol, _Term):
-                yield str(self._value(symbol.tree, mapping))
+                yield str(self._evaluate(symbol.tree, mapping))
             else:
-                yield from self._each(symbol, mapping)
+                yield from self._write_each(symbol, mapping)
 
-    def _rule(self, name: str, mapping: dict[Var, Var]) -> tuple[Any, ...]:
+    def _select_rule(self, name: str, mapping: dict[Var, Var]) -> tuple[Any, ...]:
         """The first rule of a name whose condition holds."""
         if name not in self._grammar.rules:
             raise ValueError(f"the game's grammar has no rule {name!r}")
         for rule in self._grammar.rules[name]:
-            if not rule.condition or next(self._facts.answers(rule.condition, mapping), None) is not None:
+            if not rule.condition or next(self._facts.find_mappings(rule.condition, mapping), None) is not None:
                 return rule.symbols
         raise ValueError(f"no rule {name!r} of the game's grammar applies")
 
-    def _each(self, symbol: _Each, mapping: dict[Var, Var]) -> Iterator[str]:
-        answers = list(self._facts.answers(symbol.query, mapping)) if symbol.query else [mapping]
+    def _write_each(self, symbol: _ForEach, mapping: dict[Var, Var]) -> Iterator[str]:
+        answers = list(self._facts.find_mappings(symbol.query, mapping)) if symbol.query else [mapping]
         texts = ["".join(self._derive([symbol.inner], answer)) for answer in answers]
         if not symbol.listed:
             yield from texts
@@ -521,26 +538,26 @@ class _Speaker:
                 yield from self._derive([_Nonterminal("list_last_separator" if last else "list_separator")], mapping)
             yield text
 
-    def _value(self, tree: ast.expr, mapping: dict[Var, Var]) -> Any:
+    def _evaluate(self, tree: ast.expr, mapping: dict[Var, Var]) -> Any:
         """What a checked expression stands for."""
         match tree:
             case ast.Constant(value=value):
                 return value
             case ast.Name(id=name):
-                return self._entity(name, mapping).name
+                return self._find_entity(name, mapping).name
             case ast.Attribute(value=ast.Name(id=name), attr=attribute):
-                return getattr(self._entity(name, mapping), attribute)
+                return getattr(self._find_entity(name, mapping), attribute)
             case ast.BinOp(left=left, right=right):
-                return self._value(left, mapping) + self._value(right, mapping)
+                return self._evaluate(left, mapping) + self._evaluate(right, mapping)
             case ast.BoolOp(values=values):
                 found = ""
-                for found in (self._value(value, mapping) for value in values):
+                for found in (self._evaluate(value, mapping) for value in values):
                     if found:
                         break
                 return found
         raise AssertionError(tree)
 
-    def _entity(self, name: str, mapping: dict[Var, Var]) -> Entity:
+    def _find_entity(self, name: str, mapping: dict[Var, Var]) -> Entity:
         for (placeholder, _), (variable, _) in reversed(mapping.items()):
             if placeholder == name:
                 return self._entities[variable]
@@ -550,11 +567,11 @@ class _Speaker:
 # Containment.
 
 _LOCK = threading.RLock()  # the engine's parsers and its translator's options are globals
-_FREE: list[Any] = []  # libraries for the next to come: a process that unloads several crashes at its end
+_IDLE_LIBRARIES: list[Any] = []  # libraries for the next to come: a process that unloads several crashes at its end
 
 
 @contextmanager
-def contained() -> Iterator[None]:
+def isolate_globals() -> Iterator[None]:
     """One thread at a time, and sys.argv and sys.stdout as they were."""
     with _LOCK:
         argv, stdout = sys.argv, sys.stdout
@@ -564,13 +581,13 @@ def contained() -> Iterator[None]:
             sys.argv, sys.stdout = argv, stdout
 
 
-def _library() -> Any:
+def _load_library() -> Any:
     """A library of one's own: its state is global. Copied is what a loader reads, not 30 times as much debug information."""
     import fast_downward.interface as interface
 
-    with tempfile.TemporaryDirectory() as folder, contained():
+    with tempfile.TemporaryDirectory() as folder, isolate_globals():
         whole, lean = interface.DOWNWARD_LIB_PATH, Path(folder) / "libdownward.so"
-        lean.write_bytes(_loaded_part(Path(whole)))
+        lean.write_bytes(_read_loaded_segments(Path(whole)))
         interface.DOWNWARD_LIB_PATH = str(lean)
         try:
             return interface.load_lib()
@@ -579,7 +596,7 @@ def _library() -> Any:
 
 
 @cache
-def _loaded_part(library: Path) -> bytes:
+def _read_loaded_segments(library: Path) -> bytes:
     """The bytes of a shared library up to the end of its last segment; all of it, where it is no 64-bit ELF."""
     data = library.read_bytes()
     if data[:6] != b"\x7fELF\x02\x01":

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs.alfworld import engine
 
-RULES: Final = 1  # raise when the same kind and seed would give another game
+RULES_VERSION: Final = 1  # raise when the same kind and seed would give another game
 ROOMS: Final = {  # what a room has, as often as it has it
     "Kitchen": "Fridge Microwave SinkBasin CounterTop*3 Cabinet*10 Drawer*6 DiningTable GarbageCan CoffeeMachine Toaster "
     "StoveBurner*4 Shelf*3",
@@ -37,13 +37,13 @@ KINDS: Final = {  # kind -> rooms, and what must be done to the object first
     "pick_two_obj_and_place": (tuple(ROOMS), None),
 }
 LAMP: Final = "DeskLamp"
-TABLES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # where a lamp may stand
-MOST: Final = min(
+LAMP_PLACES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # where a lamp may stand
+MAX_RECEPTACLES: Final = min(
     len([0 for word in text.split() for _ in range(int(word.partition("*")[2] or 1))]) for text in ROOMS.values()
 )
 
 
-class Errand(NamedTuple):
+class GameErrand(NamedTuple):
     """What a game asks for; `target` is the lamp's type where the object is to be looked at."""
 
     kind: str
@@ -52,7 +52,7 @@ class Errand(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
+class HouseFacts:
     """What ALFWorld knows of the things in a house, read from its package without importing it."""
 
     domain: str
@@ -68,25 +68,25 @@ class Facts:
         text = json.dumps(
             [self.goals, self.holds, self.takes, self.openable, self.movable, KINDS, ROOMS], sort_keys=True
         )
-        return hashlib.sha256(f"{RULES} {engine.fingerprint(self.domain, self.grammar)} {text}".encode()).hexdigest()[
-            :12
-        ]
+        return hashlib.sha256(
+            f"{RULES_VERSION} {engine.fingerprint(self.domain, self.grammar)} {text}".encode()
+        ).hexdigest()[:12]
 
 
 @cache
-def facts() -> Facts:
+def load_facts() -> HouseFacts:
     engine.check_installed()
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
-    constants = _module(folder / "gen" / "constants.py")
-    goals = _module(folder / "gen" / "goal_library.py").gdict
+    constants = _import_file(folder / "gen" / "constants.py")
+    goals = _import_file(folder / "gen" / "goal_library.py").gdict
     whole = {
         place: sorted(o for o in found if "Sliced" not in o)
         for place, found in constants.VAL_RECEPTACLE_OBJECTS.items()
     }
     movable = sorted(constants.MOVABLE_RECEPTACLES)
-    return Facts(
+    return HouseFacts(
         domain=(folder / "data" / "alfred.pddl").read_text(),
         grammar=(folder / "data" / "alfred.twl2").read_text(),
         goals={kind: goals[kind] for kind in KINDS},
@@ -97,7 +97,7 @@ def facts() -> Facts:
     )
 
 
-def _module(file: Path) -> ModuleType:
+def _import_file(file: Path) -> ModuleType:
     """A file of the package by itself: importing the package would make folders in the user's home."""
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
@@ -106,7 +106,7 @@ def _module(file: Path) -> ModuleType:
     return module
 
 
-def make(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], Errand]:
+def generate(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
     """A game of a kind, and what it asks for; the same ones for the same arguments.
 
     Args:
@@ -114,19 +114,19 @@ def make(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str
     """
     random = Random(f"{kind} {seed}")  # a string seeds alike on every machine and version
     for _ in range(1000):
-        house = _House(kind, random, receptacles, objects)
-        if house.possible:
-            return house.game(), house.errand
+        house = _GameBuilder(kind, random, receptacles, objects)
+        if house.is_possible:
+            return house.build_game(), house.errand
     raise ConfigError("env.make.receptacles", receptacles, f"too few for a game of {kind}")
 
 
-class _House:
+class _GameBuilder:
     """One room, its errand, and what lies where."""
 
     def __init__(self, kind: str, random: Random, receptacles: int, objects: int):
-        self.random, self.facts = random, facts()
+        self.random, self.facts = random, load_facts()
         rooms, verb = KINDS[kind]
-        stock = [place for word in ROOMS[random.choice(rooms)].split() for place in _times(word)]
+        stock = [place for word in ROOMS[random.choice(rooms)].split() for place in _repeat_place(word)]
         needed = [APPLIANCES[verb]] if verb else []
         lit = kind == "look_at_obj_in_light"
         able = (
@@ -134,7 +134,7 @@ class _House:
             if verb
             else sorted({o for found in self.facts.holds.values() for o in found})
         )
-        target = random.choice(sorted(set(stock) & set(TABLES) if lit else set(stock) - set(needed)))
+        target = random.choice(sorted(set(stock) & set(LAMP_PLACES) if lit else set(stock) - set(needed)))
         fitting = [one for one in able if one != LAMP and (lit or one in self.facts.holds.get(target, ()))]
         wanted = random.choice(fitting or [""])
         needed.append(target)
@@ -142,20 +142,20 @@ class _House:
             stock.remove(place)
         self.places = needed + random.sample(stock, max(0, receptacles - len(needed)))
         random.shuffle(self.places)
-        self.errand = Errand(kind, wanted, LAMP if lit else target)
+        self.errand = GameErrand(kind, wanted, LAMP if lit else target)
         self.things: list[tuple[str, int]] = []
-        own = self._where(wanted, avoid=None if lit else target)
-        self.possible = bool(wanted and own)
-        if self.possible:
-            self._fill(wanted, own, objects, target if lit else None)
+        own = self._find_places(wanted, avoid=None if lit else target)
+        self.is_possible = bool(wanted and own)
+        if self.is_possible:
+            self._place_objects(wanted, own, objects, target if lit else None)
         self.sentence = random.choice(self.facts.goals[kind]["templates"]).format(
             obj=wanted.lower(), recep=target.lower(), toggle=LAMP.lower()
         )
 
-    def _where(self, thing: str, avoid: str | None = None) -> list[int]:
+    def _find_places(self, thing: str, avoid: str | None = None) -> list[int]:
         return [i for i, p in enumerate(self.places) if thing in self.facts.holds.get(p, ()) and p != avoid]
 
-    def _fill(self, wanted: str, own: list[int], objects: int, lamp_on: str | None) -> None:
+    def _place_objects(self, wanted: str, own: list[int], objects: int, lamp_on: str | None) -> None:
         copies = 2 if self.errand.kind == "pick_two_obj_and_place" else 1
         self.things = [(wanted, self.random.choice(own)) for _ in range(copies)]
         if lamp_on:
@@ -163,20 +163,20 @@ class _House:
         others = sorted({o for place in self.places for o in self.facts.holds.get(place, ())} - {wanted, LAMP})
         while others and len(self.things) < objects:
             thing = self.random.choice(others)
-            self.things.append((thing, self.random.choice(self._where(thing))))
+            self.things.append((thing, self.random.choice(self._find_places(thing))))
 
-    def game(self) -> dict[str, Any]:
-        places = [_id(place, self.random) for place in self.places]
-        things = [_id(thing, self.random) for thing, _ in self.things]
+    def build_game(self) -> dict[str, Any]:
+        places = [_make_id(place, self.random) for place in self.places]
+        things = [_make_id(thing, self.random) for thing, _ in self.things]
         return {
             "pddl_domain": self.facts.domain,
             "grammar": self.facts.grammar.replace("UNKNOWN GOAL", self.sentence),
-            "pddl_problem": self._problem(places, things),
+            "pddl_problem": self._write_problem(places, things),
             "solvable": True,
             "walkthrough": self._walkthrough(places, things),
         }
 
-    def _problem(self, places: list[str], things: list[str]) -> str:
+    def _write_problem(self, places: list[str], things: list[str]) -> str:
         spots = [f"loc_bar_{i}_bar_1_bar_0_bar_30" for i in range(len(places))]
         start = "loc_bar_minus_1_bar_1_bar_0_bar_30"  # with no receptacle: "in the middle of a room"
         otypes, rtypes = sorted({thing for thing, _ in self.things}), list(self.facts.holds)
@@ -211,7 +211,7 @@ class _House:
 
     def _walkthrough(self, places: list[str], things: list[str]) -> list[str]:
         """A way to win."""
-        names = engine.names([one.lower() for one in (*places, *things)])
+        names = engine.display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()
         here, opened = -1, set[int]()
@@ -238,12 +238,12 @@ class _House:
         return steps
 
 
-def _times(word: str) -> list[str]:
+def _repeat_place(word: str) -> list[str]:
     place, _, count = word.partition("*")
     return [place] * int(count or 1)
 
 
-def _id(kind: str, random: Random) -> str:
+def _make_id(kind: str, random: Random) -> str:
     """An id as ALFRED's houses have them: a type, and where it stands."""
     where = "_bar_".join(
         f"{random.choice(('_plus_', '_minus_'))}{random.randrange(10):02d}_dot_{random.randrange(100):02d}"

@@ -17,13 +17,13 @@ from random import Random
 from typing import Any, Final, Literal
 
 from aem_exp.core import console, disk, download
-from aem_exp.core.errors import ConfigError, Missing
-from aem_exp.envs import Draws, Task, Turn, household, parsing, sized
+from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.envs import LazyTasks, Task, Turn, household, parsing, split_sizes
 from aem_exp.envs.alfworld import engine, games, player
-from aem_exp.envs.alfworld.games import Errand
+from aem_exp.envs.alfworld.games import GameErrand
 
 log = logging.getLogger("aem_exp")
-RULES: Final = 1  # raise when the same task would play differently
+RULES_VERSION: Final = 1  # raise when the same task would play differently
 FOLDER: Final = "json_2.1.1"
 SPLITS: Final = {"train": "train", "test_seen": "valid_seen", "test_unseen": "valid_unseen"}
 COUNTS: Final = {
@@ -32,44 +32,44 @@ COUNTS: Final = {
     "valid_unseen": 134,
 }  # games that can be played, as all papers count them
 HELD_OUT: Final = 140  # games of train that are the dev panel
-DRAWN: Final = 128  # verl-agent's validation: so many draws of valid_seen, with repeats
+VERL_AGENT_DEV_GAMES: Final = 128  # verl-agent's validation: so many draws of valid_seen, with repeats
 ARCHIVES: Final = (  # url, bytes
     ("https://github.com/alfworld/alfworld/releases/download/0.2.2/json_2.1.1_json.zip", 72_018_818),
     ("https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip", 36_493_542),
 )
-LONGEST_COMMAND: Final = 100  # characters; what later prompts quote of a response stays this short
-UNTOLD: Final = "help"  # admissible, and of no use to a policy
+MAX_COMMAND_CHARACTERS: Final = 100  # characters; what later prompts quote of a response stays this short
+HIDDEN_COMMAND: Final = "help"  # admissible, and of no use to a policy
 
 
 class AlfWorldEnv:
     """One game at a time; `read` finds what a task's game file holds."""
 
     def __init__(self, read: Callable[[Task], Mapping[str, Any]], tags: bool, reward: float):
-        self._read, self._tags, self._reward = read, tags, reward
+        self._load_game, self._tags, self._reward = read, tags, reward
         self._engine = engine.Engine()
         self.goal = ""
 
     def parse(self, response: str) -> str:
-        return self._parsed(response)[0]
+        return self._parse_command(response)[0]
 
     def reset(self, task: Task) -> Turn:
         self.task = task
-        self._scene = self._engine.start(self._read(task))
-        self.heard = [self._scene.text]
+        self._state = self._engine.start(self._load_game(task))
+        self.observations = [self._state.text]
         self.places = [
-            command.removeprefix("go to ") for command in self._scene.commands if command.startswith("go to ")
+            command.removeprefix("go to ") for command in self._state.commands if command.startswith("go to ")
         ]
-        self.goal = self._scene.text.partition("Your task is to: ")[2].strip()
-        return self._turn(metrics={"won": float(self._scene.won)})
+        self.goal = self._state.text.partition("Your task is to: ")[2].strip()
+        return self._turn(metrics={"won": float(self._state.won)})
 
     def step(self, response: str) -> Turn:
-        (command, valid), before = self._parsed(response), self._scene
-        valid = valid and (self._tags or self._engine.reads(command))
+        (command, valid), before = self._parse_command(response), self._state
+        valid = valid and (self._tags or self._engine.matches_grammar(command))
         admissible = command in before.commands and not before.won
         if not before.won:
-            self._scene = self._engine.step(command)
-            self.heard.append(self._scene.text)
-        won = self._scene.won
+            self._state = self._engine.step(command)
+            self.observations.append(self._state.text)
+        won = self._state.won
         metrics = {"won": float(won), "format_valid": float(valid), "admissible": float(admissible)}
         return self._turn(self._reward if won and not before.won else 0.0, valid, metrics)
 
@@ -79,18 +79,18 @@ class AlfWorldEnv:
     @property
     def commands(self) -> tuple[str, ...]:
         """What a policy is told that it can do."""
-        return tuple(command for command in self._scene.commands if command != UNTOLD)
+        return tuple(command for command in self._state.commands if command != HIDDEN_COMMAND)
 
     def _turn(self, reward: float = 0.0, valid: bool = True, metrics: Mapping[str, float] | None = None) -> Turn:
-        scene = self._scene
+        scene = self._state
         return Turn(scene.text, reward, scene.won, valid=valid, actions=self.commands, metrics=dict(metrics or {}))
 
-    def _parsed(self, response: str) -> tuple[str, bool]:
-        read = parsing.read if self._tags else parsing.bare
-        return read(response, LONGEST_COMMAND)
+    def _parse_command(self, response: str) -> tuple[str, bool]:
+        read = parsing.parse_tagged if self._tags else parsing.parse_bare
+        return read(response, MAX_COMMAND_CHARACTERS)
 
 
-class _World:
+class _EngineWorld:
     """What worlds of this engine share."""
 
     own_process = True  # the engine may crash, and is no thing to have in a trainer
@@ -106,27 +106,27 @@ class _World:
     def expert(self, env: AlfWorldEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of the scripted player: with probability `noise` it does anything; and what it ought to open it walks
         past with probability `shyness`, to anywhere else."""
-        errand = Errand(env.task.kind, env.task.payload["object"], env.task.payload["target"])
-        memory = player.Memory(env.heard, env.places)
-        command = player.command(memory, env.commands, errand, random)
+        errand = GameErrand(env.task.kind, env.task.payload["object"], env.task.payload["target"])
+        memory = player.EpisodeMemory(env.observations, env.places)
+        command = player.next_command(memory, env.commands, errand, random)
         if random.random() < noise:
             command = random.choice(env.commands)
         elif command.startswith("open") and random.random() < shyness:
             command = random.choice([one for one in env.commands if one.startswith("go to")])
-        return self._spoken(command)
+        return self._format_response(command)
 
     def oracle(self, env: AlfWorldEnv) -> str:
         """The response of a player who has read the game's walkthrough."""
         steps = self.game(env.task)["walkthrough"]
-        done = len(env.heard) - 1
-        return self._spoken(steps[done] if done < len(steps) else "look")
+        done = len(env.observations) - 1
+        return self._format_response(steps[done] if done < len(steps) else "look")
 
-    def _spoken(self, command: str) -> str:
+    def _format_response(self, command: str) -> str:
         return f"<think></think><action>{command}</action>" if self.tags else command
 
 
 def _digest(*things: Any) -> str:
-    return hashlib.sha256(json.dumps([RULES, *things], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([RULES_VERSION, *things], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _engine_version() -> list[str]:
@@ -136,7 +136,7 @@ def _engine_version() -> list[str]:
 # Games made here.
 
 
-class Generated(_World):
+class Generated(_EngineWorld):
     """Games that are made here, as many as are asked for; nothing is downloaded.
 
     Args:
@@ -161,22 +161,22 @@ class Generated(_World):
         engine.check_installed()
         self.kinds, self.receptacles, self.objects = list(kinds), receptacles, objects
         self.tags, self.reward = tags, reward
-        self.sizes = sized({"train": 4096, "dev": 128, "test": 128}, sizes)
-        self._check()
+        self.sizes = split_sizes({"train": 4096, "dev": 128, "test": 128}, sizes)
+        self._check_settings()
         how = {key: value for key, value in vars(self).items() if key != "sizes"}
-        self.fingerprint = f"alfworld-{_digest(how, games.facts().fingerprint, _engine_version())}"
+        self.fingerprint = f"alfworld-{_digest(how, games.load_facts().fingerprint, _engine_version())}"
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
             raise ConfigError("split", split, choices=self.splits)
-        return Draws(self.sizes[split], lambda index: self._task(split, index))
+        return LazyTasks(self.sizes[split], lambda index: self._task(split, index))
 
     def game(self, task: Task) -> Mapping[str, Any]:
-        return self._made(task.id, task.kind)[0]
+        return self._generate(task.id, task.kind)[0]
 
     def words(self) -> tuple[str, ...]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
-        facts = games.facts()
+        facts = games.load_facts()
         places = [place.lower() for place in facts.holds]
         things = [one.lower() for one in sorted({o for found in facts.holds.values() for o in found})]
         numbers = [str(n) for n in range(self.receptacles + 1)]
@@ -186,18 +186,18 @@ class Generated(_World):
     def _task(self, split: str, index: int) -> Task:
         name = f"{split}-{index}"
         kind = Random(f"kind {name}").choice(self.kinds)
-        errand = self._made(name, kind)[1]
+        errand = self._generate(name, kind)[1]
         return Task(name, kind=kind, payload={"object": errand.object, "target": errand.target})
 
-    def _made(self, name: str, kind: str) -> tuple[dict[str, Any], Errand]:
-        return games.make(kind, name, self.receptacles, self.objects)
+    def _generate(self, name: str, kind: str) -> tuple[dict[str, Any], GameErrand]:
+        return games.generate(kind, name, self.receptacles, self.objects)
 
-    def _check(self) -> None:
+    def _check_settings(self) -> None:
         for kind in self.kinds or [""]:
             if kind not in games.KINDS:
                 raise ConfigError("env.make.kinds", kind, choices=list(games.KINDS))
         for field, number, least, most in (
-            ("receptacles", self.receptacles, 4, games.MOST),
+            ("receptacles", self.receptacles, 4, games.MAX_RECEPTACLES),
             ("objects", self.objects, 2, 99),
         ):
             if not least <= number <= most:
@@ -238,7 +238,7 @@ PHRASES: Final = (  # wordings of the engine that the household does not have
 # The official games.
 
 
-class AlfWorld(_World):
+class AlfWorld(_EngineWorld):
     """The official games, in TextWorld's engine.
 
     Args:
@@ -263,7 +263,7 @@ class AlfWorld(_World):
         engine.check_installed()
         self.root = _root(data)
         self.tags, self.reward, self.split = tags, reward, split
-        index = _index(self.root, games)
+        index = _load_index(self.root, games)
         self._games = {name: index[folder] for name, folder in SPLITS.items()}
         if split == "original":
             by_hash = sorted(self._games["train"], key=lambda game: hashlib.sha256(game["file"].encode()).digest())
@@ -272,7 +272,9 @@ class AlfWorld(_World):
             self._games["train"] = [game for game in self._games["train"] if game["file"] not in held]
         else:
             random, seen = Random("verl_agent"), self._games["test_seen"]
-            self._games["dev"] = [{**random.choice(seen), "draw": i} for i in range(DRAWN)] if seen else []
+            self._games["dev"] = (
+                [{**random.choice(seen), "draw": i} for i in range(VERL_AGENT_DEV_GAMES)] if seen else []
+            )
         self.fingerprint = f"alfworld-{_digest(tags, reward, split, self._games, _engine_version())}"
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -296,12 +298,12 @@ class AlfWorld(_World):
 
         root = _root(data, there=False)
         disk.check_writable(root.parent, "env.make.data" if data else "ALFWORLD_DATA")
-        with FileLock(root.parent / f".{FOLDER}.lock"), console.bar("indexing games") as tell:
-            if not _is_whole(root, games, tell):
+        with FileLock(root.parent / f".{FOLDER}.lock"), console.progress_bar("indexing games") as tell:
+            if not _is_complete(root, games, tell):
                 for url, size in ARCHIVES:
                     archive = download.fetch(url, root.parent / Path(url).name, size, say)
                     download.unzip(archive, root.parent, say)
-            _index(root, games, tell, thorough=True)
+            _load_index(root, games, tell, thorough=True)
 
 
 def _task(game: Mapping[str, Any]) -> Task:
@@ -314,7 +316,7 @@ def _task(game: Mapping[str, Any]) -> Task:
 def _root(data: str | None, there: bool = True) -> Path:
     """The folder of the official games."""
     asked = data or os.environ.get("ALFWORLD_DATA")
-    root = Path(asked or disk.cache() / "alfworld").expanduser().absolute() / FOLDER
+    root = Path(asked or disk.cache_dir() / "alfworld").expanduser().absolute() / FOLDER
     if there and not root.is_dir():
         files = " and ".join(url for url, _ in ARCHIVES)
         remedy = "" if asked else f"and $ALFWORLD_DATA is not set either; {root.parent} "
@@ -322,13 +324,13 @@ def _root(data: str | None, there: bool = True) -> Path:
             f"has no {FOLDER}/: python -m aem_exp.prepare +experiment=alfworld_1_5b fetches it; or unzip {files} there"
         )
         field = "ALFWORLD_DATA" if asked and not data else "env.make.data"
-        raise Missing(field, str(root.parent) if asked else None, remedy)
+        raise MissingResource(field, str(root.parent) if asked else None, remedy)
     return root
 
 
-def _is_whole(root: Path, wanted: Mapping[str, int] | None, tell: Callable[[int, int], None]) -> bool:
+def _is_complete(root: Path, wanted: Mapping[str, int] | None, tell: Callable[[int, int], None]) -> bool:
     try:
-        _index(root, wanted, tell, thorough=True)
+        _load_index(root, wanted, tell, thorough=True)
     except ConfigError:
         return False
     return True
@@ -346,7 +348,7 @@ def _check_counts(root: Path, index: Mapping[str, Sequence[Any]], wanted: Mappin
             raise ConfigError("env.make.data", str(root.parent), f"{said}: {remedy}")
 
 
-def _index(
+def _load_index(
     root: Path,
     wanted: Mapping[str, int] | None,
     tell: Callable[[int, int], None] = lambda *_: None,
@@ -360,17 +362,20 @@ def _index(
     for name in COUNTS:
         if not (root / name).is_dir():
             raise ConfigError("env.make.data", str(root.parent), f"has no {FOLDER}/{name}: unzip the archives again")
-    file = disk.cache() / f"alfworld-index-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
-    stamp = [RULES, *([name, (root / name).stat().st_mtime_ns, len(os.listdir(root / name))] for name in COUNTS)]
+    file = disk.cache_dir() / f"alfworld-index-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
+    stamp = [
+        RULES_VERSION,
+        *([name, (root / name).stat().st_mtime_ns, len(os.listdir(root / name))] for name in COUNTS),
+    ]
     with suppress(OSError, ValueError, KeyError, ConfigError):
         known = json.loads(file.read_text())
-        if known["stamp"] == stamp and (not thorough or known["files"] == _files(root)):
+        if known["stamp"] == stamp and (not thorough or known["files"] == _digest_files(root)):
             _check_counts(root, known["games"], wanted)
             return known["games"]
-    return _indexed(root, file, stamp, wanted, tell)
+    return _build_index(root, file, stamp, wanted, tell)
 
 
-def _indexed(
+def _build_index(
     root: Path, file: Path, stamp: Any, wanted: Mapping[str, int] | None, tell: Callable[[int, int], None]
 ) -> dict[str, list[dict[str, Any]]]:
     """Read all games, and keep the index of them in a file of the cache."""
@@ -378,7 +383,7 @@ def _indexed(
 
     disk.check_writable(file.parent, "AEM_CACHE")
     with FileLock(f"{file}.lock"):
-        files = _files(root)
+        files = _digest_files(root)
         with suppress(OSError, ValueError, KeyError):  # another process has read them meanwhile
             known = json.loads(file.read_text())
             if (known["stamp"], known["files"]) == (stamp, files):
@@ -387,11 +392,11 @@ def _indexed(
         log.info("indexing the games in %s (once)", root)
         games = _read_all(root, {name: root / name for name in COUNTS}, tell)
         _check_counts(root, games, wanted)
-        disk.write(file, json.dumps({"stamp": stamp, "files": files, "games": games}))
+        disk.write_atomically(file, json.dumps({"stamp": stamp, "files": files, "games": games}))
     return games
 
 
-def _files(root: Path) -> str:
+def _digest_files(root: Path) -> str:
     """A digest of the name, size and time of every game."""
     told = hashlib.sha256()
     for file in sorted(root.glob("*/*/*/game.tw-pddl")):
@@ -416,7 +421,7 @@ def _read_all(
             if any(word in str(trial.relative_to(root)) for word in ("movable", "Sliced")):
                 continue
             bare += not (trial / "game.tw-pddl").exists()
-            game = _read(root, trial)
+            game = _read_game(root, trial)
             found[name] += [game] if game else []
     if not any(found.values()):
         why = "none of its games has a game.tw-pddl" if bare else "none of its games can be played"
@@ -425,7 +430,7 @@ def _read_all(
     return found
 
 
-def _read(root: Path, trial: Path) -> dict[str, Any] | None:
+def _read_game(root: Path, trial: Path) -> dict[str, Any] | None:
     """A game for the index; None where it cannot be played, as ALFWorld decides."""
     file = trial / "game.tw-pddl"
     try:

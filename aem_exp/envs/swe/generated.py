@@ -15,20 +15,20 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from aem_exp.envs.swe.tools import Call
+    from aem_exp.envs.swe.tools import ToolCall
 
 PACKAGES: Final = ("ledger", "almanac", "compass", "pantry")
 START, END = ">>>>> Start Test Output", ">>>>> End Test Output"
-WHEN: Final = 1_700_000_000  # seconds since 1970, of the first commit
-LAY: Final = """set -e
+FIRST_COMMIT_SECONDS: Final = 1_700_000_000  # seconds since 1970, of the first commit
+SETUP_SCRIPT: Final = """set -e
 git init -q -b main . && git fast-import --quiet --force && git checkout -q -f main
 git config user.name agent && git config user.email agent@example.org"""
 # No settings and no plugins of the tree, and of its modules none that has another's name: they are looked for last.
-RUN: Final = (
+PYTEST_COMMAND: Final = (
     "python3 -P -c 'import sys, pytest; sys.path.append(\"/testbed\"); sys.exit(pytest.main())' -rA -p no:cacheprovider"
     " -c /dev/null --rootdir=/testbed --noconftest --import-mode=importlib"
 )
-IGNORED: Final = "__pycache__/\n.pytest_cache/\n"
+GITIGNORE: Final = "__pycache__/\n.pytest_cache/\n"
 
 
 class Bug(NamedTuple):
@@ -49,28 +49,28 @@ class Function(NamedTuple):
     cases: tuple[tuple[str, str], ...]
 
 
-def _f(code: str, right: str, bugs: Mapping[str, str], *cases: tuple[str, str]) -> Function:
+def _function(code: str, right: str, bugs: Mapping[str, str], *cases: tuple[str, str]) -> Function:
     name = code.split("(", 1)[0].removeprefix("def ")
     return Function(name, code, right, tuple(Bug(*pair) for pair in bugs.items()), cases)
 
 
 MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
     "numbers": (
-        _f(
+        _function(
             "def mean(values):\n    {line}\n",
             "return sum(values) / len(values)",
             {"operator": "return sum(values) * len(values)", "wrong name": "return max(values) / len(values)"},
             ("mean([2, 4, 6])", "4"),
             ("mean([1])", "1"),
         ),
-        _f(
+        _function(
             "def clamp(value, low, high):\n    {line}\n",
             "return max(low, min(value, high))",
             {"operator": "return min(low, max(value, high))", "wrong name": "return max(low, min(value, low))"},
             ("clamp(5, 0, 9)", "5"),
             ("clamp(-3, 0, 9)", "0"),
         ),
-        _f(
+        _function(
             "def is_leap(year):\n    {line}\n",
             "return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)",
             {
@@ -80,7 +80,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             ("(is_leap(2000), is_leap(1900))", "(True, False)"),
             ("is_leap(2023)", "False"),
         ),
-        _f(
+        _function(
             "def factorial(n):\n    product = 1\n    {line}\n        product *= k\n    return product\n",
             "for k in range(2, n + 1):",
             {"off by one": "for k in range(2, n):", "constant": "for k in range(0, n + 1):"},
@@ -88,7 +88,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         ),
     ),
     "texts": (
-        _f(
+        _function(
             "def initials(name):\n    {line}\n",
             'return "".join(word[0].upper() for word in name.split())',
             {
@@ -97,19 +97,19 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             },
             ("initials('ada lovelace')", "'AL'"),
         ),
-        _f(
+        _function(
             "def shorten(text, most):\n    {line}\n        return text\n    return text[: most - 3] + '...'\n",
             "if len(text) <= most:",
             {"boundary": "if len(text) < most:", "constant": "if len(text) <= 3:"},
             ("shorten('seven', 5)", "'seven'"),
         ),
-        _f(
+        _function(
             "def is_palindrome(text):\n    letters = [c.lower() for c in text if c.isalpha()]\n    {line}\n",
             "return letters == letters[::-1]",
             {"index": "return letters == letters[::1][1:]", "condition": "return letters != letters[::-1]"},
             ("is_palindrome('Never odd or even')", "True"),
         ),
-        _f(
+        _function(
             "def count_words(text):\n    counts = {{}}\n    for word in text.lower().split():\n        {line}\n"
             "    return counts\n",
             "counts[word] = counts.get(word, 0) + 1",
@@ -121,26 +121,26 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         ),
     ),
     "money": (
-        _f(
+        _function(
             "def with_tax(price, rate):\n    {line}\n",
             "return round(price * (1 + rate), 2)",
             {"operator": "return round(price * (1 - rate), 2)", "constant": "return round(price * (1 + rate), 0)"},
             ("with_tax(10.5, 0.2)", "12.6"),
         ),
-        _f(
+        _function(
             "def discount(price, share):\n    {line}\n        raise ValueError(share)\n    return price * (1 - share)\n",
             "if not 0 <= share <= 1:",
             {"boundary": "if not 0 < share < 1:", "condition": "if 0 <= share <= 1:"},
             ("(discount(8, 0), discount(8, 1))", "(8, 0)"),
         ),
-        _f(
+        _function(
             "def change(paid, price):\n    coins, left = [], paid - price\n    for coin in (50, 20, 10, 5, 2, 1):\n"
             "        {line}\n            coins.append(coin)\n            left -= coin\n    return coins\n",
             "while left >= coin:",
             {"boundary": "while left > coin:", "wrong name": "while paid < coin:"},
             ("change(100, 30)", "[50, 20]"),
         ),
-        _f(
+        _function(
             "def total(prices, shipping=4):\n    {line}\n",
             "return sum(prices) + shipping if prices else 0",
             {
@@ -151,7 +151,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         ),
     ),
     "lists": (
-        _f(
+        _function(
             "def chunks(items, size):\n    {line}\n",
             "return [items[i : i + size] for i in range(0, len(items), size)]",
             {
@@ -160,20 +160,20 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             },
             ("chunks([1, 2, 3], 2)", "[[1, 2], [3]]"),
         ),
-        _f(
+        _function(
             "def unique(items):\n    seen, kept = set(), []\n    for item in items:\n        {line}\n"
             "            seen.add(item)\n            kept.append(item)\n    return kept\n",
             "if item not in seen:",
             {"condition": "if item in seen:", "wrong name": "if item not in items:"},
             ("unique([2, 1, 2])", "[2, 1]"),
         ),
-        _f(
+        _function(
             "def rotate(items, by):\n    by %= len(items)\n    {line}\n",
             "return items[by:] + items[:by]",
             {"index": "return items[:by] + items[by:]", "off by one": "return items[by + 1 :] + items[: by + 1]"},
             ("rotate([1, 2, 3], 1)", "[2, 3, 1]"),
         ),
-        _f(
+        _function(
             "def second_largest(items):\n    {line}\n",
             "return sorted(set(items))[-2]",
             {"missing call": "return sorted(items)[-2]", "index": "return sorted(set(items))[1]"},
@@ -181,19 +181,19 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         ),
     ),
     "dates": (
-        _f(
+        _function(
             "def days_between(first, last):\n    {line}\n",
             "return abs((last - first).days)",
             {"missing call": "return (last - first).days", "wrong name": "return abs((last - last).days)"},
             ("days_between(date(2024, 3, 1), date(2024, 2, 1))", "29"),
         ),
-        _f(
+        _function(
             "def is_weekend(day):\n    {line}\n",
             "return day.weekday() >= 5",
             {"boundary": "return day.weekday() > 5", "constant": "return day.weekday() >= 4"},
             ("[is_weekend(date(2024, 6, d)) for d in (7, 8, 9)]", "[False, True, True]"),
         ),
-        _f(
+        _function(
             "def quarter(day):\n    {line}\n",
             "return (day.month - 1) // 3 + 1",
             {"off by one": "return day.month // 3 + 1", "operator": "return (day.month - 1) % 3 + 1"},
@@ -201,7 +201,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
         ),
     ),
     "grid": (
-        _f(
+        _function(
             "def manhattan(a, b):\n    {line}\n",
             "return abs(a[0] - b[0]) + abs(a[1] - b[1])",
             {
@@ -210,7 +210,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             },
             ("manhattan((1, 0), (3, 4))", "6"),
         ),
-        _f(
+        _function(
             "def neighbours(x, y):\n    {line}\n",
             "return [(x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)]",
             {
@@ -219,7 +219,7 @@ MODULES: Final[Mapping[str, tuple[Function, ...]]] = {
             },
             ("neighbours(4, 7)", "[(5, 7), (3, 7), (4, 8), (4, 6)]"),
         ),
-        _f(
+        _function(
             "def transpose(rows):\n    {line}\n",
             "return [list(column) for column in zip(*rows)]",
             {
@@ -238,7 +238,7 @@ ISSUES: Final = (
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedInstance:
     """An instance: its row in SWE-bench's format, its repository, and where the bug is."""
 
     row: Mapping[str, Any]
@@ -256,13 +256,13 @@ def families() -> list[str]:
     return sorted({bug.family for _, _, bug in _bugs()})
 
 
-def bank() -> list[Any]:
+def fingerprint_parts() -> list[Any]:
     """All that decides what is made, for a fingerprint."""
-    return [MODULES, ISSUES, PACKAGES, LAY, IGNORED, RUN]
+    return [MODULES, ISSUES, PACKAGES, SETUP_SCRIPT, GITIGNORE, PYTEST_COMMAND]
 
 
 @cache
-def make(name: str, modules: int, functions: int) -> Made:
+def generate(name: str, modules: int, functions: int) -> GeneratedInstance:
     """The instance of a name.
 
     Args:
@@ -288,11 +288,13 @@ def make(name: str, modules: int, functions: int) -> Made:
         f"tests/test_{one}.py::test_{f.name}_{i}" for one in others for f in chosen[one] for i in range(len(f.cases))
     ]
     broken = [
-        name for name, (c, v) in zip(names[function], function.cases, strict=True) if _value(function, bug.line, c) != v
+        name
+        for name, (c, v) in zip(names[function], function.cases, strict=True)
+        if _evaluate_call(function, bug.line, c) != v
     ]
     passing = [name for cases in names.values() for name in cases if name not in broken]
     issue = random.choice(ISSUES).format(
-        name=function.name, path=path, call=call, value=value, got=_value(function, bug.line, call)
+        name=function.name, path=path, call=call, value=value, got=_evaluate_call(function, bug.line, call)
     )
     asked = {name.partition("::")[0] for name in [*names[function], *visible]}
     stream, commit = _history(files, package)
@@ -311,7 +313,7 @@ def make(name: str, modules: int, functions: int) -> Made:
         "eval_type": "pass_and_fail",
         "eval_script": _script({name: text for name, text in sorted({**files, test: hidden}.items()) if name in asked}),
     }
-    return Made(row, stream, path, bug.line, function.right)
+    return GeneratedInstance(row, stream, path, bug.line, function.right)
 
 
 @cache
@@ -319,7 +321,7 @@ def _bugs() -> list[tuple[str, Function, Bug]]:
     return [(module, f, bug) for module, functions in MODULES.items() for f in functions for bug in f.bugs]
 
 
-def _value(function: Function, line: str, call: str) -> str:
+def _evaluate_call(function: Function, line: str, call: str) -> str:
     """What a call comes to, as a person would read it: the code is ours, and runs here."""
     from datetime import date
 
@@ -333,7 +335,7 @@ def _value(function: Function, line: str, call: str) -> str:
 
 def _files(package: str, chosen: Mapping[str, Sequence[Function]], bugged: tuple[Function, Bug]) -> dict[str, str]:
     files = {
-        ".gitignore": IGNORED,
+        ".gitignore": GITIGNORE,
         "README.md": f"# {package}\n\nSmall helpers: {', '.join(chosen)}.\n",
         "CHANGES.md": f"0.2: {', '.join(chosen)}\n0.1: first release\n",
         f"{package}/__init__.py": '"""Small helpers."""\n\n__version__ = "0.2"\n',
@@ -364,7 +366,7 @@ def _script(files: Mapping[str, str]) -> str:
             "rm -rf tests && mkdir tests",
             *written,
             f": '{START}'",
-            f"{RUN} {' '.join(files)}",
+            f"{PYTEST_COMMAND} {' '.join(files)}",
             f": '{END}'",
         ]
     )
@@ -382,23 +384,23 @@ def _history(files: Mapping[str, str], package: str) -> tuple[bytes, str]:
     first = {name: text for name, text in files.items() if name not in later}
     stream, parent = b"", ""
     for number, (told, said) in enumerate(((first, f"{package} 0.1"), (files, "tests, and what has changed"))):
-        who = f"Robin <robin@example.org> {WHEN + 86_400 * number} +0000"
+        who = f"Robin <robin@example.org> {FIRST_COMMIT_SECONDS + 86_400 * number} +0000"
         head = "".join(
-            [f"tree {_tree(told)}\n", f"parent {parent}\n" if parent else "", f"author {who}\ncommitter {who}\n"]
+            [f"tree {_tree_id(told)}\n", f"parent {parent}\n" if parent else "", f"author {who}\ncommitter {who}\n"]
         )
-        parent = _id("commit", f"{head}\n{said}".encode())
+        parent = _object_id("commit", f"{head}\n{said}".encode())
         changes = b"".join(
-            b"M 100644 inline %s\n%s" % (name.encode(), _data(text)) for name, text in sorted(told.items())
+            b"M 100644 inline %s\n%s" % (name.encode(), _data_block(text)) for name, text in sorted(told.items())
         )
-        stream += f"commit refs/heads/main\nauthor {who}\ncommitter {who}\n".encode() + _data(said) + changes
+        stream += f"commit refs/heads/main\nauthor {who}\ncommitter {who}\n".encode() + _data_block(said) + changes
     return stream + b"done\n", parent
 
 
-def _data(text: str) -> bytes:
+def _data_block(text: str) -> bytes:
     return b"data %d\n%s\n" % (len(text.encode()), text.encode())
 
 
-def _tree(files: Mapping[str, str]) -> str:
+def _tree_id(files: Mapping[str, str]) -> str:
     """The id that git gives to a folder of files."""
     folders: dict[str, dict[str, str]] = {}
     entries = []
@@ -407,14 +409,15 @@ def _tree(files: Mapping[str, str]) -> str:
         if rest:
             folders.setdefault(head, {})[rest] = text
         else:
-            entries.append((name, b"100644 %s\0" % name.encode() + bytes.fromhex(_id("blob", text.encode()))))
+            entries.append((name, b"100644 %s\0" % name.encode() + bytes.fromhex(_object_id("blob", text.encode()))))
     entries += [
-        (f"{name}/", b"40000 %s\0" % name.encode() + bytes.fromhex(_tree(inside))) for name, inside in folders.items()
+        (f"{name}/", b"40000 %s\0" % name.encode() + bytes.fromhex(_tree_id(inside)))
+        for name, inside in folders.items()
     ]
-    return _id("tree", b"".join(entry for _, entry in sorted(entries)))
+    return _object_id("tree", b"".join(entry for _, entry in sorted(entries)))
 
 
-def _id(kind: str, content: bytes) -> str:
+def _object_id(kind: str, content: bytes) -> str:
     return hashlib.sha1(b"%s %d\0" % (kind.encode(), len(content)) + content, usedforsecurity=False).hexdigest()
 
 
@@ -423,18 +426,18 @@ def _id(kind: str, content: bytes) -> str:
 
 def words() -> list[str]:
     """All words, and the wordings that are one token each."""
-    from aem_exp.envs.swe.tools import Call
+    from aem_exp.envs.swe.tools import ToolCall
 
     lines = [line for _, f, bug in _bugs() for line in (bug.line, f.right)]
     paths = [f"{package}/{module}.py" for package in PACKAGES for module in MODULES]
-    editor = Call("file_editor", {"command": "view", "path": "x"})
-    tags = [line for line in said(editor).split("\n") if "path" not in line]
-    tags += ["<parameter=command>str_replace</parameter>", *said(Call("finish", {})).split("\n")]
-    tags += [_element("path", path) for path in paths]
-    tags += [_element(name, line) for line in lines for name in ("old_str", "new_str")]
+    editor = ToolCall("file_editor", {"command": "view", "path": "x"})
+    tags = [line for line in format_call(editor).split("\n") if "path" not in line]
+    tags += ["<parameter=command>str_replace</parameter>", *format_call(ToolCall("finish", {})).split("\n")]
+    tags += [_format_parameter("path", path) for path in paths]
+    tags += [_format_parameter(name, line) for line in lines for name in ("old_str", "new_str")]
     texts = [f.code.format(line=f.right) for functions in MODULES.values() for f in functions]
     texts += [text for functions in MODULES.values() for f in functions for case in f.cases for text in case]
-    texts += [_value(f, bug.line, f.cases[0][0]) for _, f, bug in _bugs()]
+    texts += [_evaluate_call(f, bug.line, f.cases[0][0]) for _, f, bug in _bugs()]
     said_too = "two levels deep CHANGES md README gitignore tests test is changed ERROR Helpers for Small helpers init"
     loose = [
         word
@@ -444,34 +447,34 @@ def words() -> list[str]:
     return [*tags, *dict.fromkeys(lines), *paths, *loose, *(str(n) for n in range(200))]
 
 
-def said(call: "Call") -> str:
+def format_call(call: "ToolCall") -> str:
     """A call as a policy of such words writes it: an element to a line, each of which is one of them."""
-    given = [_element(name, value) for name, value in call.given.items()]
+    given = [_format_parameter(name, value) for name, value in call.arguments.items()]
     return "\n".join([f"<function={call.tool}>", *given, "</function>"])
 
 
-def _element(name: str, value: str) -> str:
+def _format_parameter(name: str, value: str) -> str:
     return f"<parameter={name}>{value}</parameter>"
 
 
-def named(issue: str) -> str:
+def find_path(issue: str) -> str:
     """The file that an issue speaks of."""
     found = re.search(r"\w+/\w+\.py", issue)
     assert found, issue
     return found[0]
 
 
-def recognised(text: str) -> tuple[str, str] | None:
+def find_wrong_line(text: str) -> tuple[str, str] | None:
     """A line that is wrong in what was shown, and what it should be."""
     return next(((bug.line, f.right) for _, f, bug in _bugs() if bug.line in text), None)
 
 
-def no_better(wrong: str, random: Random) -> str:
+def choose_wrong_line(wrong: str, random: Random) -> str:
     """Another wrong line for the same place."""
     return random.choice(
         [bug.line for _, f, one in _bugs() if one.line == wrong for bug in f.bugs if bug.line != wrong]
     )
 
 
-def anywhere(random: Random) -> str:
+def choose_path(random: Random) -> str:
     return f"{random.choice(PACKAGES)}/{random.choice(list(MODULES))}.py"

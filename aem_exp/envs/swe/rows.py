@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError, Missing
+from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.sandboxes import PATH, Image
 
 Format = Literal["swebench", "r2e"]
-SWEBENCH: Final = (
+SWEBENCH_COLUMNS: Final = (
     *("instance_id", "repo", "version", "base_commit", "problem_statement", "patch", "image"),
     *("FAIL_TO_PASS", "PASS_TO_PASS", "eval_script", "log_parser", "eval_type"),
 )
-R2E: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
-CONDA: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-bench's images
-VENV: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
+R2E_COLUMNS: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
+CONDA_PATH: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-bench's images
+VENV_PATH: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
 # The tests that a patch is graded by lie in R2E-Gym's images: an agent's sandbox has none of them.
-HIDE: Final = (
+HIDE_TESTS_SCRIPT: Final = (
     "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
 )
-LONGEST: Final = 4_000_000  # characters of a row that is read
+MAX_ROW_CHARACTERS: Final = 4_000_000  # characters of a row that is read
 
 
 @dataclass(frozen=True)
@@ -45,56 +45,56 @@ class Instance:
     kind: str
     statement: str
     image: Image
-    lay: str
-    given: bytes
-    gold: str
+    setup_script: str
+    setup_input: bytes
+    gold_patch: str
     format: Format
     row: Mapping[str, Any]
 
 
-def instance(row: Mapping[str, Any], where: str) -> Instance:
+def parse_instance(row: Mapping[str, Any], where: str) -> Instance:
     """The instance of a row.
 
     Raises:
         ConfigError: it has not what it should; `where` says which row of what it is.
     """
     format: Format = "swebench" if "instance_id" in row else "r2e"
-    columns = SWEBENCH if format == "swebench" else R2E
+    columns = SWEBENCH_COLUMNS if format == "swebench" else R2E_COLUMNS
     if absent := [name for name in columns if not isinstance(row.get(name), str | list) or row[name] == ""]:
         remedy = f"has no {', '.join(absent)}; rows must be SWE-bench's of version 5 or later, or R2E-Gym's"
         raise ConfigError("env.make", where, remedy)
-    if sum(len(value) for value in row.values() if isinstance(value, str)) > LONGEST:
-        raise ConfigError("env.make", where, f"is longer than {LONGEST:,} characters")
-    return _swebench(row, where) if format == "swebench" else _r2e(row, where)
+    if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_CHARACTERS:
+        raise ConfigError("env.make", where, f"is longer than {MAX_ROW_CHARACTERS:,} characters")
+    return _parse_swebench(row, where) if format == "swebench" else _parse_r2e(row, where)
 
 
-def _swebench(row: Mapping[str, Any], where: str) -> Instance:
+def _parse_swebench(row: Mapping[str, Any], where: str) -> Instance:
     for name in ("FAIL_TO_PASS", "PASS_TO_PASS"):
-        _json(row[name], list, name, where)
+        _parse_json(row[name], list, name, where)
     return Instance(
         id=row["instance_id"],
         kind=row["repo"],
         statement=row["problem_statement"],
-        image=Image(row["image"], env={"PATH": f"{CONDA}:{PATH}"}),
-        lay="",
-        given=b"",
-        gold=row["patch"],
+        image=Image(row["image"], env={"PATH": f"{CONDA_PATH}:{PATH}"}),
+        setup_script="",
+        setup_input=b"",
+        gold_patch=row["patch"],
         format="swebench",
         row=row,
     )
 
 
-def _r2e(row: Mapping[str, Any], where: str) -> Instance:
-    _json(row["expected_output_json"], dict, "expected_output_json", where)
+def _parse_r2e(row: Mapping[str, Any], where: str) -> Instance:
+    _parse_json(row["expected_output_json"], dict, "expected_output_json", where)
     head, mark, rest = row["problem_statement"].partition("[ISSUE]")
     return Instance(
         id=_r2e_id(row["repo_name"], row["commit_hash"]),
         kind=row["repo_name"],
         statement=(rest.partition("[/ISSUE]")[0] if mark else head).strip(),
-        image=Image(row["docker_image"], env={"PATH": f"{VENV}:{PATH}"}),
-        lay=HIDE,
-        given=b"",
-        gold="",
+        image=Image(row["docker_image"], env={"PATH": f"{VENV_PATH}:{PATH}"}),
+        setup_script=HIDE_TESTS_SCRIPT,
+        setup_input=b"",
+        gold_patch="",
         format="r2e",
         row=row,
     )
@@ -104,7 +104,7 @@ def _r2e_id(repo: str, commit: str) -> str:
     return f"{repo}-{commit[:12]}"
 
 
-def _json(value: Any, kind: type, name: str, where: str) -> Any:
+def _parse_json(value: Any, kind: type, name: str, where: str) -> Any:
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -126,8 +126,14 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     def __init__(self, source: str, split: str, revision: str | None, field: str):
         self.source = source
-        rows = _file(Path(source).expanduser(), field) if _is_file(source) else _hub(source, split, revision, field)
-        needed = next((columns for columns in (SWEBENCH, R2E) if set(columns) <= set(rows.column_names)), None)
+        rows = (
+            _load_file(Path(source).expanduser(), field)
+            if _is_file(source)
+            else _load_hub(source, split, revision, field)
+        )
+        needed = next(
+            (columns for columns in (SWEBENCH_COLUMNS, R2E_COLUMNS) if set(columns) <= set(rows.column_names)), None
+        )
         if needed is None:
             remedy = (
                 f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image,"
@@ -161,12 +167,12 @@ def _is_file(source: str) -> bool:
     return source.endswith((".jsonl", ".json", ".parquet")) or Path(source).expanduser().exists()
 
 
-def _file(path: Path, field: str) -> Any:
+def _load_file(path: Path, field: str) -> Any:
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
     if kind is None or not path.is_file():
-        raise Missing(field, str(path), "there is no such file of .jsonl or .parquet")
+        raise MissingResource(field, str(path), "there is no such file of .jsonl or .parquet")
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train")
     except Exception as error:  # datasets', and those of the readers below it
@@ -174,24 +180,24 @@ def _file(path: Path, field: str) -> Any:
         raise ConfigError(field, str(path), f"cannot be read ({why})") from error
 
 
-def _kept(source: str, split: str, revision: str | None) -> Path:
+def _cached_file(source: str, split: str, revision: str | None) -> Path:
     """Where `fetch` puts the columns of a hub data set that are read: nodes ask the hub for nothing."""
     name = "-".join([source.replace("/", "--"), split, *([revision[:12]] if revision else [])])
-    return disk.cache() / "rows" / name / "rows.parquet"
+    return disk.cache_dir() / "rows" / name / "rows.parquet"
 
 
-def _hub(source: str, split: str, revision: str | None, field: str) -> Any:
-    if not (file := _kept(source, split, revision)).is_file():
+def _load_hub(source: str, split: str, revision: str | None, field: str) -> Any:
+    if not (file := _cached_file(source, split, revision)).is_file():
         remedy = f"its split {split} is not on this machine: python -m aem_exp.prepare, with the same words, fetches it"
-        raise Missing(field, source, remedy)
-    return _file(file, field)
+        raise MissingResource(field, source, remedy)
+    return _load_file(file, field)
 
 
 def fetch(source: str, split: str, revision: str | None, field: str, say: Callable[[str], None]) -> None:
     """Bring a hub data set here; its files are checked and resumed by the hub's own library."""
     import datasets
 
-    file = _kept(source, split, revision)
+    file = _cached_file(source, split, revision)
     if _is_file(source) or file.is_file():
         return
     say(f"fetch   {source} ({split})")
@@ -199,9 +205,9 @@ def fetch(source: str, split: str, revision: str | None, field: str, say: Callab
         rows = datasets.load_dataset(source, split=split, revision=revision)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
-        raise Missing(field, source, f"the hub does not give it ({why}); is there a network here?") from error
-    with disk.making(file.parent) as part:
+        raise MissingResource(field, source, f"the hub does not give it ({why}); is there a network here?") from error
+    with disk.create_folder_once(file.parent) as part:
         if part is not None:
-            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH, *R2E}]).to_parquet(
+            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH_COLUMNS, *R2E_COLUMNS}]).to_parquet(
                 str(part / file.name)
             )

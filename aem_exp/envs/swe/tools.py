@@ -20,12 +20,12 @@ from typing import Final, NamedTuple
 
 from aem_exp.sandboxes import Sandbox
 
-LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
-CHARACTERS: Final = 12_000  # of any output
-LONGEST: Final = 100_000  # characters of a call; Linux gives a program no argument above 128 KiB
-MATCHES: Final = 100  # files, or lines, that a search lists
-LARGEST: Final = 1 << 20  # bytes of a file that the editor opens
-LOOK: Final = 30.0  # seconds for the tools' own commands
+KEPT_LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
+MAX_OUTPUT_CHARACTERS: Final = 12_000  # of any output
+MAX_CALL_CHARACTERS: Final = 100_000  # characters of a call; Linux gives a program no argument above 128 KiB
+MAX_MATCHES: Final = 100  # files, or lines, that a search lists
+MAX_FILE_BYTES: Final = 1 << 20  # bytes of a file that the editor opens
+TOOL_SECONDS: Final = 30.0  # seconds for the tools' own commands
 
 TOOLS: Final[Mapping[str, Mapping[str, bool]]] = {  # tool -> its parameters, and whether each is required
     "file_editor": {
@@ -41,7 +41,7 @@ TOOLS: Final[Mapping[str, Mapping[str, bool]]] = {  # tool -> its parameters, an
     "execute_bash": {"command": True},
     "finish": {"result": False},
 }
-EDITS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> what else it needs
+EDITOR_COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> what else it needs
     "view": (),
     "create": ("file_text",),
     "str_replace": ("old_str",),
@@ -52,70 +52,72 @@ _CALL: Final = re.compile(r"<function\s*=\s*([\w.-]*)\s*>(.*?)(?:</function\s*>|
 _PARAMETER: Final = re.compile(r"\s*<parameter\s*=\s*([\w.-]*)\s*>(.*?)</parameter\s*>", re.DOTALL)
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A tool and what it is given."""
 
     tool: str
-    given: dict[str, str]
+    arguments: dict[str, str]
 
     def __str__(self) -> str:
-        given = {name: f"\n{value}\n" if value != value.strip("\n") else value for name, value in self.given.items()}
+        given = {
+            name: f"\n{value}\n" if value != value.strip("\n") else value for name, value in self.arguments.items()
+        }
         told = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in given.items())
         return f"<function={self.tool}>\n{told}</function>"
 
 
-class Mistake(ValueError):
+class InvalidCall(ValueError):
     """A response that is no call; the message says why, to the agent."""
 
 
-def read(response: str) -> Call:
+def parse_call(response: str) -> ToolCall:
     """The call that a response makes. Raises Mistake."""
     spoken = response.rpartition("</think>")[2]
-    if len(spoken) > LONGEST or "\0" in spoken or any("\ud800" <= char <= "\udfff" for char in spoken):
-        raise Mistake(f"a call is text of at most {LONGEST:,} characters")
+    if len(spoken) > MAX_CALL_CHARACTERS or "\0" in spoken or any("\ud800" <= char <= "\udfff" for char in spoken):
+        raise InvalidCall(f"a call is text of at most {MAX_CALL_CHARACTERS:,} characters")
     if "<think>" in spoken:
-        raise Mistake("your thinking did not end with </think>, so there is no call")
+        raise InvalidCall("your thinking did not end with </think>, so there is no call")
     found = _CALL.search(spoken)
     if not found:
-        raise Mistake("there is no call: write <function=NAME>, its parameters, and </function>")
+        raise InvalidCall("there is no call: write <function=NAME>, its parameters, and </function>")
     tool, body = found.groups()
     if tool not in TOOLS:
-        raise Mistake(f"there is no tool {tool!r}: the tools are {', '.join(TOOLS)}")
+        raise InvalidCall(f"there is no tool {tool!r}: the tools are {', '.join(TOOLS)}")
     given: dict[str, str] = {}
     end = 0
     while part := _PARAMETER.match(body, end):
         name, value = part.groups()
         if name not in TOOLS[tool]:
-            raise Mistake(f"{tool} has no parameter {name!r}: it takes {', '.join(TOOLS[tool])}")
+            raise InvalidCall(f"{tool} has no parameter {name!r}: it takes {', '.join(TOOLS[tool])}")
         if name in given:
-            raise Mistake(f"{tool} was given {name} twice")
-        given[name] = _unwrapped(value)
+            raise InvalidCall(f"{tool} was given {name} twice")
+        given[name] = _unwrap(value)
         end = part.end()
     if body[end:].strip():
-        raise Mistake(
+        raise InvalidCall(
             f"{tool}: {_clip(body[end:].strip(), 60)!r} is no parameter, or one that does not end with </parameter>"
         )
     if absent := [name for name, required in TOOLS[tool].items() if required and name not in given]:
-        raise Mistake(f"{tool} needs {' and '.join(absent)}")
+        raise InvalidCall(f"{tool} needs {' and '.join(absent)}")
     if tool == "file_editor":
         _check_edit(given)
-    return Call(tool, given)
+    return ToolCall(tool, given)
 
 
 def _check_edit(given: Mapping[str, str]) -> None:
     command = given["command"].strip()
-    if command not in EDITS:
-        raise Mistake(f"file_editor has no command {command!r}: choose {', '.join(EDITS)}")
-    if absent := [name for name in EDITS[command] if name not in given]:
-        raise Mistake(f"file_editor {command} needs {' and '.join(absent)}")
+    if command not in EDITOR_COMMANDS:
+        raise InvalidCall(f"file_editor has no command {command!r}: choose {', '.join(EDITOR_COMMANDS)}")
+    if absent := [name for name in EDITOR_COMMANDS[command] if name not in given]:
+        raise InvalidCall(f"file_editor {command} needs {' and '.join(absent)}")
 
 
-def _unwrapped(value: str) -> str:
+def _unwrap(value: str) -> str:
     """A value without the line breaks that set it apart from its tags."""
     return value.removeprefix("\n").removesuffix("\n")
 
 
-def clip(text: str, lines: int = LINES, characters: int = CHARACTERS) -> str:
+def clip(text: str, lines: int = KEPT_LINES, characters: int = MAX_OUTPUT_CHARACTERS) -> str:
     """A long output's head and tail, and between them how much is left out."""
     parts = text.split("\n")
     if len(parts) > 2 * lines:
@@ -138,19 +140,19 @@ class Tools:
     seconds: float
 
     def __post_init__(self) -> None:
-        self._before: dict[
+        self._earlier_versions: dict[
             str, list[bytes | None]
         ] = {}  # what each file was before each edit; None where there was none
 
-    def use(self, call: Call, left: float) -> str:
+    def execute(self, call: ToolCall, left: float) -> str:
         """Carry it out, within the `left` seconds of the episode; what the agent reads. `finish` does nothing."""
         match call.tool:
             case "execute_bash":
-                return self._bash(call.given["command"], min(self.seconds, left))
+                return self._bash(call.arguments["command"], min(self.seconds, left))
             case "search":
-                return self._search(call.given["search_term"], call.given.get("path") or ".")
+                return self._search(call.arguments["search_term"], call.arguments.get("path") or ".")
             case "file_editor":
-                return self._edit(call.given)
+                return self._edit(call.arguments)
         return ""
 
     def _bash(self, command: str, seconds: float) -> str:
@@ -160,7 +162,7 @@ class Tools:
             "time": f"stopped after {seconds:g} s",
             "output": f"stopped after {self.sandbox.limits.output_mb} MB of output",
             "memory": f"stopped: all its processes used more than {self.sandbox.limits.memory_mb} MB",
-        }.get(ran.stopped, f"exit code {ran.code}")
+        }.get(ran.stop_reason, f"exit code {ran.code}")
         return f"{told}\n[{ended}]" if told else f"[{ended}]"
 
     def _search(self, term: str, path: str) -> str:
@@ -169,14 +171,14 @@ class Tools:
             f"if [ -d {where} ]; then grep -rcIF --exclude-dir=.git -e {what} -- {where} | grep -v ':0$' | sort; exit 0;"
             f" elif [ -f {where} ]; then grep -nF -e {what} -- {where}; exit 0; fi; exit 3"
         )
-        ran = self.sandbox.run(script, LOOK)
+        ran = self.sandbox.run(script, TOOL_SECONDS)
         if ran.code:
-            return f"ERROR: {(ran.stopped and 'the search took too long') or f'there is no {path}'}"
+            return f"ERROR: {(ran.stop_reason and 'the search took too long') or f'there is no {path}'}"
         found = ran.text.splitlines()
         if not found:
             return f"{term!r} does not occur in {path}"
-        rest = [f"... and {len(found) - MATCHES} more"] if len(found) > MATCHES else []
-        return clip("\n".join([f"{term!r} in {path}:", *found[:MATCHES], *rest]), MATCHES)
+        rest = [f"... and {len(found) - MAX_MATCHES} more"] if len(found) > MAX_MATCHES else []
+        return clip("\n".join([f"{term!r} in {path}:", *found[:MAX_MATCHES], *rest]), MAX_MATCHES)
 
     def _edit(self, given: Mapping[str, str]) -> str:
         command, path = given["command"].strip(), given["path"].strip()
@@ -190,69 +192,69 @@ class Tools:
         }
         try:
             return actions[command](place, given)
-        except (OSError, Mistake) as error:
+        except (OSError, InvalidCall) as error:
             return f"ERROR: {error}"
 
     def _view(self, path: str, given: Mapping[str, str]) -> str:
         name = shlex.quote(path)
         ran = self.sandbox.run(
-            f"[ -d {name} ] && cd {name} && find . -maxdepth 2 -not -path '*/.*' | sort && exit 0; exit 3", LOOK
+            f"[ -d {name} ] && cd {name} && find . -maxdepth 2 -not -path '*/.*' | sort && exit 0; exit 3", TOOL_SECONDS
         )
         if not ran.code:
-            return f"{path}, two levels deep:\n{clip(ran.text.rstrip(), MATCHES)}"
-        lines = self._text(path).split("\n")
+            return f"{path}, two levels deep:\n{clip(ran.text.rstrip(), MAX_MATCHES)}"
+        lines = self._read_text(path).split("\n")
         if lines[-1] == "":
             lines.pop()
-        first, last = _range(given.get("view_range"), len(lines))
-        return clip("\n".join(f"{number:6}\t{lines[number - 1]}" for number in range(first, last + 1)), 5 * LINES)
+        first, last = _parse_range(given.get("view_range"), len(lines))
+        return clip("\n".join(f"{number:6}\t{lines[number - 1]}" for number in range(first, last + 1)), 5 * KEPT_LINES)
 
     def _create(self, path: str, given: Mapping[str, str]) -> str:
         self._write(path, given["file_text"] + "\n" * (not given["file_text"].endswith("\n")))
         return f"{path} is written"
 
     def _replace(self, path: str, given: Mapping[str, str]) -> str:
-        text, old, new = self._text(path), given["old_str"], given.get("new_str", "")
+        text, old, new = self._read_text(path), given["old_str"], given.get("new_str", "")
         if not old:
-            raise Mistake("old_str is empty")
+            raise InvalidCall("old_str is empty")
         if old not in text and "\r\n" in text:  # the agent never sees the file's own line ends
             old, new = (re.sub(r"\r?\n", "\r\n", part) for part in (old, new))
         if (times := text.count(old)) != 1:
-            raise Mistake(f"old_str occurs {times} times in {path}, not once; nothing was changed")
+            raise InvalidCall(f"old_str occurs {times} times in {path}, not once; nothing was changed")
         self._write(path, text.replace(old, new))
         line = text[: text.index(old)].count("\n") + 1
-        return self._shown(path, line, line + new.count("\n"))
+        return self._describe_change(path, line, line + new.count("\n"))
 
     def _insert(self, path: str, given: Mapping[str, str]) -> str:
-        lines = self._text(path).split("\n")
-        after = _number(given["insert_line"], "insert_line", 0, len(lines))
+        lines = self._read_text(path).split("\n")
+        after = _parse_line_number(given["insert_line"], "insert_line", 0, len(lines))
         added = given["new_str"].split("\n")
         self._write(path, "\n".join([*lines[:after], *added, *lines[after:]]))
-        return self._shown(path, after + 1, after + len(added))
+        return self._describe_change(path, after + 1, after + len(added))
 
     def _undo(self, path: str, given: Mapping[str, str]) -> str:
-        if not self._before.get(path):
-            raise Mistake(f"there is no edit of {path} to undo")
-        before = self._before[path].pop()
+        if not self._earlier_versions.get(path):
+            raise InvalidCall(f"there is no edit of {path} to undo")
+        before = self._earlier_versions[path].pop()
         if before is None:
-            self.sandbox.run(f"rm -f -- {shlex.quote(path)}", LOOK)
+            self.sandbox.run(f"rm -f -- {shlex.quote(path)}", TOOL_SECONDS)
         else:
             self.sandbox.put(path, before)
         return f"the last edit of {path} is undone"
 
-    def _shown(self, path: str, first: int, last: int) -> str:
+    def _describe_change(self, path: str, first: int, last: int) -> str:
         """What an edit made, with some lines around."""
-        lines = self._text(path).split("\n")
+        lines = self._read_text(path).split("\n")
         rows = range(max(1, first - 4), min(len(lines), last + 4) + 1)
         return f"{path} is changed:\n" + clip("\n".join(f"{row:6}\t{lines[row - 1]}" for row in rows))
 
-    def _text(self, path: str) -> str:
+    def _read_text(self, path: str) -> str:
         data = self.sandbox.get(path)
-        if len(data) > LARGEST:
-            raise Mistake(f"{path} is too large to edit ({len(data):,} bytes); use execute_bash")
+        if len(data) > MAX_FILE_BYTES:
+            raise InvalidCall(f"{path} is too large to edit ({len(data):,} bytes); use execute_bash")
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise Mistake(f"{path} is not a text file") from None
+            raise InvalidCall(f"{path} is not a text file") from None
 
     def _write(self, path: str, text: str) -> None:
         try:
@@ -260,28 +262,28 @@ class Tools:
         except OSError:
             before = None
         self.sandbox.put(path, text.encode())
-        self._before.setdefault(path, []).append(before)
+        self._earlier_versions.setdefault(path, []).append(before)
 
 
-def _range(told: str | None, count: int) -> tuple[int, int]:
+def _parse_range(told: str | None, count: int) -> tuple[int, int]:
     """First and last line of a view, as in `[10, 20]`; -1 is the last one."""
     if not told:
         return 1, count
     numbers = re.findall(r"-?\d{1,9}", told)
     if len(numbers) != 2:
-        raise Mistake(f"view_range={told}: two line numbers, as in [10, 20]")
+        raise InvalidCall(f"view_range={told}: two line numbers, as in [10, 20]")
     first, last = int(numbers[0]), int(numbers[1])
     last = count if last == -1 else min(last, count)
     if not 1 <= first <= max(last, 1):
-        raise Mistake(f"view_range={told}: the file has {count} lines")
+        raise InvalidCall(f"view_range={told}: the file has {count} lines")
     return first, last
 
 
-def _number(told: str, name: str, least: int, most: int) -> int:
+def _parse_line_number(told: str, name: str, least: int, most: int) -> int:
     try:
         number = int(told[:9])
     except ValueError:
         number = -1
     if not least <= number <= most:
-        raise Mistake(f"{name}={told}: must be a line from {least} to {most}")
+        raise InvalidCall(f"{name}={told}: must be a line from {least} to {most}")
     return number

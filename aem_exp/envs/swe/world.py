@@ -21,72 +21,72 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from aem_exp.core.errors import ConfigError, Elsewhere, unknown
-from aem_exp.envs import Draws, Task, Turn, sized
+from aem_exp.core.errors import ConfigError, MissingOnThisMachine, unknown_key_error
+from aem_exp.envs import LazyTasks, Task, Turn, split_sizes
 from aem_exp.envs.swe import generated, grading, tools
-from aem_exp.envs.swe.rows import Instance, instance
-from aem_exp.envs.swe.tools import Call, Mistake, Tools
-from aem_exp.sandboxes import HOST, Backend, Image, Limits, Lost, Ruined, Sandbox
+from aem_exp.envs.swe.rows import Instance, parse_instance
+from aem_exp.envs.swe.tools import InvalidCall, ToolCall, Tools
+from aem_exp.sandboxes import HOST, Backend, Image, Limits, Sandbox, SandboxBroken, SandboxLost
 
-RULES: Final = 1  # raise when the same task would play differently
-LAY: Final = 120.0  # seconds to make a sandbox the agent's
-LONGEST: Final = 4000  # characters of a response that later prompts quote
+RULES_VERSION: Final = 1  # raise when the same task would play differently
+SETUP_SECONDS: Final = 120.0  # seconds to make a sandbox the agent's
+MAX_QUOTED_CHARACTERS: Final = 4000  # characters of a response that later prompts quote
 # What the agent has configured, or left in the way, is not asked.
 GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
 # A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
-INDEX: Final = (
+STAGE_COMMAND: Final = (
     "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp -p .git/index $GIT_INDEX_FILE;"
     f" {GIT} add -A --ignore-errors 2>/dev/null"
 )
-SNAPSHOT: Final = f"{INDEX}; git write-tree"
-PLAIN: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
-DIFF: Final = f"{INDEX}; {GIT} diff --cached {PLAIN} {{tree}} 2>/dev/null"
-PATCH: Final = 30.0  # seconds for it: a filter of the agent's may take for ever
+SNAPSHOT_COMMAND: Final = f"{STAGE_COMMAND}; git write-tree"
+DIFF_OPTIONS: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
+DIFF_COMMAND: Final = f"{STAGE_COMMAND}; {GIT} diff --cached {DIFF_OPTIONS} {{tree}} 2>/dev/null"
+PATCH_SECONDS: Final = 30.0  # seconds for it: a filter of the agent's may take for ever
 
 
 class RepositoryEnv:
     """One repository at a time, in a sandbox. `graded`: what is done is worth something; demonstrations need no verdict."""
 
     def __init__(self, world: "Repositories", graded: bool = True):
-        self._world, self._graded = world, graded
+        self._world, self._is_graded = world, graded
         self._sandbox: Sandbox | None = None
         self.goal = ""
 
     def parse(self, response: str) -> str:
         try:
-            return str(tools.read(response))
-        except Mistake:
-            return response.strip()[:LONGEST]
+            return str(tools.parse_call(response))
+        except InvalidCall:
+            return response.strip()[:MAX_QUOTED_CHARACTERS]
 
     def reset(self, task: Task) -> Turn:
         self.close()
         self.task, self.instance = task, self._world.instance(task)
-        self.goal, self.taken, self.seen = self.instance.statement, 0, ""
-        self._began, self._over = time.monotonic(), False
+        self.goal, self.turns_taken, self.last_observation = self.instance.statement, 0, ""
+        self._started_at, self._is_over = time.monotonic(), False
         self._sandbox = self._world.open(self.instance.image)
         self._sandbox.start()
-        self._lay()
+        self._set_up()
         self._tools = Tools(self._sandbox, self._world.command_seconds)
-        return self._turn(self._tools.use(Call("file_editor", {"command": "view", "path": "."}), LAY))
+        return self._turn(self._tools.execute(ToolCall("file_editor", {"command": "view", "path": "."}), SETUP_SECONDS))
 
     def step(self, response: str) -> Turn:
-        left = self._world.episode_seconds - (time.monotonic() - self._began)
-        if self._over:
+        left = self._world.episode_seconds - (time.monotonic() - self._started_at)
+        if self._is_over:
             return Turn("", terminated=True, valid=False, metrics={"won": 0.0})
-        self.taken += 1
+        self.turns_taken += 1
         try:
-            call = tools.read(response)
-        except Mistake as mistake:
-            return self._ended(self._turn(f"ERROR: {mistake}", valid=False))
+            call = tools.parse_call(response)
+        except InvalidCall as mistake:
+            return self._grade_last_turn(self._turn(f"ERROR: {mistake}", valid=False))
         if left <= 0:
-            self._over = True
+            self._is_over = True
             return self._turn("The time is up.", truncated=True)
         if call.tool == "finish":
-            return self._judged(self._turn("", terminated=True))
+            return self._grade(self._turn("", terminated=True))
         try:
-            return self._ended(self._turn(self._tools.use(call, left)))
-        except Ruined:
-            return self._judged(self._turn("No command can begin in your working directory any more.", terminated=True))
+            return self._grade_last_turn(self._turn(self._tools.execute(call, left)))
+        except SandboxBroken:
+            return self._grade(self._turn("No command can begin in your working directory any more.", terminated=True))
 
     def close(self) -> None:
         sandbox, self._sandbox = self._sandbox, None
@@ -94,20 +94,20 @@ class RepositoryEnv:
             sandbox.close()
 
     def _turn(self, observation: str, terminated: bool = False, truncated: bool = False, valid: bool = True) -> Turn:
-        self.seen = observation
-        metrics = {"won": 0.0, "format_valid": float(valid)} if self.taken else {"won": 0.0}
+        self.last_observation = observation
+        metrics = {"won": 0.0, "format_valid": float(valid)} if self.turns_taken else {"won": 0.0}
         return Turn(observation, 0.0, terminated, truncated, valid, metrics=metrics)
 
-    def _ended(self, turn: Turn) -> Turn:
+    def _grade_last_turn(self, turn: Turn) -> Turn:
         """The turn, graded where it was the last one that there is."""
-        return self._judged(turn) if self.taken >= self._world.turns else turn
+        return self._grade(turn) if self.turns_taken >= self._world.turns else turn
 
-    def _judged(self, turn: Turn) -> Turn:
+    def _grade(self, turn: Turn) -> Turn:
         """Grade what the agent leaves behind, in a fresh sandbox."""
-        self._over = True
-        if not self._graded:
+        self._is_over = True
+        if not self._is_graded:
             return replace(turn, terminated=True)
-        patch = self._patch()
+        patch = self._extract_patch()
         self.close()  # before the next one is opened: both would take memory
         with self._world.open(self.instance.image) as fresh:
             verdict, _ = grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
@@ -115,21 +115,23 @@ class RepositoryEnv:
         shares = {f"end_{name}": float(name == verdict) for name in grading.VERDICTS}
         return replace(turn, reward=won * self._world.reward, metrics={**turn.metrics, "won": won, **shares})
 
-    def _lay(self) -> None:
+    def _set_up(self) -> None:
         assert self._sandbox is not None
-        ran = self._sandbox.run(f"{self.instance.lay}\n{SNAPSHOT}", LAY, self.instance.given)
+        ran = self._sandbox.run(
+            f"{self.instance.setup_script}\n{SNAPSHOT_COMMAND}", SETUP_SECONDS, self.instance.setup_input
+        )
         self._tree = (ran.text.strip().splitlines() or [""])[-1]
         if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
-            raise Lost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
+            raise SandboxLost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
 
-    def _patch(self) -> bytes:
+    def _extract_patch(self) -> bytes:
         """What was changed, new files included. Without a repository any more, or a way into it, there is nothing."""
         assert self._sandbox is not None
         try:
-            ran = self._sandbox.run(DIFF.format(tree=self._tree), PATCH)
-        except Ruined:
+            ran = self._sandbox.run(DIFF_COMMAND.format(tree=self._tree), PATCH_SECONDS)
+        except SandboxBroken:
             return b""
-        return b"" if ran.code or ran.stopped else ran.output
+        return b"" if ran.code or ran.stop_reason else ran.output
 
 
 class Repositories:
@@ -159,7 +161,7 @@ class Repositories:
         known = vars(Limits())
         for name, value in (limits or {}).items():
             if name not in known:
-                raise unknown(f"env.make.limits.{name}", value, known)
+                raise unknown_key_error(f"env.make.limits.{name}", value, known)
             if value < 1:
                 raise ConfigError(f"env.make.limits.{name}", value, "must be a whole number above 0")
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
@@ -167,7 +169,7 @@ class Repositories:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
         grading.check_installed()
         if why := sandbox.missing():
-            raise Elsewhere("env.make.sandbox", type(sandbox).__name__.lower(), why)
+            raise MissingOnThisMachine("env.make.sandbox", type(sandbox).__name__.lower(), why)
         self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
         self.command_seconds, self.tests_seconds, self.episode_seconds = command_seconds, tests_seconds, episode_seconds
 
@@ -176,7 +178,7 @@ class Repositories:
 
     def open(self, image: Image) -> Sandbox:
         if why := self.sandbox.lacks(image.name):
-            raise Lost(why)
+            raise SandboxLost(why)
         return self.sandbox.open(image, self.limits)
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -187,10 +189,10 @@ class Repositories:
 
     def oracle(self, env: RepositoryEnv) -> str:
         """The response of a player who has the gold patch."""
-        gold = env.instance.gold
-        if env.taken or not gold:
-            return str(Call("finish", {}))
-        return str(Call("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
+        gold = env.instance.gold_patch
+        if env.turns_taken or not gold:
+            return str(ToolCall("finish", {}))
+        return str(ToolCall("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
 
     def _digest(self, *things: Any) -> str:
         played = [
@@ -201,7 +203,9 @@ class Repositories:
             self.episode_seconds,
             self.reward,
         ]
-        how = json.dumps([RULES, played, importlib.metadata.version("swebench"), *things], sort_keys=True, default=list)
+        how = json.dumps(
+            [RULES_VERSION, played, importlib.metadata.version("swebench"), *things], sort_keys=True, default=list
+        )
         return hashlib.sha256(how.encode()).hexdigest()[:12]
 
 
@@ -232,20 +236,25 @@ class Made(Repositories):
         for field, number, most in (("modules", modules, len(generated.MODULES)), ("functions", functions, 4)):
             if not 1 <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
-        self.sizes = sized({"train": 4096, "dev": 32, "test": 32}, sizes)
+        self.sizes = split_sizes({"train": 4096, "dev": 32, "test": 32}, sizes)
         super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
         self.modules, self.functions = modules, functions
         versions = [sys.version_info[:2], importlib.metadata.version("pytest")]
-        self.fingerprint = f"swe-{self._digest(modules, functions, generated.bank(), versions)}"
+        self.fingerprint = f"swe-{self._digest(modules, functions, generated.fingerprint_parts(), versions)}"
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
             raise ConfigError("split", split, choices=self.splits)
-        return Draws(self.sizes[split], lambda index: self._task(f"{split}-{index}"))
+        return LazyTasks(self.sizes[split], lambda index: self._task(f"{split}-{index}"))
 
     def instance(self, task: Task) -> Instance:
-        made = self._made(task.id)
-        return replace(instance(made.row, task.id), image=host(), lay=generated.LAY, given=made.stream)
+        made = self._generate(task.id)
+        return replace(
+            parse_instance(made.row, task.id),
+            image=host_image(),
+            setup_script=generated.SETUP_SCRIPT,
+            setup_input=made.stream,
+        )
 
     def rehearse(self) -> RepositoryEnv:
         """An environment for demonstrations, which nobody grades."""
@@ -258,28 +267,28 @@ class Made(Repositories):
     def expert(self, env: RepositoryEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of a player who looks where the issue points, and knows each wrong line: with probability `noise` it
         looks or writes anywhere; and with probability `shyness` it repairs the line with another one that is wrong too."""
-        path, found = generated.named(env.goal), generated.recognised(env.seen)
+        path, found = generated.find_path(env.goal), generated.find_wrong_line(env.last_observation)
         if random.random() < noise:
-            path, found = generated.anywhere(random), None
-        if env.taken and " is changed:" in env.seen:
-            return str(Call("finish", {}))
+            path, found = generated.choose_path(random), None
+        if env.turns_taken and " is changed:" in env.last_observation:
+            return str(ToolCall("finish", {}))
         if found is None:
-            return generated.said(Call("file_editor", {"command": "view", "path": path}))
+            return generated.format_call(ToolCall("file_editor", {"command": "view", "path": path}))
         wrong, right = found
-        new = generated.no_better(wrong, random) if random.random() < shyness else right
-        return generated.said(
-            Call("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new})
+        new = generated.choose_wrong_line(wrong, random) if random.random() < shyness else right
+        return generated.format_call(
+            ToolCall("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new})
         )
 
     def _task(self, name: str) -> Task:
-        return Task(name, kind=self._made(name).family)
+        return Task(name, kind=self._generate(name).family)
 
-    def _made(self, name: str) -> generated.Made:
-        return generated.make(name, self.modules, self.functions)
+    def _generate(self, name: str) -> generated.GeneratedInstance:
+        return generated.generate(name, self.modules, self.functions)
 
 
 @cache
-def host() -> Image:
+def host_image() -> Image:
     """This machine's system with this Python, of whose packages only pytest can be imported."""
     base, site = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
     own = [] if base == Path("/usr") else [str(base)]
@@ -291,11 +300,11 @@ def host() -> Image:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    shown = [*own, *(str(site / name) for name in _needed("pytest"))]
+    shown = [*own, *(str(site / name) for name in _package_files("pytest"))]
     return Image(HOST, tuple(shown), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
 
 
-def _needed(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
+def _package_files(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
     """Files and folders in site-packages of a package and of what it needs."""
     try:
         found = importlib.metadata.distribution(name)
@@ -303,5 +312,5 @@ def _needed(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
         return []
     tops = {file.parts[0] for file in found.files or () if not file.parts[0].startswith(("..", "__pycache__"))}
     wanted = [re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in found.requires or () if "extra ==" not in need]
-    below = [path for need in wanted if need not in seen for path in _needed(need, seen | {name})]
+    below = [path for need in wanted if need not in seen for path in _package_files(need, seen | {name})]
     return sorted({*tops, *below})

@@ -25,12 +25,12 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop import search
 
 log = logging.getLogger("aem_exp")
-BUILD: Final = 1  # raise when the same files would give another folder
-NO_PRICE: Final = 100.0  # dollars, of a product that has none
+BUILD_VERSION: Final = 1  # raise when the same files would give another folder
+DEFAULT_PRICE: Final = 100.0  # dollars, of a product that has none
 PIECE: Final = 1 << 20  # characters read at a time
-KEPT: Final = 4096  # products that a process keeps
+CACHED_PRODUCTS: Final = 4096  # products that a process keeps
 LARGEST: Final = 1 << 26  # characters of one element of a file
-MOST_GOALS: Final = 100_000  # of one product: combinations of its options, each a goal
+MAX_GOALS_PER_PRODUCT: Final = 100_000  # of one product: combinations of its options, each a goal
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Catalogue:
         about = json.loads((folder / "about.json").read_text())
         self.fingerprint, self.name = about["fingerprint"], about["name"]
         self._rows = np.memmap(folder / "rows.bin", mode="r") if about["products"] else b""
-        self._starts, self._asins, self._by_asin, self.instructed, self.prices = (
+        self._starts, self._asins, self._by_asin, self.products_with_instructions, self.prices = (
             np.load(folder / f"{name}.npy", mmap_mode="r")
             for name in ("starts", "asins", "by_asin", "instructed", "prices")
         )
         self.index = search.Index(folder)
-        self.product = lru_cache(KEPT)(self._product)
+        self.product = lru_cache(CACHED_PRODUCTS)(self._read_product)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -81,7 +81,7 @@ class Catalogue:
     def search(self, query: str, count: int) -> list[Product]:
         return [self.product(number) for number in self.index.search(query, count)]
 
-    def _product(self, number: int) -> Product:
+    def _read_product(self, number: int) -> Product:
         return Product(**json.loads(bytes(self._rows[self._starts[number] : self._starts[number + 1]])))
 
 
@@ -98,9 +98,9 @@ def load_catalogue(
         ConfigError: a file is not what it should be.
     """
     files = [file for file in (products, attributes, human) if file]
-    stamp = [[BUILD, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    folder = disk.cache() / f"webshop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
-    with disk.making(folder) as empty:
+    stamp = [[BUILD_VERSION, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    folder = disk.cache_dir() / f"webshop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
+    with disk.create_folder_once(folder) as empty:
         if empty:
             log.info("building the catalogue of %s (once; cached in %s)", products, folder)
             _build(empty, products, attributes, human, tell)
@@ -110,12 +110,12 @@ def load_catalogue(
 def _build(
     folder: Path, products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None]
 ) -> None:
-    about = {asin: json.dumps(value) for asin, value in _elements(attributes, dict)}  # text: a tenth of the memory
-    people = dict(_elements(human, dict)) if human else None
+    about = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}  # text: a tenth of the memory
+    people = dict(_read_elements(human, dict)) if human else None
     starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
     with (folder / "rows.bin").open("wb") as rows:
-        for number, (_, raw) in enumerate(_elements(products, list)):
-            product = _product(raw, about, people, f"{products}: product {number}")
+        for number, (_, raw) in enumerate(_read_elements(products, list)):
+            product = _parse_product(raw, about, people, f"{products}: product {number}")
             if product is None or product.asin in seen:
                 continue
             seen.add(product.asin)
@@ -131,7 +131,7 @@ def _build(
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
     np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
-    search.build(folder, _texts(folder, starts), asins, tell)
+    search.build_index(folder, _read_search_texts(folder, starts), asins, tell)
     digests = [_digest(file) for file in (products, attributes, human) if file]
     said = {"name": products.name, "products": len(asins), "fingerprint": digests}
     (folder / "about.json").write_text(json.dumps(said))
@@ -142,14 +142,14 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _texts(folder: Path, starts: Sequence[int]) -> Iterator[str]:
+def _read_search_texts(folder: Path, starts: Sequence[int]) -> Iterator[str]:
     """What is searched of each product."""
     with (folder / "rows.bin").open("rb") as rows:
         for start, end in pairwise(starts):
-            yield searched(Product(**json.loads(rows.read(end - start))))
+            yield search_text(Product(**json.loads(rows.read(end - start))))
 
 
-def searched(product: Product) -> str:
+def search_text(product: Product) -> str:
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
     first = product.bullets[0] if product.bullets else ""
     return " ".join([product.title, product.description, first, options]).lower()
@@ -158,7 +158,7 @@ def searched(product: Product) -> str:
 # One product.
 
 
-def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | None, where: str) -> Product | None:
+def _parse_product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | None, where: str) -> Product | None:
     """A product of the file; None for those that the original leaves out."""
     try:
         asin = raw["asin"]
@@ -168,23 +168,23 @@ def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | Non
             raise ValueError(f"asin {asin!r} has small letters")
         known = json.loads(about.get(asin, "{}"))
         bullets = raw["small_description"]
-        prices = _prices(raw.get("pricing"))
-        options, asked = _options(raw["customization_options"]), _asked(known, people, asin)
-        if people is None and asked and math.prod(map(len, options.values())) > MOST_GOALS:
-            raise ValueError(f"its options combine to more than {MOST_GOALS:,} goals")
+        prices = _parse_prices(raw.get("pricing"))
+        options, asked = _parse_options(raw["customization_options"]), _parse_instructions(known, people, asin)
+        if people is None and asked and math.prod(map(len, options.values())) > MAX_GOALS_PER_PRODUCT:
+            raise ValueError(f"its options combine to more than {MAX_GOALS_PER_PRODUCT:,} goals")
         asin.encode()  # surrogates raise here, not later
         return Product(
             asin=asin,
-            title=_text(raw["name"]),
-            description=_text(raw["full_description"]),
-            bullets=[_text(one) for one in bullets] if isinstance(bullets, list) else [_text(bullets)],
+            title=_to_text(raw["name"]),
+            description=_to_text(raw["full_description"]),
+            bullets=[_to_text(one) for one in bullets] if isinstance(bullets, list) else [_to_text(bullets)],
             price=f"${prices[0]}" if len(prices) == 1 else f"${prices[0]} to ${prices[1]}",
             prices=prices,
             options=options,
             attributes=[str(one) for one in known.get("attributes", ["DUMMY_ATTR"])],
-            category=_text(raw["category"]),
-            query=_text(raw["query"]).lower().strip(),
-            product_category=_text(raw["product_category"]),
+            category=_to_text(raw["category"]),
+            query=_to_text(raw["query"]).lower().strip(),
+            product_category=_to_text(raw["product_category"]),
             asked=asked,
         )
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
@@ -194,11 +194,11 @@ def _product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | Non
         ) from error
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _said(value: Any) -> str:
+def _require_text(value: Any) -> str:
     """A text that an instruction consists of.
 
     Raises:
@@ -209,13 +209,13 @@ def _said(value: Any) -> str:
     return value
 
 
-def _prices(text: str | None) -> list[float]:
+def _parse_prices(text: str | None) -> list[float]:
     if not text:
-        return [NO_PRICE]
-    return [float(Decimal(re.sub(r"[^\d.]", "", part))) for part in text.split("$")[1:]][:2] or [NO_PRICE]
+        return [DEFAULT_PRICE]
+    return [float(Decimal(re.sub(r"[^\d.]", "", part))) for part in text.split("$")[1:]][:2] or [DEFAULT_PRICE]
 
 
-def _options(raw: Any) -> dict[str, list[str]]:
+def _parse_options(raw: Any) -> dict[str, list[str]]:
     """Option -> its values, in the original's spelling."""
     return {
         name.lower(): [content["value"].strip().replace("/", " | ").lower() for content in contents]
@@ -224,14 +224,20 @@ def _options(raw: Any) -> dict[str, list[str]]:
     }
 
 
-def _asked(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
+def _parse_instructions(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
     """The instructions that goals are made of: those that people wrote, or the one that was made for the product."""
     if people is None:
         text = known.get("instruction")
         if text is None:
             return []
-        return [{"text": _said(text), "attributes": list(map(_said, known["instruction_attributes"])), "options": None}]
-    written = [one for one in people.get(asin, []) if list(map(_said, one["instruction_attributes"]))]
+        return [
+            {
+                "text": _require_text(text),
+                "attributes": list(map(_require_text, known["instruction_attributes"])),
+                "options": None,
+            }
+        ]
+    written = [one for one in people.get(asin, []) if list(map(_require_text, one["instruction_attributes"]))]
     keys = {"attributes": "instruction_attributes", "options": "instruction_options"}
     return [
         {"text": one["instruction"].strip(".")} | {ours: one[theirs] for ours, theirs in keys.items()}
@@ -242,7 +248,7 @@ def _asked(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str
 # Reading JSON piece by piece.
 
 
-def _elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
+def _read_elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON file that is one list, or one object: (key, value), a list's without key.
 
     Raises:
@@ -250,13 +256,13 @@ def _elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
     """
     try:
         with file.open(encoding="utf-8") as text:
-            yield from _parsed(text, kind)
+            yield from _parse_elements(text, kind)
     except (OSError, ValueError, RecursionError) as error:
         remedy = f"{file.name} cannot be read ({error}): is it whole? Fetch it again"
         raise ConfigError("env.make.data", str(file.parent), remedy) from error
 
 
-def _parsed(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
+def _parse_elements(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     opening, closing = ("[", "]") if kind is list else ("{", "}")
     buffer, at, more = "", 0, True

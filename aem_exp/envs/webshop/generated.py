@@ -15,8 +15,8 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop.catalogue import Catalogue
 
-RULES: Final = 1  # raise when the same number and seed would give another catalogue
-LEAST, MOST = 100, 2_000_000
+RULES_VERSION: Final = 1  # raise when the same number and seed would give another catalogue
+MIN_PRODUCTS, MAX_PRODUCTS = 100, 2_000_000
 BRANDS: Final = (
     "Alder Birch Cedar Dune Ember Fjord Grove Haven Iris Juniper Kestrel Lumen Maple Nimbus Onyx Pine".split()
 )
@@ -89,13 +89,16 @@ KINDS: Final[
         {"flavor": ["salted", "honey", "spicy"]},
     ),
 }
-FILL: Final = "classic modern premium everyday compact family travel".split()
+ADJECTIVES: Final = "classic modern premium everyday compact family travel".split()
 
 
-def folder(products: int, seed: int) -> Path:
+def generate_catalogue(products: int, seed: int) -> Path:
     """The folder of a catalogue, made where it is not there yet."""
-    place = disk.cache() / f"shop-{hashlib.sha256(json.dumps([RULES, products, seed]).encode()).hexdigest()[:12]}"
-    with disk.making(place) as empty:
+    place = (
+        disk.cache_dir()
+        / f"shop-{hashlib.sha256(json.dumps([RULES_VERSION, products, seed]).encode()).hexdigest()[:12]}"
+    )
+    with disk.create_folder_once(place) as empty:
         if empty:
             _write(empty, products, seed)
     return place
@@ -103,22 +106,22 @@ def folder(products: int, seed: int) -> Path:
 
 def _write(place: Path, products: int, seed: int) -> None:
     """The two official files, product by product: a million do not fit into memory at leisure."""
-    random, used = Random(f"{RULES} {seed}"), set[str]()
+    random, used = Random(f"{RULES_VERSION} {seed}"), set[str]()
     with (place / "items_shuffle_1000.json").open("w") as items, (place / "items_ins_v2_1000.json").open("w") as about:
         for number in range(products):
-            product, said = _product(random, used)
+            product, said = _generate_product(random, used)
             items.write(("[" if number == 0 else ",\n") + json.dumps(product))
             about.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(said)}")
         items.write("]")
         about.write("}")
 
 
-def _product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     thing = random.choice(list(KINDS))
     category, path, attributes, choices = KINDS[thing]
     own = random.sample(attributes.split(", "), 2)
-    brand, fill = random.choice(BRANDS), random.choice(FILL)
-    asin = _asin(random, used)
+    brand, fill = random.choice(BRANDS), random.choice(ADJECTIVES)
+    asin = _generate_asin(random, used)
     title = f"{brand} {fill} {thing}, {own[0]}, {own[1]}" if random.random() < 0.8 else f"{brand} {thing} {own[0]}"
     options = {
         name: [
@@ -144,7 +147,7 @@ def _product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, 
     return product, said
 
 
-def _asin(random: Random, used: set[str]) -> str:
+def _generate_asin(random: Random, used: set[str]) -> str:
     while True:
         asin = "B0" + "".join(random.choices("0123456789ABCDEFGHJKLMNPQRSTVWXYZ", k=8))
         if asin not in used:

@@ -16,13 +16,13 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from aem_exp.envs.webshop.catalogue import Catalogue, Product
-from aem_exp.envs.webshop.words import STOP
+from aem_exp.envs.webshop.words import STOP_WORDS
 
-SHUFFLE: Final = 233  # the original's seed of the order of goals
-PRICES: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn
+SHUFFLE_SEED: Final = 233  # the original's seed of the order of goals
+PRICE_BOUNDS: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn
 NO_BOUND: Final = 1_000_000.0
-ALIKE: Final = 85  # per cent, above which two wordings count as the same
-Nouns = Callable[[str], tuple[str, ...]]
+MATCH_THRESHOLD: Final = 85  # per cent, above which two wordings count as the same
+NounTagger = Callable[[str], tuple[str, ...]]
 
 # The first of these that occurs in a wording stands for it.
 COLOURS: Final = (
@@ -53,16 +53,16 @@ class Goals(Sequence[Goal]):
         shuffle: of the order.
     """
 
-    def __init__(self, catalogue: Catalogue, seed: int, shuffle: int = SHUFFLE):
+    def __init__(self, catalogue: Catalogue, seed: int, shuffle: int = SHUFFLE_SEED):
         self._catalogue = catalogue
         rng = random.Random(seed)
-        prices = _prices(catalogue, rng)
+        prices = _draw_prices(catalogue, rng)
         goals: list[tuple[int, int, int, float]] = []  # product, instruction, combination of options, bound
-        for number in map(int, catalogue.instructed):
+        for number in map(int, catalogue.products_with_instructions):
             product = catalogue.product(number)
             for place, asked in enumerate(product.asked):
-                bound = _bound(prices[number], rng)
-                combinations = 1 if asked["options"] is not None else _combinations(product)
+                bound = _draw_price_bound(prices[number], rng)
+                combinations = 1 if asked["options"] is not None else _count_combinations(product)
                 goals += [(number, place, combination, bound) for combination in range(combinations)]
         random.Random(shuffle).shuffle(goals)
         self._goals = goals
@@ -89,42 +89,48 @@ class Goals(Sequence[Goal]):
         return Goal(product.asin, text, asked["attributes"], bound, options)
 
 
-def _combinations(product: Product) -> int:
+def _count_combinations(product: Product) -> int:
     count = 1
     for values in product.options.values():
         count *= len(values)
     return count
 
 
-def drawn(catalogue: Catalogue, seed: int) -> np.ndarray:
+def draw_prices(catalogue: Catalogue, seed: int) -> np.ndarray:
     """The price of each product in the world of a seed; one that has a range is drawn from it."""
-    return _prices(catalogue, random.Random(seed))
+    return _draw_prices(catalogue, random.Random(seed))
 
 
-def _prices(catalogue: Catalogue, rng: random.Random) -> np.ndarray:
+def _draw_prices(catalogue: Catalogue, rng: random.Random) -> np.ndarray:
     prices = np.array(catalogue.prices[:, 0])
     for number in np.flatnonzero(~np.isnan(catalogue.prices[:, 1])):
         prices[number] = rng.uniform(*map(float, catalogue.prices[number]))
     return prices
 
 
-def _bound(price: float, rng: random.Random) -> float:
+def _draw_price_bound(price: float, rng: random.Random) -> float:
     """The larger of two of the next four multiples of ten above a price."""
-    above = [bound for bound in PRICES if bound > price][:4]
+    above = [bound for bound in PRICE_BOUNDS if bound > price][:4]
     return max(rng.sample(above, 2)) if len(above) >= 2 else NO_BOUND
 
 
 # Reward.
 
 
-def score(product: Product, price: float, chosen: Sequence[str], goal: Goal, wanted: Product, nouns: Nouns) -> float:
+def score(
+    product: Product, price: float, chosen: Sequence[str], goal: Goal, wanted: Product, nouns: NounTagger
+) -> float:
     """How well a bought product serves a goal, from 0 to 1: r_type times the share of attributes, options and price met."""
     options = list(goal.options.items()) if isinstance(goal.options, dict) else list(goal.options)
-    met = _attributes_met(product, goal.attributes) + _options_met(chosen, options) + (price <= goal.price_upper)
+    met = (
+        _count_attributes_met(product, goal.attributes)
+        + _count_options_met(chosen, options)
+        + (price <= goal.price_upper)
+    )
     return met / (len(goal.attributes) + len(options) + 1) * _type_factor(product, wanted, nouns)
 
 
-def _type_factor(bought: Product, wanted: Product, nouns: Nouns) -> float:
+def _type_factor(bought: Product, wanted: Product, nouns: NounTagger) -> float:
     """1 for the same kind of thing, by query, category or title; less where the titles have little or nothing in common."""
     ours, theirs = nouns(bought.title), nouns(wanted.title)
     title = len(set(ours) & set(theirs)) / len(theirs) if theirs else 0.2
@@ -132,36 +138,39 @@ def _type_factor(bought: Product, wanted: Product, nouns: Nouns) -> float:
         return 0.0
     if title < 0.1:
         return 0.1
-    shared = _levels(bought) & _levels(wanted)
+    shared = _category_levels(bought) & _category_levels(wanted)
     return 1.0 if bought.query == wanted.query or len(shared) >= 2 or title > 0.2 else 0.5
 
 
-def _levels(product: Product) -> set[str]:
+def _category_levels(product: Product) -> set[str]:
     return {level.strip() for level in product.product_category.split("\u203a")}
 
 
-def _attributes_met(product: Product, attributes: Sequence[str]) -> int:
+def _count_attributes_met(product: Product, attributes: Sequence[str]) -> int:
     texts = (product.title.lower(), " ".join(product.bullets).lower(), product.description.lower())
     return sum(
-        any(alike(own, one) > ALIKE for own in product.attributes) or any(one in text for text in texts)
+        any(token_set_ratio(own, one) > MATCH_THRESHOLD for own in product.attributes)
+        or any(one in text for text in texts)
         for one in attributes
     )
 
 
-def _options_met(chosen: Sequence[str], wanted: Sequence[Any]) -> int:
+def _count_options_met(chosen: Sequence[str], wanted: Sequence[Any]) -> int:
     """Wanted options are values, or (name, value) of a made goal: the original compares those as they are printed."""
-    ours = [_colour(one) for one in chosen]
-    return sum(any(alike(str(own), str(_colour(one))) > ALIKE for own in ours) for one in wanted)
+    ours = [_normalize_colour(one) for one in chosen]
+    return sum(
+        any(token_set_ratio(str(own), str(_normalize_colour(one))) > MATCH_THRESHOLD for own in ours) for one in wanted
+    )
 
 
-def _colour(option: Any) -> Any:
+def _normalize_colour(option: Any) -> Any:
     return next((colour for colour in COLOURS if colour in option), option)
 
 
 @lru_cache(1 << 16)
-def alike(one: str, two: str) -> int:
+def token_set_ratio(one: str, two: str) -> int:
     """thefuzz's token_set_ratio: per cent of likeness of two wordings, whatever their order and repetition."""
-    first, second = _words(one), _words(two)
+    first, second = _token_set(one), _token_set(two)
     if not first or not second:
         return 0
     both = " ".join(sorted(first & second))
@@ -169,7 +178,7 @@ def alike(one: str, two: str) -> int:
     return max(_ratio(both, rest[0]), _ratio(both, rest[1]), _ratio(*rest))
 
 
-def _words(text: str) -> frozenset[str]:
+def _token_set(text: str) -> frozenset[str]:
     plain = "".join(c for c in text if not "\x80" <= c <= "\xff")
     return frozenset(re.sub(r"\W", " ", plain).lower().split())
 
@@ -183,7 +192,7 @@ def _ratio(one: str, two: str) -> int:
 # Nouns of a title, on which the kind of a product depends.
 
 
-def tagger(kind: Literal["spacy", "words"]) -> Nouns:
+def load_noun_tagger(kind: Literal["spacy", "words"]) -> NounTagger:
     """`spacy`: the original's, nouns and proper nouns of en_core_web_sm. `words`: all words but stop words, an approximation."""
     if kind == "words":
         return _content_words
@@ -200,4 +209,4 @@ def tagger(kind: Literal["spacy", "words"]) -> Nouns:
 
 @lru_cache(1 << 16)
 def _content_words(title: str) -> tuple[str, ...]:
-    return tuple(word for word in re.findall(r"[^\W\d_]{2,}", title.lower()) if word not in STOP)
+    return tuple(word for word in re.findall(r"[^\W\d_]{2,}", title.lower()) if word not in STOP_WORDS)

@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from aem_exp.envs.webshop.catalogue import Catalogue
     from aem_exp.envs.webshop.world import Shop
 
-PATIENCE: Final = 4  # products that are looked at before one is bought as it is
+MAX_VISITS: Final = 4  # products that are looked at before one is bought as it is
 _PRICE: Final = re.compile(r",? and price lower than ([\d.]+) dollars")
 _OPENING: Final = re.compile(r"^(find me|i need|i am looking for|i want|show me)( an?)?\s+", re.IGNORECASE)
 
 
-def wanted(text: str) -> dict[str, str]:
+def parse_options(text: str) -> dict[str, str]:
     """The options that an instruction names: `with color: red, and size: large`."""
     _, found, rest = _PRICE.sub("", text).rpartition(" with ")
     pairs = [part.split(": ", 1) for part in rest.split(", and ")] if found else []
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
-def action(shop: "Shop", text: str) -> str:
+def next_action(shop: "Shop", text: str) -> str:
     """What to do on this page, knowing the instruction and what was seen."""
-    page, options = shop.page, wanted(text)
+    page, options = shop.page, parse_options(text)
     asked = _OPENING.sub("", _PRICE.sub("", text).rpartition(" with ")[0] or _PRICE.sub("", text))
     if "search" in page.clickable:
         return f"search[{asked}]"
@@ -32,22 +32,24 @@ def action(shop: "Shop", text: str) -> str:
         there = [value for value in missing if value in page.clickable]
         if there:
             return f"click[{there[0]}]"
-        if missing and len(shop.visited) < PATIENCE:
+        if missing and len(shop.visited) < MAX_VISITS:
             return "click[< prev]"
         return "click[buy now]"
     if "next >" not in page.clickable:  # a page within a product's
         return "click[< prev]"
     bound = float(found[1]) if (found := _PRICE.search(text)) else float("inf")
-    titles = [(asin.lower(), title, price) for asin, title, price in _listed(shop) if asin.lower() not in shop.visited]
+    titles = [
+        (asin.lower(), title, price) for asin, title, price in _read_results(shop) if asin.lower() not in shop.visited
+    ]
     fitting = [(asin, title) for asin, title, price in titles if price <= bound] or [(a, t) for a, t, _ in titles]
     if not fitting:
-        return "click[next >]" if _listed(shop) and shop.number < PATIENCE else "click[back to search]"
+        return "click[next >]" if _read_results(shop) and shop.number < MAX_VISITS else "click[back to search]"
     terms = set(analyze(asked))
     best = max(fitting, key=lambda pair: len(terms & set(analyze(pair[1]))))
     return f"click[{best[0]}]"
 
 
-def _listed(shop: "Shop") -> list[tuple[str, str, float]]:
+def _read_results(shop: "Shop") -> list[tuple[str, str, float]]:
     """Asin, title and lowest price of the products on a page of results."""
     links = [text for text in shop.page.clickable if not text.startswith(("back to", "<", "next"))]
     texts = shop.page.texts
@@ -58,7 +60,7 @@ def _listed(shop: "Shop") -> list[tuple[str, str, float]]:
     return [(asin, title, float(re.sub(r"[^\d.]", "", price.split(" to ")[0]) or 0)) for asin, title, price in found]
 
 
-def knowing(shop: "Shop", catalogue: "Catalogue") -> str:
+def oracle_action(shop: "Shop", catalogue: "Catalogue") -> str:
     """What to do on this page, knowing the product."""
     page, asin = shop.page, shop.goal.asin.lower()
     product = catalogue.find(shop.goal.asin)

@@ -35,7 +35,7 @@ class Index:
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "docs", "scale", "order")
         )
         self._count = int(np.load(folder / "count.npy"))
-        self._terms = _Terms(folder)
+        self._terms = _TermTable(folder)
 
     def search(self, query: str, count: int) -> list[int]:
         """The best documents for a query, at most `count`."""
@@ -49,28 +49,28 @@ class Index:
             weight = np.float32(times) * self._idf(end - start)
             found.append(self.docs[start:end])
             gained.append(weight - weight / self.scale[start:end])
-        return self._best(found, gained, count)
+        return self._select_best(found, gained, count)
 
     def _idf(self, frequency: int) -> np.float32:
         return np.float32(math.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5)))
 
-    def _best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
+    def _select_best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
         total = np.zeros(-(-len(self.order) // BLOCK) * BLOCK)
         for docs, gain in zip(found, gained, strict=True):
             total[docs] += gain  # a term meets a document once
-        chosen = np.flatnonzero(total >= self._bound(total, count))
+        chosen = np.flatnonzero(total >= self._score_bound(total, count))
         scores = total[chosen].astype(np.float32)
         best = chosen[np.lexsort((self.order[chosen], -scores))]
         return [int(doc) for doc in best[:count]]
 
-    def _bound(self, total: np.ndarray, count: int) -> float:
+    def _score_bound(self, total: np.ndarray, count: int) -> float:
         """A score that the best `count` documents reach, equals after rounding included; found among the best of blocks."""
         blocks = total.reshape(-1, BLOCK).max(axis=1)
         bound = np.partition(blocks, -count)[-count] if len(blocks) > count else 0.0
         return max(float(bound) * (1 - 1e-6), np.nextafter(0, 1))
 
 
-class _Terms:
+class _TermTable:
     """The sorted terms of an index, in one file; found by halving."""
 
     def __init__(self, folder: Path):
@@ -92,7 +92,7 @@ class _Terms:
 # Building.
 
 
-def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
+def build_index(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
     """Write the index of some texts, one for each asin, in this order.
 
     Raises:
@@ -101,14 +101,14 @@ def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = 
     numbers: dict[str, int] = {}
     terms, docs, counts = [], [], []
     lengths = np.zeros(len(asins), dtype=np.int64)
-    for doc, (length, frequencies) in enumerate(_analysed(iter(texts), len(asins))):
+    for doc, (length, frequencies) in enumerate(_analyze_texts(iter(texts), len(asins))):
         lengths[doc] = length
         terms.append(np.fromiter((numbers.setdefault(term, len(numbers)) for term in frequencies), np.int32))
         counts.append(np.fromiter(frequencies.values(), np.int32))
         docs.append(len(frequencies))
         if doc % 1000 == 0:
             tell(doc, len(asins))
-    term_P, count_P = _joined(terms, np.int32), _joined(counts, np.int32)
+    term_P, count_P = _concatenate(terms, np.int32), _concatenate(counts, np.int32)
     doc_P = np.repeat(np.arange(len(asins), dtype=np.int32), docs)
     names = sorted((term.encode(errors="surrogatepass"), number) for term, number in numbers.items())
     place = np.empty(len(names), dtype=np.int32)
@@ -116,7 +116,7 @@ def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = 
     term_P = place[term_P] if len(names) else term_P
     order = np.argsort(term_P, kind="stable")  # by term, and by document within
     _save(folder, offsets=np.searchsorted(term_P[order], np.arange(len(names) + 1)), docs=doc_P[order])
-    _save(folder, scale=_scale(count_P[order], doc_P[order], lengths))
+    _save(folder, scale=_compute_scale(count_P[order], doc_P[order], lengths))
     by_asin = np.argsort(np.array([asin.encode() for asin in asins]), kind="stable")
     rank = np.empty(len(asins), dtype=np.int32)
     rank[by_asin] = np.arange(len(asins), dtype=np.int32)
@@ -125,7 +125,7 @@ def build(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = 
     (folder / "terms.bin").write_bytes(b"".join(name for name, _ in names))
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+def _concatenate(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
@@ -134,20 +134,20 @@ def _save(folder: Path, **arrays: np.ndarray) -> None:
         np.save(folder / f"{name}.npy", array)
 
 
-def _scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _compute_scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """1 + frequency x inverse norm, in the order and precision of Lucene's BM25Similarity."""
     mean = np.float32(lengths.sum() / max(1, np.count_nonzero(lengths)))
     k1, b, one = np.float32(K1), np.float32(B), np.float32(1)
-    table = np.array([_decoded(byte) for byte in range(256)], dtype=np.float32)
+    table = np.array([_decode_length(byte) for byte in range(256)], dtype=np.float32)
     inverse = one / (k1 * ((one - b) + b * table / mean))
-    norms = np.array([_encoded(int(length)) for length in lengths], dtype=np.uint8)
+    norms = np.array([_encode_length(int(length)) for length in lengths], dtype=np.uint8)
     return one + count_P.astype(np.float32) * inverse[norms[doc_P]]
 
 
-def _analysed(texts: Iterator[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
+def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
     """Length and term frequencies of each text; of very many, by all processors."""
     if count < PARALLEL:
-        yield from map(_frequencies, texts)
+        yield from map(_count_terms, texts)
         return
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
@@ -160,39 +160,39 @@ def _analysed(texts: Iterator[str], count: int) -> Iterator[tuple[int, Counter[s
             processors, get_context("spawn")
         ) as pool:  # unlike a Pool, it tells when one is killed
             for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # no more at once than are worked on
-                for counted in pool.map(_all_frequencies, some):
+                for counted in pool.map(_count_terms_of_all, some):
                     yield from counted
     except BrokenProcessPool as error:
         raise OSError(f"one of {processors} processes that indexed was killed, out of memory perhaps") from error
 
 
-def _all_frequencies(texts: list[str]) -> list[tuple[int, Counter[str]]]:
-    return list(map(_frequencies, texts))
+def _count_terms_of_all(texts: list[str]) -> list[tuple[int, Counter[str]]]:
+    return list(map(_count_terms, texts))
 
 
-def _frequencies(text: str) -> tuple[int, Counter[str]]:
+def _count_terms(text: str) -> tuple[int, Counter[str]]:
     terms = analyze(text)
     return len(terms), Counter(terms)
 
 
 # Lucene's SmallFloat: a length in one byte, exact below 40, then with four significant bits.
 
-_FREE: Final = 24  # lengths that need no exponent
+_EXACT_LENGTHS: Final = 24  # lengths that need no exponent
 
 
-def _encoded(length: int) -> int:
-    if length < _FREE:
+def _encode_length(length: int) -> int:
+    if length < _EXACT_LENGTHS:
         return length
-    rest = length - _FREE
+    rest = length - _EXACT_LENGTHS
     bits = rest.bit_length()
     if bits < 4:
-        return _FREE + rest
+        return _EXACT_LENGTHS + rest
     shift = bits - 4
-    return _FREE + (((rest >> shift) & 7) | (shift + 1) << 3)
+    return _EXACT_LENGTHS + (((rest >> shift) & 7) | (shift + 1) << 3)
 
 
-def _decoded(byte: int) -> int:
-    if byte < _FREE:
+def _decode_length(byte: int) -> int:
+    if byte < _EXACT_LENGTHS:
         return byte
-    bits, shift = (byte - _FREE) & 7, ((byte - _FREE) >> 3) - 1
-    return _FREE + (bits if shift < 0 else (bits | 8) << shift)
+    bits, shift = (byte - _EXACT_LENGTHS) & 7, ((byte - _EXACT_LENGTHS) >> 3) - 1
+    return _EXACT_LENGTHS + (bits if shift < 0 else (bits | 8) << shift)

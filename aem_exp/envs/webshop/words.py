@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final
 
-STOP: Final = frozenset(
+STOP_WORDS: Final = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
     "will with".split()
 )
-LONGEST: Final = 255  # characters; a longer token is cut into several
+MAX_TOKEN_CHARACTERS: Final = 255  # characters; a longer token is cut into several
 
 
 def analyze(text: str) -> list[str]:
     """The terms of a text, in order."""
-    return [stem(word) for token in tokens(text) if (word := _lower(_owned(token))) and word not in STOP]
+    return [
+        stem(word) for token in tokenize(text) if (word := _lower(_strip_possessive(token))) and word not in STOP_WORDS
+    ]
 
 
-def _owned(token: str) -> str:
+def _strip_possessive(token: str) -> str:
     """A token without a possessive 's."""
     return token[:-2] if len(token) >= 2 and token[-1] in "sS" and token[-2] in "'\u2019\uff07" else token
 
@@ -40,7 +42,7 @@ def _lower(token: str) -> str:
 _MID_BOTH: Final = "'.\u2018\u2019\u2024\ufe52\uff07\uff0e"  # within words and numbers
 _MID_LETTER: Final = ":\u00b7\u0387\u05f4\u2027\ufe13\ufe55\uff1a"
 _MID_NUMBER: Final = ",;\u037e\u0589\u060c\u060d\u066c\u07f8\u2044\ufe10\ufe14\ufe50\ufe54\uff0c\uff1b"
-_PICTURES: Final = (  # first and last of what Unicode counts as emoji, in text and as pictures
+_EMOJI: Final = (  # first and last of what Unicode counts as emoji, in text and as pictures
     *(
         (0xA9, 0xA9),
         (0xAE, 0xAE),
@@ -69,22 +71,22 @@ class _Classes(dict[int, str]):
     """Code point -> its class, found when first seen."""
 
     def __missing__(self, point: int) -> str:
-        self[point] = found = _class(point)
+        self[point] = found = _character_class(point)
         return found
 
 
 _CLASSES: Final = _Classes()
 
 
-def tokens(text: str) -> Iterator[str]:
+def tokenize(text: str) -> Iterator[str]:
     """The words, numbers and emoji of a text."""
     for found in _WORD.finditer(text.translate(_CLASSES)):
         if found[0].strip("_ez"):
-            for start in range(found.start(), found.end(), LONGEST):
-                yield text[start : min(start + LONGEST, found.end())]
+            for start in range(found.start(), found.end(), MAX_TOKEN_CHARACTERS):
+                yield text[start : min(start + MAX_TOKEN_CHARACTERS, found.end())]
 
 
-def _class(point: int) -> str:
+def _character_class(point: int) -> str:
     """Letter, Number, Katakana, single ideograph or hiragana (h), Southeast Asian, Picture, skin tone (m), Flag, joiners."""
     char = chr(point)
     for name, members in (("Q", _MID_BOTH), ("M", _MID_LETTER), ("n", _MID_NUMBER)):
@@ -99,7 +101,7 @@ def _class(point: int) -> str:
         return "m"
     if 0x1F1E6 <= point <= 0x1F1FF:
         return "F"
-    if any(first <= point <= last for first, last in _PICTURES):
+    if any(first <= point <= last for first, last in _EMOJI):
         return "P"
     if kind == "Pc" or point == 0x202F:
         return "_"
@@ -157,7 +159,7 @@ def stem(word: str) -> str:
     """The stem of a lower-case word."""
     if len(word) <= 2:
         return word
-    return _step_5(_step_4(_replaced(_replaced(_step_1(word), _STEP_2), _STEP_3)))
+    return _step_5(_step_4(_replace_ending(_replace_ending(_step_1(word), _STEP_2), _STEP_3)))
 
 
 def _shape(word: str) -> str:
@@ -173,7 +175,7 @@ def _measure(word: str) -> int:
     return _shape(word).count("vc")
 
 
-def _short(word: str) -> bool:
+def _ends_short(word: str) -> bool:
     """Ends consonant, vowel, consonant, the last not w, x or y."""
     return _shape(word)[-3:] == "cvc" and word[-1] not in "wxy"
 
@@ -188,23 +190,23 @@ def _step_1(word: str) -> str:
         for ending in ("ed", "ing"):
             if word.endswith(ending):
                 rest = word[: -len(ending)]
-                word = _repaired(rest) if "v" in _shape(rest) else word
+                word = _repair_stem(rest) if "v" in _shape(rest) else word
                 break
     if word.endswith("y") and "v" in _shape(word[:-1]):
         word = word[:-1] + "i"
     return word
 
 
-def _repaired(word: str) -> str:
+def _repair_stem(word: str) -> str:
     """What is left of a participle, as a word again."""
     if word.endswith(("at", "bl", "iz")):
         return word + "e"
     if len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c":
         return word if word[-1] in "lsz" else word[:-1]
-    return word + "e" if _measure(word) == 1 and _short(word) else word
+    return word + "e" if _measure(word) == 1 and _ends_short(word) else word
 
 
-def _replaced(word: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _replace_ending(word: str, rules: tuple[tuple[str, str], ...]) -> str:
     """The longest ending that a rule knows, replaced where enough stands before it."""
     for ending, replacement in sorted(rules, key=lambda rule: -len(rule[0])):
         if word.endswith(ending):
@@ -225,6 +227,6 @@ def _step_5(word: str) -> str:
     """A final e, and one of two final l."""
     if word.endswith("e"):
         rest = word[:-1]
-        if _measure(rest) > 1 or (_measure(rest) == 1 and not _short(rest)):
+        if _measure(rest) > 1 or (_measure(rest) == 1 and not _ends_short(rest)):
             word = rest
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word

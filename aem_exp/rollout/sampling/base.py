@@ -43,22 +43,22 @@ class Sampler(Protocol):
     def session(self) -> Session: ...
 
 
-class Asked(Session, Protocol):
+class IndependentSession(Session, Protocol):
     def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
         """What `generate` does, for one conversation. Several threads may ask at a time, each for its own."""
 
 
 @runtime_checkable
-class Independent(Protocol):
+class IndependentSampler(Protocol):
     """A sampler whose conversations need not wait for each other: while one's environment is at work, others generate."""
 
-    def session(self) -> Asked: ...
+    def session(self) -> IndependentSession: ...
 
-    def hang_up(self) -> None:
+    def cancel(self) -> None:
         """Make all who wait for an answer give up, now and from now on."""
 
 
-def generator(key: tuple) -> np.random.Generator:
+def keyed_generator(key: tuple) -> np.random.Generator:
     """Random numbers that depend on the key alone: the same on any machine, in any order, after any resume."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))

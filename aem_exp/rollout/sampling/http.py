@@ -12,15 +12,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aem_exp.core.errors import Stop
+from aem_exp.core.errors import RunError
 
 if TYPE_CHECKING:
     import httpx
 
-CONNECT: Final = 5.0  # seconds
-MOST: Final = 1 << 20  # bytes of an answer that is not tokens
-SAID: Final = 300  # characters of a server's own words
-_COLOUR: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+CONNECT_SECONDS: Final = 5.0  # seconds
+MAX_BYTES: Final = 1 << 20  # bytes of an answer that is not tokens
+MAX_MESSAGE: Final = 300  # characters of a server's own words
+_ANSI_ESCAPE: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class NoAnswer(Exception):
@@ -44,20 +44,20 @@ class Answer:
     content: bytes
 
     @property
-    def good(self) -> bool:
+    def is_success(self) -> bool:
         return 200 <= self.status < 300
 
-    def object(self, url: str) -> dict[str, Any]:
+    def parse_json(self, url: str) -> dict[str, Any]:
         """The JSON object that it is. Raises Stop where it is none."""
         try:
             found = json.loads(self.content or b"{}")
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise Stop(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
+            raise RunError(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
         return found
 
-    def words(self, secret: str) -> str:
+    def error_message(self, secret: str) -> str:
         """What a server says about a failure, on one line, without a secret that it may repeat."""
         try:
             told = json.loads(self.content)
@@ -65,13 +65,13 @@ class Answer:
             text = str(told.get("message", told) if isinstance(told, dict) else told)
         except (ValueError, AttributeError, RecursionError):
             text = self.content.decode(errors="replace")
-        text = plain(text)
-        return (text.replace(secret, "***") if secret else text)[:SAID]
+        text = sanitize(text)
+        return (text.replace(secret, "***") if secret else text)[:MAX_MESSAGE]
 
 
-def plain(text: str) -> str:
+def sanitize(text: str) -> str:
     """Text on one line, without characters that a terminal would obey."""
-    words = " ".join(_COLOUR.sub("", text).split())
+    words = " ".join(_ANSI_ESCAPE.sub("", text).split())
     return "".join(char for char in words if char.isprintable())
 
 
@@ -84,15 +84,15 @@ class Client:
         self.seconds = seconds
         self._http = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity", **headers},
-            timeout=httpx.Timeout(seconds, connect=CONNECT, pool=None),
+            timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
             trust_env=False,  # servers are next door: no proxy, and no credentials of other places
         )
 
     async def get(self, url: str) -> Answer:
-        return await self._send("GET", url, None, MOST)
+        return await self._send("GET", url, None, MAX_BYTES)
 
-    async def post(self, url: str, body: dict[str, Any], most: int = MOST) -> Answer:
+    async def post(self, url: str, body: dict[str, Any], most: int = MAX_BYTES) -> Answer:
         """Post a body as JSON.
 
         Args:
@@ -112,45 +112,47 @@ class Client:
 
         try:
             async with asyncio.timeout(self.seconds), self._http.stream(method, url, json=body) as response:
-                return await _read(response, url, most)
+                return await _read_limited(response, url, most)
         except TimeoutError:
-            raise self._late() from None
+            raise self._timeout_error() from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             refused = isinstance(error, httpx.ConnectError)
             raise NoAnswer("cannot be reached", unreached=refused, broken=refused) from error
         except httpx.TimeoutException as error:
-            raise self._late() from error
+            raise self._timeout_error() from error
         except httpx.TransportError as error:
             ended = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
             raise NoAnswer(f"broke off ({type(error).__name__})", broken=ended) from error
 
-    def _late(self) -> NoAnswer:
+    def _timeout_error(self) -> NoAnswer:
         return NoAnswer(f"gave no answer within {self.seconds:g} s")
 
 
-async def _read(response: "httpx.Response", url: str, most: int) -> Answer:
+async def _read_limited(response: "httpx.Response", url: str, most: int) -> Answer:
     """Read an answer as it comes; unpacked it could be of any size, so it must not be packed."""
     content, packed = bytearray(), response.headers.get("Content-Encoding", "identity")
     if packed != "identity":
         if not response.is_success:
             return Answer(response.status_code, b"")
-        raise Stop(f"{url} answers in the encoding {plain(packed)[:SAID]!r}, which nobody asked for", "config")
+        raise RunError(
+            f"{url} answers in the encoding {sanitize(packed)[:MAX_MESSAGE]!r}, which nobody asked for", "config"
+        )
     async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # it is a generator, which httpx does not say
         async for part in parts:
             content += part
             if len(content) > most:
                 break
     if len(content) > most and response.is_success:
-        raise Stop(f"{url} answers with more than the {most:,} bytes that its answer may have", "config")
+        raise RunError(f"{url} answers with more than the {most:,} bytes that its answer may have", "config")
     return Answer(response.status_code, bytes(content[:most]))
 
 
-def well(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     """Whether a server answers; what, is not read."""
     import httpx
 
     try:
-        with httpx.stream("GET", f"{url}/health", timeout=CONNECT, trust_env=False) as response:
+        with httpx.stream("GET", f"{url}/health", timeout=CONNECT_SECONDS, trust_env=False) as response:
             return response.is_success
     except httpx.TransportError:
         return False

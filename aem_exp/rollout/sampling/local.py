@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aem_exp.rollout.sampling.base import Sample, Sampling, generator
+from aem_exp.rollout.sampling.base import Sample, Sampling, keyed_generator
 
 
 class LocalSampler:
@@ -41,8 +41,8 @@ class LocalSession:
     def generate(
         self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
     ) -> list[Sample]:
-        with _inference(self._sampler.model):
-            self._keep(list(slots))
+        with _eval_mode(self._sampler.model):
+            self._select_slots(list(slots))
             fed = [
                 [self._pending.pop(slot), *prompt] if slot in self._pending else prompt
                 for slot, prompt in zip(slots, prompts, strict=True)
@@ -54,13 +54,13 @@ class LocalSession:
 
     def _decode(self, scores_BV: Tensor, keys: Sequence[tuple], budgets: Sequence[int]) -> list[Sample]:
         longest, device = max(budgets), scores_BV.device
-        draws_BT = torch.from_numpy(np.stack([generator(key).random(longest) for key in keys])).to(device)
+        draws_BT = torch.from_numpy(np.stack([keyed_generator(key).random(longest) for key in keys])).to(device)
         budget_B = torch.tensor(budgets, device=device)
         end_E = torch.tensor(self._sampler.end_ids, device=device)
         live_B = torch.ones(len(keys), dtype=torch.bool, device=device)
         columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for t in range(longest):
-            token_B, logp_B, entropy_B = _draw(scores_BV, draws_BT[:, t], self._sampler.sampling)
+            token_B, logp_B, entropy_B = _sample_tokens(scores_BV, draws_BT[:, t], self._sampler.sampling)
             columns.append((token_B, logp_B, entropy_B, live_B))
             if self._sampler.watch:
                 self._sampler.watch(t + 1)
@@ -92,7 +92,7 @@ class LocalSession:
         self._cache = out.past_key_values
         return out.logits[:, -1].float()
 
-    def _keep(self, slots: list[int]) -> None:
+    def _select_slots(self, slots: list[int]) -> None:
         """Forget the conversations that are over."""
         if self._cache is None:
             self._mask_BL = torch.zeros(len(slots), 0, dtype=torch.long, device=self._sampler.model.device)
@@ -103,18 +103,18 @@ class LocalSession:
         self._slots = slots
 
 
-def _draw(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by inverting the cumulative distribution: one uniform per token, so batch and device change nothing."""
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
     prob_BV = logp_BV.exp()
     entropy_B = -(prob_BV * logp_BV).nan_to_num().sum(-1)  # 0 * -inf is 0
-    kept_BV = _filtered(prob_BV, sampling).double().cumsum(-1)
+    kept_BV = _filter_probabilities(prob_BV, sampling).double().cumsum(-1)
     token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)
     token_B = token_B.clamp(max=scores_BV.shape[-1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
 
 
-def _filtered(prob_BV: Tensor, sampling: Sampling) -> Tensor:
+def _filter_probabilities(prob_BV: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (unnormalised) after top-k, top-p and min-p, by transformers' own warpers."""
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -144,7 +144,7 @@ def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def _eval_mode(model: Any) -> Iterator[None]:
     """Dropout off, and back to what it was."""
     training = model.training
     model.eval()

@@ -17,7 +17,14 @@ import torch
 
 from aem_exp.rollout.sampling.base import Sample, Sampling
 
-VLLM = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "generation_kwargs")  # of its VLLMGeneration
+VLLM_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_completion_length",
+    "generation_kwargs",
+)  # of its VLLMGeneration
 
 
 class EngineSampler:
@@ -43,7 +50,7 @@ class EngineSession:
         for slot, prompt in zip(slots, prompts, strict=True):
             self._ids[slot] = [*self._ids.get(slot, []), *prompt]
         trainer, rng = self._sampler.trainer, torch.get_rng_state()
-        with _told(trainer, self._sampler, max(budgets)):
+        with _configure_engine(trainer, self._sampler, max(budgets)):
             torch.manual_seed(int.from_bytes(blake2b(repr(list(keys)).encode(), digest_size=8).digest()) >> 1)
             ids, logps = trainer._generate_single_turn([self._ids[slot] for slot in slots], None, {}, 1)
         torch.set_rng_state(rng)
@@ -55,24 +62,27 @@ class EngineSession:
 
 
 @contextmanager
-def _told(trainer: Any, sampler: EngineSampler, budget: int) -> Iterator[None]:
+def _configure_engine(trainer: Any, sampler: EngineSampler, budget: int) -> Iterator[None]:
     """Tell the engine how to draw, for one turn: it was built for one length, one temperature and one set of end tokens."""
     how, ends = sampler.sampling, sampler.end_ids
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
     if trainer.use_vllm:
         more = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": ends}
         told = {**drawn, "max_completion_length": budget, "generation_kwargs": more}
-        with _set(trainer.vllm_generation, told):
+        with _override_attributes(trainer.vllm_generation, told):
             yield
         return
     told = {**drawn, "min_p": how.min_p or None, "max_new_tokens": budget, "eos_token_id": ends}
     kwargs = {**trainer.generation_kwargs, **told}
-    with _set(trainer.generation_config, told), _set(trainer, {"eos_token_ids": ends, "generation_kwargs": kwargs}):
+    with (
+        _override_attributes(trainer.generation_config, told),
+        _override_attributes(trainer, {"eos_token_ids": ends, "generation_kwargs": kwargs}),
+    ):
         yield
 
 
 @contextmanager
-def _set(target: Any, values: dict[str, Any]) -> Iterator[None]:
+def _override_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

@@ -13,22 +13,22 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, Final
 
-from aem_exp.core.errors import Stop
+from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.base import Sample, Sampling
 from aem_exp.rollout.sampling.vllm_client import Servers
 
-PATH = "/v1/completions"
-LEAST, ROUNDING = (
+COMPLETIONS_PATH = "/v1/completions"
+MIN_LOGPROB, MAX_LOGPROB = (
     -1e4,
     1e-3,
 )  # log-probs: vLLM writes -9999 for a probability of 0, and a sum of exponentials is rounded
 # Bytes of an answer: for anything, for each token that may be generated (as an id, as text twice, with log-prob and offset), and
 # for each of the prompt, whose ids may be repeated.
-ANY, EACH, REPEATED = 1 << 20, 1 << 10, 16
-WORD: Final = 40  # characters of a value that is shown
+BASE_BYTES, BYTES_PER_TOKEN, BYTES_PER_PROMPT_TOKEN = 1 << 20, 1 << 10, 16
+SHOWN_CHARACTERS: Final = 40  # characters of a value that is shown
 
 
-class ServedSampler:
+class ServerSampler:
     """Samples from servers.
 
     Args:
@@ -41,17 +41,17 @@ class ServedSampler:
         self.servers, self.end_ids, self.sampling, self.rank = servers, list(end_ids), sampling, rank
         self.vocabulary = vocabulary
 
-    def session(self) -> "ServedSession":
-        return ServedSession(self)
+    def session(self) -> "ServerSession":
+        return ServerSession(self)
 
-    def hang_up(self) -> None:
-        self.servers.hang_up()
+    def cancel(self) -> None:
+        self.servers.cancel()
 
 
-class ServedSession:
+class ServerSession:
     """Conversations by their exact tokens; a server is handed all of them each turn, and keeps their prefixes."""
 
-    def __init__(self, sampler: ServedSampler):
+    def __init__(self, sampler: ServerSampler):
         self._sampler = sampler
         self._ids: dict[int, list[int]] = {}
 
@@ -65,16 +65,21 @@ class ServedSession:
         for slot, prompt in zip(slots, prompts, strict=True):
             self._ids[slot] = [*self._ids.get(slot, []), *prompt]
         asked = [
-            self._asked(self._ids[slot], key, budget) for slot, key, budget in zip(slots, keys, budgets, strict=True)
+            self._build_request(self._ids[slot], key, budget)
+            for slot, key, budget in zip(slots, keys, budgets, strict=True)
         ]
         firsts = [sampler.rank + slot for slot in slots]
-        answers = sampler.servers.ask(PATH, asked, firsts, [_most(request) for request in asked])
-        samples = [_sample(request, answer, sampler.vocabulary) for request, answer in zip(asked, answers, strict=True)]
+        answers = sampler.servers.ask(
+            COMPLETIONS_PATH, asked, firsts, [_max_answer_bytes(request) for request in asked]
+        )
+        samples = [
+            _parse_sample(request, answer, sampler.vocabulary) for request, answer in zip(asked, answers, strict=True)
+        ]
         for slot, sample in zip(slots, samples, strict=True):
             self._ids[slot] += sample.ids
         return samples
 
-    def _asked(self, ids: list[int], key: tuple, budget: int) -> dict[str, Any]:
+    def _build_request(self, ids: list[int], key: tuple, budget: int) -> dict[str, Any]:
         """A request, in the words of vLLM's protocol. It names no model: a server of ours has one."""
         how = self._sampler.sampling
         return {
@@ -87,7 +92,7 @@ class ServedSession:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "seed": seed(key),
+            "seed": seed_from_key(key),
             "stop_token_ids": self._sampler.end_ids,
             "ignore_eos": True,  # the end tokens are those above, and not also those of a generation_config
             "logprobs": 0,  # of the sampled token alone
@@ -95,17 +100,17 @@ class ServedSession:
         }
 
 
-def seed(key: tuple) -> int:
+def seed_from_key(key: tuple) -> int:
     """63 bits that follow from a response's key."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
-def _most(asked: dict[str, Any]) -> int:
+def _max_answer_bytes(asked: dict[str, Any]) -> int:
     """Bytes that an answer may have."""
-    return ANY + EACH * int(asked["max_tokens"]) + REPEATED * len(asked["prompt"])
+    return BASE_BYTES + BYTES_PER_TOKEN * int(asked["max_tokens"]) + BYTES_PER_PROMPT_TOKEN * len(asked["prompt"])
 
 
-def _sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
+def _parse_sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
     """The tokens of an answer.
 
     Raises:
@@ -116,30 +121,34 @@ def _sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> S
         ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         assert isinstance(ids, list) and isinstance(logps, list)
     except (KeyError, IndexError, TypeError, AssertionError):
-        raise _wrong("has no token ids or no log-probs: it must know return_token_ids, as vLLM does") from None
+        raise _invalid_answer("has no token ids or no log-probs: it must know return_token_ids, as vLLM does") from None
     if choice.get("finish_reason") not in ("stop", "length"):  # aborted, say: half a response is none
-        raise _wrong(f"ended by {_shown(choice.get('finish_reason'))}, and not by an end token or the budget")
+        raise _invalid_answer(
+            f"ended by {_shorten(choice.get('finish_reason'))}, and not by an end token or the budget"
+        )
     if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, asked["prompt"]):
-        raise _wrong("is to another prompt than was sent: the server changed its tokens")
+        raise _invalid_answer("is to another prompt than was sent: the server changed its tokens")
     if not 0 < len(ids) <= asked["max_tokens"]:
-        raise _wrong(f"has {len(ids)} tokens, and 1 to {asked['max_tokens']} were asked for")
+        raise _invalid_answer(f"has {len(ids)} tokens, and 1 to {asked['max_tokens']} were asked for")
     if len(logps) != len(ids):
-        raise _wrong(f"has {len(ids)} tokens and {len(logps)} log-probs")
+        raise _invalid_answer(f"has {len(ids)} tokens and {len(logps)} log-probs")
     for one in ids:
         if type(one) is not int or not 0 <= one < vocabulary:
-            raise _wrong(f"has the token id {_shown(one)}: it must be a whole number from 0 to {vocabulary - 1}")
+            raise _invalid_answer(
+                f"has the token id {_shorten(one)}: it must be a whole number from 0 to {vocabulary - 1}"
+            )
     for one in logps:
-        if type(one) not in (int, float) or not LEAST <= one <= ROUNDING:  # nor is NaN in between
-            raise _wrong(f"has the log-prob {_shown(one)}: it must be a number from {LEAST:g} to 0")
+        if type(one) not in (int, float) or not MIN_LOGPROB <= one <= MAX_LOGPROB:  # nor is NaN in between
+            raise _invalid_answer(f"has the log-prob {_shorten(one)}: it must be a number from {MIN_LOGPROB:g} to 0")
     if set(ids[:-1]) & set(asked["stop_token_ids"]):
-        raise _wrong("goes on after an end token: the server does not know stop_token_ids")
+        raise _invalid_answer("goes on after an end token: the server does not know stop_token_ids")
     return Sample(ids, [float(p) for p in logps], [])
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     """A value of a server's, in a few printable characters."""
-    return ascii(value)[:WORD]
+    return ascii(value)[:SHOWN_CHARACTERS]
 
 
-def _wrong(why: str) -> Stop:
-    return Stop(f"an answer of a server {why}", "config")
+def _invalid_answer(why: str) -> RunError:
+    return RunError(f"an answer of a server {why}", "config")

@@ -24,17 +24,20 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from aem_exp.cluster import rendezvous
-from aem_exp.core.errors import Stop
-from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, plain
+from aem_exp.core.errors import RunError
+from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, sanitize
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
 MODELS = "/v1/models"
-RELOAD, FORGET = "/collective_rpc", "/reset_prefix_cache"  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
-PAUSE, LONGEST = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
-PASSING = (408, 409, 425, 429)  # of the 4xx: it may be answered later
-QUIET: Final = 60.0  # seconds in which a server that comes and goes is told of once
-NAMED: Final = 100  # characters of a name that a server gives its weights
+RELOAD_WEIGHTS, RESET_CACHE = (
+    "/collective_rpc",
+    "/reset_prefix_cache",
+)  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
+FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
+RETRYABLE_STATUS = (408, 409, 425, 429)  # of the 4xx: it may be answered later
+WARNING_INTERVAL: Final = 60.0  # seconds in which a server that comes and goes is told of once
+SHOWN_CHARACTERS: Final = 100  # characters of a name that a server gives its weights
 
 
 class Servers:
@@ -47,17 +50,17 @@ class Servers:
 
     def __init__(self, folder: Path, seconds: float):
         self.folder, self.seconds = folder, seconds
-        self.urls, self._key = rendezvous.read(folder)
+        self.urls, self._key = rendezvous.read_urls(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
         self.names: Sequence[str] = ()  # of the newest, for who only plays: a server may have been started with them
         self.context = 0  # tokens that a server must take
         self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
-        self._holding = set(self.urls)  # servers that have the newest weights
-        self._away: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
-        self._told: dict[str, float] = {}  # when it was last said of a server that it does not answer (monotonic)
-        self._renewing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._up_to_date = set(self.urls)  # servers that have the newest weights
+        self._retry_at: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
+        self._warned_at: dict[str, float] = {}  # when it was last said of a server that it does not answer (monotonic)
+        self._update_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._client = Client(self.headers, seconds)
-        self._over = False
+        self._cancelled = False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="servers").start()
 
@@ -82,14 +85,16 @@ class Servers:
             return lambda url: self._post(url + path, body, size)
 
         asked = list(zip(firsts, map(sends, bodies, most), strict=True))
-        return self._run(lambda: _all([partial(self._patiently, first, send) for first, send in asked]))
+        return self._run(lambda: _gather([partial(self._send_with_retries, first, send) for first, send in asked]))
 
     def load(self, folder: Path) -> None:
         """Have the servers read the weights of a folder, and return when they have; who is away does it when it is back."""
-        self.weights, self._holding = folder, set()
-        self._run(lambda: _all([partial(self._patiently, first, _nothing) for first in range(len(self.urls))]))
+        self.weights, self._up_to_date = folder, set()
+        self._run(
+            lambda: _gather([partial(self._send_with_retries, first, _send_nothing) for first in range(len(self.urls))])
+        )
 
-    def hold(self, folder: Path, names: Sequence[str], context: int) -> None:
+    def require_weights(self, folder: Path, names: Sequence[str], context: int) -> None:
         """Have the servers play as they are with the weights of a folder, which `names` may name, and with so long a context.
 
         Raises:
@@ -99,17 +104,17 @@ class Servers:
         self.names, self.context = names, context
         self.load(folder)
 
-    def told(self, weights: Path | None) -> None:
+    def mark_updated(self, weights: Path | None) -> None:
         """Another process has seen to it that the servers have the newest weights: those of a folder, or streamed."""
-        self.weights, self.streamed, self._holding = weights, weights is None, set(self.urls)
+        self.weights, self.streamed, self._up_to_date = weights, weights is None, set(self.urls)
 
-    def hang_up(self) -> None:
+    def cancel(self) -> None:
         """Make all who wait for an answer give up, now and from now on."""
-        self._over = True
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        self._cancelled = True
+        asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self._loop)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        if self._over:
+        if self._cancelled:
             raise CancelledError
         future = asyncio.run_coroutine_threadsafe(work(), self._loop)
         try:
@@ -118,124 +123,131 @@ class Servers:
             future.cancel()
             raise
 
-    async def _end(self) -> None:
+    async def _cancel_tasks(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.close()  # servers see it, and stop
 
-    async def _patiently(self, first: int, send: Callable[[str], Awaitable[T]]) -> T:
+    async def _send_with_retries(self, first: int, send: Callable[[str], Awaitable[T]]) -> T:
         """Send something until it is answered."""
-        pause, since = PAUSE, 0.0
+        pause, since = FIRST_PAUSE, 0.0
         while True:
-            url = self._next(first)
-            await asyncio.sleep(self._away.get(url, 0.0) - time.monotonic())  # at once where it is not away
+            url = self._pick_server(first)
+            await asyncio.sleep(self._retry_at.get(url, 0.0) - time.monotonic())  # at once where it is not away
             try:
-                if url not in self._holding:
-                    await self._renew(url)
+                if url not in self._up_to_date:
+                    await self._update_weights(url)
                 answer = await send(url)
             except NoAnswer as error:
                 why = f"{url} {error}"
                 if error.unreached or (error.broken and not self.streamed):
-                    self._holding.discard(url)  # to read the weights once more costs less than to have old ones
+                    self._up_to_date.discard(url)  # to read the weights once more costs less than to have old ones
             else:
-                self._away.pop(url, None)
+                self._retry_at.pop(url, None)
                 return answer
             now = time.monotonic()
             since = since or now
-            self._fail(url, why, now - since)
-            self._away[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
-            pause = min(2 * pause, LONGEST)
-            self.urls = rendezvous.again(self.folder, self.urls)
+            self._warn_or_stop(url, why, now - since)
+            self._retry_at[url] = now + pause * random.uniform(0.5, 1.5)  # not all at the same moment
+            pause = min(2 * pause, MAX_PAUSE)
+            self.urls = rendezvous.reread_urls(self.folder, self.urls)
 
-    def _fail(self, url: str, why: str, waited: float) -> None:
+    def _warn_or_stop(self, url: str, why: str, waited: float) -> None:
         """Say once that a server does not answer, or end the run: it is gone for good, or the limit is reached."""
-        if gone := rendezvous.gone(self.folder):
-            raise Stop(f"{gone}; {why}", "node")
+        if gone := rendezvous.read_ended(self.folder):
+            raise RunError(f"{gone}; {why}", "node")
         if waited > self.seconds:
-            raise Stop(f"no server has answered for {waited:.0f} s (launch.server_seconds); the last: {why}", "node")
+            raise RunError(
+                f"no server has answered for {waited:.0f} s (launch.server_seconds); the last: {why}", "node"
+            )
         now = time.monotonic()
-        if url not in self._away and now - self._told.get(url, -QUIET) >= QUIET:
-            self._told[url] = now
+        if url not in self._retry_at and now - self._warned_at.get(url, -WARNING_INTERVAL) >= WARNING_INTERVAL:
+            self._warned_at[url] = now
             log.warning("%s, asking again for up to %g s", why, self.seconds)
 
-    def _next(self, first: int) -> str:
+    def _pick_server(self, first: int) -> str:
         """The server whose turn it is; where that is away, the next one that is not, or will be asked soonest."""
         now, count = time.monotonic(), len(self.urls)
         order = [self.urls[(first + i) % count] for i in range(count)]
-        return min(order, key=lambda url: max(0.0, self._away.get(url, 0.0) - now))
+        return min(order, key=lambda url: max(0.0, self._retry_at.get(url, 0.0) - now))
 
-    async def _renew(self, url: str) -> None:
+    async def _update_weights(self, url: str) -> None:
         """Have a server read the newest weights, if there are any."""
-        async with self._renewing[url]:
-            if url in self._holding:
+        async with self._update_locks[url]:
+            if url in self._up_to_date:
                 return
             if self.streamed:
                 lost = "was started anew and has lost the weights, which launch.server_weights=nccl sends between steps"
-                raise Stop(f"{url} {lost}; ask the run again, and it goes on from its newest checkpoint", "node")
+                raise RunError(f"{url} {lost}; ask the run again, and it goes on from its newest checkpoint", "node")
             if self.names:
-                await self._examine(url)
+                await self._check_weights(url)
             elif self.weights is not None:
-                await self._read(url)
-            self._holding.add(url)
+                await self._reload_weights(url)
+            self._up_to_date.add(url)
 
-    async def _read(self, url: str) -> None:
+    async def _reload_weights(self, url: str) -> None:
         """Have a server read the newest weights."""
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
-        await self._post(url + RELOAD, asked)
-        await self._post(url + FORGET, {})
+        await self._post(url + RELOAD_WEIGHTS, asked)
+        await self._post(url + RESET_CACHE, {})
 
-    async def _examine(self, url: str) -> None:
+    async def _check_weights(self, url: str) -> None:
         """See to it that a server has the weights that are asked for: it reads them, or was started with them and reads none."""
-        cards = _cards(self._answered(url + MODELS, await self._client.get(url + MODELS)))
+        cards = _model_cards(self._check_answer(url + MODELS, await self._client.get(url + MODELS)))
         takes = [card.get("max_model_len") for card in cards]
         longest = min((most for most in takes if type(most) is int and most > 0), default=self.context)
         if longest < self.context:
             told = f"takes {longest:,} tokens at most, and env.context_tokens={self.context}"
-            raise Stop(f"{url} {told}: start it with --max-model-len {self.context}", "config")
+            raise RunError(f"{url} {told}: start it with --max-model-len {self.context}", "config")
         try:
-            await self._read(url)
-        except _Refused as refused:
+            await self._reload_weights(url)
+        except _RequestRefused as refused:
             if refused.status != 404:
-                raise Unheld(f"{refused}; it does not read {self.weights}", "config") from None
-            self._started_with(url, [plain(str(card.get("root") or card.get("id"))) for card in cards])
+                raise WrongWeights(f"{refused}; it does not read {self.weights}", "config") from None
+            self._check_started_with(url, [sanitize(str(card.get("root") or card.get("id"))) for card in cards])
 
-    def _started_with(self, url: str, roots: list[str]) -> None:
+    def _check_started_with(self, url: str, roots: list[str]) -> None:
         """Refuse a server that was started with other weights, as it says itself."""
         said = {*roots, *(str(Path(root).resolve()) for root in roots if root.startswith("/"))}
         if not said & set(self.names):
-            has = f"has {', '.join(root[:NAMED] for root in roots[:9]) or 'no model'}, and reads no other weights"
+            has = f"has {', '.join(root[:SHOWN_CHARACTERS] for root in roots[:9]) or 'no model'}, and reads no other weights"
             remedy = f"start it with {self.weights}, or with VLLM_SERVER_DEV_MODE=1 in its environment"
-            raise Unheld(f"{url} {has}: {remedy}", "config")
+            raise WrongWeights(f"{url} {has}: {remedy}", "config")
         if not any(name.startswith("/") for name in said & set(self.names)):
             log.warning(
-                "%s says that it has %s, and not which revision; here is %s", url, roots[0][:NAMED], self.weights
+                "%s says that it has %s, and not which revision; here is %s",
+                url,
+                roots[0][:SHOWN_CHARACTERS],
+                self.weights,
             )
 
     async def _post(self, url: str, body: dict[str, Any], *most: int) -> dict[str, Any]:
-        return self._answered(url, await self._client.post(url, body, *most))
+        return self._check_answer(url, await self._client.post(url, body, *most))
 
-    def _answered(self, url: str, answer: Answer) -> dict[str, Any]:
-        if answer.good:
-            return answer.object(url)
-        status, words = answer.status, answer.words(self._key)
+    def _check_answer(self, url: str, answer: Answer) -> dict[str, Any]:
+        if answer.is_success:
+            return answer.parse_json(url)
+        status, words = answer.status, answer.error_message(self._key)
         said = f"answers {status} ({words})" if words else f"answers {status}"
-        unread = status == 500 and self.names and url.endswith(RELOAD)  # of a folder that has long been there
-        if (status in PASSING or status >= 500) and not unread:
+        unread = status == 500 and self.names and url.endswith(RELOAD_WEIGHTS)  # of a folder that has long been there
+        if (status in RETRYABLE_STATUS or status >= 500) and not unread:
             raise NoAnswer(said)
         hint = {
             401: f"; is {self.folder / rendezvous.KEY} its key?",
-            404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?" if url.endswith((RELOAD, FORGET)) else "",
+            404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?"
+            if url.endswith((RELOAD_WEIGHTS, RESET_CACHE))
+            else "",
         }
-        raise _Refused(f"{url} {said}{hint.get(status, '')}", status)
+        raise _RequestRefused(f"{url} {said}{hint.get(status, '')}", status)
 
 
-class Unheld(Stop):
+class WrongWeights(RunError):
     """A server has other weights than those that are asked for, and does not read these."""
 
 
-class _Refused(Stop):
+class _RequestRefused(RunError):
     """What a server refuses, it would refuse again."""
 
     def __init__(self, sentence: str, status: int):
@@ -243,10 +255,10 @@ class _Refused(Stop):
         self.status = status
 
 
-async def _nothing(url: str) -> None: ...
+async def _send_nothing(url: str) -> None: ...
 
 
-async def _all(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+async def _gather(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
     """All at a time; the first that fails ends the others."""
     tasks = [asyncio.ensure_future(each()) for each in work]
     try:
@@ -256,7 +268,7 @@ async def _all(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
             task.cancel()
 
 
-def _cards(answer: dict[str, Any]) -> list[dict[str, Any]]:
+def _model_cards(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The models that a server says it has, adapters left out."""
     data = answer.get("data")
     return [card for card in data if isinstance(card, dict) and not card.get("parent")] if type(data) is list else []

@@ -1,8 +1,8 @@
 """How servers of other processes come by the trainer's newest weights, before each rollout that follows an update.
 
-`Files`: a safetensors file in a new folder beside the servers' addresses, which each server is told to read (vLLM's
+`FilePublisher`: a safetensors file in a new folder beside the servers' addresses, which each server is told to read (vLLM's
 `reload_weights`). Needs a disk that both see, and works anywhere; a server that was away reads them when it is back.
-`Streamed`: from GPU to GPU over NCCL, by TRL's own client. Fast; a server that is started anew is lost to the run.
+`NCCLPublisher`: from GPU to GPU over NCCL, by TRL's own client. Fast; a server that is started anew is lost to the run.
 
 TRL knows the way through the weights: it gathers what lies in pieces, merges adapters, and spells names as vLLM does. All
 processes of a run take part in that; the first sends. Besides `trainer`, the only room that speaks TRL.
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
-from aem_exp.cluster.rendezvous import WEIGHTS, free_port
+from aem_exp.cluster.rendezvous import WEIGHTS, find_free_port
 from aem_exp.rollout.sampling.vllm_client import Servers
 
 FILE = "model.safetensors"
 
 
-class Policy(VLLMGeneration):
+class TrainerWeights(VLLMGeneration):
     """A trainer's weights, by name. What TRL would start or join when this is made, it does not need for that."""
 
     def __init__(self, trainer: Any):
@@ -31,7 +31,7 @@ class Policy(VLLMGeneration):
     def _init_vllm(self) -> None: ...
 
 
-class Files:
+class FilePublisher:
     """Publishes weights as a file."""
 
     def __init__(self, servers: Servers):
@@ -39,7 +39,7 @@ class Files:
 
     def __call__(self, trainer: Any) -> None:
         first, named = trainer.accelerator.is_main_process, {}
-        for name, weight in Policy(trainer)._iter_named_params():
+        for name, weight in TrainerWeights(trainer)._iter_named_params():
             if first:
                 dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # what it is computed in
                 named[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
@@ -47,38 +47,38 @@ class Files:
             self.servers.folder / WEIGHTS / str(trainer.state.global_step)
         )  # a new one: a server may map what it has read
         if first:
-            _write(named, folder)
+            _write_weights(named, folder)
             self.servers.load(folder)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
         trainer.accelerator.wait_for_everyone()
         if not first:
-            self.servers.told(folder)
+            self.servers.mark_updated(folder)
 
 
-class Streamed:
+class NCCLPublisher:
     """Publishes weights over NCCL. A client of TRL's knows one server, so there are as many, made at the first time."""
 
     def __init__(self, servers: Servers):
         self.servers = servers
-        self._policy: Policy | None = None
+        self._policy: TrainerWeights | None = None
         self._clients: list[Any] = []
 
     def __call__(self, trainer: Any) -> None:
         if self._policy is None:
-            self._policy = Policy(trainer)
+            self._policy = TrainerWeights(trainer)
             if trainer.accelerator.is_main_process:
-                self._clients = [self._client(url, trainer.accelerator.device) for url in self.servers.urls]
+                self._clients = [self._connect(url, trainer.accelerator.device) for url in self.servers.urls]
             trainer.accelerator.wait_for_everyone()
         for number in range(len(self.servers.urls)):
             if trainer.accelerator.is_main_process:
                 self._policy.vllm_client = self._clients[number]
             self._policy.sync_weights()
         trainer.accelerator.wait_for_everyone()
-        self.servers.told(None)
+        self.servers.mark_updated(None)
 
-    def _client(self, url: str, device: Any) -> Any:
+    def _connect(self, url: str, device: Any) -> Any:
         from trl.generation.vllm_client import VLLMClient
 
         servers = self.servers
@@ -91,17 +91,17 @@ class Streamed:
                 self.session.trust_env = False
                 super().check_server(*args, **kwargs)
 
-        client = Client(base_url=url, group_port=free_port(""), connection_timeout=servers.seconds)
+        client = Client(base_url=url, group_port=find_free_port(""), connection_timeout=servers.seconds)
         client.init_communicator(device=device)
         return client
 
 
-def publisher(servers: Servers, how: str) -> Callable[[Any], None]:
+def make_publisher(servers: Servers, how: str) -> Callable[[Any], None]:
     """What hands a trainer's weights to servers; all processes of a run call it with their trainers."""
-    return Streamed(servers) if how == "nccl" else Files(servers)
+    return NCCLPublisher(servers) if how == "nccl" else FilePublisher(servers)
 
 
-def _write(named: dict[str, Any], folder: Path) -> None:
+def _write_weights(named: dict[str, Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
     half = folder.with_name(f".{folder.name}")
