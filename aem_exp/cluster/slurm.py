@@ -1,8 +1,6 @@
-"""The only room that speaks submitit: run dirs become SLURM jobs.
+"""Submits run directories to SLURM with submitit, asks SLURM about jobs, and requeues a job.
 
-A job is the command that a person would type: `python -m aem_exp.run RUN_DIR`, with the code that was frozen in the run dir
-when it was submitted. submitit writes the batch script, makes one array of many jobs and starts a task per process; what it
-starts is pickled whole and needs none of our files. `slurm/site.yaml` and `slurm/setup.sh` say what is particular to a cluster.
+The only module that imports submitit.
 """
 
 import io

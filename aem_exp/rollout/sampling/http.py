@@ -1,7 +1,6 @@
-"""What servers answer over HTTP, read within a limit of time and a limit of size.
+"""HTTP requests to servers, with a limit of time and of size for every answer.
 
-A server is another program, maybe of another machine: an answer that comes byte by byte, has no end, is packed or is nested
-without end must cost no more than the limits, and its words reach a terminal as plain text.
+Text of a server is cleaned before it reaches a terminal.
 """
 
 import asyncio
