@@ -197,7 +197,7 @@ def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
     code = os.path.join(folder, "code")
     os.environ |= {
         "PYTHONPATH": f"{code}{os.pathsep}{before}" if before else code,
-        # Not the folder that the job was submitted from, before the code (see door.IN_A_JOB).
+        # Not the folder that the job was submitted from, before the code (see cli.JOB_SAFE_PATH).
         "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH") or "job",
         "AEM_JOB": os.environ["SLURM_JOB_ID"],
         "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
