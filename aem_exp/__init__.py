@@ -22,7 +22,7 @@ From an experiment to a verdict, package by package; each imports those above it
     sweep        many experiments that answer one question; studies with Optuna
     report       what a sweep came to: verdicts, tables, figures
 
-Commands: `python -m aem_exp` (one experiment) and `python -m aem_exp.{run,sweep,status,report,evaluate,proxy,prepare,tracking,ui}`.
+Commands: `python -m aem_exp` runs one experiment; `python -m aem_exp.{sweep,status,report,evaluate,proxy,prepare,tracking,ui}`.
 """
 
 from typing import Final
