@@ -17,6 +17,7 @@ from aem_exp.config.schema import (
     Launch,
     Model,
     Modulation,
+    Trainer,
     apply_evaluation_limits,
     to_dict,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Launch",
     "Model",
     "Modulation",
+    "Trainer",
     "apply_evaluation_limits",
     "arm_signature",
     "check_machine",
