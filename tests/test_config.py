@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_exp import config
 from aem_exp.__main__ import main
-from aem_exp.config import ConfigError, Experiment, load, schema, targets, trainer_keys
+from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys, trainer_schema
 from aem_exp.config.compose import Composer, compose
-from aem_exp.config.schema import neutral_values, trainer_keywords
+from aem_exp.config.schema import neutral_values
+from aem_exp.config.trainer_schema import trainer_keywords
 from aem_exp.core import disk
 from aem_exp.core.errors import closest_match
 from aem_exp.core.typed import convert
@@ -668,9 +669,9 @@ def test_choices_are_those_of_the_libraries():
         tree = ast.parse((PACKAGES / file).read_text())
         return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
-    assert set(get_args(schema.LossType)) <= strings("trl/trainer/grpo_trainer.py")
-    assert set(get_args(schema.SchedulerType)) <= strings("transformers/trainer_utils.py")
-    assert set(get_args(schema.Optimizer)) <= strings("transformers/training_args.py")
+    assert set(get_args(trainer_schema.LossType)) <= strings("trl/trainer/grpo_trainer.py")
+    assert set(get_args(trainer_schema.SchedulerType)) <= strings("transformers/trainer_utils.py")
+    assert set(get_args(trainer_schema.Optimizer)) <= strings("transformers/training_args.py")
 
 
 # Targets

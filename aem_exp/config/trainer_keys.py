@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypedDict
 
-from aem_exp.config.schema import StepSettings, Trainer, neutral_values
+from aem_exp.config.schema import neutral_values
+from aem_exp.config.trainer_schema import StepSettings, Trainer
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 from aem_exp.core.typed import FRACTION, PositiveFloat, PositiveInt, convert, describe_type, type_hints
 

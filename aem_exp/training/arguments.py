@@ -4,8 +4,9 @@ from pathlib import Path
 
 from trl import GRPOConfig
 
-from aem_exp.config.schema import Experiment, trainer_keywords
+from aem_exp.config.schema import Experiment
 from aem_exp.config.trainer_keys import OWN_KEYS
+from aem_exp.config.trainer_schema import trainer_keywords
 
 
 def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
