@@ -17,12 +17,12 @@ from aem_exp.config.schema import (
     Launch,
     Model,
     Modulation,
-    Trainer,
     apply_evaluation_limits,
     to_dict,
 )
 from aem_exp.config.sources import conf_root, config_roots, list_choices
 from aem_exp.config.targets import instantiate
+from aem_exp.config.trainer_schema import Trainer
 from aem_exp.core.errors import ConfigError
 
 __all__ = [
