@@ -9,7 +9,7 @@ import toy
 from aem_exp import advantages
 from aem_exp.envs import Task
 from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import OVER, Response, Trajectory
+from aem_exp.rollout.types import Ending, Response, Trajectory
 from aem_exp.training import diagnostics
 from aem_exp.training.credit import assign_credit, step_metrics
 
@@ -74,7 +74,7 @@ def trajectory(draw, member, reward, *turns):
     """One whose turns are the log-probs of their tokens."""
     said = [Response([9], Sample([1] * len(logps), list(logps), [0.5] * len(logps)), "look", "a") for logps in turns]
     said[-1].reward = reward
-    return Trajectory(Task("t"), draw, member, said, ended=OVER)
+    return Trajectory(Task("t"), draw, member, said, ended=Ending.OVER)
 
 
 PLAYED = [

@@ -106,7 +106,7 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
     from aem_exp.advantages import leave_one_out
     from aem_exp.envs import Task
     from aem_exp.rollout.sampling.base import Sample
-    from aem_exp.rollout.types import OVER, TURNS, Response, Trajectory
+    from aem_exp.rollout.types import Ending, Response, Trajectory
     from aem_exp.training.credit import assign_credit
 
     def trajectory(member, ended, reward):
@@ -114,7 +114,7 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
         response = Response([9], sample, "look", "a", reward=reward)
         return Trajectory(Task("t"), 0, member, [response], ended=ended)
 
-    played = [trajectory(0, OVER, 1.0), trajectory(1, OVER, 0.0), trajectory(2, TURNS, 1.0)]
+    played = [trajectory(0, Ending.OVER, 1.0), trajectory(1, Ending.OVER, 0.0), trajectory(2, Ending.TURNS, 1.0)]
     credit = assign_credit(played, "full", leave_one_out, mask_cut=True)
     assert [t.member for t in credit.kept] == [0, 1]
     assert [t.member for t in credit.filtered] == [2]

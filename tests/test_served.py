@@ -38,7 +38,7 @@ from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler, seed_from_key
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.sampling.weight_sync import FilePublisher
-from aem_exp.rollout.types import CRASHED
+from aem_exp.rollout.types import Ending
 from aem_exp.run.execution import run
 
 HISTORIES = ["full", "window"]
@@ -596,7 +596,7 @@ def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
         for sampler in (local, Apart(local))
     ]
     assert told(played[0]) == told(played[1])
-    assert {CRASHED, "over"} <= {t.ended for t in played[0]}
+    assert {Ending.CRASHED, "over"} <= {t.ended for t in played[0]}
 
 
 def test_environments_work_while_others_generate(folder, tmp_path):

@@ -293,7 +293,7 @@ class RunSession:
         from aem_exp.envs import panel
         from aem_exp.evaluate import evaluation
         from aem_exp.rollout.sampling.base import Sampling
-        from aem_exp.rollout.types import CRASHED
+        from aem_exp.rollout.types import Ending
         from aem_exp.rundir.episodes import build_record
 
         how = self.experiment.evaluation
@@ -308,7 +308,7 @@ class RunSession:
             self.episodes.add([build_record(self.time.step, chosen.name, t, in_full=t.draw < 8) for t in played])
         self.scores[split] = score = evaluation.score_panel(chosen, played)
         if score.crashed:
-            first = next(t for t in played if t.ended == CRASHED)
+            first = next(t for t in played if t.ended == Ending.CRASHED)
             how_many = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
             told = f"{how_many}; task {first.task.id}: {first.error}"
             if score.crashed == score.episodes:

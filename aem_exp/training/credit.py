@@ -16,11 +16,11 @@ from aem_exp.advantages import Played
 from aem_exp.core import user_code
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.rows import Row, build_rows
-from aem_exp.rollout.types import CONTEXT, CRASHED, OUTCOME_METRICS, STOPPED, TURNS, Response, Trajectory
+from aem_exp.rollout.types import OUTCOME_METRICS, Ending, Response, Trajectory
 from aem_exp.training import diagnostics
 
 Estimator = Callable[[Played], Tensor]  # see `estimate_advantages`
-TRUNCATED_ENDINGS = (CONTEXT, TURNS, STOPPED)  # endings that are no end by the rules
+TRUNCATED_ENDINGS = (Ending.CONTEXT, Ending.TURNS, Ending.STOPPED)  # endings that are no end by the rules
 
 
 @dataclass
@@ -106,7 +106,7 @@ def drop_uninformative_groups(
     returns: dict[int, list[float]] = {}
     for t in played:
         returns.setdefault(t.draw, []).extend(
-            [_counted_return(t, mask_cut)] if t.ended != CRASHED and t.responses else []
+            [_counted_return(t, mask_cut)] if t.ended != Ending.CRASHED and t.responses else []
         )
     useful = {draw for draw, values in returns.items() if len(set(values)) > 1}
     return [t for t in played if t.draw in useful], [t for t in played if t.draw not in useful]
@@ -134,7 +134,7 @@ def assign_credit(
         dropped: also played, and left out of this step.
         unit: what gets a coefficient.
     """
-    counted = [t for t in played if t.ended != CRASHED and t.responses]
+    counted = [t for t in played if t.ended != Ending.CRASHED and t.responses]
     seen = _build_step_batch(counted, penalty, mask_cut)
     advantage_R = estimate_advantages(estimator, seen)
     stays_M = torch.tensor([not (mask_cut and t.ended in TRUNCATED_ENDINGS) for t in counted], dtype=torch.bool)
@@ -235,7 +235,7 @@ def annotate_responses(credit: Credit) -> None:
 
 def step_metrics(credit: Credit) -> dict[str, float]:
     """The numbers of a step that a log shows. Every token that was generated is accounted for."""
-    flat, counted = credit.responses(), [t for t in credit.played if t.ended != CRASHED]
+    flat, counted = credit.responses(), [t for t in credit.played if t.ended != Ending.CRASHED]
     turns = [r for t in counted for r in t.responses]
     tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in flat])
     turn_R = torch.tensor([float(turn) for _, turn, _ in flat])
@@ -283,7 +283,7 @@ def _token_counts(credit: Credit) -> dict[str, float]:
     measured = sum(sum(row.mask) for row in credit.rows)
     trained = measured if credit.trained else 0
     gone = {id(t) for t in (*credit.dropped, *credit.filtered)}
-    crashed = sum(t.tokens for t in credit.played if t.ended == CRASHED and id(t) not in gone)
+    crashed = sum(t.tokens for t in credit.played if t.ended == Ending.CRASHED and id(t) not in gone)
     return {
         "train/tokens_generated": generated,
         "train/tokens_trained": trained,

@@ -36,7 +36,7 @@ from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import Sampler, keyed_generator
-from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.rundir import checkpoints
 from aem_exp.training import fsdp, modulation
 from aem_exp.training.arguments import build_grpo_config
@@ -224,7 +224,7 @@ class AEMTrainer(GRPOTrainer):
 
     def _play_round(self, episodes: list[Episode], step: int) -> list[Trajectory]:
         played = self.play_distributed(episodes, self.sampler)
-        if all(t.ended == CRASHED for t in played):
+        if all(t.ended == Ending.CRASHED for t in played):
             raise RunError(f"every environment crashed in step {step + 1}; the first: {played[0].error}", "env")
         return played
 
