@@ -181,13 +181,13 @@ class Stubborn:
 def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, history, what):
     """Every episode ends, every token is accounted for, and a step trains on it without a number that is not finite."""
     run = toy.experiment(history, steps=1, entropy_coef=0.01)  # all returns are equal: the bonus alone trains
-    trainer = toy.trainer(folder, run, lam=1.0)
-    chat = trainer.rollout.chat
+    chat = Chat(toy.policy(folder, history)[1])
     end, word = chat.end_ids[0], chat.tokenizer.convert_tokens_to_ids("c")
     unknown = chat.tokenizer.convert_tokens_to_ids(chat.tokenizer.unk_token or "z")
     said = {"only the end": [end], "never the end": [word] * 5, "bytes that are no text": [unknown] * 3 + [end]}[what]
-    trainer.sampler, rows = Stubborn(said), []
-    trainer.trust_sampler, trainer.aem.report = False, lambda step, row: rows.append(row)
+    trainer = toy.trainer(folder, run, lam=1.0, make_sampler=lambda _: Stubborn(said), trust_sampler=False)
+    rows = []
+    trainer.aem.report = lambda step, row: rows.append(row)
     trainer.train()
     assert rows[0]["train/tokens_generated"] == rows[0]["train/tokens_trained"] > 0
     assert all(value == value for value in rows[0].values())

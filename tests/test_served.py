@@ -698,14 +698,14 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             **more,
         )
         trainer.aem.report = lambda step, row: rows.append(row)
-        batches, seen = trainer.batches, []
+        build_updates, seen = trainer.build_updates, []
 
         def watched(credit, step):
-            updates = batches(credit, step)
+            measured, updates = build_updates(credit, step)
             seen.extend(batch for update in updates for batch in update)
-            return updates
+            return measured, updates
 
-        trainer.batches = watched
+        trainer.build_updates = watched
         trainer.train()
         known.cancel()
     assert len(rows) == 3 and len(server.reloads) == 3
