@@ -94,9 +94,8 @@ class AEMTrainer(GRPOTrainer):
     ):
         from datasets import Dataset
 
-        placeholder = Dataset.from_dict(
-            {"prompt": [""] * args.generation_batch_size}
-        )  # TRL requires one; nothing reads it
+        # TRL requires a data set; nothing reads it
+        placeholder = Dataset.from_dict({"prompt": [""] * args.generation_batch_size})
         super().__init__(
             model=model,
             args=args,
@@ -152,7 +151,7 @@ class AEMTrainer(GRPOTrainer):
         return played
 
     def play_distributed(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        """Play: each rank its part. All ranks get all trajectories."""
+        """Play episodes: each rank its share. All ranks get all trajectories."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
         if self.source.publish and self._published_update != self.state.global_step:
@@ -196,10 +195,10 @@ class AEMTrainer(GRPOTrainer):
                     batch["advantages"] = updates.token_advantages(credit, micro, batch["tool_mask"], self.variant.unit)
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
+        items_per_row = items / len(credit.rows)
         for update, of_update in zip(plan, batches, strict=True):
             for batch in of_update:
-                mask_NT, items_per_row = batch["tool_mask"], items / len(credit.rows)
-                batch |= updates.loss_weights(mask_NT, update, ranks, self.loss_type, items_per_row)
+                batch |= updates.loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
         return credit, batches * self.update_settings.epochs
 
     def _score_micro_batch(self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements) -> Batch:
