@@ -14,10 +14,10 @@ from aem_exp.training.credit import counted_return
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """How many groups a step trains on, and how many rounds it may play for them."""
+    """The groups that a step trains on, and the rounds of play that it may need for them."""
 
     groups: int = 0
-    """how many groups a step should train on"""
+    """number of groups that a step should train on"""
     drop_equal: bool = False
     """groups of equal returns leave the step"""
     rounds: int = 1
@@ -31,7 +31,7 @@ class PlayedStep(NamedTuple):
     dropped: list[Trajectory]
     """those of groups that leave the step"""
     rounds: int
-    """how many rounds were played"""
+    """number of rounds that were played"""
 
 
 def play_rounds(

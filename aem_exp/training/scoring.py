@@ -1,4 +1,4 @@
-"""What is measured of the rows of a step before its updates: log-probs, entropies, and how far the sampler's are from them.
+"""Log-probs and entropies of the rows of a step before its updates, and their difference from the sampler's.
 
 Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U units of the step.
 """
@@ -27,7 +27,7 @@ TokenScores = tuple[Tensor, Tensor]  # log-probs and entropies (nats) of the com
 
 @torch.no_grad()
 def score_batch(trainer: GRPOTrainer, model: Any, batch: Batch) -> TokenScores:
-    """Score a micro-batch by one forward pass. Of a model that is not the trained one, the entropies are not measured."""
+    """Score a micro-batch by one forward pass. Only the trained model's entropies are measured."""
     device = trainer.accelerator.device
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(device)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(device)
@@ -48,7 +48,7 @@ def score_reference(trainer: GRPOTrainer, batch: Batch) -> Tensor:
 
 
 class ResponseMeasurements:
-    """What this rank measures of the responses and units of a step; 0 for those of other ranks."""
+    """Entropy and surprisal of the responses of a step, as far as this rank has their rows; 0 for the others."""
 
     def __init__(self, credit: AssignedCredit, variant: ModulationVariant):
         self.credit, self.variant = credit, variant
@@ -68,7 +68,7 @@ class ResponseMeasurements:
 
 
 def check_sampler_gap(sampler: TokenScores, scored: TokenScores, mask_NT: Tensor) -> dict[str, float]:
-    """Check that the sampler sampled from the distribution that is trained: the largest difference of a token, for the log."""
+    """Check that the sampler sampled from the trained distribution; return the largest difference at a token, for the log."""
     gaps = {}
     for what, metric, ours_NT, scored_NT in (
         ("log-probs", "train/sampler_gap", sampler[0], scored[0]),
@@ -86,7 +86,7 @@ def check_sampler_gap(sampler: TokenScores, scored: TokenScores, mask_NT: Tensor
 def check_engine_gap(
     engine: TokenScores, scored: TokenScores, mask_NT: Tensor, with_entropies: bool
 ) -> dict[str, float]:
-    """Check that another engine samples from about the same distribution: the mean difference of a token, for the log.
+    """Check that another engine samples from about the same distribution; return the mean difference at a token, for the log.
 
     Args:
         with_entropies: the engine measures entropies; many do not.

@@ -1,4 +1,4 @@
-"""The numbers of a step that a log shows, and what the record of its episodes says of each response.
+"""The metrics of a step, and the numbers that its recorded responses carry.
 
 Shapes: R responses, G groups.
 """
@@ -84,7 +84,7 @@ def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) ->
 
 
 def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:
-    """Where the generated tokens went: trained, filtered or crashed; nothing is lost."""
+    """The generated tokens: trained, filtered or crashed; the three sum to all of them."""
     generated = sum(t.tokens for t in credit.played)
     measured = sum(sum(row.mask) for row in credit.rows)
     in_updates = measured if trained else 0

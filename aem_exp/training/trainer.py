@@ -1,7 +1,7 @@
 """AEM in front of TRL's own loss: read this file from top to bottom to follow one training step.
 
 TRL stays the optimiser, the losses, the sharding and the checkpoints. What changes is the batch: `AEMTrainer` plays
-episodes, assigns credit per response, modulates it, and hands TRL's loss the (N, T) advantages that it accepts.
+episodes, assigns credit per response, modulates it, and passes the (N, T) advantages to TRL's loss.
 
 A *step* is one rollout batch; an *update* is one optimizer step. One item of the data loader is one update: a list of
 micro-batches. So the number of updates in a step may float, and everything that people count (schedules, logs,

@@ -1,4 +1,4 @@
-"""From the credit of a step to its updates: which rows share one, what weighs each token, what weighs each micro-batch.
+"""From the credit of a step to its updates: the rows of each, the advantage of each token, the weight of each micro-batch.
 
 TRL averages a loss over a micro-batch. The weights here make the sum over micro-batches, and the mean over ranks, an average
 over the whole update: its gradient depends on neither padding nor the split into micro-batches and ranks.
@@ -89,7 +89,7 @@ def _number_tokens(mask_NT: Tensor) -> Tensor:
 
 
 def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count_masked: bool) -> int:
-    """How many rows, or trajectories, a loss that is a mean over them divides by in a step."""
+    """Number of rows, or of trajectories, in the denominator of a loss that is a mean over them."""
     counted = [*credit.kept, *(credit.filtered if count_masked else ())]
     if loss_type == "dr_grpo" or history == "full":
         return len(counted)
@@ -104,7 +104,7 @@ def loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, it
 
     Args:
         mask_NT: 1 on the tokens that the policy sampled.
-        items_per_row: how many items the mean counts for each row: Dr. GRPO divides by a constant per trajectory, not per row,
+        items_per_row: items in that mean per row: Dr. GRPO divides by a constant per trajectory, not per row,
             and masked trajectories, which have no rows, may count.
     """
     assert mask_NT.ndim == 2, mask_NT.shape
@@ -122,7 +122,7 @@ def loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, it
 
 
 def importance_ratio(logps_NT: Tensor, sampler_logps_NT: Tensor, mask_NT: Tensor, low: float, high: float) -> Tensor:
-    """How much likelier the policy finds each token than the engine that sampled it, within bounds; 1 where masked."""
+    """Probability of each token under the policy over that under the engine that sampled it, within bounds; 1 where masked."""
     assert logps_NT.ndim == 2 and logps_NT.shape == sampler_logps_NT.shape == mask_NT.shape, (
         logps_NT.shape,
         mask_NT.shape,
