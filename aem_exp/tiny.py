@@ -23,7 +23,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row, build_rows
 from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
@@ -198,7 +198,7 @@ def demonstrate(
     draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(stage):
         played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
-    whole = [t for t in played if t.responses and t.ended != CRASHED]
+    whole = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     _report_crashes(played, whole)
     if not shyness:  # the shy player uses the same words
         seen = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
@@ -212,7 +212,7 @@ def _report_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -
     Raises:
         Stop: all of them.
     """
-    lost = next((t for t in played if t.ended == CRASHED), None)
+    lost = next((t for t in played if t.ended == Ending.CRASHED), None)
     if not whole:
         first = lost or played[0]
         remedy = "its first prompt does not fit into env.context_tokens"

@@ -24,7 +24,7 @@ from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampling, 
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.types import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
 TrajectoryStream = Generator[Trajectory, None, None]
@@ -146,7 +146,7 @@ def play_without_model(
     episodes: Sequence[Episode], stage: EnvExecutor, choose: ResponseFunction, max_turns: int
 ) -> list[Trajectory]:
     """Episodes of a player that is no model."""
-    played = [Trajectory(episode.task, episode.draw, episode.member, ended=TURNS) for episode in episodes]
+    played = [Trajectory(episode.task, episode.draw, episode.member, ended=Ending.TURNS) for episode in episodes]
     replies = stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})
     for slot, reply in replies.items():
         played[slot].goal = reply.goal
@@ -178,13 +178,13 @@ def _world_response(
 def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
     """Note what the world answered; the turn, where the episode goes on."""
     if reply.turn is None:
-        trajectory.ended, trajectory.error = CRASHED, reply.error
+        trajectory.ended, trajectory.error = Ending.CRASHED, reply.error
         return None
     if trajectory.responses:
         said, turn = trajectory.responses[-1], reply.turn
         said.reward, said.valid, said.metrics = turn.reward, turn.valid, turn.metrics
     if reply.turn.done:
-        trajectory.ended = OVER if reply.turn.terminated else STOPPED
+        trajectory.ended = Ending.OVER if reply.turn.terminated else Ending.STOPPED
     return None if reply.turn.done else reply.turn
 
 

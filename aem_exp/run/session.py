@@ -189,8 +189,9 @@ class RunSession:
 
     def _build_trainer(self) -> Any:
         from aem_exp.rollout.sampling.base import Sampling
+        from aem_exp.training.build import build_trainer
         from aem_exp.training.callback import AEMCallback
-        from aem_exp.training.trainer import build_trainer
+        from aem_exp.training.trainer import RolloutSource, TrainerHooks
 
         experiment, settings = self.experiment, self.experiment.trainer
         lam = experiment.modulation.lam
@@ -212,12 +213,13 @@ class RunSession:
             self.model,
             self.tokenizer,
             callback,
-            partial(_draw_episodes, experiment, self.world.tasks("train")),
-            self.rollout,
-            partial(self._build_sampler, sampling=sampling),
-            keep=self._record_episodes if self.first else None,
-            before_save=self._before_save if self.first else None,
-            publish=self._build_publisher(),
+            RolloutSource(
+                draw=partial(_draw_episodes, experiment, self.world.tasks("train")),
+                rollout=self.rollout,
+                make_sampler=partial(self._build_sampler, sampling=sampling),
+                publish=self._build_publisher(),
+            ),
+            TrainerHooks(self._record_episodes, self._before_save) if self.first else TrainerHooks(),
         )
 
     def _build_publisher(self) -> Callable[[Any], None] | None:
@@ -293,7 +295,7 @@ class RunSession:
         from aem_exp.envs import panel
         from aem_exp.evaluate import evaluation
         from aem_exp.rollout.sampling.base import Sampling
-        from aem_exp.rollout.types import CRASHED
+        from aem_exp.rollout.types import Ending
         from aem_exp.rundir.episodes import build_record
 
         how = self.experiment.evaluation
@@ -308,7 +310,7 @@ class RunSession:
             self.episodes.add([build_record(self.time.step, chosen.name, t, in_full=t.draw < 8) for t in played])
         self.scores[split] = score = evaluation.score_panel(chosen, played)
         if score.crashed:
-            first = next(t for t in played if t.ended == CRASHED)
+            first = next(t for t in played if t.ended == Ending.CRASHED)
             how_many = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
             told = f"{how_many}; task {first.task.id}: {first.error}"
             if score.crashed == score.episodes:
