@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import labels
-from aem_exp.rundir import membership
+from aem_exp.rundir import EXPERIMENT, membership
 
 if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
@@ -107,10 +107,10 @@ def _check_folder(outputs: Path) -> Path:
 
 def _all_runs(outputs: Path) -> list[ListedRun]:
     """Every run of a folder; one whose files cannot be read has its folder for a name."""
-    folders, read = [file.parent for file in sorted(outputs.glob("*/experiment.json"))], dict[Path, Any]()
+    folders, read = [file.parent for file in sorted(outputs.glob(f"*/{EXPERIMENT}"))], dict[Path, Any]()
     for folder in folders:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            data = json.loads((folder / "experiment.json").read_text())
+            data = json.loads((folder / EXPERIMENT).read_text())
             read[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
             labels.make_labels([data])
     known = [folder for folder in folders if folder in read]

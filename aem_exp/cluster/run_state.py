@@ -11,7 +11,7 @@ from typing import Any, Final
 from aem_exp.cluster import slurm
 from aem_exp.cluster.slurm import Job
 from aem_exp.core import disk
-from aem_exp.rundir import RESULT, attempts, episodes, lock, metrics
+from aem_exp.rundir import EXPERIMENT, RESULT, attempts, episodes, lock, metrics
 
 DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
 SUCCESS_METRICS: Final = ("test/success", "eval/success", "train/success")
@@ -142,7 +142,7 @@ def _failure_from_log(log: Path) -> tuple[str, str]:
 
 
 def _planned_steps(folder: Path) -> int:
-    file = folder / "experiment.json"
+    file = folder / EXPERIMENT
     return int(disk.read_json(file, "trainer")["trainer"]["steps"]) if file.exists() else 0
 
 

@@ -20,7 +20,7 @@ from aem_exp.core import disk
 from aem_exp.core.errors import RunError
 from aem_exp.envs import World
 from aem_exp.envs.panel import Panel
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EVALUATIONS, RESULT
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
 
@@ -136,7 +136,7 @@ def evaluate_agent(exam: EvaluationSetup, player: "Agent", line: "ProgressLine")
     }
     heat = f"-T{exam.temperature:g}" if player.model else ""
     name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{hash_identity(identity)}-k{exam.repeats}{heat}-{player.name}"
-    folder = exam.out / "evaluations" / name
+    folder = exam.out / EVALUATIONS / name
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
         with lock_folder(folder, line):

@@ -14,7 +14,7 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
 from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EXPERIMENT, MODEL, RESULT
 
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
@@ -107,7 +107,7 @@ def _absolute_path(target: str) -> Path:
 
 
 def is_run_dir(target: str) -> bool:
-    return (_absolute_path(target) / "experiment.json").exists()
+    return (_absolute_path(target) / EXPERIMENT).exists()
 
 
 def _experiment_of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
@@ -202,7 +202,7 @@ def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experim
     model = replace(experiment.model, make=None, lora=None)
     if original is None:
         return Agent(POLICY, model, policy.locate(model))
-    model = replace(model, path=str(_absolute_path(asked.target) / "model"), revision=None)
+    model = replace(model, path=str(_absolute_path(asked.target) / MODEL), revision=None)
     return Agent(POLICY, model, policy.locate(model), original.trainer["steps"])
 
 

@@ -13,8 +13,8 @@ from aem_exp.cluster.signals import Interrupted
 from aem_exp.config.schema import Experiment
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import ConfigError, RunError
-from aem_exp.run import session
 from aem_exp.run.execution import run
+from aem_exp.run.resume import find_resume_point
 from aem_exp.rundir import RESULT
 from aem_exp.rundir.lock import RunLocked
 
@@ -29,7 +29,7 @@ def run_in_terminal(experiment: Experiment, folder: Path, header: Sequence[str])
     again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
     return cli.run_cli(
         lambda: _run_with_progress(experiment, folder, header),
-        lambda: f"to go on from step {session.find_resume_point(folder).step}: {again}",
+        lambda: f"to go on from step {find_resume_point(folder).step}: {again}",
     )
 
 
@@ -54,11 +54,11 @@ def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[st
             return 0 if distributed.world_size() == 1 else 1  # the other processes of this job end with it
         except RunError as stop:
             raise RunError(
-                f"{stop}. The run dir has all up to step {session.find_resume_point(folder).step}: {folder}", stop.kind
+                f"{stop}. The run dir has all up to step {find_resume_point(folder).step}: {folder}", stop.kind
             ) from stop
         except Interrupted as stop:
             if distributed.is_main_process():
-                step = session.find_resume_point(folder).step
+                step = find_resume_point(folder).step
                 print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
             slurm.requeue_and_wait(stop.signal)
             raise

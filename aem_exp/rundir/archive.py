@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.rundir import attempts, episodes, metrics
+from aem_exp.rundir import DIVERGED, EVALUATIONS, EXPERIMENT, PROVENANCE, RESULT, attempts, episodes, metrics
 
 SUFFIX: Final = ".json.gz"
 NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
@@ -96,8 +96,8 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
     Raises:
         Damaged: with the file's name.
     """
-    experiment, rows = disk.read_json(folder / "experiment.json"), metrics.read(folder)
-    scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
+    experiment, rows = disk.read_json(folder / EXPERIMENT), metrics.read(folder)
+    scored = RESULT if what == DONE else DIVERGED if why[0] == NAN else None
     result = _json(folder / scored) if scored else {}
     played = _read_final_episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
@@ -111,7 +111,7 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
         tasks=_group_by_task(played),
         endings=dict(sorted(Counter(row["ended"] for row in played).items())),
         curves=_curves(rows),
-        provenance=_json(folder / "provenance.json"),
+        provenance=_json(folder / PROVENANCE),
         spent=_spent_resources(folder, launch, result, rows),
         players=_read_other_agents(folder, experiment, result),
     )
@@ -177,7 +177,7 @@ def _read_other_agents(
     """Evaluations of others, the untrained policy say, on the panel that ended the run and as that was played."""
     kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
     final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
-    for file in sorted((folder / "evaluations").glob("*/result.json")):
+    for file in sorted((folder / EVALUATIONS).glob(f"*/{RESULT}")):
         try:
             found = disk.read_json(file)
         except disk.DamagedFileError:  # of another player: it is asked again where it is missed

@@ -10,6 +10,7 @@ the time of its row, so that MLflow recognises a batch that is sent again becaus
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -95,7 +96,7 @@ class Tracker:
             _wait_until_ready(self._writer)
             save_card(self.run_dir, self._card)
 
-    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Write metrics of a step: on disk when this returns, in MLflow seconds later. None is no value; NaN is one."""
         points = self._mirror.add(step, metrics)
         if self._writer is not None:
@@ -155,7 +156,7 @@ class NullTracker:
 
     def wait_until_ready(self) -> None: ...
 
-    def log(self, step: int, metrics: dict[str, float | None]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
     def log_artifact(self, path: Path) -> None: ...
 
