@@ -14,50 +14,56 @@ OUTCOME_METRICS = ("won", "score")  # metrics of a turn that speak of the episod
 
 @dataclass(frozen=True)
 class Episode:
-    """One game to be played: `draw` names its group, `key` seeds its sampling."""
+    """One game to be played."""
 
     task: Task
     draw: int
+    """Which draw of the step it belongs to: the episodes of one draw are a group."""
     member: int
+    """Its number in the group."""
     key: tuple
+    """What seeds its sampling."""
 
 
 @dataclass
 class Response:
-    """What the policy said in one turn, and what came of it.
-
-    `prompt` holds the tokens in front of it that are not in the row yet: all of them with a window, those since the
-    previous response with full history. `entropy` is the mean over its tokens, in nats, where the sampler knows it;
-    `advantage` (before modulation) and `alpha` are known once the step's credit is assigned.
-    """
+    """What the policy generated in one turn, and what came of it."""
 
     prompt: list[int]
+    """The tokens in front of it that are not in the row yet: all with a window, those since the last response otherwise."""
     sample: Sample
     observation: str
+    """The text that it responds to."""
     text: str
     reward: float = 0.0
     valid: bool = True
+    """Whether the environment could read it as an action."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """The numbers that the environment gave for this turn (see `Turn`)."""
     entropy: float | None = None
+    """The mean entropy of its tokens, in nats, where the sampler knows it."""
     advantage: float | None = None
+    """The advantage before modulation, once the step's credit is assigned."""
     alpha: float | None = None
+    """What modulation multiplied the advantage by, once the step's credit is assigned."""
 
 
 @dataclass
 class Trajectory:
-    """An episode as it was played. `ended`: over (by the rules), stopped (by the world, before that), turns, context, or
-    crashed (with `error`).
-
-    `goal` is what it asked for, as the world said at its start.
-    """
+    """An episode as it was played."""
 
     task: Task
     draw: int
+    """Which draw of the step it belongs to: the episodes of one draw are a group."""
     member: int
+    """Its number in the group."""
     responses: list[Response] = field(default_factory=list)
     ended: str = ""
+    """How it ended: over (by the rules), stopped (by the world, before that), turns, context, or crashed."""
     error: str = ""
+    """What crashed it."""
     goal: str = ""
+    """What the episode asks for, as the world said at its start."""
 
     @property
     def ret(self) -> float:
@@ -76,12 +82,12 @@ class Trajectory:
     @property
     def habits(self) -> dict[str, float]:
         """The world's other numbers, each the mean over the turns that have it."""
-        told: dict[str, list[float]] = {}
+        by_name: dict[str, list[float]] = {}
         for response in self.responses:
             for name, value in response.metrics.items():
                 if name not in OUTCOME_METRICS:
-                    told.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in told.items()}
+                    by_name.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in by_name.items()}
 
     @property
     def tokens(self) -> int:

@@ -38,32 +38,30 @@ DONE, NAN = "done", "nan"  # a state, and the class of a failure
 
 @dataclass(frozen=True)
 class Archive:
-    """One run.
-
-    Attributes:
-        run: the name of its dir.
-        experiment: what was asked for, without where it ran.
-        what: `done`, or how far it is, as `run_state` calls it; `why`: the class of a failure and a sentence.
-        result: what `result.json` says, or `diverged.json`; empty where the run has no score.
-        tasks: of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores.
-        endings: how the episodes on it ended.
-        curves: `step`, and by its name what was measured there; None where it was not.
-        provenance: code, packages, weights, machine.
-        spent: `seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as is known.
-        players: others on the same panel, by name: what their `result.json` says.
-    """
+    """One run. The fields are the keys of the file."""
 
     run: str
+    """The name of its dir."""
     experiment: dict[str, Any]
+    """The experiment, without where it ran."""
     what: str
+    """`done`, or another status of `run_state`."""
     why: tuple[str, str] = ("", "")
+    """The class of a failure, and a sentence."""
     result: dict[str, Any] = field(default_factory=dict)
+    """What `result.json` says, or `diverged.json`; empty where the run has no score."""
     tasks: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores."""
     endings: dict[str, int] = field(default_factory=dict)
+    """How the episodes on the final panel ended."""
     curves: dict[str, list[float | None]] = field(default_factory=dict)
+    """`step`, and by its name what was measured there; None where it was not."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """Code, packages, weights, machine."""
     spent: dict[str, float] = field(default_factory=dict)
+    """`seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as they are known."""
     players: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other agents on the same panel, by name: what their `result.json` says."""
 
     @property
     def done(self) -> bool:
@@ -94,7 +92,7 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
     """The archive of a run dir; `what` and `why`: its state.
 
     Raises:
-        Damaged: with the file's name.
+        DamagedFileError: with the file's name.
     """
     experiment, rows = disk.read_json(folder / EXPERIMENT), metrics.read(folder)
     scored = RESULT if what == DONE else DIVERGED if why[0] == NAN else None
@@ -174,25 +172,21 @@ def _spent_resources(
 def _read_other_agents(
     folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluations of others, the untrained policy say, on the panel that ended the run and as that was played."""
-    kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
-    final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
+    """Evaluations of other agents, the untrained policy say, on the final panel of the run and by its rules."""
+    keys = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
+    final, settings = result.get("final") or {}, experiment.get("evaluation") or {}
+    out: dict[str, dict[str, Any]] = {}
     for file in sorted((folder / EVALUATIONS).glob(f"*/{RESULT}")):
         try:
-            found = disk.read_json(file)
-        except disk.DamagedFileError:  # of another player: it is asked again where it is missed
+            other = disk.read_json(file)
+        except disk.DamagedFileError:  # of another agent: it is evaluated again where it is needed
             continue
-        name, rules = found.get("player"), found.get("identity", {}).get("env", {})
-        alike = all(rules[key] == experiment["env"].get(key) for key in rules)
-        heat = found.get("temperature") in (None, how.get("temperature"))
-        if (
-            final
-            and name not in (None, "policy")
-            and found.get("panel_hash") == final.get("panel_hash")
-            and alike
-            and heat
-        ):
-            out[str(name)] = {key: found[key] for key in kept if key in found}
+        name, rules = other.get("player"), other.get("identity", {}).get("env", {})
+        same_rules = all(rules[key] == experiment["env"].get(key) for key in rules)
+        same_temperature = other.get("temperature") in (None, settings.get("temperature"))
+        same_panel = final and other.get("panel_hash") == final.get("panel_hash")
+        if name not in (None, "policy") and same_panel and same_rules and same_temperature:
+            out[str(name)] = {key: other[key] for key in keys if key in other}
     return out
 
 

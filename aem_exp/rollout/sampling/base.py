@@ -19,17 +19,22 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    """1: no such filter."""
     top_k: int = 0
+    """0: no such filter."""
     min_p: float = 0.0
+    """0: no such filter."""
 
 
 @dataclass
 class Sample:
-    """One response: token ids, and per token the log-prob and entropy (nats) of the unfiltered distribution."""
+    """One response: its tokens, and what the sampler knows of each."""
 
     ids: list[int]
     logps: list[float]
+    """The log-prob of each token under the unfiltered distribution; empty where the sampler does not give it."""
     entropies: list[float]
+    """The entropy of the unfiltered distribution at each token, in nats; empty where the sampler does not give it."""
 
 
 class Session(Protocol):
