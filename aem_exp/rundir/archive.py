@@ -1,7 +1,6 @@
 """One run in a file of a few kilobytes: what a comparison needs of it, and nothing else.
 
-It is made from a run dir, and is written as `RUN.json.gz`; who compares runs need not know which of both there is. The same
-run gives the same bytes.
+It is made from a run dir, and is written as `RUN.json.gz`; a comparison treats both alike. The same run gives the same bytes.
 """
 
 import gzip
@@ -22,7 +21,7 @@ from aem_exp.rundir import DIVERGED, EVALUATIONS, EXPERIMENT, PROVENANCE, RESULT
 
 SUFFIX: Final = ".json.gz"
 NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
-MAX_BYTES: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
+MAX_BYTES: Final = 5 << 20  # bytes of an archive, uncompressed: it may come from anywhere
 DIGITS: Final = 5  # of a number in a curve
 CURVE_PREFIXES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
 EXCLUDED_KEYS: Final = (
@@ -116,7 +115,7 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a file of a run dir says; nothing where there is none: then the run failed, and says so itself."""
+    """What a file of a run dir says; empty where there is none: then the run failed, and its state says so."""
     return disk.read_json(file) if file.exists() else {}
 
 
@@ -134,7 +133,7 @@ def _group_by_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]
         by_task.setdefault(row["task"], []).append(row)
 
     def each(name: str) -> list[list[float]]:
-        """Of every episode of a task; one whose world crashed has nothing."""
+        """A value of every episode of each task; 0 where its world crashed."""
         return [[0.0 if r["ended"] == "crashed" else r[name] or 0.0 for r in rows] for rows in by_task.values()]
 
     kinds = [rows[0]["kind"] for rows in by_task.values()]
@@ -194,7 +193,7 @@ def _read_other_agents(
 
 
 def write(archive: Archive, folder: Path) -> Path:
-    """`RUN.json.gz` in the folder."""
+    """Write `RUN.json.gz` in the folder."""
     text = json.dumps(asdict(archive), sort_keys=True, separators=(",", ":"), allow_nan=False)
     file = folder / f"{archive.run}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,14 +202,14 @@ def write(archive: Archive, folder: Path) -> Path:
 
 
 def read(file: Path) -> Archive:
-    """An archive that was written here or elsewhere.
+    """An archive that was written on this machine or another.
 
     Raises:
-        ConfigError: the file is none.
+        ConfigError: the file is no archive.
     """
     try:
-        with gzip.open(file) as unfolded:
-            text = unfolded.read(MAX_BYTES + 1)
+        with gzip.open(file) as content:
+            text = content.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MB")
         data = json.loads(text, parse_constant=_refuse_constant)
@@ -226,7 +225,7 @@ def _refuse_constant(word: str) -> None:
 
 
 def _validate(archive: Archive, file: Path) -> None:
-    """Refuse what no run leaves. What an archive says is shown as text, and counted as numbers; nothing in it is called."""
+    """Refuse what no run writes. The content of an archive is shown as text and used as numbers; nothing in it is called."""
     for each in fields(Archive):
         wanted = {"run": str, "what": str, "why": tuple}.get(each.name, dict)
         if not isinstance(getattr(archive, each.name), wanted):
