@@ -99,9 +99,7 @@ def _check_requeues(folder: Path, job: str, start: int, max_requeues: int) -> No
         raise RunError(f"job {job} was requeued {start} times, and launch.requeues={max_requeues}", "hang")
     steps = [event["step"] for event in read(folder) if event["event"] == "start" and event["job"] == job]
     if len(steps) > MAX_IDLE_STARTS and len(set(steps[-MAX_IDLE_STARTS - 1 :])) == 1:
-        raise RunError(
-            f"job {job} got nowhere in {MAX_IDLE_STARTS} starts, which both began and ended at step {steps[-1]}", "hang"
-        )
+        raise RunError(f"job {job} made no progress in {MAX_IDLE_STARTS} starts (still at step {steps[-1]})", "hang")
 
 
 def _append_event(folder: Path, event: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Who generates: the policy itself, here, with its KV cache kept across the turns of an episode.
+"""The contract of samplers: what they return, and how their randomness is seeded.
 
-A sampler hands out sessions; a session continues many conversations at once and returns exact tokens with the log-prob and
+A sampler opens sessions; a session continues many conversations at once and returns exact tokens with the log-prob and
 the entropy of each, so that nothing has to be scored again. Sampling takes its randomness from a key per response and from
 nothing else: neither the batch a response happens to be in, nor the rank, changes it (up to floating-point rounding).
 """
@@ -50,17 +50,17 @@ class Sampler(Protocol):
 
 class IndependentSession(Session, Protocol):
     def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
-        """What `generate` does, for one conversation. Several threads may ask at a time, each for its own."""
+        """What `generate` does, for one conversation. Several threads may call it at a time, each for its own."""
 
 
 @runtime_checkable
 class IndependentSampler(Protocol):
-    """A sampler whose conversations need not wait for each other: while one's environment is at work, others generate."""
+    """A sampler whose conversations need not wait for each other: while the environment of one is at work, others generate."""
 
     def session(self) -> IndependentSession: ...
 
     def cancel(self) -> None:
-        """Make all who wait for an answer give up, now and from now on."""
+        """Make all calls that wait for an answer fail, now and from now on."""
 
 
 def keyed_generator(key: tuple) -> np.random.Generator:
