@@ -330,7 +330,7 @@ def test_what_was_played_stays_whatever_became_of_the_others(trained, server, wh
 
     asked = words(trained, where, tmp_path, "--only", "policy")
     with monkeypatch.context() as patch:
-        patch.setattr(Rollout, "flow", interrupted)
+        patch.setattr(Rollout, "stream", interrupted)
         assert "to go on: python -m aem_exp.evaluate" in ask(capsys, asked, code=130)
     (part,) = tmp_path.rglob("episodes/*.parquet")
     assert [*pd.read_parquet(part).draw] == [0, 0, 1, 1, 2]
