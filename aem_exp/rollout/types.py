@@ -49,10 +49,13 @@ class Response:
     response with full history"""
     sample: Sample
     observation: str
+    """The text that it responds to."""
     text: str
     reward: float = 0.0
     valid: bool = True
+    """Whether the environment could read it as an action."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """The numbers that the environment gave for this turn (see `Turn`)."""
     entropy: float | None = None
     """mean token entropy in nats; None where the sampler does not measure it"""
     advantage: float | None = None
@@ -67,7 +70,9 @@ class Trajectory:
 
     task: Task
     draw: int
+    """Which draw of the step it belongs to: the episodes of one draw are a group."""
     member: int
+    """Its number in the group."""
     responses: list[Response] = field(default_factory=list)
     ended: Ending | Literal[""] = ""
     """why it ended; empty while it is played"""

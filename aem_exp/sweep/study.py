@@ -442,10 +442,11 @@ class StudyStatus:
 
 def read_status(study: Study) -> StudyStatus:
     from aem_exp.cluster import run_state
+    from aem_exp.cluster.run_state import RunStatus
 
     workers = sorted(study.folder.glob("worker-*"))
     states = run_state.read(workers)
-    live = frozenset(worker for worker in workers if states[worker].what in (run_state.RUNNING, run_state.QUEUED))
+    live = frozenset(worker for worker in workers if states[worker].what in (RunStatus.RUNNING, RunStatus.QUEUED))
     cards = {worker: read_card(worker) for worker in workers}
     holders = {card["number"]: worker for worker, card in cards.items() if "number" in card}
     spare = tuple(worker for worker in workers if worker not in live and "number" not in cards[worker])
