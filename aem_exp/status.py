@@ -125,10 +125,10 @@ def _all_runs(outputs: Path) -> list[ListedRun]:
 
 def _sweep_runs(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[ListedRun]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
-    from aem_exp.sweep import question
+    from aem_exp.sweep import question, sweep_file
 
     typed = bool(asked.overrides or asked.config_dir)
-    if not question.find_file(asked.sweep) or (not typed and asked.sweep in membership.list_sweeps(outputs)):
+    if not sweep_file.find_file(asked.sweep) or (not typed and asked.sweep in membership.list_sweeps(outputs)):
         return asked.sweep, _recorded_runs(_check_folder(outputs), asked.sweep)
     cli.add_user_modules(asked.config_dir)
     own = [f"outputs='{outputs}'"] if asked.outputs else []

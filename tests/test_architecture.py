@@ -39,7 +39,7 @@ IMPORTED_BY = {
     "peft": "policy",
     "mlflow": "tracking",
     "submitit": "cluster.slurm",
-    "optuna": "sweep.study",
+    "optuna": "sweep.study sweep.study_space",
     "matplotlib": "core.plots run.summary report.figures",
     "jinja2": "report.render",
     "pyarrow": "rundir.episodes evaluate.evaluation",

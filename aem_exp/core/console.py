@@ -9,12 +9,14 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 RECENT_STEPS = 10  # steps in a moving mean
 PRINT_SECONDS = 10.0  # seconds between lines where there is no terminal
@@ -218,3 +220,53 @@ def format_duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def make_console(stderr: bool = False, quiet: bool = False) -> "Console":
+    """A console that colours nothing by itself."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False)
+
+
+def make_table(
+    headings: Sequence[str],
+    rows: "Iterable[Sequence[RenderableType]]",
+    left: Collection[str] = (),
+    gap: int = 2,
+    indent: int = 0,
+    no_wrap: bool = False,
+    fold: Mapping[str, int] | None = None,
+) -> "Table":
+    """A table without lines, its headings bold, its columns aligned right.
+
+    Args:
+        left: the columns that are aligned left.
+        gap: spaces after a column.
+        indent: spaces before a column.
+        no_wrap: no cell goes on in the next line.
+        fold: the columns whose cells do all the same, and their least width.
+    """
+    from rich.table import Table
+
+    fold = fold or {}
+    table = Table(box=None, padding=(0, gap, 0, indent))
+    for heading in headings:
+        table.add_column(
+            heading,
+            header_style="bold",
+            justify="left" if heading in left else "right",
+            overflow="fold" if heading in fold else "ellipsis",
+            no_wrap=no_wrap and heading not in fold,
+            min_width=fold.get(heading),
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def style_text(*parts: str | tuple[str, str]) -> "Text":
+    """Texts in one line, those of a pair in its style."""
+    from rich.text import Text
+
+    return Text.assemble(*parts)

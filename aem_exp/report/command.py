@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aem_exp.report.analysis import ArmCell, Difference
     from aem_exp.report.sections import SweepDescription
     from aem_exp.rundir.archive import Archive
-    from aem_exp.sweep.question import Sweep
+    from aem_exp.sweep.cells import Sweep
 
 ABOUT = """\
 Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
