@@ -45,32 +45,31 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--outputs", help="the folder of the runs (default: $AEM_OUTPUTS, or ./outputs)")
     parser.add_argument("--once", action="store_true", help="show them once, also on a terminal")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    asked = parser.parse_intermixed_args(argv)
-    if asked.config_dir and not asked.sweep:
-        raise ConfigError("--config-dir", asked.config_dir, "only read with a sweep")
-    return asked
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config_dir and not arguments.sweep:
+        raise ConfigError("--config-dir", arguments.config_dir, "only read with a sweep")
+    return arguments
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    outputs = Path(asked.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
-    name, runs = _sweep_runs(outputs, asked) if asked.sweep else ("all runs", _all_runs(_check_folder(outputs)))
+def _run_command(arguments: argparse.Namespace) -> int:
+    outputs = Path(arguments.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
+    name, runs = _sweep_runs(outputs, arguments) if arguments.sweep else ("all runs", _all_runs(_check_folder(outputs)))
     outputs = runs[0].folder.parent if runs else outputs
-    if asked.json:
+    if arguments.json:
         from aem_exp.cluster import run_state
 
         states = run_state.read([run.folder for run in runs])
         print(json.dumps([_as_json(run, states[run.folder]) for run in runs], indent=1))
         return 0
-    from rich.console import Console
-
+    from aem_exp.core.console import make_console
     from aem_exp.jobs import status_table
 
     title = f"{name} in {outputs}"
-    if asked.once:
-        Console(highlight=False).print(status_table.status_table(read_rows(runs), title))
+    if arguments.once:
+        make_console().print(status_table.status_table(read_rows(runs), title))
     else:
         status_table.watch_runs(lambda: read_rows(runs), title)
-    if asked.sweep and (links := membership.read_links(outputs, name)):
+    if arguments.sweep and (links := membership.read_links(outputs, name)):
         print(f"\n{links}")
     return 0
 
@@ -123,16 +122,16 @@ def _all_runs(outputs: Path) -> list[ListedRun]:
     ]
 
 
-def _sweep_runs(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[ListedRun]]:
+def _sweep_runs(outputs: Path, arguments: argparse.Namespace) -> tuple[str, list[ListedRun]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
     from aem_exp.sweep import question, sweep_file
 
-    typed = bool(asked.overrides or asked.config_dir)
-    if not sweep_file.find_file(asked.sweep) or (not typed and asked.sweep in membership.list_sweeps(outputs)):
-        return asked.sweep, _recorded_runs(_check_folder(outputs), asked.sweep)
-    cli.add_user_modules(asked.config_dir)
-    own = [f"outputs='{outputs}'"] if asked.outputs else []
-    sweep = question.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
+    typed = bool(arguments.overrides or arguments.config_dir)
+    if not sweep_file.find_file(arguments.sweep) or (not typed and arguments.sweep in membership.list_sweeps(outputs)):
+        return arguments.sweep, _recorded_runs(_check_folder(outputs), arguments.sweep)
+    cli.add_user_modules(arguments.config_dir)
+    own = [f"outputs='{outputs}'"] if arguments.outputs else []
+    sweep = question.load(arguments.sweep, [*arguments.overrides, *own], arguments.config_dir)
     if sweep.search is not None:  # its runs are those that were asked for
         return sweep.name, _recorded_runs(_check_folder(sweep.cells[0].folder.parent), sweep.name)
     return sweep.name, [ListedRun(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]

@@ -42,6 +42,7 @@ IMPORTED_BY = {
     "optuna": "sweep.study sweep.study_space",
     "matplotlib": "core.plots run.summary report.figures",
     "jinja2": "report.render",
+    "rich": "core.console",
     "pyarrow": "rundir.episodes evaluate.evaluation",
     "textworld": "envs.alfworld",
     "fast_downward": "envs.alfworld",

@@ -223,9 +223,9 @@ def _start_id() -> str:
 
 
 def _make_progress() -> Any:
-    from aem_exp.core import console
+    from aem_exp.run import progress
 
-    return console.Progress()
+    return progress.Progress()
 
 
 class _TrialReporter:
