@@ -18,9 +18,10 @@ from typing import Any, Final, Literal
 
 from aem_exp.core import console, disk, download
 from aem_exp.core.errors import ConfigError, MissingResource
-from aem_exp.envs import LazyTasks, Task, Turn, household, parsing, split_sizes
+from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
 from aem_exp.envs.alfworld import engine, games, player
 from aem_exp.envs.alfworld.games import GameErrand
+from aem_exp.envs.household import rules as household_rules
 
 log = logging.getLogger("aem_exp")
 RULES_VERSION: Final = 1  # raise when the same task would play differently
@@ -181,7 +182,7 @@ class Generated(_EngineWorld):
         things = [one.lower() for one in sorted({o for found in facts.holds.values() for o in found})]
         numbers = [str(n) for n in range(self.receptacles + 1)]
         names = [f"{kind} {number}" for kind in (*places, *things, games.LAMP.lower()) for number in numbers[1:]]
-        return (*PHRASES, *household.PHRASES, *household.WORDS, *places, *things, *names, *numbers)
+        return (*PHRASES, *household_rules.PHRASES, *household_rules.WORDS, *places, *things, *names, *numbers)
 
     def _task(self, split: str, index: int) -> Task:
         name = f"{split}-{index}"
