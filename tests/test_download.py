@@ -15,7 +15,7 @@ from doors import lacking
 from aem_exp import prepare
 from aem_exp.core import download
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.alfworld import engine
+from aem_exp.envs.alfworld import library, official_games
 from aem_exp.envs.alfworld import world as alfworld
 
 
@@ -141,15 +141,15 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
 
 def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
     """One command, two archives, an index; what is then missing are the weights."""
-    if not all(map(engine.importlib.util.find_spec, engine.PACKAGES)):
-        lacking(engine.INSTALL)
+    if not all(map(library.importlib.util.find_spec, library.PACKAGES)):
+        lacking("needs the extra `alfworld`")
     made = official(tmp_path / "made")
     files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*.*") if file.is_file()}
     parts = []
     for name in ("traj_data.json", "game.tw-pddl"):
         shelf.files[f"/{name}.zip"] = packed({path: data for path, data in files.items() if path.endswith(name)})
         parts.append((f"{shelf.address}/{name}.zip", len(shelf.files[f"/{name}.zip"])))
-    monkeypatch.setattr(alfworld, "ARCHIVES", parts)
+    monkeypatch.setattr(official_games, "ARCHIVES", parts)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
     games = str(GAMES).replace("'", "")

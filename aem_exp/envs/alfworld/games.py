@@ -16,7 +16,9 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.alfworld import engine
+from aem_exp.envs.alfworld import grammar
+from aem_exp.envs.alfworld.facts import display_names
+from aem_exp.envs.alfworld.library import check_installed
 
 RULES_VERSION: Final = 1  # raise when the same kind and seed would give another game
 ROOMS: Final = {  # what a room has, as often as it has it
@@ -69,13 +71,13 @@ class HouseFacts:
             [self.goals, self.holds, self.takes, self.openable, self.movable, KINDS, ROOMS], sort_keys=True
         )
         return hashlib.sha256(
-            f"{RULES_VERSION} {engine.fingerprint(self.domain, self.grammar)} {text}".encode()
+            f"{RULES_VERSION} {grammar.fingerprint(self.domain, self.grammar)} {text}".encode()
         ).hexdigest()[:12]
 
 
 @cache
 def load_facts() -> HouseFacts:
-    engine.check_installed()
+    check_installed()
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
@@ -211,7 +213,7 @@ class _GameBuilder:
 
     def _walkthrough(self, places: list[str], things: list[str]) -> list[str]:
         """A way to win."""
-        names = engine.display_names([one.lower() for one in (*places, *things)])
+        names = display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()
         here, opened = -1, set[int]()
