@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from aem_exp.core import console, disk, download
+from aem_exp.core import console, disk
 from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.envs import download
 from aem_exp.envs.alfworld import games, grammar
 
 log = logging.getLogger("aem_exp")
