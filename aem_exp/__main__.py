@@ -1,7 +1,6 @@
-"""Door: the command `aem-exp`. One experiment, composed, resolved, and run here; or a subcommand (see `commands`).
+"""Command `aem-exp`: composes, resolves and runs one experiment, or calls a subcommand (see `commands`).
 
-Nothing heavy is imported before the experiment is known to be sound, and `--help` does not even import Hydra. A user's
-mistake is one sentence and exit code 2.
+Nothing heavy is imported before the experiment is valid.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""Door: everything a job needs that a compute node cannot fetch, made or fetched here, where there is a network.
+"""Command `aem-exp prepare`: fetches weights and data and builds small policies on a machine with network access, for jobs
+on compute nodes without it.
 
-`python -m aem_exp.prepare +experiment=X`, or the name of a sweep. Asked again, it only checks.
+What is already there is only checked.
 """
 
 import argparse

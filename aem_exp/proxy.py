@@ -1,6 +1,7 @@
-"""Door: does the coefficient see what it stands for? A policy's own responses, sampled anew at states of its episodes.
+"""Command `python -m aem_exp.proxy RUN_DIR|MODEL`: how well AEM's coefficient approximates relative surprisal S - H(s),
+measured on new samples at states of the policy's own episodes.
 
-`python -m aem_exp.proxy RUN_DIR`, or a model. AEM takes the mean token entropy of a response for its relative surprisal,
+AEM takes the mean token entropy of a response for its relative surprisal,
 S - H(s): its surprisal against what that is on average at its state. Here H(s) is known from other samples at the same state.
 
 The states: one turn of each of so many episodes, any of its turns alike. The paper shows 64 states and a number of samples that

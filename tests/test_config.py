@@ -750,8 +750,8 @@ def test_targets_are_bound_without_importing(mine, target, keywords_, field):
         ("joblib.load", "comes with joblib"),  # a library's library
         ("pip.main", "comes with pip"),
         ("numpy.os.system", "comes with numpy"),
-        ("aem_exp.config.find_spec", "importlib is a module"),  # imported there, for itself
-        ("aem_exp.config.os.system", "no module aem_exp.config.os"),
+        ("aem_exp.config.rules.find_spec", "importlib is a module"),  # imported there, for itself
+        ("aem_exp.config.rules.os.system", "no module aem_exp.config.rules.os"),
     ],
 )
 def test_targets_that_run_whatever_they_are_given_are_refused_by_name(mine, target, said):

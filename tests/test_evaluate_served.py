@@ -320,17 +320,17 @@ def test_what_was_played_stays_whatever_became_of_the_others(trained, server, wh
     """Ctrl-C in the midst of a part: its first episodes are not played again."""
     from aem_exp.rollout.play import Rollout
 
-    flow = Rollout.stream
+    stream = Rollout.stream
 
     def interrupted(self, episodes, sampler):
-        played = flow(self, episodes, sampler)
+        played = stream(self, episodes, sampler)
         yield from islice(played, 5)
         signal.raise_signal(signal.SIGINT)
         yield from played
 
     asked = words(trained, where, tmp_path, "--only", "policy")
     with monkeypatch.context() as patch:
-        patch.setattr(Rollout, "flow", interrupted)
+        patch.setattr(Rollout, "stream", interrupted)
         assert "to go on: python -m aem_exp.evaluate" in ask(capsys, asked, code=130)
     (part,) = tmp_path.rglob("episodes/*.parquet")
     assert [*pd.read_parquet(part).draw] == [0, 0, 1, 1, 2]

@@ -1,7 +1,7 @@
-"""Where a run begins that continues another one: at its end, or, where it was stopped, at its newest complete checkpoint.
+"""Decides where a run with `from=RUN_DIR` begins: at the end of its parent, or at the newest complete checkpoint of a
+stopped one.
 
-The signature of the new run depends on where it begins. A finished parent is named by its own signature, and one that was
-stopped by that and the step: `0123456789ab@3`.
+The new run's signature contains this starting point, such as `0123456789ab@3`.
 """
 
 import shlex

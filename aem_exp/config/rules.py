@@ -1,4 +1,4 @@
-"""What may not stand together in one experiment, and what stands together to no effect."""
+"""Checks that settings of an experiment do not contradict each other, and lists settings that have no effect."""
 
 from __future__ import annotations
 

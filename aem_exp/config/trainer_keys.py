@@ -1,8 +1,7 @@
-"""Which of GRPOConfig's keywords an experiment may set, where, and what to use in place of the others.
+"""Decides which GRPOConfig keywords an experiment may set, and in which block.
 
-`trainer` holds the science: it decides results and is hashed. `slurm.trainer` holds the execution. Both use TRL's own
-keywords; OURS name what TRL's batch arithmetic hides, and TRL's sizes are derived from them. A keyword whose neutral
-value ("off") is known may be left out, and then it *is* that value, whatever TRL's default.
+`trainer` holds those that decide results and are hashed, `launch.trainer` those of execution; TRL's batch sizes are derived
+from the keys in OWN_KEYS. A key that is left out has its neutral value, whatever TRL's default.
 """
 
 import ast

@@ -1,7 +1,6 @@
-"""What fits where: plain data becomes typed values, or one sentence says why it does not.
+"""Plain data (YAML, JSON) becomes typed values, or one sentence names the field, the value, the choices and the remedy.
 
-The sentence names the field, the value, the choices and the remedy. Types are ordinary annotations; a number with a
-range is `Annotated[float, POSITIVE]`.
+Types are ordinary annotations; a number with a range is annotated as `Annotated[float, POSITIVE]`.
 """
 
 import dataclasses

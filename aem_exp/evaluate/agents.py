@@ -1,6 +1,5 @@
-"""Who plays a panel: a model under a sampler, uniformly random admissible actions, or a player that the world brings along.
-
-A model is loaded here, or servers have its weights: then they are told to read them, and this process knows its words alone.
+"""The agents of an evaluation: a model with a local or served sampler, uniformly random admissible actions, or an agent
+that the world provides.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -1,8 +1,7 @@
-"""Door: a policy on a panel, beside the policy that its training started from and one that acts at random.
+"""Command `python -m aem_exp.evaluate RUN_DIR|MODEL`: success of a policy on held-out tasks, beside the untrained policy,
+a random agent, and the world's scripted agent and oracle.
 
-`python -m aem_exp.evaluate RUN_DIR`, or a model. What is played is on disk part by part, and decided by neither their size nor
-the moment: asked again it goes on, or shows what is there. Models are loaded here, one after another; or servers, which are up
-already, read the weights of each (`launch.sampler=served launch.servers=FOLDER`).
+An interrupted evaluation resumes when the command is repeated.
 """
 
 import argparse

@@ -1,7 +1,6 @@
-"""A policy on a panel: a fixed, hashed list of held-out tasks, every one scored exactly `repeats` times.
+"""Evaluate an agent on a panel: a fixed, hashed list of held-out tasks, each played exactly `repeats` times.
 
-Sampling depends on (panel, task, repeat) alone, so a policy has one score on a panel, on any machine and in any order.
-An exam is on disk part by part: killed and asked again it goes on, and ends with the same numbers.
+Sampling depends on (panel, task, repeat) alone; an interrupted evaluation resumes and gives the same numbers.
 """
 
 import json

@@ -38,7 +38,7 @@ LAUNCH_KEYS = (  # what an evaluation reads of launch
 
 
 def build_parser(command: str, about: str) -> cli.Parser:
-    """The parser of a door that is pointed at a run or a model."""
+    """The parser of a command that takes a run or a model."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
@@ -57,7 +57,7 @@ def build_parser(command: str, about: str) -> cli.Parser:
 
 
 def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
-    """What a command line asks of such a door; `counts` are its options that are whole numbers of at least 1."""
+    """What the command line of such a command asks; `counts` are its options that are whole numbers of at least 1."""
     asked = parser.parse_intermixed_args(argv)
     if asked.target is None or "=" in asked.target:
         raise ConfigError("RUN_DIR|MODEL", asked.target, "a run dir, a hub id or a folder of weights comes first")

@@ -1,5 +1,5 @@
-"""From experiments to jobs: what was asked for is written down, its code frozen beside it, and sent; what is there already,
-or on its way, is not sent again.
+"""From experiments to jobs: checks them, writes their run directories with the code, and submits them to SLURM or runs
+them in local processes.
 """
 
 import json

@@ -1,8 +1,6 @@
-"""A smoke test of what a user may have written: a world, an advantage function, a schedule, before any policy is made.
+"""Tries a user's own world, advantage function and schedule before a run, within `CHECK_SECONDS`.
 
-Two episodes are played, and the functions are called on a step that is made up. What they raise, or return though they must
-not, is one sentence with the user's own file and line. It takes `CHECK_SECONDS` at most, whatever they do: what takes longer is
-left alone in a thread, with a note.
+Errors are reported with the user's file and line; code that takes longer is skipped with a warning.
 """
 
 import logging

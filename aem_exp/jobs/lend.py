@@ -1,8 +1,7 @@
-"""Command: a node without GPUs lends its cores. A run steps its environments there, and its own nodes are left to the policy.
+"""Command: offers the cores of this node to runs, which then step their environments here.
 
-Run `python -m aem_exp.jobs.lend FOLDER` on each such node, with a folder on a disk that the run sees too, and set
-`launch.workers_at=FOLDER` in the run. A client must prove that it knows the key in that folder, which only its owner can read.
-Messages are not encrypted: the address is one of the private network (`interface` in site.yaml).
+A run must know the key in the folder, which only its owner can read. Messages are not encrypted: the address is one of the
+private network (`interface` in site.yaml).
 """
 
 import argparse

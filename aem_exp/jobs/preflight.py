@@ -1,4 +1,4 @@
-"""The world of an experiment: opened, and held to what it promises before anything is played in it."""
+"""Opens the World of an experiment, and checks its interface, its numbers of tasks and its held-out panels before the run."""
 
 from aem_exp import config
 from aem_exp.config import ConfigError, Experiment

@@ -1,4 +1,4 @@
-"""Work that several hands do at the same time, each one piece after another. The first failure ends all of it."""
+"""An ordered map over threads: results come in the order of the inputs, and the first error cancels the rest."""
 
 import queue
 import threading

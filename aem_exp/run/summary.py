@@ -1,6 +1,6 @@
-"""What a person sees of a finished run: a summary with a small plot, figures, episodes to read.
+"""The summary of a finished run: terminal tables and charts, PNG figures, and episodes as Markdown.
 
-It reads run dirs and decides nothing.
+It only reads the run directory, apart from the files it draws.
 """
 
 import math

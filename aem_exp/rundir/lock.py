@@ -1,8 +1,7 @@
-"""Whose a run dir is: one process, or one job of several, at a time.
+"""Run lock: one process or job per run directory.
 
-`run.lock` exists while somebody is at it and is touched every half minute. It is nobody's when its process is gone from this
-host, when nobody has touched it for five minutes, or when it was held by an earlier start of the job that comes: SLURM starts no
-job anew before all of it is gone.
+The owner touches `run.lock` every 30 seconds; a lock is stale when its process has died, after 5 minutes without a touch, or
+when the same job has been restarted.
 """
 
 import getpass

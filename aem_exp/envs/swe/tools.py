@@ -1,11 +1,12 @@
-"""The tools with which an agent works on a repository, in the manner of R2E-Gym: one call in each response, as text.
+"""The agent's tools on a repository (file_editor, search, execute_bash, finish), in R2E-Gym's text format: one call per
+response.
 
-    <function=file_editor>
+Decided here: how a response is parsed into a call, and what each tool does and answers.
     <parameter=command>view</parameter>
     <parameter=path>/testbed/setup.py</parameter>
     </function>
 
-Decided here: how a response is read as a call, and what each tool does in a sandbox and answers. Whatever precedes the call is
+Decided here: how a response is parsed into a call, and what each tool does and answers. Whatever precedes the call is
 the agent's own business; what follows it is dropped. A call is strict where a guess could harm (a parameter that was cut, a tool
 that is not there) and forgiving where none can: a missing `</function>` at the end, spaces around names, a line break before and
 after a value.

@@ -1,7 +1,6 @@
-"""What servers answer over HTTP, read within a limit of time and a limit of size.
+"""HTTP requests to servers, with a limit of time and of size for every answer.
 
-A server is another program, maybe of another machine: an answer that comes byte by byte, has no end, is packed or is nested
-without end must cost no more than the limits, and its words reach a terminal as plain text.
+Text of a server is cleaned before it reaches a terminal.
 """
 
 import asyncio
@@ -86,7 +85,7 @@ class Client:
             headers={"Accept-Encoding": "identity", **headers},
             timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
-            trust_env=False,  # servers are next door: no proxy, and no credentials of other places
+            trust_env=False,  # servers are on the same network: no proxy, and no stored credentials
         )
 
     async def get(self, url: str) -> Answer:

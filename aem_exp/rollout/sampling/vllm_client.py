@@ -1,14 +1,5 @@
-"""Servers of other processes that generate (vLLM's): how they are asked, and what when one is away.
-
-A folder says where (see `rendezvous`). It is read again when somebody does not answer: a server that is started anew may have
-another port.
-
-Who asks keeps to one server while that answers: it has the episode's tokens in its cache. What may pass (no connection, 429,
-5xx, no answer in time) is asked again, of the next server where there is one, after pauses that grow, up to a limit. What a
-server refuses (other 4xx) it would refuse again. Both then end the run, in a sentence.
-
-A server that was started anew has the weights that it was started with. It is told to read the newest before it generates.
-Who only plays may leave a server as it was started, where that can read no other weights and says that it has these.
+"""The client of a run's vLLM servers: which server gets a request, when a request is sent again, and how a restarted
+server gets the newest weights before it generates.
 """
 
 import asyncio

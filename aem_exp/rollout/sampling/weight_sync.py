@@ -1,11 +1,5 @@
-"""How servers of other processes come by the trainer's newest weights, before each rollout that follows an update.
-
-`FilePublisher`: a safetensors file in a new folder beside the servers' addresses, which each server is told to read (vLLM's
-`reload_weights`). Needs a disk that both see, and works anywhere; a server that was away reads them when it is back.
-`NCCLPublisher`: from GPU to GPU over NCCL, by TRL's own client. Fast; a server that is started anew is lost to the run.
-
-TRL knows the way through the weights: it gathers what lies in pieces, merges adapters, and spells names as vLLM does. All
-processes of a run take part in that; the first sends. Besides `trainer`, the only room that speaks TRL.
+"""Sends the trainer's newest weights to the vLLM servers before each rollout that follows an update: as a safetensors file
+(`FilePublisher`), or from GPU to GPU over NCCL (`NCCLPublisher`).
 """
 
 import shutil
