@@ -1,7 +1,7 @@
 """The agent's tools on a repository (file_editor, search, execute_bash, finish), in R2E-Gym's text format: one call per
 response.
 
-Decided here: how a response is parsed into a call, and what each tool does and answers.
+    <function=file_editor>
     <parameter=command>view</parameter>
     <parameter=path>/testbed/setup.py</parameter>
     </function>

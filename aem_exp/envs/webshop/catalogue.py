@@ -86,7 +86,7 @@ class Catalogue:
 
 
 def load_catalogue(
-    products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None] = lambda *_: None
+    products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None] = lambda *_: None
 ) -> Catalogue:
     """The catalogue of some official files, built where it is not there yet.
 
@@ -103,12 +103,12 @@ def load_catalogue(
     with disk.create_folder_once(folder) as empty:
         if empty:
             log.info("building the catalogue of %s (once; cached in %s)", products, folder)
-            _build(empty, products, attributes, human, tell)
+            _build(empty, products, attributes, human, report_progress)
     return Catalogue(folder)
 
 
 def _build(
-    folder: Path, products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None]
+    folder: Path, products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None]
 ) -> None:
     about = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}  # text: a tenth of the memory
     people = dict(_read_elements(human, dict)) if human else None
@@ -131,7 +131,7 @@ def _build(
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
     np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
-    search.build_index(folder, _read_search_texts(folder, starts), asins, tell)
+    search.build_index(folder, _read_search_texts(folder, starts), asins, report_progress)
     digests = [_digest(file) for file in (products, attributes, human) if file]
     said = {"name": products.name, "products": len(asins), "fingerprint": digests}
     (folder / "about.json").write_text(json.dumps(said))

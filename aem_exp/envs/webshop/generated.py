@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError
-from aem_exp.envs.webshop.catalogue import Catalogue
 
 RULES_VERSION: Final = 1  # raise when the same number and seed would give another catalogue
 MIN_PRODUCTS, MAX_PRODUCTS = 100, 2_000_000
@@ -149,40 +146,3 @@ def _generate_asin(random: Random, used: set[str]) -> str:
         if asin not in used:
             used.add(asin)
             return asin
-
-
-def words(catalogue: Catalogue) -> tuple[str, ...]:
-    """What is said in a shop: fixed wordings, asins and prices in one piece, and single words."""
-    if len(catalogue) > 5000:
-        raise ConfigError("env.make.products", len(catalogue), "too many for a policy made here: choose at most 5000")
-    products = [catalogue.product(number) for number in range(len(catalogue))]
-    whole = [text for product in products for text in (product.asin, product.asin.lower(), product.price)]
-    values = {value for product in products for values in product.options.values() for value in values}
-    clicks = [f"click[{text}]" for text in (*sorted(values), *(p.asin.lower() for p in products), *_BUTTONS)]
-    plain = {word for p in products for word in re.findall(r"\w+", f"{p.title} {p.description} {' '.join(p.bullets)}")}
-    plain |= {word.lower() for word in plain} | {name for p in products for name in p.options}
-    bounds = [f"{10.0 * i:.2f}" for i in range(1, 100)]
-    counts = [f"Page {page} (Total results: {found})" for page in range(1, 6) for found in range(51)]
-    return (*_PHRASES, *counts, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
-
-
-_BUTTONS: Final = ("buy now", "next >", "< prev", "back to search", "description", "features", "reviews", "search")
-_PHRASES: Final = (
-    *(
-        "' [SEP] '",
-        "Find me",
-        ", and price lower than",
-        "dollars",
-        "with",
-        "and",
-        ":",
-        ",",
-        "'",
-        "search",
-        "[",
-        "]",
-        "to",
-    ),
-    *("Back to Search", "Next >", "< Prev", "Buy Now", "Description", "Features", "Reviews", "Search", "Rating: N.A."),
-    "Price:",
-)

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from aem_exp.envs.webshop.analyzer import STOP_WORDS
 from aem_exp.envs.webshop.catalogue import Catalogue, Product
-from aem_exp.envs.webshop.words import STOP_WORDS
 
 SHUFFLE_SEED: Final = 233  # the original's seed of the order of goals
 PRICE_BOUNDS: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn

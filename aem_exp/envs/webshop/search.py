@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from aem_exp.envs.webshop.words import analyze
+from aem_exp.envs.webshop.analyzer import analyze
 
 K1, B = 0.9, 0.4  # Anserini's
 PARALLEL: Final = 20_000  # documents; fewer are analysed by one process
@@ -92,7 +92,9 @@ class _TermTable:
 # Building.
 
 
-def build_index(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
+def build_index(
+    folder: Path, texts: Iterable[str], asins: Sequence[str], report_progress: Any = lambda *_: None
+) -> None:
     """Write the index of some texts, one for each asin, in this order.
 
     Raises:
@@ -107,7 +109,7 @@ def build_index(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: 
         counts.append(np.fromiter(frequencies.values(), np.int32))
         docs.append(len(frequencies))
         if doc % 1000 == 0:
-            tell(doc, len(asins))
+            report_progress(doc, len(asins))
     term_P, count_P = _concatenate(terms, np.int32), _concatenate(counts, np.int32)
     doc_P = np.repeat(np.arange(len(asins), dtype=np.int32), docs)
     names = sorted((term.encode(errors="surrogatepass"), number) for term, number in numbers.items())

@@ -5,11 +5,11 @@ goal.
 import re
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.envs.webshop.words import analyze
+from aem_exp.envs.webshop.analyzer import analyze
 
 if TYPE_CHECKING:
     from aem_exp.envs.webshop.catalogue import Catalogue
-    from aem_exp.envs.webshop.world import Shop
+    from aem_exp.envs.webshop.shop import Shop
 
 MAX_VISITS: Final = 4  # products that are looked at before one is bought as it is
 _PRICE: Final = re.compile(r",? and price lower than ([\d.]+) dollars")
