@@ -402,7 +402,8 @@ def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monke
 def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "thing"
     code = "import os, signal; from pathlib import Path; from aem_exp.core import disk\n"
-    code += f"with disk.create_folder_once(Path({str(folder)!r})) as empty:\n    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    code += f"with disk.create_folder_once(Path({str(folder)!r})) as empty:\n"
+    code += "    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()
     with disk.create_folder_once(folder) as empty:

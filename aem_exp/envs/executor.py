@@ -66,21 +66,22 @@ class SerialExecutor:
             while self.envs:
                 closing.callback(self.envs.popitem()[1].close)
 
-    def _call_locked(self, slot: int, asked: Task | str) -> Reply:
+    def _call_locked(self, slot: int, task_or_response: Task | str) -> Reply:
         with self._lock:
-            return self._call(slot, asked)
+            return self._call(slot, task_or_response)
 
-    def _call(self, slot: int, asked: Task | str) -> Reply:
+    def _call(self, slot: int, task_or_response: Task | str) -> Reply:
         try:
-            if isinstance(asked, str):
+            if isinstance(task_or_response, str):
                 env = self.envs[slot]
-                turn, action = check_turn("step", env.step(asked)), check_text("parse()", env.parse(asked))
+                turn = check_turn("step", env.step(task_or_response))
+                action = check_text("parse()", env.parse(task_or_response))
             else:
-                serialize_task(asked)
+                serialize_task(task_or_response)
                 if slot not in self.envs:
                     self.envs[slot] = self._make()
                 env = self.envs[slot]
-                turn, action = check_turn("reset", env.reset(asked)), ""
+                turn, action = check_turn("reset", env.reset(task_or_response)), ""
             return Reply(turn, check_text("goal", env.goal), action)
         except Exception as error:
             with suppress(Exception):  # KeyError: it was not even made

@@ -104,6 +104,6 @@ def _return_for_any(numbers: Sequence[int], verdict: int) -> list[bytes]:
     ]
 
 
-def _instruction(what: int, word: int, then: int = 0, otherwise: int = 0) -> bytes:
+def _instruction(code: int, operand: int, jump_if_true: int = 0, jump_if_false: int = 0) -> bytes:
     """An instruction; `then`, `otherwise`: how many of the next ones a jump leaves out."""
-    return struct.pack("<HBBI", what, then, otherwise, word)
+    return struct.pack("<HBBI", code, jump_if_true, jump_if_false, operand)

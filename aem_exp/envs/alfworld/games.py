@@ -84,8 +84,8 @@ def load_facts() -> HouseFacts:
     constants = _import_file(folder / "gen" / "constants.py")
     goals = _import_file(folder / "gen" / "goal_library.py").gdict
     whole = {
-        place: sorted(o for o in found if "Sliced" not in o)
-        for place, found in constants.VAL_RECEPTACLE_OBJECTS.items()
+        place: sorted(o for o in things if "Sliced" not in o)
+        for place, things in constants.VAL_RECEPTACLE_OBJECTS.items()
     }
     movable = sorted(constants.MOVABLE_RECEPTACLES)
     return HouseFacts(
@@ -93,7 +93,7 @@ def load_facts() -> HouseFacts:
         grammar=(folder / "data" / "alfred.twl2").read_text(),
         goals={kind: goals[kind] for kind in KINDS},
         holds={place: things for place, things in sorted(whole.items()) if place not in movable},
-        takes={verb: sorted(found) for verb, found in sorted(constants.VAL_ACTION_OBJECTS.items())},
+        takes={verb: sorted(things) for verb, things in sorted(constants.VAL_ACTION_OBJECTS.items())},
         openable=sorted(constants.OPENABLE_CLASS_LIST),
         movable=movable,
     )

@@ -94,10 +94,10 @@ class Grammar:
 
 def split_goal(text: str) -> tuple[Grammar, str]:
     """The grammar with a placeholder for the goal, and the goal. Games that differ in nothing else share one compiled grammar."""
-    found = _GOAL_SENTENCE.search(text)
-    if found is None or GOAL_PLACEHOLDER in text:
+    match = _GOAL_SENTENCE.search(text)
+    if match is None or GOAL_PLACEHOLDER in text:
         return _parse_grammar(text), GOAL_PLACEHOLDER
-    return _parse_grammar(text[: found.start()] + GOAL_PLACEHOLDER + text[found.end() :]), found[0]
+    return _parse_grammar(text[: match.start()] + GOAL_PLACEHOLDER + text[match.end() :]), match[0]
 
 
 @lru_cache(8)

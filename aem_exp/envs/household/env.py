@@ -69,7 +69,7 @@ class HouseholdEnv:
 
     def _build_actions(self) -> dict[str, Action]:
         """Every admissible action, with the function that carries it out."""
-        here, held = self.location, self.held_object
+        here, held_object = self.location, self.held_object
         table: dict[str, Action] = {go: (_go, (place,)) for place, go in self.go_actions.items() if place != here}
         if here is not None:
             table[f"examine {here}"] = (_examine_place, (here,))
@@ -81,16 +81,16 @@ class HouseholdEnv:
                 for thing in self.contents[here]:
                     if thing == LAMP:
                         table[f"use {LAMP}"] = (_use, ())
-                    elif held is None:
+                    elif held_object is None:
                         table[f"take {thing} from {here}"] = (_take, (thing, here))
-                if held is not None:
-                    table[f"move {held} to {here}"] = (_move, (held, here))
-            if held is not None:
+                if held_object is not None:
+                    table[f"move {held_object} to {here}"] = (_move, (held_object, here))
+            if held_object is not None:
                 for verb, appliance in APPLIANCE.items():
-                    if kind_of(here) == appliance and kind_of(held) in KITCHEN:
-                        table[f"{verb} {held} with {here}"] = (_treat, (verb, held, here))
-        if held is not None:
-            table[f"examine {held}"] = (_examine_thing, (held,))
+                    if kind_of(here) == appliance and kind_of(held_object) in KITCHEN:
+                        table[f"{verb} {held_object} with {here}"] = (_treat, (verb, held_object, here))
+        if held_object is not None:
+            table[f"examine {held_object}"] = (_examine_thing, (held_object,))
         table["inventory"] = (_inventory, ())
         table["look"] = (_look, ())
         return table

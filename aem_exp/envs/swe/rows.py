@@ -104,12 +104,12 @@ def _r2e_id(repo: str, commit: str) -> str:
 
 def _parse_json(value: Any, kind: type, name: str, where: str) -> Any:
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        found = None
-    if not isinstance(found, kind):
+        parsed = None
+    if not isinstance(parsed, kind):
         raise ConfigError("env.make", where, f"its {name} is no JSON {'list' if kind is list else 'object'}")
-    return found
+    return parsed
 
 
 class Rows(Sequence[Mapping[str, Any]]):

@@ -52,10 +52,10 @@ class Repositories:
         episode_seconds: float,
         reward: float,
     ):
-        known = vars(Limits())
+        defaults = vars(Limits())
         for name, value in (limits or {}).items():
-            if name not in known:
-                raise unknown_key_error(f"env.make.limits.{name}", value, known)
+            if name not in defaults:
+                raise unknown_key_error(f"env.make.limits.{name}", value, defaults)
             if value < 1:
                 raise ConfigError(f"env.make.limits.{name}", value, "must be a whole number above 0")
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
@@ -164,7 +164,7 @@ class Made(Repositories):
 def host_image() -> Image:
     """This machine's system with this Python, of whose packages only pytest can be imported."""
     base, site = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
-    own = [] if base == Path("/usr") else [str(base)]
+    interpreter = [] if base == Path("/usr") else [str(base)]
     hidden = [*base.glob("lib/python3*/site-packages"), *Path("/usr/lib").glob("python3*/dist-packages")]
     hidden += Path("/usr/local/lib").glob("python3*/*-packages")
     env = {
@@ -173,17 +173,28 @@ def host_image() -> Image:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    shown = [*own, *(str(site / name) for name in _package_files("pytest"))]
-    return Image(HOST, tuple(shown), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
+    visible = [*interpreter, *(str(site / name) for name in _package_files("pytest"))]
+    return Image(HOST, tuple(visible), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
 
 
 def _package_files(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
     """Files and folders in site-packages of a package and of what it needs."""
     try:
-        found = importlib.metadata.distribution(name)
+        distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:  # needed elsewhere: on Windows, by an older Python
         return []
-    tops = {file.parts[0] for file in found.files or () if not file.parts[0].startswith(("..", "__pycache__"))}
-    wanted = [re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in found.requires or () if "extra ==" not in need]
-    below = [path for need in wanted if need not in seen for path in _package_files(need, seen | {name})]
-    return sorted({*tops, *below})
+    top_level = {
+        file.parts[0] for file in distribution.files or () if not file.parts[0].startswith(("..", "__pycache__"))
+    }
+    requirements = [
+        re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        for requirement in distribution.requires or ()
+        if "extra ==" not in requirement
+    ]
+    dependencies = [
+        path
+        for requirement in requirements
+        if requirement not in seen
+        for path in _package_files(requirement, seen | {name})
+    ]
+    return sorted({*top_level, *dependencies})

@@ -87,35 +87,42 @@ ADJECTIVES: Final = "classic modern premium everyday compact family travel".spli
 
 def generate_catalogue(products: int, seed: int) -> Path:
     """The folder of a catalogue, made where it is not there yet."""
-    place = (
+    folder = (
         disk.cache_dir()
         / f"shop-{hashlib.sha256(json.dumps([RULES_VERSION, products, seed]).encode()).hexdigest()[:12]}"
     )
-    with disk.create_folder_once(place) as empty:
+    with disk.create_folder_once(folder) as empty:
         if empty:
             _write(empty, products, seed)
-    return place
+    return folder
 
 
-def _write(place: Path, products: int, seed: int) -> None:
+def _write(folder: Path, products: int, seed: int) -> None:
     """The two official files, product by product: a million do not fit into memory at leisure."""
     random, used = Random(f"{RULES_VERSION} {seed}"), set[str]()
-    with (place / "items_shuffle_1000.json").open("w") as items, (place / "items_ins_v2_1000.json").open("w") as about:
+    with (
+        (folder / "items_shuffle_1000.json").open("w") as items,
+        (folder / "items_ins_v2_1000.json").open("w") as attributes,
+    ):
         for number in range(products):
-            product, said = _generate_product(random, used)
+            product, entry = _generate_product(random, used)
             items.write(("[" if number == 0 else ",\n") + json.dumps(product))
-            about.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(said)}")
+            attributes.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(entry)}")
         items.write("]")
-        about.write("}")
+        attributes.write("}")
 
 
 def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     thing = random.choice(list(KINDS))
     category, path, attributes, choices = KINDS[thing]
-    own = random.sample(attributes.split(", "), 2)
-    brand, fill = random.choice(BRANDS), random.choice(ADJECTIVES)
+    chosen_attributes = random.sample(attributes.split(", "), 2)
+    brand, adjective = random.choice(BRANDS), random.choice(ADJECTIVES)
     asin = _generate_asin(random, used)
-    title = f"{brand} {fill} {thing}, {own[0]}, {own[1]}" if random.random() < 0.8 else f"{brand} {thing} {own[0]}"
+    title = (
+        f"{brand} {adjective} {thing}, {chosen_attributes[0]}, {chosen_attributes[1]}"
+        if random.random() < 0.8
+        else f"{brand} {thing} {chosen_attributes[0]}"
+    )
     options = {
         name: [
             {"value": value, "image": None} for value in sorted(random.sample(values, random.randint(2, len(values))))
@@ -127,8 +134,8 @@ def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], d
     product = {
         "asin": asin,
         "name": title,
-        "full_description": f"This {fill} {thing} by {brand} is {own[0]} and {own[1]}.",
-        "small_description": [f"{own[0]} {thing}", f"made by {brand}", f"for {fill} use"],
+        "full_description": f"This {adjective} {thing} by {brand} is {chosen_attributes[0]} and {chosen_attributes[1]}.",
+        "small_description": [f"{chosen_attributes[0]} {thing}", f"made by {brand}", f"for {adjective} use"],
         "pricing": pricing,
         "customization_options": options,
         "category": category,
@@ -136,8 +143,12 @@ def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], d
         "product_category": " \u203a ".join([*path.split("/"), thing.title()]),
         "images": ["none"],
     }
-    said = {"attributes": own, "instruction": f"Find me {own[0]}, {own[1]} {thing}", "instruction_attributes": own}
-    return product, said
+    entry = {
+        "attributes": chosen_attributes,
+        "instruction": f"Find me {chosen_attributes[0]}, {chosen_attributes[1]} {thing}",
+        "instruction_attributes": chosen_attributes,
+    }
+    return product, entry
 
 
 def _generate_asin(random: Random, used: set[str]) -> str:

@@ -39,25 +39,27 @@ class Index:
 
     def search(self, query: str, count: int) -> list[int]:
         """The best documents for a query, at most `count`."""
-        wanted = Counter(analyze(query))
-        parts = [(number, times) for term, times in wanted.items() if (number := self._terms.find(term)) is not None]
-        if not parts:
+        frequencies = Counter(analyze(query))
+        terms = [
+            (number, times) for term, times in frequencies.items() if (number := self._terms.find(term)) is not None
+        ]
+        if not terms:
             return []
-        found, gained = [], []
-        for number, times in parts:
+        docs, gains = [], []
+        for number, times in terms:
             start, end = int(self.offsets[number]), int(self.offsets[number + 1])
             weight = np.float32(times) * self._idf(end - start)
-            found.append(self.docs[start:end])
-            gained.append(weight - weight / self.scale[start:end])
-        return self._select_best(found, gained, count)
+            docs.append(self.docs[start:end])
+            gains.append(weight - weight / self.scale[start:end])
+        return self._select_best(docs, gains, count)
 
     def _idf(self, frequency: int) -> np.float32:
         return np.float32(math.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5)))
 
-    def _select_best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
+    def _select_best(self, docs: Sequence[np.ndarray], gains: Sequence[np.ndarray], count: int) -> list[int]:
         total = np.zeros(-(-len(self.order) // BLOCK) * BLOCK)
-        for docs, gain in zip(found, gained, strict=True):
-            total[docs] += gain  # a term meets a document once
+        for term_docs, gain in zip(docs, gains, strict=True):
+            total[term_docs] += gain  # a term meets a document once
         chosen = np.flatnonzero(total >= self._score_bound(total, count))
         scores = total[chosen].astype(np.float32)
         best = chosen[np.lexsort((self.order[chosen], -scores))]

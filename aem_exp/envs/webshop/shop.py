@@ -54,8 +54,8 @@ class Shop:
 
     def execute(self, action: str) -> bool:
         """Carry out `search[..]` or `click[..]`; whether the page has that action."""
-        found = _ACTION.match(action)
-        name, argument = found.groups() if found else (action, "")
+        match = _ACTION.match(action)
+        name, argument = match.groups() if match else (action, "")
         argument = argument.lower()
         if name == "search" and argument:
             self._search(argument)

@@ -41,5 +41,5 @@ def words(catalogue: Catalogue) -> tuple[str, ...]:
     plain = {word for p in products for word in re.findall(r"\w+", f"{p.title} {p.description} {' '.join(p.bullets)}")}
     plain |= {word.lower() for word in plain} | {name for p in products for name in p.options}
     bounds = [f"{10.0 * i:.2f}" for i in range(1, 100)]
-    counts = [f"Page {page} (Total results: {found})" for page in range(1, 6) for found in range(51)]
+    counts = [f"Page {page} (Total results: {results})" for page in range(1, 6) for results in range(51)]
     return (*_PHRASES, *counts, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
