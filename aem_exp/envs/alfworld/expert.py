@@ -1,4 +1,4 @@
-"""A scripted ALFWorld player that knows only the observations of its episode: it searches for the object, treats it and
+"""A scripted ALFWorld expert that knows only the observations of its episode: it searches for the object, treats it and
 brings it to the target.
 
 It reads old games (`put .. in/on ..`) and new ones (`move .. to ..`).
@@ -21,7 +21,7 @@ _TREAT: Final = re.compile(r"You (clean|heat|cool) the ([a-z]+ \d+) using")
 
 
 class EpisodeMemory:
-    """What the words of an episode tell: where one stands, what one holds, what lies where, what was done to it."""
+    """What the observations of an episode tell: the agent's place and object, the contents of receptacles, and treatments."""
 
     def __init__(self, observations: Sequence[str], places: Sequence[str]):
         self.location, self.held_object = "", ""

@@ -46,7 +46,7 @@ MAX_RECEPTACLES: Final = min(
 
 
 class GameErrand(NamedTuple):
-    """What a game asks for; `target` is the lamp's type where the object is to be looked at."""
+    """The goal of a game; `target` is the lamp's type if the object must be looked at."""
 
     kind: str
     object: str
@@ -55,15 +55,22 @@ class GameErrand(NamedTuple):
 
 @dataclass(frozen=True)
 class HouseFacts:
-    """What ALFWorld knows of the things in a house, read from its package without importing it."""
+    """ALFWorld's facts about the things in a house, read from its package without importing it."""
 
     domain: str
+    """In PDDL."""
     grammar: str
-    goals: Mapping[str, Mapping[str, Any]]  # kind -> PDDL and sentences
-    holds: Mapping[str, Sequence[str]]  # receptacle -> what fits into it
-    takes: Mapping[str, Sequence[str]]  # Cleanable, Heatable, ... -> objects
+    """In TextWorld's format."""
+    goals: Mapping[str, Mapping[str, Any]]
+    """Kind of task -> its goal in PDDL, and sentences for it."""
+    holds: Mapping[str, Sequence[str]]
+    """Receptacle -> objects that fit into it."""
+    takes: Mapping[str, Sequence[str]]
+    """Cleanable, Heatable, ... -> objects."""
     openable: Sequence[str]
+    """Receptacles."""
     movable: Sequence[str]
+    """Objects that are receptacles."""
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +107,7 @@ def load_facts() -> HouseFacts:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """A file of the package by itself: importing the package would make folders in the user's home."""
+    """Import one file of the package: importing the package itself would make folders in the user's home."""
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -109,7 +116,7 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def generate(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
-    """A game of a kind, and what it asks for; the same ones for the same arguments.
+    """A game of a kind, and its goal; the same ones for the same arguments.
 
     Args:
         receptacles, objects: how many there are; an official game has up to 28 and 45.
@@ -212,7 +219,7 @@ class _GameBuilder:
         return f"(define (problem made)\n(:domain alfred)\n(:objects\n{objects})\n(:init\n{facts_text})\n{goal[:-1]}{metric})"
 
     def _walkthrough(self, places: list[str], things: list[str]) -> list[str]:
-        """A way to win."""
+        """Commands that win the game."""
         names = display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()

@@ -42,7 +42,7 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         seconds: for the tests.
 
     Raises:
-        Lost: the sandbox is gone: nothing is said of the patch.
+        SandboxLost: the sandbox is gone, which says nothing about the patch.
     """
     if not patch.strip():
         return "no_patch", ""

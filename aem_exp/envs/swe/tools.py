@@ -68,11 +68,11 @@ class ToolCall(NamedTuple):
 
 
 class InvalidCall(ValueError):
-    """A response that is no call; the message says why, to the agent."""
+    """A response that is no call; the message tells the agent why."""
 
 
 def parse_call(response: str) -> ToolCall:
-    """The call that a response makes. Raises Mistake."""
+    """The call of a response. Raises InvalidCall."""
     text = response.rpartition("</think>")[2]
     if len(text) > MAX_CALL_CHARACTERS or "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise InvalidCall(f"a call is text of at most {MAX_CALL_CHARACTERS:,} characters")
@@ -135,18 +135,17 @@ def _clip(text: str, characters: int) -> str:
 
 @dataclass
 class Tools:
-    """The tools at work in one sandbox. `seconds` is the longest that a command of the agent may take."""
+    """The tools of one sandbox. `seconds` is the longest that a command of the agent may take."""
 
     sandbox: Sandbox
     seconds: float
 
     def __post_init__(self) -> None:
-        self._earlier_versions: dict[
-            str, list[bytes | None]
-        ] = {}  # what each file was before each edit; None where there was none
+        # the content of each file before each edit; None if there was no file
+        self._earlier_versions: dict[str, list[bytes | None]] = {}
 
     def execute(self, call: ToolCall, left: float) -> str:
-        """Carry it out, within the `left` seconds of the episode; what the agent reads. `finish` does nothing."""
+        """Carry out a call within the `left` seconds of the episode; returns what the agent is shown. `finish` does nothing."""
         match call.tool:
             case "execute_bash":
                 return self._bash(call.arguments["command"], min(self.seconds, left))
@@ -244,7 +243,7 @@ class Tools:
         return f"the last edit of {path} is undone"
 
     def _describe_change(self, path: str, first: int, last: int) -> str:
-        """What an edit made, with some lines around."""
+        """The lines that an edit changed, with some lines around."""
         lines = self._read_text(path).split("\n")
         rows = range(max(1, first - 4), min(len(lines), last + 4) + 1)
         return f"{path} is changed:\n" + clip("\n".join(f"{row:6}\t{lines[row - 1]}" for row in rows))

@@ -35,20 +35,23 @@ MAX_GOALS_PER_PRODUCT: Final = 100_000  # of one product: combinations of its op
 
 @dataclass(frozen=True)
 class Product:
-    """One product as WebShop knows it. `prices`: one, or the two ends of a range; `asked`: instructions of goals, see `goals`."""
+    """One product, as WebShop normalises it."""
 
     asin: str
     title: str
     description: str
     bullets: list[str]
-    price: str  # as pages show it
+    price: str
+    """As pages show it."""
     prices: list[float]
+    """One, or the two ends of a range."""
     options: dict[str, list[str]]
     attributes: list[str]
     category: str
     query: str
     product_category: str
     asked: list[dict[str, Any]]
+    """The instructions of its goals (see `goals`)."""
 
 
 class Catalogue:

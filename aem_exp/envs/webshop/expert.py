@@ -1,4 +1,4 @@
-"""Scripted WebShop players: an expert that knows only the pages it has seen, and an oracle that knows the product of the
+"""Scripted WebShop experts: an expert that knows only the pages it has seen, and an oracle that knows the product of the
 goal.
 """
 
