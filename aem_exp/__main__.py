@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aem_exp import __version__, commands
 from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, MissingResource
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EXPERIMENT, RESULT
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -202,7 +202,7 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
 
 def _format_size(experiment: "Experiment") -> str:
     t = experiment.trainer
-    return f"{t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories"
+    return f"{t.steps} steps x {t.tasks_per_step} tasks x {t.group_size} trajectories"
 
 
 def _format_launch(experiment: "Experiment") -> str:
@@ -254,7 +254,7 @@ def _format_state(folder: Path) -> str:
         return "finished: asking shows it"
     if by := describe_active_job(folder):
         return f"on its way: {by}"
-    return "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
+    return "begun: asking resumes it" if (folder / EXPERIMENT).exists() else "new"
 
 
 def _describe_experiment(experiment: "Experiment") -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import labels
-from aem_exp.rundir import membership
+from aem_exp.rundir import EXPERIMENT, membership
 
 if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
@@ -45,17 +45,17 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--outputs", help="the folder of the runs (default: $AEM_OUTPUTS, or ./outputs)")
     parser.add_argument("--once", action="store_true", help="show them once, also on a terminal")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    asked = parser.parse_intermixed_args(argv)
-    if asked.config_dir and not asked.sweep:
-        raise ConfigError("--config-dir", asked.config_dir, "only read with a sweep")
-    return asked
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config_dir and not arguments.sweep:
+        raise ConfigError("--config-dir", arguments.config_dir, "only read with a sweep")
+    return arguments
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    outputs = Path(asked.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
-    name, runs = _sweep_runs(outputs, asked) if asked.sweep else ("all runs", _all_runs(_check_folder(outputs)))
+def _run_command(arguments: argparse.Namespace) -> int:
+    outputs = Path(arguments.outputs or os.environ.get("AEM_OUTPUTS") or "outputs").expanduser().absolute()
+    name, runs = _sweep_runs(outputs, arguments) if arguments.sweep else ("all runs", _all_runs(_check_folder(outputs)))
     outputs = runs[0].folder.parent if runs else outputs
-    if asked.json:
+    if arguments.json:
         from aem_exp.cluster import run_state
 
         states = run_state.read([run.folder for run in runs])
@@ -66,23 +66,25 @@ def _run_command(asked: argparse.Namespace) -> int:
     from aem_exp.jobs import status_table
 
     title = f"{name} in {outputs}"
-    if asked.once:
+    if arguments.once:
         Console(highlight=False).print(status_table.status_table(read_rows(runs), title))
     else:
         status_table.watch_runs(lambda: read_rows(runs), title)
-    if asked.sweep and (links := membership.read_links(outputs, name)):
+    if arguments.sweep and (links := membership.read_links(outputs, name)):
         print(f"\n{links}")
     return 0
 
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run as it is listed. `group`: what programs read; `label`: the same for people, as short as the table allows."""
+    """A run as it is listed."""
 
     folder: Path
     group: str
+    """What programs read."""
     seed: str
     label: str
+    """The same as the group, for people: as short as the table allows."""
 
 
 def read_rows(runs: Sequence[ListedRun]) -> list["StatusRow"]:
@@ -107,33 +109,33 @@ def _check_folder(outputs: Path) -> Path:
 
 def _all_runs(outputs: Path) -> list[ListedRun]:
     """Every run of a folder; one whose files cannot be read has its folder for a name."""
-    folders, read = [file.parent for file in sorted(outputs.glob("*/experiment.json"))], dict[Path, Any]()
+    folders = [file.parent for file in sorted(outputs.glob(f"*/{EXPERIMENT}"))]
+    readable: dict[Path, tuple[dict[str, Any], str]] = {}
     for folder in folders:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            data = json.loads((folder / "experiment.json").read_text())
-            read[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
+            data = json.loads((folder / EXPERIMENT).read_text())
             labels.make_labels([data])
-    known = [folder for folder in folders if folder in read]
-    short = dict(zip(known, labels.make_labels([read[folder][0] for folder in known]), strict=True))
+            readable[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
+    short = dict(zip(readable, labels.make_labels([data for data, _ in readable.values()]), strict=True))
     return [
-        ListedRun(folder, read[folder][1], str(read[folder][0].get("seed", "?")), short[folder])
-        if folder in read
+        ListedRun(folder, readable[folder][1], str(readable[folder][0].get("seed", "?")), short[folder])
+        if folder in readable
         else ListedRun(folder, folder.name, "?", folder.name)
         for folder in folders
     ]
 
 
-def _sweep_runs(outputs: Path, asked: argparse.Namespace) -> tuple[str, list[ListedRun]]:
+def _sweep_runs(outputs: Path, arguments: argparse.Namespace) -> tuple[str, list[ListedRun]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
     from aem_exp.sweep import question
 
-    typed = bool(asked.overrides or asked.config_dir)
-    if not question.find_file(asked.sweep) or (not typed and asked.sweep in membership.list_sweeps(outputs)):
-        return asked.sweep, _recorded_runs(_check_folder(outputs), asked.sweep)
-    cli.add_user_modules(asked.config_dir)
-    own = [f"outputs='{outputs}'"] if asked.outputs else []
-    sweep = question.load(asked.sweep, [*asked.overrides, *own], asked.config_dir)
-    if sweep.search is not None:  # its runs are those that were asked for
+    typed = bool(arguments.overrides or arguments.config_dir)
+    if not question.find_file(arguments.sweep) or (not typed and arguments.sweep in membership.list_sweeps(outputs)):
+        return arguments.sweep, _recorded_runs(_check_folder(outputs), arguments.sweep)
+    cli.add_user_modules(arguments.config_dir)
+    own = [f"outputs='{outputs}'"] if arguments.outputs else []
+    sweep = question.load(arguments.sweep, [*arguments.overrides, *own], arguments.config_dir)
+    if sweep.search is not None:  # its runs are those that the search has chosen
         return sweep.name, _recorded_runs(_check_folder(sweep.cells[0].folder.parent), sweep.name)
     return sweep.name, [ListedRun(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]
 

@@ -20,7 +20,7 @@ from aem_exp.core import cli, disk
 from aem_exp.core.console import format_duration
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine
 from aem_exp.jobs import fit
-from aem_exp.rundir import RESULT, attempts
+from aem_exp.rundir import EXPERIMENT, RESULT, attempts
 from aem_exp.rundir.lock import describe_owner
 
 LOCAL_LOG = "local.log"  # of a process that is started here
@@ -185,7 +185,7 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
         dry_run.check_functions(experiment)
     asked = {
-        repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
+        repr((e.env.make, e.model.make, e.evaluation, e.trainer.tasks_per_step, e.trainer.oversample)): e
         for e in experiments
     }
     for experiment in asked.values():
@@ -232,5 +232,5 @@ def _write_run_dirs(experiments: Sequence[Experiment]) -> list[Path]:
     runs = {config.run_dir(experiment): experiment for experiment in experiments}
     provenance.freeze_code(runs)
     for folder, experiment in runs.items():
-        disk.write_atomically(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+        disk.write_atomically(folder / EXPERIMENT, json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return list(runs)

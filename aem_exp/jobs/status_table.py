@@ -11,10 +11,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from aem_exp.cluster.run_state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, RunState
+from aem_exp.cluster.run_state import RunState, RunStatus
 from aem_exp.core.console import format_duration
 
-COLOURS: Mapping[str, str] = {DONE: "green", RUNNING: "blue", QUEUED: "cyan", STOPPED: "yellow", FAILED: "red", NEW: ""}
+COLOURS: Mapping[str, str] = {
+    RunStatus.DONE: "green",
+    RunStatus.RUNNING: "blue",
+    RunStatus.QUEUED: "cyan",
+    RunStatus.STOPPED: "yellow",
+    RunStatus.FAILED: "red",
+    RunStatus.NEW: "",
+}
 REFRESH_SECONDS = 5.0  # seconds between looks
 HEADINGS = ("id", "run", "seed", "state", "step", "left", "success", "starts", "job")
 OPTIONAL_HEADINGS = ("left", "success", "starts", "job")  # left out where they are empty
@@ -42,7 +49,7 @@ def watch_runs(
         console.print(status_table(lines, title))
         return
     with Live(status_table(lines, title), console=console, auto_refresh=False) as live:
-        while any(line.state.what in (RUNNING, QUEUED) for line in lines):
+        while any(line.state.what in (RunStatus.RUNNING, RunStatus.QUEUED) for line in lines):
             time.sleep(every)
             lines = look()
             live.update(status_table(lines, title), refresh=True)
@@ -52,7 +59,7 @@ def status_table(lines: Sequence[StatusRow], title: str) -> Group:
     """A row per run, and the sum of them."""
     shown = list(lines)
     if len(shown) > MAX_ROWS:
-        shown = [line for line in lines if line.state.what not in (DONE, NEW)][:MAX_ROWS]
+        shown = [line for line in lines if line.state.what not in (RunStatus.DONE, RunStatus.NEW)][:MAX_ROWS]
     rows = [_row_cells(line) for line in shown]
     table = Table(box=None, padding=(0, 1, 0, 0))
     columns = [heading for heading in HEADINGS if heading not in OPTIONAL_HEADINGS or any(row[heading] for row in rows)]
@@ -68,7 +75,8 @@ def status_table(lines: Sequence[StatusRow], title: str) -> Group:
 
 def _reason_lines(lines: Sequence[StatusRow]) -> list[Text]:
     """Why runs wait or have failed, below the table: a sentence needs its width."""
-    notes = [line for line in lines if line.state.sentence and line.state.what in (FAILED, STOPPED, QUEUED)]
+    waiting_or_ended = (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.QUEUED)
+    notes = [line for line in lines if line.state.sentence and line.state.what in waiting_or_ended]
     said = [Text.assemble((f"{line.id}  ", "bold"), (line.state.sentence, "bright_black")) for line in notes]
     return [Text(), *said] if said else []
 
@@ -76,7 +84,7 @@ def _reason_lines(lines: Sequence[StatusRow]) -> list[Text]:
 def count_states(lines: Sequence[StatusRow]) -> str:
     """The sum of a board: `4 done, 2 running`."""
     counts = Counter(line.state.what for line in lines)
-    return ", ".join(f"{counts[what]} {what}" for what in STATES if counts[what]) or "no runs"
+    return ", ".join(f"{counts[what]} {what}" for what in RunStatus if counts[what]) or "no runs"
 
 
 def _row_cells(line: StatusRow) -> dict[str, Text | str]:

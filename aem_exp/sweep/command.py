@@ -198,7 +198,7 @@ def _show_plan(sweep: "Sweep", states: "Mapping[Path, RunState]", todo: Sequence
     from rich.console import Console
     from rich.table import Table
 
-    from aem_exp.cluster.run_state import DONE
+    from aem_exp.cluster.run_state import RunStatus
 
     console = Console(highlight=False)
     console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)
@@ -218,7 +218,7 @@ def _show_plan(sweep: "Sweep", states: "Mapping[Path, RunState]", todo: Sequence
                 f"  {cell.group} seed {cell.seed}: {state.kind or state.what}: {state.sentence}", soft_wrap=True
             )
     to_run = ("to run", f"{len(todo)} of {len(sweep.cells)} cells")
-    finished = [folder for folder, how in states.items() if how.what == DONE]
+    finished = [folder for folder, how in states.items() if how.what == RunStatus.DONE]
     facts = (to_run, *_cost(sweep, todo), *_power(sweep), *_revision_warning(finished))
     for heading, text in facts:
         console.print(f"[bold]{heading:<7}[/bold] {text}", soft_wrap=True)

@@ -318,7 +318,7 @@ def _check_identity(study: Study, opened: "optuna.Study") -> None:
 def _pruner(study: Study) -> Any:
     from optuna import pruners
 
-    search, steps = study.search, study.base.trainer["steps"]
+    search, steps = study.search, study.base.trainer.steps
     every = study.base.evaluation.every if search.metric.startswith("eval/") else 1
     if search.pruner == "median":
         return pruners.MedianPruner(n_startup_trials=max(2, min(5, search.trials // 3)))
@@ -442,10 +442,11 @@ class StudyStatus:
 
 def read_status(study: Study) -> StudyStatus:
     from aem_exp.cluster import run_state
+    from aem_exp.cluster.run_state import RunStatus
 
     workers = sorted(study.folder.glob("worker-*"))
     states = run_state.read(workers)
-    live = frozenset(worker for worker in workers if states[worker].what in (run_state.RUNNING, run_state.QUEUED))
+    live = frozenset(worker for worker in workers if states[worker].what in (RunStatus.RUNNING, RunStatus.QUEUED))
     cards = {worker: read_card(worker) for worker in workers}
     holders = {card["number"]: worker for worker, card in cards.items() if "number" in card}
     spare = tuple(worker for worker in workers if worker not in live and "number" not in cards[worker])
