@@ -103,7 +103,7 @@ class Gymnasium(AdapterWorld):
 
         self.id, self.kwargs = id, dict(kwargs or {})
         try:
-            with warnings.catch_warnings(action="ignore"):  # what is wrong is told below
+            with warnings.catch_warnings(action="ignore"):  # errors are reported below
                 env = gymnasium.make(id, **self.kwargs)
                 space, mode = env.action_space, env.render_mode
                 env.close()

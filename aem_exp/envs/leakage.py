@@ -14,7 +14,7 @@ from aem_exp.envs import Task
 
 MAX_TRAIN_TASKS: Final = 128  # training tasks that are looked at, where they are made when asked for
 PROBED_PANEL_TASKS: Final = 16  # tasks of a panel whose seeds are looked for among the others
-MIN_GAMES: Final = 8  # games that must be told apart before any is said to be the same
+MIN_GAMES: Final = 8  # training games that must all differ before a panel is refused for playing alike
 
 
 def select_indices(train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> list[int]:
@@ -51,7 +51,7 @@ def check_shared_tasks(env: str, train: Sequence[Task], panels: Mapping[str, Seq
 def check_identical_games(
     env: str, train: Mapping[str, tuple[Any, ...]], panels: Mapping[str, Mapping[str, tuple[Any, ...]]]
 ) -> None:
-    """Compare them by how they played: task id -> what was seen and said.
+    """Compare training tasks with those of panels by how they played: task id -> goal, observations and rewards.
 
     Raises:
         ConfigError: half of the games of a panel or more are those of training tasks.

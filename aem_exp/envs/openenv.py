@@ -90,7 +90,7 @@ class OpenEnv(AdapterWorld):
         return OpenEnvEnv(self)
 
     def _request_json(self, path: str) -> Any:
-        """What the server says of itself."""
+        """A description that the server gives of itself; None from an old server, which has none."""
         try:
             with urllib.request.urlopen(self.base_url + path, timeout=METADATA_SECONDS) as answer:
                 return json.load(answer)

@@ -27,7 +27,7 @@ class Panel:
 def build_panel(
     world: World, name: str, tasks: int = 0, fields: Sequence[str] = ("evaluation.panel", "evaluation.tasks")
 ) -> Panel:
-    """The panel of a split; `tasks` > 0 takes its first ones only, under a name that says so.
+    """The panel of a split; `tasks` > 0 takes only its first ones, and its name then includes their number.
 
     Raises:
         ConfigError: there is no such panel, or not so many tasks in it; `fields` are the settings that asked.

@@ -78,7 +78,7 @@ class SWEBench(Repositories):
         sizes: dict[str, int] | None = None,
         **_: Any,
     ) -> None:
-        """Fetch rows, then the images of all tasks that there are; asked again, go on."""
+        """Fetch the rows, then the images of all tasks; called again, it resumes."""
         if why := sandbox.missing():
             raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
         rows.fetch(train, "train", train_revision, "env.make.train", say)

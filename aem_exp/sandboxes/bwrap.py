@@ -324,12 +324,12 @@ def _search_path() -> str:
 
 
 def _mount_point() -> str:
-    """A folder of ours to mount on: every sandbox of a user has its own mounts on the same one, so that none is left behind."""
+    """The folder to mount on. All sandboxes of a user share it, each with its own mounts, so that no folder is left behind."""
     path = Path(tempfile.gettempdir(), f"aem-exp-sandboxes-{os.geteuid()}")
     with suppress(FileExistsError):
         path.mkdir(mode=0o711)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise SandboxLost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
-    path.chmod(0o711)  # whom root becomes must pass through
+    path.chmod(0o711)  # the user that root becomes must be able to pass through
     return str(path)

@@ -40,7 +40,7 @@ def _process_tree(pid: int) -> list[int]:
 
 
 def _find_live_folder(pid: int) -> Path | None:
-    """Where /proc tells of a process's memory: at a thread that lives, as the first may have ended; None where none does."""
+    """The folder in /proc with a process's memory: that of a thread that lives, as the first may have ended; None without one."""
     first = Path(f"/proc/{pid}")
     if any(_read_numbers(first / "statm")[:1]):
         return first
@@ -110,7 +110,7 @@ def _read_numbers(file: Path) -> list[int]:
 
 
 def _read_text(file: Path) -> str:
-    """What a file says; nothing where its process has ended meanwhile, or is not ours to look at."""
+    """The text of a file; "" if its process has ended meanwhile, or may not be read."""
     try:
         return file.read_text(errors="replace")
     except OSError:

@@ -55,7 +55,7 @@ _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
 
 def missing(machine: str) -> str | None:
-    """Why there is no filter for a machine, as `platform` names it; None where there is one."""
+    """Why there is no filter for a machine, as `platform` names it; None if there is one."""
     return (
         None
         if machine in AUDIT_ARCHITECTURES

@@ -101,7 +101,7 @@ def _grade_r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Ve
 
 
 def _run_tests(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, Verdict | None]:
-    """The log of a test script; and the verdict, where it was stopped: what it had said by then counts for nothing."""
+    """The log of a test script, and the verdict if it was stopped: its log then does not count."""
     ran = sandbox.run(f"cat > {SCRIPT_FILE} && bash {SCRIPT_FILE} < /dev/null", seconds, script.encode())
     return ran.text, ("tests_timeout" if ran.stop_reason == "time" else "tests_fail") if ran.stop_reason else None
 

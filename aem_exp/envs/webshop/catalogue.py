@@ -267,51 +267,61 @@ def _read_elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_elements(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
-    decoder = json.JSONDecoder()
+    stream = _JsonStream(text)
     opening, closing = ("[", "]") if kind is list else ("{", "}")
-    buffer, at, more = "", 0, True
-
-    def skip(signs: str) -> None:
-        """Move to the next character that is none of these, reading on."""
-        nonlocal buffer, at, more
-        while True:
-            while at < len(buffer) and buffer[at] in signs:
-                at += 1
-            if at < len(buffer) or not more:
-                return
-            buffer, at = text.read(PIECE), 0
-            more = bool(buffer)
-
-    def value() -> Any:
-        nonlocal buffer, at, more
-        while True:
-            with suppress(ValueError):
-                found, end = decoder.raw_decode(buffer, at)
-                if end < len(buffer) or not more:  # a number might go on
-                    at = end
-                    return found
-            if len(buffer) - at > LARGEST:
-                raise ValueError(f"an element has more than {LARGEST:,} characters")
-            piece = text.read(max(PIECE, len(buffer) - at))  # twice as much each time: what is read is read anew
-            if not piece:
-                more = False
-                found, at = decoder.raw_decode(buffer, at)
-                return found
-            buffer, at = buffer[at:] + piece, 0
-
-    skip(" \t\r\n\ufeff")
-    if at >= len(buffer) or buffer[at] != opening:
+    stream.skip(" \t\r\n\ufeff")
+    if stream.peek() != opening:
         raise ValueError(f"it does not begin with {opening}")
-    at += 1
-    skip(" \t\r\n")
-    while at < len(buffer) and buffer[at] != closing:
+    stream.position += 1
+    stream.skip(" \t\r\n")
+    while stream.peek() not in ("", closing):
         key = ""
         if kind is dict:
-            key = value()
+            key = stream.read_value()
             if not isinstance(key, str):
                 raise ValueError(f"{key!r} is no key")
-            skip(" \t\r\n:")
-        yield key, value()
-        skip(" \t\r\n,")
-    if at >= len(buffer):
+            stream.skip(" \t\r\n:")
+        yield key, stream.read_value()
+        stream.skip(" \t\r\n,")
+    if not stream.peek():
         raise ValueError(f"it does not end with {closing}")
+
+
+class _JsonStream:
+    """A JSON text of which one piece is in memory."""
+
+    def __init__(self, text: TextIO):
+        self._text, self._decoder = text, json.JSONDecoder()
+        self._buffer, self.position, self._has_more = "", 0, True
+
+    def peek(self) -> str:
+        """The current character; "" at the end of what was read."""
+        return self._buffer[self.position : self.position + 1]
+
+    def skip(self, characters: str) -> None:
+        """Move to the next character that is none of these, reading on."""
+        while True:
+            while self.position < len(self._buffer) and self._buffer[self.position] in characters:
+                self.position += 1
+            if self.position < len(self._buffer) or not self._has_more:
+                return
+            self._buffer, self.position = self._text.read(PIECE), 0
+            self._has_more = bool(self._buffer)
+
+    def read_value(self) -> Any:
+        """Decode the value that begins here, and move behind it."""
+        while True:
+            with suppress(ValueError):
+                value, end = self._decoder.raw_decode(self._buffer, self.position)
+                if end < len(self._buffer) or not self._has_more:  # a number might go on
+                    self.position = end
+                    return value
+            if len(self._buffer) - self.position > LARGEST:
+                raise ValueError(f"an element has more than {LARGEST:,} characters")
+            # each time twice as much, since a value that is incomplete is decoded again
+            piece = self._text.read(max(PIECE, len(self._buffer) - self.position))
+            if not piece:
+                self._has_more = False
+                value, self.position = self._decoder.raw_decode(self._buffer, self.position)
+                return value
+            self._buffer, self.position = self._buffer[self.position :] + piece, 0

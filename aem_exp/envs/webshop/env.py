@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from aem_exp.envs.webshop.world import WebShop
 
 MAX_ACTION_CHARACTERS: Final = 400  # characters of an action that are read
-SEARCH_HINT: Final = "search[<your query>]"  # how a policy is told that it can search
+SEARCH_HINT: Final = "search[<your query>]"  # how a policy is shown that it can search
 
 
 class WebShopEnv:

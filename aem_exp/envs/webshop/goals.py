@@ -35,7 +35,7 @@ COLOURS: Final = (
 
 
 class Goal(NamedTuple):
-    """What a shopper is asked for. `options`: name -> value of a goal that was made, values alone of one that people wrote."""
+    """The goal of an episode. `options`: name -> value of a synthetic goal, the values of one that people wrote."""
 
     asin: str
     text: str
@@ -45,7 +45,7 @@ class Goal(NamedTuple):
 
 
 class Goals(Sequence[Goal]):
-    """All goals of a catalogue in the order of one seed, worded when they are asked for.
+    """All goals of a catalogue in the order of one seed; their texts are made on access.
 
     Args:
         seed: of the bounds of prices.

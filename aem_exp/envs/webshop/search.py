@@ -162,7 +162,7 @@ def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Coun
     try:
         with ProcessPoolExecutor(
             processors, get_context("spawn")
-        ) as pool:  # unlike a Pool, it tells when one is killed
+        ) as pool:  # unlike a Pool, it raises when one is killed
             for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # no more at once than are worked on
                 for counted in pool.map(_count_terms_of_all, some):
                     yield from counted

@@ -31,7 +31,7 @@ class ShopPage:
 
 
 def visible_text(text: str) -> str | None:
-    """A text as a reader of the original's HTML finds it; None where there is nothing, or an empty line."""
+    """A text as it is read from the original's HTML; None if it is empty, or an empty line."""
     if not text:
         return None
     if not text.strip(" \n\t\f\r"):
