@@ -782,7 +782,7 @@ def test_targets_are_bound_without_importing(mine, target, keywords_, field):
         ("joblib.load", "comes with joblib"),  # a library's library
         ("pip.main", "comes with pip"),
         ("numpy.os.system", "comes with numpy"),
-        ("aem_exp.config.rules.find_spec", "importlib is a module"),  # imported there, for itself
+        ("aem_exp.config.launch_rules.find_spec", "importlib is a module"),  # imported there, for itself
         ("aem_exp.config.rules.os.system", "no module aem_exp.config.rules.os"),
     ],
 )

@@ -37,7 +37,7 @@ from aem_exp.config import (
     trainer_keys,
 )
 from aem_exp.config.hydra_internals import GroupComposer, apply_overrides, check_files, format_error, is_supported
-from aem_exp.config.rules import TEMPLATE_FIELDS
+from aem_exp.config.prompts import TEMPLATE_FIELDS
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 
 Choices = Mapping[str, Mapping[str, Path]]
