@@ -44,6 +44,12 @@ class Played:
     penalty_R: Tensor
     state_R: Tensor
 
+    def __post_init__(self) -> None:
+        shapes = {name: tensor.shape for name, tensor in vars(self).items()}
+        assert self.return_M.dim() == 1 and self.group_M.shape == self.return_M.shape, shapes
+        per_response = (self.reward_R, self.penalty_R, self.state_R)
+        assert self.trajectory_R.dim() == 1 and all(t.shape == self.trajectory_R.shape for t in per_response), shapes
+
     @property
     def group_R(self) -> Tensor:
         return self.group_M[self.trajectory_R]
@@ -132,6 +138,7 @@ def step_compared(
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
     """Return from each turn to the end of its trajectory, later rewards weighing gamma less per turn."""
+    assert reward_R.dim() == 1 and reward_R.shape == trajectory_R.shape, (reward_R.shape, trajectory_R.shape)
     out, later, owner = reward_R.tolist(), 0.0, -1
     owners = trajectory_R.tolist()
     for r in reversed(range(len(out))):
