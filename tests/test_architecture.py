@@ -32,7 +32,7 @@ LAYERS = """
 LAYER = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 # A library that is not ours is imported by one package, or by one module.
 IMPORTED_BY = {
-    "hydra": "config.compose __main__",
+    "hydra": "config.compose config.hydra_internals __main__",
     "omegaconf": "config",
     "trl": "training rollout.sampling.weight_sync",
     "httpx": "rollout.sampling.http",
