@@ -8,6 +8,7 @@ Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U uni
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,9 @@ class Update:
     """generated tokens"""
 
 
-def plan_step(rows: Sequence[Row], settings: UpdateSettings, key: tuple, rank: int, ranks: int) -> list[Update]:
+def plan_step(
+    rows: Sequence[Row], settings: UpdateSettings, key: tuple[Any, ...], rank: int, ranks: int
+) -> list[Update]:
     """Plan the updates of a step for one rank.
 
     All ranks have the same number of micro-batches in an update: those that share the weights must do as many passes as each
