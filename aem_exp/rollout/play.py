@@ -228,8 +228,9 @@ class _LiveEpisode:
         self.trajectory.error = reply.error
         return self._end(CRASHED)
 
-    def _end(self, how: str) -> bool:
-        self.trajectory.ended = how
+    def _end(self, ending: str) -> bool:
+        """End the episode: there is nothing to generate."""
+        self.trajectory.ended = ending
         return False
 
 

@@ -12,18 +12,18 @@ from aem_exp.envs.panel import Panel
 from aem_exp.evaluate import evaluation
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.run.context import RunContext
 from aem_exp.run.recorder import count_crashed
 from aem_exp.stats.scores import Score
 
 if TYPE_CHECKING:
-    from aem_exp.run.session import RunContext
     from aem_exp.training.callback import StepCounter
 
 log = logging.getLogger("aem_exp")
 
 
 def play_panel(
-    context: "RunContext", split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
+    context: RunContext, split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
 ) -> tuple[Panel, list[Trajectory]]:
     """Play the panel of a split by the rules of evaluation: the panel, and its trajectories.
 
@@ -58,7 +58,7 @@ def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
 
 
 def build_result(
-    context: "RunContext", time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
+    context: RunContext, time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
 ) -> dict[str, Any]:
     """What `result.json` says, and `diverged.json` of a run that can have no result."""
     return {
