@@ -1,7 +1,6 @@
-"""Door: the command `aem-exp`. One experiment, composed, resolved, and run here; or a subcommand (see `commands`).
+"""Command `aem-exp`: composes, resolves and runs one experiment, or calls a subcommand (see `commands`).
 
-Nothing heavy is imported before the experiment is known to be sound, and `--help` does not even import Hydra. A user's
-mistake is one sentence and exit code 2.
+Nothing heavy is imported before the experiment is valid.
 """
 
 import argparse
@@ -203,7 +202,7 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
 
 def _format_size(experiment: "Experiment") -> str:
     t = experiment.trainer
-    return f"{t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories"
+    return f"{t.steps} steps x {t.tasks_per_step} tasks x {t.group_size} trajectories"
 
 
 def _format_launch(experiment: "Experiment") -> str:

@@ -1,6 +1,6 @@
-"""The subcommands of `aem-exp`: which there are, and which module carries each out.
+"""The subcommands of `aem-exp` and the modules that implement them.
 
-A module is imported when its command is asked for, so that the page of all of them stays instant.
+A module is imported only when its command is called, so that `--help` is fast.
 """
 
 import sys

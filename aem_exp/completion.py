@@ -1,6 +1,6 @@
-"""What a shell completes after `aem-exp`: commands, options, groups, choices, sweeps, run dirs.
+"""Shell completion for bash and zsh: commands, options, groups, choices, sweeps and run dirs.
 
-The shells' part is a few lines that ask this program, so that both complete the same, and folders of a user's own count.
+The shell scripts call `aem-exp --complete`, so both shells give the same candidates.
 """
 
 import contextlib

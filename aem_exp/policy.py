@@ -1,6 +1,7 @@
-"""The policy: any causal LM in Hugging Face format, by folder or hub id, or made here; optionally under a LoRA adapter.
+"""Finds, makes, loads and saves the policy: any causal language model in Hugging Face format, with or without a LoRA
+adapter.
 
-Nothing is fetched here: weights that are not on this machine are refused in one sentence, before any work.
+Nothing is downloaded here.
 """
 
 import json

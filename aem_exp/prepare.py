@@ -1,5 +1,7 @@
-"""`python -m aem_exp.prepare +experiment=X`, or the name of a sweep: everything that a job needs and a compute node cannot fetch,
-made or fetched here, where there is a network. Run again, it only checks.
+"""Command `aem-exp prepare`: fetches weights and data and builds small policies on a machine with network access, for jobs
+on compute nodes without it.
+
+What is already there is only checked.
 """
 
 import argparse

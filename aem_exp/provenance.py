@@ -1,7 +1,6 @@
-"""What ran: the code, frozen in the run dir; the libraries and the kind of machine under it.
+"""What a run was executed with: a frozen copy of the code, package versions, weights and kind of machine.
 
-A resumed run ends as if it had never stopped, as long as all of these are what they were. Where they are not, going on is a
-decision, and the run carries a mark of it.
+A resume under other conditions is refused, or marked as inexact.
 """
 
 import json

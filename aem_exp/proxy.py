@@ -1,8 +1,8 @@
-"""`python -m aem_exp.proxy RUN_DIR`, or a model: does the coefficient measure what it stands for?
+"""Command `python -m aem_exp.proxy RUN_DIR|MODEL`: how well AEM's coefficient approximates relative surprisal S - H(s),
+measured on new samples at states of the policy's own episodes.
 
-A policy's own responses are sampled anew at states of its episodes. AEM takes the mean token entropy of a response for its
-relative surprisal, S - H(s): its surprisal against what that is on average at its state. Here H(s) is known from other
-samples at the same state.
+AEM takes the mean token entropy of a response for its relative surprisal,
+S - H(s): its surprisal against what that is on average at its state. Here H(s) is known from other samples at the same state.
 
 The states: one turn of each of so many episodes, any of its turns alike. The paper shows 64 states and a number of samples that
 we could not read; whether its alpha compares those samples, as it does here, or a whole rollout group, is not known to us either.
@@ -117,7 +117,7 @@ def evaluate_proxy(
         "panel": [setup.panel.name, setup.panel.hash],
         "asked": [states, samples, setup.temperature],
         **agent.identity(),
-        **({"bf16": True} if setup.experiment.trainer.get("bf16") else {}),
+        **({"bf16": True} if setup.experiment.trainer.bf16 else {}),
     }
     folder = setup.out / "proxy" / f"{setup.panel.name}-{states}x{samples}-{hash_identity(identity)}-{agent.name}"
     if not (folder / RESULT).exists():

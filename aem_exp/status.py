@@ -1,6 +1,6 @@
-"""`python -m aem_exp.status`: what runs, what failed, and why. It reads run dirs and the scheduler, and changes nothing.
+"""Command `aem-exp status`: shows the state of runs, and why they failed.
 
-It shows all runs of a folder, or those of a sweep.
+It reads run dirs and the scheduler, and changes nothing.
 """
 
 import argparse

@@ -1,12 +1,5 @@
-"""A tiny policy, made here: a word-level tokenizer, a small Qwen3, and a warm start from a scripted player.
-
-Decided here: the tokenizer and its chat template, the shape of the policy, and how it comes to play a little. A policy
-that never wins has nothing to learn from, so it first imitates the world's own scripted player, who now and then does
-something random: what it then knows is incomplete and uncertain, which is where reinforcement learning starts. The
-result is an ordinary Hugging Face folder; everything downstream loads it as it loads any other model.
-
-A world that wants such a policy offers, besides its tasks and environments, `words()` (all it says and understands)
-and `expert(env, random, noise)` (a response of its scripted player).
+"""Makes a tiny policy for tests and examples: a word-level tokenizer, a small Qwen3, and a warm start that imitates the
+world's scripted player.
 """
 
 import logging

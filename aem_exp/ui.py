@@ -1,4 +1,4 @@
-"""`aem-exp ui`: MLflow's pages of these runs. It serves their store on this machine alone, shows the link, and ends by Ctrl-C."""
+"""Command `aem-exp ui`: starts MLflow's server for the store of these runs on 127.0.0.1 and prints its link, until Ctrl-C."""
 
 import argparse
 import os

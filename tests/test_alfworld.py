@@ -13,6 +13,7 @@ from doors import lacking
 
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
+from aem_exp.core.extras import install_command
 from aem_exp.envs.alfworld import engine, games, player
 from aem_exp.envs.alfworld import world as alfworld
 from aem_exp.envs.alfworld.engine import NOTHING, Engine
@@ -25,7 +26,7 @@ SMALL, FULL = (11, 8), (28, 45)
 @pytest.fixture(autouse=True)
 def installed(request):
     if "installed" not in request.node.name and not all(map(find_spec, engine.PACKAGES)):
-        lacking(engine.INSTALL)
+        lacking(install_command("alfworld"))
 
 
 @pytest.fixture(autouse=True)

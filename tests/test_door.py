@@ -83,7 +83,8 @@ def test_frozen_modules_come_before_those_that_lie_here(tmp_path, monkeypatch):
     assert find_spec("colorsys").origin == sysconfig.get_paths()["stdlib"] + "/colorsys.py"
 
 
-WHERE = "import sys; from aem_exp.core import cli; cli.reach(); print([p for p in sys.path if p == sys.argv[1]], sys.path[0])"
+WHERE = """import sys; from aem_exp.core import cli
+cli.add_user_modules(); print([p for p in sys.path if p == sys.argv[1]], sys.path[0])"""
 
 
 @pytest.mark.parametrize(("options", "found"), [([], True), (["-P"], False)], ids=str)

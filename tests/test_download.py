@@ -15,6 +15,7 @@ from doors import lacking
 from aem_exp import prepare
 from aem_exp.core import download
 from aem_exp.core.errors import ConfigError
+from aem_exp.core.extras import install_command
 from aem_exp.envs.alfworld import engine
 from aem_exp.envs.alfworld import world as alfworld
 
@@ -142,7 +143,7 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
 def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
     """One command, two archives, an index; what is then missing are the weights."""
     if not all(map(engine.importlib.util.find_spec, engine.PACKAGES)):
-        lacking(engine.INSTALL)
+        lacking(install_command("alfworld"))
     made = official(tmp_path / "made")
     files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*.*") if file.is_file()}
     parts = []

@@ -320,10 +320,10 @@ def test_what_was_played_stays_whatever_became_of_the_others(trained, server, wh
     """Ctrl-C in the midst of a part: its first episodes are not played again."""
     from aem_exp.rollout.play import Rollout
 
-    flow = Rollout.stream
+    stream = Rollout.stream
 
     def interrupted(self, episodes, sampler):
-        played = flow(self, episodes, sampler)
+        played = stream(self, episodes, sampler)
         yield from islice(played, 5)
         signal.raise_signal(signal.SIGINT)
         yield from played

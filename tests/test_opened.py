@@ -131,7 +131,7 @@ def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, 
 
 GAMES = """
 from random import Random
-from aem_exp.envs import Draws, Task, Turn
+from aem_exp.envs import LazyTasks, Task, Turn
 
 class Guess:
     goal = "guess"
@@ -150,7 +150,7 @@ class Guessing:
     fingerprint, splits, game = "g", ("train", "dev", "test"), Guess
     first = {"train": 0, "dev": 10**6, "test": 2 * 10**6}
     size = 4096
-    def tasks(self, split): return Draws(self.size if split == "train" else 40, lambda i: self.draw(split, i))
+    def tasks(self, split): return LazyTasks(self.size if split == "train" else 40, lambda i: self.draw(split, i))
     def draw(self, split, i): return Task(f"{split}-{i}", seed=self.first[split] + i)
     def env(self): return self.game()
     def words(self): return ["guess"]
@@ -166,13 +166,13 @@ class ByName(Guessing):
         def secret(self, task): return task.id
     def draw(self, split, i): return Task(f"{split}-{i}")
 class SameObject(Guessing):
-    all = Draws(100, lambda i: Task(f"t-{i}", seed=i))
+    all = LazyTasks(100, lambda i: Task(f"t-{i}", seed=i))
     def tasks(self, split): return self.all
 class SameIds(Guessing):
     def draw(self, split, i): return Task(f"t-{i}", seed=i)
 class LastIds(Guessing):
     def tasks(self, split):
-        return Draws(10**5, self.one) if split == "train" else Draws(40, lambda i: self.one(10**5 - 40 + i))
+        return LazyTasks(10**5, self.one) if split == "train" else Draws(40, lambda i: self.one(10**5 - 40 + i))
     def one(self, i): return Task(f"t-{i}", seed=i)
 class SameSeeds(Guessing):
     def draw(self, split, i): return Task(f"{split}-{i}", seed=i)

@@ -16,8 +16,8 @@ from aem_exp.rundir.lock import LOCK, OWNER, STALE_SECONDS, RunLocked, describe_
 HELD = """
 import sys, time
 from pathlib import Path
-from aem_exp.rundir.lock import owning
-with owning(Path(sys.argv[1])):
+from aem_exp.rundir.lock import hold_run_lock
+with hold_run_lock(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
 """

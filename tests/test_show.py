@@ -304,7 +304,7 @@ def test_quiet_silences_libraries_and_respects_the_user() -> None:
     code = """
 import os, sys, logging, warnings
 from aem_exp.core import console; from aem_exp.run import summary
-console.quiet()
+console.silence_libraries()
 assert not {"torch", "transformers", "trl", "mlflow"} & set(sys.modules)
 assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1" and os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"

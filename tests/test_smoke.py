@@ -15,7 +15,7 @@ MODULE = '''
 import itertools, sqlite3, threading
 from random import Random
 import numpy, torch
-from aem_exp.envs import Draws, Task, Turn
+from aem_exp.envs import LazyTasks, Task, Turn
 
 class Env:
     """A number of the task's seed is to be guessed: all games begin alike."""
@@ -34,7 +34,7 @@ class World:
     fingerprint, splits, kind = "guess-1", ("train", "dev", "test"), Env
     first = {"train": 0, "dev": 1000, "test": 2000}
     def __init__(self, most=9): self.most = most
-    def tasks(self, split): return Draws(100, lambda i: Task(f"{split}-{i}", seed=self.first[split] + i))
+    def tasks(self, split): return LazyTasks(100, lambda i: Task(f"{split}-{i}", seed=self.first[split] + i))
     def env(self): return self.kind(self.most)
     def words(self): return ["guess", "no", *map(str, range(10))]
     def expert(self, env, random, noise=0.0, shyness=0.0): return str(env.number)

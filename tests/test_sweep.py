@@ -176,7 +176,7 @@ from aem_exp.cluster.signals import Signals
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 sys.stdin.readline()
 with Signals():
-    dispatch._stop([child], lambda text: None)
+    dispatch._stop_processes([child], lambda text: None)
 print("ended by", -child.returncode, flush=True)
 """
 

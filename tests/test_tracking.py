@@ -190,8 +190,8 @@ FILLED = """
     from pathlib import Path
     from aem_exp.core import cli, console; from aem_exp.tracking import store_uri, tracker
     from tests_of_tracking import numbers, opened
-    tracker.PATIENCE = 1.0
-    console.quiet()
+    tracker.FINISH_TIMEOUT = 1.0
+    console.silence_libraries()
     run_dir, filler = Path(sys.argv[1]), Path(sys.argv[2])
     def act():
         with opened(run_dir, store_uri.resolve_uri(None, run_dir.parent)) as tracker:
@@ -207,7 +207,7 @@ FILLED = """
             for step in range(4, 100_000):
                 tracker.log(step, numbers(step))
         return 0
-    sys.exit(cli.answer(act, lambda: "to go on: COMMAND"))
+    sys.exit(cli.run_cli(act, lambda: "to go on: COMMAND"))
 """
 
 
@@ -281,14 +281,14 @@ KILLED = """
 TOGETHER = """
     import os, sys, time
     from pathlib import Path
-    from tests_of_tracking import numbers, opened, stores, tracking
-    tracking._import("sqlite:///x")
+    from tests_of_tracking import mlflow_store, numbers, opened, store_uri
+    mlflow_store._import_store("sqlite:///x")
     outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
     count, live = int(sys.argv[2]), sys.argv[3] == "live"
     for index in range(count):
         if not (child := os.fork()):
             time.sleep(max(0.0, start - time.time()))
-            with opened(outputs / f"run{index}", stores.resolve_uri(None, outputs), live=live) as tracker:
+            with opened(outputs / f"run{index}", store_uri.resolve_uri(None, outputs), live=live) as tracker:
                 for step in range(1, 4):
                     tracker.log(step, numbers(step))
             os._exit(0 if tracker.trouble is None else 1)

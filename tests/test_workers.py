@@ -579,8 +579,8 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {modules!r})
 from aem_exp.envs import Task
-from aem_exp.envs.workers import Lenders, Workers
-stage = Workers({make!r}, 2, 1000)
+from aem_exp.envs.workers import RemoteNodes, WorkerPool
+stage = WorkerPool({make!r}, 2, 1000)
 stage.reset({{0: Task("a"), 1: Task("b")}})
 print(*[reply.turn.observation for reply in stage.step({{0: "pid", 1: "pid"}}).values()], flush=True)
 {then}

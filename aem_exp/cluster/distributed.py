@@ -1,7 +1,4 @@
-"""The processes of one run: their ranks, and what the first of them sends to the others.
-
-Each is started with RANK, WORLD_SIZE and the first one's address in its environment, by `slurm` or by torchrun.
-"""
+"""The processes of one distributed run: world size, rank, and results that the main process computes for all."""
 
 import os
 import sys

@@ -1,10 +1,7 @@
-"""Rendezvous: a folder that says where servers are, written by hand or by the job that starts them.
+"""The folder through which a run finds its servers: their addresses (`urls`), the key of every request (`key`), and the
+weights that servers read (`weights/`).
 
-`urls` has one address a line (http://10.0.0.7:41234). `key`, for its owner alone, is sent with every request; it is in no other
-file, and no message repeats it. `weights/` is what servers read. The folder of a job's own servers lies in its run dir.
-
-Anyone who can write these files decides where tokens come from, and gets the key. So the folder, `urls` and `key` must belong to
-this user or to root, and nobody else may write them: not even the group, although clusters have folders that a group shares.
+Only this user or root may be able to write it.
 """
 
 import hmac

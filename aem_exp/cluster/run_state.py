@@ -1,4 +1,6 @@
-"""How far a run is, and what ails it: read from its run dir and from the scheduler, changing neither."""
+"""The state of a run (done, running, queued, stopped, failed, new) and the cause of a failure, read from its run directory
+and the scheduler without changing either.
+"""
 
 import math
 import time

@@ -1,5 +1,5 @@
-"""How a run ends early. Ctrl-C (INT), TERM (preemption, `scancel`, `kill`) and USR2 (a time limit that comes near) are received
-at once, and take effect where nothing is lost: in training at the end of a step, elsewhere immediately.
+"""How a run ends early: SIGINT, SIGTERM (preemption, `scancel`) and SIGUSR2 (the time limit is near) are recorded at once,
+and raise where nothing is lost: in training at the end of a step, elsewhere immediately.
 """
 
 import logging

@@ -1,8 +1,6 @@
-"""Submit run dirs as SLURM jobs. The only module that imports submitit.
+"""Submits run directories to SLURM with submitit, asks SLURM about jobs, and requeues a job.
 
-A job is the command that a person would type: `python -m aem_exp.run RUN_DIR`, with the code that was frozen in the run dir
-when it was submitted. submitit writes the batch script, makes one array of many jobs and starts a task per process; what it
-starts is pickled whole and needs none of our files. `slurm/site.yaml` and `slurm/setup.sh` say what is particular to a cluster.
+The only module that imports submitit.
 """
 
 import io
@@ -206,7 +204,7 @@ def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
     code = os.path.join(folder, "code")
     os.environ |= {
         "PYTHONPATH": f"{code}{os.pathsep}{before}" if before else code,
-        # Not the folder that the job was submitted from, before the code (see door.IN_A_JOB).
+        # Not the folder that the job was submitted from, before the code (see cli.JOB_SAFE_PATH).
         "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH") or "job",
         "AEM_JOB": os.environ["SLURM_JOB_ID"],
         "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared

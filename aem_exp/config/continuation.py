@@ -1,7 +1,7 @@
-"""Where a run begins that continues another one: at its end, or, where it was stopped, at its newest complete checkpoint.
+"""Decides where a run with `from=RUN_DIR` begins: at the end of its parent, or at the newest complete checkpoint of a
+stopped one.
 
-The signature of the new run depends on where it begins. A finished parent is named by its own signature, and one that was
-stopped by that and the step: `0123456789ab@3`.
+The new run's signature contains this starting point, such as `0123456789ab@3`.
 """
 
 import shlex
@@ -23,7 +23,7 @@ def starting_point(parent: str, experiment: Experiment) -> tuple[str, int]:
     folder, name, steps = (
         Path(parent).expanduser().absolute(),
         config.signature(experiment),
-        experiment.trainer["steps"],
+        experiment.trainer.steps,
     )
     if (folder / RESULT).exists():
         return name, steps
@@ -47,7 +47,7 @@ def starting_checkpoint(experiment: Experiment) -> Path:
     """
     assert experiment.parent_dir is not None
     parent, steps = Path(experiment.parent_dir), experiment.parent_steps
-    steps = steps or config.read(parent, trust=True).trainer["steps"]  # of a run that an older version has begun
+    steps = steps or config.read(parent, trust=True).trainer.steps  # of a run that an older version has begun
     found = dict[int, Path]()
     for each in checkpoints.list_complete(parent):
         with suppress(OSError, ValueError, KeyError, TypeError):  # its mark is damaged: then nobody knows its step

@@ -1,6 +1,7 @@
-"""YAML that a user gives: what would hang, overflow or show a secret is refused in a sentence, before anything is made of it.
+"""Safe reading of a user's YAML: files that would hang or overflow the loader, call functions or expose environment
+variables are refused.
 
-Only the parser's events are read here. An alias costs nothing as an event; what it would become is counted.
+Only parser events are read; an alias is counted as what it expands to.
 """
 
 import re

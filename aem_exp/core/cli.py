@@ -1,4 +1,7 @@
-"""What every door has in common: a user's mistake is one sentence and exit code 2, and whatever stops says how to go on."""
+"""What all commands share: the argument parser, access to a user's own modules, and exit codes.
+
+A user's mistake is printed as one sentence and exits with code 2.
+"""
 
 import argparse
 import errno

@@ -1,6 +1,6 @@
-"""What a person sees while a run lives: one line with an ETA, and no walls of library warnings.
+"""Terminal output of a running experiment: one progress line with an ETA, and silenced library warnings.
 
-What `aem_exp` logs is shown here too: INFO as what the live line is waiting for, warnings as lines that stay.
+INFO messages of the logger `aem_exp` are shown as what the run is doing, warnings as lines of their own.
 """
 
 import logging

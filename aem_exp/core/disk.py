@@ -1,4 +1,7 @@
-"""Files that are whole or absent, and folders that can take them."""
+"""Atomic writes, checked JSON reads, and the cache folder.
+
+A file of a run dir is complete or absent, and a damaged one is reported with a remedy.
+"""
 
 import json
 import math

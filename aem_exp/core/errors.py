@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ConfigError(Exception):
-    """A user's mistake, found before any work. `str()` is one sentence; doors print it and exit with code 2.
+    """A user's mistake, found before any work. `str()` is one sentence; commands print it and exit with code 2.
 
     Args:
         field: dotted key, or what was typed.

@@ -1,4 +1,4 @@
-"""How a person installs what an optional part needs: as this package itself was installed."""
+"""The pip command that installs an optional dependency, for the way in which this package itself was installed."""
 
 import json
 from importlib.metadata import PackageNotFoundError, distribution

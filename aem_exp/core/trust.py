@@ -1,7 +1,7 @@
-"""Whose a run dir is: asked before any of it may run.
+"""Checks the owner of a run dir before any of its code may run.
 
-A run dir names functions (`experiment.json`) and carries modules (`code/`). Whoever can write either decides what runs, so
-both must be the user's own, or trusted by name.
+A run dir names functions (`experiment.json`) and carries modules (`code/`), so both must belong to the user, or be trusted
+with `--trust`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Errors in code that a config names, in one sentence with the file and the line: of the user's own code, where it is theirs."""
+"""Reports errors in code that a config names as one sentence with file and line, of the user's own code where possible."""
 
 import os
 import sysconfig

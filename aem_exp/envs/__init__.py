@@ -1,7 +1,8 @@
-"""Worlds: one module each, one contract.
+"""The contract of environments.
 
-An environment reads and writes text and nothing else: it owns the parsing of the model's words, its own rules and its
-rewards. It takes all its randomness from the task, so that the members of a group play the very same game.
+A `World` lists the tasks of each split and makes text environments; an environment parses the model's responses, applies its
+own rules and pays its own rewards, and takes all randomness from the task, so that all members of a group play the same
+game.
 """
 
 from collections.abc import Callable, Mapping, Sequence

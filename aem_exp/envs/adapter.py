@@ -1,4 +1,6 @@
-"""What worlds of other libraries have in common here: games told apart by a seed, actions by name, a win by what was earned."""
+"""Base classes of adapters to other libraries' environments: one task per seed, actions chosen by name, success decided by
+the total reward.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

@@ -1,7 +1,6 @@
-"""The stage: where environments are stepped, and what counts as an answer.
+"""Where environments are stepped (`EnvExecutor`), and which return values of an environment are accepted.
 
-An environment that raises or talks nonsense fails in its own slot, and the others go on. `SerialExecutor` is this process;
-`workers.Workers` are others.
+An error of one environment fails its own slot only.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Any text environment of Gymnasium: what it returns is a text, or it renders itself as one."""
+"""Adapter to Gymnasium: any environment whose observations, or whose rendering, are text."""
 
 import hashlib
 import json

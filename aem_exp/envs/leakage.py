@@ -1,10 +1,8 @@
-"""Held-out games that are games of training: found before a run, by what tasks say of themselves and by how they play.
+"""Finds held-out tasks that are also training tasks, by comparing what tasks contain (seed, kind, payload) and how they
+play under the same actions.
 
-Two tasks are the same game where all of them is equal; where seed, kind and payload are, since a world takes all its chance
-from them (unless no seed of the training tasks differs from another: then the world tells its games apart by something else);
-and where they play alike: goal, observations, answers and rewards under the same player. Alike at the beginning is not enough,
-and neither is a coincidence: a game of guessing has a hidden number, and few numbers come up twice. So only games that tell all
-looked-at training tasks apart are compared, and half of the panel's must be known.
+Only if the compared training games all differ, and half of a panel's games occur among them, is a panel refused for playing
+alike.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""An environment behind an OpenEnv server: each of our environments is a session there."""
+"""Adapter to an OpenEnv server: each environment is one session of the server."""
 
 import hashlib
 import http.client

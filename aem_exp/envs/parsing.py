@@ -1,4 +1,6 @@
-"""How worlds read a response: in tags, as verl-agent does (`<think>..</think><action>..</action>`), or bare."""
+"""How environments parse a response into an action: in tags, as verl-agent does (`<think>..</think><action>..</action>`),
+or as the whole response.
+"""
 
 import re
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""SWE-bench-Verified, trained on R2E-Gym: other people's repositories, in images that `prepare` brings here.
+"""SWE-bench Verified for evaluation, R2E-Gym for training.
 
-Decided here: which rows are train, dev and test. Everything else is `swe`'s.
+Decided here: which rows are train, dev and test; everything else is in `swe`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

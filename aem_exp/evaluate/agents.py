@@ -1,6 +1,5 @@
-"""The agents of an evaluation: a model under a sampler, uniformly random admissible actions, or an agent of the world's own.
-
-A model is loaded here, or servers read its weights: then this process loads its tokenizer alone.
+"""The agents of an evaluation: a model with a local or served sampler, uniformly random admissible actions, or an agent
+that the world provides.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -111,7 +110,7 @@ def _local_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tup
         torch.set_num_threads(launch.threads)
     device = policy.select_device(launch)
     model, tokenizer = policy.load(agent.model, agent.folder, experiment.seed)
-    trained_in_bf16 = bool(experiment.trainer.get("bf16"))
+    trained_in_bf16 = experiment.trainer.bf16
     with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
         yield partial(LocalSampler, model.to(device)), tokenizer
 

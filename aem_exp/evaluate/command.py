@@ -1,9 +1,7 @@
-"""`python -m aem_exp.evaluate RUN_DIR`, or a model: a policy on a panel, beside the policy that its training started from and
-one that acts at random.
+"""Command `python -m aem_exp.evaluate RUN_DIR|MODEL`: success of a policy on held-out tasks, beside the untrained policy,
+a random agent, and the world's scripted agent and oracle.
 
-What is played is on disk part by part, and does not depend on the size of the parts: started again the command goes on, or
-shows what is there. Models are loaded here, one after another; or servers, which are up already, read the weights of each
-(`launch.sampler=served launch.servers=FOLDER`).
+An interrupted evaluation resumes when the command is repeated.
 """
 
 import argparse
@@ -99,6 +97,6 @@ def _suggest_next_command(arguments: argparse.Namespace, setup: EvaluationSetup)
             ["python", "-m", "aem_exp.evaluate", arguments.target, *arguments.overrides, *same, *own, "--repeats", "4"]
         )
     if is_run_dir(arguments.target):
-        steps = 2 * setup.experiment.trainer["steps"]
+        steps = 2 * setup.experiment.trainer.steps
         return shlex.join(["python", "-m", "aem_exp", f"from={arguments.target}", f"trainer.steps={steps}", *own])
     return shlex.join(["python", "-m", "aem_exp", *arguments.overrides, *model_path_overrides(arguments.target), *own])

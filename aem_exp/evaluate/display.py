@@ -1,4 +1,4 @@
-"""What a person sees of an evaluation: a live line with what is left, and the tables at the end. It decides nothing."""
+"""Terminal display of an evaluation: a progress line while it runs, and the result tables at the end."""
 
 import math
 import time

@@ -1,7 +1,6 @@
-"""A policy on a panel: a fixed, hashed list of held-out tasks, every one scored exactly `repeats` times.
+"""Evaluate an agent on a panel: a fixed, hashed list of held-out tasks, each played exactly `repeats` times.
 
-Sampling depends on (panel, task, repeat) alone, so a policy has one score on a panel, on any machine and in any order.
-An evaluation is on disk part by part: killed and started again it goes on, and ends with the same numbers.
+Sampling depends on (panel, task, repeat) alone; an interrupted evaluation resumes and gives the same numbers.
 """
 
 import json
@@ -135,7 +134,7 @@ def evaluate_agent(setup: EvaluationSetup, agent: "Agent", line: "ProgressLine")
         **agent.identity(),
         **({"temperature": setup.temperature} if agent.model else {}),
         **({"sampler": "served"} if agent.model and setup.experiment.launch.sampler == "served" else {}),
-        **({"bf16": True} if agent.model and setup.experiment.trainer.get("bf16") else {}),
+        **({"bf16": True} if agent.model and setup.experiment.trainer.bf16 else {}),
     }
     folder = setup.out / EVALUATIONS / _folder_name(setup, agent, identity)
     if not (folder / RESULT).exists():

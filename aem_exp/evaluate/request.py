@@ -199,7 +199,7 @@ def _policy(arguments: argparse.Namespace, experiment: Experiment, original: Exp
     if original is None:
         return Agent(POLICY, model, policy.locate(model))
     model = replace(model, path=str(_absolute_path(arguments.target) / MODEL), revision=None)
-    return Agent(POLICY, model, policy.locate(model), original.trainer["steps"])
+    return Agent(POLICY, model, policy.locate(model), original.trainer.steps)
 
 
 def _select_agents(

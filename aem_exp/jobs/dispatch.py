@@ -1,5 +1,5 @@
-"""From experiments to jobs: what was asked for is written down, its code frozen beside it, and sent; what is there already,
-or on its way, is not sent again.
+"""From experiments to jobs: checks them, writes their run directories with the code, and submits them to SLURM or runs
+them in local processes.
 """
 
 import json
@@ -185,7 +185,7 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
         dry_run.check_functions(experiment)
     asked = {
-        repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
+        repr((e.env.make, e.model.make, e.evaluation, e.trainer.tasks_per_step, e.trainer.oversample)): e
         for e in experiments
     }
     for experiment in asked.values():

@@ -1,8 +1,6 @@
-"""A smoke test of what a user may have written: a world, an advantage function, a schedule, before any policy is made.
+"""Tries a user's own world, advantage function and schedule before a run, within `CHECK_SECONDS`.
 
-Two episodes are played, and the functions are called on a step that is made up. What they raise, or return though they must
-not, is one sentence with the user's own file and line. It takes `CHECK_SECONDS` at most, whatever they do: what takes longer is
-left alone in a thread, with a note.
+Errors are reported with the user's file and line; code that takes longer is skipped with a warning.
 """
 
 import logging
@@ -265,7 +263,7 @@ def _check_schedule(experiment: Experiment) -> None:
             raise ConfigError(field, path, remedy)
 
 
-def _synthetic_step(settings: dict[str, Any]) -> Any:
+def _synthetic_step(settings: config.Trainer) -> Any:
     """What was played in a step: as many tasks and trajectories as the experiment has, of one to three turns; half of them win.
 
     Where groups of equal returns are trained on, the first is one.
@@ -274,10 +272,8 @@ def _synthetic_step(settings: dict[str, Any]) -> Any:
 
     from aem_exp.advantages import Played
 
-    groups, size = settings["tasks_per_step"], settings["group_size"]
-    won = [
-        float(m % 2 and (g > 0 or groups == 1 or settings["drop_equal"])) for g in range(groups) for m in range(size)
-    ]
+    groups, size = settings.tasks_per_step, settings.group_size
+    won = [float(m % 2 and (g > 0 or groups == 1 or settings.drop_equal)) for g in range(groups) for m in range(size)]
     turns = [1 + m % 3 for m in range(groups * size)]
     owners = [m for m, count in enumerate(turns) for _ in range(count)]
     last = [turn == count - 1 for count in turns for turn in range(count)]

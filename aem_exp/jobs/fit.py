@@ -66,18 +66,18 @@ class StepSizes:
     @classmethod
     def from_experiment(cls, experiment: Experiment) -> StepSizes:
         t, env, launch = experiment.trainer, experiment.env, experiment.launch
-        windows, group = env.history == "window", t["group_size"]
-        episodes = t["tasks_per_step"] * t["oversample"] * group
-        kept = episodes + (t["tasks_per_step"] - 1) * group if t["rounds"] > 1 else episodes
+        windows, group = env.history == "window", t.group_size
+        episodes = t.tasks_per_step * t.oversample * group
+        kept = episodes + (t.tasks_per_step - 1) * group if t.rounds > 1 else episodes
         rows, said = kept * (env.max_turns if windows else 1), env.max_turns * env.response_tokens
-        updates = 1 if t["mini_batch"] == "all" else max(1, round(rows / t["mini_batch"]))
+        updates = 1 if t.mini_batch == "all" else max(1, round(rows / t.mini_batch))
         return cls(
             episodes=episodes,
             live=min(episodes, launch.device_episodes * process_count(launch) or episodes),
             rows=rows,
             tokens=rows * env.context_tokens,
             sampled=episodes * (said if windows else min(said, env.context_tokens)),
-            updates=updates * t["num_iterations"],
+            updates=updates * t.num_iterations,
         )
 
 
@@ -131,14 +131,14 @@ class ProcessSpec:
             dtype=e.model.dtype,
             attention=e.model.attention,
             lora=json.dumps(e.model.lora or {}, sort_keys=True),
-            autocast=t["bf16"],
-            fp32_head=t["cast_lm_head_to_fp32"],
+            autocast=t.bf16,
+            fp32_head=t.cast_lm_head_to_fp32,
             gpu=launch.gpus_per_node > 0,
             processes=ranks if how.get("fsdp") else 1,
             offload=bool(fsdp.get("cpu_offload")),
             checkpointing=bool(how.get("gradient_checkpointing") or fsdp.get("activation_checkpointing")),
         )
-        share = -(-(sizes.rows if t["mini_batch"] == "all" else min(sizes.rows, t["mini_batch"])) // ranks)
+        share = -(-(sizes.rows if t.mini_batch == "all" else min(sizes.rows, t.mini_batch)) // ranks)
         short = max(1, launch.device_tokens // env.context_tokens) if launch.device_tokens else share
         rows = min(share, short, launch.device_rows or share)
         played = -(-sizes.episodes // ranks)
@@ -146,9 +146,9 @@ class ProcessSpec:
         engine = how.get("vllm_gpu_memory_utilization", VLLM_SHARE) * gpu_memory(launch) * GB
         return cls(
             passes=passes,
-            optim=t["optim"],
-            reference=t["beta"] > 0 and not e.model.lora,
-            scored=launch.sampler != "local" or e.model.dtype != "float32" or t["bf16"] or t["beta"] > 0,
+            optim=t.optim,
+            reference=t.beta > 0 and not e.model.lora,
+            scored=launch.sampler != "local" or e.model.dtype != "float32" or t.bf16 or t.beta > 0,
             ranks=ranks,
             sampler=sampler,
             engine=engine if sampler == "colocate" else 0.0,
@@ -401,7 +401,7 @@ def _format_cost(experiment: Experiment, need: MemoryEstimate) -> str:
     turns = experiment.env.max_turns if experiment.env.history == "window" else 1
     flops = {
         "play": forward * sizes.episodes * turns * process.tokens,
-        "update": forward * sizes.tokens * (4 if process.passes.checkpointing else 3) * t["num_iterations"],
+        "update": forward * sizes.tokens * (4 if process.passes.checkpointing else 3) * t.num_iterations,
         "scoring": forward * sizes.tokens * (process.scored + process.reference),
     }
     gpus, rate = process_count(launch), UTILISATION * launch.gpu_tflops * 1e12
@@ -419,7 +419,7 @@ def _format_cost(experiment: Experiment, need: MemoryEstimate) -> str:
             hours["play"], slow = decoding, f" and {BANDWIDTH / 1e12:g} TB/s for decoding"
     total = sum(hours.values())
     shares = ", ".join(f"{name} {part / total:.0%}" for name, part in hours.items())
-    total *= t["steps"]
+    total *= t.steps
     told = f"about {total:,.0f} GPU-hours, {total / gpus / 24:,.1f} days, were every context full: {shares}"
     return f"{told}; at {UTILISATION:.0%} of {launch.gpu_tflops:g} TFLOP/s{slow}, without evaluation and environments"
 

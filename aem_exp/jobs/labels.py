@@ -1,4 +1,4 @@
-"""What tells the runs of a table apart, in as few words as that takes."""
+"""Short labels for the runs of a table: the names and settings in which they differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final

@@ -1,8 +1,6 @@
-"""Door: a node without GPUs lends its cores: environments of a run are stepped here, and its GPUs are left to the policy.
+"""Command: offers the cores of this node to runs, which then step their environments here.
 
-`python -m aem_exp.jobs.lend FOLDER` on each such node, on a disk that the run sees too; the run says `launch.workers_at=FOLDER`.
-Who asks must know the key in that folder, which is for its owner alone. What is said is not encrypted: the address is one of the
-private network (`interface` in site.yaml).
+A run must know the key in the folder.
 """
 
 import argparse

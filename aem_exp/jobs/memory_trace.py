@@ -1,11 +1,6 @@
-"""What a pass of a model allocates, found out without the memory: on tensors that only pretend (torch's FakeTensor).
+"""Measures what a pass of a model would allocate, on fake tensors (torch's FakeTensorMode) and without the memory.
 
-The layers are transformers' own code, in their real shapes; a `Meter` sees each tensor come and go. Two things are played by
-stand-ins that allocate what the original does: the language model's head, which TRL computes in tiles, and, for a GPU, its
-attention kernels, which no CPU has.
-
-Layers of a kind are alike, so three of them are rehearsed in the place of sixty-four: what a moment of the pass holds is linear
-in their number.
+A few layers are traced, and the result is extrapolated to all.
 """
 
 import contextlib

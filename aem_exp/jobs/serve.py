@@ -1,8 +1,5 @@
-"""Door: one server of a run, on a node that its job has for it; jobs send `python -m aem_exp.jobs.serve RUN_DIR`.
-
-What is started is the site's: `vllm_server.sh MODEL HOST PORT GPUS CONTEXT DTYPE [OPTION ...]`. Decided here is who reaches
-it: HOST is an address of the private network (see `interface` in site.yaml); PORT is any that is free; the key that it wants
-lies in a file for its owner alone. It is written down when it answers, and ends with its run.
+"""Command of jobs: starts one vLLM server of a run on this node, publishes its address when it answers, and ends it with
+the run.
 """
 
 import argparse
@@ -78,7 +75,7 @@ def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[byte
     weights = policy.locate(model) if model.path else policy.make_cached(experiment, opening.open_world(experiment))
     host, dtype = (
         rendezvous.private_address(site.interface),
-        "bfloat16" if experiment.trainer.get("bf16") else model.dtype,
+        "bfloat16" if experiment.trainer.bf16 else model.dtype,
     )
     port = rendezvous.find_free_port(host)
     context = max(experiment.env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens)

@@ -1,4 +1,4 @@
-"""What a person sees of many runs: a table of states that lives while they do. It decides nothing."""
+"""The status table of many runs, updated on a terminal until none of them is running or queued."""
 
 import math
 import time

@@ -1,9 +1,7 @@
-"""What the runs of a sweep come to: cells, differences between arms, and what stands in the way of comparing them.
+"""Compare the arms of a sweep from archives of runs: which scores are read, which pairs of arms form one family of
+simultaneous intervals, and when a comparison is refused.
 
-Everything here follows from archives of runs alone. The primary measure is success on the final panel; the area under the curve
-of success in training comes second, and the world's own score where it has one. Which arms are compared is declared (by default
-each with the first); they are at every point of the sweep, and all of that together is one family. Nothing is said where it would
-mislead: see `_refusal_reason`.
+The primary measure is success on the final panel.
 """
 
 import csv

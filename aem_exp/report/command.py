@@ -1,6 +1,7 @@
-"""Door: from a sweep to a verdict. One page, Markdown and tables, from run dirs or from archives of runs alone.
+"""Command `python -m aem_exp.report SWEEP`: compare the arms of a sweep in one HTML page, Markdown and CSV tables, from
+run directories or archives.
 
-It changes no run, asks no tracker, and says of a sweep that is half done what is missing.
+It changes no run and lists the runs that are missing.
 """
 
 import argparse

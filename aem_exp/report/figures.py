@@ -1,4 +1,6 @@
-"""Figures of a comparison, as SVG: read in print, and by every eye (two colours of Okabe and Ito's, and shapes)."""
+"""SVG figures of a report: forest plot, dot plot and training curves, deterministic and readable in print and by colour-
+blind readers.
+"""
 
 import io
 import math

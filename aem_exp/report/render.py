@@ -1,4 +1,4 @@
-"""How a report is written down: one HTML page that needs nothing else, Markdown, and a CSV per table."""
+"""Render a report as one self-contained HTML page, as Markdown, and as one CSV file per table."""
 
 import csv
 import io

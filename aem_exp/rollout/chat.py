@@ -1,7 +1,6 @@
-"""From messages to exact tokens: the model's own chat template, and nothing but appending.
+"""Turns messages into exact tokens with the model's own chat template.
 
-A conversation is never re-rendered. Later turns are a suffix to the tokens that are already there, since many templates
-(Qwen3's strips earlier thinking) would write the past anew and train on tokens that nobody sampled.
+A conversation only grows: later turns are appended to the tokens that are there, and nothing is rendered again.
 """
 
 import threading

@@ -1,9 +1,7 @@
-"""Episodes: a policy and environments go in, trajectories of exact tokens come out.
+"""Plays episodes: a policy and environments go in, trajectories of exact tokens come out.
 
-Both histories are played by the same loop. With `full` history a conversation grows: a later turn is a suffix to the exact
-tokens so far, and the trajectory is one row. With `window` every turn asks afresh, showing the last few turns, and is a row
-of its own. Only live episodes are generated: all of them together, turn by turn; or each by itself, where the sampler's
-conversations are independent.
+One loop serves both histories: `full` gives one row per trajectory, `window` gives one row per turn. Only live episodes are
+generated: in lockstep, or each in its own thread where the sampler allows it.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""An ordered thread map: it works on many pieces at the same time, and the first error ends all of it."""
+"""An ordered map over threads: results come in the order of the inputs, and the first error cancels the rest."""
 
 import queue
 import threading

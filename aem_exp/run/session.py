@@ -76,7 +76,7 @@ class RunSession:
         self.context, self.loaded, self.rollout, self.make_sampler = context, loaded, rollout, make_sampler
         self.recorder, self.signals = recorder, signals
         updates = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
-        self.time = StepCounter(experiment.trainer["steps"], start.step, experiment.parent_steps, updates)
+        self.time = StepCounter(experiment.trainer.steps, start.step, experiment.parent_steps, updates)
         self.before: dict[str, Any] = {}
         self.scores: dict[str, Score] = {}
         self.trainer = self._build_trainer(publish)
@@ -118,7 +118,7 @@ class RunSession:
             lambda: self.recorder.is_enough or self.signals.received is not None,
             self._score_before_training,
         )
-        sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
         recorder, is_main = self.recorder, distributed.is_main_process()
         return build_trainer(
             experiment,
@@ -208,10 +208,10 @@ class RunSession:
 def _draw_episodes(experiment: Experiment, tasks: Sequence[Task], step: int, number: int) -> list[Episode]:
     """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
     settings, seed = experiment.trainer, experiment.seed
-    count = settings["tasks_per_step"] * settings["oversample"]
+    count = settings.tasks_per_step * settings.oversample
     chosen = keyed_generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)
     return [
         Episode(tasks[int(index)], draw, member, (seed, step, number, draw, member))
         for draw, index in enumerate(chosen, start=number * count)
-        for member in range(settings["group_size"])
+        for member in range(settings.group_size)
     ]

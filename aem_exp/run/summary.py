@@ -1,6 +1,6 @@
-"""The summary of a finished run, with a small plot; its figures, and episodes to read.
+"""The summary of a finished run: terminal tables and charts, PNG figures, and episodes as Markdown.
 
-It reads run dirs and decides nothing.
+It only reads the run directory, apart from the files it draws.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""One run in a file of a few kilobytes: what a comparison needs of it, and nothing else.
+"""One run as a file of a few kilobytes (`RUN.json.gz`) that holds all that a comparison needs.
 
-It is made from a run dir, and is written as `RUN.json.gz`; a comparison treats both alike. The same run gives the same bytes.
+The same run always gives the same bytes.
 """
 
 import gzip

@@ -1,6 +1,6 @@
-"""How often a run was started, from which step, and how each start ended: `attempts.jsonl`, an event per line.
+"""`attempts.jsonl`: one event for each start of a run and one for its end.
 
-A start without an end was killed: then only the scheduler knows why.
+A start without an end was killed from outside; only the scheduler knows the reason.
 """
 
 import errno

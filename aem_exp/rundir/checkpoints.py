@@ -1,8 +1,5 @@
-"""Which checkpoint of a run counts: the newest one that was written to its end, and is as it was written.
-
-transformers leaves an interrupted save behind like a finished one. Here a mark is written last, so a folder without it is
-never resumed from. The mark has the size and the CRC-32 of every file: it finds what a disk or a copy has damaged, at 2 GB/s
-and core; it is no protection against somebody who changes files on purpose.
+"""Which checkpoint a run resumes from: the newest one that is complete and whose files match the sizes and CRC-32
+checksums written when it was saved.
 """
 
 import json

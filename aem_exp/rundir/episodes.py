@@ -1,7 +1,7 @@
-"""`episodes.parquet`: one row per episode, with every response of those that are recorded in full; and some of them as a page
-to read.
+"""`episodes.parquet`: one row per episode of a run, with all responses of a selected few, and a sample of it as readable
+Markdown.
 
-While a run lives the rows stand in parts, one per checkpoint, so that a kill costs no more than the steps it costs anyway.
+While a run is active, rows are written in one part per checkpoint.
 """
 
 from __future__ import annotations

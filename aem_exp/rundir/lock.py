@@ -1,8 +1,7 @@
-"""Run lock: one process, or one job of several processes, per run directory.
+"""Run lock: one process or job per run directory.
 
-`run.lock` exists while a process runs the run, which touches it every half minute. It is stale when that process is gone from
-this host, when it was not touched for five minutes, or when an earlier start of the same job held it: SLURM starts no job anew
-before all of its processes have ended.
+The owner touches `run.lock` every 30 seconds; a lock is stale when its process has died, after 5 minutes without a touch, or
+when the same job has been restarted.
 """
 
 import getpass

@@ -1,6 +1,5 @@
-"""Which runs a sweep is made of: `sweeps/NAME.json` beside the run dirs, and `sweeps.json` in each of them.
-
-A run may belong to several sweeps, and knows by which label each of them calls it.
+"""Sweep membership: `sweeps/NAME.json` lists the runs of a sweep, and `sweeps.json` in each run directory holds the label
+that each sweep gives it.
 """
 
 import json

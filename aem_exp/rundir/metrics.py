@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: what a run measured, one row per step. The truth that MLflow is rebuilt from."""
+"""`metrics.jsonl`: the metrics of a run, one row per step.
+
+MLflow can be rebuilt from this file.
+"""
 
 import json
 import os

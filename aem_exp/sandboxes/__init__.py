@@ -1,7 +1,7 @@
-"""Sandboxes: where a policy's commands and other people's test suites run, and nothing of the machine is at risk.
+"""Sandboxes in which the policy's commands and test suites run isolated: no network, and no writes outside a disposable
+root.
 
-One protocol. A backend is what `conf/env/*.yaml` names with `make.sandbox._target_`; it opens a sandbox on an image, and the
-sandbox runs commands. Nothing inside has a network, or can write outside its own throw-away root.
+A backend, named in `conf/env/*.yaml` as `make.sandbox._target_`, opens a sandbox on an image; the sandbox runs commands.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""Apptainer (or Singularity): images in one file each, which a cluster's shared disk likes, and a writable layer beside."""
+"""Sandboxes in Apptainer (or Singularity): one image file each, which suits a cluster's shared disk, with a writable
+overlay beside it.
+"""
 
 import os
 import shutil

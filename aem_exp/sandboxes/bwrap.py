@@ -1,6 +1,7 @@
-"""bubblewrap over an overlay: an unpacked image, or the machine's own system, made writable in memory and thrown away.
+"""Sandboxes with bubblewrap over an overlay: an unpacked image, or the machine's own system read-only, with a writable
+layer in memory that is discarded.
 
-Works as root, who first becomes nobody in particular, and as a user where the kernel lets users have namespaces. A process of
+It works as root, which first drops to an unused user id, and as a user where the kernel allows user namespaces. A process of
 a few kilobytes holds the sandbox's mounts while it lives; it ends when ours does, however that ends, and everything with it.
 
 Memory: a watch looks ten times a second, so a command may take more than `memory_mb` for a moment (0.3 GB more, measured on two

@@ -1,4 +1,4 @@
-"""Docker or Podman: a container that lives as long as we hold its stdin, and commands executed in it."""
+"""Sandboxes in Docker or Podman: a container that lives as long as our pipe to it is open, and commands executed in it."""
 
 import shutil
 import subprocess

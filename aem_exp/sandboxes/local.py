@@ -1,4 +1,7 @@
-"""No sandbox at all: commands run as you, in a folder that is thrown away. For a world of your own, never for a model's."""
+"""No isolation: commands run as you, in a temporary folder.
+
+Only for environments whose commands you wrote yourself.
+"""
 
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
-"""How much memory a command and all that it began have taken, as Linux says it of processes. Read from /proc, by whoever may.
-
-Most of it is resident memory of processes. Some is not, and is counted too, so that it cannot be taken unseen: memory that is
-shared and no longer mapped page by page, page tables, the kernel's notes on mappings, and what waits in the buffers of sockets.
+"""Measures the memory of a command and all its descendants from /proc: resident memory, and what is not resident but
+counts too (shared mappings, page tables, mapping structures, socket buffers).
 """
 
 import os

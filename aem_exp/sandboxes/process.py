@@ -1,4 +1,6 @@
-"""Processes that lead inside: a command of another's making, run, watched, and ended with all that it began; one that is held."""
+"""Runs a command with limits on time, output and memory and kills all its processes at the end; starts and stops the
+holder process that keeps a sandbox open.
+"""
 
 import errno
 import fcntl

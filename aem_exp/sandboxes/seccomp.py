@@ -1,10 +1,6 @@
-"""What a kernel can be asked for inside a sandbox: a filter of system calls, in the kernel's own small language (classic BPF).
-
-Refused as by a kernel that was built without them, so that a program that only tries goes on: what no namespace parts (the
-keyring of our session, the kernel's log, machines beside ours over AF_VSOCK), what only widens the way to its faults, and what
-holds memory that is no process's (files of memfd_create; shared memory, semaphores and queues of System V; Landlock).
-
-Nothing happens, and all seems well, where a program asks for larger buffers of a socket.
+"""Builds the seccomp filter (classic BPF) of bubblewrap sandboxes: refuses, with ENOSYS, system calls that no namespace
+isolates, that enlarge the kernel's attack surface, or that hold memory outside any process; ignores requests for larger
+socket buffers.
 """
 
 import struct

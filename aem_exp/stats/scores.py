@@ -1,6 +1,7 @@
-"""What episodes add up to: success and how sure it is, pass@k and pass^k, how it went per kind and how it ended.
+"""Statistics of evaluation episodes: success with its standard error, pass@k and pass^k, means per kind of task and counts
+of endings.
 
-Pure. What is not known (nothing was said, so nothing was invalid) is None and never 0.
+Pure functions; an unknown value is None, never 0.
 """
 
 import math

@@ -1,6 +1,7 @@
-"""Door: many experiments that answer one question. It shows a plan, and sends or runs what is missing of it.
+"""Command `python -m aem_exp.sweep NAME`: plan a sweep of experiments that answers one question, then submit or run
+locally the runs that are missing.
 
-`python -m aem_exp.sweep household_quick --submit`. Asked again, it sends what is missing by then, which may be nothing.
+Running it again only submits what is still missing.
 """
 
 import argparse

@@ -32,10 +32,9 @@ import yaml
 
 from aem_exp import config
 from aem_exp.config import rules, safe_yaml
-from aem_exp.config.schema import NonNegativeInt
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, unknown_key_error
-from aem_exp.core.typed import convert
+from aem_exp.core.typed import NonNegativeInt, convert
 
 if TYPE_CHECKING:
     from aem_exp.config.compose import Composer

@@ -1,8 +1,7 @@
-"""Door: one trial of a study, from asking to telling; `python -m aem_exp.sweep NAME` sends these.
+"""Command `python -m aem_exp.sweep.trial WORKER_DIR`, one worker of a study: ask the storage for one trial, run it, report
+its metric at every evaluation, prune it if it is unpromising, and tell the result.
 
-A worker (`python -m aem_exp.sweep.trial WORKER_DIR`, a job or a process of its own) asks the storage for one trial, runs it,
-reports the metric while it trains, stops early what is not worth its time, and tells the result. A worker that is started again
-has its own trial again, and the run goes on from its newest checkpoint.
+A restarted worker resumes its own trial from the newest checkpoint.
 """
 
 import argparse

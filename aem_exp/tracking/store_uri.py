@@ -1,6 +1,7 @@
-"""Which MLflow store: its URI made absolute, its credentials hidden, its port tried, and the command that serves it.
+"""MLflow tracking URIs: resolve them to absolute ones, hide their credentials, check that the server answers, and build
+the command that serves a store.
 
-Standard library only, so that a tracker that cannot be used is refused before MLflow is imported.
+Standard library only, so that an unusable tracker is refused before MLflow is imported.
 """
 
 import getpass

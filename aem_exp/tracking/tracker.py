@@ -1,11 +1,8 @@
-"""What a run measured: `metrics.jsonl` in its folder first, MLflow second. The only room that speaks MLflow.
+"""Experiment tracking: metrics are written to `metrics.jsonl` in the run directory first and sent to MLflow by a
+background thread, so an unavailable tracker never stops a run.
 
-The run dir is the truth. A row is on its way to the disk before `log` returns; one thread carries it on to MLflow, in
-order and in batches, and tries again for as long as the run lives. So a tracker that dies costs the run nothing, and
-`python -m aem_exp.tracking sync RUN_DIR` sends later what it missed.
-
-Nothing is logged twice. MLflow can only append, so what it already holds for a (metric, step) stands; and a point keeps
-the time of its row, so that MLflow recognises a batch that is sent again because its answer got lost.
+Nothing is logged twice, and `python -m aem_exp.tracking sync RUN_DIR` sends later what MLflow lacks. The only module that
+imports MLflow.
 """
 
 import shlex

@@ -1,13 +1,4 @@
-"""What a step shows of the method: pure numbers for the log.
-
-Only the mean of alpha over *responses* is 1 by construction. Its token-weighted and advantage-weighted means are a hidden
-change of the step size, its means over positive and over negative advantages a hidden change of their balance, and its
-correlation with length and turn a hidden preference: all are logged.
-
-A response with the advantage A moves the response entropy of its state s by A (S - H(s)), to first order: S is its surprisal,
--log p of all its tokens, and H(s) what S is on average. That holds for a natural-gradient step on a table of states that are
-visited as often as before; Adam on a clipped ratio, in a network that states share, owes nothing to it.
-"""
+"""Statistics of modulation and entropy that are logged at every step; pure functions of tensors."""
 
 import torch
 from torch import Tensor

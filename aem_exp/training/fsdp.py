@@ -1,7 +1,5 @@
-"""A policy in pieces: each process of a run holds a part of every weight (FSDP2, `torch.distributed.fsdp`).
-
-Training gathers the weights layer by layer, and all processes must then do the same number of passes. Play cannot promise
-that: episodes end when they end. So a policy is gathered whole before play, and is in pieces again after it.
+"""Fully sharded weights (FSDP2): the full weights are gathered before a rollout, because episodes need unequal numbers of
+forward passes, and are sharded again after it.
 """
 
 import os

@@ -45,12 +45,13 @@ Arm = Callable[
 def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any, list[Any]]:
     """The default experiment with one update per step, a loader of its policy, its rollout, and the episodes it played."""
     from aem_exp import config, policy
+    from aem_exp.envs import opening
     from aem_exp.envs.executor import SerialExecutor
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
     from aem_exp.rollout.sampling.base import Sampling
     from aem_exp.rollout.sampling.local import LocalSampler
-    from aem_exp.run import execution
+    from aem_exp.run import session
 
     # TRL adds 1e-4 to the standard deviation, and we 1e-6
     words = [
@@ -60,12 +61,12 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
         "tracking=off",
     ]
     experiment = config.load(words)
-    world = execution.world_of(experiment)
+    world = opening.open_world(experiment)
     load = partial(policy.load, experiment.model, policy.make_cached(experiment, world), experiment.seed)
     model, tokenizer = load()
     chat = Chat(tokenizer)
     rollout = Rollout(SerialExecutor(world), experiment.env, chat)
-    episodes = execution._draw(experiment, world.tasks("train"), 0, 0)
+    episodes = session._draw_episodes(experiment, world.tasks("train"), 0, 0)
     return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, Sampling()))
 
 

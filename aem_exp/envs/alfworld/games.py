@@ -1,7 +1,7 @@
-"""Games for ALFWorld's engine, made here: all six kinds of task, from the domain and the grammar of the installed package.
+"""Generates ALFWorld games of all six kinds from a kind and a seed, with the domain and the grammar of the installed
+package.
 
-Decided here: rooms, what lies where, which errand, and so every game follows from a kind and a seed. A game has the fields of
-a downloaded one. Left out of those: sliced things, and receptacles that share a place.
+A generated game has the same fields as a downloaded one; sliced objects and receptacles that share a place are left out.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
-"""A scripted player of ALFWorld who knows only what an episode has shown: it looks for the thing, treats it, brings it.
+"""A scripted ALFWorld player that knows only the observations of its episode: it searches for the object, treats it and
+brings it to the target.
 
-It reads the game's own words, of old data (`put .. in/on ..`) and new (`move .. to ..`) alike, and wins every kind of task.
+It reads old games (`put .. in/on ..`) and new ones (`move .. to ..`).
 """
 
 import re

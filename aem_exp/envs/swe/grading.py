@@ -1,6 +1,6 @@
-"""What a patch is worth: applied and tested in a fresh sandbox that no agent has touched, judged by SWE-bench's own functions.
+"""Grades a patch: applies and tests it in a fresh sandbox, with SWE-bench's own functions.
 
-R2E-Gym's rows are judged as R2E-Gym does it: each test must come to exactly what the row says.
+R2E-Gym rows are graded as R2E-Gym does: each test must have exactly the status that the row states.
 """
 
 import json

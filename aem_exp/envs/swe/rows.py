@@ -1,7 +1,5 @@
-"""Rows of other people's data sets, as instances: what an agent is given, and what a patch of it is graded by.
-
-Read here: SWE-bench as of version 5 (its rows bring their image, their test script and the name of their log's parser), which
-is also what `swe_made` writes, and R2E-Gym (the image holds the hidden tests, the row what they must come to).
+"""Parses rows of SWE-bench (version 5) and R2E-Gym data sets into instances: what the agent is given, and what its patch
+is graded by.
 """
 
 import hashlib

@@ -1,6 +1,9 @@
-"""The tools with which an agent works on a repository, in the manner of R2E-Gym: one call in each response, as text.
+"""The agent's tools on a repository (file_editor, search, execute_bash, finish), in R2E-Gym's text format: one call per
+response.
 
-    <function=file_editor>
+Decided here: how a response is parsed into a call, and what each tool does and answers.
+
+<function=file_editor>
     <parameter=command>view</parameter>
     <parameter=path>/testbed/setup.py</parameter>
     </function>

@@ -1,10 +1,8 @@
-"""Repairing repositories: an agent with tools in a sandbox, and a patch that is graded in another one.
+"""Software-repair environments: an agent with tools works on a repository in a sandbox, and its patch is graded in a fresh
+one.
 
-Decided here: what an episode is, when it is graded, what that is worth, and a world of repositories that are made here
-(`swe_made`): it needs no image and no download, and takes the same way as the real ones (`swebench`).
-
-An episode is graded when the agent says finish, or has taken its last turn. What takes longer than `episode_seconds` is stopped
-and not graded. An agent that makes its own sandbox unusable has failed: its episode ends, with no patch.
+Decided here: what an episode is, when it is graded, its reward, and a world of generated repositories that needs no image
+and no download.
 """
 
 import hashlib

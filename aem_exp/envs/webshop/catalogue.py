@@ -1,7 +1,7 @@
-"""WebShop's products: the official files, read once into a folder of the cache that all processes of a machine map and share.
+"""WebShop's products: the official files, converted once into a cached folder that all processes of a machine memory-map.
 
-What the original makes of a product when it loads it (names of fields, prices, options) is made here when the folder is built.
-A catalogue of a thousand products and one of a million take the same way, the files being read piece by piece.
+Prices, options and field names are normalised here as the original does on loading; files are read in pieces, so that a
+million products take little memory.
 """
 
 import hashlib

@@ -1,8 +1,4 @@
-"""A catalogue in WebShop's official format, made here: products of a few kinds, brands, attributes, options and prices.
-
-Everything follows from the number of products and a seed. Titles, descriptions and lists differ from product to product so that
-a search has something to rank, and so that what is asked for is sold more than once, in other colours and at other prices.
-"""
+"""Generates a product catalogue in WebShop's official format from a number of products and a seed."""
 
 import hashlib
 import json

@@ -1,8 +1,7 @@
-"""WebShop's goals and rewards, as the original computes them, with the randomness that it leaves open decided.
+"""WebShop's goals and rewards, as the original computes them.
 
-The original draws the prices of goals from Python's random module before it is seeded, so its goals differ from process to
-process. Here they follow from a seed, in the original's order of draws; with that seed given, the original makes the same
-goals. Rewards are its own: difflib's ratio, which thefuzz uses where python-Levenshtein is not installed.
+The original draws goal prices before it seeds its random generator, so its goals differ between processes; here they follow
+from a seed, in the original's order of draws.
 """
 
 import itertools

@@ -1,4 +1,6 @@
-"""Players of WebShop: one that reads pages, and one that knows the product a goal was made of."""
+"""Scripted WebShop players: an expert that knows only the pages it has seen, and an oracle that knows the product of the
+goal.
+"""
 
 import re
 from typing import TYPE_CHECKING, Final

@@ -1,7 +1,5 @@
-"""Text as WebShop's search engine sees it: Lucene's English analysis, as Anserini 0.14 sets it up.
-
-A standard tokenizer (Unicode's word boundaries, emoji), possessives off, lower case, 33 stop words, and Porter's stemmer with
-its author's three later departures (Lucene has them; Snowball's `porter`, and so PyStemmer, has not).
+"""Text analysis of WebShop's search engine: Lucene's English analyzer as Anserini 0.14 configures it (Unicode tokenizer,
+possessives removed, lower case, 33 stop words, Porter stemmer with its author's three later changes).
 """
 
 import re

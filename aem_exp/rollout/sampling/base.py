@@ -1,8 +1,5 @@
-"""The contract of samplers: what they return, and how their randomness is seeded.
-
-A sampler opens sessions; a session continues many conversations at once and returns exact tokens with the log-prob and
-the entropy of each, so that nothing has to be scored again. Sampling takes its randomness from a key per response and from
-nothing else: neither the batch a response happens to be in, nor the rank, changes it (up to floating-point rounding).
+"""The interface of samplers (sampler, session, sample), and the local sampler, which generates with the policy in this
+process and keeps its KV cache across the turns of an episode.
 """
 
 from collections.abc import Sequence

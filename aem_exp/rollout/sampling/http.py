@@ -1,7 +1,6 @@
-"""Answers of servers over HTTP, read within a limit of time and a limit of size.
+"""HTTP requests to servers, with a limit of time and of size for every answer.
 
-A server is another program, maybe on another machine: an answer that comes byte by byte, has no end, is compressed or is
-nested without end must cost no more than the limits, and its text reaches a terminal as plain text.
+Text of a server is cleaned before it reaches a terminal.
 """
 
 import asyncio

@@ -1,11 +1,6 @@
-"""Samples with TRL's own engine: HF `generate`, or vLLM in this process.
+"""Sampling with TRL's own generation: Hugging Face `generate`, or vLLM in this process.
 
-The same contract as `local.LocalSampler`, so a GPU user switches config and nothing else. What the engine does not return
-is measured by the trainer: entropies, and log-probs that can serve as *old* ones. Its own log-probs, where it has any, enter
-the correction for the difference between the two, and nothing else.
-
-HF `generate` draws a whole batch from one seed, which follows from the keys of all its responses. vLLM draws as it likes: a
-resumed run is then not the same run.
+What the engine does not report (entropies, old log-probs) is measured by the trainer.
 """
 
 from collections.abc import Iterator, Sequence

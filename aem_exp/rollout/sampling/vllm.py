@@ -1,12 +1,7 @@
-"""Samples from servers of other processes: vLLM's completions endpoint, token ids in and token ids out.
+"""Sampling with vLLM servers in other processes, over the completions endpoint: token ids go in, token ids and log-probs
+come out.
 
-Every process sends requests for its own episodes: nothing is gathered, no rank waits for another, and each conversation goes
-on by itself. The engine's defaults are never read: temperature, filters, penalties, end tokens and a seed that follows from the
-response's key are sent with every request. An answer that is not exact tokens of the vocabulary within the budget, each with
-a log-prob that one can have, ends the run; nothing is tokenised again.
-
-Log-probs that come with the tokens are the server's own: they enter the correction, token by token, and nothing else.
-It gives no entropies; the trainer measures them.
+Every answer is checked; an answer that is not exact ends the run.
 """
 
 from collections.abc import Sequence

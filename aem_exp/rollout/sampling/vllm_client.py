@@ -1,14 +1,5 @@
-"""A client of the servers of other processes that generate (vLLM's): requests, and what happens when a server is away.
-
-A folder says where they are (see `rendezvous`). It is read again when a server does not answer: a server that is started anew
-may have another port.
-
-An episode keeps to one server while that answers: it has the episode's tokens in its cache. After a failure that may pass (no
-connection, 429, 5xx, no answer in time) the request is sent again, to the next server where there is one, after pauses that
-grow, up to a limit. What a server refuses (other 4xx) it would refuse again. Both then end the run, in a sentence.
-
-A server that was started anew has the weights that it was started with. It reads the newest before it generates. An evaluation
-may leave a server as it was started, where that can read no other weights and says that it has these.
+"""The client of a run's vLLM servers: which server gets a request, when a request is sent again, and how a restarted
+server gets the newest weights before it generates.
 """
 
 import asyncio

@@ -1,11 +1,5 @@
-"""Send the trainer's newest weights to servers of other processes, before each rollout that follows an update.
-
-`FilePublisher`: writes a safetensors file in a new folder beside the servers' addresses, and has each server read it (vLLM's
-`reload_weights`). Needs a disk that both see, and works anywhere; a server that was away reads them when it is back.
-`NCCLPublisher`: from GPU to GPU over NCCL, by TRL's own client. Fast; a server that is started anew is lost to the run.
-
-TRL iterates over the weights: it gathers what is sharded, merges adapters, and names them as vLLM does. All processes of a
-run take part in that; the first sends. Besides `training`, the only module that imports TRL.
+"""Sends the trainer's newest weights to the vLLM servers before each rollout that follows an update: as a safetensors file
+(`FilePublisher`), or from GPU to GPU over NCCL (`NCCLPublisher`).
 """
 
 import shutil
