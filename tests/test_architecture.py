@@ -42,7 +42,7 @@ IMPORTED_BY = {
     "optuna": "sweep.study",
     "matplotlib": "core.plots run.summary report.figures",
     "jinja2": "report.render",
-    "pyarrow": "rundir.episodes evaluate.evaluation",
+    "pyarrow": "rundir.episodes rundir.examples evaluate.evaluation",
     "textworld": "envs.alfworld",
     "fast_downward": "envs.alfworld",
     "spacy": "envs.webshop",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aem_exp.core import disk
 from aem_exp.core.console import ENTROPY, GATED, RECENT_STEPS, SUCCESS
 from aem_exp.core.plots import BLUE, GREY, ORANGE
-from aem_exp.rundir import EXPERIMENT, RESULT, episodes, metrics
+from aem_exp.rundir import EXPERIMENT, RESULT, episodes, examples, metrics
 from aem_exp.stats.scores import wilson_interval
 from aem_exp.tracking import publish
 
@@ -231,8 +231,8 @@ def write_artifacts(run_dir: Path) -> list[Path]:
     if (experiment := run_dir / EXPERIMENT).exists():
         (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
         files.append(config)
-    if rows := episodes.select_examples(run_dir):
-        (readable := run_dir / "episodes.md").write_text(episodes.to_markdown(rows))
+    if rows := examples.select_examples(run_dir):
+        (readable := run_dir / "episodes.md").write_text(examples.to_markdown(rows))
         files.append(readable)
     return files + save_plots(metrics.read(run_dir), run_dir / "plots", _repeats(run_dir))
 
