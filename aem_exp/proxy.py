@@ -164,10 +164,10 @@ def _sample_states(
 def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
     """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
     from aem_exp.rollout.sampling.base import keyed_generator
-    from aem_exp.rollout.types import CRASHED
+    from aem_exp.rollout.types import Ending
 
     t = trajectory
-    if t.ended == CRASHED or not t.responses:
+    if t.ended == Ending.CRASHED or not t.responses:
         return []
     turn = int(keyed_generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
     prompt = list(t.responses[turn].prompt)

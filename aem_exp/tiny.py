@@ -23,7 +23,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row, build_rows
 from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
@@ -210,7 +210,7 @@ def demonstrate(
     episodes_to_play = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(executor):
         played = Rollout(executor, env, Chat(tokenizer)).play(episodes_to_play, sampler)
-    whole = [t for t in played if t.responses and t.ended != CRASHED]
+    whole = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     _report_crashes(played, whole)
     if not shyness:  # the shy player uses the same words
         observations = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
@@ -224,7 +224,7 @@ def _report_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -
     Raises:
         RunError: all of them crashed.
     """
-    crashed = next((t for t in played if t.ended == CRASHED), None)
+    crashed = next((t for t in played if t.ended == Ending.CRASHED), None)
     if not whole:
         first = crashed or played[0]
         remedy = "its first prompt does not fit into env.context_tokens"

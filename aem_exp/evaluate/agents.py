@@ -24,7 +24,7 @@ from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampling, 
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.types import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # agents without a model
 ModelSampler = LocalSampler | ServerSampler
@@ -154,7 +154,7 @@ def play_without_model(
     episodes: Sequence[Episode], executor: EnvExecutor, choose: ResponseFunction, max_turns: int
 ) -> list[Trajectory]:
     """Play episodes with an agent that has no model."""
-    played = [Trajectory(episode.task, episode.draw, episode.member, ended=TURNS) for episode in episodes]
+    played = [Trajectory(episode.task, episode.draw, episode.member, ended=Ending.TURNS) for episode in episodes]
     replies = executor.reset({slot: episode.task for slot, episode in enumerate(episodes)})
     for slot, reply in replies.items():
         played[slot].goal = reply.goal
@@ -186,13 +186,13 @@ def _world_response(
 def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
     """Record the reply of the world; return its turn where the episode goes on."""
     if reply.turn is None:
-        trajectory.ended, trajectory.error = CRASHED, reply.error
+        trajectory.ended, trajectory.error = Ending.CRASHED, reply.error
         return None
     if trajectory.responses:
         response, turn = trajectory.responses[-1], reply.turn
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
     if reply.turn.done:
-        trajectory.ended = OVER if reply.turn.terminated else STOPPED
+        trajectory.ended = Ending.OVER if reply.turn.terminated else Ending.STOPPED
     return None if reply.turn.done else reply.turn
 
 

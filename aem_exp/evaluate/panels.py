@@ -49,9 +49,9 @@ def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
     Raises:
         RunError: the world never says who won.
     """
-    from aem_exp.rollout.types import CONTEXT, CRASHED
+    from aem_exp.rollout.types import Ending
 
-    begun = [t for t in played if t.responses and t.ended != CRASHED]
+    begun = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     if begun and not any("won" in t.responses[-1].metrics for t in begun):
         reason = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
         raise RunError(f"{reason}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
@@ -60,7 +60,7 @@ def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
             "all games of the panel %s begin alike and answer alike; where a task's seed changes nothing, none is held out",
             panel.name,
         )
-    if 2 * (cut := sum(t.ended == CONTEXT for t in played)) >= len(played):
+    if 2 * (cut := sum(t.ended == Ending.CONTEXT for t in played)) >= len(played):
         remedy = "raise env.context_tokens, or show less of the past: env.history=window env.window=2"
         log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
 
@@ -90,7 +90,7 @@ def _is_one_game(begun: Sequence["Trajectory"]) -> bool:
 
 def build_outcome(row: dict[str, Any]) -> Outcome:
     """What a score needs of an episode, from its record."""
-    from aem_exp.rollout.types import CRASHED
+    from aem_exp.rollout.types import Ending
 
     responses = row["responses"]
     return Outcome(
@@ -99,7 +99,7 @@ def build_outcome(row: dict[str, Any]) -> Outcome:
         won=row["won"],
         ret=row["return"],
         ended=row["ended"],
-        crashed=row["ended"] == CRASHED,
+        crashed=row["ended"] == Ending.CRASHED,
         valid=[response["valid"] for response in responses],
         entropies=[response["entropy"] for response in responses if response["entropy"] is not None],
         tokens=row["tokens"],

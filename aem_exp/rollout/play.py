@@ -16,7 +16,7 @@ from aem_exp.rollout import threads
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampler, Session
-from aem_exp.rollout.types import CONTEXT, CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
 MAX_THREADS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
 
@@ -167,9 +167,9 @@ class _LiveEpisode:
         self.goal = reply.goal
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
         if turn.done:
-            return self._end(OVER if turn.terminated else STOPPED)
+            return self._end(Ending.OVER if turn.terminated else Ending.STOPPED)
         if len(self.trajectory.responses) >= self.rules.max_turns:
-            return self._end(TURNS)
+            return self._end(Ending.TURNS)
         if self.rules.history == "window":
             self._pairs.append((self._observation, reply.action))
         return self._render_prompt(turn)
@@ -187,7 +187,7 @@ class _LiveEpisode:
                 [],
             )
             self.budget = self.rules.response_tokens
-            return bool(self.prompt) or self._end(CONTEXT)
+            return bool(self.prompt) or self._end(Ending.CONTEXT)
         message = _fill_template(
             self.rules.prompt, "next" if self.trajectory.responses else "first", self._prompt_fields(turn)
         )
@@ -197,7 +197,7 @@ class _LiveEpisode:
             self.prompt = self.chat.start(message)
         left = self.rules.context_tokens - self._used - len(self.prompt)
         self.budget = min(self.rules.response_tokens, left)
-        return left > 0 or self._end(CONTEXT)
+        return left > 0 or self._end(Ending.CONTEXT)
 
     def _window_prompts(self, turn: Turn) -> Iterator[list[int]]:
         """The prompt with as much history as allowed, then with less and less of it."""
@@ -224,10 +224,9 @@ class _LiveEpisode:
     def _end_crashed(self, reply: Reply) -> bool:
         """A crash of the environment ends this episode and no other."""
         self.trajectory.error = reply.error
-        return self._end(CRASHED)
+        return self._end(Ending.CRASHED)
 
-    def _end(self, ending: str) -> bool:
-        """End the episode: there is nothing to generate."""
+    def _end(self, ending: Ending) -> bool:
         self.trajectory.ended = ending
         return False
 

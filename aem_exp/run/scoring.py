@@ -11,7 +11,7 @@ from aem_exp.envs import panel
 from aem_exp.envs.panel import Panel
 from aem_exp.evaluate import panels
 from aem_exp.rollout.play import Rollout
-from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.run.context import RunContext
 from aem_exp.run.recorder import count_crashed
 from aem_exp.stats.scores import Score
@@ -48,7 +48,7 @@ def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
     """
     score = panels.score_panel(chosen, played)
     if score.crashed:
-        first = next(t for t in played if t.ended == CRASHED)
+        first = next(t for t in played if t.ended == Ending.CRASHED)
         share = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
         sentence = f"{share}; task {first.task.id}: {first.error}"
         if score.crashed == score.episodes:

@@ -31,8 +31,9 @@ from aem_exp.run.serving import SamplerFactory, build_publisher, choose_sampler,
 from aem_exp.rundir import BEFORE, DIVERGED, MODEL, checkpoints
 from aem_exp.stats.scores import Score
 from aem_exp.training import fsdp
+from aem_exp.training.build import build_trainer
 from aem_exp.training.callback import AEMCallback, StepCounter
-from aem_exp.training.trainer import AEMTrainer, build_trainer
+from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
 
 log = logging.getLogger("aem_exp")
 
@@ -119,20 +120,20 @@ class RunSession:
             self._score_before_training,
         )
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
-        recorder, is_main = self.recorder, distributed.is_main_process()
-        return build_trainer(
-            experiment,
-            self.context.folder,
-            self.loaded.model,
-            self.loaded.tokenizer,
-            callback,
-            partial(_draw_episodes, experiment, self.context.world.tasks("train")),
-            self.rollout,
-            lambda trainer: self.make_sampler(trainer, sampling),
-            keep=(lambda step, credit: recorder.record_training(step, credit.played)) if is_main else None,
-            before_save=partial(recorder.prepare_save, policy=self.loaded.model) if is_main else None,
+        source = RolloutSource(
+            draw=partial(_draw_episodes, experiment, self.context.world.tasks("train")),
+            rollout=self.rollout,
+            make_sampler=lambda trainer: self.make_sampler(trainer, sampling),
             publish=publish,
         )
+        recorder, hooks = self.recorder, NO_HOOKS
+        if distributed.is_main_process():
+            hooks = TrainerHooks(
+                record_step=lambda step, credit: recorder.record_training(step, credit.played),
+                before_save=partial(recorder.prepare_save, policy=self.loaded.model),
+            )
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        return build_trainer(experiment, self.context.folder, model, tokenizer, callback, source, hooks)
 
     def _train(self) -> None:
         """All steps that are left. None may be: then the policy is loaded, and moved to the device on which it plays."""

@@ -39,7 +39,7 @@ def build_record(step: int, split: str, trajectory: Trajectory, in_full: bool) -
         "won": trajectory.won,
         "score": trajectory.score,
         "return": trajectory.ret,
-        "ended": trajectory.ended,
+        "ended": str(trajectory.ended),
         "error": trajectory.error,
         "turns": len(turns),
         "tokens": trajectory.tokens,

@@ -85,7 +85,7 @@ class Client:
             headers={"Accept-Encoding": "identity", **headers},
             timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
-            trust_env=False,  # servers are on this network: no proxy, and no credentials of other hosts
+            trust_env=False,  # servers are on the same network: no proxy, and no stored credentials
         )
 
     async def get(self, url: str) -> Answer:
