@@ -43,7 +43,7 @@ IMPORTED_BY = {
     "matplotlib": "core.plots run.summary report.figures",
     "jinja2": "report.render",
     "rich": "core.console",
-    "pyarrow": "rundir.episodes evaluate.evaluation",
+    "pyarrow": "rundir.episodes rundir.examples evaluate.evaluation",
     "textworld": "envs.alfworld",
     "fast_downward": "envs.alfworld",
     "spacy": "envs.webshop",
