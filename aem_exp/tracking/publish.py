@@ -56,8 +56,8 @@ def save_views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) 
         for experiment in experiments:
             store = _RemoteRun(outputs / experiment, uri, {"experiment": experiment})
             number = store.open_experiment()
-            saved.save(store.client, number, sweep, saved.sweep_tag(sweep))
-            links += saved.links(there.link, number, sweep).values()
+            taken = saved.save(store.client, number, sweep, saved.sweep_tag(sweep))
+            links += saved.links(there.link, number, sweep, taken).values()
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"no links: {_reason(error)}")]
     return there.lines(*links)
