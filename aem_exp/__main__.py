@@ -202,7 +202,7 @@ def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
 
 def _format_size(experiment: "Experiment") -> str:
     t = experiment.trainer
-    return f"{t['steps']} steps x {t['tasks_per_step']} tasks x {t['group_size']} trajectories"
+    return f"{t.steps} steps x {t.tasks_per_step} tasks x {t.group_size} trajectories"
 
 
 def _format_launch(experiment: "Experiment") -> str:

@@ -108,7 +108,7 @@ def evaluate_proxy(
         "panel": [exam.panel.name, exam.panel.hash],
         "asked": [states, samples, exam.temperature],
         **player.identity(),
-        **({"bf16": True} if exam.experiment.trainer.get("bf16") else {}),
+        **({"bf16": True} if exam.experiment.trainer.bf16 else {}),
     }
     folder = exam.out / "proxy" / f"{exam.panel.name}-{states}x{samples}-{hash_identity(identity)}-{player.name}"
     if not (folder / RESULT).exists():

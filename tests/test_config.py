@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_exp import config
 from aem_exp.__main__ import main
-from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys
+from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys, trainer_schema
 from aem_exp.config.compose import Composer, compose
+from aem_exp.config.schema import neutral_values
+from aem_exp.config.trainer_schema import trainer_keywords
 from aem_exp.core import disk
 from aem_exp.core.errors import closest_match
 from aem_exp.core.typed import convert
@@ -50,7 +52,7 @@ def at(experiment: Experiment, dotted: str) -> Any:
 
 
 def with_trainer(experiment: Experiment, **changes: Any) -> Experiment:
-    return dataclasses.replace(experiment, trainer=experiment.trainer | changes)
+    return dataclasses.replace(experiment, trainer=dataclasses.replace(experiment.trainer, **changes))
 
 
 # conf/
@@ -165,7 +167,7 @@ def test_experiments_are_the_reference_settings(name):
     experiment = load([f"+experiment={name}"])
     assert {key: at(experiment, key) for key in REFERENCES[name]} == REFERENCES[name]
     if name != "swebench_32b":
-        assert "epsilon_high" not in experiment.trainer
+        assert experiment.trainer.epsilon_high is None
         assert {"<think>", "</think>", "<action>", "</action>"} <= set(experiment.env.prompt["window"].split())
 
 
@@ -473,16 +475,17 @@ def test_suggestions_know_initials_and_spelling():
 
 def test_keys_need_no_plus_and_yaml_spells_on_as_true():
     experiment = load(["trainer.beta=0.1", "+trainer.delta=3", "model.lora={r:8,lora_alpha:16}", "model.thinking=on"])
-    assert (experiment.trainer["beta"], experiment.trainer["delta"]) == (0.1, 3.0)
+    assert (experiment.trainer.beta, experiment.trainer.delta) == (0.1, 3.0)
     assert experiment.model.lora == {"r": 8, "lora_alpha": 16}
     assert convert(Literal["on", "off"], True, "x") == "on"
 
 
 def test_the_trainer_block_is_complete_and_typed(default):
-    for key, value in default.trainer.items():
+    keywords = trainer_keywords(default.trainer)
+    for key, value in keywords.items():
         assert value is not None
         assert convert((trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS)[key], value, key) == value
-    assert set(trainer_keys.NEUTRAL_VALUES) <= set(default.trainer)
+    assert set(NEUTRAL) <= set(keywords) and config.to_dict(default)["trainer"] == keywords
 
 
 def test_the_value_is_frozen(default):
@@ -491,9 +494,9 @@ def test_the_value_is_frozen(default):
 
 
 def test_dataclass_defaults_are_neutral():
-    blank = Experiment()
-    assert (blank.modulation.lam, blank.modulation.gate, blank.env.invalid_penalty) == (None, 0.0, 0.0)
-    assert (blank.evaluation.every, blank.evaluation.temperature, blank.model.lora) == (0, 1.0, None)
+    modulation, evaluation = config.Modulation(), config.Evaluation()
+    assert (modulation.lam, modulation.gate, config.Env().invalid_penalty) == (None, 0.0, 0.0)
+    assert (evaluation.every, evaluation.temperature, config.Model().lora) == (0, 1.0, None)
 
 
 @pytest.mark.parametrize("overrides", [[], ["+experiment=alfworld_1_5b"], ["+experiment=swebench_32b", "seed=3"]])
@@ -527,8 +530,16 @@ def changed(value: Any, hint: Any = None) -> Any:
     return {"another": 1} if "dict" in str(hint) else "x"
 
 
-PARTS = ("model", "env", "baseline", "modulation", "evaluation", "launch")
-FIELDS = [(part, f.name) for part in PARTS for f in dataclasses.fields(getattr(Experiment(), part))]
+PARTS = {
+    "model": config.Model,
+    "env": config.Env,
+    "baseline": config.Baseline,
+    "modulation": config.Modulation,
+    "evaluation": config.Evaluation,
+    "launch": config.Launch,
+}
+FIELDS = [(part, f.name) for part, block in PARTS.items() for f in dataclasses.fields(block)]
+NEUTRAL = {key: value for key, value in neutral_values(config.Trainer).items() if value is not None}
 
 
 @pytest.mark.parametrize(("part", "name"), FIELDS, ids=[".".join(pair) for pair in FIELDS])
@@ -544,7 +555,7 @@ def test_signature_follows_the_science_and_nothing_else(default, part, name):
 @pytest.mark.parametrize("key", [*trainer_keys.OWN_KEYS, *trainer_keys.GRPO_KEYS])
 def test_signature_follows_every_trainer_key(default, key):
     hint = (trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS)[key]
-    other = with_trainer(default, **{key: changed(default.trainer.get(key), hint)})
+    other = with_trainer(default, **{key: changed(getattr(default.trainer, key), hint)})
     assert config.signature(other) != config.signature(default)
 
 
@@ -554,9 +565,9 @@ def test_signature_of_the_rest(default):
     assert config.signature(dataclasses.replace(default, seed=1)) != config.signature(default)
 
 
-@pytest.mark.parametrize("key", trainer_keys.NEUTRAL_VALUES)
+@pytest.mark.parametrize("key", NEUTRAL)
 def test_a_neutral_key_changes_nothing(default, key):
-    neutral = with_trainer(default, **{key: trainer_keys.NEUTRAL_VALUES[key]})
+    neutral = with_trainer(default, **{key: NEUTRAL[key]})
     data = config.to_dict(neutral)
     del data["trainer"][key]  # as a version wrote it that did not have the key
     assert config.from_dict(data) == neutral
@@ -565,8 +576,8 @@ def test_a_neutral_key_changes_nothing(default, key):
 
 def test_neutral_fields_are_left_out_of_the_hash(default):
     data = config.to_dict(default)
-    for part in PARTS:
-        blank = dataclasses.asdict(getattr(Experiment(), part))
+    for part, block in PARTS.items():
+        blank = dataclasses.asdict(block())
         data[part] = {key: value for key, value in data[part].items() if value != blank[key]}
     assert config.signature(config.from_dict(data)) == config.signature(default)
 
@@ -627,7 +638,6 @@ def test_tables_are_grpo_keywords():
     assert not known & set(trainer_keys.OWN_KEYS)
     tables = [set(trainer_keys.GRPO_KEYS), set(trainer_keys.LAUNCH_KEYS), set(trainer_keys.REPLACEMENTS)]
     assert sum(map(len, tables)) == len(set().union(*tables))
-    assert set(trainer_keys.NEUTRAL_VALUES) <= set(trainer_keys.GRPO_KEYS | trainer_keys.OWN_KEYS)
     assert {key for keys in trainer_keys.LOSS_SPECIFIC_KEYS.values() for key in keys} <= set(
         trainer_keys.GRPO_KEYS | trainer_keys.OWN_KEYS
     )
@@ -659,9 +669,9 @@ def test_choices_are_those_of_the_libraries():
         tree = ast.parse((PACKAGES / file).read_text())
         return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
-    assert set(get_args(trainer_keys.LossType)) <= strings("trl/trainer/grpo_trainer.py")
-    assert set(get_args(trainer_keys.SchedulerType)) <= strings("transformers/trainer_utils.py")
-    assert set(get_args(trainer_keys.Optimizer)) <= strings("transformers/training_args.py")
+    assert set(get_args(trainer_schema.LossType)) <= strings("trl/trainer/grpo_trainer.py")
+    assert set(get_args(trainer_schema.SchedulerType)) <= strings("transformers/trainer_utils.py")
+    assert set(get_args(trainer_schema.Optimizer)) <= strings("transformers/training_args.py")
 
 
 # Targets
@@ -800,7 +810,7 @@ def test_a_user_lays_a_folder_over_ours(mine, tmp_path):
         (overlay / file).parent.mkdir(parents=True)
         (overlay / file).write_text(text)
     experiment = load(["+experiment=own", "baseline.advantage.gamma=1", "modulation=none"], overlay)
-    assert (experiment.seed, experiment.trainer["epsilon"], experiment.modulation.name) == (5, 0.1, "hidden")
+    assert (experiment.seed, experiment.trainer.epsilon, experiment.modulation.name) == (5, 0.1, "hidden")
     assert experiment.baseline.advantage == {"_target_": "mine.estimate", "gamma": 1.0}
     with pytest.raises(ConfigError, match="did you mean gamma"):
         load(["+experiment=own", "baseline.advantage.gama=1"], overlay)

@@ -179,7 +179,7 @@ def test_a_run_dir_that_is_none_or_was_edited_is_refused(unbroken, tmp_path):
     copy.mkdir()
     text = (unbroken[0] / "experiment.json").read_text()
     (copy / "experiment.json").write_text(text)
-    assert read(copy).trainer["steps"] == 6
+    assert read(copy).trainer.steps == 6
     with pytest.raises(ConfigError, match=f"stands at step 0 and has no checkpoint.*: python -m aem_exp.run {copy}"):
         load([f"from={copy}", "trainer.steps=9"])
     (copy / "experiment.json").write_text(text.replace('"steps": 6', '"steps": 7'))
@@ -197,7 +197,7 @@ def test_somebody_elses_config_runs_only_when_trusted(unbroken, tmp_path):
     os.chown(copy / "experiment.json", 12345, 12345)
     with pytest.raises(ConfigError, match="--trust"):
         read(copy)
-    assert read(copy, trust=True).trainer["steps"] == 6
+    assert read(copy, trust=True).trainer.steps == 6
 
 
 def test_the_run_dir_is_the_job(unbroken, cache, tmp_path):

@@ -25,6 +25,7 @@ def test_configs_travel_inside(wheel):
     for file in (ROOT / "conf").rglob("*.yaml"):
         assert f"aem_exp/_bundled/conf/{file.relative_to(ROOT / 'conf')}" in names
     assert not any(name.split("/")[0] in ("conf", "tests", "sweeps") for name in names)
+    assert "aem_exp/py.typed" in names  # type checkers read our annotations
 
 
 def test_the_wheel_works_from_anywhere_under_the_users_configs(wheel, tmp_path):

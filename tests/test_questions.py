@@ -118,7 +118,7 @@ products:
         "outputs=here",
         "seed=1",
     ) or (last.overrides[-3:] == ("trainer.steps=7", "outputs=here", "seed=1"))
-    assert last.experiment.baseline.name == "dapo" and last.experiment.trainer["steps"] == 7
+    assert last.experiment.baseline.name == "dapo" and last.experiment.trainer.steps == 7
     assert last.folder.parent == tmp_path / "here"
 
 
@@ -249,7 +249,7 @@ trainer: {loss_type: dapo, epsilon: 0.25}
         sweep = load(written(tmp_path, SMALL), config_dir=tmp_path / "own")
         for cell in sweep.cells:
             assert cell.experiment == config.load(list(cell.overrides), tmp_path / "own")
-            assert cell.experiment.trainer["epsilon"] == 0.25
+            assert cell.experiment.trainer.epsilon == 0.25
 
 
 def test_cells_may_continue_a_run(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aem_exp import advantages, schedules, tiny
-from aem_exp.config import Env, Experiment, Launch
+from aem_exp.config import Env, Experiment, Launch, Trainer
 from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
@@ -86,7 +86,7 @@ def env(history: str, **changes: Any) -> Env:
 
 
 def experiment(history: str = "full", **trainer: Any) -> Experiment:
-    settings = {
+    settings: dict[str, Any] = {
         "steps": 2,
         "tasks_per_step": 4,
         "group_size": 4,
@@ -95,13 +95,18 @@ def experiment(history: str = "full", **trainer: Any) -> Experiment:
         "lr_scheduler_type": "constant",
         "loss_type": "dapo",
         "epsilon": 0.2,
+        "optim": "adamw_torch_fused",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
         "beta": 0.0,
         "temperature": 1.0,
         "bf16": False,
         "use_bias_correction_kl": False,
     }
     return Experiment(
-        name="toy", env=env(history), trainer=settings | trainer, launch=Launch(trainer={"use_cpu": True})
+        name="toy", env=env(history), trainer=Trainer(**settings | trainer), launch=Launch(trainer={"use_cpu": True})
     )
 
 
@@ -136,15 +141,15 @@ def trainer(
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)
     chat = Chat(tokenizer)
-    callback = AEMCallback(StepCounter(run.trainer["steps"]), schedules.Constant(lam) if lam is not None else None)
+    callback = AEMCallback(StepCounter(run.trainer.steps), schedules.Constant(lam) if lam is not None else None)
     settings: dict[str, Any] = {
         "callback": callback,
         "draw": draw,
         "rollout": Rollout(SerialExecutor(ChatterWorld()), run.env, chat),
         "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling()),
         "estimator": estimator or advantages.group_normalised,
-        "mini_batch": 0 if run.trainer["mini_batch"] == "all" else run.trainer["mini_batch"],
-        "epochs": run.trainer.get("num_iterations", 1),
+        "mini_batch": 0 if run.trainer.mini_batch == "all" else run.trainer.mini_batch,
+        "epochs": run.trainer.num_iterations,
     }
     return AEMTrainer(
         model,

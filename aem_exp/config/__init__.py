@@ -22,6 +22,7 @@ from aem_exp.config.schema import (
 )
 from aem_exp.config.sources import conf_root, config_roots, list_choices
 from aem_exp.config.targets import instantiate
+from aem_exp.config.trainer_schema import Trainer
 from aem_exp.core.errors import ConfigError
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Launch",
     "Model",
     "Modulation",
+    "Trainer",
     "apply_evaluation_limits",
     "arm_signature",
     "check_machine",

@@ -30,7 +30,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from aem_exp.config import Experiment, config_roots, continuation, list_choices, read, safe_yaml, to_dict, trainer_keys
+from aem_exp.config import (
+    Experiment,
+    Trainer,
+    config_roots,
+    continuation,
+    list_choices,
+    read,
+    safe_yaml,
+    to_dict,
+    trainer_keys,
+)
 from aem_exp.config.rules import TEMPLATE_FIELDS
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 
@@ -327,8 +337,10 @@ def _parse_override(text: str) -> Override:
 
 def _unknown_key_error(key: str, value: str, groups: Choices) -> ConfigError:
     """A key that is neither field nor group: the end of one perhaps, or a typo."""
-    parts = {name: part for name, part in vars(Experiment()).items() if is_dataclass(part)}
-    known = [f"{name}.{leaf.name}" for name, part in parts.items() for leaf in fields(part)]
+    blocks = {
+        item.name: item.type for item in fields(Experiment) if is_dataclass(item.type) and item.type is not Trainer
+    }
+    known = [f"{name}.{leaf.name}" for name, block in blocks.items() for leaf in fields(block)]
     known += [f"trainer.{name}" for name in trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS]
     known += [f"launch.trainer.{name}" for name in trainer_keys.LAUNCH_KEYS]
     leaves = {full.rpartition(".")[2]: full for full in reversed(known)}

@@ -23,7 +23,7 @@ def starting_point(parent: str, experiment: Experiment) -> tuple[str, int]:
     folder, name, steps = (
         Path(parent).expanduser().absolute(),
         config.signature(experiment),
-        experiment.trainer["steps"],
+        experiment.trainer.steps,
     )
     if (folder / RESULT).exists():
         return name, steps
@@ -47,7 +47,7 @@ def starting_checkpoint(experiment: Experiment) -> Path:
     """
     assert experiment.parent_dir is not None
     parent, steps = Path(experiment.parent_dir), experiment.parent_steps
-    steps = steps or config.read(parent, trust=True).trainer["steps"]  # of a run that an older version has begun
+    steps = steps or config.read(parent, trust=True).trainer.steps  # of a run that an older version has begun
     found = dict[int, Path]()
     for each in checkpoints.list_complete(parent):
         with suppress(OSError, ValueError, KeyError, TypeError):  # its mark is damaged: then nobody knows its step

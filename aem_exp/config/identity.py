@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aem_exp.config import trainer_keys
-from aem_exp.config.schema import Experiment, to_dict
+from aem_exp.config.schema import Experiment, neutral_values, to_dict
 
 NOT_HASHED = (
     "name",
@@ -60,8 +59,7 @@ def _hashed_fields(e: Experiment) -> dict[str, Any]:
 
 
 def _science(e: Experiment) -> dict[str, Any]:
-    neutral = _hashed_fields(Experiment()) | {"trainer": trainer_keys.NEUTRAL_VALUES}
-    out = {}
+    neutral, out = neutral_values(Experiment), {}
     for key, value in _hashed_fields(e).items():
         if isinstance(value, dict):
             out[key] = {k: v for k, v in value.items() if k not in neutral[key] or neutral[key][k] != v}

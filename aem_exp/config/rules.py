@@ -48,37 +48,37 @@ def check(e: Experiment) -> None:
 
 def check_against_parent(e: Experiment, parent: Experiment) -> None:
     """Refuse what a run that begins at another's last checkpoint could not honour: weights and moments are as they are."""
-    kept = {f"trainer.{key}": (parent.trainer.get(key), e.trainer.get(key)) for key in OPTIMIZER_KEYS}
+    kept = {f"trainer.{key}": (getattr(parent.trainer, key), getattr(e.trainer, key)) for key in OPTIMIZER_KEYS}
     kept |= {f"model.{key}": (value, getattr(e.model, key)) for key, value in vars(parent.model).items()}
     for field, (old, new) in kept.items():
         if old != new:
             raise ConfigError(
                 field, new, f"must stay {format_value(old)}: weights and optimizer are those of {e.parent_dir}"
             )
-    if e.trainer["steps"] <= e.parent_steps:
+    if e.trainer.steps <= e.parent_steps:
         remedy = f"must be above {e.parent_steps}, the steps of {e.parent_dir}: steps are counted from its start"
-        raise ConfigError("trainer.steps", e.trainer["steps"], remedy)
+        raise ConfigError("trainer.steps", e.trainer.steps, remedy)
 
 
 def notes(e: Experiment) -> list[str]:
     """What is allowed and yet does nothing, or not what its name says."""
     t, out = e.trainer, []
-    fits = e.env.history == "full" and round(t["tasks_per_step"] * t["group_size"] / _rows_per_update(e)) == 1
-    if t["num_iterations"] == 1 and (t["mini_batch"] == "all" or fits):
-        clips = ", ".join(f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if key in t)
-        out.append(f"one update per step (trainer.mini_batch={t['mini_batch']}): the ratio is 1, so {clips} never act")
-    if t["importance_sampling_level"] == "sequence" and t["loss_type"] in ("bnpo", "dr_grpo", "dapo", "cispo"):
-        out.append(
-            f"trainer.loss_type={t['loss_type']} weights a sequence ratio by length; GSPO's own loss_type is grpo"
+    fits = e.env.history == "full" and round(t.tasks_per_step * t.group_size / _rows_per_update(e)) == 1
+    if t.num_iterations == 1 and (t.mini_batch == "all" or fits):
+        clips = ", ".join(
+            f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if getattr(t, key) is not None
         )
+        out.append(f"one update per step (trainer.mini_batch={t.mini_batch}): the ratio is 1, so {clips} never act")
+    if t.importance_sampling_level == "sequence" and t.loss_type in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        out.append(f"trainer.loss_type={t.loss_type} weights a sequence ratio by length; GSPO's own loss_type is grpo")
     if e.parent_steps and (anew := _progress_schedules(e)):
-        span = f"steps {e.parent_steps + 1} to {t['steps']}"
+        span = f"steps {e.parent_steps + 1} to {t.steps}"
         out.append(f"{' and '.join(anew)}: a new schedule over {span}, the steps of this run; not the parent's")
     if e.modulation.lam is not None and e.modulation.gate == 0:
         out.append("modulation.gate=0: groups whose entropies differ by noise alone are modulated too")
     if e.modulation.lam is not None and not any(v for k, v in e.modulation.lam.items() if k != "_target_"):
         out.append(f"modulation={e.modulation.name} with lambda 0: this is the baseline alone, under another name")
-    if t.get("mask_truncated_completions"):
+    if t.mask_truncated_completions:
         out.append("trainer.mask_truncated_completions=true: where failures run out of turns, only wins are trained")
     if e.env.history == "full" and e.env.max_turns * e.env.response_tokens > e.env.context_tokens:
         out.append(
@@ -94,9 +94,9 @@ def notes(e: Experiment) -> list[str]:
             out.append(f"env.prompt.{name} has no {{observation}}: the policy is not shown what it stands before")
     if e.env.history == "window" and e.env.window and "history" not in _template_fields(e.env.prompt["window"]):
         out.append(f"env.prompt.window has no {{history}}: env.window={e.env.window} shows nothing")
-    if e.model.path and not e.model.lora and t["learning_rate"] > 1e-4:
+    if e.model.path and not e.model.lora and t.learning_rate > 1e-4:
         out.append(
-            f"trainer.learning_rate={t['learning_rate']:g} is for a tiny policy; for weights that are loaded, 1e-6 or so"
+            f"trainer.learning_rate={t.learning_rate:g} is for a tiny policy; for weights that are loaded, 1e-6 or so"
         )
     if e.env.history == "window" and e.env.window == 0:
         out.append("env.window=0: the policy is shown nothing of the past turns")
@@ -117,7 +117,7 @@ def notes(e: Experiment) -> list[str]:
 
 def _progress_schedules(e: Experiment) -> list[str]:
     """What follows the progress of a run."""
-    lam, shape = e.modulation.lam or {}, e.trainer["lr_scheduler_type"]
+    lam, shape = e.modulation.lam or {}, e.trainer.lr_scheduler_type
     fields = {"modulation.lam": lam.get("_target_", CONSTANT_SCHEDULE), "trainer.lr_scheduler_type": shape}
     return [f"{field}={value}" for field, value in fields.items() if value not in (CONSTANT_SCHEDULE, "constant")]
 
@@ -210,53 +210,54 @@ def _template_fields(template: str) -> set[str]:
 
 def _check_sizes(e: Experiment) -> None:
     t, world = e.trainer, e.launch.nodes * max(1, e.launch.gpus_per_node)
-    sizes = {key: t[key] for key in ("group_size", "tasks_per_step", "oversample")}
+    sizes: dict[str, int] = {key: getattr(t, key) for key in ("group_size", "tasks_per_step", "oversample")}
     if (played := prod(sizes.values())) > MAX_EPISODES:
         key = max(sizes, key=sizes.__getitem__)
         remedy = f"makes {played:,} episodes a step, and {MAX_EPISODES:,} is the most"
-        raise ConfigError(f"trainer.{key}", t[key], remedy)
-    episodes = t["tasks_per_step"] * t["group_size"]
-    asked = f"trainer.tasks_per_step={t['tasks_per_step']} x trainer.group_size={t['group_size']} = {episodes}"
+        raise ConfigError(f"trainer.{key}", sizes[key], remedy)
+    episodes = t.tasks_per_step * t.group_size
+    asked = f"trainer.tasks_per_step={t.tasks_per_step} x trainer.group_size={t.group_size} = {episodes}"
     if e.env.history == "full" and _rows_per_update(e) > episodes:
-        raise ConfigError("trainer.mini_batch", t["mini_batch"], f"must be at most the rows of a step: {asked}")
+        raise ConfigError("trainer.mini_batch", t.mini_batch, f"must be at most the rows of a step: {asked}")
     if episodes % world:
         raise ConfigError("launch", f"{world} processes", f"must divide the trajectories of a step: {asked}")
 
 
 def _check_resampling(e: Experiment) -> None:
-    for key in ("rounds", "oversample"):
-        if e.trainer[key] > 1 and not e.trainer["drop_equal"]:
-            raise ConfigError(f"trainer.{key}", e.trainer[key], "only read with trainer.drop_equal=true")
+    for key, count in (("rounds", e.trainer.rounds), ("oversample", e.trainer.oversample)):
+        if count > 1 and not e.trainer.drop_equal:
+            raise ConfigError(f"trainer.{key}", count, "only read with trainer.drop_equal=true")
 
 
 def _check_loss(e: Experiment) -> None:
     t = e.trainer
     averaged = e.env.history == "full" or e.modulation.unit == "token"
-    if t["importance_sampling_level"] == "sequence" and averaged and e.modulation.lam is not None:
+    if t.importance_sampling_level == "sequence" and averaged and e.modulation.lam is not None:
         remedy = "a sequence ratio averages the advantages of a row, which cancels the modulation; "
         remedy += "use env.history=window and env.window=N"
         remedy += " and modulation.unit=response" if e.modulation.unit == "token" else ""
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
-    if t["count_masked"] and not t["mask_truncated_completions"]:
+    if t.count_masked and not t.mask_truncated_completions:
         raise ConfigError("trainer.count_masked", True, "only read with trainer.mask_truncated_completions=true")
-    if t["count_masked"] and t["loss_type"] not in ROW_MEAN_LOSSES:
+    if t.count_masked and t.loss_type not in ROW_MEAN_LOSSES:
         remedy = f"only read with a loss that is a mean over rows (trainer.loss_type={', '.join(ROW_MEAN_LOSSES)})"
         raise ConfigError("trainer.count_masked", True, remedy)
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
-        if t["loss_type"] == loss and t["importance_sampling_level"] != level:
+        if t.loss_type == loss and t.importance_sampling_level != level:
             raise ConfigError("trainer.loss_type", loss, f"needs trainer.importance_sampling_level={level}")
 
 
 def _check_sampling(e: Experiment) -> None:
     t = e.trainer
     for key, off in UNFILTERED_SAMPLING.items():
-        if t.get(key, off) != off and e.modulation.lam is not None:
+        value = getattr(t, key)
+        if value not in (None, off) and e.modulation.lam is not None:
             raise ConfigError(
-                f"trainer.{key}", t[key], f"modulation needs the unfiltered distribution: {off:g}, or modulation=none"
+                f"trainer.{key}", value, f"modulation needs the unfiltered distribution: {off:g}, or modulation=none"
             )
-    if t["repetition_penalty"] != 1 and not e.launch.trainer.get("use_vllm"):
+    if t.repetition_penalty != 1 and not e.launch.trainer.get("use_vllm"):
         raise ConfigError(
-            "trainer.repetition_penalty", t["repetition_penalty"], "only read with launch.trainer.use_vllm=true"
+            "trainer.repetition_penalty", t.repetition_penalty, "only read with launch.trainer.use_vllm=true"
         )
 
 
@@ -343,7 +344,7 @@ def _check_fsdp(e: Experiment) -> None:
     if e.model.lora and how.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
         remedy = "of an adapter, it must be FULL_STATE_DICT: in pieces, peft does not find its weights again"
         raise ConfigError("launch.trainer.fsdp_config.state_dict_type", how["state_dict_type"], remedy)
-    if how.get("cpu_ram_efficient_loading") and e.trainer.get("beta", 0.0):
+    if how.get("cpu_ram_efficient_loading") and e.trainer.beta:
         remedy = (
             "leaves TRL's reference policy, which trainer.beta asks for, without its weights on all processes but one"
         )
@@ -359,7 +360,7 @@ def _check_fsdp(e: Experiment) -> None:
 def _rows_per_update(e: Experiment) -> int:
     """Rows per update; with `mini_batch: all`, the trajectories of a step."""
     t = e.trainer
-    return t["tasks_per_step"] * t["group_size"] if t["mini_batch"] == "all" else t["mini_batch"]
+    return t.tasks_per_step * t.group_size if t.mini_batch == "all" else t.mini_batch
 
 
 RULES: Final[tuple[Callable[[Experiment], None], ...]] = (

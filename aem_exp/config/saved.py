@@ -8,12 +8,12 @@ from typing import Any
 
 from aem_exp.config import trainer_keys
 from aem_exp.config.identity import diff, outputs_root, signature
-from aem_exp.config.schema import Experiment
+from aem_exp.config.schema import Experiment, Launch
 from aem_exp.config.targets import bind_targets
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.core.trust import check_run_dir as check_owner
-from aem_exp.core.typed import build_from_mapping
+from aem_exp.core.typed import convert, convert_fields
 
 RETIRED: tuple[str, ...] = ()  # dotted keys that older versions wrote into records, and that decide nothing any more
 
@@ -55,9 +55,11 @@ def build_experiment(data: Mapping[str, Any]) -> Experiment:
         if isinstance(block, Mapping) and (group in block or ("trainer" in block and group != "launch")):
             header = "a file that sets more than its own block begins with the line `# @package _global_`"
             raise ConfigError(group, f"{{{', '.join(block)}}}", f"{header}: does the one in conf/{group}/?")
-    e = build_from_mapping(Experiment, data)
-    launch = replace(e.launch, trainer=trainer_keys.resolve_launch_trainer(e.launch.trainer))
-    return replace(e, trainer=trainer_keys.resolve_trainer(e.trainer), launch=launch)
+    values = convert_fields(Experiment, {key: value for key, value in data.items() if key != "trainer"})
+    launch = values.get("launch", Launch())
+    launch = replace(launch, trainer=trainer_keys.resolve_launch_trainer(launch.trainer))
+    block = convert(dict[str, Any], data.get("trainer", {}), "trainer")
+    return Experiment(**values | {"launch": launch, "trainer": trainer_keys.resolve_trainer(block)})
 
 
 def nearest_run(experiment: Experiment) -> tuple[Path, list[str]] | None:

@@ -1,7 +1,7 @@
 """Decides which GRPOConfig keywords an experiment may set, and in which block.
 
 `trainer` holds those that decide results and are hashed, `launch.trainer` those of execution; TRL's batch sizes are derived
-from the keys in OWN_KEYS. A key that is left out has its neutral value, whatever TRL's default.
+from the fields of `StepSettings`. A key that is left out has its neutral value, whatever TRL's default.
 """
 
 import ast
@@ -9,19 +9,13 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypedDict, get_args
+from typing import Annotated, Any, Final, Literal, TypedDict
 
+from aem_exp.config.schema import neutral_values
+from aem_exp.config.trainer_schema import StepSettings, Trainer
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
-from aem_exp.core.typed import AT_LEAST_1, AT_LEAST_2, BELOW_1, FRACTION, NOT_NEGATIVE, POSITIVE, convert, describe_type
+from aem_exp.core.typed import FRACTION, PositiveFloat, PositiveInt, convert, describe_type, type_hints
 
-PositiveInt = Annotated[int, AT_LEAST_1]
-PositiveFloat = Annotated[float, POSITIVE]
-NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-SchedulerType = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
-]
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 OptionalBool = bool | None
 OptionalText = str | None
 OptionalMapping = dict[str, Any] | None
@@ -41,78 +35,8 @@ class FSDPKeywords(TypedDict, total=False):
     min_num_params: int | None
 
 
-OWN_KEYS: Final[dict[str, Any]] = {
-    "steps": Annotated[int, NOT_NEGATIVE],  # rollout batches
-    "tasks_per_step": PositiveInt,
-    "group_size": Annotated[int, AT_LEAST_2],  # trajectories per drawn task
-    "mini_batch": Literal["all"] | PositiveInt,  # rows per update
-    "oversample": PositiveInt,  # tasks drawn per round, as a multiple of tasks_per_step
-    "rounds": PositiveInt,  # rounds of play until tasks_per_step groups have unequal returns (DAPO's dynamic sampling)
-    "drop_equal": bool,  # groups of equal returns leave the step
-    "count_masked": bool,  # masked trajectories count among the rows that a loss is the mean of
-    "loss_constant": PositiveInt
-    | None,  # what dr_grpo divides a trajectory's token sum by; null: its token budget; 1: a sum
-}
-GRPO_KEYS: Final[dict[str, Any]] = {
-    "learning_rate": PositiveFloat,
-    "lr_scheduler_type": SchedulerType,
-    "lr_scheduler_kwargs": OptionalMapping,
-    "warmup_steps": NonNegativeFloat,
-    "optim": Optimizer,
-    "optim_args": OptionalText,
-    "weight_decay": NonNegativeFloat,
-    "adam_beta1": Annotated[float, BELOW_1],
-    "adam_beta2": Annotated[float, BELOW_1],
-    "adam_epsilon": PositiveFloat,
-    "max_grad_norm": NonNegativeFloat,
-    "bf16": bool,
-    "cast_lm_head_to_fp32": bool,
-    "loss_type": LossType,
-    "importance_sampling_level": Literal["token", "sequence"],
-    "epsilon": PositiveFloat,
-    "epsilon_high": PositiveFloat | None,
-    "delta": PositiveFloat | None,
-    "mask_truncated_completions": bool,  # episodes cut by turns or context leave the loss, and count as 0 in their group
-    "beta": NonNegativeFloat,
-    "use_bias_correction_kl": bool,
-    "entropy_coef": NonNegativeFloat,
-    "top_entropy_quantile": Annotated[float, FRACTION],
-    "off_policy_mask_threshold": PositiveFloat | None,
-    "num_iterations": PositiveInt,
-    "temperature": PositiveFloat,
-    "top_p": Annotated[float, FRACTION],
-    "top_k": Annotated[int, NOT_NEGATIVE],
-    "min_p": Annotated[float, BELOW_1] | None,
-    "repetition_penalty": PositiveFloat,
-    "sapo_temperature_neg": PositiveFloat | None,
-    "sapo_temperature_pos": PositiveFloat | None,
-    "vespo_k_pos": PositiveFloat | None,
-    "vespo_lambda_pos": PositiveFloat | None,
-    "vespo_k_neg": PositiveFloat | None,
-    "vespo_lambda_neg": PositiveFloat | None,
-}
-NEUTRAL_VALUES: Final[dict[str, Any]] = {
-    "mini_batch": "all",
-    "oversample": 1,
-    "rounds": 1,
-    "drop_equal": False,
-    "count_masked": False,
-    "mask_truncated_completions": False,
-    "warmup_steps": 0.0,
-    "weight_decay": 0.0,
-    "bf16": False,
-    "cast_lm_head_to_fp32": False,
-    "importance_sampling_level": "token",
-    "beta": 0.0,
-    "use_bias_correction_kl": False,
-    "entropy_coef": 0.0,
-    "top_entropy_quantile": 1.0,
-    "num_iterations": 1,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-}
+OWN_KEYS: Final = type_hints(StepSettings)
+GRPO_KEYS: Final = {key: hint for key, hint in type_hints(Trainer).items() if key not in OWN_KEYS}
 LAUNCH_KEYS: Final[dict[str, Any]] = {
     "use_cpu": OptionalBool,
     "tf32": OptionalBool,
@@ -192,15 +116,14 @@ LOSS_SPECIFIC_KEYS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-def resolve_trainer(block: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_trainer(block: Mapping[str, Any]) -> Trainer:
     """The `trainer` block: checked, typed, complete. What is null is not set."""
     table = OWN_KEYS | GRPO_KEYS
     given = _convert_block("trainer", block, table)
-    loss = given.get("loss_type")
+    loss, defaults = given.get("loss_type"), neutral_values(Trainer)
     for key in table:
-        optional = key in NEUTRAL_VALUES or type(None) in get_args(table[key])
-        wanted = key in GRPO_KEYS and key in LOSS_SPECIFIC_KEYS.get(str(loss), ())
-        if key not in given and (wanted or not optional):
+        needed = key in GRPO_KEYS and key in LOSS_SPECIFIC_KEYS.get(str(loss), ())
+        if key not in given and (needed or key not in defaults):
             raise ConfigError(f"trainer.{key}", None, f"must be {describe_type(table[key])}; nothing sets it")
     for other, keys in LOSS_SPECIFIC_KEYS.items():
         for key in keys:
@@ -208,7 +131,7 @@ def resolve_trainer(block: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(
                     f"trainer.{key}", given[key], f"only read with trainer.loss_type={other}, here {loss}"
                 )
-    return {key: value for key in table if (value := given.get(key, NEUTRAL_VALUES.get(key))) is not None}
+    return Trainer(**given)
 
 
 def resolve_launch_trainer(block: Mapping[str, Any]) -> dict[str, Any]:

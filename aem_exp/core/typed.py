@@ -33,6 +33,10 @@ AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
 AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
 FRACTION = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
+PositiveInt = Annotated[int, AT_LEAST_1]
+NonNegativeInt = Annotated[int, NOT_NEGATIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -79,14 +83,19 @@ def convert(hint: Any, value: Any, field: str) -> Any:
 
 def build_from_mapping(cls: type[T], data: Any, field: str = "") -> T:
     """A dataclass of ours, or a typed dict of the keys that are given, from a mapping of its fields."""
-    hints = _type_hints(cls)  # type: ignore[arg-type]
+    return cls(**convert_fields(cls, data, field))
+
+
+def convert_fields(cls: type, data: Any, field: str = "") -> dict[str, Any]:
+    """The given fields of a dataclass or typed dict, each converted to its type."""
+    hints = type_hints(cls)
     if not isinstance(data, Mapping):
         raise ConfigError(field, data, f"must be a mapping with the keys {', '.join(hints)}")
     at = f"{field}." if field else ""
     for key, value in data.items():
         if key not in hints:
             raise unknown_key_error(f"{at}{key}", value, hints)
-    return cls(**{key: convert(hints[key], value, f"{at}{key}") for key, value in data.items()})
+    return {key: convert(hints[key], value, f"{at}{key}") for key, value in data.items()}
 
 
 def describe_type(hint: Any) -> str:
@@ -104,7 +113,8 @@ def describe_type(hint: Any) -> str:
 
 
 @cache
-def _type_hints(cls: Any) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
+    """Field name -> type of a dataclass or typed dict, with its ranges."""
     return get_type_hints(cls, include_extras=True)
 
 

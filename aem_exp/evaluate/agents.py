@@ -100,7 +100,7 @@ def _local_sampler_factory(player: Agent, experiment: Experiment) -> Iterator[tu
         torch.set_num_threads(launch.threads)
     device = policy.select_device(launch)
     model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
-    trained_in_bf16 = bool(experiment.trainer.get("bf16"))
+    trained_in_bf16 = experiment.trainer.bf16
     with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
         yield partial(LocalSampler, model.to(device)), tokenizer
 

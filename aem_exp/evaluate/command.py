@@ -100,7 +100,7 @@ def _suggest_next_command(asked: argparse.Namespace, exam: EvaluationSetup) -> s
             ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
         )
     if is_run_dir(asked.target):
-        steps = 2 * exam.experiment.trainer["steps"]
+        steps = 2 * exam.experiment.trainer.steps
         return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
     return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_model_path_overrides(asked.target), *own])
 

@@ -131,7 +131,7 @@ def evaluate_agent(exam: EvaluationSetup, player: "Agent", line: "ProgressLine")
         **player.identity(),
         **({"temperature": exam.temperature} if player.model else {}),
         **({"sampler": "served"} if player.model and exam.experiment.launch.sampler == "served" else {}),
-        **({"bf16": True} if player.model and exam.experiment.trainer.get("bf16") else {}),
+        **({"bf16": True} if player.model and exam.experiment.trainer.bf16 else {}),
     }
     heat = f"-T{exam.temperature:g}" if player.model else ""
     name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{hash_identity(identity)}-k{exam.repeats}{heat}-{player.name}"

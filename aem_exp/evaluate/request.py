@@ -203,7 +203,7 @@ def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experim
     if original is None:
         return Agent(POLICY, model, policy.locate(model))
     model = replace(model, path=str(_absolute_path(asked.target) / "model"), revision=None)
-    return Agent(POLICY, model, policy.locate(model), original.trainer["steps"])
+    return Agent(POLICY, model, policy.locate(model), original.trainer.steps)
 
 
 def _select_agents(

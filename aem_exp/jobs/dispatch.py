@@ -185,7 +185,7 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
         dry_run.check_functions(experiment)
     asked = {
-        repr((e.env.make, e.model.make, e.evaluation, e.trainer["tasks_per_step"], e.trainer["oversample"])): e
+        repr((e.env.make, e.model.make, e.evaluation, e.trainer.tasks_per_step, e.trainer.oversample)): e
         for e in experiments
     }
     for experiment in asked.values():

@@ -263,7 +263,7 @@ def _check_schedule(experiment: Experiment) -> None:
             raise ConfigError(field, path, remedy)
 
 
-def _synthetic_step(settings: dict[str, Any]) -> Any:
+def _synthetic_step(settings: config.Trainer) -> Any:
     """What was played in a step: as many tasks and trajectories as the experiment has, of one to three turns; half of them win.
 
     Where groups of equal returns are trained on, the first is one.
@@ -272,10 +272,8 @@ def _synthetic_step(settings: dict[str, Any]) -> Any:
 
     from aem_exp.advantages import Played
 
-    groups, size = settings["tasks_per_step"], settings["group_size"]
-    won = [
-        float(m % 2 and (g > 0 or groups == 1 or settings["drop_equal"])) for g in range(groups) for m in range(size)
-    ]
+    groups, size = settings.tasks_per_step, settings.group_size
+    won = [float(m % 2 and (g > 0 or groups == 1 or settings.drop_equal)) for g in range(groups) for m in range(size)]
     turns = [1 + m % 3 for m in range(groups * size)]
     owners = [m for m, count in enumerate(turns) for _ in range(count)]
     last = [turn == count - 1 for count in turns for turn in range(count)]

@@ -86,7 +86,7 @@ def _format_cost(experiment: Experiment, need: MemoryEstimate) -> str:
     hours, gpus, decoding_bound = _step_hours(experiment, need)
     total = sum(hours.values())
     shares = ", ".join(f"{name} {part / total:.0%}" for name, part in hours.items())
-    total *= t["steps"]
+    total *= t.steps
     slow = f" and {BANDWIDTH / 1e12:g} TB/s for decoding" if decoding_bound else ""
     cost = f"about {total:,.0f} GPU-hours, {total / gpus / 24:,.1f} days, were every context full: {shares}"
     return f"{cost}; at {UTILISATION:.0%} of {launch.gpu_tflops:g} TFLOP/s{slow}, without evaluation and environments"
@@ -120,7 +120,7 @@ def _step_flops(experiment: Experiment, process: ProcessSpec, need: MemoryEstima
     turns = experiment.env.max_turns if experiment.env.history == "window" else 1
     return {
         "play": forward * sizes.episodes * turns * process.tokens,
-        "update": forward * sizes.tokens * (4 if process.passes.checkpointing else 3) * t["num_iterations"],
+        "update": forward * sizes.tokens * (4 if process.passes.checkpointing else 3) * t.num_iterations,
         "scoring": forward * sizes.tokens * (process.scoring_pass + process.reference),
     }
 

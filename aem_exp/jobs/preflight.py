@@ -24,9 +24,9 @@ def open_checked_world(experiment: Experiment) -> World:
     dry_run.check_functions(experiment)
     world, settings = open_world(experiment), experiment.trainer
     train = panel.list_tasks(world, "train")
-    if settings["tasks_per_step"] * settings["oversample"] > len(train):
+    if settings.tasks_per_step * settings.oversample > len(train):
         remedy = f"env {experiment.env.name} has {len(train)} training tasks"
-        raise ConfigError("trainer.tasks_per_step", settings["tasks_per_step"], remedy)
+        raise ConfigError("trainer.tasks_per_step", settings.tasks_per_step, remedy)
     how = experiment.evaluation
     panels = {
         split: panel.build_panel(world, split, how.tasks, (field, "evaluation.tasks"))

@@ -75,7 +75,7 @@ def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[byte
     weights = policy.locate(model) if model.path else policy.make_cached(experiment, opening.open_world(experiment))
     host, dtype = (
         rendezvous.private_address(site.interface),
-        "bfloat16" if experiment.trainer.get("bf16") else model.dtype,
+        "bfloat16" if experiment.trainer.bf16 else model.dtype,
     )
     port = rendezvous.find_free_port(host)
     context = max(experiment.env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens)

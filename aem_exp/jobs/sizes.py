@@ -50,18 +50,18 @@ class StepSizes:
     @classmethod
     def from_experiment(cls, experiment: Experiment) -> StepSizes:
         t, env, launch = experiment.trainer, experiment.env, experiment.launch
-        windows, group = env.history == "window", t["group_size"]
-        episodes = t["tasks_per_step"] * t["oversample"] * group
-        kept = episodes + (t["tasks_per_step"] - 1) * group if t["rounds"] > 1 else episodes
+        windows, group = env.history == "window", t.group_size
+        episodes = t.tasks_per_step * t.oversample * group
+        kept = episodes + (t.tasks_per_step - 1) * group if t.rounds > 1 else episodes
         rows, response_tokens = kept * (env.max_turns if windows else 1), env.max_turns * env.response_tokens
-        updates = 1 if t["mini_batch"] == "all" else max(1, round(rows / t["mini_batch"]))
+        updates = 1 if t.mini_batch == "all" else max(1, round(rows / t.mini_batch))
         return cls(
             episodes=episodes,
             live=min(episodes, launch.device_episodes * process_count(launch) or episodes),
             rows=rows,
             tokens=rows * env.context_tokens,
             sampled=episodes * (response_tokens if windows else min(response_tokens, env.context_tokens)),
-            updates=updates * t["num_iterations"],
+            updates=updates * t.num_iterations,
         )
 
 
@@ -92,8 +92,8 @@ class PassSpec:
             dtype=model.dtype,
             attention=model.attention,
             lora=json.dumps(model.lora or {}, sort_keys=True),
-            autocast=t["bf16"],
-            fp32_head=t["cast_lm_head_to_fp32"],
+            autocast=t.bf16,
+            fp32_head=t.cast_lm_head_to_fp32,
             gpu=launch.gpus_per_node > 0,
             processes=process_count(launch) if launch.trainer.get("fsdp") else 1,
             offload=bool(fsdp.get("cpu_offload")),
@@ -140,7 +140,7 @@ class ProcessSpec:
         """
         t, env, model, launch = experiment.trainer, experiment.env, experiment.model, experiment.launch
         sizes, ranks = StepSizes.from_experiment(experiment), process_count(launch)
-        share = -(-(sizes.rows if t["mini_batch"] == "all" else min(sizes.rows, t["mini_batch"])) // ranks)
+        share = -(-(sizes.rows if t.mini_batch == "all" else min(sizes.rows, t.mini_batch)) // ranks)
         short = max(1, launch.device_tokens // env.context_tokens) if launch.device_tokens else share
         rows = min(share, short, launch.device_rows or share)
         episodes = -(-sizes.episodes // ranks)
@@ -151,9 +151,9 @@ class ProcessSpec:
         sampler = "served" if launch.sampler == "served" else "colocate" if launch.trainer.get("use_vllm") else "local"
         return cls(
             passes=PassSpec.from_experiment(experiment),
-            optim=t["optim"],
-            reference=t["beta"] > 0 and not model.lora,
-            scoring_pass=launch.sampler != "local" or model.dtype != "float32" or t["bf16"] or t["beta"] > 0,
+            optim=t.optim,
+            reference=t.beta > 0 and not model.lora,
+            scoring_pass=launch.sampler != "local" or model.dtype != "float32" or t.bf16 or t.beta > 0,
             ranks=ranks,
             sampler=sampler,
             engine_bytes=vllm_share(launch) * gpu_memory(launch) * GB if sampler == "colocate" else 0.0,

@@ -104,7 +104,7 @@ class RunSession:
         self.watcher = watch if isinstance(watch, Watcher) else None
         self.rollout = Rollout(stage, experiment.env, self.chat, launch.device_episodes, self.watcher)
         made = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
-        self.time = StepCounter(experiment.trainer["steps"], start.step, experiment.parent_steps, made)
+        self.time = StepCounter(experiment.trainer.steps, start.step, experiment.parent_steps, made)
         self.episodes = EpisodeWriter(folder, start.last_measured_step) if self.first else None
         self.scores: dict[str, Any] = {}
         self.crashes: set[str] = set()  # kinds that were told
@@ -205,7 +205,7 @@ class RunSession:
             lambda: self.enough or self.signals.received is not None,
             self._score_before_training,
         )
-        sampling = Sampling(**{k: settings[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in settings})
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
         return build_trainer(
             experiment,
             self.folder,
@@ -358,10 +358,10 @@ def _draw_episodes(experiment: Experiment, tasks: Any, step: int, number: int) -
     from aem_exp.rollout.types import Episode
 
     settings, seed = experiment.trainer, experiment.seed
-    count = settings["tasks_per_step"] * settings["oversample"]
+    count = settings.tasks_per_step * settings.oversample
     chosen = keyed_generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)
     return [
         Episode(tasks[int(index)], draw, member, (seed, step, number, draw, member))
         for draw, index in enumerate(chosen, start=number * count)
-        for member in range(settings["group_size"])
+        for member in range(settings.group_size)
     ]

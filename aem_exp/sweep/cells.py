@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp import config
 from aem_exp.config import rules
-from aem_exp.config.schema import NonNegativeInt
 from aem_exp.core.errors import ConfigError
-from aem_exp.core.typed import convert
+from aem_exp.core.typed import NonNegativeInt, convert
 
 if TYPE_CHECKING:
     from aem_exp.config.compose import Composer

@@ -91,7 +91,7 @@ def _check_identity(study: Study, opened: "optuna.Study") -> None:
 def _pruner(study: Study) -> Any:
     from optuna import pruners
 
-    search, steps = study.search, study.base.trainer["steps"]
+    search, steps = study.search, study.base.trainer.steps
     every = study.base.evaluation.every if search.metric.startswith("eval/") else 1
     if search.pruner == "median":
         return pruners.MedianPruner(n_startup_trials=max(2, min(5, search.trials // 3)))

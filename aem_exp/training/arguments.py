@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from aem_exp.config.schema import Experiment
 from aem_exp.config.trainer_keys import OWN_KEYS
+from aem_exp.config.trainer_schema import trainer_keywords
 
 
 def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
@@ -13,9 +14,9 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
 
     One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
     """
-    settings = dict(experiment.trainer)
-    group = settings["group_size"]
-    constant = settings.get("loss_constant") or max_episode_tokens(experiment)
+    settings = trainer_keywords(experiment.trainer)
+    group = experiment.trainer.group_size
+    constant = experiment.trainer.loss_constant or max_episode_tokens(experiment)
     return GRPOConfig(
         **{
             "gradient_checkpointing": False,

@@ -51,6 +51,7 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
     from aem_exp.rollout.play import Rollout
     from aem_exp.rollout.sampling.base import Sampling
     from aem_exp.rollout.sampling.local import LocalSampler
+    from aem_exp.run import session
 
     # TRL adds 1e-4 to the standard deviation, and we 1e-6
     words = [
