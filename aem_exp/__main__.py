@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aem_exp import __version__, commands
 from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, MissingResource
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EXPERIMENT, RESULT
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -254,7 +254,7 @@ def _format_state(folder: Path) -> str:
         return "finished: asking shows it"
     if by := describe_active_job(folder):
         return f"on its way: {by}"
-    return "begun: asking resumes it" if (folder / "experiment.json").exists() else "new"
+    return "begun: asking resumes it" if (folder / EXPERIMENT).exists() else "new"
 
 
 def _describe_experiment(experiment: "Experiment") -> list[str]:

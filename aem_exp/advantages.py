@@ -26,23 +26,26 @@ Over = Literal["trajectories", "turns"]
 
 @dataclass(frozen=True)
 class Played:
-    """What an estimator sees of a step. The responses of a trajectory follow each other in the order of its turns.
-
-    Attributes:
-        return_M: episode return, without penalties; 0 for a trajectory that leaves the loss and still counts in the mean.
-        group_M: group of each trajectory, 0..G-1.
-        trajectory_R: index into M of the trajectory that owns each response.
-        reward_R: reward of the turn.
-        penalty_R: what this very response loses (an invalid action); it enters the response's own score only.
-        state_R: id of what the response answered to; equal where the same group met the same observation.
-    """
+    """What an estimator gets of a step. The responses of a trajectory follow each other in the order of its turns."""
 
     return_M: Tensor
+    """episode return, without penalties; 0 for a trajectory that leaves the loss and still counts in the mean"""
     group_M: Tensor
+    """group of each trajectory, 0..G-1"""
     trajectory_R: Tensor
+    """index into M of the trajectory that owns each response"""
     reward_R: Tensor
+    """reward of the turn"""
     penalty_R: Tensor
+    """what this very response loses (an invalid action); it enters the response's own score only"""
     state_R: Tensor
+    """id of the observation that the response answers; equal where the same group met the same observation"""
+
+    def __post_init__(self) -> None:
+        shapes_M = self.return_M.shape, self.group_M.shape
+        shapes_R = self.trajectory_R.shape, self.reward_R.shape, self.penalty_R.shape, self.state_R.shape
+        assert self.return_M.ndim == 1 and len(set(shapes_M)) == 1, shapes_M
+        assert self.trajectory_R.ndim == 1 and len(set(shapes_R)) == 1, shapes_R
 
     @property
     def group_R(self) -> Tensor:
@@ -132,6 +135,7 @@ def step_compared(
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
     """Return from each turn to the end of its trajectory, later rewards weighing gamma less per turn."""
+    assert reward_R.ndim == 1 and reward_R.shape == trajectory_R.shape, (reward_R.shape, trajectory_R.shape)
     out, later, owner = reward_R.tolist(), 0.0, -1
     owners = trajectory_R.tolist()
     for r in reversed(range(len(out))):
@@ -144,6 +148,7 @@ class _Statistics:
     """Mean, sample standard deviation and count of each group of a population, in float64."""
 
     def __init__(self, value: Tensor, group: Tensor):
+        assert value.ndim == 1 and value.shape == group.shape, (value.shape, group.shape)
         groups = int(group.max()) + 1 if len(group) else 0
         value = value.double()
         self.count_G = torch.bincount(group, minlength=groups)
@@ -155,11 +160,11 @@ class _Statistics:
         self.std_G = (squares_G / (self.count_G - 1).clamp(min=1)).sqrt()
 
     def excess(self, value: Tensor, group: Tensor) -> Tensor:
-        """What values have over the mean of their group."""
+        """The difference of each value from the mean of its group."""
         return value - self.mean_G[group]
 
     def scaled(self, excess: Tensor, group: Tensor, eps: float) -> Tensor:
-        """... in standard deviations of their group, if it has any spread."""
+        """Such differences in standard deviations of their group; unchanged in a group without spread."""
         return excess / torch.where(self.std_G > 0, self.std_G + eps, 1.0)[group]
 
 

@@ -13,7 +13,8 @@ by the sampling temperature):
 Our own choices, where the paper is silent: alpha is a constant for the optimiser and nothing is re-normalised afterwards;
 a group with one response, or without spread, has alpha = 1; fully masked trajectories have no responses.
 
-Shapes: N rows, T tokens of a row, R responses of the batch (row-major). Nothing here knows ranks: hand in whole groups.
+Shapes: N rows, T tokens of a row, K generated tokens and R responses of the batch (both row-major), G groups. Nothing here
+knows ranks: hand in whole groups.
 """
 
 import torch
@@ -30,6 +31,7 @@ def responses(mask_NT: Tensor) -> Tensor:
         response_NT (int64): id of the response that owns each token, 0..R-1 in row-major order over the batch; -1 elsewhere.
         A response is a maximal run of generated tokens: an environment always answers with at least one token.
     """
+    assert mask_NT.ndim == 2, mask_NT.shape
     own_NT = mask_NT.bool()
     first_NT = own_NT.clone()
     first_NT[:, 1:] &= ~own_NT[:, :-1]
@@ -41,6 +43,7 @@ def response_entropy(entropy_NT: Tensor, response_NT: Tensor) -> Tensor:
 
     The mean takes the response's length out of its (summed) entropy. Values outside responses are never read.
     """
+    assert response_NT.ndim == 2 and entropy_NT.shape == response_NT.shape, (entropy_NT.shape, response_NT.shape)
     own_NT = response_NT >= 0
     response_K, entropy_K = response_NT[own_NT], entropy_NT[own_NT].float()
     tokens_R = torch.bincount(response_K)
@@ -59,6 +62,7 @@ def coefficients(entropy_R: Tensor, group_R: Tensor, lam: float = 1.0, gate: flo
     Returns:
         alpha_R (float32), strictly decreasing in the entropy for lam > 0, with max / min = e^lam in an ungated group.
     """
+    assert entropy_R.ndim == 1 and group_R.shape == entropy_R.shape, (entropy_R.shape, group_R.shape)
     group_R = torch.unique(group_R, return_inverse=True)[1]
     entropy_R = entropy_R.detach().float()
     low_G, span_G = _range(entropy_R, group_R)
@@ -72,6 +76,7 @@ def coefficients(entropy_R: Tensor, group_R: Tensor, lam: float = 1.0, gate: flo
 
 def gated(entropy_R: Tensor, group_R: Tensor, gate: float = 0.1) -> Tensor:
     """Which groups (in increasing order of their id) the gate leaves unmodulated: bool per group."""
+    assert entropy_R.ndim == 1 and group_R.shape == entropy_R.shape, (entropy_R.shape, group_R.shape)
     span_G = _range(entropy_R.detach().float(), torch.unique(group_R, return_inverse=True)[1])[1]
     return (span_G < gate) | (span_G == 0)
 
@@ -87,6 +92,8 @@ def modulate(advantage: Tensor, alpha_R: Tensor, response_NT: Tensor) -> Tensor:
     Returns:
         advantage_NT; tokens that belong to no response keep their advantage (the loss masks them).
     """
+    assert alpha_R.ndim == 1 and response_NT.ndim == 2, (alpha_R.shape, response_NT.shape)
+    assert advantage.shape in (response_NT.shape[:1], response_NT.shape), (advantage.shape, response_NT.shape)
     advantage_NT = advantage[:, None] if advantage.dim() == 1 else advantage
     return advantage_NT * torch.cat([alpha_R, alpha_R.new_ones(1)])[response_NT]
 

@@ -16,6 +16,7 @@ from typing import Final
 from aem_exp import config
 from aem_exp.commands import COMMANDS
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import EXPERIMENT
 
 # In bash, a word ends at `=` and `:`; what stands before the last of them is not replaced, so it is cut from each answer.
 BASH: Final = """\
@@ -104,7 +105,7 @@ def _value_candidates(last: str, groups: dict[str, dict[str, Path]]) -> list[str
 def _run_dir_candidates(begun: str) -> list[str]:
     """Return the run dirs beside what was begun to be typed; at first, those of the folder of all runs."""
     folder = Path(begun).parent if "/" in begun else Path(os.environ.get("AEM_OUTPUTS") or "outputs")
-    return sorted(str(file.parent) for file in folder.expanduser().glob("*/experiment.json"))
+    return sorted(str(file.parent) for file in folder.expanduser().glob(f"*/{EXPERIMENT}"))
 
 
 def _options(command: str | None) -> list[str]:

@@ -21,16 +21,8 @@ from aem_exp.core import disk
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
-LOADED_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".tiktoken",
-    ".py",
-)  # files of a model's folder
+# Files of a model's folder.
+LOADED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 def locate(model: Model) -> str:
@@ -57,10 +49,10 @@ def _check_no_foreign_code(folder: Path) -> None:
     """Refuse a model that names code of another folder, `auto_map: {...: "other/folder--file.Class"}`: no hash covers that."""
     for file in sorted(folder.glob("*.json")):
         try:
-            named = list(_auto_map_names(json.loads(file.read_text(encoding="utf-8"))))
+            names = list(_auto_map_names(json.loads(file.read_text(encoding="utf-8"))))
         except (ValueError, RecursionError) as error:
             raise ConfigError("model.path", str(folder), f"{file.name} is damaged: {error}") from error
-        for name in named:
+        for name in names:
             if "--" in name:
                 remedy = (
                     f"auto_map in {file.name} names code of another folder ({name}), which code_sha256 does not cover"
@@ -144,10 +136,10 @@ def weight_names(folder: str) -> list[str]:
 
 
 def select_device(launch: Launch) -> Any:
-    """The torch device that is asked for: a GPU, or the CPU.
+    """The torch device of `launch`: a GPU, or the CPU.
 
     Raises:
-        ConfigError: there is no GPU here; better refused than trained for weeks on its CPU.
+        ConfigError: a GPU is wanted and there is none: training on the CPU could take weeks.
     """
     import torch
 
@@ -200,14 +192,12 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    tokenizer, how = (
-        load_tokenizer(model, folder),
-        {**_loading_options(model), "output_loading_info": True, "ignore_mismatched_sizes": True},
-    )
+    tokenizer = load_tokenizer(model, folder)
+    options = {**_loading_options(model), "output_loading_info": True, "ignore_mismatched_sizes": True}
     attention = {"attn_implementation": model.attention} if model.attention else {}
     try:
         policy, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, model.dtype), **attention, **how
+            folder, dtype=getattr(torch, model.dtype), **attention, **options
         )
     except (SafetensorError, OSError) as error:
         raise _unreadable_error(folder, "weights", error) from error
@@ -222,16 +212,16 @@ def _check_complete(policy: Any, folder: str, report: Mapping[str, Any]) -> None
 
     A tensor that is tied to another need not be there, and a buffer is none of the weights.
     """
-    spared = {*policy.all_tied_weights_keys, *(name for name, _ in policy.named_buffers())}
+    not_required = {*policy.all_tied_weights_keys, *(name for name, _ in policy.named_buffers())}
     other_shape = sorted(name for name, *_ in report["mismatched_keys"])
     for what, names in (
-        ("lack", sorted({*report["missing_keys"]} - spared)),
+        ("lack", sorted({*report["missing_keys"]} - not_required)),
         ("have another shape for", other_shape),
         ("hold what the model of config.json has no place for:", sorted(report["unexpected_keys"])),
     ):
         if names:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
-            raise ConfigError("model.path", folder, f"its weights {what} {some}; fetch or copy them again")
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+            raise ConfigError("model.path", folder, f"its weights {what} {shown}; fetch or copy them again")
 
 
 def _add_adapter(policy: Any, lora: dict[str, Any] | None) -> Any:
@@ -252,7 +242,7 @@ def max_positions(shape: dict[str, Any]) -> tuple[int, bool]:
 
 
 def build_from_config(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
-    """The model that a config.json describes, as `load` would make it but for its weights, which are as torch likes.
+    """The model that a config.json describes, as `load` would make it, except that its weights are random.
 
     Raises:
         ConfigError: transformers knows no such model.
@@ -263,8 +253,8 @@ def build_from_config(shape: dict[str, Any], dtype: str, attention: str | None, 
     kind = shape["model_type"]
     try:
         config = CONFIG_MAPPING[kind].from_dict(shape)
-        how = {"attn_implementation": attention} if attention else {}
-        policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **how)
+        options = {"attn_implementation": attention} if attention else {}
+        policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **options)
     except (KeyError, ValueError, TypeError) as error:
         why = f"transformers makes no causal language model of model_type={kind} in its config.json"
         raise ConfigError("model.path", kind, f"{why}: {' '.join(str(error).split())[:200]}") from error

@@ -35,27 +35,27 @@ def main(argv: list[str] | None = None) -> int:
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("asked", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
+    parser.add_argument("words", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
     parser.add_argument("--config-dir", help="a folder of your own over conf/")
     return parser.parse_intermixed_args(argv)
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    cli.add_user_modules(asked.config_dir)
-    for experiment in _drop_duplicates(_load_experiments(asked)):
+def _run_command(arguments: argparse.Namespace) -> int:
+    cli.add_user_modules(arguments.config_dir)
+    for experiment in _drop_duplicates(_load_experiments(arguments)):
         _prepare_experiment(experiment)
     print("next    the same words after python -m aem_exp (an experiment), or aem_exp.sweep (a sweep)")
     return 0
 
 
-def _load_experiments(asked: argparse.Namespace) -> list["Experiment"]:
+def _load_experiments(arguments: argparse.Namespace) -> list["Experiment"]:
     from aem_exp import config
     from aem_exp.sweep import question
 
-    if asked.asked and "=" not in asked.asked[0]:
-        sweep = question.load(asked.asked[0], asked.asked[1:], asked.config_dir)
+    if arguments.words and "=" not in arguments.words[0]:
+        sweep = question.load(arguments.words[0], arguments.words[1:], arguments.config_dir)
         return [cell.experiment for cell in sweep.cells]
-    return [config.load(asked.asked, asked.config_dir)]
+    return [config.load(arguments.words, arguments.config_dir)]
 
 
 def _drop_duplicates(experiments: Sequence["Experiment"]) -> list["Experiment"]:
@@ -88,7 +88,7 @@ def _prepare_experiment(experiment: "Experiment") -> None:
 
 
 def _fetch_model(experiment: "Experiment") -> None:
-    """The model's files from the hub, at the revision that is asked for; resumable, and checked by its hashes."""
+    """Fetch the model's files from the hub, at the configured revision; resumable, and checked by its hashes."""
     import os
 
     from huggingface_hub import snapshot_download

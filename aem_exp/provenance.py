@@ -17,8 +17,9 @@ from typing import Any
 from aem_exp import METHOD, config, policy
 from aem_exp.config import ConfigError, Experiment, targets
 from aem_exp.core import disk, trust
+from aem_exp.rundir import PROVENANCE
 
-FILE, CODE = "provenance.json", "code"
+CODE = "code"
 COMMIT = ".commit"  # of code that was frozen before its run began
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
 _PACKAGE_ROOT = disk.PACKAGE.resolve()
@@ -27,7 +28,7 @@ _PACKAGE_ROOT = disk.PACKAGE.resolve()
 def list_changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
     """How what would run now differs from what ran in this folder, in as many processes (or `distributed`)."""
     if ranks is None:
-        ranks = read(run_dir)["processes"] if (run_dir / FILE).exists() else 1
+        ranks = read(run_dir)["processes"] if (run_dir / PROVENANCE).exists() else 1
     return _compare_with_recorded(run_dir, _current_facts(experiment, weights, ranks), _code_files(experiment))
 
 
@@ -46,7 +47,7 @@ def record_start(
         raise ConfigError("resume", "exact", remedy)
     if (mark := _PACKAGE_ROOT.parents[1] / COMMIT).exists():  # this is frozen code, at work
         now["commit"] = mark.read_text().strip() or None
-    file = run_dir / FILE
+    file = run_dir / PROVENANCE
     marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
     if new:
         marks = [*marks, {"step": step, "changes": new}]
@@ -62,7 +63,7 @@ def freeze_code(runs: Mapping[Path, Experiment]) -> None:
     commit, codes = _read_commit(_PACKAGE_ROOT) or "", dict[frozenset[str], dict[str, Path]]()
     for run_dir, experiment in runs.items():
         trust.check_run_dir(run_dir)  # a job finds its modules there first
-        if not (run_dir / FILE).exists():
+        if not (run_dir / PROVENANCE).exists():
             modules = _user_modules(experiment)
             run_dir.mkdir(parents=True, exist_ok=True)
             if modules in codes:
@@ -78,16 +79,16 @@ def freeze_code(runs: Mapping[Path, Experiment]) -> None:
 
 def read(run_dir: Path) -> dict[str, Any]:
     """What `record_start` wrote."""
-    return disk.read_json(run_dir / FILE, "processes", "packages", "commit", "resumed")
+    return disk.read_json(run_dir / PROVENANCE, "processes", "packages", "commit", "resumed")
 
 
 def method_revision(run_dir: Path) -> int | None:
     """The revision of the method that a run is trained by; None where it has not begun."""
-    return int(read(run_dir).get("method", 0)) if (run_dir / FILE).exists() else None
+    return int(read(run_dir).get("method", 0)) if (run_dir / PROVENANCE).exists() else None
 
 
 def _compare_with_recorded(run_dir: Path, now: Mapping[str, Any], code: Mapping[str, Path]) -> list[str]:
-    before = read(run_dir) if (run_dir / FILE).exists() else {}
+    before = read(run_dir) if (run_dir / PROVENANCE).exists() else {}
     return [*_changed_facts(before, now), *_edited_files(run_dir / CODE, code)]
 
 

@@ -50,13 +50,16 @@ in sign. Beside it the policy that training started from. Asked again it goes on
 
 @dataclass(frozen=True)
 class SampledState:
-    """Where a response is given: the exact tokens in front of it, and how long it may be."""
+    """Where a response is sampled."""
 
     task: str
     member: int
+    """The repeat of the task whose episode passed through the state."""
     turn: int
     prompt: list[int]
+    """The exact tokens in front of the response."""
     budget: int
+    """How many tokens it may have."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,91 +76,97 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="responses at each of them (default: 16)")
     parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="leave the other row out")
     parser.set_defaults(tasks=None, repeats=1, temperature=1.0)
-    asked = request.parse_target_arguments(parser, argv, ("states", "at_once"))
-    if asked.samples < 2:
-        raise ConfigError("--samples", asked.samples, "must be at least 2: each is compared with the others")
-    return asked
+    arguments = request.parse_target_arguments(parser, argv, ("states", "at_once"))
+    if arguments.samples < 2:
+        raise ConfigError("--samples", arguments.samples, "must be at least 2: each is compared with the others")
+    return arguments
 
 
-def _run_command(asked: argparse.Namespace) -> int:
+def _run_command(arguments: argparse.Namespace) -> int:
     from aem_exp.core import console
 
     console.silence_libraries()
-    is_run = request.is_run_dir(asked.target)
-    cli.add_user_modules(asked.config_dir, [asked.target] if is_run else [], asked.trust)
-    asked.only = asked.only or [POLICY, *([UNTRAINED] if is_run else [])]
+    is_run = request.is_run_dir(arguments.target)
+    cli.add_user_modules(arguments.config_dir, [arguments.target] if is_run else [], arguments.trust)
+    arguments.only = arguments.only or [POLICY, *([UNTRAINED] if is_run else [])]
     from aem_exp.evaluate.display import ProgressLine
 
     with ProgressLine() as line:
-        exam, players, _ = request.prepare_evaluation(asked)
-        if (sampler := exam.experiment.launch.sampler) != "local":
+        setup, agents, _ = request.prepare_evaluation(arguments)
+        if (sampler := setup.experiment.launch.sampler) != "local":
             raise ConfigError("launch.sampler", sampler, "must be local: servers do not tell the entropies of tokens")
-        found = {player.name: evaluate_proxy(exam, player, asked.states, asked.samples, line) for player in players}
-    results = {name: result for name, (_, result) in found.items()}
-    print(json.dumps(results, indent=1) if asked.json else _table(results, [folder for folder, _ in found.values()]))
+        evaluated = {
+            agent.name: evaluate_proxy(setup, agent, arguments.states, arguments.samples, line) for agent in agents
+        }
+    results = {name: result for name, (_, result) in evaluated.items()}
+    print(
+        json.dumps(results, indent=1)
+        if arguments.json
+        else _table(results, [folder for folder, _ in evaluated.values()])
+    )
     return 0
 
 
 def evaluate_proxy(
-    exam: EvaluationSetup, player: "Agent", states: int, samples: int, line: "ProgressLine"
+    setup: EvaluationSetup, agent: "Agent", states: int, samples: int, line: "ProgressLine"
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of a player's samples and what its `result.json` says; what is not sampled yet is sampled first."""
+    """The folder of an agent's samples and what its `result.json` says; what is not sampled yet is sampled first."""
     identity = {
-        "env": env_rules(exam.experiment),
-        "world": exam.world.fingerprint,
-        "panel": [exam.panel.name, exam.panel.hash],
-        "asked": [states, samples, exam.temperature],
-        **player.identity(),
-        **({"bf16": True} if exam.experiment.trainer.bf16 else {}),
+        "env": env_rules(setup.experiment),
+        "world": setup.world.fingerprint,
+        "panel": [setup.panel.name, setup.panel.hash],
+        "asked": [states, samples, setup.temperature],
+        **agent.identity(),
+        **({"bf16": True} if setup.experiment.trainer.bf16 else {}),
     }
-    folder = exam.out / "proxy" / f"{exam.panel.name}-{states}x{samples}-{hash_identity(identity)}-{player.name}"
+    folder = setup.out / "proxy" / f"{setup.panel.name}-{states}x{samples}-{hash_identity(identity)}-{agent.name}"
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
         with lock_folder(folder, line):
             if not (folder / RESULT).exists():
-                _sample_states(exam, player, states, samples, folder, line)
+                _sample_states(setup, agent, states, samples, folder, line)
                 _write_result(folder, samples, identity)
     return folder, disk.read_json(folder / RESULT)
 
 
 def _sample_states(
-    exam: EvaluationSetup, player: "Agent", states: int, samples: int, folder: Path, line: "ProgressLine"
+    setup: EvaluationSetup, agent: "Agent", states: int, samples: int, folder: Path, line: "ProgressLine"
 ) -> None:
     """Find the states, unless they are on disk; then sample at those that are not there yet."""
     from aem_exp.envs.workers import make_executor
     from aem_exp.evaluate import agents
     from aem_exp.rollout.play import Rollout
 
-    env, launch, panel = exam.experiment.env, exam.experiment.launch, exam.panel
-    line.show_stage(f"{player.name}: loading its weights")
+    env, launch, panel = setup.experiment.env, setup.experiment.launch, setup.panel
+    line.show_stage(f"{agent.name}: loading its weights")
     with (
-        closing(make_executor(exam.world, env.make, launch)) as stage,
-        agents.open_sampler(player, exam.experiment, exam.temperature) as (sampler, chat),
+        closing(make_executor(setup.world, env.make, launch)) as executor,
+        agents.open_sampler(agent, setup.experiment, setup.temperature) as (sampler, chat),
     ):
         if not (folder / STATES).exists():
-            line.show_stage(f"{player.name}: playing {states} episodes")
+            line.show_stage(f"{agent.name}: playing {states} episodes")
             wanted = sorted(list_episodes(panel, -(-states // len(panel.tasks))), key=lambda episode: episode.member)
-            rollout = Rollout(stage, env, chat, exam.at_once)
+            rollout = Rollout(executor, env, chat, setup.at_once)
             chosen = [state for t in rollout.play(wanted[:states], sampler) for state in pick_state(t, env)]
             if not chosen:
                 raise RunError(f"no episode of the panel {panel.name} could be played", "env")
             disk.write_atomically(folder / STATES, json.dumps([asdict(state) for state in chosen]))
         chosen = _read_states(folder)
-        line.show_stage(f"{player.name}: sampling {samples} responses at each of {len(chosen)} states")
-        done, together = len(_read_samples(folder)), max(1, exam.at_once // samples)
+        line.show_stage(f"{agent.name}: sampling {samples} responses at each of {len(chosen)} states")
+        done, together = len(_read_samples(folder)), max(1, setup.at_once // samples)
         for start in range(done, len(chosen), together):
-            said = sample_responses(chosen[start : start + together], samples, sampler)
+            sampled = sample_responses(chosen[start : start + together], samples, sampler)
             with (folder / SAMPLES).open("a") as file:
-                file.writelines(json.dumps(state) + "\n" for state in said)
+                file.writelines(json.dumps(state) + "\n" for state in sampled)
 
 
 def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
     """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
     from aem_exp.rollout.sampling.base import keyed_generator
-    from aem_exp.rollout.types import CRASHED
+    from aem_exp.rollout.types import Ending
 
     t = trajectory
-    if t.ended == CRASHED or not t.responses:
+    if t.ended == Ending.CRASHED or not t.responses:
         return []
     turn = int(keyed_generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
     prompt = list(t.responses[turn].prompt)
@@ -170,13 +179,13 @@ def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
 def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
     """What is sampled at each state: mean token entropies, surprisals (nats) and lengths."""
     slots = [(state, k) for state in states for k in range(samples)]
-    said = sampler.session().generate(
+    samples_by_slot = sampler.session().generate(
         range(len(slots)),
         [state.prompt for state, _ in slots],
         [("proxy", state.task, state.member, state.turn, k) for state, k in slots],
         [state.budget for state, _ in slots],
     )
-    groups = [said[i * samples : (i + 1) * samples] for i in range(len(states))]
+    groups = [samples_by_slot[i * samples : (i + 1) * samples] for i in range(len(states))]
     return [
         {
             "turn": state.turn,
@@ -196,10 +205,10 @@ def _read_states(folder: Path) -> list[SampledState]:
 
 
 def _read_samples(folder: Path) -> list[dict[str, Any]]:
-    """What is sampled already; half a line, which a killed process left, is taken away."""
-    said = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
-    disk.write_atomically(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in said))
-    return said
+    """The samples on disk; half a line, which a killed process left, is removed."""
+    sampled = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
+    disk.write_atomically(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in sampled))
+    return sampled
 
 
 def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
@@ -210,29 +219,29 @@ def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     from aem_exp.core import plots
     from aem_exp.training import diagnostics
 
-    said = _read_samples(folder)
-    entropy_R, surprisal_R = (torch.tensor([v for s in said for v in s[key]]) for key in ("entropy", "surprisal"))
-    state_R = torch.arange(len(said)).repeat_interleave(samples)
+    sampled = _read_samples(folder)
+    entropy_R, surprisal_R = (torch.tensor([v for s in sampled for v in s[key]]) for key in ("entropy", "surprisal"))
+    state_R = torch.arange(len(sampled)).repeat_interleave(samples)
     relative_R = diagnostics.relative_surprisal(surprisal_R, state_R)
     alphas = {name: aem.coefficients(entropy_R, state_R, LAM, gate) for name, gate in GATES.items()}
-    found = {name: diagnostics.proxy_validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
+    validity = {name: diagnostics.proxy_validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
     plots.draw_scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
-    result = {"samples": samples, "turns": [s["turn"] for s in said], **found, "identity": identity}
+    result = {"samples": samples, "turns": [s["turn"] for s in sampled], **validity, "identity": identity}
     disk.write_atomically(folder / RESULT, json.dumps(nonfinite_to_none(result), indent=1, allow_nan=False) + "\n")
 
 
 def _table(results: dict[str, dict[str, Any]], folders: Sequence[Path]) -> str:
-    """What a person reads."""
+    """The results as text."""
     first = next(iter(results.values()))
     lines = [
         f"1 - alpha against S - H(s): {first['ungated']['states']} states, {first['samples']} responses at each",
         "(in brackets: 95 %, over states; the paper: r = 0.63, 55 of 64 states)",
         f"{'':20}{'r':>20}{'states agree':>26}{'responses agree':>26}",
     ]
-    for player, result in results.items():
+    for agent, result in results.items():
         for name, gate in GATES.items():
             f = result[name]
-            title = f"{player}, gate {gate:g}" if gate else f"{player}, no gate"
+            title = f"{agent}, gate {gate:g}" if gate else f"{agent}, no gate"
             r = f"{_number(f['r'], '.2f')} {_interval(f['r_interval'], '.2f')}"
             states = f"{f['states_agree']} of {f['states_open']} {_interval(f['states_agree_interval'], '.0%')}"
             share = f"{_number(f['responses_agree'], '.0%')} {_interval(f['responses_agree_interval'], '.0%')}"

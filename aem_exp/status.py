@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import labels
-from aem_exp.rundir import membership
+from aem_exp.rundir import EXPERIMENT, membership
 
 if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
@@ -76,12 +76,14 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run as it is listed. `group`: what programs read; `label`: the same for people, as short as the table allows."""
+    """A run as it is listed."""
 
     folder: Path
     group: str
+    """What programs read."""
     seed: str
     label: str
+    """The same as the group, for people: as short as the table allows."""
 
 
 def read_rows(runs: Sequence[ListedRun]) -> list["StatusRow"]:
@@ -106,17 +108,17 @@ def _check_folder(outputs: Path) -> Path:
 
 def _all_runs(outputs: Path) -> list[ListedRun]:
     """Every run of a folder; one whose files cannot be read has its folder for a name."""
-    folders, read = [file.parent for file in sorted(outputs.glob("*/experiment.json"))], dict[Path, Any]()
+    folders = [file.parent for file in sorted(outputs.glob(f"*/{EXPERIMENT}"))]
+    readable: dict[Path, tuple[dict[str, Any], str]] = {}
     for folder in folders:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            data = json.loads((folder / "experiment.json").read_text())
-            read[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
+            data = json.loads((folder / EXPERIMENT).read_text())
             labels.make_labels([data])
-    known = [folder for folder in folders if folder in read]
-    short = dict(zip(known, labels.make_labels([read[folder][0] for folder in known]), strict=True))
+            readable[folder] = data, f"{data['name']}/{data['baseline']['name']}+{data['modulation']['name']}"
+    short = dict(zip(readable, labels.make_labels([data for data, _ in readable.values()]), strict=True))
     return [
-        ListedRun(folder, read[folder][1], str(read[folder][0].get("seed", "?")), short[folder])
-        if folder in read
+        ListedRun(folder, readable[folder][1], str(readable[folder][0].get("seed", "?")), short[folder])
+        if folder in readable
         else ListedRun(folder, folder.name, "?", folder.name)
         for folder in folders
     ]

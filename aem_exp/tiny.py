@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -23,7 +23,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row, build_rows
 from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import CRASHED, Episode, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
@@ -164,22 +164,34 @@ def make_policy(
 
 
 class _ScriptedSampler:
-    """The scripted player in the place of a policy: it looks at the environments and answers in tokens."""
+    """The scripted player as a sampler: it reads the state of the environments and responds in tokens."""
 
-    def __init__(self, world: Teachable, stage: SerialExecutor, tokenizer: Any, random: Random, *habits: float) -> None:
-        self.world, self.executor, self.tokenizer, self.random, self.habits = world, stage, tokenizer, random, habits
+    def __init__(
+        self,
+        world: Teachable,
+        executor: SerialExecutor,
+        tokenizer: PreTrainedTokenizerFast,
+        random: Random,
+        noise: float,
+        shyness: float,
+    ) -> None:
+        self.world, self.executor, self.tokenizer, self.random = world, executor, tokenizer, random
+        self.noise, self.shyness = noise, shyness
         self.responses: dict[str, None] = {}  # the first responses that differ, in order
 
     def session(self) -> "_ScriptedSampler":
         return self
 
     def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
-        responses = [self.world.expert(self.executor.envs[slot], self.random, *self.habits) for slot in slots]
+        envs = [self.executor.envs[slot] for slot in slots]
+        responses = [self.world.expert(env, self.random, self.noise, self.shyness) for env in envs]
         if len(self.responses) < CHECKED_TEXTS:
             self.responses |= dict.fromkeys(responses)
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
-        spoken = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
-        return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in spoken]  # nobody asks how sure a script was
+        ended = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+        return [
+            Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in ended
+        ]  # a script has no log-probs; none is read
 
 
 def demonstrate(
@@ -192,42 +204,44 @@ def demonstrate(
     random: Random,
 ) -> list[Row]:
     """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
-    stage = SerialExecutor(world, getattr(world, "rehearse", world.env))
-    player = _ScriptedSampler(world, stage, tokenizer, random, noise, shyness)
+    executor = SerialExecutor(world, getattr(world, "rehearse", world.env))
+    sampler = _ScriptedSampler(world, executor, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
-    draws = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
-    with closing(stage):
-        played = Rollout(stage, env, Chat(tokenizer)).play(draws, player)
-    whole = [t for t in played if t.responses and t.ended != CRASHED]
+    episodes_to_play = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
+    with closing(executor):
+        played = Rollout(executor, env, Chat(tokenizer)).play(episodes_to_play, sampler)
+    whole = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     _report_crashes(played, whole)
     if not shyness:  # the shy player uses the same words
-        seen = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
-        _warn_unknown_words(tokenizer, list(player.responses), seen)
+        observations = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
+        _warn_unknown_words(tokenizer, list(sampler.responses), observations)
     return build_rows(whole, env.history)
 
 
 def _report_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
-    """Say how many demonstrations were lost, and why the first was.
+    """Warn of demonstrations that crashed, with the reason of the first.
 
     Raises:
-        Stop: all of them.
+        RunError: all of them crashed.
     """
-    lost = next((t for t in played if t.ended == CRASHED), None)
+    crashed = next((t for t in played if t.ended == Ending.CRASHED), None)
     if not whole:
-        first = lost or played[0]
+        first = crashed or played[0]
         remedy = "its first prompt does not fit into env.context_tokens"
-        told = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
-        raise RunError(told, "env")
-    if lost:
-        told = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
-        log.warning(told, len(played) - len(whole), len(played), lost.task.id, lost.error)
+        reason = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
+        raise RunError(reason, "env")
+    if crashed:
+        warning = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
+        log.warning(warning, len(played) - len(whole), len(played), crashed.task.id, crashed.error)
 
 
-def _warn_unknown_words(tokenizer: PreTrainedTokenizerFast, said: Sequence[str], seen: Sequence[str]) -> None:
+def _warn_unknown_words(
+    tokenizer: PreTrainedTokenizerFast, responses: Sequence[str], observations: Sequence[str]
+) -> None:
     """Warn of words that the world does not list: the policy would never say them, and read them as one."""
     for texts, what in (
-        (said, "what the scripted player says, and the policy cannot"),
-        (seen, "what is seen, and the policy reads <unk> for it"),
+        (responses, "what the scripted player says, and the policy cannot"),
+        (observations, "what is seen, and the policy reads <unk> for it"),
     ):
         if words := _find_unknown_words(tokenizer, texts):
             more = f" and {len(words) - 10} more" if len(words) > 10 else ""
@@ -235,14 +249,14 @@ def _warn_unknown_words(tokenizer: PreTrainedTokenizerFast, said: Sequence[str],
 
 
 def _find_unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
-    """What in some texts has no token of its own."""
-    found: dict[str, None] = {}
+    """The parts of some texts that have no token of their own."""
+    unknown: dict[str, None] = {}
     for text in dict.fromkeys(texts):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token == tokenizer.unk_token_id:
-                found[text[start:end]] = None
-    return list(found)
+                unknown[text[start:end]] = None
+    return list(unknown)
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
@@ -260,9 +274,9 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
         ids_BT, label_BT = _pad_batch(chosen, model.config.pad_token_id)
         mask_BT = (ids_BT != model.config.pad_token_id).long()
         hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        said = label_BT[:, 1:] >= 0  # logits of what was said alone: most tokens are the world's
-        logits_SV = model.lm_head(hidden_BTD[:, :-1][said])
-        loss = torch.nn.functional.cross_entropy(logits_SV, label_BT[:, 1:][said])
+        labelled_BT = label_BT[:, 1:] >= 0  # logits of the player's tokens alone: most tokens are the world's
+        logits_SV = model.lm_head(hidden_BTD[:, :-1][labelled_BT])
+        loss = torch.nn.functional.cross_entropy(logits_SV, label_BT[:, 1:][labelled_BT])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -273,28 +287,28 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
 
 def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
     """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
-    served = 0
-    while demonstrations and served < steps:
+    yielded = 0
+    while demonstrations and yielded < steps:
         order = random.sample(range(len(demonstrations)), len(demonstrations))
         order.sort(key=lambda i: len(demonstrations[i].prompt) + len(demonstrations[i].completion))
         groups = [order[i : i + batch] for i in range(0, len(order), batch)]
-        for group in random.sample(groups, min(len(groups), steps - served)):
+        for group in random.sample(groups, min(len(groups), steps - yielded)):
             yield [demonstrations[i] for i in group]
-        served += len(groups)
+        yielded += len(groups)
 
 
 def _pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids, and as labels those of them that the player said (-100 elsewhere), padded right."""
+    """Token ids, and as labels those that the player responded with (-100 elsewhere), padded right."""
     ids = [torch.tensor([*row.prompt, *row.completion]) for row in chosen]
     labels = [torch.tensor([0] * len(row.prompt) + row.mask) for row in chosen]
     ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
-    said_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
-    return ids_BT, ids_BT.masked_fill(said_BT == 0, -100)
+    mask_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
+    return ids_BT, ids_BT.masked_fill(mask_BT == 0, -100)
 
 
 @contextmanager
 def _isolated_torch(seed: int) -> Iterator[None]:
-    """One thread (several are far slower at this size) and our own random numbers; then all as it was."""
+    """One thread (several are far slower at this size) and random numbers of this seed; afterwards everything is as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -39,8 +39,8 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    uri = store_uri.resolve_uri(asked.uri, store_uri.default_outputs())
+def _run_command(arguments: argparse.Namespace) -> int:
+    uri = store_uri.resolve_uri(arguments.uri, store_uri.default_outputs())
     if uri == store_uri.OFF or store_uri.is_databricks(uri):
         raise ConfigError("--uri", uri, "has no pages that could be served here; name a .db file or a database")
     if store_uri.is_remote(uri):
@@ -50,7 +50,7 @@ def _run_command(asked: argparse.Namespace) -> int:
     if database is not None and not database.is_file():
         raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
     store_uri.probe(uri)
-    port = _choose_port(asked.port)
+    port = _choose_port(arguments.port)
     with _run_server(uri, port) as (server, log):
         print(f"store   {errors.redact(uri)}", flush=True)
         _wait_until_ready(server, log, uri, port)
@@ -61,24 +61,24 @@ def _run_command(asked: argparse.Namespace) -> int:
         raise RunError(f"MLflow's server has ended, with exit code {server.wait()}")
 
 
-def _choose_port(asked: int | None) -> int:
-    if asked is None:
+def _choose_port(port: int | None) -> int:
+    if port is None:
         return store_uri.find_free_port()
-    if not 0 < asked < 65536:
-        raise ConfigError("--port", asked, "must be a whole number from 1 to 65535")
-    if store_uri.find_free_port(asked) != asked:
-        raise ConfigError("--port", asked, "another program listens there; without --port, a free one is found")
-    return asked
+    if not 0 < port < 65536:
+        raise ConfigError("--port", port, "must be a whole number from 1 to 65535")
+    if store_uri.find_free_port(port) != port:
+        raise ConfigError("--port", port, "another program listens there; without --port, a free one is found")
+    return port
 
 
 @contextmanager
 def _run_server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """A server in a process group of its own, all of which ends with this block; what it says goes to a file."""
-    words, environment = store_uri.serve_command(uri, port)
+    """A server in a process group of its own, all of which ends with this block; its output goes to a file."""
+    command, environment = store_uri.serve_command(uri, port)
     for name in ("SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), _exit_on_signal)
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             yield server, log
         finally:
@@ -105,16 +105,16 @@ def _wait_until_ready(server: subprocess.Popen[bytes], log: IO[bytes], uri: str,
 
     Raises:
         ConfigError: it ended before, as its store cannot be used.
-        Stop: it does not answer.
+        RunError: it does not answer.
     """
-    ask, deadline = build_opener(ProxyHandler({})), time.monotonic() + START_SECONDS
+    opener, deadline = build_opener(ProxyHandler({})), time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
             mlflow_store.raise_store_error(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
         try:
-            ask.open(f"{store_uri.local_address(port)}/health", timeout=5).close()
+            opener.open(f"{store_uri.local_address(port)}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)

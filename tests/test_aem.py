@@ -170,6 +170,21 @@ def test_a_batch_without_responses():
     assert torch.equal(aem.modulate(torch.ones(2), alpha_R, response_NT), torch.ones(2, 3))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: aem.responses(torch.ones(3)),
+        lambda: aem.response_entropy(torch.rand(2, 1), torch.zeros(2, 3).long()),
+        lambda: aem.coefficients(torch.rand(3), torch.zeros(1).long()),
+        lambda: aem.gated(torch.rand(3), torch.zeros(3, 1).long()),
+        lambda: aem.modulate(torch.ones(1, 3), torch.ones(1), torch.zeros(2, 3).long()),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(call):
+    with pytest.raises(AssertionError):
+        call()
+
+
 def test_groups_may_straddle_ranks(tmp_path: Path):
     """Two gloo processes hold interleaved halves of each group; gathered, they compute what one process does."""
     script = Path(__file__).with_name("gloo_coefficients.py")

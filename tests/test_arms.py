@@ -1,4 +1,4 @@
-"""Each arm and its law; the paper's own laws are in test_aem."""
+"""Each variant of the modulation and its law; the paper's own laws are in test_aem."""
 
 from functools import cache
 
@@ -26,11 +26,11 @@ def alphas(name, seed=0):
     """The coefficients that a config of `conf/modulation` gives, and what it adds."""
     block = chosen_block(name)
     lam = torch.tensor(block.lam["value"]).item()
-    arm = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
-    scope_R = modulation.scope_ids(arm, GROUP_R, TRAJECTORY_R)
-    alpha_R = modulation.coefficients(arm, ENTROPY_R, scope_R, lam, block.gate, keyed_generator((seed,)))
-    alpha_R = modulation.filter_by_entropy_effect(arm, ADVANTAGE_R, alpha_R)
-    return alpha_R, modulation.advantage_bonus(arm, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
+    variant = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
+    scope_R = modulation.scope_ids(variant, GROUP_R, TRAJECTORY_R)
+    alpha_R = modulation.coefficients(variant, ENTROPY_R, scope_R, lam, block.gate, keyed_generator((seed,)))
+    alpha_R = modulation.filter_by_entropy_effect(variant, ADVANTAGE_R, alpha_R)
+    return alpha_R, modulation.advantage_bonus(variant, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
 
 
 def test_the_paper_is_the_arm_without_departures():
@@ -76,10 +76,10 @@ def test_a_scope_has_its_own_range_and_mean(name, scope_R):
 
 def test_ungated_modulates_what_differs_by_noise():
     close = torch.tensor([0.5, 0.5001])
-    arm, both = ModulationVariant(), torch.zeros(2).long()
-    assert torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2))
+    variant, both = ModulationVariant(), torch.zeros(2).long()
+    assert torch.equal(modulation.coefficients(variant, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2))
     assert chosen_block("ungated").gate == 0
-    assert not torch.equal(modulation.coefficients(arm, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2))
+    assert not torch.equal(modulation.coefficients(variant, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2))
 
 
 def test_raising_and_lowering_part_the_paper_s_responses_and_change_none():

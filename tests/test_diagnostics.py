@@ -9,9 +9,10 @@ import toy
 from aem_exp import advantages
 from aem_exp.envs import Task
 from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import OVER, Response, Trajectory
+from aem_exp.rollout.types import Ending, Response, Trajectory
 from aem_exp.training import diagnostics
-from aem_exp.training.credit import assign_credit, step_metrics
+from aem_exp.training.credit import CreditRules, add_measurements, add_modulation, assign_credit
+from aem_exp.training.step_metrics import compute_step_metrics
 
 STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
@@ -74,7 +75,7 @@ def trajectory(draw, member, reward, *turns):
     """One whose turns are the log-probs of their tokens."""
     said = [Response([9], Sample([1] * len(logps), list(logps), [0.5] * len(logps)), "look", "a") for logps in turns]
     said[-1].reward = reward
-    return Trajectory(Task("t"), draw, member, said, ended=OVER)
+    return Trajectory(Task("t"), draw, member, said, ended=Ending.OVER)
 
 
 PLAYED = [
@@ -84,17 +85,21 @@ PLAYED = [
 ]
 
 
+def measured(played, history):
+    credit = assign_credit(played, history, CreditRules(advantages.group_centred))
+    surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.responses()])
+    return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R, surprisal_R)
+
+
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_only_first_turns_of_groups_of_several_count(history):
-    credit = assign_credit(PLAYED, history, advantages.group_centred)
-    credit.surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.responses()])
-    assert step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
-    assert "drift/aem" not in step_metrics(credit)
-    credit.alpha_U = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
-    assert step_metrics(credit)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
-    assert not any(
-        name.startswith("drift/") for name in step_metrics(assign_credit(PLAYED[2:], history, advantages.group_centred))
-    )
+    credit = measured(PLAYED, history)
+    assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
+    assert "drift/aem" not in compute_step_metrics(credit)
+    alpha_R = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
+    modulated = add_modulation(credit, alpha_R, credit.advantage_R * alpha_R, {})
+    assert compute_step_metrics(modulated)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
+    assert not any(name.startswith("drift/") for name in compute_step_metrics(measured(PLAYED[2:], history)))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +109,7 @@ def folder(tmp_path_factory):
 
 def first_step(folder, history, **changes):
     trainer = toy.trainer(folder, toy.experiment(history, mini_batch=7), **changes)
-    credit = trainer.credit(trainer.play(0)[0])
-    trainer.batches(credit, 0)
+    credit, _ = trainer.build_updates(trainer.assign_credit(trainer.play(0).kept), 0)
     return credit
 
 
@@ -113,7 +117,7 @@ def first_step(folder, history, **changes):
 def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
     """The numbers of the sampler, row by row; in micro-batches; and scored again, as under vLLM."""
     credit = first_step(folder, history, lam=1.0)
-    whole = step_metrics(credit)
+    whole = compute_step_metrics(credit)
     extra, counted = 0.0, 0
     for r, (m, turn, response) in enumerate(credit.responses()):
         others = [t.responses[0] for t in credit.kept if t.draw == credit.kept[m].draw and t is not credit.kept[m]]
@@ -124,12 +128,12 @@ def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
     assert counted > 4
     assert whole["drift/aem"] == pytest.approx(extra / counted, rel=1e-4)
     for changes in ({"device_rows": 1}, {"device_rows": 3}):
-        cut = step_metrics(first_step(folder, history, lam=1.0, **changes))
+        cut = compute_step_metrics(first_step(folder, history, lam=1.0, **changes))
         assert [cut[name] for name in ("drift/advantage", "drift/aem")] == [
             whole["drift/advantage"],
             whole["drift/aem"],
         ]
-    again = step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
+    again = compute_step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
     assert again["drift/advantage"] == pytest.approx(whole["drift/advantage"], abs=1e-4)
 
 
@@ -138,6 +142,6 @@ def test_what_modulation_gives_is_what_the_loss_gets(folder, unit):
     """Empty of effect at lambda 0, whatever gets a coefficient."""
     from aem_exp.training.modulation import ModulationVariant
 
-    credit = first_step(folder, "full", lam=0.0, arm=ModulationVariant(unit=unit))
+    credit = first_step(folder, "full", lam=0.0, variant=ModulationVariant(unit=unit))
     torch.testing.assert_close(credit.final_advantage_R, credit.advantage_R)
-    assert step_metrics(credit)["drift/aem"] == pytest.approx(0.0, abs=1e-6)
+    assert compute_step_metrics(credit)["drift/aem"] == pytest.approx(0.0, abs=1e-6)

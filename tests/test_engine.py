@@ -84,8 +84,7 @@ def test_entropies_and_log_probs_are_those_of_the_local_sampler(folder):
     played = local.play(0)[0]
     seen = []
     for t in (trainer, local):
-        credit = t.credit(played)
-        t.batches(credit, 0)
+        credit, _ = t.build_updates(t.assign_credit(played), 0)
         seen.append(credit.entropy_R)
     torch.testing.assert_close(*seen, atol=1e-4, rtol=1e-4)
     assert isinstance(local.sampler, LocalSampler)
@@ -95,19 +94,19 @@ def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(fo
     from aem_exp.core.errors import RunError
 
     trainer, _ = engine(folder)
-    credit = trainer.credit(
+    credit = trainer.assign_credit(
         toy.trainer(folder, toy.experiment("full")).play(0)[0]
     )  # with the local sampler's log-probs
     trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
     for row in credit.rows:
         row.logps = [p - 0.05 * m for p, m in zip(row.logps, row.mask, strict=True)]
-    (update,) = trainer.batches(credit, 0)
+    _, (update,) = trainer.build_updates(credit, 0)
     ratio, mask = update[0]["importance_sampling_ratio"], update[0]["tool_mask"].bool()
     torch.testing.assert_close(ratio[mask], torch.full((int(mask.sum()),), 1.0513), atol=1e-3, rtol=0)
     for row in credit.rows:
         row.logps = [p - 1.0 * m for p, m in zip(row.logps, row.mask, strict=True)]
     with pytest.raises(RunError, match="does not sample from these weights"):
-        trainer.batches(credit, 0)
+        trainer.build_updates(credit, 0)
 
 
 def test_what_is_told_to_vllm_exists():

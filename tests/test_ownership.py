@@ -124,7 +124,7 @@ def test_a_job_that_gets_nowhere_in_two_starts_stops(tmp_path, job):
     start(1, 2)
     start(2, 2)  # once is bad luck
     job("7", 3)
-    with pytest.raises(RunError, match="got nowhere in 2 starts") as stop:
+    with pytest.raises(RunError, match="made no progress in 2 starts") as stop:
         begin(tmp_path, 2)
     assert stop.value.kind == "hang"
     job("8", 0)  # asked again by a person

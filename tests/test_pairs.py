@@ -14,8 +14,9 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.training.build import build_trainer
 from aem_exp.training.callback import AEMCallback, StepCounter
-from aem_exp.training.trainer import build_trainer
+from aem_exp.training.trainer import RolloutSource
 
 GROUPS = list_choices(config_roots())
 SIZES = ["trainer.steps=3", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
@@ -50,7 +51,8 @@ def train(e, folder):
     callback = AEMCallback(StepCounter(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
     rollout = Rollout(SerialExecutor(toy.ChatterWorld()), e.env, chat)
     sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling())  # noqa: E731
-    build_trainer(e, folder / "out", model, tokenizer, callback, toy.draw, rollout, sampler).train()
+    source = RolloutSource(toy.draw, rollout, sampler)
+    build_trainer(e, folder / "out", model, tokenizer, callback, source).train()
     return rows, model
 
 
@@ -106,20 +108,20 @@ def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
     from aem_exp.advantages import leave_one_out
     from aem_exp.envs import Task
     from aem_exp.rollout.sampling.base import Sample
-    from aem_exp.rollout.types import OVER, TURNS, Response, Trajectory
-    from aem_exp.training.credit import assign_credit
+    from aem_exp.rollout.types import Ending, Response, Trajectory
+    from aem_exp.training.credit import CreditRules, assign_credit
 
     def trajectory(member, ended, reward):
         sample = Sample([1, 2], [-1.0, -1.0], [0.5, 0.5])
         response = Response([9], sample, "look", "a", reward=reward)
         return Trajectory(Task("t"), 0, member, [response], ended=ended)
 
-    played = [trajectory(0, OVER, 1.0), trajectory(1, OVER, 0.0), trajectory(2, TURNS, 1.0)]
-    credit = assign_credit(played, "full", leave_one_out, mask_cut=True)
+    played = [trajectory(0, Ending.OVER, 1.0), trajectory(1, Ending.OVER, 0.0), trajectory(2, Ending.TURNS, 1.0)]
+    credit = assign_credit(played, "full", CreditRules(leave_one_out, mask_truncated=True))
     assert [t.member for t in credit.kept] == [0, 1]
     assert [t.member for t in credit.filtered] == [2]
     torch.testing.assert_close(credit.advantage_R, torch.tensor([1.0, -0.5]))  # against (0 + 0) / 2 and (1 + 0) / 2
-    assert len(credit.rows) == len(credit.entropy_R) == 2
+    assert len(credit.rows) == len(credit.trajectory_R) == 2
 
 
 def test_a_step_in_which_every_episode_is_cut_trains_on_nothing_and_goes_on(folder):

@@ -13,7 +13,7 @@ from aem_exp.rollout.play import Rollout, Watcher
 from aem_exp.rollout.rows import build_rows
 from aem_exp.rollout.sampling.base import Sample, Sampling, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
-from aem_exp.rollout.types import CONTEXT, CRASHED, Episode
+from aem_exp.rollout.types import Ending, Episode
 from aem_exp.training.batch import pack_rows, sampler_logps_and_entropies
 
 HISTORIES = ["full", "window"]
@@ -38,7 +38,7 @@ def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes)
 def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temperature):
     """Log-probs and entropies of a session that keeps its cache across turns, against one plain forward pass."""
     played, model, tokenizer = play(folder, history, sampling=Sampling(temperature))
-    packed = build_rows([t for t in played if t.ended != CRASHED], history)
+    packed = build_rows([t for t in played if t.ended != Ending.CRASHED], history)
     chosen = list(range(len(packed)))
     batch = pack_rows(packed, chosen, tokenizer.pad_token_id)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -114,7 +114,7 @@ def test_who_else_is_in_the_batch_changes_nothing(folder, history):
 def test_a_crash_is_marked_and_the_others_go_on(folder):
     episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, ("crash", m)) for m in range(200)]
     played, *_ = play(folder, "full", episodes, world=toy.ChatterWorld(breaks=True))
-    crashed = [t for t in played if t.ended == CRASHED]
+    crashed = [t for t in played if t.ended == Ending.CRASHED]
     assert crashed
     assert all("the world broke" in t.error for t in crashed)
     assert {t.ended for t in played if t not in crashed} == {"over"}
@@ -124,7 +124,7 @@ def test_a_full_context_ends_the_episode(folder):
     played, *_ = play(
         folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25
     )
-    assert CONTEXT in {t.ended for t in played}
+    assert Ending.CONTEXT in {t.ended for t in played}
     assert all(len(row.prompt) + len(row.completion) <= 25 for row in build_rows(played, "full"))
 
 
@@ -133,7 +133,7 @@ def test_a_window_drops_its_history_before_it_gives_up(folder):
     played, *_ = play(folder, "window", episodes, context_tokens=16)
     assert max(len(t.responses) for t in played) == 4  # the whole episode fits, a turn at a time
     played, *_ = play(folder, "window", episodes, context_tokens=8)
-    assert {t.ended for t in played} == {CONTEXT}
+    assert {t.ended for t in played} == {Ending.CONTEXT}
 
 
 def test_sampling_follows_the_distribution():
@@ -181,13 +181,13 @@ class Stubborn:
 def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, history, what):
     """Every episode ends, every token is accounted for, and a step trains on it without a number that is not finite."""
     run = toy.experiment(history, steps=1, entropy_coef=0.01)  # all returns are equal: the bonus alone trains
-    trainer = toy.trainer(folder, run, lam=1.0)
-    chat = trainer.rollout.chat
+    chat = Chat(toy.policy(folder, history)[1])
     end, word = chat.end_ids[0], chat.tokenizer.convert_tokens_to_ids("c")
     unknown = chat.tokenizer.convert_tokens_to_ids(chat.tokenizer.unk_token or "z")
     said = {"only the end": [end], "never the end": [word] * 5, "bytes that are no text": [unknown] * 3 + [end]}[what]
-    trainer.sampler, rows = Stubborn(said), []
-    trainer.trust_sampler, trainer.aem.report = False, lambda step, row: rows.append(row)
+    trainer = toy.trainer(folder, run, lam=1.0, make_sampler=lambda _: Stubborn(said), trust_sampler=False)
+    rows = []
+    trainer.aem.report = lambda step, row: rows.append(row)
     trainer.train()
     assert rows[0]["train/tokens_generated"] == rows[0]["train/tokens_trained"] > 0
     assert all(value == value for value in rows[0].values())

@@ -38,7 +38,7 @@ from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler, seed_from_key
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.sampling.weight_sync import FilePublisher
-from aem_exp.rollout.types import CRASHED
+from aem_exp.rollout.types import Ending
 from aem_exp.run.execution import run
 
 HISTORIES = ["full", "window"]
@@ -596,7 +596,7 @@ def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
         for sampler in (local, Apart(local))
     ]
     assert told(played[0]) == told(played[1])
-    assert {CRASHED, "over"} <= {t.ended for t in played[0]}
+    assert {Ending.CRASHED, "over"} <= {t.ended for t in played[0]}
 
 
 def test_environments_work_while_others_generate(folder, tmp_path):
@@ -698,14 +698,14 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             **more,
         )
         trainer.aem.report = lambda step, row: rows.append(row)
-        batches, seen = trainer.batches, []
+        build_updates, seen = trainer.build_updates, []
 
         def watched(credit, step):
-            updates = batches(credit, step)
+            measured, updates = build_updates(credit, step)
             seen.extend(batch for update in updates for batch in update)
-            return updates
+            return measured, updates
 
-        trainer.batches = watched
+        trainer.build_updates = watched
         trainer.train()
         known.cancel()
     assert len(rows) == 3 and len(server.reloads) == 3

@@ -63,8 +63,7 @@ def gradients(trainer, update):
 
 
 def first_step(trainer):
-    credit = trainer.credit(trainer.play(0)[0])
-    return credit, trainer.batches(credit, 0)
+    return trainer.build_updates(trainer.assign_credit(trainer.play(0).kept), 0)
 
 
 def close(ours, theirs, atol=1e-6):
@@ -170,7 +169,6 @@ def test_b_an_independent_reference_agrees(folder, history, kind):
     run = toy.experiment(history, loss_type=kind, epsilon=0.1, epsilon_high=0.15, num_iterations=2)
     trainer = toy.trainer(folder, run, lam=1.0, penalty=0.3, device_rows=5)
     credit, updates = first_step(trainer)
-    assert credit.alpha_R is not None
     assert credit.alpha_R.std() > 0.05
     torch.manual_seed(1)
     with torch.no_grad():
@@ -198,7 +196,7 @@ def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
 def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
     given = {}
     for keep in ("all", "raising", "lowering"):
-        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, arm=ModulationVariant(keep=keep))
+        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, variant=ModulationVariant(keep=keep))
         _, ((batch,),) = first_step(trainer)
         given[keep] = batch["advantages"] * batch["tool_mask"]
     for keep in ("raising", "lowering"):
@@ -406,7 +404,7 @@ def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
     seen = []
     rollout = Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
     trainer = toy.trainer(
-        folder, run, lam=1.0, arm=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
+        folder, run, lam=1.0, variant=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
     )
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
@@ -421,7 +419,7 @@ def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
     long = [
         Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)
     ]
-    trainer = toy.trainer(folder, run, lam=1.0, mask_cut=True, draw=lambda step, number=0: long)
+    trainer = toy.trainer(folder, run, lam=1.0, mask_truncated=True, draw=lambda step, number=0: long)
     trainer.aem.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 0
@@ -436,7 +434,7 @@ def test_masked_trajectories_count_in_a_mean_over_rows_if_asked(folder, history,
     run = replace(run, env=replace(run.env, max_turns=3))  # a quarter of the tasks would take four
     results = []
     for count_masked in (False, True):
-        trainer = toy.trainer(folder, run, mask_cut=True, count_masked=count_masked, device_rows=3)
+        trainer = toy.trainer(folder, run, mask_truncated=True, count_masked=count_masked, device_rows=3)
         credit, (update,) = first_step(trainer)
         results.append(gradients(trainer, update))
     assert len(credit.filtered) == 4

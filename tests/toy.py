@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import build_grpo_config
 from aem_exp.training.callback import AEMCallback, StepCounter
-from aem_exp.training.trainer import AEMTrainer
+from aem_exp.training.credit import CreditRules
+from aem_exp.training.dynamic_sampling import DynamicSampling
+from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.trainer import AEMTrainer, RolloutSource, TrainerHooks
+from aem_exp.training.updates import UpdateSettings
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
 
@@ -137,23 +141,37 @@ def draw(step: int, number: int = 0, seed: int = 0, tasks: int = 4, group: int =
 def trainer(
     folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any
 ) -> AEMTrainer:
-    """An AEMTrainer on the toy world."""
+    """An AEMTrainer on the toy world; `changes` are its keywords, or fields of its parts."""
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)
     chat = Chat(tokenizer)
     callback = AEMCallback(StepCounter(run.trainer.steps), schedules.Constant(lam) if lam is not None else None)
     settings: dict[str, Any] = {
-        "callback": callback,
         "draw": draw,
         "rollout": Rollout(SerialExecutor(ChatterWorld()), run.env, chat),
         "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling()),
         "estimator": estimator or advantages.group_normalised,
         "mini_batch": 0 if run.trainer.mini_batch == "all" else run.trainer.mini_batch,
         "epochs": run.trainer.num_iterations,
+        "variant": ModulationVariant(),
+        "trust_sampler": True,
+    } | changes
+    parts = {
+        "source": RolloutSource,
+        "sampling": DynamicSampling,
+        "credit_rules": CreditRules,
+        "update_settings": UpdateSettings,
+        "hooks": TrainerHooks,
+    }
+    grouped = {
+        name: part(**{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
+        for name, part in parts.items()
     }
     return AEMTrainer(
         model,
         build_grpo_config(run, folder / f"out-{os.getppid()}-{next(_NUMBERS)}"),
         tokenizer,
-        **(settings | changes),
+        callback=callback,
+        **grouped,
+        **settings,
     )

@@ -20,6 +20,7 @@ from aem_exp.jobs.sizes import PassSpec, ProcessSpec
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode, Trajectory
+from aem_exp.training.trainer import TrainerHooks
 
 
 class Talker(toy.Chatter):
@@ -79,7 +80,7 @@ def weigh(setting: Setting, folder: Path) -> tuple[float, MemoryEstimate]:
     """Bytes that a step holds at most, and the plan of a process with rows as long as theirs were."""
     trainer = trainer_of(setting, folder)
     played: list[Trajectory] = []
-    trainer.keep = lambda step, credit: played.extend(credit.played)
+    trainer.hooks = TrainerHooks(lambda step, credit: played.extend(credit.played))
     with most(trainer.model, setting.cuda) as held:
         trainer.train()
     return held[0], memory.estimate_memory(process(setting, *lengths(played)))

@@ -21,6 +21,7 @@ from transformers import training_args
 
 from aem_exp.jobs import memory
 from aem_exp.jobs.memory_trace import Meter
+from aem_exp.training.trainer import TrainerHooks
 
 SETTINGS = (
     weighed.Setting("bf16, checkpointing", layers=6, hidden=256, tied=False, rows=2, autocast=True, checkpointing=True),
@@ -55,7 +56,7 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
     how = {"activation_checkpointing": setting.checkpointing, "state_dict_type": "SHARDED_STATE_DICT", "version": 2}
     trainer = weighed.trainer_of(setting, folder, {"fsdp": True, "fsdp_config": how})
     meter, held, played = PiecesMeter(), dict[str, int](), list[Any]()
-    trainer.keep = lambda step, credit: played.extend(credit.played)
+    trainer.hooks = TrainerHooks(lambda step, credit: played.extend(credit.played))
 
     def watched(phase: str, act: Callable[..., Any]) -> Callable[..., Any]:
         def watch(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +68,7 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
         return watch
 
     trainer.play = watched("play", trainer.play)
-    trainer.batches = watched("scoring", trainer.batches)
+    trainer.build_updates = watched("scoring", trainer.build_updates)
     trainer.training_step = watched("update", trainer.training_step)
     for name in ("alloc_storage", "free_storage"):
         meter.follow(name)

@@ -9,20 +9,22 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """How many processes share the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Of this process."""
+    """The number of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
+    """Whether this process is the first, which keeps the records."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def initialize(cpu: bool) -> None:
-    """Let the processes of a run find each other."""
+    """Connect the processes of a run."""
     if world_size() > 1:
         from accelerate import PartialState
 
@@ -30,7 +32,7 @@ def initialize(cpu: bool) -> None:
 
 
 def broadcast_from_main(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, on all of them. Where it raises there, the others end without a word."""
+    """What `work` returns in the first process, in all of them. Where it raises there, the others exit silently."""
     if world_size() == 1:
         return work()
     from accelerate.utils import broadcast_object_list
@@ -47,7 +49,7 @@ def broadcast_from_main(work: Callable[[], T]) -> T:
 
 
 def shut_down() -> None:
-    """Leave each other, when all have come this far."""
+    """Disconnect the processes, when all have come this far."""
     if world_size() > 1:
         import torch.distributed
 

@@ -31,19 +31,19 @@ ENDED_PREFIX = "gone-"  # in that of a job: why the server of a node has ended, 
 
 
 def read_urls(folder: Path) -> tuple[list[str], str]:
-    """Where the servers are, and the key that they want ("" where there is none).
+    """Where the servers are, and the key that they require ("" where there is none).
 
     Raises:
-        ConfigError: the folder does not say, others could read its key, or others could write what it says.
+        ConfigError: the folder does not say where they are, others could read its key, or others could write what it says.
     """
     _check_owner(folder, folder, "launch.servers")
     try:
-        told = _read_private(folder / URLS, "launch.servers")
+        text = _read_private(folder / URLS, "launch.servers")
     except OSError as error:
         raise ConfigError(
             "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
         ) from error
-    urls = [line.strip().rstrip("/") for line in told.splitlines() if line.strip()]
+    urls = [line.strip().rstrip("/") for line in text.splitlines() if line.strip()]
     if not urls:
         raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
     for url in urls:
@@ -53,13 +53,13 @@ def read_urls(folder: Path) -> tuple[list[str], str]:
 
 
 def _url_error(url: str) -> str | None:
-    """What is wrong with an address, in words that do not repeat it."""
+    """What is wrong with an address, without repeating it."""
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
     except ValueError:
-        whole = False
-    if not whole:
+        is_address = False
+    if not is_address:
         return "holds a line that is no address"
     return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
 
@@ -80,41 +80,41 @@ def _read_key(folder: Path, urls: list[str], field: str) -> str:
 
 
 def _read_private(file: Path, field: str) -> str:
-    """What a file of the folder says.
+    """The text of a file of the folder.
 
     Raises:
         OSError: it cannot be read.
         ConfigError: others can write it, or read it where it is the key; or it is no text.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what it is, is seen before it is read
-    with os.fdopen(descriptor, "rb") as opened:
+    descriptor = os.open(
+        file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    )  # its owner and type are checked before it is read
+    with os.fdopen(descriptor, "rb") as stream:
         _check_owner(file, descriptor, field)
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             raise ConfigError(field, str(file), "must be a file")
         if file.name == KEY and stat.S_IMODE(mode) & 0o077:
             raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
-        data = opened.read(MAX_CHARACTERS + 1)
+        data = stream.read(MAX_CHARACTERS + 1)
     if len(data) > MAX_CHARACTERS or not data.isascii():
         raise ConfigError(field, str(file), f"must be plain text of at most {MAX_CHARACTERS:,} characters")
     return data.decode("ascii")
 
 
 def _check_owner(path: Path, opened: Path | int, field: str) -> None:
-    """Refuse what somebody else could have written. `opened`: the path, or its descriptor. What is not there passes."""
+    """Refuse what another user could have written. `opened`: the path, or its descriptor. A missing file passes."""
     try:
-        found = os.stat(opened)
+        status = os.stat(opened)
     except OSError:
         return
-    if found.st_uid not in (os.geteuid(), 0):
-        remedy = f"belongs to user {found.st_uid}, and must be yours or root's"
+    if status.st_uid not in (os.geteuid(), 0):
+        remedy = f"belongs to user {status.st_uid}, and must be yours or root's"
         raise ConfigError(field, str(path), f"{remedy}: make a folder of your own (mkdir -m 700), and its files anew")
-    if stat.S_IMODE(found.st_mode) & 0o022:
-        who = "anybody" if stat.S_IMODE(found.st_mode) & 0o002 else "its group"
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        writer = "anybody" if stat.S_IMODE(status.st_mode) & 0o002 else "its group"
         folder = path if path.is_dir() else path.parent
-        remedy = (
-            f"can be written by {who}, who could name another server, which would get your key: chmod -R go-w {folder}"
-        )
+        remedy = f"can be written by {writer}, who could name another server, which would get your key: chmod -R go-w {folder}"
         raise ConfigError(field, str(path), f"{remedy} (nobody else may write there, not even your group)")
 
 
@@ -126,10 +126,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def lock_servers(folder: Path) -> "BaseFileLock":
-    """Have the servers of a folder for this process alone, until the lock is released.
+    """Lock the servers of a folder for this process alone.
 
     Raises:
-        ConfigError: somebody else has them, or the folder does not say where they are.
+        ConfigError: another process has them, or the folder does not say where they are.
     """
     from filelock import FileLock, Timeout
 
@@ -144,7 +144,7 @@ def lock_servers(folder: Path) -> "BaseFileLock":
 
 
 def reread_urls(folder: Path, urls: list[str]) -> list[str]:
-    """The addresses as they are now; what they were, where that cannot be read."""
+    """The addresses as they are now; `urls`, where that cannot be read."""
     try:
         return read_urls(folder)[0]
     except ConfigError:
@@ -152,10 +152,10 @@ def reread_urls(folder: Path, urls: list[str]) -> list[str]:
 
 
 def private_address(interface: str | None) -> str:
-    """Where this node listens: on an interface, or where its name leads.
+    """The address at which this node listens: that of an interface, or of its name.
 
     Raises:
-        ConfigError: that is nowhere, or not known to be private.
+        ConfigError: there is none, or it is not private.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if interface is None:
@@ -177,10 +177,10 @@ def private_address(interface: str | None) -> str:
 
 
 def find_free_port(host: str) -> int:
-    """A port of this machine that nobody listens at now."""
-    with socket.socket() as held:
-        held.bind((host, 0))
-        return int(held.getsockname()[1])
+    """A port of this machine on which no program listens now."""
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])
 
 
 # Machines that lend their cores.
@@ -234,10 +234,10 @@ def job_folder(run_dir: Path) -> Path:
 
 
 def wait_for_servers(folder: Path, count: int, seconds: float) -> None:
-    """Wait until so many servers of a job are well, and write down where they are.
+    """Wait until so many servers of a job are up, and write their addresses to `urls`.
 
     Raises:
-        Stop: they are not, in so many seconds, or one has ended.
+        RunError: they are not, in so many seconds, or one has ended.
     """
     end = time.monotonic() + seconds
     while len(found := sorted(folder.glob(f"{NODE_PREFIX}*"))) < count:
@@ -257,13 +257,13 @@ def write_private(file: Path, text: str) -> None:
 
 
 def write_ended(folder: Path, node: str, why: str) -> None:
-    """Write down that the server of a node of this job has ended, which nobody starts again."""
+    """Record that the server of a node of this job has ended for good."""
     (folder / f"{NODE_PREFIX}{node}").unlink(missing_ok=True)
     write_private(folder / f"{ENDED_PREFIX}{node}", f"{why}\n")
 
 
 def read_ended(folder: Path) -> str:
-    """Why a server of this job has ended for good; "" where none has, or nobody can know."""
+    """Why a server of this job has ended for good; "" where none has, or that cannot be read."""
     for file in sorted(folder.glob(f"{ENDED_PREFIX}*")):
         with suppress(OSError):
             return file.read_text().strip()
@@ -288,7 +288,7 @@ def ensure_key(folder: Path) -> str:
 
 
 def release_servers(folder: Path) -> None:
-    """A run needs its servers no more: those of its job end, and the weights that they read are removed."""
+    """End the use of servers: those of the job exit, and the weights that they read are removed."""
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
     if any(folder.glob(f"{NODE_PREFIX}*")):
         disk.write_atomically(folder / RELEASED, "")

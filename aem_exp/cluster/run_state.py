@@ -7,15 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from aem_exp.cluster import slurm
 from aem_exp.cluster.slurm import Job
 from aem_exp.core import disk
-from aem_exp.rundir import RESULT, attempts, episodes, lock, metrics
+from aem_exp.rundir import EXPERIMENT, RESULT, attempts, episodes, lock, metrics
 
-DONE, RUNNING, QUEUED, STOPPED, FAILED, NEW = STATES = ("done", "running", "queued", "stopped", "failed", "new")
 SUCCESS_METRICS: Final = ("test/success", "eval/success", "train/success")
 JOB_FAILURES: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
     "OUT_OF_MEMORY": ("oom", "the node ran out of memory: raise mem_gb in site.yaml or lower launch.device_episodes"),
@@ -32,102 +32,127 @@ NEVER_STARTED: Final = (
 RETRYABLE: Final = ("node", "time", "user", "killed", "unseen")  # they say nothing about the experiment: send it again
 
 
+class RunStatus(StrEnum):
+    """Whether a run is done, on its way, or neither."""
+
+    DONE = "done"
+    RUNNING = "running"
+    QUEUED = "queued"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    NEW = "new"
+
+
 @dataclass(frozen=True)
 class RunState:
-    """One run. `left`: seconds, nan where unknown; `score`: the newest success, and which one; `kind`: a failure's class."""
+    """How far one run is, and what ails it."""
 
-    what: str
+    what: RunStatus
+    """Whether it is done, on its way, or neither."""
     step: int = 0
+    """The last step that was measured."""
     steps: int = 0
+    """The steps that the run shall have; 0 where that is unknown."""
     left: float = math.nan
+    """Seconds to the last step; nan where unknown."""
     score: tuple[str, float] | None = None
+    """The metric of the newest success, and its value."""
     starts: int = 0
+    """How often the run was started."""
     kind: str = ""
+    """The class of a failure."""
     sentence: str = ""
+    """Why the run failed or stopped, what it waits for, or who runs it."""
     job: str = ""
+    """The id of its last job."""
     log: str = ""
+    """The log file of that job."""
 
     @property
     def missing(self) -> bool:
-        """Nobody is at it, and nothing about the experiment says that it cannot be finished."""
-        return self.what in (NEW, STOPPED) or (self.what == FAILED and self.kind in RETRYABLE)
+        """No process runs it, and nothing about the experiment says that it cannot be finished."""
+        return self.what in (RunStatus.NEW, RunStatus.STOPPED) or (
+            self.what == RunStatus.FAILED and self.kind in RETRYABLE
+        )
 
 
 def read(folders: Sequence[Path]) -> dict[Path, RunState]:
     """The state of each run; the scheduler is asked once."""
-    cards = {folder: _read_card(folder) for folder in folders}
-    jobs = slurm.query_jobs(card["job"] for card in cards.values() if "job" in card)
-    return {folder: _read_or_damaged(folder, cards[folder], jobs) for folder in folders}
+    records = {folder: _read_job_record(folder) for folder in folders}
+    jobs = slurm.query_jobs(record["job"] for record in records.values() if "job" in record)
+    return {folder: _read_or_damaged(folder, records[folder], jobs) for folder in folders}
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def _read_job_record(folder: Path) -> dict[str, Any]:
     """Which job had a run last; nothing where that cannot be read."""
     with suppress(OSError, ValueError):
         return dict(slurm.read_job_record(folder))
     return {}
 
 
-def _read_or_damaged(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
+def _read_or_damaged(folder: Path, record: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
     """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
     try:
-        return _read_state(folder, card, jobs)
+        return _read_state(folder, record, jobs)
     except disk.DamagedFileError as error:
-        return RunState(FAILED, kind="disk", sentence=error.remedy)
+        return RunState(RunStatus.FAILED, kind="disk", sentence=error.remedy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return RunState(FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.describe_error(error)}")
+        return RunState(
+            RunStatus.FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.describe_error(error)}"
+        )
 
 
-def _read_state(folder: Path, card: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
+def _read_state(folder: Path, record: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
     events = attempts.read(folder)
     starts = [event for event in events if event["event"] == "start"]
     rows = metrics.read(folder)
     steps = _planned_steps(folder)
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "step": int(rows[-1]["step"]) if rows else 0,
         "steps": steps,
         "score": _newest_success(rows),
         "starts": len(starts),
-        "job": card.get("job", ""),
-        "log": card.get("log", ""),
+        "job": record.get("job", ""),
+        "log": record.get("log", ""),
     }
     if (folder / RESULT).exists():
         disk.read_json(folder / RESULT)
-        return RunState(DONE, sentence=episodes.describe_truncation(folder), **known)
+        return RunState(RunStatus.DONE, sentence=episodes.describe_truncation(folder), **facts)
     if owner := lock.describe_owner(folder):
-        return RunState(RUNNING, left=_seconds_left(rows, steps), sentence=owner, **known)
-    job = jobs.get(card.get("job", ""))
+        return RunState(RunStatus.RUNNING, left=_seconds_left(rows, steps), sentence=owner, **facts)
+    job = jobs.get(record.get("job", ""))
     if job is not None and job.is_live:
         words = "starting" if job.state == "RUNNING" else f"{job.state.lower()} {job.reason}".strip()
-        return RunState(QUEUED, sentence=words, **known)
-    return _inactive_state(events, starts, job, card, known)
+        return RunState(RunStatus.QUEUED, sentence=words, **facts)
+    return _inactive_state(events, starts, job, record, facts)
 
 
 def _inactive_state(
     events: Sequence[dict[str, Any]],
     starts: Sequence[dict[str, Any]],
     job: Job | None,
-    card: Mapping[str, Any],
-    known: dict[str, Any],
+    record: Mapping[str, Any],
+    facts: dict[str, Any],
 ) -> RunState:
-    """A run that nobody is at, and which is not done."""
-    began = starts and starts[-1]["at"] >= card.get("at", 0)  # since it was last submitted
+    """A run that no process runs, and which is not done."""
+    began = starts and starts[-1]["at"] >= record.get("at", 0)  # since it was last submitted
     last = events[-1] if events else {}
-    if card and not began:
+    if record and not began:
         if job is not None and job.state in JOB_FAILURES:
             kind, sentence = JOB_FAILURES[job.state]
-            return RunState(FAILED, kind=kind, sentence=sentence, **known)
-        kind, sentence = _failure_from_log(Path(card["log"]))
-        return RunState(FAILED, kind=kind, sentence=sentence, **known)
+            return RunState(RunStatus.FAILED, kind=kind, sentence=sentence, **facts)
+        kind, sentence = _failure_from_log(Path(record["log"]))
+        return RunState(RunStatus.FAILED, kind=kind, sentence=sentence, **facts)
     if last.get("event") == attempts.FAILED:
-        return RunState(FAILED, kind=last["class"], sentence=last["sentence"], **known)
+        return RunState(RunStatus.FAILED, kind=last["class"], sentence=last["sentence"], **facts)
     if last.get("event") == attempts.STOPPED:
         if job is not None and job.state == "CANCELLED":
-            return RunState(FAILED, kind="user", sentence=JOB_FAILURES[job.state][1], **known)
-        return RunState(STOPPED, sentence=last["sentence"], **known)
+            return RunState(RunStatus.FAILED, kind="user", sentence=JOB_FAILURES[job.state][1], **facts)
+        return RunState(RunStatus.STOPPED, sentence=last["sentence"], **facts)
     if last.get("event") == "start":  # and no end: killed
         kind, sentence = JOB_FAILURES.get(job.state if job else "", ("killed", "its process was killed"))
-        return RunState(FAILED, kind=kind, sentence=sentence, **known)
-    return RunState(NEW, **known)
+        return RunState(RunStatus.FAILED, kind=kind, sentence=sentence, **facts)
+    return RunState(RunStatus.NEW, **facts)
 
 
 def _failure_from_log(log: Path) -> tuple[str, str]:
@@ -144,7 +169,7 @@ def _failure_from_log(log: Path) -> tuple[str, str]:
 
 
 def _planned_steps(folder: Path) -> int:
-    file = folder / "experiment.json"
+    file = folder / EXPERIMENT
     return int(disk.read_json(file, "trainer")["trainer"]["steps"]) if file.exists() else 0
 
 

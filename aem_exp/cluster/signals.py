@@ -16,7 +16,7 @@ PRESS_AGAIN = "press it again to leave at once"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Asked to stop, and stopped where the run can go on from. `signal`: by which signal."""
+    """The run was stopped at a point from which it can go on. `signal`: by which signal."""
 
     def __init__(self, number: int):
         super().__init__(f"asked to stop ({signal.Signals(number).name})")
@@ -24,11 +24,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Pruned(KeyboardInterrupt):
-    """Whoever watches the run has seen enough of it (a pruned trial); all up to here is saved."""
+    """The callback of the run has ended it early (a pruned trial); all up to here is saved."""
 
 
 class Signals:
-    """Listens while the context lives, in the main thread; elsewhere it hears nothing."""
+    """Handles signals while the context lives, in the main thread; in another thread it receives none."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -38,8 +38,8 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             # A shell starts a command with `&` so that it ignores Ctrl-C; it still does.
-            wanted = [n for n in HANDLED_SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._handle) for number in wanted}
+            handled = [n for n in HANDLED_SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,20 +47,20 @@ class Signals:
             signal.signal(number, handler)
 
     def defer(self) -> AbstractContextManager[None]:
-        """Only note what is heard: whoever works here asks `heard` when it is safe to stop. A second Ctrl-C is obeyed."""
+        """Only note signals in `received`, which the caller reads when it is safe to stop. A second Ctrl-C stops at once."""
         return self._set_deferring(True)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within `deferred`, work that may be cut short: it is done anew by whoever goes on."""
+        """Within `defer`, work that may be cut short: the next start does it anew."""
         with self._set_deferring(False):
             if self.received is not None:
                 raise Interrupted(self.received)
             yield
 
     @contextmanager
-    def _set_deferring(self, patient: bool) -> Iterator[None]:
-        before, self._deferring = self._deferring, patient
+    def _set_deferring(self, deferring: bool) -> Iterator[None]:
+        before, self._deferring = self._deferring, deferring
         try:
             yield
         finally:

@@ -39,20 +39,27 @@ class Site:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    mem_gb: Annotated[int, AT_LEAST_1] | None = None  # of a node
-    at_once: Annotated[int, AT_LEAST_1] = 32  # jobs of one array that run at a time
-    interface: str | None = None  # that servers of a node listen on, such as ib0; null: where the node's name leads
-    sbatch: dict[str, str] = field(default_factory=dict)  # other options of sbatch: `exclude: node[3-4]`
-    srun: list[str] = field(default_factory=list)  # other arguments of srun
+    mem_gb: Annotated[int, AT_LEAST_1] | None = None
+    """Memory of a node."""
+    at_once: Annotated[int, AT_LEAST_1] = 32
+    """Jobs of one array that run at a time."""
+    interface: str | None = None
+    """The network interface that servers of a node listen on, such as ib0; null: that of the node's name."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Other options of sbatch: `exclude: node[3-4]`."""
+    srun: list[str] = field(default_factory=list)
+    """Other arguments of srun."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the scheduler knows it. `run_state` in its words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
+    """A job as the scheduler knows it."""
 
     id: str
     state: str
-    reason: str = ""  # it waits, or its exit code
+    """In SLURM's words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
+    reason: str = ""
+    """Why it waits, or its exit code."""
 
     @property
     def is_live(self) -> bool:
@@ -127,9 +134,9 @@ def check_available() -> None:
             raise ConfigError("launch.where", "slurm", f"{program} is not on the PATH; {LOGIN_HINT}")
     if shutil.which("sinfo") is None:
         return
-    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        why = next((line for line in asked.stderr.splitlines() if line.strip()), f"exit code {asked.returncode}")
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")
         raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN_HINT}")
 
 
@@ -137,7 +144,7 @@ def _sbatch_options(here: Site, place: Path, launch: Launch, name: str, at_once:
     """The options of sbatch, as submitit calls them."""
     tasks = max(1, launch.gpus_per_node)
     setup = place / "setup.sh"
-    asked = {
+    options = {
         "job_name": name,
         "nodes": launch.nodes + launch.server_nodes,
         "ntasks_per_node": tasks,
@@ -157,7 +164,7 @@ def _sbatch_options(here: Site, place: Path, launch: Launch, name: str, at_once:
         "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *here.srun],
         "additional_parameters": {"requeue": True, **here.sbatch},
     }
-    return {key: value for key, value in asked.items() if value is not None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _cpu_arguments(launch: Launch) -> list[str]:
@@ -207,10 +214,10 @@ def _exec_task(folder: str, module: str, nodes: int, place: str) -> None:
 
 
 def requeue_and_wait(number: int) -> None:
-    """After a signal, in a job of ours, and with all saved: be started again, and wait to be killed.
+    """Requeue this job, then wait for SLURM to end it: after a signal, with all saved. Outside of a job it returns.
 
-    Where the time is nearly up (USR2), the first process asks for the new start. Where a job is preempted, SLURM does that
-    itself, but only for one that has not ended.
+    Where the time is nearly up (USR2), the first process requeues the job. Where a job is preempted, SLURM does that itself,
+    but only for one that has not ended.
     """
     if JOB_VARIABLE not in os.environ or number == signal.SIGINT:
         return
@@ -233,18 +240,16 @@ def read_job_record(folder: Path) -> dict[str, Any]:
 
 
 def query_jobs(ids: Iterable[str]) -> Mapping[str, Job]:
-    """What the scheduler knows of these jobs; those that it has forgotten are left out."""
+    """What the scheduler knows of these jobs; those that it no longer has are left out."""
     wanted = sorted(set(ids))
     if not wanted or shutil.which("squeue") is None:
         return {}
     parents = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     queue = _query_queue()
-    told = {
-        job.id: job for job in _query_accounting(parents)
-    }  # asked after the queue: who has left it since is in here
+    jobs = {job.id: job for job in _query_accounting(parents)}  # after the queue: it has the jobs that left it since
     if queue is not None:  # a job that is not in the queue has ended, though accounting may not know yet
-        told = {name: job for name, job in told.items() if not job.is_live} | queue
-    return {job: told[job] for job in wanted if job in told}
+        jobs = {name: job for name, job in jobs.items() if not job.is_live} | queue
+    return {job: jobs[job] for job in wanted if job in jobs}
 
 
 def _query_queue() -> dict[str, Job] | None:
@@ -273,7 +278,11 @@ def _run_client(*words: str) -> list[str] | None:
 def _raise_refusal(error: Exception, here: Site, launch: Launch) -> NoReturn:
     """sbatch's own words, as a sentence."""
     lines = [line for line in str(error).splitlines() if "error:" in line]
-    said = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
-    known = " ".join(sorted({line.rstrip("*") for line in _run_client("sinfo", "--noheader", "--format=%R") or ()}))
-    asked = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
-    raise ConfigError("launch", asked, f"sbatch refuses: {said}; partitions here: {known}; see site.yaml and launch.*")
+    refusal = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
+    partitions = " ".join(
+        sorted({line.rstrip("*") for line in _run_client("sinfo", "--noheader", "--format=%R") or ()})
+    )
+    request = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
+    raise ConfigError(
+        "launch", request, f"sbatch refuses: {refusal}; partitions here: {partitions}; see site.yaml and launch.*"
+    )

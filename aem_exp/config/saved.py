@@ -14,6 +14,7 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 from aem_exp.core.trust import check_run_dir as check_owner
 from aem_exp.core.typed import convert, convert_fields
+from aem_exp.rundir import EXPERIMENT
 
 RETIRED: tuple[str, ...] = ()  # dotted keys that older versions wrote into records, and that decide nothing any more
 
@@ -26,7 +27,7 @@ def read(folder: str | Path, trust: bool = False) -> Experiment:
     """
     folder = Path(folder).expanduser().absolute()
     check_owner(folder, trust)
-    file = folder / "experiment.json"
+    file = folder / EXPERIMENT
     if not os.access(file, os.R_OK):
         raise ConfigError("RUN_DIR", str(folder), f"must be the folder of a run; no {file.name} can be read there")
     experiment = bind_targets(from_dict(disk.read_json(file)))
@@ -65,7 +66,7 @@ def build_experiment(data: Mapping[str, Any]) -> Experiment:
 def nearest_run(experiment: Experiment) -> tuple[Path, list[str]] | None:
     """The existing run that differs least from this experiment, and how this experiment differs from it."""
     found = []
-    for file in outputs_root(experiment).glob("*/experiment.json"):
+    for file in outputs_root(experiment).glob(f"*/{EXPERIMENT}"):
         try:
             found.append((file.parent, diff(from_dict(disk.read_json(file)), experiment)))
         except ConfigError:  # written by another version, or damaged

@@ -14,37 +14,40 @@ from aem_exp.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Task:
-    """One game to play. `seed` is the environment's only source of randomness; `kind` names its type in breakdowns."""
+    """One game to play."""
 
     id: str
     seed: int = 0
+    """The environment's only source of randomness."""
     kind: str = ""
+    """Its type, in breakdowns of success."""
     payload: dict[str, Any] = field(default_factory=dict)
+    """What the environment needs to set the game up."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment says after a reset or a step.
-
-    Attributes:
-        observation: text shown to the policy.
-        reward: reward of the step that led here (0.0 after a reset).
-        terminated: the episode ended by the world's own rules (won or lost).
-        truncated: the world cut the episode short.
-        valid: the response could be read as an action of this world.
-        actions: the admissible actions, where the world lists them.
-        metrics: numbers to log. `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one, both
-            of the episode, as its last turn says; so are those whose names begin with `end_`, which only the last turn
-            has. All others are of the turn, and averaged over turns.
-    """
+    """What an environment says after a reset or a step."""
 
     observation: str
+    """The text that the policy is shown."""
     reward: float = 0.0
+    """The reward of the step that led here (0.0 after a reset)."""
     terminated: bool = False
+    """The episode ended by the world's own rules (won or lost)."""
     truncated: bool = False
+    """The world cut the episode short."""
     valid: bool = True
+    """The response could be read as an action of this world."""
     actions: tuple[str, ...] | None = None
+    """The admissible actions, where the world lists them."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers to log.
+
+    `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one, both of the episode, as its last
+    turn says; so are those whose names begin with `end_`, which only the last turn has. All others are of the turn, and
+    averaged over turns.
+    """
 
     @property
     def done(self) -> bool:

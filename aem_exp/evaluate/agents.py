@@ -24,22 +24,30 @@ from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampling, 
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.types import CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
-RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # those without a model
+RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # agents without a model
+ModelSampler = LocalSampler | ServerSampler
 TrajectoryStream = Generator[Trajectory, None, None]
 PlayFunction = Callable[[Sequence[Episode]], TrajectoryStream]  # in order, one by one
-IDENTITY_SETTINGS = ("dtype", "attention", "system", "thinking")  # settings of a model that decide what its weights say
+IDENTITY_SETTINGS = (
+    "dtype",
+    "attention",
+    "system",
+    "thinking",
+)  # settings of a model that change what its weights generate
 
 
 @dataclass(frozen=True)
 class Agent:
-    """A row of an evaluation: a model, its weights in `folder`, after `steps` of training; or one of those that have none."""
+    """A row of an evaluation: a model, or an agent that has none."""
 
     name: str
     model: Model | None = None
     folder: str = ""
+    """The folder of the model's weights."""
     steps: int = 0
+    """The steps that the model was trained."""
 
     def identity(self) -> dict[str, Any]:
         """What decides how it plays, temperature apart; neutral settings are left out, so that a new one changes nothing."""
@@ -52,25 +60,27 @@ class Agent:
 
 @contextmanager
 def open_agent(
-    player: Agent, experiment: Experiment, world: World, temperature: float, at_once: int, watcher: Watcher
+    agent: Agent, experiment: Experiment, world: World, temperature: float, at_once: int, watcher: Watcher
 ) -> Iterator[PlayFunction]:
-    """The player at its place: a function that plays episodes, `at_once` at a time."""
+    """Open what an agent needs: a function that plays episodes, `at_once` at a time."""
     launch, rules = experiment.launch, experiment.env
-    if player.name in (SCRIPTED, ORACLE):
-        with closing(SerialExecutor(world)) as here:  # who looks at the environments has them at hand
-            choose = partial(_world_response, world, player.name, here)
-            yield _play_in_chunks(lambda episodes: play_without_model(episodes, here, choose, rules.max_turns), at_once)
+    if agent.name in (SCRIPTED, ORACLE):
+        with closing(SerialExecutor(world)) as local:  # these agents read the state of environments in this process
+            choose = partial(_world_response, world, agent.name, local)
+            yield _play_in_chunks(
+                lambda episodes: play_without_model(episodes, local, choose, rules.max_turns), at_once
+            )
         return
-    with closing(make_executor(world, rules.make, launch)) as stage:
-        if player.model is None:
+    with closing(make_executor(world, rules.make, launch)) as executor:
+        if agent.model is None:
             with closing(world.env()) as env:
                 choose = partial(_random_action, env.parse)
                 yield _play_in_chunks(
-                    lambda episodes: play_without_model(episodes, stage, choose, rules.max_turns), at_once
+                    lambda episodes: play_without_model(episodes, executor, choose, rules.max_turns), at_once
                 )
             return
-        with open_sampler(player, experiment, temperature) as (sampler, chat):
-            rollout = Rollout(stage, rules, chat, at_once, watcher)
+        with open_sampler(agent, experiment, temperature) as (sampler, chat):
+            rollout = Rollout(executor, rules, chat, at_once, watcher)
             if isinstance(sampler, IndependentSampler):
                 yield partial(rollout.stream, sampler=sampler)
             else:
@@ -79,46 +89,46 @@ def open_agent(
 
 
 @contextmanager
-def open_sampler(player: Agent, experiment: Experiment, temperature: float) -> Iterator[tuple[Any, Chat]]:
-    """What samples for a model, which is loaded here or on servers, and how it is spoken to."""
-    assert player.model is not None
-    where = _served_sampler_factory if experiment.launch.sampler == "served" else _local_sampler_factory
-    with where(player, experiment) as (make, tokenizer):
-        chat = Chat(tokenizer, player.model.system, player.model.thinking)
+def open_sampler(agent: Agent, experiment: Experiment, temperature: float) -> Iterator[tuple[ModelSampler, Chat]]:
+    """The sampler of a model, which is loaded here or on servers, and its chat."""
+    assert agent.model is not None
+    open_factory = _served_sampler_factory if experiment.launch.sampler == "served" else _local_sampler_factory
+    with open_factory(agent, experiment) as (make, tokenizer):
+        chat = Chat(tokenizer, agent.model.system, agent.model.thinking)
         yield make(chat.end_ids, Sampling(temperature)), chat
 
 
-SamplerFactory = Callable[[Sequence[int], Sampling], Any]  # a sampler, from end tokens and how it samples
+SamplerFactory = Callable[[Sequence[int], Sampling], ModelSampler]  # from end tokens, and how tokens are drawn
 
 
 @contextmanager
-def _local_sampler_factory(player: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
-    """What makes a sampler of a model that is loaded here, and its tokenizer."""
-    assert player.model
+def _local_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
+    """Load a model here: what makes its sampler, and its tokenizer."""
+    assert agent.model
     launch = experiment.launch
     if launch.threads:
         torch.set_num_threads(launch.threads)
     device = policy.select_device(launch)
-    model, tokenizer = policy.load(player.model, player.folder, experiment.seed)
+    model, tokenizer = policy.load(agent.model, agent.folder, experiment.seed)
     trained_in_bf16 = experiment.trainer.bf16
     with torch.autocast(device.type, torch.bfloat16, enabled=trained_in_bf16):
         yield partial(LocalSampler, model.to(device)), tokenizer
 
 
 @contextmanager
-def _served_sampler_factory(player: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
-    """What makes a sampler of servers that have a model's weights, and its tokenizer."""
-    assert player.model and experiment.launch.servers
-    tokenizer, where = policy.load_tokenizer(player.model, player.folder), Path(experiment.launch.servers)
-    lock = rendezvous.lock_servers(where)
+def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
+    """Have servers read a model's weights: what makes its sampler, and its tokenizer."""
+    assert agent.model and experiment.launch.servers
+    tokenizer, folder = policy.load_tokenizer(agent.model, agent.folder), Path(experiment.launch.servers)
+    lock = rendezvous.lock_servers(folder)
     try:
-        servers = Servers(where, experiment.launch.server_seconds)
+        servers = Servers(folder, experiment.launch.server_seconds)
         try:
             servers.require_weights(
-                Path(player.folder), policy.weight_names(player.folder), experiment.env.context_tokens
+                Path(agent.folder), policy.weight_names(agent.folder), experiment.env.context_tokens
             )
             yield (
-                partial(ServerSampler, servers, vocabulary=policy.vocabulary_size(player.model, player.folder)),
+                partial(ServerSampler, servers, vocabulary=policy.vocabulary_size(agent.model, agent.folder)),
                 tokenizer,
             )
         finally:
@@ -128,73 +138,71 @@ def _served_sampler_factory(player: Agent, experiment: Experiment) -> Iterator[t
 
 
 def _play_in_chunks(play: Callable[[Sequence[Episode]], list[Trajectory]], size: int) -> PlayFunction:
-    """Plays episodes `size` at a time, and the next ones when somebody wants them."""
+    """Plays episodes `size` at a time, and the next ones when the caller asks for more."""
 
-    def played(episodes: Sequence[Episode]) -> TrajectoryStream:
+    def stream(episodes: Sequence[Episode]) -> TrajectoryStream:
         for start in range(0, len(episodes), size):
             yield from play(episodes[start : start + size])
 
-    return played
+    return stream
 
 
-ResponseFunction = Callable[
-    [Episode, int, Turn, int], str
-]  # episode, its slot, what it last saw, number of the turn -> response
+ResponseFunction = Callable[[Episode, int, Turn, int], str]  # episode, its slot, last turn, its number -> response
 
 
 def play_without_model(
-    episodes: Sequence[Episode], stage: EnvExecutor, choose: ResponseFunction, max_turns: int
+    episodes: Sequence[Episode], executor: EnvExecutor, choose: ResponseFunction, max_turns: int
 ) -> list[Trajectory]:
-    """Episodes of a player that is no model."""
-    played = [Trajectory(episode.task, episode.draw, episode.member, ended=TURNS) for episode in episodes]
-    replies = stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})
+    """Play episodes with an agent that has no model."""
+    played = [Trajectory(episode.task, episode.draw, episode.member, ended=Ending.TURNS) for episode in episodes]
+    replies = executor.reset({slot: episode.task for slot, episode in enumerate(episodes)})
     for slot, reply in replies.items():
         played[slot].goal = reply.goal
     for number in range(max_turns):
         turns = {slot: turn for slot, reply in replies.items() if (turn := _record_reply(played[slot], reply))}
-        said = {slot: choose(episodes[slot], slot, turn, number) for slot, turn in turns.items()}
+        responses = {slot: choose(episodes[slot], slot, turn, number) for slot, turn in turns.items()}
         for slot, turn in turns.items():
-            played[slot].responses.append(Response([], Sample([], [], []), turn.observation, said[slot]))
-        replies = stage.step(said)
+            played[slot].responses.append(Response([], Sample([], [], []), turn.observation, responses[slot]))
+        replies = executor.step(responses)
     for slot, reply in replies.items():
         _record_reply(played[slot], reply)
     return played
 
 
 def _random_action(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
-    """A random admissible action; `parse` is the world's, and tells how it wants to be spoken to."""
+    """A random admissible action, in the format that the world's `parse` reads."""
     random = keyed_generator((*episode.key, RANDOM, number))
     return parsing.format_response(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
 
 
 def _world_response(
-    world: Any, name: str, stage: SerialExecutor, episode: Episode, slot: int, turn: Turn, number: int
+    world: Any, name: str, executor: SerialExecutor, episode: Episode, slot: int, turn: Turn, number: int
 ) -> str:
-    """What the world's own player says."""
-    env = stage.envs[slot]
+    """The response of the world's own agent."""
+    env = executor.envs[slot]
     return world.oracle(env) if name == ORACLE else world.expert(env, Random(f"{episode.key} {number}"))
 
 
 def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
-    """Note what the world answered; the turn, where the episode goes on."""
+    """Record the reply of the world; return its turn where the episode goes on."""
     if reply.turn is None:
-        trajectory.ended, trajectory.error = CRASHED, reply.error
+        trajectory.ended, trajectory.error = Ending.CRASHED, reply.error
         return None
     if trajectory.responses:
-        said, turn = trajectory.responses[-1], reply.turn
-        said.reward, said.valid, said.metrics = turn.reward, turn.valid, turn.metrics
+        response, turn = trajectory.responses[-1], reply.turn
+        response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
     if reply.turn.done:
-        trajectory.ended = OVER if reply.turn.terminated else STOPPED
+        trajectory.ended = Ending.OVER if reply.turn.terminated else Ending.STOPPED
     return None if reply.turn.done else reply.turn
 
 
 def unavailable_reason(name: str, experiment: Experiment, world: World, task: Task) -> str | None:
-    """Why a player without a model cannot play here, or None."""
+    """Why an agent without a model cannot play here, or None."""
     if name != RANDOM:
-        has = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
-        return None if hasattr(world, has) else f"this world brings no {name} player along"
-    with closing(make_executor(world, experiment.env.make, replace(experiment.launch, workers=0))) as stage:
-        reply = stage.reset({0: task})[0]
+        method = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
+        return None if hasattr(world, method) else f"this world brings no {name} player along"
+    with closing(make_executor(world, experiment.env.make, replace(experiment.launch, workers=0))) as executor:
+        reply = executor.reset({0: task})[0]
     if reply.turn is None:
         return f"the world could not be entered: {reply.error}"
     return None if reply.turn.actions else "this world lists no actions to choose from"

@@ -9,7 +9,6 @@ import json
 import math
 import shlex
 import sys
-from typing import TYPE_CHECKING
 
 from aem_exp.config import ConfigError
 from aem_exp.core import cli
@@ -17,17 +16,13 @@ from aem_exp.evaluate.evaluation import EvaluationSetup, evaluate_agent
 from aem_exp.evaluate.request import (
     AGENTS,
     UNTRAINED,
-    _model_path_overrides,
     build_parser,
     is_run_dir,
+    model_path_overrides,
     parse_target_arguments,
     prepare_evaluation,
 )
 from aem_exp.rundir import RESULT
-
-if TYPE_CHECKING:
-    pass
-
 
 ABOUT = """\
 Score a policy on tasks it was not trained on, every task the same number of times, beside the policy that its training
@@ -55,54 +50,53 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
     parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
     parser.add_argument("--only", action="append", choices=AGENTS, help="leave the other rows out (may be repeated)")
-    asked = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
-    if asked.temperature is not None and not 0 < asked.temperature < math.inf:
+    arguments = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
+    if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
         remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
-        raise ConfigError("--temperature", asked.temperature, remedy)
-    return asked
+        raise ConfigError("--temperature", arguments.temperature, remedy)
+    return arguments
 
 
-def _run_command(asked: argparse.Namespace) -> int:
+def _run_command(arguments: argparse.Namespace) -> int:
     from aem_exp.core import console
 
     console.silence_libraries()
-    cli.add_user_modules(asked.config_dir, [asked.target] if is_run_dir(asked.target) else [], asked.trust)
+    cli.add_user_modules(
+        arguments.config_dir, [arguments.target] if is_run_dir(arguments.target) else [], arguments.trust
+    )
     from aem_exp.evaluate.display import ProgressLine, print_results
     from aem_exp.rollout.sampling.vllm_client import WrongWeights
 
     with ProgressLine() as line:
-        exam, players, left_out = prepare_evaluation(asked)
-        found = {}
-        for player in players:
+        setup, agents, left_out = prepare_evaluation(arguments)
+        evaluated = {}
+        for agent in agents:
             try:
-                found[player.name] = evaluate_agent(exam, player, line)
-            except WrongWeights as why:
-                if player.name != UNTRAINED or asked.only:
+                evaluated[agent.name] = evaluate_agent(setup, agent, line)
+            except WrongWeights as error:
+                if agent.name != UNTRAINED or arguments.only:
                     raise
-                left_out[UNTRAINED] = str(why)
-    results = {name: result for name, (_, result) in found.items()}
-    if asked.json:
+                left_out[UNTRAINED] = str(error)
+    results = {name: result for name, (_, result) in evaluated.items()}
+    if arguments.json:
         print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
         return 0
-    tasks = f"{len(exam.panel.tasks)} tasks x {exam.repeats}, temperature {exam.temperature:g}"
-    title = f"success on the panel {exam.panel.name} ({exam.panel.hash}) of {exam.experiment.env.name}: {tasks}"
-    facts = [("result", str(folder / RESULT)) for folder, _ in found.values()][:1]
-    print_results(title, results, left_out, [*facts, ("next", _suggest_next_command(asked, exam))])
+    tasks = f"{len(setup.panel.tasks)} tasks x {setup.repeats}, temperature {setup.temperature:g}"
+    title = f"success on the panel {setup.panel.name} ({setup.panel.hash}) of {setup.experiment.env.name}: {tasks}"
+    facts = [("result", str(folder / RESULT)) for folder, _ in evaluated.values()][:1]
+    print_results(title, results, left_out, [*facts, ("next", _suggest_next_command(arguments, setup))])
     return 0
 
 
-def _suggest_next_command(asked: argparse.Namespace, exam: EvaluationSetup) -> str:
+def _suggest_next_command(arguments: argparse.Namespace, setup: EvaluationSetup) -> str:
     """The command that most likely comes next."""
-    own = ["--config-dir", asked.config_dir] if asked.config_dir else []
-    if exam.repeats == 1:
-        same = ["--panel", asked.panel] if asked.panel else []
+    own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    if setup.repeats == 1:
+        same = ["--panel", arguments.panel] if arguments.panel else []
         return shlex.join(
-            ["python", "-m", "aem_exp.evaluate", asked.target, *asked.overrides, *same, *own, "--repeats", "4"]
+            ["python", "-m", "aem_exp.evaluate", arguments.target, *arguments.overrides, *same, *own, "--repeats", "4"]
         )
-    if is_run_dir(asked.target):
-        steps = 2 * exam.experiment.trainer.steps
-        return shlex.join(["python", "-m", "aem_exp", f"from={asked.target}", f"trainer.steps={steps}", *own])
-    return shlex.join(["python", "-m", "aem_exp", *asked.overrides, *_model_path_overrides(asked.target), *own])
-
-
-# What is asked for.
+    if is_run_dir(arguments.target):
+        steps = 2 * setup.experiment.trainer.steps
+        return shlex.join(["python", "-m", "aem_exp", f"from={arguments.target}", f"trainer.steps={steps}", *own])
+    return shlex.join(["python", "-m", "aem_exp", *arguments.overrides, *model_path_overrides(arguments.target), *own])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REFRESH_SECONDS = 0.1  # seconds between two looks at the tokens of a turn
-Results = Mapping[str, Mapping[str, Any]]  # player -> what its result.json says
+Results = Mapping[str, Mapping[str, Any]]  # agent -> what its result.json says
 
 
 class ProgressLine:
@@ -31,7 +31,7 @@ class ProgressLine:
     def __init__(self, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
         self.console = console or make_console(stderr=True)
         self.bar = counting_bar(self.console)
-        self.every, self.said, self.shown = every, time.monotonic(), -math.inf
+        self.every, self.printed, self.shown = every, time.monotonic(), -math.inf
         self.task: Any = None
         self.open = ExitStack()
 
@@ -58,10 +58,10 @@ class ProgressLine:
         """Show a sentence that stays."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
 
-    def start_agent(self, player: str, done: int, episodes: int, max_turns: int) -> None:
-        """Show that a player has played `done` of its episodes."""
+    def start_agent(self, agent: str, done: int, episodes: int, max_turns: int) -> None:
+        """Show that an agent has played `done` of its episodes."""
         self._remove_task()
-        self.task = self.bar.add_task(player, total=episodes, completed=done, count="")
+        self.task = self.bar.add_task(agent, total=episodes, completed=done, count="")
         self.max_turns, self.over, self.slots = max_turns, done, dict[int, int]()
         self.start_chunk(done, 0)
 
@@ -98,8 +98,8 @@ class ProgressLine:
         count = f"{int(done)}/{task.total} episodes{self._format_turn()}"
         self.shown = time.monotonic()
         self.bar.update(self.task, completed=done, count=count)
-        if not self.console.is_terminal and time.monotonic() - self.said >= self.every:
-            self.said = time.monotonic()
+        if not self.console.is_terminal and time.monotonic() - self.printed >= self.every:
+            self.printed = time.monotonic()
             left = f"  {format_duration(task.time_remaining)} left" if task.time_remaining is not None else ""
             self.console.print(f"{task.description} {count}{left}", markup=False)
 
@@ -117,7 +117,7 @@ class ProgressLine:
 
 
 def print_results(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
-    """Print who reached what, per kind too where there are several, why a player is missing, and where it is kept."""
+    """Print the scores, per kind too where there are several, why an agent is missing, and where the results are."""
     console = make_console()
     console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
     console.print(_score_table(results))
@@ -125,20 +125,20 @@ def print_results(title: str, results: Results, left_out: Mapping[str, str], fac
         console.print()
         console.print(_kind_table(kinds, results))
     console.print()
-    for name, text in [*_notes(results), *((f"no {player}", why) for player, why in left_out.items()), *facts]:
+    for name, text in [*_notes(results), *((f"no {agent}", why) for agent, why in left_out.items()), *facts]:
         console.print(f"  [bold]{name:<10}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
 
 
 def _notes(results: Results) -> list[tuple[str, str]]:
-    """How the episodes of each player ended, by what the world says of it too, and what crashed them."""
+    """How the episodes of each agent ended, as the world says too, and what crashed them."""
     ended = []
-    for player, result in results.items():
+    for agent, result in results.items():
         shares = [f"{how} {count / result['episodes']:.1%}" for how, count in result["endings"].items()]
-        told = {how.removeprefix("end_"): share for how, share in result["habits"].items() if how.startswith("end_")}
-        shares += [f"{how.replace('_', ' ')} {share:.1%}" for how, share in told.items() if share]
-        ended.append(f"{player} {', '.join(shares)}")
-    crashed = [("crashed", f"{player}: {r['errors'][0]}") for player, r in results.items() if r["errors"]]
+        endings = {how.removeprefix("end_"): share for how, share in result["habits"].items() if how.startswith("end_")}
+        shares += [f"{how.replace('_', ' ')} {share:.1%}" for how, share in endings.items() if share]
+        ended.append(f"{agent} {', '.join(shares)}")
+    crashed = [("crashed", f"{agent}: {r['errors'][0]}") for agent, r in results.items() if r["errors"]]
     return [("ended", "; ".join(ended)), *crashed]
 
 
@@ -149,14 +149,14 @@ def _score_table(results: Results) -> "Table":
     crashed = ["crashed"] if any(r["crashed"] for r in results.values()) else []
     headings = ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed)
     rows: list[Sequence[RenderableType]] = []
-    for player, r in results.items():
+    for agent, r in results.items():
         low, high = r["interval"]
         share = join_texts((f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black"))
         score = [_number(r.get("score"), ".1%") for _ in scored]
         passes = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         lengths = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
-        lost = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
-        rows.append((player, share, *score, *passes, *lengths, _number(r["response_entropy"], ".3f"), *lost))
+        crashes = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
+        rows.append((agent, share, *score, *passes, *lengths, _number(r["response_entropy"], ".3f"), *crashes))
     return make_table(headings, rows, left=("",), gap=1, no_wrap=True)
 
 

@@ -19,7 +19,7 @@ from aem_exp.core import disk
 from aem_exp.core.errors import RunError
 from aem_exp.envs import World
 from aem_exp.envs.panel import Panel
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EVALUATIONS, RESULT
 from aem_exp.stats import scores
 from aem_exp.stats.scores import Outcome, Score
 
@@ -62,86 +62,93 @@ def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
     """Refuse what has no score, and warn of what makes a score say little.
 
     Raises:
-        Stop: the world never says who won.
+        RunError: the world never says who won.
     """
-    from aem_exp.rollout.types import CONTEXT, CRASHED
+    from aem_exp.rollout.types import Ending
 
-    begun = [t for t in played if t.responses and t.ended != CRASHED]
+    begun = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     if begun and not any("won" in t.responses[-1].metrics for t in begun):
-        told = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
-        raise RunError(f"{told}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
+        reason = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
+        raise RunError(f"{reason}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
     if _is_one_game(begun):
         log.warning(
             "all games of the panel %s begin alike and answer alike; where a task's seed changes nothing, none is held out",
             panel.name,
         )
-    if 2 * (cut := sum(t.ended == CONTEXT for t in played)) >= len(played):
+    if 2 * (cut := sum(t.ended == Ending.CONTEXT for t in played)) >= len(played):
         remedy = "raise env.context_tokens, or show less of the past: env.history=window env.window=2"
         log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
 
 
 def _is_one_game(begun: Sequence["Trajectory"]) -> bool:
-    """Whether games of different tasks begin alike, and answered alike wherever the same was said.
+    """Whether games of different tasks begin alike, and answer alike to the same responses.
 
-    In a game of guessing they begin alike, and then answer differently. Where no two players said the same, nothing is known.
+    In a game of guessing they begin alike, and then answer differently. Where no two episodes have the same responses, nothing
+    is known.
     """
     if len({(t.goal, t.responses[0].observation) for t in begun}) != 1:
         return False
-    answers: dict[
-        tuple[str, ...], tuple[Any, ...]
-    ] = {}  # what was said until then -> the answer, and whose task it was
-    met = False
+    answers: dict[tuple[str, ...], tuple[Any, ...]] = {}  # responses so far -> the answer to the last, and the task
+    tasks_differ = False  # the same responses were given in two tasks
     for t in begun:
-        said: tuple[str, ...] = ()
-        seen = [*(r.observation for r in t.responses[1:]), t.ended]
-        for response, observation in zip(t.responses, seen, strict=True):
-            said = (*said, response.text)
+        responses: tuple[str, ...] = ()
+        observations = [*(r.observation for r in t.responses[1:]), t.ended]
+        for response, observation in zip(t.responses, observations, strict=True):
+            responses = (*responses, response.text)
             answer = observation, response.reward, response.valid, response.metrics
-            before, draw = answers.setdefault(said, (answer, t.draw))
+            before, draw = answers.setdefault(responses, (answer, t.draw))
             if before != answer:
                 return False
-            met = met or draw != t.draw
-    return met
+            tasks_differ = tasks_differ or draw != t.draw
+    return tasks_differ
 
 
-# One player on one panel, on disk.
+# One agent on one panel, on disk.
 
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What the players of an evaluation share. `out`: the folder that keeps their `evaluations/`."""
+    """What the agents of an evaluation share."""
 
     experiment: Experiment
     world: World
     panel: Panel
     repeats: int
+    """How often each task is played."""
     temperature: float
+    """The temperature at which models are sampled."""
     at_once: int
+    """How many episodes are in memory together."""
     out: Path
+    """The folder that keeps the agents' `evaluations/`."""
 
 
-def evaluate_agent(exam: EvaluationSetup, player: "Agent", line: "ProgressLine") -> tuple[Path, dict[str, Any]]:
-    """The folder of a player's exam and what its `result.json` says; what is not played yet is played first."""
+def evaluate_agent(setup: EvaluationSetup, agent: "Agent", line: "ProgressLine") -> tuple[Path, dict[str, Any]]:
+    """The folder of an agent's evaluation and what its `result.json` says; what is not played yet is played first."""
     identity = {
-        "player": player.name,
-        "env": env_rules(exam.experiment),
-        "world": exam.world.fingerprint,
-        "panel": [exam.panel.name, exam.panel.hash],
-        "repeats": exam.repeats,
-        **player.identity(),
-        **({"temperature": exam.temperature} if player.model else {}),
-        **({"sampler": "served"} if player.model and exam.experiment.launch.sampler == "served" else {}),
-        **({"bf16": True} if player.model and exam.experiment.trainer.bf16 else {}),
+        "player": agent.name,
+        "env": env_rules(setup.experiment),
+        "world": setup.world.fingerprint,
+        "panel": [setup.panel.name, setup.panel.hash],
+        "repeats": setup.repeats,
+        **agent.identity(),
+        **({"temperature": setup.temperature} if agent.model else {}),
+        **({"sampler": "served"} if agent.model and setup.experiment.launch.sampler == "served" else {}),
+        **({"bf16": True} if agent.model and setup.experiment.trainer.bf16 else {}),
     }
-    heat = f"-T{exam.temperature:g}" if player.model else ""
-    name = f"{exam.panel.name.replace('[:', '-').rstrip(']')}-{hash_identity(identity)}-k{exam.repeats}{heat}-{player.name}"
-    folder = exam.out / "evaluations" / name
+    folder = setup.out / EVALUATIONS / _folder_name(setup, agent, identity)
     if not (folder / RESULT).exists():
         disk.check_writable(folder, "outputs")
         with lock_folder(folder, line):
             if not (folder / RESULT).exists():
-                _play_remaining(exam, player, folder, identity, line)
+                _play_remaining(setup, agent, folder, identity, line)
     return folder, disk.read_json(folder / RESULT, "success")
+
+
+def _folder_name(setup: EvaluationSetup, agent: "Agent", identity: dict[str, Any]) -> str:
+    panel = setup.panel.name.replace("[:", "-").rstrip("]")
+    temperature = f"-T{setup.temperature:g}" if agent.model else ""
+    return f"{panel}-{hash_identity(identity)}-k{setup.repeats}{temperature}-{agent.name}"
 
 
 def env_rules(experiment: Experiment) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def hash_identity(identity: dict[str, Any]) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, line: "ProgressLine") -> Iterator[None]:
-    """One process at a time; whoever comes second waits, and finds the result."""
+    """One process at a time; the second one waits, and finds the result."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / "lock")
@@ -172,7 +179,7 @@ def lock_folder(folder: Path, line: "ProgressLine") -> Iterator[None]:
 
 
 def _play_remaining(
-    exam: EvaluationSetup, player: "Agent", folder: Path, identity: dict[str, Any], line: "ProgressLine"
+    setup: EvaluationSetup, agent: "Agent", folder: Path, identity: dict[str, Any], line: "ProgressLine"
 ) -> None:
     """Play what is not on disk yet, part by part; then join the parts, write the result, and forget them, in this order."""
     import pyarrow.parquet
@@ -180,86 +187,86 @@ def _play_remaining(
     from aem_exp.evaluate import agents
     from aem_exp.rundir.episodes import EpisodeWriter, build_record
 
-    def keep(part: Sequence["Trajectory"]) -> None:
-        check_results(exam.panel, part)
-        kept.add([_clear_model_fields(build_record(player.steps, exam.panel.name, t, True), player) for t in part])
-        kept.write(done)
+    def record(part: Sequence["Trajectory"]) -> None:
+        check_results(setup.panel, part)
+        writer.add([_clear_model_fields(build_record(agent.steps, setup.panel.name, t, True), agent) for t in part])
+        writer.write(done)
 
-    wanted = list_episodes(exam.panel, exam.repeats)
-    kept = EpisodeWriter(folder, len(wanted))  # a part is named by how many episodes come before it
-    if lost := kept.drop_damaged():
-        log.warning("%s of %s is damaged: what it held, and what followed, is played again", lost.name, folder)
+    wanted = list_episodes(setup.panel, setup.repeats)
+    writer = EpisodeWriter(folder, len(wanted))  # a part is named by how many episodes come before it
+    if damaged := writer.drop_damaged():
+        log.warning("%s of %s is damaged: what it held, and what followed, is played again", damaged.name, folder)
     done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
     if done < len(wanted):
-        line.show_stage(f"{player.name}: loading {'its weights' if player.model else 'the world'}")
+        line.show_stage(f"{agent.name}: loading {'its weights' if agent.model else 'the world'}")
         with (
-            agents.open_agent(player, exam.experiment, exam.world, exam.temperature, exam.at_once, line) as plays,
-            closing(plays(wanted[done:])) as played,
+            agents.open_agent(agent, setup.experiment, setup.world, setup.temperature, setup.at_once, line) as play,
+            closing(play(wanted[done:])) as played,
         ):
-            line.start_agent(player.name, done, len(wanted), exam.experiment.env.max_turns)
+            line.start_agent(agent.name, done, len(wanted), setup.experiment.env.max_turns)
             while done < len(wanted):
-                line.start_chunk(done, min(exam.at_once, len(wanted) - done))
+                line.start_chunk(done, min(setup.at_once, len(wanted) - done))
                 part: list[Trajectory] = []
                 try:
-                    for trajectory in islice(played, exam.at_once):
+                    for trajectory in islice(played, setup.at_once):
                         part.append(trajectory)
                 except BaseException:  # what was played before stays
                     if part:
                         with suppress(RunError):
-                            keep(part)
+                            record(part)
                     raise
-                keep(part)
+                record(part)
                 done += len(part)
             line.start_chunk(len(wanted), 0)
-    result = _build_result(exam, player, kept.finish()) | {"identity": identity}
+    result = _build_result(setup, agent, writer.finish()) | {"identity": identity}
     disk.write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    kept.remove_parts()
+    writer.remove_parts()
 
 
-def _clear_model_fields(record: dict[str, Any], player: "Agent") -> dict[str, Any]:
+def _clear_model_fields(record: dict[str, Any], agent: "Agent") -> dict[str, Any]:
     """A record without the tokens and entropies that only a model has."""
-    return record if player.model else record | {"tokens": None, "response_entropy": None}
+    return record if agent.model else record | {"tokens": None, "response_entropy": None}
 
 
-def _build_result(exam: EvaluationSetup, player: "Agent", file: Path) -> dict[str, Any]:
-    """What the episodes of a player add up to."""
+def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[str, Any]:
+    """What `result.json` says of the episodes of an agent."""
     import pyarrow.parquet
 
     from aem_exp import provenance
 
     columns = ["draw", "kind", "won", "score", "return", "ended", "error", "tokens", "habits"]
-    said = ["responses.list.element.valid", "responses.list.element.entropy"]
-    rows = pyarrow.parquet.ParquetFile(file).read([*columns, *said]).to_pylist()
+    of_responses = ["responses.list.element.valid", "responses.list.element.entropy"]
+    rows = pyarrow.parquet.ParquetFile(file).read([*columns, *of_responses]).to_pylist()
     outcomes = [_outcome(row) for row in rows]
-    found = scores.statistics(outcomes, exam.repeats)
-    total = scores.score_panel(exam.panel.name, exam.panel.hash, outcomes)
+    statistics = scores.statistics(outcomes, setup.repeats)
+    total = scores.score_panel(setup.panel.name, setup.panel.hash, outcomes)
     return {
-        "player": player.name,
+        "player": agent.name,
         **asdict(total),
-        "interval": scores.wilson_interval(total.success, found["effective_episodes"]),
-        **found,
+        "interval": scores.wilson_interval(total.success, statistics["effective_episodes"]),
+        **statistics,
         "errors": sorted({row["error"] for row in rows if row["error"]})[:10],
-        "temperature": exam.temperature if player.model else None,
-        "steps": player.steps,
-        "weights": player.folder or None,
-        "fingerprint": exam.world.fingerprint,
+        "temperature": setup.temperature if agent.model else None,
+        "steps": agent.steps,
+        "weights": agent.folder or None,
+        "fingerprint": setup.world.fingerprint,
         "packages": {name: version(name) for name in provenance.PACKAGES},
     }
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
-    from aem_exp.rollout.types import CRASHED
+    from aem_exp.rollout.types import Ending
 
-    said = row["responses"]
+    responses = row["responses"]
     return Outcome(
         task=row["draw"],
         kind=row["kind"],
         won=row["won"],
         ret=row["return"],
         ended=row["ended"],
-        crashed=row["ended"] == CRASHED,
-        valid=[response["valid"] for response in said],
-        entropies=[response["entropy"] for response in said if response["entropy"] is not None],
+        crashed=row["ended"] == Ending.CRASHED,
+        valid=[response["valid"] for response in responses],
+        entropies=[response["entropy"] for response in responses if response["entropy"] is not None],
         tokens=row["tokens"],
         score=row["score"],
         habits=dict(row["habits"]),

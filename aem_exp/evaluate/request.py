@@ -1,4 +1,4 @@
-"""What is asked of an evaluation: a run or a model, its panel, its agents, and the folder of the result."""
+"""The arguments of an evaluation, read: a run or a model, its panel, its agents, and the folder of the result."""
 
 import argparse
 import re
@@ -14,23 +14,17 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
 from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity
-from aem_exp.rundir import RESULT
+from aem_exp.rundir import EXPERIMENT, MODEL, RESULT
 
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
 
 POLICY, UNTRAINED = "policy", "untrained"
-
-
 AGENTS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
-
-
 OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
     "model": ("env", "model", "launch", "experiment", "outputs"),
 }
-
-
 LAUNCH_KEYS = (  # what an evaluation reads of launch
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
     *("workers", "workers_at", "env_seconds"),
@@ -38,7 +32,7 @@ LAUNCH_KEYS = (  # what an evaluation reads of launch
 
 
 def build_parser(command: str, about: str) -> cli.Parser:
-    """The parser of a command that takes a run or a model."""
+    """The parser of a command whose target is a run or a model."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
@@ -57,49 +51,49 @@ def build_parser(command: str, about: str) -> cli.Parser:
 
 
 def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
-    """What the command line of such a command asks; `counts` are its options that are whole numbers of at least 1."""
-    asked = parser.parse_intermixed_args(argv)
-    if asked.target is None or "=" in asked.target:
-        raise ConfigError("RUN_DIR|MODEL", asked.target, "a run dir, a hub id or a folder of weights comes first")
-    for text in asked.overrides:
+    """The arguments of such a command; `counts` are its options that are whole numbers of at least 1."""
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.target is None or "=" in arguments.target:
+        raise ConfigError("RUN_DIR|MODEL", arguments.target, "a run dir, a hub id or a folder of weights comes first")
+    for text in arguments.overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(
-                "RUN_DIR|MODEL", text, f"one at a time, and there is {asked.target}; settings are KEY=VALUE"
+                "RUN_DIR|MODEL", text, f"one at a time, and there is {arguments.target}; settings are KEY=VALUE"
             )
     for option in counts:
-        if (value := getattr(asked, option)) is not None and value < 1:
+        if (value := getattr(arguments, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", value, "must be a whole number of at least 1")
-    return asked
+    return arguments
 
 
-def _model_path_overrides(target: str) -> list[str]:
+def model_path_overrides(target: str) -> list[str]:
     """Overrides that name a model by its path, as Hydra reads them."""
     plain = re.fullmatch(r"[\w./-]+", target) is not None
     quoted = target if plain else "'" + target.replace("'", r"\'") + "'"
     return [f"model.path={quoted}", "model.make=null"]
 
 
-def prepare_evaluation(asked: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
-    """The exam, who sits it, and why some do not."""
-    is_run = is_run_dir(asked.target)
+def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
+    """The setup of the evaluation, its agents, and why others are left out."""
+    is_run = is_run_dir(arguments.target)
     keys = OVERRIDABLE_GROUPS["run" if is_run else "model"]
-    for text in asked.overrides:
+    for text in arguments.overrides:
         key, _, value = text.lstrip("+~").partition("=")
         if re.split(r"[.@]", key)[0] not in keys:
             raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
-    experiment, original = _experiment_of_run(asked) if is_run else (_experiment_of_model(asked), None)
+    experiment, original = _experiment_of_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
     experiment = config.apply_evaluation_limits(experiment)
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
-        _check_fingerprint(world.fingerprint, _absolute_path(asked.target))
-    fields = ("--panel" if asked.panel else "evaluation.final", "--tasks")
-    chosen = build_panel(world, asked.panel or experiment.evaluation.final, asked.tasks or 0, fields)
-    policy = _policy(asked, experiment, original)
-    heat = asked.temperature or experiment.evaluation.temperature
-    home = _results_folder(asked, experiment, world, policy)
-    exam = EvaluationSetup(experiment, world, chosen, asked.repeats, heat, asked.at_once, home)
-    return exam, *_select_agents(asked.only, policy, original, exam)
+        _check_fingerprint(world.fingerprint, _absolute_path(arguments.target))
+    fields = ("--panel" if arguments.panel else "evaluation.final", "--tasks")
+    chosen = build_panel(world, arguments.panel or experiment.evaluation.final, arguments.tasks or 0, fields)
+    policy = _policy(arguments, experiment, original)
+    temperature = arguments.temperature or experiment.evaluation.temperature
+    out = _results_folder(arguments, experiment, world, policy)
+    setup = EvaluationSetup(experiment, world, chosen, arguments.repeats, temperature, arguments.at_once, out)
+    return setup, *_select_agents(arguments.only, policy, original, setup)
 
 
 def _absolute_path(target: str) -> Path:
@@ -107,52 +101,54 @@ def _absolute_path(target: str) -> Path:
 
 
 def is_run_dir(target: str) -> bool:
-    return (_absolute_path(target) / "experiment.json").exists()
+    return (_absolute_path(target) / EXPERIMENT).exists()
 
 
-def _experiment_of_run(asked: argparse.Namespace) -> tuple[Experiment, Experiment]:
+def _experiment_of_run(arguments: argparse.Namespace) -> tuple[Experiment, Experiment]:
     """The experiment of a run dir under the overrides, as it is played here; and as it was."""
-    folder = _absolute_path(asked.target)
-    original = config.read(folder, asked.trust)
+    folder = _absolute_path(arguments.target)
+    original = config.read(folder, arguments.trust)
     if not (folder / RESULT).exists():
         raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
     tree = config.to_dict(original)
-    if asked.overrides:
+    if arguments.overrides:
         from aem_exp.config import compose
 
         tree = compose.to_container(
-            compose.compose([f"from={folder}", *asked.overrides], asked.config_dir, asked.trust)
+            compose.compose([f"from={folder}", *arguments.overrides], arguments.config_dir, arguments.trust)
         )
-    tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], asked.overrides)}
-    experiment = config.resolve(tree) if asked.overrides else config.from_dict(tree)
+    tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], arguments.overrides)}
+    experiment = config.resolve(tree) if arguments.overrides else config.from_dict(tree)
     for key in ("path", "make", "revision", "lora"):
         if (value := getattr(experiment.model, key)) != getattr(original.model, key):
             raise ConfigError(f"model.{key}", value, "a run is evaluated with the weights that it holds")
     return experiment, original
 
 
-def _experiment_of_model(asked: argparse.Namespace) -> Experiment:
+def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
     """The experiment that a model would train in under the overrides."""
-    path = _absolute_path(asked.target)
-    if asked.trust:
+    path = _absolute_path(arguments.target)
+    if arguments.trust:
         raise ConfigError("--trust", True, "only read with a run dir")
-    if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.target)):
+    if not (path / "config.json").is_file() and (
+        path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.target)
+    ):
         why = "holds neither a run nor a model" if path.exists() else "there is no such folder"
-        raise ConfigError("RUN_DIR|MODEL", asked.target, f"{why}; give a run dir, a hub id or a folder of weights")
+        raise ConfigError("RUN_DIR|MODEL", arguments.target, f"{why}; give a run dir, a hub id or a folder of weights")
     name = f"{path.parent.name}-model" if path.name == "model" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
-    own = [*_model_path_overrides(asked.target), f"model.name='{name}'"]
+    own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
     from aem_exp.config import compose
 
-    tree = compose.to_container(compose.compose([*asked.overrides, *own], asked.config_dir))
-    return config.resolve({**tree, "launch": _launch(tree["launch"], asked.overrides)})
+    tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
+    return config.resolve({**tree, "launch": _launch(tree["launch"], arguments.overrides)})
 
 
 def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The launch of an evaluation: training may take a cluster, and this is one process, at most one GPU, or servers that are up.
 
     Raises:
-        ConfigError: something was asked for by name that is not to be had here.
+        ConfigError: an override asks for something that an evaluation cannot have.
     """
     from aem_exp.config import compose
 
@@ -195,59 +191,58 @@ def _check_fingerprint(fingerprint: str, folder: Path) -> None:
         raise ConfigError("RUN_DIR", str(folder), f"{remedy} {command}")
 
 
-def _policy(asked: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Agent":
+def _policy(arguments: argparse.Namespace, experiment: Experiment, original: Experiment | None) -> "Agent":
     from aem_exp import policy
     from aem_exp.evaluate.agents import Agent
 
     model = replace(experiment.model, make=None, lora=None)
     if original is None:
         return Agent(POLICY, model, policy.locate(model))
-    model = replace(model, path=str(_absolute_path(asked.target) / "model"), revision=None)
+    model = replace(model, path=str(_absolute_path(arguments.target) / MODEL), revision=None)
     return Agent(POLICY, model, policy.locate(model), original.trainer.steps)
 
 
 def _select_agents(
-    only: list[str] | None, policy: "Agent", original: Experiment | None, exam: EvaluationSetup
+    only: list[str] | None, policy: "Agent", original: Experiment | None, setup: EvaluationSetup
 ) -> tuple[list["Agent"], dict[str, str]]:
-    """Who plays, and why others who were asked for do not."""
+    """The agents, and why others are left out."""
     from aem_exp.evaluate.agents import Agent, unavailable_reason
 
-    wanted, players, left_out = only or AGENTS, [], {}
+    wanted, agents, left_out = only or AGENTS, [], {}
     if POLICY in wanted:
-        players.append(policy)
+        agents.append(policy)
     if UNTRAINED in wanted and original:
-        players.append(Agent(UNTRAINED, policy.model, _initial_weights(original)))
+        agents.append(Agent(UNTRAINED, policy.model, _initial_weights(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "only a run dir knows what its training started from")
     for name in AGENTS[2:]:
         if name in wanted:
-            if why := unavailable_reason(name, exam.experiment, exam.world, exam.panel.tasks[0]):
+            if why := unavailable_reason(name, setup.experiment, setup.world, setup.panel.tasks[0]):
                 left_out[name] = why
             else:
-                players.append(Agent(name))
-    if not players:
+                agents.append(Agent(name))
+    if not agents:
         raise ConfigError("--only", *next(iter(left_out.items())))
-    if only is None:  # that a world brings nobody along is no news
+    if only is None:  # most worlds have no other agents
         left_out = {name: why for name, why in left_out.items() if name == "random"}
-    return players, left_out
+    return agents, left_out
 
 
 def _initial_weights(original: Experiment) -> str:
     """The folder of the weights that training started from."""
     from aem_exp import policy
-    from aem_exp.policy import make_cached
 
     if original.model.path:
         return policy.locate(original.model)
-    return make_cached(original, opening.open_world(original))
+    return policy.make_cached(original, opening.open_world(original))
 
 
-def _results_folder(asked: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
+def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
     """The folder that keeps the evaluations: the run dir, or for a model one named by its weights and its world."""
-    if is_run_dir(asked.target) and not any(text.startswith("outputs=") for text in asked.overrides):
-        return _absolute_path(asked.target)
+    if is_run_dir(arguments.target) and not any(text.startswith("outputs=") for text in arguments.overrides):
+        return _absolute_path(arguments.target)
     root = config.outputs_root(experiment)
-    if is_run_dir(asked.target):
-        return root / _absolute_path(asked.target).name
+    if is_run_dir(arguments.target):
+        return root / _absolute_path(arguments.target).name
     identity = {"env": env_rules(experiment), "world": world.fingerprint, **policy.identity()}
     return root / f"{experiment.model.name}-{hash_identity(identity)}"

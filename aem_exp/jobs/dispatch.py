@@ -20,7 +20,7 @@ from aem_exp.core import cli, disk
 from aem_exp.core.console import format_duration
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine
 from aem_exp.jobs import fit
-from aem_exp.rundir import RESULT, attempts
+from aem_exp.rundir import EXPERIMENT, RESULT, attempts
 from aem_exp.rundir.lock import describe_owner
 
 LOCAL_LOG = "local.log"  # of a process that is started here
@@ -238,5 +238,5 @@ def _write_run_dirs(experiments: Sequence[Experiment]) -> list[Path]:
     runs = {config.run_dir(experiment): experiment for experiment in experiments}
     provenance.freeze_code(runs)
     for folder, experiment in runs.items():
-        disk.write_atomically(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
+        disk.write_atomically(folder / EXPERIMENT, json.dumps(config.to_dict(experiment), indent=1) + "\n")
     return list(runs)

@@ -7,14 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aem_exp.cluster.run_state import DONE, FAILED, NEW, QUEUED, RUNNING, STATES, STOPPED, RunState
+from aem_exp.cluster.run_state import RunState, RunStatus
 from aem_exp.core.console import format_duration, join_texts, live_table, make_console, make_table, stack, style_text
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.text import Text
 
-COLOURS: Mapping[str, str] = {DONE: "green", RUNNING: "blue", QUEUED: "cyan", STOPPED: "yellow", FAILED: "red", NEW: ""}
+COLOURS: Mapping[str, str] = {
+    RunStatus.DONE: "green",
+    RunStatus.RUNNING: "blue",
+    RunStatus.QUEUED: "cyan",
+    RunStatus.STOPPED: "yellow",
+    RunStatus.FAILED: "red",
+    RunStatus.NEW: "",
+}
 REFRESH_SECONDS = 5.0  # seconds between two readings
 HEADINGS = ("id", "run", "seed", "state", "step", "left", "success", "starts", "job")
 LEFT_HEADINGS = ("id", "run", "state", "job")
@@ -47,7 +54,7 @@ def watch_runs(
         console.print(status_table(rows, title))
         return
     with live_table(console, status_table(rows, title)) as live:
-        while any(row.state.what in (RUNNING, QUEUED) for row in rows):
+        while any(row.state.what in (RunStatus.RUNNING, RunStatus.QUEUED) for row in rows):
             time.sleep(every)
             rows = read_rows()
             live.update(status_table(rows, title), refresh=True)
@@ -57,7 +64,7 @@ def status_table(rows: Sequence[StatusRow], title: str) -> "Group":
     """A row per run, and the sum of them."""
     listed = list(rows)
     if len(listed) > MAX_ROWS:
-        listed = [row for row in rows if row.state.what not in (DONE, NEW)][:MAX_ROWS]
+        listed = [row for row in rows if row.state.what not in (RunStatus.DONE, RunStatus.NEW)][:MAX_ROWS]
     cells = [_row_cells(row) for row in listed]
     headings = [name for name in HEADINGS if name not in OPTIONAL_HEADINGS or any(row[name] for row in cells)]
     table = make_table(
@@ -74,7 +81,8 @@ def status_table(rows: Sequence[StatusRow], title: str) -> "Group":
 
 def _reason_lines(rows: Sequence[StatusRow]) -> "list[Text]":
     """Why runs wait or have failed, below the table: a sentence needs its width."""
-    explained = [row for row in rows if row.state.sentence and row.state.what in (FAILED, STOPPED, QUEUED)]
+    waiting_or_ended = (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.QUEUED)
+    explained = [row for row in rows if row.state.sentence and row.state.what in waiting_or_ended]
     lines = [join_texts((f"{row.id}  ", "bold"), (row.state.sentence, "bright_black")) for row in explained]
     return [style_text(""), *lines] if lines else []
 
@@ -82,7 +90,7 @@ def _reason_lines(rows: Sequence[StatusRow]) -> "list[Text]":
 def count_states(rows: Sequence[StatusRow]) -> str:
     """The sum of a table: `4 done, 2 running`."""
     counts = Counter(row.state.what for row in rows)
-    return ", ".join(f"{counts[what]} {what}" for what in STATES if counts[what]) or "no runs"
+    return ", ".join(f"{counts[what]} {what}" for what in RunStatus if counts[what]) or "no runs"
 
 
 def _row_cells(row: StatusRow) -> "dict[str, Text | str]":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from aem_exp.core import cli
 from aem_exp.core.disk import nonfinite_to_none
 from aem_exp.core.errors import ConfigError
+from aem_exp.rundir import EXPERIMENT
 
 if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
@@ -105,7 +106,7 @@ def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Arch
 
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
-    here = [cell.folder for cell in sweep.cells if (cell.folder / "experiment.json").is_file()]
+    here = [cell.folder for cell in sweep.cells if (cell.folder / EXPERIMENT).is_file()]
     archives = {folder: _read_run_dir(folder, how) for folder, how in run_state.read(here).items()}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}

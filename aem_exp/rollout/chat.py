@@ -13,7 +13,7 @@ from aem_exp.core.errors import ConfigError
 TEMPLATE_TIMEOUT = (
     60.0  # seconds for the first rendering, which takes milliseconds: a template is a program, and may not end
 )
-_REPLY = "REPLY7F3A"  # stands in for the assistant's words while the template is asked what follows them
+_REPLY = "REPLY7F3A"  # the assistant's message from which the template shows what follows one
 
 
 class Chat:
@@ -28,14 +28,12 @@ class Chat:
         self._lock = threading.Lock()  # a fast tokenizer breaks where one thread sets what another reads
         self._head = [{"role": "system", "content": system}] if system else []
         self._options = {} if thinking == "template" else {"enable_thinking": thinking == "on"}
-        self._between = lru_cache(4096)(
-            lambda user: self._tokenize(self._text_after_reply(user))
-        )  # worlds repeat themselves
+        self._between = lru_cache(4096)(self._tokenize_after_reply)  # worlds repeat themselves
         first = _run_with_timeout(lambda: self._between("x")[0], tokenizer)
         self.end_ids = tuple(dict.fromkeys([first, tokenizer.eos_token_id]))
 
     def start(self, user: str) -> list[int]:
-        """Tokens of a fresh conversation that waits for its first response."""
+        """Tokens of a new conversation, up to its first response."""
         return self._tokenize(self._apply_template([*self._head, _user_message(user)]))
 
     def follow(self, user: str, last_id: int) -> list[int]:
@@ -47,15 +45,19 @@ class Chat:
         return ids[1:] if last_id == ids[0] else list(ids)
 
     def decode(self, ids: list[int]) -> str:
+        """The text of a response, without special tokens."""
         with self._lock:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _tokenize_after_reply(self, user: str) -> list[int]:
+        return self._tokenize(self._text_after_reply(user))
 
     def _text_after_reply(self, user: str) -> str:
         text = self._apply_template(
             [*self._head, _user_message("x"), {"role": "assistant", "content": _REPLY}, _user_message(user)]
         )
-        _, found, after = text.partition(_REPLY)
-        if not found:
+        _, reply, after = text.partition(_REPLY)
+        if not reply:
             raise ValueError("it leaves out what the assistant said")
         return after
 
@@ -68,7 +70,7 @@ class Chat:
 
 
 def _run_with_timeout(render: Callable[[], int], tokenizer: Any) -> int:
-    """Return what is rendered for the first time, beside a clock; what does not end is left to end with this process."""
+    """Render for the first time, within a time limit; a template that does not end is abandoned in its thread."""
     done: list[int] = []
     errors: list[Exception] = []
 
@@ -81,13 +83,13 @@ def _run_with_timeout(render: Callable[[], int], tokenizer: Any) -> int:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(TEMPLATE_TIMEOUT)
-    place = getattr(tokenizer, "name_or_path", "")
+    folder = getattr(tokenizer, "name_or_path", "")
     if errors and (type(errors[0]).__module__.startswith("jinja2") or isinstance(errors[0], ValueError)):
-        raise ConfigError("model.path", place, f"its chat template fails: {errors[0]}") from errors[0]
+        raise ConfigError("model.path", folder, f"its chat template fails: {errors[0]}") from errors[0]
     if errors:
         raise errors[0]
     if not done:
-        raise ConfigError("model.path", place, f"its chat template did not end within {TEMPLATE_TIMEOUT:.0f} s")
+        raise ConfigError("model.path", folder, f"its chat template did not end within {TEMPLATE_TIMEOUT:.0f} s")
     return done[0]
 
 

@@ -16,42 +16,42 @@ from aem_exp.rollout import threads
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampler, Session
-from aem_exp.rollout.types import CONTEXT, CRASHED, OVER, STOPPED, TURNS, Episode, Response, Trajectory
+from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
 MAX_THREADS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
 
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Who is told how far the play is."""
+    """Receives how far the play is."""
 
     def turn(self, live: int) -> None:
         """So many episodes have played another turn, together; 0: all of them are over."""
 
     def token(self, count: int) -> None:
-        """The turn that they are at has so many tokens by now, where they are sampled in this process."""
+        """The turn in progress has so many tokens, where they are sampled in this process."""
 
     def slot_turn(self, slot: int, turn: int) -> None:
-        """The episode in a slot has played this turn, by itself; after the first, whatever was in the slot before is over."""
+        """The episode in a slot has played this turn, by itself; at turn 1, the episode that was in the slot before is over."""
 
 
 class Rollout:
-    """Plays episodes on a stage with one sampler.
+    """Plays episodes.
 
     Args:
-        stage: steps the environments.
+        executor: steps the environments.
         at_once: episodes that are live at a time, which bounds memory; 0: all.
-        watcher: told of each turn.
+        watcher: receives each turn.
     """
 
-    def __init__(self, stage: EnvExecutor, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
-        self.executor, self.env, self.chat, self.at_once, self.watcher = stage, env, chat, at_once, watcher
+    def __init__(self, executor: EnvExecutor, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
+        self.executor, self.env, self.chat, self.at_once, self.watcher = executor, env, chat, at_once, watcher
         self.clock = Clock(first="generation")  # so what counts for environments is time without any
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         """Play all episodes to their end, at most `at_once` at a time.
 
-        What comes of an episode does not depend on the others, nor on whether it waited for them.
+        The trajectory of an episode depends neither on the others, nor on whether it waited for them.
         """
         if isinstance(sampler, IndependentSampler):
             return list(self.stream(episodes, sampler))
@@ -61,8 +61,8 @@ class Rollout:
 
     def stream(self, episodes: Sequence[Episode], sampler: IndependentSampler) -> Generator[Trajectory, None, None]:
         """The same, one by one and in order: those that come later are played meanwhile."""
-        hands = min(self.at_once or len(episodes), MAX_THREADS)
-        return threads.map_ordered(episodes, hands, partial(self._play_one, sampler), sampler.cancel)
+        max_threads = min(self.at_once or len(episodes), MAX_THREADS)
+        return threads.map_ordered(episodes, max_threads, partial(self._play_one, sampler), sampler.cancel)
 
     def _play_batch(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
         games = {slot: _LiveEpisode(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
@@ -77,9 +77,11 @@ class Rollout:
                 samples = _generate(session, live)
             if self.watcher:
                 self.watcher.turn(len(live))
-            said = {slot: game.add_response(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)}
+            texts = {
+                slot: game.add_response(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)
+            }
             with self.clock("environment"):
-                replies = self.executor.step(said)
+                replies = self.executor.step(texts)
             live = {slot: game for slot, game in live.items() if game.add_reply(replies[slot])}
         if self.watcher:
             self.watcher.turn(0)
@@ -87,15 +89,15 @@ class Rollout:
 
     @contextmanager
     def override_rules(self, rules: Env) -> Iterator[None]:
-        """Play by other rules for a while."""
-        usual, self.env = self.env, rules
+        """Play by other rules within the context."""
+        before, self.env = self.env, rules
         try:
             yield
         finally:
-            self.env = usual
+            self.env = before
 
     def _play_one(self, sampler: IndependentSampler, slot: int, episode: Episode) -> Trajectory:
-        """Play one episode, whatever others are at."""
+        """Play one episode by itself."""
         game, session = _LiveEpisode(episode, self.env, self.chat), sampler.session()
         with self.clock("environment"):
             reply = self.executor.reset({slot: episode.task})[slot]
@@ -107,13 +109,14 @@ class Rollout:
                 sample = session.ask(slot, game.prompt, game.key, game.budget)
             if self.watcher:
                 self.watcher.slot_turn(slot, len(game.trajectory.responses) + 1)
-            said = game.add_response(sample)
+            text = game.add_response(sample)
             with self.clock("environment"):
-                reply = self.executor.step({slot: said})[slot]
+                reply = self.executor.step({slot: text})[slot]
             live = game.add_reply(reply)
         return game.trajectory
 
     def close(self) -> None:
+        """Stop the environments."""
         self.executor.close()
 
 
@@ -143,12 +146,12 @@ class _LiveEpisode:
         return (*self.episode.key, len(self.trajectory.responses))
 
     def start(self, reply: Reply) -> bool:
-        """Start; False when there is nothing to generate."""
+        """Start the episode; False when there is nothing to generate."""
         self.goal = self.trajectory.goal = reply.goal
         return self._end_crashed(reply) if reply.turn is None else self._render_prompt(reply.turn)
 
     def add_response(self, sample: Sample) -> str:
-        """Take a response into the trajectory; its text is for the environment."""
+        """Add a response to the trajectory; return its text, which is for the environment."""
         text = self.chat.decode(sample.ids)
         entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else None
         response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
@@ -157,16 +160,16 @@ class _LiveEpisode:
         return text
 
     def add_reply(self, reply: Reply) -> bool:
-        """Take the environment's answer; False when the episode is over."""
+        """Add the environment's reply; False when the episode is over."""
         turn, response = reply.turn, self.trajectory.responses[-1]
         if turn is None:
             return self._end_crashed(reply)
         self.goal = reply.goal
         response.reward, response.valid, response.metrics = turn.reward, turn.valid, turn.metrics
         if turn.done:
-            return self._end(OVER if turn.terminated else STOPPED)
+            return self._end(Ending.OVER if turn.terminated else Ending.STOPPED)
         if len(self.trajectory.responses) >= self.rules.max_turns:
-            return self._end(TURNS)
+            return self._end(Ending.TURNS)
         if self.rules.history == "window":
             self._pairs.append((self._observation, reply.action))
         return self._render_prompt(turn)
@@ -184,7 +187,7 @@ class _LiveEpisode:
                 [],
             )
             self.budget = self.rules.response_tokens
-            return bool(self.prompt) or self._end(CONTEXT)
+            return bool(self.prompt) or self._end(Ending.CONTEXT)
         message = _fill_template(
             self.rules.prompt, "next" if self.trajectory.responses else "first", self._prompt_fields(turn)
         )
@@ -194,18 +197,18 @@ class _LiveEpisode:
             self.prompt = self.chat.start(message)
         left = self.rules.context_tokens - self._used - len(self.prompt)
         self.budget = min(self.rules.response_tokens, left)
-        return left > 0 or self._end(CONTEXT)
+        return left > 0 or self._end(Ending.CONTEXT)
 
     def _window_prompts(self, turn: Turn) -> Iterator[list[int]]:
         """The prompt with as much history as allowed, then with less and less of it."""
         pairs = self._pairs[-self.rules.window :] if self.rules.window else []
         for dropped in range(len(pairs) + 1):
-            shown = pairs[dropped:]
-            first = len(self._pairs) - len(shown) + 1
+            kept = pairs[dropped:]
+            first = len(self._pairs) - len(kept) + 1
             history = "\n".join(
-                self.rules.prompt["pair"].format(n=first + i, observation=o, action=a) for i, (o, a) in enumerate(shown)
+                self.rules.prompt["pair"].format(n=first + i, observation=o, action=a) for i, (o, a) in enumerate(kept)
             )
-            words = {**self._prompt_fields(turn), "history": history, "length": len(shown)}
+            words = {**self._prompt_fields(turn), "history": history, "length": len(kept)}
             yield self.chat.start(_fill_template(self.rules.prompt, "window" if self._pairs else "first", words))
 
     def _prompt_fields(self, turn: Turn) -> dict[str, Any]:
@@ -221,10 +224,10 @@ class _LiveEpisode:
     def _end_crashed(self, reply: Reply) -> bool:
         """A crash of the environment ends this episode and no other."""
         self.trajectory.error = reply.error
-        return self._end(CRASHED)
+        return self._end(Ending.CRASHED)
 
-    def _end(self, how: str) -> bool:
-        self.trajectory.ended = how
+    def _end(self, ending: Ending) -> bool:
+        self.trajectory.ended = ending
         return False
 
 

@@ -8,18 +8,20 @@ from aem_exp.rollout.types import Trajectory
 
 @dataclass
 class Row:
-    """What the trainer sees: a prompt, then a completion in which `mask` is 1 on the tokens that the policy sampled.
-
-    `trajectory` indexes the step's trajectories; `turns` are the turns whose responses the row holds, in order.
-    """
+    """What the trainer sees: a prompt, then a completion."""
 
     prompt: list[int]
     completion: list[int]
     mask: list[int]
+    """1 on the tokens of the completion that the policy sampled, 0 on the others."""
     logps: list[float]
+    """The sampler's log-prob of each token of the completion, 0 where it sampled none; empty where it gives none."""
     entropies: list[float]
+    """The sampler's entropy at each token of the completion, in nats, as `logps`."""
     trajectory: int
+    """The index of its trajectory among those of the step."""
     turns: list[int]
+    """The turns whose responses it holds, in order."""
 
 
 def build_rows(trajectories: Sequence[Trajectory], history: str) -> list[Row]:

@@ -8,20 +8,20 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-GRACE: Final = 1.0  # seconds for hands to leave when all is over; who is stuck is left behind
+GRACE: Final = 1.0  # seconds for threads to end when the map is over; a thread that is stuck is abandoned
 
 
 def map_ordered(
-    pieces: Sequence[T], hands: int, do: Callable[[int, T], R], give_up: Callable[[], None]
+    pieces: Sequence[T], max_threads: int, work: Callable[[int, T], R], cancel: Callable[[], None]
 ) -> Generator[R, None, None]:
-    """What `do(hand, piece)` gives for each piece, in the order of the pieces; hands go on while nobody asks for the next.
+    """What `work(thread, piece)` gives for each piece, in the order of the pieces; threads go on while no result is taken.
 
     Args:
-        pieces: the work. A piece begins when a hand is free.
-        hands: threads, at most. They are numbered from 0, and no two with one number work at the same time.
-        do: called in those threads.
-        give_up: called when a piece raised, this thread was interrupted (Ctrl-C), or nobody wants the rest (`close`): whoever
-            waits in `do` must come back soon.
+        pieces: the work. A piece begins when a thread is free.
+        max_threads: threads, at most. They are numbered from 0, and no two with one number work at the same time.
+        work: called in those threads.
+        cancel: called when a piece raised, this thread was interrupted (Ctrl-C), or the generator was closed: threads that
+            wait in `work` must return soon.
 
     Raises:
         BaseException: what the first piece that failed raised. Nothing is begun after it.
@@ -32,33 +32,35 @@ def map_ordered(
     for pair in enumerate(pieces):
         todo.put(pair)
 
-    def hand(number: int) -> None:
+    def take_pieces(number: int) -> None:
         while not over.is_set():
             try:
                 index, piece = todo.get_nowait()
             except queue.Empty:
                 return
             try:
-                done.put((index, do(number, piece), None))
-            except BaseException as error:  # raised again by whoever waits for it
+                done.put((index, work(number, piece), None))
+            except BaseException as error:  # raised again in the thread that takes the results
                 done.put((index, None, error))
 
-    threads = [threading.Thread(target=hand, args=[n], daemon=True) for n in range(min(hands, len(pieces)))]
-    results, shown = dict[int, R](), 0
+    threads = [
+        threading.Thread(target=take_pieces, args=[n], daemon=True) for n in range(min(max_threads, len(pieces)))
+    ]
+    results, yielded = dict[int, R](), 0
     try:
         for thread in threads:
             thread.start()
-        while shown < len(pieces):
+        while yielded < len(pieces):
             index, result, error = done.get()
             if error is not None:
                 raise error
             results[index] = result
-            while shown in results:
-                yield results.pop(shown)
-                shown += 1
+            while yielded in results:
+                yield results.pop(yielded)
+                yielded += 1
     except BaseException:
         over.set()
-        give_up()
+        cancel()
         end = time.monotonic() + GRACE
         for thread in threads:
             if thread.ident is not None:

@@ -1,7 +1,8 @@
 """One experiment, on this machine, to a result: here all parts meet.
 
-`execution` is `run`, which begins or continues a run; `session` holds the parts that train and evaluate; `summary` is
-what a person sees of a finished run; `command` is `python -m aem_exp.run RUN_DIR`.
+`execution` is `run`, which begins or continues a run; `resume` finds where it begins and prepares the run dir; `session` trains
+and scores the policy, with `serving` (what generates), `scoring` (panels and the result) and `recorder` (what is written
+down); `summary` is what a person sees of a finished run; `command` is `python -m aem_exp.run RUN_DIR`.
 """
 
 from aem_exp.run.execution import run

@@ -13,8 +13,9 @@ from aem_exp.cluster.signals import Interrupted
 from aem_exp.config.schema import Experiment
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import ConfigError, RunError
-from aem_exp.run import progress, session
+from aem_exp.run import progress
 from aem_exp.run.execution import run
+from aem_exp.run.resume import find_resume_point
 from aem_exp.rundir import RESULT
 from aem_exp.rundir.lock import RunLocked
 
@@ -23,13 +24,15 @@ def run_in_terminal(experiment: Experiment, folder: Path, header: Sequence[str])
     """Run with a live line, and show what there is at the end; the exit code.
 
     Args:
-        header: printed first, unless the run is refused: then its sentence stands alone.
+        header: printed first, unless the run is refused: then the reason is all that is printed.
     """
     console.silence_libraries()
-    again = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])  # from any folder, whatever the environment
+    command = shlex.join(
+        [sys.executable, "-m", "aem_exp.run", str(folder)]
+    )  # from any folder, whatever the environment
     return cli.run_cli(
         lambda: _run_with_progress(experiment, folder, header),
-        lambda: f"to go on from step {session.find_resume_point(folder).step}: {again}",
+        lambda: f"to go on from step {find_resume_point(folder).step}: {command}",
     )
 
 
@@ -48,19 +51,19 @@ def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[st
         try:
             with progress.Progress(enabled=distributed.is_main_process()) as line:
                 run(experiment, line, folder, begin)
-        except RunLocked as owned:
+        except RunLocked as locked:
             begin()
-            print(owned)
+            print(locked)
             return 0 if distributed.world_size() == 1 else 1  # the other processes of this job end with it
-        except RunError as stop:
+        except RunError as error:
             raise RunError(
-                f"{stop}. The run dir has all up to step {session.find_resume_point(folder).step}: {folder}", stop.kind
-            ) from stop
-        except Interrupted as stop:
+                f"{error}. The run dir has all up to step {find_resume_point(folder).step}: {folder}", error.kind
+            ) from error
+        except Interrupted as interruption:
             if distributed.is_main_process():
-                step = session.find_resume_point(folder).step
-                print(f"{stop}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
-            slurm.requeue_and_wait(stop.signal)
+                step = find_resume_point(folder).step
+                print(f"{interruption}; {f'step {step} is saved' if step else 'no step is saved yet'}", flush=True)
+            slurm.requeue_and_wait(interruption.signal)
             raise
     if distributed.is_main_process():
         summary.print_summary(folder)
@@ -81,18 +84,18 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    what = "Run, or go on with, what a run dir holds."
-    parser = cli.Parser("python -m aem_exp.run", description=what, allow_abbrev=False)
+    about = "Run, or go on with, what a run dir holds."
+    parser = cli.Parser("python -m aem_exp.run", description=about, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
     parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
     return parser.parse_args()
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    cli.add_frozen_modules(asked.run_dir, asked.trust)
-    experiment, folder = config.read(asked.run_dir, asked.trust), asked.run_dir.expanduser().absolute()
-    if asked.inexact:
+def _run_command(arguments: argparse.Namespace) -> int:
+    cli.add_frozen_modules(arguments.run_dir, arguments.trust)
+    experiment, folder = config.read(arguments.run_dir, arguments.trust), arguments.run_dir.expanduser().absolute()
+    if arguments.inexact:
         experiment = replace(experiment, resume="inexact")
     if distributed.is_main_process() and not (folder / RESULT).exists():
         disk.check_writable(folder, "RUN_DIR")

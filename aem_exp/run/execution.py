@@ -2,42 +2,37 @@
 
 The run dir is the truth, and asking again is safe: what is finished is left alone, what was interrupted continues from its
 newest complete checkpoint and ends as if it had never stopped.
-
-Also a door: `python -m aem_exp.run RUN_DIR` runs, by hand, the experiment that a run dir holds.
 """
 
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aem_exp import METHOD, config, policy, provenance
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Signals
-from aem_exp.config import ConfigError, Experiment, continuation
+from aem_exp.config import Experiment
 from aem_exp.core import console, disk
-from aem_exp.core.errors import format_value
+from aem_exp.envs import World
 from aem_exp.jobs import preflight
-from aem_exp.run import session
-from aem_exp.run.session import ResumePoint, StepCallback
-from aem_exp.rundir import RESULT, checkpoints, membership
+from aem_exp.run.resume import ResumePoint, find_resume_point, prepare_run_dir
+from aem_exp.rundir import RESULT, membership
 from aem_exp.rundir.attempts import record_attempt
 from aem_exp.rundir.lock import hold_run_lock
 from aem_exp.tracking import store_uri, views
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from aem_exp.run.recorder import StepCallback
+    from aem_exp.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger("aem_exp")
 
 
 def run(
     experiment: Experiment,
-    watch: StepCallback | None = None,
+    watch: "StepCallback | None" = None,
     folder: Path | None = None,
     begin: Callable[[], None] | None = None,
 ) -> Path:
@@ -46,14 +41,15 @@ def run(
     Returns at once where the result is there. Where several processes share the run (see `distributed`), each calls this.
 
     Args:
+        watch: called in the first process after each step; where it is a `Watcher` too, it also sees how far the play is.
         folder: the run dir, where it is not the one that `config.run_dir` says.
         begin: called in the first process when nothing is left that could be refused.
 
     Raises:
         ConfigError: before any work.
-        Owned: another process runs it.
+        RunLocked: another process runs it.
         Interrupted: by Ctrl-C, TERM or USR2, at the end of a step, all of which is saved.
-        Stop: it cannot go on.
+        RunError: it cannot go on.
     """
     config.check_machine(experiment)
     folder = folder or config.run_dir(experiment)
@@ -74,78 +70,55 @@ def run(
         disk.check_writable(folder, "outputs")
         with hold_run_lock(folder):
             if not (folder / RESULT).exists():
-                saved = session.find_resume_point(folder).step
-                with record_attempt(
-                    folder, saved, lambda: session.find_resume_point(folder).step, experiment.launch.requeues
-                ):
+                requeues = experiment.launch.requeues
+                with record_attempt(folder, _saved_step(folder), lambda: _saved_step(folder), requeues):
                     _run_attempt(experiment, folder, world, weights, watch, signals, begin)
     return folder
+
+
+def _saved_step(folder: Path) -> int:
+    return find_resume_point(folder).step
 
 
 def _run_attempt(
     experiment: Experiment,
     folder: Path,
-    world: Any,
+    world: World,
     weights: str | None,
-    watch: StepCallback | None,
+    watch: "StepCallback | None",
     signals: Signals,
     begin: Callable[[], None] | None,
 ) -> None:
     """A start of the run, in each of its processes, to its result."""
-    from aem_exp.run import summary
-
-    start = distributed.broadcast_from_main(lambda: _prepare_run_dir(experiment, folder, weights))
+    start = distributed.broadcast_from_main(lambda: prepare_run_dir(experiment, folder, weights))
     if begin:
         begin()
     if start.step > 0:
         log.info("going on from step %d", start.step)
     with _open_tracker(experiment, folder, world.fingerprint, start) as tracker:
         weights = weights or distributed.broadcast_from_main(lambda: policy.make_cached(experiment, world))
-        playing = session.RunSession(experiment, folder, world, weights, start, tracker, watch, signals)
-        try:
-            result = playing.play() | {"resumed": start.changes}
-        finally:
-            playing.close()
-        if playing.episodes:
+        # These import torch and TRL: a run that is refused, or finished, does not wait for that.
+        from aem_exp.rollout.play import Watcher
+        from aem_exp.run import summary
+        from aem_exp.run.recorder import RunRecorder
+        from aem_exp.run.session import RunContext, open_session
+
+        context = RunContext(experiment, folder, world, weights, start)
+        recorder = RunRecorder(folder, start.last_measured_step, tracker, watch)
+        with open_session(context, recorder, signals, watch if isinstance(watch, Watcher) else None) as session:
+            result = session.train_and_score()
+        if distributed.is_main_process():
             for path in summary.write_artifacts(folder):
                 tracker.log_artifact(path)
-            disk.write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
-            playing.episodes.remove_parts()
+            recorder.write_result(folder / RESULT, result)
         distributed.shut_down()
     if tracker.trouble:
         log.warning(tracker.trouble)
 
 
-def _prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -> ResumePoint:
-    """Make the run dir what this start needs; where it begins."""
-    _check_disk_space(folder, weights)
-    for sentence in checkpoints.set_aside_damaged(folder):
-        log.warning(sentence)
-    if experiment.parent_dir and checkpoints.find_newest(folder) is None:
-        checkpoints.copy_into_run(continuation.starting_checkpoint(experiment), folder)
-    start = session.find_resume_point(folder)
-    asked = experiment.launch.trainer.get("fsdp", False)
-    if start.checkpoint and (saved := checkpoints.is_sharded(start.checkpoint)) != asked:
-        remedy = f"{start.checkpoint} was saved with {format_value(saved)}: go on with that"
-        raise ConfigError("launch.trainer.fsdp", asked, remedy)
-    if (
-        start.is_scored
-        and start.checkpoint is None
-        and provenance.list_changes(folder, experiment, weights, distributed.world_size())
-    ):
-        (folder / session.BEFORE_FILE).unlink()  # nothing was trained yet: begin anew, with what there is now
-        start = session.find_resume_point(folder)
-    session.check_record(folder, start)
-    changes = provenance.record_start(
-        folder, experiment, weights, start.step if start.is_scored else None, distributed.world_size()
-    )
-    disk.write_atomically(folder / "experiment.json", json.dumps(config.to_dict(experiment), indent=1) + "\n")
-    return replace(start, changes=changes)
-
-
 def _open_tracker(
     experiment: Experiment, folder: Path, fingerprint: str, start: ResumePoint
-) -> "AbstractContextManager[Any]":
+) -> "Tracker | NullTracker":
     """What the first process logs to; the others log nothing."""
     from aem_exp.tracking import tracker
 
@@ -166,7 +139,8 @@ def _open_tracker(
     )
 
 
-def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed: list[str]) -> dict[str, str]:
+def _tags(experiment: Experiment, fingerprint: str, commit: str | None, changes: list[str]) -> dict[str, str]:
+    """The tags of the run in MLflow; `changes`: of code, libraries or machine since its first start."""
     return {
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),
@@ -175,16 +149,6 @@ def _tags(experiment: Experiment, fingerprint: str, commit: str | None, resumed:
         "aem.env_fingerprint": fingerprint,
         "aem.method": str(METHOD),
         **({"aem.parent": experiment.parent} if experiment.parent else {}),
-        **({"aem.resumed": "inexact"} if resumed else {}),
+        **({"aem.resumed": "inexact"} if changes else {}),
         **({"git.commit": commit} if commit else {}),
     }
-
-
-def _check_disk_space(folder: Path, weights: str | None) -> None:
-    """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
-    size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
-    need, free = 7 * size + session.SPARE_BYTES, shutil.disk_usage(folder).free
-    if free < need:
-        raise ConfigError(
-            "outputs", str(folder), f"has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f} GB; choose another folder"
-        )

@@ -12,7 +12,7 @@ from aem_exp.core import disk
 from aem_exp.core.console import join_texts, make_console, make_table, side_by_side, stack_lines, style_text
 from aem_exp.core.plots import BLUE, GREY, ORANGE
 from aem_exp.run.progress import ENTROPY, GATED, RECENT_STEPS, SUCCESS
-from aem_exp.rundir import episodes, metrics
+from aem_exp.rundir import EXPERIMENT, RESULT, episodes, metrics
 from aem_exp.stats.scores import wilson_interval
 from aem_exp.tracking import publish
 
@@ -30,7 +30,7 @@ Rows = Sequence[dict[str, float]]
 def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
     """Print what a finished run reached, how it got there, and where to look further; from its run dir alone."""
     console = console or make_console()
-    result, repeats, gaps = _json(run_dir / "result.json"), _repeats(run_dir), list[str]()
+    result, repeats, gaps = _json(run_dir / RESULT), _repeats(run_dir), list[str]()
     rows = _read_unless_damaged(lambda: metrics.read(run_dir), gaps) or []
     page = _read_unless_damaged(lambda: publish.run_page(run_dir), gaps)
     if (record := run_dir / episodes.FILE).exists():
@@ -215,7 +215,7 @@ def write_artifacts(run_dir: Path) -> list[Path]:
     import yaml
 
     files = []
-    if (experiment := run_dir / "experiment.json").exists():
+    if (experiment := run_dir / EXPERIMENT).exists():
         (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
         files.append(config)
     if rows := episodes.select_examples(run_dir):
@@ -226,7 +226,7 @@ def write_artifacts(run_dir: Path) -> list[Path]:
 
 def _repeats(run_dir: Path) -> int:
     """Return how often the panel plays each task; its episodes are not independent, so intervals count tasks."""
-    path = run_dir / "experiment.json"
+    path = run_dir / EXPERIMENT
     return int(_json(path).get("evaluation", {}).get("repeats", 1)) if path.exists() else 1
 
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.rundir import attempts, episodes, metrics
+from aem_exp.rundir import DIVERGED, EVALUATIONS, EXPERIMENT, PROVENANCE, RESULT, attempts, episodes, metrics
 
 SUFFIX: Final = ".json.gz"
 NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
-MAX_BYTES: Final = 5 << 20  # bytes that an archive may unfold to: it may come from anywhere
+MAX_BYTES: Final = 5 << 20  # bytes of an archive, uncompressed: it may come from anywhere
 DIGITS: Final = 5  # of a number in a curve
 CURVE_PREFIXES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
 EXCLUDED_KEYS: Final = (
@@ -37,32 +37,30 @@ DONE, NAN = "done", "nan"  # a state, and the class of a failure
 
 @dataclass(frozen=True)
 class Archive:
-    """One run.
-
-    Attributes:
-        run: the name of its dir.
-        experiment: what was asked for, without where it ran.
-        what: `done`, or how far it is, as `run_state` calls it; `why`: the class of a failure and a sentence.
-        result: what `result.json` says, or `diverged.json`; empty where the run has no score.
-        tasks: of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores.
-        endings: how the episodes on it ended.
-        curves: `step`, and by its name what was measured there; None where it was not.
-        provenance: code, packages, weights, machine.
-        spent: `seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as is known.
-        players: others on the same panel, by name: what their `result.json` says.
-    """
+    """One run. The fields are the keys of the file."""
 
     run: str
+    """The name of its dir."""
     experiment: dict[str, Any]
+    """The experiment, without where it ran."""
     what: str
+    """`done`, or another status of `run_state`."""
     why: tuple[str, str] = ("", "")
+    """The class of a failure, and a sentence."""
     result: dict[str, Any] = field(default_factory=dict)
+    """What `result.json` says, or `diverged.json`; empty where the run has no score."""
     tasks: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores."""
     endings: dict[str, int] = field(default_factory=dict)
+    """How the episodes on the final panel ended."""
     curves: dict[str, list[float | None]] = field(default_factory=dict)
+    """`step`, and by its name what was measured there; None where it was not."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """Code, packages, weights, machine."""
     spent: dict[str, float] = field(default_factory=dict)
+    """`seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as they are known."""
     players: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other agents on the same panel, by name: what their `result.json` says."""
 
     @property
     def done(self) -> bool:
@@ -93,10 +91,10 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
     """The archive of a run dir; `what` and `why`: its state.
 
     Raises:
-        Damaged: with the file's name.
+        DamagedFileError: with the file's name.
     """
-    experiment, rows = disk.read_json(folder / "experiment.json"), metrics.read(folder)
-    scored = "result.json" if what == DONE else "diverged.json" if why[0] == NAN else None
+    experiment, rows = disk.read_json(folder / EXPERIMENT), metrics.read(folder)
+    scored = RESULT if what == DONE else DIVERGED if why[0] == NAN else None
     result = _json(folder / scored) if scored else {}
     played = _read_final_episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
@@ -110,14 +108,14 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
         tasks=_group_by_task(played),
         endings=dict(sorted(Counter(row["ended"] for row in played).items())),
         curves=_curves(rows),
-        provenance=_json(folder / "provenance.json"),
+        provenance=_json(folder / PROVENANCE),
         spent=_spent_resources(folder, launch, result, rows),
         players=_read_other_agents(folder, experiment, result),
     )
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a file of a run dir says; nothing where there is none: then the run failed, and says so itself."""
+    """What a file of a run dir says; empty where there is none: then the run failed, and its state says so."""
     return disk.read_json(file) if file.exists() else {}
 
 
@@ -135,7 +133,7 @@ def _group_by_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]
         by_task.setdefault(row["task"], []).append(row)
 
     def each(name: str) -> list[list[float]]:
-        """Of every episode of a task; one whose world crashed has nothing."""
+        """A value of every episode of each task; 0 where its world crashed."""
         return [[0.0 if r["ended"] == "crashed" else r[name] or 0.0 for r in rows] for rows in by_task.values()]
 
     kinds = [rows[0]["kind"] for rows in by_task.values()]
@@ -173,25 +171,21 @@ def _spent_resources(
 def _read_other_agents(
     folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluations of others, the untrained policy say, on the panel that ended the run and as that was played."""
-    kept = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
-    final, how, out = result.get("final") or {}, experiment.get("evaluation") or {}, dict[str, dict[str, Any]]()
-    for file in sorted((folder / "evaluations").glob("*/result.json")):
+    """Evaluations of other agents, the untrained policy say, on the final panel of the run and by its rules."""
+    keys = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
+    final, settings = result.get("final") or {}, experiment.get("evaluation") or {}
+    out: dict[str, dict[str, Any]] = {}
+    for file in sorted((folder / EVALUATIONS).glob(f"*/{RESULT}")):
         try:
-            found = disk.read_json(file)
-        except disk.DamagedFileError:  # of another player: it is asked again where it is missed
+            other = disk.read_json(file)
+        except disk.DamagedFileError:  # of another agent: it is evaluated again where it is needed
             continue
-        name, rules = found.get("player"), found.get("identity", {}).get("env", {})
-        alike = all(rules[key] == experiment["env"].get(key) for key in rules)
-        heat = found.get("temperature") in (None, how.get("temperature"))
-        if (
-            final
-            and name not in (None, "policy")
-            and found.get("panel_hash") == final.get("panel_hash")
-            and alike
-            and heat
-        ):
-            out[str(name)] = {key: found[key] for key in kept if key in found}
+        name, rules = other.get("player"), other.get("identity", {}).get("env", {})
+        same_rules = all(rules[key] == experiment["env"].get(key) for key in rules)
+        same_temperature = other.get("temperature") in (None, settings.get("temperature"))
+        same_panel = final and other.get("panel_hash") == final.get("panel_hash")
+        if name not in (None, "policy") and same_panel and same_rules and same_temperature:
+            out[str(name)] = {key: other[key] for key in keys if key in other}
     return out
 
 
@@ -199,7 +193,7 @@ def _read_other_agents(
 
 
 def write(archive: Archive, folder: Path) -> Path:
-    """`RUN.json.gz` in the folder."""
+    """Write `RUN.json.gz` in the folder."""
     text = json.dumps(asdict(archive), sort_keys=True, separators=(",", ":"), allow_nan=False)
     file = folder / f"{archive.run}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,14 +202,14 @@ def write(archive: Archive, folder: Path) -> Path:
 
 
 def read(file: Path) -> Archive:
-    """An archive that was written here or elsewhere.
+    """An archive that was written on this machine or another.
 
     Raises:
-        ConfigError: the file is none.
+        ConfigError: the file is no archive.
     """
     try:
-        with gzip.open(file) as unfolded:
-            text = unfolded.read(MAX_BYTES + 1)
+        with gzip.open(file) as content:
+            text = content.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MB")
         data = json.loads(text, parse_constant=_refuse_constant)
@@ -231,7 +225,7 @@ def _refuse_constant(word: str) -> None:
 
 
 def _validate(archive: Archive, file: Path) -> None:
-    """Refuse what no run leaves. What an archive says is shown as text, and counted as numbers; nothing in it is called."""
+    """Refuse what no run writes. The content of an archive is shown as text and used as numbers; nothing in it is called."""
     for each in fields(Archive):
         wanted = {"run": str, "what": str, "why": tuple}.get(each.name, dict)
         if not isinstance(getattr(archive, each.name), wanted):

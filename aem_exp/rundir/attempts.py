@@ -23,15 +23,19 @@ FAILURE_CLASSES = (  # classes of failures: of the run itself, and of the job or
     *("config", "crash", "disk", "env", "hang", "nan", "oom"),
     *("killed", "node", "time", "unseen", "user"),
 )
-MAX_IDLE_STARTS = 2  # starts of a job in a row that may get nowhere
+MAX_IDLE_STARTS = 2  # starts of a job in a row that may make no progress
 
 
 @contextmanager
-def record_attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0) -> Iterator[None]:
-    """Record a start at `step`, and how it ends; `at`: the step that is saved by then; `most`: starts of a job (0: no limit).
+def record_attempt(folder: Path, step: int, saved_step: Callable[[], int], max_requeues: int = 0) -> Iterator[None]:
+    """Record a start at `step`, and how it ends.
+
+    Args:
+        saved_step: the step that is saved when it ends.
+        max_requeues: how often SLURM may start a job again; 0: no limit.
 
     Raises:
-        Stop: the job is started again and again, and gets nowhere.
+        RunError: the job is started again and again, and makes no progress.
     """
     job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     _append_event(
@@ -40,17 +44,18 @@ def record_attempt(folder: Path, step: int, at: Callable[[], int], most: int = 0
     )
     try:
         if job and start:
-            _check_requeues(folder, job, start, most)
+            _check_requeues(folder, job, start, max_requeues)
         yield
     except Exception as error:
         _append_event(
-            folder, {"event": FAILED, "class": classify_error(error), "sentence": describe_error(error), "step": at()}
+            folder,
+            {"event": FAILED, "class": classify_error(error), "sentence": describe_error(error), "step": saved_step()},
         )
         raise
-    except BaseException as stop:
-        _append_event(folder, {"event": STOPPED, "sentence": describe_error(stop), "step": at()})
+    except BaseException as error:
+        _append_event(folder, {"event": STOPPED, "sentence": describe_error(error), "step": saved_step()})
         raise
-    _append_event(folder, {"event": DONE, "step": at()})
+    _append_event(folder, {"event": DONE, "step": saved_step()})
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -84,19 +89,17 @@ def classify_error(error: BaseException) -> str:
 def describe_error(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
-    told = isinstance(error, ConfigError | RunError | KeyboardInterrupt)
-    return (text if told and text else f"{type(error).__name__}: {text}")[:500]
+    is_sentence = isinstance(error, ConfigError | RunError | KeyboardInterrupt)
+    return (text if is_sentence and text else f"{type(error).__name__}: {text}")[:500]
 
 
-def _check_requeues(folder: Path, job: str, start: int, most: int) -> None:
+def _check_requeues(folder: Path, job: str, start: int, max_requeues: int) -> None:
     """Stop a job that SLURM or we requeue for ever."""
-    if most and start > most:
-        raise RunError(f"job {job} was requeued {start} times, and launch.requeues={most}", "hang")
+    if max_requeues and start > max_requeues:
+        raise RunError(f"job {job} was requeued {start} times, and launch.requeues={max_requeues}", "hang")
     steps = [event["step"] for event in read(folder) if event["event"] == "start" and event["job"] == job]
     if len(steps) > MAX_IDLE_STARTS and len(set(steps[-MAX_IDLE_STARTS - 1 :])) == 1:
-        raise RunError(
-            f"job {job} got nowhere in {MAX_IDLE_STARTS} starts, which both began and ended at step {steps[-1]}", "hang"
-        )
+        raise RunError(f"job {job} made no progress in {MAX_IDLE_STARTS} starts (still at step {steps[-1]})", "hang")
 
 
 def _append_event(folder: Path, event: dict[str, Any]) -> None:

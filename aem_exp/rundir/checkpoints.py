@@ -49,19 +49,19 @@ def describe_damage(checkpoint: Path, content: bool = True) -> str:
         content: read every file, not only its size.
     """
     try:
-        wanted = {checkpoint / name: facts for name, facts in _read_mark(checkpoint).get("files", {}).items()}
-        sizes = {file: facts["size"] for file, facts in wanted.items()}
+        expected = {checkpoint / name: facts for name, facts in _read_mark(checkpoint).get("files", {}).items()}
+        sizes = {file: facts["size"] for file, facts in expected.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{_MARK} cannot be read: {error}"
     for file, size in sizes.items():
         name = file.relative_to(checkpoint)
         if not file.is_file():
             return f"{name} is missing"
-        if (here := file.stat().st_size) != size:
-            return f"{name} has {here:,} bytes instead of {size:,}"
-    files = list(wanted) if content else []
+        if (actual := file.stat().st_size) != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
+    files = list(expected) if content else []
     for file, crc in zip(files, _crcs(files), strict=True):
-        if crc != wanted[file].get("crc32"):
+        if crc != expected[file].get("crc32"):
             return f"the content of {file.relative_to(checkpoint)} has changed"
     return ""
 
@@ -79,9 +79,9 @@ def set_aside_damaged(run_dir: Path) -> list[str]:
         damaged[checkpoint] = why
     else:
         if damaged:
-            told = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+            reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
             remedy = "put a good copy of one there, or move the run dir away to train anew"
-            raise ConfigError("RUN_DIR", str(run_dir), f"no checkpoint of it is undamaged ({told}); {remedy}")
+            raise ConfigError("RUN_DIR", str(run_dir), f"no checkpoint of it is undamaged ({reasons}); {remedy}")
     for checkpoint in damaged:
         shutil.rmtree(_damaged_path(checkpoint), ignore_errors=True)
         checkpoint.rename(_damaged_path(checkpoint))

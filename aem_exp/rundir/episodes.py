@@ -26,9 +26,9 @@ _MAGIC = b"PAR1"  # a Parquet file begins and ends with it
 
 
 def build_record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
-    """One episode; `in_full` keeps what was said, not only how it went. `step`: steps trained before it was played."""
+    """The row of an episode; `in_full`: with its responses. `step`: steps trained before it was played."""
     turns = trajectory.responses
-    known = [r.entropy for r in turns if r.entropy is not None]
+    entropies = [r.entropy for r in turns if r.entropy is not None]
     return {
         "step": step,
         "split": split,
@@ -40,11 +40,11 @@ def build_record(step: int, split: str, trajectory: Trajectory, in_full: bool) -
         "won": trajectory.won,
         "score": trajectory.score,
         "return": trajectory.ret,
-        "ended": trajectory.ended,
+        "ended": str(trajectory.ended),
         "error": trajectory.error,
         "turns": len(turns),
         "tokens": trajectory.tokens,
-        "response_entropy": sum(known) / len(known) if known else None,
+        "response_entropy": sum(entropies) / len(entropies) if entropies else None,
         "habits": list(trajectory.habits.items()),
         "responses": [_response_record(r) for r in turns] if in_full else None,
     }
@@ -67,6 +67,7 @@ class EpisodeWriter:
                 part.unlink()
 
     def add(self, records: Sequence[Record]) -> None:
+        """Take rows, which the next part will have."""
         self._waiting += records
 
     def write(self, step: int) -> None:
@@ -80,12 +81,12 @@ class EpisodeWriter:
     def finish(self) -> Path:
         """Join the parts, and what was played since the last of them.
 
-        A part that was damaged meanwhile is left out, and told: at this point, it must not cost the run its result.
+        A part that was damaged meanwhile is left out with a warning: at this point, it must not cost the run its result.
         """
         import pyarrow.parquet
 
-        kept: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-        with pyarrow.parquet.ParquetWriter(self.file.with_suffix(".part"), _schema(), **kept) as writer:
+        options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+        with pyarrow.parquet.ParquetWriter(self.file.with_suffix(".part"), _schema(), **options) as writer:
             for part in sorted(self._parts.glob("*.parquet")):
                 try:
                     table = read(part, schema=_schema())
@@ -102,14 +103,14 @@ class EpisodeWriter:
         shutil.rmtree(self._parts)
 
     def drop_damaged(self) -> Path | None:
-        """Remove the first part that is damaged, and all that follow it; which one that was."""
-        kept = sorted(self._parts.glob("*.parquet"))
-        for number, part in enumerate(kept):
+        """Remove the first part that is damaged, and all that follow it; return the damaged one."""
+        parts = sorted(self._parts.glob("*.parquet"))
+        for number, part in enumerate(parts):
             try:
                 check_file(part)
             except DamagedFileError:
-                for lost in kept[number:]:
-                    lost.unlink()
+                for removed in parts[number:]:
+                    removed.unlink()
                 return part
         return None
 
@@ -166,25 +167,25 @@ def list_parts(run_dir: Path, step: int) -> list[Path]:
     return [part for part in sorted((run_dir / PARTS).glob("*.parquet")) if int(part.stem) <= step]
 
 
-def read(file: Path, **how: Any) -> Any:
-    """A table of episodes, its checksums checked; `how`: as pyarrow's `read_table` takes it.
+def read(file: Path, **options: Any) -> Any:
+    """A pyarrow table of episodes, its checksums checked; `options`: of pyarrow's `read_table`.
 
     Raises:
-        Damaged: with its name.
+        DamagedFileError: with its name.
     """
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file, page_checksum_verification=True, **how)
+        return pyarrow.parquet.read_table(file, page_checksum_verification=True, **options)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged_error(file, error) from error
 
 
 def check_file(file: Path) -> None:
-    """Read all of a record, and keep nothing of it.
+    """Read all of a file to find damage.
 
     Raises:
-        Damaged: with its name.
+        DamagedFileError: with its name.
     """
     import pyarrow.parquet
 
@@ -201,7 +202,7 @@ def _damaged_error(file: Path, error: Exception) -> DamagedFileError:
 
 
 def describe_truncation(run_dir: Path) -> str:
-    """That the record of a run is no whole Parquet file, in a sentence; only its ends are read."""
+    """A sentence where the episodes of a run are no whole Parquet file, else ""; only the ends of the file are read."""
     file = run_dir / FILE
     if not file.exists():
         return ""
@@ -221,8 +222,8 @@ def select_examples(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dic
         return []
     import pyarrow.compute
 
-    kept = pyarrow.compute.field("responses").is_valid()
-    rows = [row for part in files for row in read(part, filters=kept).to_pylist()]
+    in_full = pyarrow.compute.field("responses").is_valid()
+    rows = [row for part in files for row in read(part, filters=in_full).to_pylist()]
     held_out = [row for row in rows if row["split"] != "train" and row["member"] == 0]
     trained = [row for row in rows if row["split"] == "train"]
     first = min((row["step"] for row in held_out), default=0)
@@ -234,7 +235,7 @@ def select_examples(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dic
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Write episodes for reading: what was seen, what was answered, what it earned, how sure the policy was."""
+    """Write episodes for reading: observations, responses, rewards, and how sure the policy was."""
     about = (
         "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
         "multiplied by (absent where nothing was trained on the episode).\n"
@@ -249,34 +250,34 @@ def _episode_markdown(row: dict[str, Any]) -> str:
     )
     facts = f"{outcome}{ended}, return {row['return']:g}, after {row['step']} steps of training"
     error = f"\n{_code_block(row['error'])}" if row.get("error") else ""
-    turns = (_turn_markdown(number, said) for number, said in enumerate(row.get("responses") or [], start=1))
+    turns = (_turn_markdown(number, response) for number, response in enumerate(row.get("responses") or [], start=1))
     goal = [f"{_block_quote(row['goal'])}\n"] if row.get("goal") else []
     return "\n".join([f"## {row['split']}: {row['task']}\n", *goal, f"**{facts}**\n{error}", *turns])
 
 
-def _turn_markdown(number: int, said: dict[str, Any]) -> str:
-    alpha = said.get("alpha")
+def _turn_markdown(number: int, response: dict[str, Any]) -> str:
+    alpha = response.get("alpha")
     facts = [
-        f"reward {said['reward']:g}",
-        *([f"entropy {said['entropy']:.3f}"] if said["entropy"] is not None else []),
+        f"reward {response['reward']:g}",
+        *([f"entropy {response['entropy']:.3f}"] if response["entropy"] is not None else []),
         *([f"alpha {alpha:.3f}"] if alpha is not None else []),
-        *([] if said.get("valid", True) else ["invalid"]),
+        *([] if response.get("valid", True) else ["invalid"]),
     ]
-    return (
-        f"### Turn {number}: {', '.join(facts)}\n\n{_block_quote(said['observation'])}\n\n{_code_block(said['text'])}\n"
-    )
+    observation, text = _block_quote(response["observation"]), _code_block(response["text"])
+    return f"### Turn {number}: {', '.join(facts)}\n\n{observation}\n\n{text}\n"
 
 
-def _block_quote(text: str, most: int = 2000) -> str:
-    return "\n".join(f"> {line}" for line in _truncate(text, most).splitlines())
+def _block_quote(text: str, max_characters: int = 2000) -> str:
+    return "\n".join(f"> {line}" for line in _truncate(text, max_characters).splitlines())
 
 
-def _code_block(text: str, most: int = 4000) -> str:
+def _code_block(text: str, max_characters: int = 4000) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}text\n{_truncate(text, most)}\n{fence}"
+    return f"{fence}text\n{_truncate(text, max_characters)}\n{fence}"
 
 
-def _truncate(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
+def _truncate(text: str, max_characters: int) -> str:
+    more = len(text) - max_characters
+    return text if more <= 0 else f"{text[:max_characters]}… ({more} more characters)"

@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aem_exp.core import disk
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LOCK, OWNER = "run.lock", "owner.json"
 HEARTBEAT_SECONDS = 30.0  # seconds between touches
@@ -23,26 +26,26 @@ STALE_SECONDS = 300.0  # seconds without one
 
 
 class RunLocked(Exception):
-    """Somebody else is at this run; the message names them."""
+    """Another process runs this run; the message names it."""
 
 
 @contextmanager
 def hold_run_lock(folder: Path) -> Iterator[None]:
-    """Be the only one at a run dir.
+    """Hold the lock of a run dir.
 
     Raises:
-        Owned: somebody is.
+        RunLocked: another process holds it.
     """
     lock = _acquire_lock(folder)
     if lock is None:
         raise RunLocked(f"{folder} is being run by {_format_owner(folder)}")
     stop = threading.Event()
-    beating = threading.Thread(
+    heartbeats = threading.Thread(
         target=_send_heartbeats, args=[folder / LOCK, stop], name="aem_exp.rundir.lock", daemon=True
     )
     try:
         disk.write_atomically(folder / OWNER, json.dumps(_current_process()))
-        beating.start()
+        heartbeats.start()
         yield
     finally:
         stop.set()
@@ -50,19 +53,19 @@ def hold_run_lock(folder: Path) -> Iterator[None]:
 
 
 def describe_owner(folder: Path) -> str | None:
-    """Who is at this run now, if anybody is. It only looks: a lock that is taken to find out may be in a start's way."""
+    """The process that runs this run now, None where none does. It only reads: taking the lock could refuse a start."""
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime
         pid, host = (folder / LOCK).read_text().split()[:2]
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # nobody's, or being written at this moment
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no lock, or one that is being written at this moment
         return None
     if silent > STALE_SECONDS or (host == platform.node() and not _is_alive(int(pid))):
         return None
     return _format_owner(folder)
 
 
-def _acquire_lock(folder: Path) -> Any:
-    """The lock, taken; or None where somebody holds it."""
+def _acquire_lock(folder: Path) -> "BaseFileLock | None":
+    """The lock, acquired; None where another process holds it."""
     from filelock import SoftFileLock, Timeout
 
     lock = SoftFileLock(folder / LOCK, timeout=0)  # breaks by itself what a dead process of this host left behind
@@ -77,15 +80,14 @@ def _acquire_lock(folder: Path) -> Any:
 
 
 def _is_stale(folder: Path) -> bool:
-    """Whether a lock of another host is nobody's any more."""
+    """Whether a lock of another host is stale."""
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime
     except FileNotFoundError:  # just released, or broken by the attempt
         return True
-    me, them = _current_process(), _read_owner(folder)
-    return silent > STALE_SECONDS or (
-        me["job"] is not None and me["job"] == them.get("job") and me["start"] > them["start"]
-    )
+    own, owner = _current_process(), _read_owner(folder)
+    same_job = own["job"] is not None and own["job"] == owner.get("job")
+    return silent > STALE_SECONDS or (same_job and own["start"] > owner["start"])
 
 
 def _is_alive(pid: int) -> bool:
@@ -94,7 +96,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # of another user
         pass
     return True
 
@@ -121,6 +123,6 @@ def _read_owner(folder: Path) -> dict[str, Any]:
 
 
 def _format_owner(folder: Path) -> str:
-    who = _read_owner(folder)
-    job = f", job {who['job']}" if who.get("job") else ""
-    return f"process {who.get('pid', '?')} of {who.get('user', '?')} on {who.get('host', '?')}{job}"
+    owner = _read_owner(folder)
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid', '?')} of {owner.get('user', '?')} on {owner.get('host', '?')}{job}"

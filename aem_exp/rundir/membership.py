@@ -15,10 +15,10 @@ LABELS = "sweeps.json"  # of a run dir: sweep -> its label there
 
 
 def write(outputs: Path, name: str, question: str, members: Sequence[dict[str, Any]]) -> None:
-    """Record a sweep. `membership`: run (the name of its dir), arm, group and seed of each."""
+    """Record a sweep. `members`: run (the name of its dir), arm, group and seed of each."""
     (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
-    whole = {"question": question, "members": list(members)}
-    disk.write_atomically(outputs / FOLDER / f"{name}.json", json.dumps(whole, indent=1) + "\n")
+    content = {"question": question, "members": list(members)}
+    disk.write_atomically(outputs / FOLDER / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def read(outputs: Path, name: str) -> list[dict[str, Any]]:
@@ -40,26 +40,27 @@ def list_sweeps(outputs: Path) -> list[str]:
 
 
 def write_links(outputs: Path, name: str, lines: Sequence[str]) -> None:
-    """Keep what leads to a sweep's views in MLflow, as it was printed."""
+    """Write the links to a sweep's views in MLflow, as they were printed."""
     (outputs / FOLDER).mkdir(parents=True, exist_ok=True)
     disk.write_atomically(outputs / FOLDER / f"{name}.links", "".join(f"{line}\n" for line in lines))
 
 
 def read_links(outputs: Path, name: str) -> str:
-    """Those lines, or nothing."""
+    """The links to a sweep's views, as they were printed; "" where there are none."""
     file = outputs / FOLDER / f"{name}.links"
     return file.read_text().rstrip() if file.exists() else ""
 
 
 def add_label(folder: Path, sweep: str, group: str) -> bool:
-    """Tell a run that a sweep calls it so; whether that was news."""
-    so_far = read_labels(folder)
-    if so_far.get(sweep) == group:
+    """Write into a run dir by which label a sweep calls the run; whether that is new."""
+    labels = read_labels(folder)
+    if labels.get(sweep) == group:
         return False
-    disk.write_atomically(folder / LABELS, json.dumps({**so_far, sweep: group}) + "\n")
+    disk.write_atomically(folder / LABELS, json.dumps({**labels, sweep: group}) + "\n")
     return True
 
 
 def read_labels(folder: Path) -> dict[str, str]:
+    """By which label each sweep calls a run."""
     file = folder / LABELS
     return json.loads(file.read_text()) if file.exists() else {}

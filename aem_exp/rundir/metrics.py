@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from aem_exp.core import disk
@@ -44,7 +44,7 @@ class MetricsFile:
         self.end = self.file.seek(0, os.SEEK_END)
         self.start = self.end - (len(lines[-1]) if lines else 0)  # of the last row
 
-    def add(self, step: int, metrics: dict[str, float | None]) -> list[MetricPoint]:
+    def add(self, step: int, metrics: Mapping[str, float | None]) -> list[MetricPoint]:
         """Write what is new about this step and return it; the first value of a metric stands, here as in MLflow."""
         fresh = {sanitise_name(name): float(value) for name, value in metrics.items() if value is not None}
         if not self.rows or self.rows[-1]["step"] != step:

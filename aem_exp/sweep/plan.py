@@ -18,7 +18,7 @@ HEADINGS = ("arm", "cells", "done", "on the way", "missing", "failed")
 
 def show_plan(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> None:
     """Print how many cells of each group are done, which have failed and why, and what the missing ones take."""
-    from aem_exp.cluster.run_state import DONE
+    from aem_exp.cluster.run_state import RunStatus
 
     console = make_console()
     console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)
@@ -30,7 +30,7 @@ def show_plan(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> 
                 f"  {cell.group} seed {cell.seed}: {state.kind or state.what}: {state.sentence}", soft_wrap=True
             )
     to_run = ("to run", f"{len(todo)} of {len(sweep.cells)} cells")
-    finished = [folder for folder, state in states.items() if state.what == DONE]
+    finished = [folder for folder, state in states.items() if state.what == RunStatus.DONE]
     facts = (to_run, *_estimate_cost(sweep, todo), *_estimate_power(sweep), *_revision_warning(finished))
     for heading, text in facts:
         console.print(f"[bold]{heading:<7}[/bold] {text}", soft_wrap=True)

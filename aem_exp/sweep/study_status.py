@@ -66,10 +66,11 @@ class StudyStatus:
 def read_status(study: Study) -> StudyStatus:
     """The study as it is now."""
     from aem_exp.cluster import run_state
+    from aem_exp.cluster.run_state import RunStatus
 
     workers = sorted(study.folder.glob("worker-*"))
     states = run_state.read(workers)
-    active = frozenset(worker for worker in workers if states[worker].what in (run_state.RUNNING, run_state.QUEUED))
+    active = frozenset(worker for worker in workers if states[worker].what in (RunStatus.RUNNING, RunStatus.QUEUED))
     cards = {worker: read_card(worker) for worker in workers}
     by_trial = {card["number"]: worker for worker, card in cards.items() if "number" in card}
     idle = tuple(worker for worker in workers if worker not in active and "number" not in cards[worker])

@@ -48,8 +48,9 @@ def _find_run_dirs(folder: Path) -> list[Path]:
 def _reconcile(runs: Iterable[Path]) -> None:
     """Note the end of runs that were killed before they could: MLflow would show them as running for ever."""
     from aem_exp.cluster import run_state
+    from aem_exp.cluster.run_state import RunStatus
 
-    ends = {run_state.DONE: "FINISHED", run_state.FAILED: "FAILED", run_state.STOPPED: "KILLED"}
+    ends = {RunStatus.DONE: "FINISHED", RunStatus.FAILED: "FAILED", RunStatus.STOPPED: "KILLED"}
     for run_dir, found in run_state.read([run for run in runs if (run / CARD_FILE).exists()]).items():
         card = read_card(run_dir)
         if card["status"] is None and found.what in ends:

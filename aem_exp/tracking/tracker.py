@@ -7,6 +7,7 @@ imports MLflow.
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,7 +93,7 @@ class Tracker:
             _wait_until_ready(self._writer)
             save_card(self.run_dir, self._card)
 
-    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Write metrics of a step: on disk when this returns, in MLflow seconds later. None is no value; NaN is one."""
         points = self._mirror.add(step, metrics)
         if self._writer is not None:
@@ -152,7 +153,7 @@ class NullTracker:
 
     def wait_until_ready(self) -> None: ...
 
-    def log(self, step: int, metrics: dict[str, float | None]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
     def log_artifact(self, path: Path) -> None: ...
 

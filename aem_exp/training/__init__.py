@@ -1,6 +1,8 @@
-"""Trajectories become updates of the policy. TRL is spoken here, and nowhere above.
+"""Trajectories become updates of the policy. TRL is imported here, and nowhere above.
 
-`credit` compares the responses of a group and keeps what each was given; `modulation` varies the coefficients of the paper;
-`batch` makes micro-batches; `trainer` puts both before the loss of TRL; `arguments` makes its settings, `callback` keeps time;
-`diagnostics` are pure numbers for the log; `fsdp` is what sharded weights need.
+`trainer` is the seam in front of TRL, to be read from top to bottom; `build` configures it from an experiment, `arguments` makes
+TRL's own settings. A step passes through `dynamic_sampling` (which groups it trains on), `credit` (one advantage per response),
+`scoring` (log-probs and entropies), `modulation` (coefficients), `updates` and `batch` (weighted micro-batches).
+`callback` counts steps, `lr_schedule` follows them, `step_metrics` and `diagnostics` compute what is logged, and `fsdp` is what
+sharded weights need.
 """

@@ -23,18 +23,18 @@ _LOGGED = {
 
 @dataclass
 class StepCounter:
-    """Where a run is. The trainer plays steps, the callback ends them.
-
-    Attributes:
-        steps: all steps, those of a run that this one continues included.
-        first: steps of that run. What follows progress, lambda and the learning rate, spans the other steps.
-    """
+    """Where a run is. The trainer plays steps, the callback ends them."""
 
     steps: int
+    """all steps, including those of a run that this one continues"""
     step: int = 0
+    """finished steps"""
     first_step: int = 0
-    updates: int = 0  # made so far
-    is_last_update: bool = False  # the update at hand is the last one of its step
+    """steps of the run that this one continues; lambda and the learning rate, which follow progress, span the other steps"""
+    updates: int = 0
+    """updates of all steps so far, the current one included"""
+    is_last_update: bool = False
+    """the current update is the last one of its step"""
 
     @property
     def progress(self) -> float:
@@ -54,10 +54,10 @@ class AEMCallback(TrainerCallback):
         schedule: lambda as a function of progress; None leaves the advantages alone.
         gate: nats; see `aem.coefficients`.
         report: receives the number of finished steps and the metrics of the last one.
-        evaluate: metrics on the dev panel, asked every `evaluate_every` steps (0: only after the last).
+        evaluate: metrics on the dev panel, called every `evaluate_every` steps (0: only after the last).
         save_every: steps between checkpoints (0: only at the end).
-        asked_to_stop: asked at the end of a step; where any rank says yes, all save and stop.
-        begin: called once, with the policy as the first step finds it.
+        should_stop: called at the end of a step; where it is true on any rank, all save and stop.
+        begin: called once, before the first step.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class AEMCallback(TrainerCallback):
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
         save_every: int = 0,
-        asked_to_stop: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] | None = None,
         begin: Callable[[], None] | None = None,
     ):
-        self.asked_to_stop, self.begin = asked_to_stop, begin
+        self.should_stop, self.begin = should_stop, begin
         self.time, self.schedule, self.gate = time, schedule, gate
         self.report, self.evaluate = report, evaluate
         self.evaluate_every, self.save_every = evaluate_every, save_every
@@ -95,7 +95,7 @@ class AEMCallback(TrainerCallback):
         control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Tell of a finished step, and then see whether to save and stop: who is told may have seen enough."""
+        """Report a finished step, then decide whether to save and stop: the receiver may have requested a stop."""
         logs = logs or {}
         if "train_runtime" in logs:  # the summary of transformers, after the last step
             return
@@ -104,7 +104,7 @@ class AEMCallback(TrainerCallback):
             ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
             self.report(self.time.step, {**self.metrics, **ours})
         self.metrics = {}
-        stop = self.time.is_finished or (self.asked_to_stop is not None and any(gather_object([self.asked_to_stop()])))
+        stop = self.time.is_finished or (self.should_stop is not None and any(gather_object([self.should_stop()])))
         control.should_save = stop or self._is_due(self.save_every)
         control.should_training_stop = stop
 
@@ -113,9 +113,9 @@ class AEMCallback(TrainerCallback):
 
 
 def _time_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """What a step's time went into.
+    """The shares of a step's time.
 
-    What counts for environments is time in which nothing is generated: `idle_share` is its share of the play.
+    The time of environments is that in which nothing is generated: `idle_share` is its share of the rollout.
     """
     names = ("weights", "generation", "environment", "scoring", "aem", "update")
     seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}

@@ -1,4 +1,7 @@
-"""Statistics of modulation and entropy that are logged at every step; pure functions of tensors."""
+"""Statistics of modulation and entropy that are logged at every step; pure functions of tensors.
+
+Shapes: R responses, S states; D bootstrap draws and K columns of sums.
+"""
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ def modulation_statistics(
             has tokens, as a mean over tokens does.
         entropy_std: of the responses' entropies, in nats.
     """
+    shapes = {value_R.shape for value_R in (alpha_R, entropy_R, advantage_R, tokens_R, turn_R)}
+    assert alpha_R.ndim == 1 and len(shapes) == 1, shapes
     if not len(alpha_R):
         return {}
     low, median, high = torch.quantile(alpha_R, torch.tensor([0.05, 0.5, 0.95])).tolist()
@@ -51,6 +56,7 @@ def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
 
     Never from the response's own token entropies: S minus those leaves noise alone, and drops what they predict.
     """
+    assert surprisal_R.ndim == 1 and state_R.shape == surprisal_R.shape, (surprisal_R.shape, state_R.shape)
     state_R = torch.unique(state_R, return_inverse=True)[1]
     surprisal_R, count_S = surprisal_R.double(), torch.bincount(state_R)
     total_S = surprisal_R.new_zeros(len(count_S)).index_add_(0, state_R, surprisal_R)
@@ -59,22 +65,28 @@ def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
 
 
 def entropy_drift(
-    advantage_R: Tensor, given_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor
+    advantage_R: Tensor, modulated_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor
 ) -> dict[str, float]:
     """How the advantages move the entropy of the states, per response: mean of A (S - H).
 
     Args:
         advantage_R: before modulation.
-        given_R: after it; what it adds is `aem`, for the paper mean of A (alpha - 1) (S - H). None: there is none.
+        modulated_R: after it; the change is `aem`, for the paper mean of A (alpha - 1) (S - H). None: no modulation.
         surprisal_R: nats.
-        state_R: integer id of the state that each response was given in; those alone at theirs say nothing.
+        state_R: integer id of the state of each response; one that is alone in its state is left out.
     """
+    assert advantage_R.shape == surprisal_R.shape == state_R.shape, (
+        advantage_R.shape,
+        surprisal_R.shape,
+        state_R.shape,
+    )
+    assert modulated_R is None or modulated_R.shape == advantage_R.shape, (modulated_R.shape, advantage_R.shape)
     relative_R = relative_surprisal(surprisal_R, state_R)
-    known_R = ~relative_R.isnan()
-    if not known_R.any():
+    compared_R = ~relative_R.isnan()
+    if not compared_R.any():
         return {}
-    moved = {"advantage": advantage_R} | ({} if given_R is None else {"aem": given_R - advantage_R})
-    return {name: (value_R * relative_R)[known_R].mean().item() for name, value_R in moved.items()}
+    weights = {"advantage": advantage_R} | ({} if modulated_R is None else {"aem": modulated_R - advantage_R})
+    return {name: (weight_R * relative_R)[compared_R].mean().item() for name, weight_R in weights.items()}
 
 
 def proxy_validity(
@@ -93,6 +105,7 @@ def proxy_validity(
         others) and surprisal too, those where the two vary together. responses_agree: the share of responses of open states whose
         two signs are one. Each with its interval; NaN where nothing is open.
     """
+    assert alpha_R.ndim == 1 and alpha_R.shape == relative_R.shape == state_R.shape, (alpha_R.shape, relative_R.shape)
     x_R, y_R = 1 - alpha_R.double(), relative_R.double()
     states = int(state_R.max()) + 1
     parts_RK = torch.stack([x_R * x_R, y_R * y_R, x_R * y_R, (x_R * y_R > 0).double(), torch.ones_like(x_R)], dim=1)
@@ -104,21 +117,22 @@ def proxy_validity(
     drawn_DS = torch.randint(states, (draws, states), generator=torch.Generator().manual_seed(seed))
     out: dict[str, float | int | list[float]] = {"states": states, "responses": len(x_R)}
     out |= {"states_open": int(open_S.sum()), "states_agree": int(agree_S.sum())}
-    found, spread = _agreement_shares(columns_SK.sum(0)), _agreement_shares(columns_SK[drawn_DS].sum(1))
+    shares, drawn_shares = _agreement_shares(columns_SK.sum(0)), _agreement_shares(columns_SK[drawn_DS].sum(1))
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    for name in found:
-        out[f"{name}_interval"] = torch.nanquantile(spread[name], ends).tolist()
-    return out | {name: found[name].item() for name in ("r", "responses_agree")}
+    for name in shares:
+        out[f"{name}_interval"] = torch.nanquantile(drawn_shares[name], ends).tolist()
+    return out | {name: shares[name].item() for name in ("r", "responses_agree")}
 
 
 def _agreement_shares(total_K: Tensor) -> dict[str, Tensor]:
-    """What sums over states, in the last dimension, add up to; those of states and of responses as shares."""
+    """Pearson's r and the shares that agree, from sums over states; the columns are in the last dimension."""
     xx, yy, xy, agree, opened, same, counted = total_K.unbind(-1)
     return {"r": xy / (xx * yy).sqrt(), "states_agree": agree / opened, "responses_agree": same / counted}
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's r; 0 where one of the two is constant."""
+    assert x.ndim == 1 and x.shape == y.shape, (x.shape, y.shape)
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     scale = (x.norm() * y.norm()).item()
     return (x @ y).item() / scale if scale > 1e-12 else 0.0

@@ -27,15 +27,15 @@ def full_weights(policy: Any, reshard: bool = True) -> Iterator[None]:
     if not isinstance(policy, FSDPModule):
         yield
         return
-    pieces = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     policy.set_reshard_after_forward(False)
-    for piece in pieces:
-        piece.unshard()
+    for module in sharded:
+        module.unshard()
     try:
         yield
     finally:
-        for piece in pieces:
-            piece.reshard()
+        for module in sharded:
+            module.reshard()
         policy.set_reshard_after_forward(reshard)
 
 

@@ -7,7 +7,7 @@ has one (in bf16), else on one thread of the CPU. Three sources of entropy, each
 
     sampler    it measures entropies as it samples (`local._draw`, against the same without that line)
     scoring    old log-probs are scored anyway: the same pass yields entropies (TRL's head, with and without them)
-    own pass   nobody scores, so AEM alone pays for `AEMTrainer._score`
+    own pass   nobody scores, so AEM alone pays for `scoring.score_batch`
 
 Each also pays for the trainer's section `aem` (coefficients and modulated advantages). What differs by little is timed alone,
 in turns, or it would drown: a draw on the scores of a real one, times their number; and the head on made-up hidden states.
@@ -49,6 +49,8 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import local
 from aem_exp.rollout.types import Episode
+from aem_exp.training import scoring
+from aem_exp.training.dynamic_sampling import PlayedStep
 
 CUDA = torch.cuda.is_available()
 EPISODES, TURNS = 8, 4
@@ -101,18 +103,18 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
     trainer = trainer_of(case, folder)
     draws: list[tuple] = []
     played = play(trainer, recording(draws))  # which also warms up
-    trainer.play = lambda step: (played, [])
+    trainer.play = lambda step: PlayedStep(played, [], 1)
     updates = trainer.updates()
     batch = next(updates)[0]
     heads = [head(trainer.model, batch, outputs) for outputs in (("log_probs", "entropy"), ("log_probs",))]
     acts: dict[str, Callable[[], Any]] = {
         "generation": lambda: play(trainer),
-        "scoring": lambda: trainer._score(trainer.model, batch),
+        "scoring": lambda: scoring.score_batch(trainer, trainer.model, batch),
         "update": lambda: train(trainer, batch),
         "draw": lambda: local._sample_tokens(*draws[-1]),
         "mute draw": lambda: mute(*draws[-1]),
-        "head": lambda: trainer._score(heads[0], batch),
-        "mute head": lambda: trainer._score(heads[1], batch),
+        "head": lambda: scoring.score_batch(trainer, heads[0], batch),
+        "mute head": lambda: scoring.score_batch(trainer, heads[1], batch),
     }
     assert all(map(torch.equal, local._sample_tokens(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
     train(trainer, batch)  # the optimizer makes its moments
@@ -127,8 +129,8 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
     held = {
         "play": most(trainer, lambda: play(trainer)),
         "mute play": most(trainer, lambda: play(trainer, mute_for_three)),
-        "score": most(trainer, lambda: trainer._score(trainer.model, batch)),
-        "mute score": most(trainer, lambda: trainer._score(quiet, batch)),
+        "score": most(trainer, lambda: scoring.score_batch(trainer, trainer.model, batch)),
+        "mute score": most(trainer, lambda: scoring.score_batch(trainer, quiet, batch)),
         "update": most(trainer, lambda: train(trainer, batch)),
     }
     return Cost(

@@ -74,8 +74,10 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
     from aem_exp import config
     from aem_exp.rollout.sampling.base import Sampling
     from aem_exp.rollout.sampling.local import LocalSampler
+    from aem_exp.training.build import build_trainer
     from aem_exp.training.callback import AEMCallback, StepCounter
-    from aem_exp.training.trainer import build_trainer
+    from aem_exp.training.dynamic_sampling import PlayedStep
+    from aem_exp.training.trainer import RolloutSource
 
     model, tokenizer = load()
     modulation = experiment.modulation if modulated else config.load(["modulation=none"]).modulation
@@ -87,11 +89,13 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
         model,
         tokenizer,
         AEMCallback(clock, lam, modulation.gate),
-        lambda step, number: [],
-        rollout,
-        lambda policy: LocalSampler(policy, rollout.chat.end_ids, Sampling()),
+        RolloutSource(
+            draw=lambda step, number: [],
+            rollout=rollout,
+            make_sampler=lambda trainer: LocalSampler(trainer.model, rollout.chat.end_ids, Sampling()),
+        ),
     )
-    trainer.play = lambda step: (played, [])
+    trainer.play = lambda step: PlayedStep(played, [], 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     updates = trainer.updates()

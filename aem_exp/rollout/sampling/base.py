@@ -16,17 +16,22 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    """1: no such filter."""
     top_k: int = 0
+    """0: no such filter."""
     min_p: float = 0.0
+    """0: no such filter."""
 
 
 @dataclass
 class Sample:
-    """One response: token ids, and per token the log-prob and entropy (nats) of the unfiltered distribution."""
+    """One response: its tokens, and what the sampler knows of each."""
 
     ids: list[int]
     logps: list[float]
+    """The log-prob of each token under the unfiltered distribution; empty where the sampler does not give it."""
     entropies: list[float]
+    """The entropy of the unfiltered distribution at each token, in nats; empty where the sampler does not give it."""
 
 
 class Session(Protocol):
@@ -42,17 +47,17 @@ class Sampler(Protocol):
 
 class IndependentSession(Session, Protocol):
     def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
-        """What `generate` does, for one conversation. Several threads may ask at a time, each for its own."""
+        """What `generate` does, for one conversation. Several threads may call it at a time, each for its own."""
 
 
 @runtime_checkable
 class IndependentSampler(Protocol):
-    """A sampler whose conversations need not wait for each other: while one's environment is at work, others generate."""
+    """A sampler whose conversations need not wait for each other: while the environment of one is at work, others generate."""
 
     def session(self) -> IndependentSession: ...
 
     def cancel(self) -> None:
-        """Make all who wait for an answer give up, now and from now on."""
+        """Make all calls that wait for an answer fail, now and from now on."""
 
 
 def keyed_generator(key: tuple) -> np.random.Generator:

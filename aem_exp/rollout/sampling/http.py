@@ -23,7 +23,7 @@ _ANSI_ESCAPE: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class NoAnswer(Exception):
-    """There is no whole answer; `str()` says why, to be read after the server's address.
+    """No complete answer came; `str()` says why, to be read after the server's address.
 
     Attributes:
         unreached: there was no connection.
@@ -47,21 +47,21 @@ class Answer:
         return 200 <= self.status < 300
 
     def parse_json(self, url: str) -> dict[str, Any]:
-        """The JSON object that it is. Raises Stop where it is none."""
+        """The body as a JSON object. Raises RunError where it is none."""
         try:
-            found = json.loads(self.content or b"{}")
+            content = json.loads(self.content or b"{}")
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+            content = None
+        if not isinstance(content, dict):
             raise RunError(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
-        return found
+        return content
 
     def error_message(self, secret: str) -> str:
-        """What a server says about a failure, on one line, without a secret that it may repeat."""
+        """The server's message about a failure, on one line, without a secret that it may repeat."""
         try:
-            told = json.loads(self.content)
-            told = told.get("error", told)
-            text = str(told.get("message", told) if isinstance(told, dict) else told)
+            content = json.loads(self.content)
+            content = content.get("error", content)
+            text = str(content.get("message", content) if isinstance(content, dict) else content)
         except (ValueError, AttributeError, RecursionError):
             text = self.content.decode(errors="replace")
         text = sanitize(text)
@@ -91,27 +91,27 @@ class Client:
     async def get(self, url: str) -> Answer:
         return await self._send("GET", url, None, MAX_BYTES)
 
-    async def post(self, url: str, body: dict[str, Any], most: int = MAX_BYTES) -> Answer:
+    async def post(self, url: str, body: dict[str, Any], max_bytes: int = MAX_BYTES) -> Answer:
         """Post a body as JSON.
 
         Args:
-            most: bytes of the answer.
+            max_bytes: of the answer.
 
         Raises:
             NoAnswer: none came, or not all of it in time.
-            Stop: it is too large, or packed.
+            RunError: it is too large, or compressed.
         """
-        return await self._send("POST", url, body, most)
+        return await self._send("POST", url, body, max_bytes)
 
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _send(self, method: str, url: str, body: dict[str, Any] | None, most: int) -> Answer:
+    async def _send(self, method: str, url: str, body: dict[str, Any] | None, max_bytes: int) -> Answer:
         import httpx
 
         try:
             async with asyncio.timeout(self.seconds), self._http.stream(method, url, json=body) as response:
-                return await _read_limited(response, url, most)
+                return await _read_limited(response, url, max_bytes)
         except TimeoutError:
             raise self._timeout_error() from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -127,27 +127,27 @@ class Client:
         return NoAnswer(f"gave no answer within {self.seconds:g} s")
 
 
-async def _read_limited(response: "httpx.Response", url: str, most: int) -> Answer:
-    """Read an answer as it comes; unpacked it could be of any size, so it must not be packed."""
-    content, packed = bytearray(), response.headers.get("Content-Encoding", "identity")
-    if packed != "identity":
+async def _read_limited(response: "httpx.Response", url: str, max_bytes: int) -> Answer:
+    """Read an answer as it comes; uncompressed it could be of any size, so it must not be compressed."""
+    content, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
         if not response.is_success:
             return Answer(response.status_code, b"")
         raise RunError(
-            f"{url} answers in the encoding {sanitize(packed)[:MAX_MESSAGE]!r}, which nobody asked for", "config"
+            f"{url} answers in the encoding {sanitize(encoding)[:MAX_MESSAGE]!r}, which nobody asked for", "config"
         )
     async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # it is a generator, which httpx does not say
         async for part in parts:
             content += part
-            if len(content) > most:
+            if len(content) > max_bytes:
                 break
-    if len(content) > most and response.is_success:
-        raise RunError(f"{url} answers with more than the {most:,} bytes that its answer may have", "config")
-    return Answer(response.status_code, bytes(content[:most]))
+    if len(content) > max_bytes and response.is_success:
+        raise RunError(f"{url} answers with more than the {max_bytes:,} bytes that its answer may have", "config")
+    return Answer(response.status_code, bytes(content[:max_bytes]))
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers; what, is not read."""
+    """Whether a server answers; the answer is not read."""
     import httpx
 
     try:

@@ -12,18 +12,14 @@ import torch
 
 from aem_exp.rollout.sampling.base import Sample, Sampling
 
-VLLM_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_completion_length",
-    "generation_kwargs",
-)  # of its VLLMGeneration
+VLLM_FIELDS = (  # of its VLLMGeneration
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("max_completion_length", "generation_kwargs"),
+)
 
 
 class EngineSampler:
-    """Samples with the engine of a trainer of TRL's."""
+    """Samples with the engine of a TRL trainer."""
 
     def __init__(self, trainer: Any, end_ids: Sequence[int], sampling: Sampling):
         self.trainer, self.end_ids, self.sampling = trainer, list(end_ids), sampling
@@ -58,20 +54,25 @@ class EngineSession:
 
 @contextmanager
 def _configure_engine(trainer: Any, sampler: EngineSampler, budget: int) -> Iterator[None]:
-    """Tell the engine how to draw, for one turn: it was built for one length, one temperature and one set of end tokens."""
-    how, ends = sampler.sampling, sampler.end_ids
-    drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
+    """Set how the engine draws, for one turn: it was built for one length, one temperature and one set of end tokens."""
+    sampling, end_ids = sampler.sampling, sampler.end_ids
+    draw = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
     if trainer.use_vllm:
-        more = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": ends}
-        told = {**drawn, "max_completion_length": budget, "generation_kwargs": more}
-        with _override_attributes(trainer.vllm_generation, told):
+        kwargs = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": end_ids}
+        settings = {**draw, "max_completion_length": budget, "generation_kwargs": kwargs}
+        with _override_attributes(trainer.vllm_generation, settings):
             yield
         return
-    told = {**drawn, "min_p": how.min_p or None, "max_new_tokens": budget, "eos_token_id": ends}
-    kwargs = {**trainer.generation_kwargs, **told}
+    settings = {**draw, "min_p": sampling.min_p or None, "max_new_tokens": budget, "eos_token_id": end_ids}
+    kwargs = {**trainer.generation_kwargs, **settings}
     with (
-        _override_attributes(trainer.generation_config, told),
-        _override_attributes(trainer, {"eos_token_ids": ends, "generation_kwargs": kwargs}),
+        _override_attributes(trainer.generation_config, settings),
+        _override_attributes(trainer, {"eos_token_ids": end_ids, "generation_kwargs": kwargs}),
     ):
         yield
 

@@ -59,31 +59,32 @@ class ServerSession:
         sampler = self._sampler
         for slot, prompt in zip(slots, prompts, strict=True):
             self._ids[slot] = [*self._ids.get(slot, []), *prompt]
-        asked = [
+        requests = [
             self._build_request(self._ids[slot], key, budget)
             for slot, key, budget in zip(slots, keys, budgets, strict=True)
         ]
         firsts = [sampler.rank + slot for slot in slots]
         answers = sampler.servers.ask(
-            COMPLETIONS_PATH, asked, firsts, [_max_answer_bytes(request) for request in asked]
+            COMPLETIONS_PATH, requests, firsts, [_max_answer_bytes(request) for request in requests]
         )
         samples = [
-            _parse_sample(request, answer, sampler.vocabulary) for request, answer in zip(asked, answers, strict=True)
+            _parse_sample(request, answer, sampler.vocabulary)
+            for request, answer in zip(requests, answers, strict=True)
         ]
         for slot, sample in zip(slots, samples, strict=True):
             self._ids[slot] += sample.ids
         return samples
 
     def _build_request(self, ids: list[int], key: tuple, budget: int) -> dict[str, Any]:
-        """A request, in the words of vLLM's protocol. It names no model: a server of ours has one."""
-        how = self._sampler.sampling
+        """A request of vLLM's protocol. It names no model: each of these servers has one."""
+        sampling = self._sampler.sampling
         return {
             "prompt": list(ids),
             "max_tokens": budget,
-            "temperature": how.temperature,
-            "top_p": how.top_p,
-            "top_k": how.top_k,
-            "min_p": how.min_p,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
@@ -100,16 +101,16 @@ def seed_from_key(key: tuple) -> int:
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
-def _max_answer_bytes(asked: dict[str, Any]) -> int:
+def _max_answer_bytes(request: dict[str, Any]) -> int:
     """Bytes that an answer may have."""
-    return BASE_BYTES + BYTES_PER_TOKEN * int(asked["max_tokens"]) + BYTES_PER_PROMPT_TOKEN * len(asked["prompt"])
+    return BASE_BYTES + BYTES_PER_TOKEN * int(request["max_tokens"]) + BYTES_PER_PROMPT_TOKEN * len(request["prompt"])
 
 
-def _parse_sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
+def _parse_sample(request: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
     """The tokens of an answer.
 
     Raises:
-        Stop: they are not there, or not what was asked for.
+        RunError: they are missing, or not what was asked for.
     """
     try:
         choice = answer["choices"][0]
@@ -121,21 +122,21 @@ def _parse_sample(asked: dict[str, Any], answer: dict[str, Any], vocabulary: int
         raise _invalid_answer(
             f"ended by {_shorten(choice.get('finish_reason'))}, and not by an end token or the budget"
         )
-    if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, asked["prompt"]):
+    if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, request["prompt"]):
         raise _invalid_answer("is to another prompt than was sent: the server changed its tokens")
-    if not 0 < len(ids) <= asked["max_tokens"]:
-        raise _invalid_answer(f"has {len(ids)} tokens, and 1 to {asked['max_tokens']} were asked for")
+    if not 0 < len(ids) <= request["max_tokens"]:
+        raise _invalid_answer(f"has {len(ids)} tokens, and 1 to {request['max_tokens']} were asked for")
     if len(logps) != len(ids):
         raise _invalid_answer(f"has {len(ids)} tokens and {len(logps)} log-probs")
-    for one in ids:
-        if type(one) is not int or not 0 <= one < vocabulary:
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocabulary:
             raise _invalid_answer(
-                f"has the token id {_shorten(one)}: it must be a whole number from 0 to {vocabulary - 1}"
+                f"has the token id {_shorten(token)}: it must be a whole number from 0 to {vocabulary - 1}"
             )
-    for one in logps:
-        if type(one) not in (int, float) or not MIN_LOGPROB <= one <= MAX_LOGPROB:  # nor is NaN in between
-            raise _invalid_answer(f"has the log-prob {_shorten(one)}: it must be a number from {MIN_LOGPROB:g} to 0")
-    if set(ids[:-1]) & set(asked["stop_token_ids"]):
+    for logp in logps:
+        if type(logp) not in (int, float) or not MIN_LOGPROB <= logp <= MAX_LOGPROB:  # nor is NaN in between
+            raise _invalid_answer(f"has the log-prob {_shorten(logp)}: it must be a number from {MIN_LOGPROB:g} to 0")
+    if set(ids[:-1]) & set(request["stop_token_ids"]):
         raise _invalid_answer("goes on after an end token: the server does not know stop_token_ids")
     return Sample(ids, [float(p) for p in logps], [])
 

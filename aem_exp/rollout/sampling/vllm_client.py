@@ -21,13 +21,11 @@ from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, sanitize
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
 MODELS = "/v1/models"
-RELOAD_WEIGHTS, RESET_CACHE = (
-    "/collective_rpc",
-    "/reset_prefix_cache",
-)  # vLLM's, with VLLM_SERVER_DEV_MODE=1 in its environment
+# Of vLLM, with VLLM_SERVER_DEV_MODE=1 in its environment.
+RELOAD_WEIGHTS, RESET_CACHE = "/collective_rpc", "/reset_prefix_cache"
 FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0  # seconds before a request is sent again: at first, and at most
 RETRYABLE_STATUS = (408, 409, 425, 429)  # of the 4xx: it may be answered later
-WARNING_INTERVAL: Final = 60.0  # seconds in which a server that comes and goes is told of once
+WARNING_INTERVAL: Final = 60.0  # seconds between two warnings of one server that comes and goes
 SHOWN_CHARACTERS: Final = 100  # characters of a name that a server gives its weights
 
 
@@ -35,7 +33,7 @@ class Servers:
     """All servers of a run.
 
     Args:
-        folder: what says where they are.
+        folder: says where they are.
         seconds: how long a server may take for an answer, and how long none may give one, before the run ends.
     """
 
@@ -43,12 +41,12 @@ class Servers:
         self.folder, self.seconds = folder, seconds
         self.urls, self._key = rendezvous.read_urls(folder)
         self.weights: Path | None = None  # the newest, where they are files; a server that was away reads them
-        self.names: Sequence[str] = ()  # of the newest, for who only plays: a server may have been started with them
+        self.names: Sequence[str] = ()  # of the newest, in an evaluation: a server may have been started with them
         self.context = 0  # tokens that a server must take
         self.streamed = False  # the newest were sent from GPU to GPU; a server that was away has lost them
         self._up_to_date = set(self.urls)  # servers that have the newest weights
-        self._retry_at: dict[str, float] = {}  # when to ask again who did not answer (monotonic)
-        self._warned_at: dict[str, float] = {}  # when it was last said of a server that it does not answer (monotonic)
+        self._retry_at: dict[str, float] = {}  # when to send to a server that did not answer (monotonic)
+        self._warned_at: dict[str, float] = {}  # when a server that does not answer was last warned of (monotonic)
         self._update_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._client = Client(self.headers, seconds)
         self._cancelled = False
@@ -57,29 +55,31 @@ class Servers:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request shows."""
+        """The headers of a request: the key of the servers, where they have one."""
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
-    def ask(self, path: str, bodies: list[dict[str, Any]], firsts: list[int], most: list[int]) -> list[dict[str, Any]]:
-        """Post each body to a server, all at a time; their answers. Several threads may ask.
+    def ask(
+        self, path: str, bodies: list[dict[str, Any]], firsts: list[int], max_bytes: list[int]
+    ) -> list[dict[str, Any]]:
+        """Post each body to a server, all at a time; their answers. Several threads may call it.
 
         Args:
-            firsts: for each body, the number of the server to ask first.
-            most: for each body, bytes that its answer may have.
+            firsts: for each body, the number of the server to try first.
+            max_bytes: for each body, bytes that its answer may have.
 
         Raises:
-            Stop: a server refuses, or none has answered for too long.
-            CancelledError: somebody hung up.
+            RunError: a server refuses, or none has answered for too long.
+            CancelledError: `cancel` was called.
         """
 
-        def sends(body: dict[str, Any], size: int) -> Callable[[str], Awaitable[dict[str, Any]]]:
+        def make_send(body: dict[str, Any], size: int) -> Callable[[str], Awaitable[dict[str, Any]]]:
             return lambda url: self._post(url + path, body, size)
 
-        asked = list(zip(firsts, map(sends, bodies, most), strict=True))
-        return self._run(lambda: _gather([partial(self._send_with_retries, first, send) for first, send in asked]))
+        sends = list(zip(firsts, map(make_send, bodies, max_bytes), strict=True))
+        return self._run(lambda: _gather([partial(self._send_with_retries, first, send) for first, send in sends]))
 
     def load(self, folder: Path) -> None:
-        """Have the servers read the weights of a folder, and return when they have; who is away does it when it is back."""
+        """Have the servers read the weights of a folder, and return when they have; one that is away does it when it is back."""
         self.weights, self._up_to_date = folder, set()
         self._run(
             lambda: _gather([partial(self._send_with_retries, first, _send_nothing) for first in range(len(self.urls))])
@@ -89,18 +89,18 @@ class Servers:
         """Have the servers play as they are with the weights of a folder, which `names` may name, and with so long a context.
 
         Raises:
-            Unheld: one has other weights and does not read these.
-            Stop: one takes no such context, or none has answered for too long.
+            WrongWeights: one has other weights and does not read these.
+            RunError: one takes no such context, or none has answered for too long.
         """
         self.names, self.context = names, context
         self.load(folder)
 
     def mark_updated(self, weights: Path | None) -> None:
-        """Another process has seen to it that the servers have the newest weights: those of a folder, or streamed."""
+        """Note that another process has sent the newest weights: those of a folder, or streamed (None)."""
         self.weights, self.streamed, self._up_to_date = weights, weights is None, set(self.urls)
 
     def cancel(self) -> None:
-        """Make all who wait for an answer give up, now and from now on."""
+        """Make all calls that wait for an answer fail, now and from now on."""
         self._cancelled = True
         asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self._loop)
 
@@ -159,7 +159,7 @@ class Servers:
             log.warning("%s, asking again for up to %g s", why, self.seconds)
 
     def _pick_server(self, first: int) -> str:
-        """The server whose turn it is; where that is away, the next one that is not, or will be asked soonest."""
+        """The server at a number; where that is away, the next one that is not, or that is tried again soonest."""
         now, count = time.monotonic(), len(self.urls)
         order = [self.urls[(first + i) % count] for i in range(count)]
         return min(order, key=lambda url: max(0.0, self._retry_at.get(url, 0.0) - now))
@@ -180,18 +180,18 @@ class Servers:
 
     async def _reload_weights(self, url: str) -> None:
         """Have a server read the newest weights."""
-        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
-        await self._post(url + RELOAD_WEIGHTS, asked)
+        request = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+        await self._post(url + RELOAD_WEIGHTS, request)
         await self._post(url + RESET_CACHE, {})
 
     async def _check_weights(self, url: str) -> None:
-        """See to it that a server has the weights that are asked for: it reads them, or was started with them and reads none."""
+        """Make sure that a server has the required weights: it reads them, or was started with them and reads none."""
         cards = _model_cards(self._check_answer(url + MODELS, await self._client.get(url + MODELS)))
-        takes = [card.get("max_model_len") for card in cards]
-        longest = min((most for most in takes if type(most) is int and most > 0), default=self.context)
+        limits = [card.get("max_model_len") for card in cards]
+        longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=self.context)
         if longest < self.context:
-            told = f"takes {longest:,} tokens at most, and env.context_tokens={self.context}"
-            raise RunError(f"{url} {told}: start it with --max-model-len {self.context}", "config")
+            mismatch = f"takes {longest:,} tokens at most, and env.context_tokens={self.context}"
+            raise RunError(f"{url} {mismatch}: start it with --max-model-len {self.context}", "config")
         try:
             await self._reload_weights(url)
         except _RequestRefused as refused:
@@ -200,13 +200,13 @@ class Servers:
             self._check_started_with(url, [sanitize(str(card.get("root") or card.get("id"))) for card in cards])
 
     def _check_started_with(self, url: str, roots: list[str]) -> None:
-        """Refuse a server that was started with other weights, as it says itself."""
-        said = {*roots, *(str(Path(root).resolve()) for root in roots if root.startswith("/"))}
-        if not said & set(self.names):
+        """Refuse a server that was started with other weights, by its own model card."""
+        names = {*roots, *(str(Path(root).resolve()) for root in roots if root.startswith("/"))}
+        if not names & set(self.names):
             has = f"has {', '.join(root[:SHOWN_CHARACTERS] for root in roots[:9]) or 'no model'}, and reads no other weights"
             remedy = f"start it with {self.weights}, or with VLLM_SERVER_DEV_MODE=1 in its environment"
             raise WrongWeights(f"{url} {has}: {remedy}", "config")
-        if not any(name.startswith("/") for name in said & set(self.names)):
+        if not any(name.startswith("/") for name in names & set(self.names)):
             log.warning(
                 "%s says that it has %s, and not which revision; here is %s",
                 url,
@@ -214,32 +214,32 @@ class Servers:
                 self.weights,
             )
 
-    async def _post(self, url: str, body: dict[str, Any], *most: int) -> dict[str, Any]:
-        return self._check_answer(url, await self._client.post(url, body, *most))
+    async def _post(self, url: str, body: dict[str, Any], *max_bytes: int) -> dict[str, Any]:
+        return self._check_answer(url, await self._client.post(url, body, *max_bytes))
 
     def _check_answer(self, url: str, answer: Answer) -> dict[str, Any]:
         if answer.is_success:
             return answer.parse_json(url)
         status, words = answer.status, answer.error_message(self._key)
-        said = f"answers {status} ({words})" if words else f"answers {status}"
+        answered = f"answers {status} ({words})" if words else f"answers {status}"
         unread = status == 500 and self.names and url.endswith(RELOAD_WEIGHTS)  # of a folder that has long been there
         if (status in RETRYABLE_STATUS or status >= 500) and not unread:
-            raise NoAnswer(said)
+            raise NoAnswer(answered)
         hint = {
             401: f"; is {self.folder / rendezvous.KEY} its key?",
             404: "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?"
             if url.endswith((RELOAD_WEIGHTS, RESET_CACHE))
             else "",
         }
-        raise _RequestRefused(f"{url} {said}{hint.get(status, '')}", status)
+        raise _RequestRefused(f"{url} {answered}{hint.get(status, '')}", status)
 
 
 class WrongWeights(RunError):
-    """A server has other weights than those that are asked for, and does not read these."""
+    """A server has other weights than the required ones, and does not read those."""
 
 
 class _RequestRefused(RunError):
-    """What a server refuses, it would refuse again."""
+    """A server has refused a request; it would refuse it again."""
 
     def __init__(self, sentence: str, status: int):
         super().__init__(sentence, "config")
@@ -250,7 +250,7 @@ async def _send_nothing(url: str) -> None: ...
 
 
 async def _gather(work: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
-    """All at a time; the first that fails ends the others."""
+    """Run all at a time; the first that fails cancels the others."""
     tasks = [asyncio.ensure_future(each()) for each in work]
     try:
         return await asyncio.gather(*tasks)

@@ -17,7 +17,7 @@ FILE = "model.safetensors"
 
 
 class TrainerWeights(VLLMGeneration):
-    """A trainer's weights, by name. What TRL would start or join when this is made, it does not need for that."""
+    """A trainer's weights, by name. It starts and joins nothing: TRL would do that when this object is made."""
 
     def __init__(self, trainer: Any):
         super().__init__(trainer.model, trainer.accelerator, trainer.processing_class, mode="server")
@@ -32,27 +32,27 @@ class FilePublisher:
         self.servers = servers
 
     def __call__(self, trainer: Any) -> None:
-        first, named = trainer.accelerator.is_main_process, {}
+        is_main, weights = trainer.accelerator.is_main_process, {}
         for name, weight in TrainerWeights(trainer)._iter_named_params():
-            if first:
+            if is_main:
                 dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # what it is computed in
-                named[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
+                weights[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
         folder = (
             self.servers.folder / WEIGHTS / str(trainer.state.global_step)
         )  # a new one: a server may map what it has read
-        if first:
-            _write_weights(named, folder)
+        if is_main:
+            _write_weights(weights, folder)
             self.servers.load(folder)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
         trainer.accelerator.wait_for_everyone()
-        if not first:
+        if not is_main:
             self.servers.mark_updated(folder)
 
 
 class NCCLPublisher:
-    """Publishes weights over NCCL. A client of TRL's knows one server, so there are as many, made at the first time."""
+    """Publishes weights over NCCL. A TRL client has one server, so there are as many clients, made at the first call."""
 
     def __init__(self, servers: Servers):
         self.servers = servers
@@ -79,9 +79,8 @@ class NCCLPublisher:
 
         class Client(VLLMClient):
             def check_server(self, *args: Any, **kwargs: Any) -> None:
-                self.session.headers |= (
-                    servers.headers
-                )  # TRL's own client shows no key, and next asks for what needs one
+                # TRL's own client sends no key, and its next request needs one.
+                self.session.headers |= servers.headers
                 self.session.trust_env = False
                 super().check_server(*args, **kwargs)
 
@@ -90,17 +89,17 @@ class NCCLPublisher:
         return client
 
 
-def make_publisher(servers: Servers, how: str) -> Callable[[Any], None]:
-    """What hands a trainer's weights to servers; all processes of a run call it with their trainers."""
-    return NCCLPublisher(servers) if how == "nccl" else FilePublisher(servers)
+def make_publisher(servers: Servers, method: str) -> Callable[[Any], None]:
+    """What sends a trainer's weights to servers; all processes of a run call it with their trainers."""
+    return NCCLPublisher(servers) if method == "nccl" else FilePublisher(servers)
 
 
-def _write_weights(named: dict[str, Any], folder: Path) -> None:
+def _write_weights(weights: dict[str, Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    half = folder.with_name(f".{folder.name}")
-    shutil.rmtree(half, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
-    half.mkdir(parents=True)
-    save_file(named, half / FILE)
-    half.rename(folder)
+    part.mkdir(parents=True)
+    save_file(weights, part / FILE)
+    part.rename(folder)

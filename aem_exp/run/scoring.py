@@ -1,0 +1,76 @@
+"""The score of a run's policy on held-out tasks, and the result of the run."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from aem_exp import config, provenance
+from aem_exp.core.errors import RunError
+from aem_exp.envs import panel
+from aem_exp.envs.panel import Panel
+from aem_exp.evaluate import evaluation
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.types import Ending, Episode, Trajectory
+from aem_exp.run.recorder import count_crashed
+from aem_exp.stats.scores import Score
+
+if TYPE_CHECKING:
+    from aem_exp.run.session import RunContext
+    from aem_exp.training.callback import StepCounter
+
+log = logging.getLogger("aem_exp")
+
+
+def play_panel(
+    context: "RunContext", split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
+) -> tuple[Panel, list[Trajectory]]:
+    """Play the panel of a split by the rules of evaluation: the panel, and its trajectories.
+
+    Raises:
+        RunError: the world never says who won.
+    """
+    settings = context.experiment.evaluation
+    chosen = panel.build_panel(context.world, split, settings.tasks)
+    log.info("playing the %s panel: %d tasks x %d", chosen.name, len(chosen.tasks), settings.repeats)
+    with rollout.override_rules(config.apply_evaluation_limits(context.experiment).env):
+        played = evaluation.play_panel(chosen, play, settings.repeats)
+    rollout.clock.read()  # not part of a step's time
+    evaluation.check_results(chosen, played)
+    return chosen, played
+
+
+def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
+    """The score of a panel; warns where some of its episodes crashed.
+
+    Raises:
+        RunError: all of them crashed.
+    """
+    score = evaluation.score_panel(chosen, played)
+    if score.crashed:
+        first = next(t for t in played if t.ended == Ending.CRASHED)
+        share = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
+        sentence = f"{share}; task {first.task.id}: {first.error}"
+        if score.crashed == score.episodes:
+            raise RunError(sentence, "env")
+        log.warning("%s (each counts as a failure)", sentence)
+    return score
+
+
+def build_result(
+    context: "RunContext", time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
+) -> dict[str, Any]:
+    """What `result.json` says, and `diverged.json` of a run that can have no result."""
+    return {
+        "experiment": context.experiment.name,
+        "signature": config.signature(context.experiment),
+        "steps": time.step,
+        "updates": time.updates,
+        "before": before,
+        "after": asdict(after),
+        "final": asdict(final),
+        "checkpoint_rule": "last step",
+        "crashed_in_training": count_crashed(context.folder),
+        "fingerprint": context.world.fingerprint,
+        "packages": provenance.read(context.folder)["packages"],
+    }

@@ -1,0 +1,56 @@
+"""From an experiment to its trainer: which setting of the config goes to which part."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from aem_exp.config import Experiment, instantiate
+from aem_exp.training.arguments import build_grpo_config
+from aem_exp.training.callback import AEMCallback
+from aem_exp.training.credit import CreditRules
+from aem_exp.training.dynamic_sampling import DynamicSampling
+from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
+from aem_exp.training.updates import UpdateSettings
+
+
+def build_trainer(
+    experiment: Experiment,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    callback: AEMCallback,
+    source: RolloutSource,
+    hooks: TrainerHooks = NO_HOOKS,
+) -> AEMTrainer:
+    """The trainer of an experiment."""
+    settings, launch = experiment.trainer, experiment.launch
+    return AEMTrainer(
+        model,
+        build_grpo_config(experiment, folder),
+        tokenizer,
+        callback=callback,
+        source=source,
+        sampling=DynamicSampling(
+            groups=settings.tasks_per_step,
+            drop_equal=settings.drop_equal,
+            rounds=settings.rounds,
+        ),
+        credit_rules=CreditRules(
+            estimator=instantiate(experiment.baseline.advantage, partial=True),
+            penalty=experiment.env.invalid_penalty,
+            mask_truncated=settings.mask_truncated_completions,
+        ),
+        update_settings=UpdateSettings(
+            mini_batch=0 if settings.mini_batch == "all" else settings.mini_batch,
+            epochs=settings.num_iterations,
+            device_rows=launch.device_rows,
+            device_tokens=launch.device_tokens,
+            count_masked=settings.count_masked,
+        ),
+        variant=ModulationVariant(
+            **{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}
+        ),
+        trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.bf16,
+        hooks=hooks,
+    )

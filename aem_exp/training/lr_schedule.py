@@ -1,0 +1,32 @@
+"""The learning rate follows steps, like every schedule here: the updates of a step share it."""
+
+from typing import Any
+
+from aem_exp.training.callback import StepCounter
+
+
+class PerStepScheduler:
+    """A learning rate scheduler that moves when a step ends, not with each update."""
+
+    def __init__(self, scheduler: Any, time: StepCounter):
+        self._scheduler, self._time = scheduler, time
+
+    def step(self) -> None:
+        if self._time.is_last_update:
+            self._scheduler.step()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the saved state: rate and shape are the config's, and the step counter says where the run is. Both may differ
+        from the run that this one continues."""
+        scheduler = self._scheduler
+        scheduler.last_epoch = self._time.step - self._time.first_step
+        scheduler._step_count = scheduler.last_epoch + 1
+        scheduler._last_lr = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)

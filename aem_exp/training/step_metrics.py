@@ -1,0 +1,111 @@
+"""The metrics of a step, and the numbers that its recorded responses carry.
+
+Shapes: R responses, G groups.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aem_exp.rollout.types import OUTCOME_METRICS, Ending
+from aem_exp.training import diagnostics
+from aem_exp.training.credit import AssignedCredit, MeasuredCredit, ModulatedCredit
+
+
+def annotate_responses(credit: MeasuredCredit) -> None:
+    """Write entropy, advantage and coefficient into each trained response, for the record."""
+    alphas = credit.alpha_R.tolist() if isinstance(credit, ModulatedCredit) else [None] * len(credit.entropy_R)
+    numbers = zip(credit.entropy_R.tolist(), credit.advantage_R.tolist(), alphas, strict=True)
+    for (*_, response), (entropy, advantage, alpha) in zip(credit.responses(), numbers, strict=True):
+        response.entropy, response.advantage, response.alpha = entropy, advantage, alpha
+
+
+def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[str, float]:
+    """The metrics of a step. Every token that was generated is accounted for.
+
+    Args:
+        trained: whether the step has updates; it has none where its loss is zero.
+    """
+    tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in credit.responses()])
+    turn_R = torch.tensor([float(turn) for _, turn, _ in credit.responses()])
+    out = _environment_metrics(credit) | _rollout_metrics(credit, tokens_R, trained) | _ending_shares(credit)
+    out |= {f"drift/{name}": value for name, value in _entropy_drift(credit, tokens_R, turn_R == 0).items()}
+    if isinstance(credit, ModulatedCredit):
+        statistics = diagnostics.modulation_statistics(
+            credit.alpha_R, credit.entropy_R, credit.advantage_R, tokens_R, turn_R
+        )
+        out |= {f"aem/{name}": value for name, value in statistics.items()} | credit.metrics
+    return out | _token_counts(credit, trained)
+
+
+def _environment_metrics(credit: AssignedCredit) -> dict[str, float]:
+    """The environment's own metrics, each the mean over the turns that have it."""
+    values: dict[str, list[float]] = {}
+    for response in (r for t in credit.played if t.ended != Ending.CRASHED for r in t.responses):
+        for name, value in response.metrics.items():
+            if name not in OUTCOME_METRICS:
+                values.setdefault(name, []).append(value)
+    return {f"train/{name}": mean(values[name]) for name in sorted(values)}
+
+
+def _rollout_metrics(credit: MeasuredCredit, tokens_R: Tensor, trained: bool) -> dict[str, float]:
+    counted = [t for t in credit.played if t.ended != Ending.CRASHED]
+    scores = [t.score for t in counted if t.score is not None]
+    return {
+        **({"train/score": mean(scores)} if scores else {}),
+        "train/success": mean([t.won for t in counted]),
+        "train/return": mean([t.ret for t in counted]),
+        "train/turns": mean([len(t.responses) for t in counted]),
+        "train/invalid_share": mean([not r.valid for t in counted for r in t.responses]),
+        "train/response_entropy": mean(credit.entropy_R.tolist()),
+        "train/response_tokens": mean(tokens_R.tolist()),
+        "train/positive_share": mean((credit.advantage_R > 0).tolist()),
+        "train/negative_share": mean((credit.advantage_R < 0).tolist()),
+        "train/zero_advantage_groups": _zero_advantage_share(credit),
+        "train/rows": len(credit.rows) if trained else 0,
+        "train/episodes": len(credit.played),
+    }
+
+
+def _ending_shares(credit: AssignedCredit) -> dict[str, float]:
+    endings = sorted({t.ended for t in credit.played})
+    return {f"train/ended_{ending}": mean([t.ended == ending for t in credit.played]) for ending in endings}
+
+
+def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) -> dict[str, float]:
+    """The drift of entropy at the first turn, where all members of a group are in the same state."""
+    return diagnostics.entropy_drift(
+        credit.advantage_R[first_R],
+        credit.final_advantage_R[first_R] if isinstance(credit, ModulatedCredit) else None,
+        (credit.surprisal_R * tokens_R)[first_R],
+        credit.group_R[first_R],
+    )
+
+
+def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:
+    """The generated tokens: trained, filtered or crashed; the three sum to all of them."""
+    generated = sum(t.tokens for t in credit.played)
+    measured = sum(sum(row.mask) for row in credit.rows)
+    in_updates = measured if trained else 0
+    gone = {id(t) for t in (*credit.dropped, *credit.filtered)}
+    crashed = sum(t.tokens for t in credit.played if t.ended == Ending.CRASHED and id(t) not in gone)
+    return {
+        "train/tokens_generated": generated,
+        "train/tokens_trained": in_updates,
+        "train/tokens_filtered": sum(t.tokens for t in (*credit.dropped, *credit.filtered)) + measured - in_updates,
+        "train/tokens_crashed": crashed,
+        "train/useful_share": in_updates / max(1, generated),
+    }
+
+
+def _zero_advantage_share(credit: AssignedCredit) -> float:
+    """Share of the groups in which no response has an advantage."""
+    if not len(credit.group_M):
+        return 1.0
+    mass_G = torch.zeros(int(credit.group_M.max()) + 1).index_add_(0, credit.group_R, credit.advantage_R.abs())
+    return (mass_G[credit.group_M.unique()] == 0).float().mean().item()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
