@@ -79,10 +79,16 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def list_public_names(module: str) -> list[str]:
-    """The functions and classes that a module defines."""
+    """The functions and classes that a module defines, and what a package re-exports in its `__all__`."""
     tree = parse_module(module)
-    nodes = _statements(tree.body) if tree else ()
-    return [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    names: list[str] = []
+    for node in _statements(tree.body) if tree else ():
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+            names.append(node.name)
+        if isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets):
+            constants = [one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)]
+            names += [name for name in constants if isinstance(name, str)]
+    return names
 
 
 def find_definition(module: str, name: str, hops: int = _MAX_IMPORT_HOPS) -> tuple[str, ast.stmt] | None:
