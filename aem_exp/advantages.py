@@ -47,12 +47,6 @@ class Played:
         assert self.return_M.ndim == 1 and len(set(shapes_M)) == 1, shapes_M
         assert self.trajectory_R.ndim == 1 and len(set(shapes_R)) == 1, shapes_R
 
-    def __post_init__(self) -> None:
-        shapes = {name: tensor.shape for name, tensor in vars(self).items()}
-        assert self.return_M.dim() == 1 and self.group_M.shape == self.return_M.shape, shapes
-        per_response = (self.reward_R, self.penalty_R, self.state_R)
-        assert self.trajectory_R.dim() == 1 and all(t.shape == self.trajectory_R.shape for t in per_response), shapes
-
     @property
     def group_R(self) -> Tensor:
         return self.group_M[self.trajectory_R]
