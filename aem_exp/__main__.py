@@ -233,9 +233,9 @@ def _print_plan(experiment: "Experiment") -> int:
 
 def _check_fit(experiment: "Experiment") -> None:
     """Say what a step takes, and refuse what does not fit."""
-    from aem_exp.jobs import fit
+    from aem_exp.jobs import fit, plan
 
-    for heading, text in fit.plan_lines(experiment):
+    for heading, text in plan.plan_lines(experiment):
         print(f"{heading:<7} {text}")
     fit.check_memory(experiment)
 
@@ -260,9 +260,9 @@ def _format_state(folder: Path) -> str:
 def _describe_experiment(experiment: "Experiment") -> list[str]:
     """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
     from aem_exp.config import diff, nearest_run, notes, read, run_dir
-    from aem_exp.jobs import fit
+    from aem_exp.jobs import plan
 
-    odd = [f"note    {note}" for note in (*notes(experiment), *fit.context_warnings(experiment))]
+    odd = [f"note    {note}" for note in (*notes(experiment), *plan.context_warnings(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
         begun = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"

@@ -61,13 +61,12 @@ def _run_command(arguments: argparse.Namespace) -> int:
         states = run_state.read([run.folder for run in runs])
         print(json.dumps([_as_json(run, states[run.folder]) for run in runs], indent=1))
         return 0
-    from rich.console import Console
-
+    from aem_exp.core.console import make_console
     from aem_exp.jobs import status_table
 
     title = f"{name} in {outputs}"
     if arguments.once:
-        Console(highlight=False).print(status_table.status_table(read_rows(runs), title))
+        make_console().print(status_table.status_table(read_rows(runs), title))
     else:
         status_table.watch_runs(lambda: read_rows(runs), title)
     if arguments.sweep and (links := membership.read_links(outputs, name)):
@@ -127,10 +126,10 @@ def _all_runs(outputs: Path) -> list[ListedRun]:
 
 def _sweep_runs(outputs: Path, arguments: argparse.Namespace) -> tuple[str, list[ListedRun]]:
     """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
-    from aem_exp.sweep import question
+    from aem_exp.sweep import question, sweep_file
 
     typed = bool(arguments.overrides or arguments.config_dir)
-    if not question.find_file(arguments.sweep) or (not typed and arguments.sweep in membership.list_sweeps(outputs)):
+    if not sweep_file.find_file(arguments.sweep) or (not typed and arguments.sweep in membership.list_sweeps(outputs)):
         return arguments.sweep, _recorded_runs(_check_folder(outputs), arguments.sweep)
     cli.add_user_modules(arguments.config_dir)
     own = [f"outputs='{outputs}'"] if arguments.outputs else []

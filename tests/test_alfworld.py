@@ -14,9 +14,10 @@ from doors import lacking
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
 from aem_exp.core.extras import install_command
-from aem_exp.envs.alfworld import engine, games, player
+from aem_exp.envs.alfworld import expert, facts, games, grammar, library, official_games
 from aem_exp.envs.alfworld import world as alfworld
 from aem_exp.envs.alfworld.engine import NOTHING, Engine
+from aem_exp.envs.alfworld.env import MAX_COMMAND_CHARACTERS
 from aem_exp.envs.alfworld.world import AlfWorld, Generated
 
 KINDS = list(games.KINDS)
@@ -25,7 +26,7 @@ SMALL, FULL = (11, 8), (28, 45)
 
 @pytest.fixture(autouse=True)
 def installed(request):
-    if "installed" not in request.node.name and not all(map(find_spec, engine.PACKAGES)):
+    if "installed" not in request.node.name and not all(map(find_spec, library.PACKAGES)):
         lacking(install_command("alfworld"))
 
 
@@ -95,8 +96,8 @@ def test_each_kind_can_be_won_by_who_knows_and_by_who_looks(kind):
         assert len(places) == size[0]
         while not scene.won:
             assert len(heard) <= 50
-            memory = player.EpisodeMemory(heard, places)
-            scene = engine.step(player.next_command(memory, scene.commands, errand, random))
+            memory = expert.EpisodeMemory(heard, places)
+            scene = engine.step(expert.next_command(memory, scene.commands, errand, random))
             heard.append(scene.text)
         engine.close()
 
@@ -120,7 +121,7 @@ def test_names_are_alfworlds_own(tmp_path, monkeypatch):
     started.start(games.generate(KINDS[2], "names", *FULL)[0])
     ids = list(started.game.entities)
     theirs = Demangler(game_infos={one: EntityInfo(one, "") for one in ids})
-    assert engine.display_names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
+    assert facts.display_names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
 
 
 def test_old_data_has_its_own_verbs():
@@ -133,13 +134,13 @@ def test_old_data_has_its_own_verbs():
     assert started.matches_grammar("put mug 1 in/on desk 1") and not started.matches_grammar("move mug 1 to desk 1")
     heard, places, random = [scene.text], [c[6:] for c in scene.commands if c.startswith("go to ")], Random(0)
     while not scene.won:
-        memory = player.EpisodeMemory(heard, places)
-        scene = started.step(player.next_command(memory, scene.commands, errand, random))
+        memory = expert.EpisodeMemory(heard, places)
+        scene = started.step(expert.next_command(memory, scene.commands, errand, random))
         heard.append(scene.text)
         assert len(heard) < 40
-    prints = [engine.fingerprint(game["pddl_domain"], text) for text in (game["grammar"], old)]
+    prints = [grammar.fingerprint(game["pddl_domain"], text) for text in (game["grammar"], old)]
     other = games.generate(KINDS[0], "another errand", *SMALL)[0]
-    assert prints[0] == engine.fingerprint(other["pddl_domain"], other["grammar"]) != prints[1]
+    assert prints[0] == grammar.fingerprint(other["pddl_domain"], other["grammar"]) != prints[1]
 
 
 # Containment.
@@ -195,7 +196,7 @@ def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
 
 
 def test_where_the_engine_is_not_installed_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs alfworld, textworld, fast_downward: pip install .*\[alfworld\]'"):
         Generated()
 
@@ -204,7 +205,7 @@ def test_where_python_is_too_new_it_says_so_installed_or_not(monkeypatch):
     class Version(tuple):
         major, minor = 3, 13
 
-    monkeypatch.setattr(engine.sys, "version_info", Version((3, 13, 0)))
+    monkeypatch.setattr(library.sys, "version_info", Version((3, 13, 0)))
     with pytest.raises(ConfigError, match=r"runs on Python 3\.11 and 3\.12, and this is 3\.13"):
         Generated()
 
@@ -266,7 +267,7 @@ def test_files_are_read_once_and_a_changed_game_is_refused(tmp_path, monkeypatch
     data = official(tmp_path / "data", {"train": 4, "valid_seen": 2, "valid_unseen": 2})
     world = AlfWorld(str(data), games=None)
     with monkeypatch.context() as blind:
-        blind.setattr(alfworld, "_read_all", lambda *_: pytest.fail("read again"))
+        blind.setattr(official_games, "_read_all", lambda *_: pytest.fail("read again"))
         assert AlfWorld(str(data), games=None).fingerprint == world.fingerprint
     env, task = world.env(), world.tasks("test_seen")[0]
     assert env.reset(task).observation.endswith(env.goal)
@@ -381,7 +382,7 @@ def test_the_reference_prompt_fits_its_budget():
     rules = load(["+experiment=alfworld_1_5b"]).env
     engine = Engine()
     scene = engine.start(games.generate(KINDS[0], "longest", *FULL)[0])
-    pair = rules.prompt["pair"].format(n=49, observation=scene.text, action="x" * alfworld.MAX_COMMAND_CHARACTERS)
+    pair = rules.prompt["pair"].format(n=49, observation=scene.text, action="x" * MAX_COMMAND_CHARACTERS)
     words = {"task": "put a clean x in y", "observation": scene.text, "actions": ", ".join(scene.commands), "step": 48}
     text = rules.prompt["window"].format(**words, turn=49, history=f"{pair}\n{pair}", length=2)
     assert len(text) / 3 < rules.context_tokens - rules.response_tokens

@@ -276,7 +276,7 @@ class Moody(HouseholdEnv):
         return super().step(response)
 
     def reset(self, task):
-        at_work = "aem_exp.envs.workers" in sys.orig_argv  # the warm start plays in this process
+        at_work = "aem_exp.envs.worker_process" in sys.orig_argv  # the warm start plays in this process
         self.task_id = int(task.id.rsplit("-", 1)[-1]) if at_work else 0
         return super().reset(task)
 

@@ -13,10 +13,10 @@ from alfred import GAMES, official
 from doors import lacking
 
 from aem_exp import prepare
-from aem_exp.core import download
 from aem_exp.core.errors import ConfigError
 from aem_exp.core.extras import install_command
-from aem_exp.envs.alfworld import engine
+from aem_exp.envs import download
+from aem_exp.envs.alfworld import library, official_games
 from aem_exp.envs.alfworld import world as alfworld
 
 
@@ -59,8 +59,8 @@ def shelf():
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (b"220 mail ready\r\n", "does not come"),  # no web server at all
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nff\r\n", "does not come"),  # breaks off
+        (b"220 mail ready\r\n", "download failed"),  # no web server at all
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nff\r\n", "download failed"),  # breaks off
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 30, "more than the 20 bytes"),  # tells no length
     ],
 )
@@ -92,9 +92,7 @@ def test_what_broke_off_is_gone_on_with(shelf, tmp_path):
     shelf.files["/big"], file = bytes(range(256)) * 20_000, tmp_path / "big"
     size, said = len(shelf.files["/big"]), []
     shelf.most = size // 3
-    with pytest.raises(
-        ConfigError, match=rf"{shelf.address}/big: does not come .*broke off.* fetch it elsewhere, as {file}"
-    ):
+    with pytest.raises(ConfigError, match=rf"{shelf.address}/big: download failed .*broke off.* save it as {file}"):
         download.fetch(f"{shelf.address}/big", file, size, said.append)
     shelf.most = None
     assert download.fetch(f"{shelf.address}/big", file, size, said.append).read_bytes() == shelf.files["/big"]
@@ -142,7 +140,7 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
 
 def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeypatch, capsys):
     """One command, two archives, an index; what is then missing are the weights."""
-    if not all(map(engine.importlib.util.find_spec, engine.PACKAGES)):
+    if not all(map(library.importlib.util.find_spec, library.PACKAGES)):
         lacking(install_command("alfworld"))
     made = official(tmp_path / "made")
     files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*.*") if file.is_file()}
@@ -150,7 +148,7 @@ def test_prepare_brings_alfworld_and_asked_again_checks(shelf, tmp_path, monkeyp
     for name in ("traj_data.json", "game.tw-pddl"):
         shelf.files[f"/{name}.zip"] = packed({path: data for path, data in files.items() if path.endswith(name)})
         parts.append((f"{shelf.address}/{name}.zip", len(shelf.files[f"/{name}.zip"])))
-    monkeypatch.setattr(alfworld, "ARCHIVES", parts)
+    monkeypatch.setattr(official_games, "ARCHIVES", parts)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
     games = str(GAMES).replace("'", "")

@@ -18,7 +18,7 @@ from doors import SHORT, wait_for
 from aem_exp import config
 from aem_exp.config import ConfigError
 from aem_exp.envs import Task, Turn, panel
-from aem_exp.envs.alfworld.engine import PACKAGES as ALFWORLD
+from aem_exp.envs.alfworld.library import PACKAGES as ALFWORLD
 from aem_exp.envs.household import Household
 from aem_exp.evaluate import command as evaluate
 from aem_exp.evaluate import evaluation

@@ -12,7 +12,8 @@ import pytest
 
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.household import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, Household, kind_of
+from aem_exp.envs.household import Household
+from aem_exp.envs.household.rules import APPLIANCE, GOALS, KITCHEN, LAMP, NOTHING, OPENABLE, Errand, kind_of
 from aem_exp.envs.panel import build_panel
 
 TURNS = 80  # generous: a room has eight receptacles

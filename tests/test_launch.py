@@ -38,8 +38,8 @@ class Site:
             "COLUMNS": "160",
         }
 
-    def door(self, room, *words, code=0, **env):
-        command = [sys.executable, "-m", room, *map(str, words)]
+    def door(self, module, *words, code=0, **env):
+        command = [sys.executable, "-m", module, *map(str, words)]
         done = subprocess.run(
             command, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=600, check=False
         )

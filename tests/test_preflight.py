@@ -13,9 +13,11 @@ from aem_exp import policy
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
-from aem_exp.jobs import dispatch, fit, memory_trace, serve
-from aem_exp.jobs.fit import SHAPES, ProcessSpec, StepSizes, check_memory, estimate_memory
+from aem_exp.jobs import dispatch, memory, memory_trace, plan, serve
+from aem_exp.jobs.fit import check_memory
+from aem_exp.jobs.memory import estimate_memory
 from aem_exp.jobs.memory_trace import MemoryTrace, Meter
+from aem_exp.jobs.sizes import SHAPES, ProcessSpec, StepSizes
 
 pytestmark = pytest.mark.usefixtures("clean")
 SWE = ["+experiment=swebench_32b"]
@@ -44,7 +46,7 @@ def part(need, phase, *names):
 @pytest.mark.parametrize("path", SHAPES)
 def test_the_shipped_models_have_as_many_weights_as_published(path):
     passes = ProcessSpec.from_experiment(load([f"model.path={path}", "model.make=null"])).passes
-    assert sum(p.numel() for p in fit._cached_trace(passes).parameters) == WEIGHTS[path]
+    assert sum(p.numel() for p in memory._cached_trace(passes).parameters) == WEIGHTS[path]
 
 
 def test_what_is_resident_follows_from_the_weights():
@@ -205,8 +207,8 @@ def test_where_the_card_is_not_known_nothing_is_refused(capsys):
 def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     assert main([*SWE, "plan=true"]) == 0
     assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
-    assert not fit.context_warnings(load([*SWE, "evaluation.context_tokens=0"]))
-    assert not fit.context_warnings(load([]))
+    assert not plan.context_warnings(load([*SWE, "evaluation.context_tokens=0"]))
+    assert not plan.context_warnings(load([]))
     tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
     scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
     for rope, most in (
@@ -216,8 +218,8 @@ def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
     ):
         (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
         words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
-        assert not fit.context_warnings(load([*words, f"env.context_tokens={most}"]))
-        (told,) = fit.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
+        assert not plan.context_warnings(load([*words, f"env.context_tokens={most}"]))
+        (told,) = plan.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
         assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
         assert ("no server" in told) == bool(rope)
         options = serve._context_options(str(tmp_path), most + 1)
@@ -231,7 +233,7 @@ def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="of 80 GB per GPU"):
         dispatch.check_prepared(experiment)
     free = namedtuple("Usage", "free")(1e9)
-    monkeypatch.setattr(fit.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: free)
     roomy = replace(experiment, launch=replace(experiment.launch, gpu_memory_gb=1000.0))
     with pytest.raises(ConfigError, match=f"outputs={tmp_path}: has 1.0 GB free"):
         dispatch.check_prepared(roomy)

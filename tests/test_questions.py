@@ -14,7 +14,7 @@ from aem_exp import config
 from aem_exp.config import ConfigError
 from aem_exp.config.compose import Composer
 from aem_exp.stats import power
-from aem_exp.sweep import question
+from aem_exp.sweep import cells, sweep_file
 from aem_exp.sweep.question import load, parse_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,13 +79,13 @@ def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
 
 
 def test_a_name_a_path_and_the_listing_find_the_same_file(monkeypatch):
-    assert question.list_sweeps().keys() == {file.stem for file in FILES}
+    assert sweep_file.list_sweeps().keys() == {file.stem for file in FILES}
     monkeypatch.setenv("AEM_OUTPUTS", str(ROOT))
     here = load("household_quick")
     monkeypatch.chdir(ROOT)
     assert load("sweeps/household_quick.yaml") == here
     assert here.file == ROOT / "sweeps/household_quick.yaml"
-    assert here.question == question.list_sweeps()["household_quick"]
+    assert here.question == sweep_file.list_sweeps()["household_quick"]
     with pytest.raises(ConfigError, match="did you mean household_quick"):
         load("household_quik")
 
@@ -214,7 +214,7 @@ def alone(overrides):
 
 def together(composer, overrides, seeds):
     try:
-        return list(question._resolve_seeds(overrides, seeds, composer))
+        return list(cells._resolve_seeds(overrides, seeds, composer))
     except ConfigError as error:
         return str(error)
 

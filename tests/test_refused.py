@@ -174,7 +174,7 @@ def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
 
 
 def test_a_search_space_names_its_key():
-    from aem_exp.sweep import study
+    from aem_exp.sweep import study_spec
 
     with pytest.raises(ConfigError, match="must be a mapping"):
-        study.parse_search({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")
+        study_spec.parse_search({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")

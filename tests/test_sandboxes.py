@@ -387,7 +387,7 @@ def test_without_processes_left_nothing_is_said_of_a_command(monkeypatch):
     if why := why_no_bwrap():
         lacking(why)
     with Bwrap().open(Image(), LIMITS) as sandbox:
-        monkeypatch.setattr("aem_exp.sandboxes.bwrap.SPARE", -LIMITS.processes)
+        monkeypatch.setattr("aem_exp.sandboxes.bwrap.SPARE_PROCESSES", -LIMITS.processes)
         with pytest.raises(SandboxLost, match="Resource temporarily"):
             sandbox.run("true", 5)
         threading.Timer(0.2, monkeypatch.undo).start()
@@ -470,7 +470,7 @@ def test_a_mount_that_hangs_is_lost(how, tmp_path, monkeypatch):
     (tmp_path / "mount").chmod(0o755)
     open_to_all(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START", 4)
+    monkeypatch.setattr("aem_exp.sandboxes.bwrap.START_SECONDS", 4)
     with pytest.raises(SandboxLost, match=r"could not be mounted: .*4 s"):
         Bwrap().open(Image(), LIMITS).start()
     until(lambda: not processes("7676"), "its end")

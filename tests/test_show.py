@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from aem_exp.core import console
-from aem_exp.run import summary
+from aem_exp.run import progress, summary
 from aem_exp.rundir import examples, metrics
 from aem_exp.stats import scores
 from aem_exp.tracking import publish, run_card, store_uri
@@ -96,7 +96,7 @@ def test_wilson_is_scipys() -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     screen = terminal()
-    with console.Progress(console=screen, every=0.0) as line:
+    with progress.Progress(console=screen, every=0.0) as line:
         logging.getLogger("aem_exp").info("playing the dev panel")
         for step in range(4):
             line(step, 3, row(step) | {summary.SUCCESS: 0.5})
@@ -113,7 +113,7 @@ def test_lines_where_there_is_no_terminal() -> None:
 
 def test_few_lines_where_there_is_no_terminal() -> None:
     screen = terminal()
-    with console.Progress(console=screen) as line:
+    with progress.Progress(console=screen) as line:
         for step in range(1001):
             line(step, 1000, row(step))
     first, last = printed(screen).splitlines()
@@ -122,7 +122,7 @@ def test_few_lines_where_there_is_no_terminal() -> None:
 
 def test_one_line_on_a_terminal() -> None:
     screen = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
-    with console.Progress(console=screen) as line:
+    with progress.Progress(console=screen) as line:
         line.show_stage("loading")
         assert "loading …  0 s" in str(line._live_line())
         for step in range(1, 11):
@@ -137,14 +137,14 @@ def test_one_line_on_a_terminal() -> None:
 
 
 def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def play(line: console.Progress) -> None:
+    def play(line: progress.Progress) -> None:
         line.show_stage("playing the dev panel")
         line.token(1)
         line.turn(4)
         line.token(7)
 
     screen = terminal()
-    with console.Progress(console=screen, every=0.0) as line:
+    with progress.Progress(console=screen, every=0.0) as line:
         play(line)
         line.turn(0)
         line(0, 3, {})
@@ -154,11 +154,11 @@ def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> No
     panels = [panel, f"{panel}: turn 1, 1 tokens", f"{panel}: turn 1 of 4 episodes", f"{panel}: turn 2, 7 tokens"]
     assert printed(screen).splitlines() == [*panels, "step 0/3", "step 1/3: turn 1, 2 tokens", "step 1/3"]
     few = terminal()
-    with console.Progress(console=few) as line:
+    with progress.Progress(console=few) as line:
         play(line)
     assert printed(few).splitlines() == [panel]  # it was said a moment ago
-    monkeypatch.setattr(console, "SLOW_SECONDS", 0.0)
-    with console.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
+    monkeypatch.setattr(progress, "SLOW_SECONDS", 0.0)
+    with progress.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
         play(line)
         assert str(line._live_line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
         line(0, 3, {})
@@ -190,7 +190,7 @@ def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.Progress(enabled=False) as line:
+    with progress.Progress(enabled=False) as line:
         logging.getLogger("aem_exp").warning("x")
         line(1, 1, row(1))
     assert capsys.readouterr() == ("", "")

@@ -17,8 +17,8 @@ from optuna.trial import TrialState, create_trial
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs import dispatch
 from aem_exp.rundir import attempts, checkpoints
-from aem_exp.sweep import question, study
-from aem_exp.sweep import trial as room
+from aem_exp.sweep import question, study, study_space, study_spec, study_status, study_submit
+from aem_exp.sweep import trial as trial_worker
 
 HERE = Path(__file__).parent
 TINY = """
@@ -53,8 +53,8 @@ class Desk:
     def write(self, text=TINY):
         (self.folder / "tiny.yaml").write_text(text)
 
-    def begin(self, *words, room="aem_exp.sweep", **env):
-        command = [sys.executable, "-m", room, *map(str, words or ["tiny.yaml"])]
+    def begin(self, *words, module="aem_exp.sweep", **env):
+        command = [sys.executable, "-m", module, *map(str, words or ["tiny.yaml"])]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.begun.append(subprocess.Popen(command, cwd=self.folder, env=self.env | env, **how))
         return self.begun[-1]
@@ -66,8 +66,8 @@ class Desk:
                 process.send_signal(signal.SIGINT)
                 process.communicate(timeout=600)
 
-    def door(self, *words, code=0, room="aem_exp.sweep", **env):
-        started = self.begin(*words, room=room, **env)
+    def door(self, *words, code=0, module="aem_exp.sweep", **env):
+        started = self.begin(*words, module=module, **env)
         out, _ = started.communicate(timeout=600)
         assert started.returncode == code, out + self.logs()
         return out
@@ -126,7 +126,7 @@ def desk(tmp_path, cache):
 @pytest.fixture(scope="module")
 def policy(cache, tmp_path_factory):
     """Prepared, as a cluster wants it; a policy made in a slow world would take its time."""
-    out = Desk(tmp_path_factory.mktemp("prepared"), cache).door("tiny.yaml", room="aem_exp.prepare")
+    out = Desk(tmp_path_factory.mktemp("prepared"), cache).door("tiny.yaml", module="aem_exp.prepare")
     assert "policy" in out
 
 
@@ -142,7 +142,7 @@ def asked(desk, monkeypatch):
 
     def ask(text=TINY, typed=()):
         desk.write(text)
-        return study.from_sweep(question.load("tiny.yaml", typed), typed)
+        return study_space.from_sweep(question.load("tiny.yaml", typed), typed)
 
     return ask
 
@@ -177,7 +177,7 @@ def test_a_killed_worker_comes_back_to_its_trial_and_asking_again_does_nothing(p
     before = sorted(path.name for path in desk.outputs.iterdir())
     assert "nothing is missing" in desk.sweep("--local")
     assert sorted(path.name for path in desk.outputs.iterdir()) == before
-    status = json.loads(desk.door("tiny", "--json", room="aem_exp.status"))
+    status = json.loads(desk.door("tiny", "--json", module="aem_exp.status"))
     assert sorted(row["group"] for row in status) == [f"trial {n}" for n in range(3)]
     assert all(row["what"] == "done" and row["steps"] == 3 for row in status)
 
@@ -222,18 +222,18 @@ def test_a_run_that_cannot_be_is_a_failed_trial_with_its_sentence(policy, desk):
 def test_lost_trials_are_asked_for_again_at_most_twice(desk, asked):
     search = asked()
     opened = study.open_study(search)
-    space = {"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")}
-    for again in range(study.MAX_RETRIES + 1):
+    space = {"trainer.learning_rate": study_space.distribution(search, "trainer.learning_rate")}
+    for again in range(study_submit.MAX_RETRIES + 1):
         trial = opened.ask(space)  # by a worker that nobody has seen since
-        now = study.read_status(search)
+        now = study_status.read_status(search)
         assert [lost.number for lost in now.orphaned_trials] == [trial.number] and now.missing_count == 3
-        assert len(study._reconcile_workers(search, [])) == (4 if again < study.MAX_RETRIES else 3)
+        assert len(study_submit._reconcile_workers(search, [])) == (4 if again < study_submit.MAX_RETRIES else 3)
     trials = opened.get_trials()
     assert {trial.state for trial in trials} == {TrialState.FAIL}
     assert len({trial.params["trainer.learning_rate"] for trial in trials}) == 1
-    now = study.read_status(search)
+    now = study_status.read_status(search)
     assert [trial.number for trial in now.trials] == [2] and now.missing_count == 3
-    assert len(study._reconcile_workers(search, ["killed"])) == 4  # --retry killed
+    assert len(study_submit._reconcile_workers(search, ["killed"])) == 4  # --retry killed
     assert len(list(search.folder.glob("worker-*"))) == 4  # those without a trial are used again
     assert (search.folder / "worker-000" / "code" / "slow.py").exists()
 
@@ -241,17 +241,17 @@ def test_lost_trials_are_asked_for_again_at_most_twice(desk, asked):
 def test_a_worker_that_only_dies_is_given_up(desk, asked):
     search = asked()
     opened = study.open_study(search)
-    trial = opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
-    room._record_membership(search, opened, trial, search.base)
+    trial = opened.ask({"trainer.learning_rate": study_space.distribution(search, "trainer.learning_rate")})
+    trial_worker._record_membership(search, opened, trial, search.base)
     worker = search.folder / "worker-000"
     worker.mkdir()
     (worker / "trial.json").write_text(json.dumps({"number": 0}))
     file = desk.outputs / trial.user_attrs["run"] / attempts.FILE
-    for number in range(study.MAX_KILLS):
-        assert study._reconcile_workers(search, [])[0] == worker, number
+    for number in range(study_submit.MAX_KILLS):
+        assert study_submit._reconcile_workers(search, [])[0] == worker, number
         with file.open("a") as events:
             events.write(json.dumps({"event": "start", "step": 1, "at": 0}) + "\n")
-    assert worker not in study._reconcile_workers(search, [])
+    assert worker not in study_submit._reconcile_workers(search, [])
     assert "killed 3 times at step 1" in opened.get_trials()[0].user_attrs["sentence"]
     assert opened.get_trials()[1].state == TrialState.WAITING
 
@@ -268,7 +268,7 @@ def test_ranges_are_hydras_and_parameters_are_ready_to_type(asked):
   trials:""",
     )
     search = asked(text)
-    assert {key: study.distribution(search, key) for key in search.search.space} == {
+    assert {key: study_space.distribution(search, key) for key in search.search.space} == {
         "trainer.learning_rate": FloatDistribution(1e-4, 2e-3, log=True),
         "modulation.lam.value": CategoricalDistribution(["0.5", "1", "2"]),
         "env.max_turns": IntDistribution(4, 8),
@@ -276,37 +276,37 @@ def test_ranges_are_hydras_and_parameters_are_ready_to_type(asked):
         "modulation.gate": FloatDistribution(0, 0.75, step=0.25),
         "baseline": CategoricalDistribution(["grpo", "rloo"]),
     }
-    e = search.experiment({"trainer.learning_rate": study.format_value(0.000123456789), "baseline": "rloo"})
+    e = search.experiment({"trainer.learning_rate": study_spec.format_value(0.000123456789), "baseline": "rloo"})
     assert e.trainer.learning_rate == 0.000123457 and e.baseline.name == "rloo"
     assert search.trial_overrides({"baseline": "rloo"})[-1] == "baseline=rloo"
 
 
 def test_another_search_does_not_go_on_with_this_one(desk, asked):
     study.open_study(asked())
-    study.read_status(asked(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # more of the same
+    study_status.read_status(asked(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # more of the same
     for old, new in [
         ("1e-4", "1e-5"),
         ("trainer.steps=3", "trainer.steps=4"),
         ("trials:", "direction: minimize\n  trials:"),
     ]:
         with pytest.raises(ConfigError, match="was begun with"):
-            study.read_status(asked(TINY.replace(old, new)))
+            study_status.read_status(asked(TINY.replace(old, new)))
 
 
 def test_data_bases_are_taken_and_their_secrets_kept(desk, asked, monkeypatch):
     monkeypatch.setenv("AEM_STUDY", f"sqlite:///{desk.folder / 'studies.db'}")
     search = asked()
     opened = study.open_study(search)
-    opened.ask({"trainer.learning_rate": study.distribution(search, "trainer.learning_rate")})
-    assert len(study.read_status(search).orphaned_trials) == 1 and not journal(desk)
-    worker = study._reconcile_workers(search, [])[0]
-    assert room.read_study(worker).search == search.search
+    opened.ask({"trainer.learning_rate": study_space.distribution(search, "trainer.learning_rate")})
+    assert len(study_status.read_status(search).orphaned_trials) == 1 and not journal(desk)
+    worker = study_submit._reconcile_workers(search, [])[0]
+    assert trial_worker.read_study(worker).search == search.search
     monkeypatch.delenv("AEM_STUDY")
     with pytest.raises(ConfigError, match="does the job get the environment"):
-        room.read_study(worker)
+        trial_worker.read_study(worker)
     monkeypatch.setenv("AEM_STUDY", "postgresql://me:secret@nowhere.invalid/base")
     with pytest.raises(ConfigError) as caught:
-        study.read_status(asked())
+        study_status.read_status(asked())
     assert "cannot be used" in str(caught.value) and "secret" not in str(caught.value)
 
 

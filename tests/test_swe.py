@@ -15,6 +15,8 @@ from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.envs.swe import generated, grading, rows
+from aem_exp.envs.swe.bugs import evaluate_call, list_bugs
+from aem_exp.envs.swe.git_objects import diff
 from aem_exp.envs.swe.tools import ToolCall
 from aem_exp.envs.swe.world import Made, host_image
 from aem_exp.envs.swebench import SWEBench
@@ -52,18 +54,16 @@ def env(world):
 
 
 def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
-    for module, function, bug in generated._bugs():
+    for module, function, bug in list_bugs():
         for number, (call, value) in enumerate(function.cases):
-            assert eval(generated._evaluate_call(function, function.right, call), {"date": date}) == eval(value), (
+            assert eval(evaluate_call(function, function.right, call), {"date": date}) == eval(value), (
                 module,
                 call,
             )
             if number == 0:
-                assert generated._evaluate_call(function, bug.line, call) != value, (module, bug.line)
+                assert evaluate_call(function, bug.line, call) != value, (module, bug.line)
         assert function.code.format(line=bug.line).count(bug.line) == 1
-    lines = Counter(
-        line for _, f, bug in generated._bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else []))
-    )
+    lines = Counter(line for _, f, bug in list_bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else [])))
     assert set(lines.values()) == {1}  # a line is wrong in one way, and repaired in one
     assert len(generated.families()) >= 6
 
@@ -140,7 +140,7 @@ new file mode 120000
 
 
 def wrong(made):
-    return generated.diff(made.path, made.wrong + "\n", "pass\n")
+    return diff(made.path, made.wrong + "\n", "pass\n")
 
 
 @pytest.mark.parametrize(

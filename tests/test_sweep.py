@@ -28,8 +28,8 @@ def desk(tmp_path_factory, cache):
     )
     env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(folder / "out"), "COLUMNS": "160"}
 
-    def ask(room, *words, code=0):
-        command = [sys.executable, "-m", room, *words]
+    def ask(module, *words, code=0):
+        command = [sys.executable, "-m", module, *words]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from aem_exp.config import instantiate, load, notes
 from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.webshop import catalogue, generated, goals, search, words
+from aem_exp.envs.webshop import analyzer, catalogue, generated, goals, search
 from aem_exp.envs.webshop.catalogue import Product, load_catalogue
 from aem_exp.envs.webshop.goals import Goals, draw_prices, load_noun_tagger, score, token_set_ratio
-from aem_exp.envs.webshop.world import Generated, Shop, WebShop
+from aem_exp.envs.webshop.shop import Shop
+from aem_exp.envs.webshop.world import Generated, WebShop
 from aem_exp.envs.workers import WorkerPool
 
 GOLDEN = (
@@ -59,14 +60,14 @@ ANALYSED = json.loads((GOLDEN / "lucene_words.json").read_text())  # text, its t
 
 @pytest.mark.parametrize(("text", "terms"), ANALYSED)
 def test_a_text_is_analysed_as_lucene_does(text, terms):
-    assert " ".join(words.analyze(text)) == terms
+    assert " ".join(analyzer.analyze(text)) == terms
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(text=st.text(max_size=60))
 def test_any_text_is_analysed(text):
-    terms = words.analyze(text)
-    assert all(terms) and all(len(term) <= words.MAX_TOKEN_CHARACTERS for term in terms)
+    terms = analyzer.analyze(text)
+    assert all(terms) and all(len(term) <= analyzer.MAX_TOKEN_CHARACTERS for term in terms)
 
 
 # Search.
@@ -74,7 +75,7 @@ def test_any_text_is_analysed(text):
 
 def lucene(texts, asins, query, count):
     """BM25 as Lucene's sources say it, document by document."""
-    docs = [words.analyze(text) for text in texts]
+    docs = [analyzer.analyze(text) for text in texts]
     used = sum(bool(doc) for doc in docs)
     f32 = lambda x: struct.unpack("f", struct.pack("f", x))[0]  # noqa: E731
     mean = f32(sum(map(len, docs)) / used)
@@ -86,7 +87,7 @@ def lucene(texts, asins, query, count):
             * ((np.float32(1) - np.float32(0.4)) + np.float32(0.4) * np.float32(length) / np.float32(mean))
         )
         total, counts = 0.0, Counter(doc)
-        for term, times in Counter(words.analyze(query)).items():
+        for term, times in Counter(analyzer.analyze(query)).items():
             if counts[term]:
                 having = sum(term in other for other in docs)
                 weight = np.float32(times) * np.float32(math.log(1 + (used - having + 0.5) / (having + 0.5)))
@@ -401,7 +402,8 @@ def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monke
 def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "thing"
     code = "import os, signal; from pathlib import Path; from aem_exp.core import disk\n"
-    code += f"with disk.making(Path({str(folder)!r})) as empty:\n    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    code += f"with disk.create_folder_once(Path({str(folder)!r})) as empty:\n"
+    code += "    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()
     with disk.create_folder_once(folder) as empty:

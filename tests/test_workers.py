@@ -16,9 +16,10 @@ from doors import Beside
 
 from aem_exp.config.targets import instantiate
 from aem_exp.core.errors import ConfigError, RunError
-from aem_exp.envs import Task, workers
+from aem_exp.envs import Task, worker_process, workers
 from aem_exp.envs.executor import SerialExecutor
-from aem_exp.envs.workers import RemoteNodes, WorkerPool
+from aem_exp.envs.remote_nodes import RemoteNodes
+from aem_exp.envs.workers import WorkerPool
 
 SECONDS = 120.0  # more than any request here needs, on a busy machine too
 HANGS = 6.0  # for a request that never returns: more than those beside it need
@@ -579,7 +580,7 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {modules!r})
 from aem_exp.envs import Task
-from aem_exp.envs.workers import RemoteNodes, WorkerPool
+from aem_exp.envs.workers import WorkerPool
 stage = WorkerPool({make!r}, 2, 1000)
 stage.reset({{0: Task("a"), 1: Task("b")}})
 print(*[reply.turn.observation for reply in stage.step({{0: "pid", 1: "pid"}}).values()], flush=True)
@@ -610,7 +611,7 @@ def test_workers_end_when_their_parent_is_killed(modules, mischief, tmp_path):
     child.communicate()
     assert wait_for(lambda: gone(running[1]), SECONDS)
     assert (tmp_path / "closed").read_text() == "1\n"
-    assert wait_for(lambda: gone(running[0]), workers.GRACE + SECONDS)
+    assert wait_for(lambda: gone(running[0]), worker_process.GRACE_SECONDS + SECONDS)
 
 
 def test_ctrl_c_ends_workers_quietly(modules, mischief, tmp_path):
@@ -737,7 +738,7 @@ def test_where_all_lenders_are_stoppedthe_run_stops_and_may_go_on_later(mischief
     for lender in lenders:
         lender.terminate()
         lender.wait(SECONDS)
-    with pytest.raises(RunError, match=r"who lent us cores is gone: launch\.workers_at=") as stopped:
+    with pytest.raises(RunError, match=r"no node that lends its cores is left: launch\.workers_at=") as stopped:
         stage.step({0: "hello"})
     assert stopped.value.kind == "node"
 
@@ -746,7 +747,7 @@ def test_who_does_not_know_the_key_is_not_let_in(mischief, lent):
     folder, _ = lent
     assert (folder / "key").stat().st_mode & 0o077 == 0
     (folder / "key").write_text("another")
-    with pytest.raises(ConfigError, match=r"launch.workers_at=.*nobody answers there"):
+    with pytest.raises(ConfigError, match=r"launch.workers_at=.*no node there answers"):
         WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0)).reset(tasks(0))
 
 

@@ -21,7 +21,7 @@ from test_adapters import ACTIONS, Server
 from aem_exp.config import conf_root, instantiate, load, targets
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Turn
-from aem_exp.envs.alfworld.engine import PACKAGES as ALFWORLD
+from aem_exp.envs.alfworld.library import PACKAGES as ALFWORLD
 from aem_exp.envs.webshop import generated
 
 NAMES = sorted(path.stem for path in (conf_root() / "env").glob("*.yaml"))

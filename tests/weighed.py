@@ -13,9 +13,10 @@ import toy
 from aem_exp import policy
 from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import SerialExecutor
-from aem_exp.jobs import fit
-from aem_exp.jobs.fit import MemoryEstimate, PassSpec, ProcessSpec
+from aem_exp.jobs import memory
+from aem_exp.jobs.memory import MemoryEstimate
 from aem_exp.jobs.memory_trace import Meter
+from aem_exp.jobs.sizes import PassSpec, ProcessSpec
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode, Trajectory
@@ -82,7 +83,7 @@ def weigh(setting: Setting, folder: Path) -> tuple[float, MemoryEstimate]:
     trainer.hooks = TrainerHooks(lambda step, credit: played.extend(credit.played))
     with most(trainer.model, setting.cuda) as held:
         trainer.train()
-    return held[0], fit.estimate_memory(process(setting, *lengths(played)))
+    return held[0], memory.estimate_memory(process(setting, *lengths(played)))
 
 
 def trainer_of(setting: Setting, folder: Path, pieces: dict[str, Any] | None = None) -> Any:
@@ -129,15 +130,15 @@ def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> Proce
         passes=passes,
         optim=setting.optim,
         reference=False,
-        scored=True,
+        scoring_pass=True,
         ranks=1,
         sampler="local",
-        engine=0.0,
-        sleeps=False,
+        engine_bytes=0.0,
+        engine_sleeps=False,
         episodes=2 * ROWS,
         prompt=prompt,
         tokens=tokens,
-        played=tokens,
+        play_tokens=tokens,
         rows=setting.rows,
         accumulates=setting.rows < ROWS,
     )

@@ -19,7 +19,7 @@ import weighed
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from transformers import training_args
 
-from aem_exp.jobs import fit
+from aem_exp.jobs import memory
 from aem_exp.jobs.memory_trace import Meter
 from aem_exp.training.trainer import TrainerHooks
 
@@ -77,7 +77,7 @@ def weigh(setting: weighed.Setting, folder: Path) -> None:
             meter.count(tensor)
         trainer.train()
     process = weighed.process(setting, *weighed.lengths(played), ranks=2, episodes=weighed.ROWS)
-    need = fit.estimate_memory(replace(process, passes=replace(process.passes, processes=2)))
+    need = memory.estimate_memory(replace(process, passes=replace(process.passes, processes=2)))
     for phase, most in held.items() if torch.distributed.get_rank() == 0 else ():
         before = 0.0 if phase == "update" else need.phases[phase]["optimizer"]  # there are no moments yet
         said = sum(need.phases[phase].values()) - before

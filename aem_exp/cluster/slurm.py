@@ -88,11 +88,11 @@ def submit(
     name: str,
     logs: Path,
     at_once: int = 0,
-    room: str = "aem_exp.run",
+    module: str = "aem_exp.run",
 ) -> list[str]:
     """Send run dirs, which hold experiments and code, to the queue: one array, `at_once` of it at a time; the ids.
 
-    A job is `python -m ROOM FOLDER`.
+    A job is `python -m MODULE FOLDER`.
 
     Raises:
         ConfigError: there is no SLURM here, or it refuses the job; in its own words.
@@ -106,7 +106,7 @@ def submit(
     nodes = launch.nodes if launch.server_nodes else 0
     if nodes and not (place / SERVER_SCRIPT).is_file():
         raise ConfigError("AEM_SITE", str(place), f"must have {SERVER_SCRIPT}, which starts a server on a node")
-    if nodes and room != "aem_exp.run":
+    if nodes and module != "aem_exp.run":
         raise ConfigError(
             "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"
         )
@@ -115,7 +115,7 @@ def submit(
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
-            jobs = [executor.submit(_exec_task, str(folder), room, nodes, str(place)) for folder in folders]
+            jobs = [executor.submit(_exec_task, str(folder), module, nodes, str(place)) for folder in folders]
     except FailedJobError as error:
         _raise_refusal(error, here, launch)
     finally:
@@ -176,7 +176,7 @@ def _distribution_arguments(launch: Launch) -> list[str]:
     return ["--distribution=block"] if launch.server_nodes else []
 
 
-def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
+def _exec_task(folder: str, module: str, nodes: int, place: str) -> None:
     """What each task of a job does: become the command that a person would type. Pickled whole.
 
     `nodes`: how many train, where the others serve; 0: all of them train. `place`: the cluster's settings.
@@ -189,7 +189,7 @@ def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
     found = TorchDistributedEnvironment()
     world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
     if found.rank >= world:
-        room = "aem_exp.jobs.serve"
+        module = "aem_exp.jobs.serve"
         os.environ["AEM_SITE"] = place
     elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)
@@ -210,7 +210,7 @@ def _exec_task(folder: str, room: str, nodes: int, place: str) -> None:
         "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
         "COLUMNS": "120",
     }
-    os.execv(sys.executable, [sys.executable, "-u", "-m", room, folder])
+    os.execv(sys.executable, [sys.executable, "-u", "-m", module, folder])
 
 
 def requeue_and_wait(number: int) -> None:

@@ -1,26 +1,25 @@
-"""Terminal output of a running experiment: one progress line with an ETA, and silenced library warnings.
+"""Terminal output, the only module that imports rich: tables, texts, live lines, progress bars; and silenced libraries.
 
-INFO messages of the logger `aem_exp` are shown as what the run is doing, warnings as lines of their own.
+rich is imported when something is shown, so that `--help` is instant. `forward_log` shows what the logger `aem_exp` logs.
 """
 
 import logging
-import math
 import os
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.columns import Columns
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
-RECENT_STEPS = 10  # steps in a moving mean
 PRINT_SECONDS = 10.0  # seconds between lines where there is no terminal
-SLOW_SECONDS = 2.0  # seconds after which a step, or a panel, shows how far its play is
-SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
-CRASHED = "train/ended_crashed"
 
 _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -50,135 +49,11 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", category=kind)
 
 
-class Progress:
-    """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
-
-    def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
-        from rich.console import Console
-
-        self.console = console or Console(quiet=not enabled, highlight=False)
-        self.live: Any = None
-        self.every = every
-        self.step, self.steps = 0, 0
-        self.stage, self.stage_since = "starting", time.monotonic()
-        self.held_out = math.nan
-        self.recent = {name: deque[float](maxlen=RECENT_STEPS) for name in (SUCCESS, ENTROPY, GATED)}
-        self.times = deque[float](maxlen=RECENT_STEPS + 1)
-        self.crashed = deque[float](maxlen=RECENT_STEPS)
-        self.printed, self.ended = -math.inf, False
-        self.turns, self.play, self.played = 0, "", -math.inf
-        self.slots = dict[int, int]()
-        self.open = ExitStack()
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal and not self.console.quiet:
-            from rich.live import Live
-
-            self.live = Live(console=self.console, get_renderable=self._live_line, refresh_per_second=4)
-            self.live.start()
-        self.open.enter_context(forward_log(self.show_stage, self.warn))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open.close()
-        if self.live is not None:
-            self.stage = ""
-            self.live.transient = not self.steps
-            self.live.stop()
-
-    def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Show that `step` of `steps` is done."""
-        self.step, self.steps, self.stage, self.stage_since = step, steps, "", time.monotonic()
-        self._show_play("")
-        for name, values in self.recent.items():
-            if not math.isnan(value := metrics.get(name, math.nan)):
-                values.append(value)
-        self.held_out = metrics.get("eval/success", self.held_out)
-        if SUCCESS in metrics:
-            self.times.append(time.monotonic())
-            self.crashed.append(metrics.get(CRASHED, 0.0))
-        last = step == steps and not self.ended
-        if self.live is None and (time.monotonic() - self.printed >= self.every or last):
-            self.printed, self.ended = time.monotonic(), self.ended or last
-            self.console.print(self._plain_line(), soft_wrap=True)
-
-    def show_stage(self, stage: str) -> None:
-        """Show what the run is at between steps."""
-        self.stage, self.stage_since = stage, time.monotonic()
-        self._show_play("")
-        if self.live is None:
-            self.played = self.stage_since
-            self.console.print(stage, soft_wrap=True, markup=False)
-
-    def warn(self, sentence: str) -> None:
-        """Show a sentence that stays."""
-        self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
-
-    def turn(self, live: int) -> None:
-        """Show that `live` episodes have played another turn together; 0: they are over."""
-        self.turns = self.turns + 1 if live else 0
-        self._show_play(f"turn {self.turns} of {live} episodes" if live else "")
-
-    def token(self, count: int) -> None:
-        """Show that the turn at hand has so many tokens."""
-        self._show_play(f"turn {self.turns + 1}, {count} tokens")
-
-    def slot_turn(self, slot: int, turn: int) -> None:
-        """Show that an episode has played a turn by itself."""
-        self.slots[slot] = turn
-        self._show_play(f"{sum(self.slots.values())} turns of {len(self.slots)} episodes at a time")
-
-    def _show_play(self, how_far: str) -> None:
-        """Note how far the play is, and say it where there is no terminal and nothing was said for long."""
-        self.play = how_far
-        if not how_far:
-            self.turns, self.slots = 0, {}
-        elif self.live is None and (now := time.monotonic()) - max(self.printed, self.played) >= self.every:
-            self.played = now
-            what = self.stage or f"step {self.step + 1}/{self.steps}"
-            self.console.print(f"{what}: {how_far}", soft_wrap=True, markup=False)
-
-    def _facts(self) -> list[str]:
-        names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
-        facts = [names[name].format(sum(v) / len(v)) for name, v in self.recent.items() if v]
-        if any(self.crashed):
-            facts.append(f"crashed {sum(self.crashed) / len(self.crashed):.0%}")
-        if not math.isnan(self.held_out):
-            facts.append(f"held-out {self.held_out:.0%}")
-        if len(self.times) > 1:
-            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-            left = pace * (self.steps - self.step)
-            facts += [f"{pace:.{2 if pace < 1 else 1}f} s/step", *([f"{format_duration(left)} left"] if left else [])]
-        return facts
-
-    def _plain_line(self) -> str:
-        return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
-
-    def _live_line(self) -> "RenderableType":
-        from rich.text import Text
-
-        line, slow = Text(no_wrap=True, overflow="ellipsis"), time.monotonic() - self.stage_since >= SLOW_SECONDS
-        if self.steps:
-            at = [self.play] if slow and self.play and not self.stage else []
-            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in [*at, *self._facts()])
-            room = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
-            full = round(room * self.step / self.steps)
-            line.append("train ", "bold").append("━" * full, "blue").append("─" * (room - full), "bright_black")
-            line.append(count, "bold")
-            line.append("" if self.stage else facts)
-        if self.stage:
-            line.append(f"  {self.stage} …  ").append(
-                format_duration(time.monotonic() - self.stage_since), "bright_black"
-            )
-            line.append(f"  {self.play}" if slow else "", "bright_black")
-        return line
-
-
 @contextmanager
-def forward_log(say: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
-    """Hand what our rooms log to a person, and to nobody else: what is being waited for to `say`, warnings to `warn`."""
+def forward_log(show: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
+    """Show what `aem_exp` logs, and nowhere else: INFO, which is being waited for, by `show`; warnings by `warn`."""
     log, handler = logging.getLogger("aem_exp"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else say)(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else show)(record.getMessage())  # type: ignore[method-assign]
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -191,30 +66,136 @@ def forward_log(say: Callable[[str], None], warn: Callable[[str], None]) -> Iter
         log.propagate = before[1]
 
 
-@contextmanager
-def progress_bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
-    """Show how far something long has got, `tell(done, of)`: a bar with the time left, or a line now and then."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = console or Console(stderr=True, highlight=False)
-    said = time.monotonic()
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(what, total=None)
-
-        def tell(done: int, of: int) -> None:
-            nonlocal said
-            shown.update(task, completed=done, total=of)
-            if not console.is_terminal and time.monotonic() - said >= PRINT_SECONDS:
-                said = time.monotonic()
-                console.print(f"{what}: {done / max(1, of):.0%}", soft_wrap=True)
-
-        yield tell
-
-
 def format_duration(seconds: float) -> str:
     """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def make_console(stderr: bool = False, quiet: bool = False) -> "Console":
+    """A console that colours nothing by itself."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False)
+
+
+def make_table(
+    headings: Sequence[str],
+    rows: "Iterable[Sequence[RenderableType]]",
+    left: Collection[str] = (),
+    gap: int = 2,
+    indent: int = 0,
+    no_wrap: bool = False,
+    fold: Mapping[str, int] | None = None,
+) -> "Table":
+    """A table without lines, its headings bold, its columns aligned right.
+
+    Args:
+        left: the columns that are aligned left.
+        gap: spaces after a column.
+        indent: spaces before a column.
+        no_wrap: no cell goes on in the next line.
+        fold: the columns whose cells do all the same, and their least width.
+    """
+    from rich.table import Table
+
+    fold = fold or {}
+    table = Table(box=None, padding=(0, gap, 0, indent))
+    for heading in headings:
+        table.add_column(
+            heading,
+            header_style="bold",
+            justify="left" if heading in left else "right",
+            overflow="fold" if heading in fold else "ellipsis",
+            no_wrap=no_wrap and heading not in fold,
+            min_width=fold.get(heading),
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def style_text(text: str, style: str = "") -> "Text":
+    from rich.text import Text
+
+    return Text(text, style)
+
+
+def join_texts(*parts: str | tuple[str, str]) -> "Text":
+    """Texts in one line, those of a pair in its style."""
+    from rich.text import Text
+
+    return Text.assemble(*parts)
+
+
+def stack_lines(*lines: str | tuple[str, str]) -> "Text":
+    """Texts in lines, those of a pair in its style."""
+    from rich.text import Text
+
+    return Text("\n").join([Text(line) if isinstance(line, str) else Text(*line) for line in lines])
+
+
+def cut_line() -> "Text":
+    """An empty line to append to, which is cut where the terminal ends."""
+    from rich.text import Text
+
+    return Text(no_wrap=True, overflow="ellipsis")
+
+
+def stack(*parts: "RenderableType") -> "Group":
+    """One under another."""
+    from rich.console import Group
+
+    return Group(*parts)
+
+
+def side_by_side(parts: "Sequence[RenderableType]") -> "Columns":
+    """One beside another, as far as the width goes."""
+    from rich.columns import Columns
+
+    return Columns(parts, padding=(1, 3))
+
+
+def live_line(console: "Console", render: "Callable[[], RenderableType]") -> "Live":
+    """A line that is rendered 4 times a second, from its start to its stop."""
+    from rich.live import Live
+
+    return Live(console=console, get_renderable=render, refresh_per_second=4)
+
+
+def live_table(console: "Console", first: "RenderableType") -> "Live":
+    """A table that is updated by its caller."""
+    from rich.live import Live
+
+    return Live(first, console=console, auto_refresh=False)
+
+
+def counting_bar(console: "Console") -> "Progress":
+    """A bar with its task's field `count` and the time that is left, gone when it stops."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    description = TextColumn("{task.description}", markup=False)
+    count = TextColumn("{task.fields[count]}", markup=False)
+    return Progress(description, BarColumn(20), count, TimeRemainingColumn(), console=console, transient=True)
+
+
+@contextmanager
+def progress_bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something long has got, `advance(done, of)`: a bar with the time left, or a line now and then."""
+    from rich.progress import Progress
+
+    console = console or make_console(stderr=True)
+    printed = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, of: int) -> None:
+            nonlocal printed
+            bar.update(task, completed=done, total=of)
+            if not console.is_terminal and time.monotonic() - printed >= PRINT_SECONDS:
+                printed = time.monotonic()
+                console.print(f"{what}: {done / max(1, of):.0%}", soft_wrap=True)
+
+        yield advance

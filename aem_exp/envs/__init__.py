@@ -14,40 +14,37 @@ from aem_exp.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Task:
-    """One game to play."""
+    """One task of a split."""
 
     id: str
     seed: int = 0
     """The environment's only source of randomness."""
     kind: str = ""
-    """Its type, in breakdowns of success."""
+    """Its type, by which evaluation breaks results down."""
     payload: dict[str, Any] = field(default_factory=dict)
-    """What the environment needs to set the game up."""
+    """What else the environment needs, as JSON can hold it."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment says after a reset or a step."""
+    """The state of an episode after a reset or a step."""
 
     observation: str
     """The text that the policy is shown."""
     reward: float = 0.0
-    """The reward of the step that led here (0.0 after a reset)."""
+    """The reward of the step (0.0 after a reset)."""
     terminated: bool = False
-    """The episode ended by the world's own rules (won or lost)."""
+    """The episode ended by the environment's own rules (won or lost)."""
     truncated: bool = False
-    """The world cut the episode short."""
+    """The environment cut the episode short."""
     valid: bool = True
-    """The response could be read as an action of this world."""
+    """The response had the form of an action."""
     actions: tuple[str, ...] | None = None
-    """The admissible actions, where the world lists them."""
+    """The admissible actions, if the environment lists them."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers to log.
-
-    `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one, both of the episode, as its last
-    turn says; so are those whose names begin with `end_`, which only the last turn has. All others are of the turn, and
-    averaged over turns.
-    """
+    """Numbers to log. `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one; both are of the
+    episode, as its last turn has them, and so are those whose names begin with `end_`, which only the last turn has. All
+    others are of the turn, and averaged over turns."""
 
     @property
     def done(self) -> bool:
@@ -55,10 +52,10 @@ class Turn:
 
 
 class TextEnv(Protocol):
-    """One world, played one episode at a time; reused by `reset`.
+    """One environment, which has one episode at a time and is reused by `reset`.
 
-    `goal` is what this episode asks for, in the world's own words (set by `reset`). `parse` is the action a response
-    stands for, as later prompts quote it: thinking and tags stripped, never raising.
+    `goal` is the goal of this episode in the environment's own words (set by `reset`). `parse` returns the action of a response
+    as later prompts quote it, without thinking and tags; it never raises.
     """
 
     goal: str
@@ -73,16 +70,19 @@ class TextEnv(Protocol):
 
 
 class World(Protocol):
-    """What a `conf/env/*.yaml` names with `make._target_`: the tasks of each split, and environments to play them in.
+    """The tasks of each split, and environments for them: what a `conf/env/*.yaml` names with `make._target_`.
 
     `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
-    fingerprints are never compared. A world may also say `own_process = True`: then its environments are stepped in processes
-    of their own, though `slurm.workers` be 0; and `external = True`, where an environment starts a program (a JVM, a container,
-    a sandbox) or talks to a server: then none is made to try the world before a run (see `dry_run`). It may have
-    `prepare(say, **keywords of make)`, a class method that fetches what it needs; of small policies (see `tiny`),
-    `words() -> Iterable[str]`, all that is said and understood here, and `expert(env, random: Random, noise: float,
-    shyness: float) -> str`, the response of its scripted player; and `oracle(env) -> str`, the response of a player who knows
-    the answer; and, where scoring is slow, `rehearse()`, an environment for demonstrations, which need no reward.
+    fingerprints are never compared. Optional attributes:
+
+    - `own_process = True`: its environments are stepped in a worker process even if `launch.workers` is 0;
+    - `external = True`: an environment starts a program (a JVM, a container, a sandbox) or connects to a server; none is
+      then made to try the world before a run (see `dry_run`);
+    - `prepare(say, **keywords of make)`: a class method that fetches what it needs;
+    - `words() -> Iterable[str]`: the vocabulary of a small policy (see `tiny`);
+    - `expert(env, random: Random, noise: float, shyness: float) -> str`: the response of its scripted expert;
+    - `oracle(env) -> str`: the response of an expert that knows the solution;
+    - `rehearse()`: an environment for demonstrations, which need no reward, if scoring is slow.
     """
 
     fingerprint: str
@@ -94,7 +94,7 @@ class World(Protocol):
 
 
 def split_sizes(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
-    """Tasks per split: the default's where none are given.
+    """Tasks per split: the default's, replaced by those that are given.
 
     Raises:
         ConfigError: there is no such split, or it would have no task, or more than `most`.
@@ -108,7 +108,7 @@ def split_sizes(default: Mapping[str, int], given: Mapping[str, int] | None, mos
 
 
 class LazyTasks(Sequence[Task]):
-    """Tasks made when asked for, the same ones every time."""
+    """Tasks that are made on access, the same ones every time."""
 
     def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
         self._size, self._draw = count, draw

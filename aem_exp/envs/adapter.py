@@ -34,17 +34,17 @@ class AdapterEnv:
     def step(self, response: str) -> Turn:
         action, valid = self._parse_action(response)
         actions = self._world.actions
-        known = valid and not self._is_over and (actions is None or action in actions)
+        admissible = valid and not self._is_over and (actions is None or action in actions)
         reward, terminated, truncated = 0.0, self._is_over, False
-        if known:
+        if admissible:
             self._observation, reward, terminated, truncated = self.apply_action(
                 action if actions is None else actions[action]
             )
             self._total_reward += reward
             self._is_over = terminated or truncated
         won = self._is_over and self._total_reward >= self._world.wins
-        metrics = {"won": float(won), "format_valid": float(valid), "admissible": float(known)}
-        return self._turn(self._world.reward * reward, terminated, truncated, known, metrics)
+        metrics = {"won": float(won), "format_valid": float(valid), "admissible": float(admissible)}
+        return self._turn(self._world.reward * reward, terminated, truncated, admissible, metrics)
 
     def start_game(self, seed: int) -> str:
         """Start a game; what is seen."""

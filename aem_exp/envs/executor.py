@@ -22,17 +22,22 @@ TRACE_CHARACTERS: Final = 10_000  # characters of its trace
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one reset or step."""
+    """The result of one reset or step."""
 
-    turn: Turn | None  # None where the environment failed
-    goal: str = ""  # the environment's, after the call
-    action: str = ""  # what it read in the response, after a step
-    error: str = ""  # how it failed, in one line
-    trace: str = ""  # the traceback, or what a lost process last wrote to stderr
+    turn: Turn | None
+    """None if the environment failed."""
+    goal: str = ""
+    """The environment's goal, after the call."""
+    action: str = ""
+    """The action that it parsed from the response, after a step."""
+    error: str = ""
+    """How it failed, in one line."""
+    trace: str = ""
+    """The traceback, or what a process that died last wrote to stderr."""
 
 
 class EnvExecutor(Protocol):
-    """Plays episodes in slots, which are small numbers used again and again.
+    """Steps environments in slots, which are small numbers and are reused.
 
     A slot that got an error must be reset before its next step, and then works again. `close` may be called twice. Several
     threads may reset and step, each its own slots.
@@ -46,12 +51,12 @@ class EnvExecutor(Protocol):
 
 
 class SerialExecutor:
-    """Environments in this process, one after another. A slot's, `envs[slot]`, is made once (by `make`; the world's `env`
-    where none is given) and reused until it fails."""
+    """Environments in this process, one after another. The one of a slot, `envs[slot]`, is made once (by `make`, or the world's
+    `env`) and reused until it fails."""
 
     def __init__(self, world: World, make: Callable[[], TextEnv] | None = None):
         self._make = make or world.env
-        self._lock = threading.Lock()  # one after another, whoever asks: environments may share what a world knows
+        self._lock = threading.Lock()  # one call at a time: environments may share data of their world
         self.envs: dict[int, TextEnv] = {}
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
@@ -62,37 +67,38 @@ class SerialExecutor:
         return {slot: self._call_locked(slot, response) for slot, response in responses.items()}
 
     def close(self) -> None:
-        with ExitStack() as closing:  # all of them, though one may raise
+        with ExitStack() as closing:  # closes all of them even if one raises
             while self.envs:
                 closing.callback(self.envs.popitem()[1].close)
 
-    def _call_locked(self, slot: int, asked: Task | str) -> Reply:
+    def _call_locked(self, slot: int, task_or_response: Task | str) -> Reply:
         with self._lock:
-            return self._call(slot, asked)
+            return self._call(slot, task_or_response)
 
-    def _call(self, slot: int, asked: Task | str) -> Reply:
+    def _call(self, slot: int, task_or_response: Task | str) -> Reply:
         try:
-            if isinstance(asked, str):
+            if isinstance(task_or_response, str):
                 env = self.envs[slot]
-                turn, action = check_turn("step", env.step(asked)), check_text("parse()", env.parse(asked))
+                turn = check_turn("step", env.step(task_or_response))
+                action = check_text("parse()", env.parse(task_or_response))
             else:
-                serialize_task(asked)
+                serialize_task(task_or_response)
                 if slot not in self.envs:
                     self.envs[slot] = self._make()
                 env = self.envs[slot]
-                turn, action = check_turn("reset", env.reset(asked)), ""
+                turn, action = check_turn("reset", env.reset(task_or_response)), ""
             return Reply(turn, check_text("goal", env.goal), action)
         except Exception as error:
-            with suppress(Exception):  # KeyError: it was not even made
+            with suppress(Exception):  # KeyError: it was not made
                 self.envs.pop(slot).close()
             return error_reply(error)
 
 
 def check_turn(call: str, turn: Any) -> Turn:
-    """What an environment returned, as the plain Turn that its contract promises.
+    """The Turn that an environment returned, with plain values.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        TypeError, ValueError: it returned something else.
     """
     if not isinstance(turn, Turn):
         raise TypeError(f"{call} must return a Turn, not {type_name(turn)}")
@@ -112,7 +118,7 @@ def check_turn(call: str, turn: Any) -> Turn:
 
 
 def check_text(name: str, value: Any) -> str:
-    """A text that any tokenizer and any file take.
+    """A text that any tokenizer and any file accept.
 
     Raises:
         TypeError, ValueError: it is something else.
@@ -121,7 +127,7 @@ def check_text(name: str, value: Any) -> str:
         raise TypeError(f"{name} must be a str, not {type_name(value)}")
     try:
         size = len(value.encode())
-    except UnicodeEncodeError as error:  # no tokenizer and no file would take it
+    except UnicodeEncodeError as error:  # no tokenizer and no file would accept it
         raise ValueError(f"{name} is not Unicode text: {error.reason} at character {error.start}") from None
     if size > MAX_TEXT_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, more than the {MAX_TEXT_BYTES:,} that are allowed")
@@ -129,7 +135,7 @@ def check_text(name: str, value: Any) -> str:
 
 
 def type_name(value: Any) -> str:
-    """The type of a value, with its module where it is none of Python's own."""
+    """The type of a value, with its module unless it is built in."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
@@ -141,10 +147,10 @@ def _check_number(name: str, value: Any) -> float:
 
 
 def serialize_task(task: Task) -> dict[str, Any]:
-    """The task as JSON carries it, so that it plays alike here and in a worker.
+    """The task as JSON holds it, so that it is the same here and in a worker.
 
     Raises:
-        TypeError, ValueError: its payload would not come out the same.
+        TypeError, ValueError: JSON would change its payload.
     """
     if json.loads(json.dumps(task.payload, allow_nan=False)) != task.payload:
         raise TypeError("Task.payload must be plain: dicts with str keys, lists (no tuples), str, numbers, bools, None")
@@ -152,7 +158,7 @@ def serialize_task(task: Task) -> dict[str, Any]:
 
 
 def error_reply(error: str | Exception, trace: str = "") -> Reply:
-    """A reply whose error is one line, and which any file can hold."""
+    """A reply with an error in one line, of characters that any file can hold."""
     if isinstance(error, Exception):
         trace = "".join(traceback.format_exception(error))
         error = "".join(traceback.format_exception_only(error))

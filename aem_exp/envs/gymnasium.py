@@ -61,8 +61,8 @@ def describe_colours(text: str) -> str:
     pieces: list[tuple[list[str], str]] = []
     names: list[str] = []
     for codes, piece in zip(rest[::2], rest[1::2], strict=True):
-        found = [_COLOUR_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
-        names = [*names, *filter(None, found)] if found else []  # no colour: all of them end
+        colours = [_COLOUR_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
+        names = [*names, *filter(None, colours)] if colours else []  # no colour: all of them end
         pieces.append((names, piece))
     several = len({name for names, piece in pieces for name in names if piece}) > 1
     return before + "".join(
@@ -103,7 +103,7 @@ class Gymnasium(AdapterWorld):
 
         self.id, self.kwargs = id, dict(kwargs or {})
         try:
-            with warnings.catch_warnings(action="ignore"):  # what is wrong is told below
+            with warnings.catch_warnings(action="ignore"):  # errors are reported below
                 env = gymnasium.make(id, **self.kwargs)
                 space, mode = env.action_space, env.render_mode
                 env.close()
@@ -119,8 +119,8 @@ class Gymnasium(AdapterWorld):
             raise ConfigError(
                 "env.make.kwargs.render_mode", mode, "renders no text: ansi, or none where it returns text"
             )
-        how = [RULES_VERSION, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
-        self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
+        settings = [RULES_VERSION, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
+        self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def env(self) -> GymnasiumEnv:
         return GymnasiumEnv(self)

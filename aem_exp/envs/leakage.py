@@ -14,7 +14,7 @@ from aem_exp.envs import Task
 
 MAX_TRAIN_TASKS: Final = 128  # training tasks that are looked at, where they are made when asked for
 PROBED_PANEL_TASKS: Final = 16  # tasks of a panel whose seeds are looked for among the others
-MIN_GAMES: Final = 8  # games that must be told apart before any is said to be the same
+MIN_GAMES: Final = 8  # training games that must all differ before a panel is refused for playing alike
 
 
 def select_indices(train: Sequence[Task], panels: Mapping[str, Sequence[Task]]) -> list[int]:
@@ -35,14 +35,14 @@ def check_shared_tasks(env: str, train: Sequence[Task], panels: Mapping[str, Seq
     Raises:
         ConfigError: one is in both.
     """
-    known = {_task_key(task, task.id): task for task in train}
-    seeds = {_task_key(task): task for task in train} if len({task.seed for task in train}) > 1 else {}
+    train_keys = {_task_key(task, task.id): task for task in train}
+    by_seed = {_task_key(task): task for task in train} if len({task.seed for task in train}) > 1 else {}
     for split, held_out in panels.items():
         for task in held_out:
-            if _task_key(task, task.id) in known:
+            if _task_key(task, task.id) in train_keys:
                 raise ConfigError(f"env {env}", task.id, f"is a task of train and of the panel {split}")
-            if twin := seeds.get(_task_key(task)):
-                remedy = f"seed, kind and payload are those of {twin.id}, a task of train, so it is the same game"
+            if duplicate := by_seed.get(_task_key(task)):
+                remedy = f"seed, kind and payload are those of {duplicate.id}, a task of train, so it is the same game"
                 raise ConfigError(
                     f"env {env}", task.id, f"of the panel {split}: {remedy}; give each split its own seeds"
                 )
@@ -51,20 +51,20 @@ def check_shared_tasks(env: str, train: Sequence[Task], panels: Mapping[str, Seq
 def check_identical_games(
     env: str, train: Mapping[str, tuple[Any, ...]], panels: Mapping[str, Mapping[str, tuple[Any, ...]]]
 ) -> None:
-    """Compare them by how they played: task id -> what was seen and said.
+    """Compare training tasks with those of panels by how they played: task id -> goal, observations and rewards.
 
     Raises:
         ConfigError: half of the games of a panel or more are those of training tasks.
     """
-    known = {played: name for name, played in train.items()}
-    if len(train) < MIN_GAMES or len(known) < len(train):
+    train_games = {played: name for name, played in train.items()}
+    if len(train) < MIN_GAMES or len(train_games) < len(train):
         return
     for split, held_out in panels.items():
-        twins = [(name, known[played]) for name, played in held_out.items() if played in known]
-        if twins and 2 * len(twins) >= len(held_out):
-            told = f"plays exactly as {twins[0][1]} of train does: goal, observations and rewards"
-            share = f"{len(twins)} of {len(held_out)} games of the panel {split} are games of train"
-            raise ConfigError(f"env {env}", twins[0][0], f"{told}; {share}, under other ids and seeds")
+        duplicates = [(name, train_games[played]) for name, played in held_out.items() if played in train_games]
+        if duplicates and 2 * len(duplicates) >= len(held_out):
+            how_alike = f"plays exactly as {duplicates[0][1]} of train does: goal, observations and rewards"
+            share = f"{len(duplicates)} of {len(held_out)} games of the panel {split} are games of train"
+            raise ConfigError(f"env {env}", duplicates[0][0], f"{how_alike}; {share}, under other ids and seeds")
 
 
 def _task_key(task: Task, name: str = "") -> str:

@@ -78,19 +78,19 @@ class OpenEnv(AdapterWorld):
             )
         self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
         self.seconds = seconds
-        told = [self._request_json("/metadata"), self._request_json("/schema")]
-        action = (told[1] or {}).get("action") if isinstance(told[1], dict) else None
-        known = action.get("properties") if isinstance(action, dict) else None
-        if known and action_field not in known:
-            raise ConfigError("env.make.action_field", action_field, sorted(known))
-        how = [told, action_field, observation_field, actions, goal, wins, tags, reward]
-        self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]}"
+        descriptions = [self._request_json("/metadata"), self._request_json("/schema")]
+        action = (descriptions[1] or {}).get("action") if isinstance(descriptions[1], dict) else None
+        fields = action.get("properties") if isinstance(action, dict) else None
+        if fields and action_field not in fields:
+            raise ConfigError("env.make.action_field", action_field, sorted(fields))
+        settings = [descriptions, action_field, observation_field, actions, goal, wins, tags, reward]
+        self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def env(self) -> OpenEnvEnv:
         return OpenEnvEnv(self)
 
     def _request_json(self, path: str) -> Any:
-        """What the server says of itself."""
+        """A description that the server gives of itself; None from an old server, which has none."""
         try:
             with urllib.request.urlopen(self.base_url + path, timeout=METADATA_SECONDS) as answer:
                 return json.load(answer)

@@ -27,7 +27,7 @@ class Panel:
 def build_panel(
     world: World, name: str, tasks: int = 0, fields: Sequence[str] = ("evaluation.panel", "evaluation.tasks")
 ) -> Panel:
-    """The panel of a split; `tasks` > 0 takes its first ones only, under a name that says so.
+    """The panel of a split; `tasks` > 0 takes only its first ones, and its name then includes their number.
 
     Raises:
         ConfigError: there is no such panel, or not so many tasks in it; `fields` are the settings that asked.
@@ -70,17 +70,17 @@ def select_tasks(world: World, split: str, tasks: Sequence[Task], chosen: Iterab
     """
     path, call = world_path(world), f"tasks({split!r})"
     with wrap_call_errors(ENV_TARGET, path, call, world.tasks):
-        found = [tasks[index] for index in chosen]
-    for task in found:
+        selected = [tasks[index] for index in chosen]
+    for task in selected:
         if not isinstance(task, Task):
             remedy = f"{call} must hold aem_exp.envs.Task, not {type(task).__name__}"
             raise ConfigError(ENV_TARGET, path, remedy)
         with wrap_result_errors(ENV_TARGET, path, world.tasks, f"{call}: "):
-            for what, kind in (("id", str), ("seed", int), ("kind", str)):
-                if not isinstance(value := getattr(task, what), kind):
-                    raise TypeError(f"the {what} of a task must be a {kind.__name__}, not {type(value).__name__}")
+            for field, kind in (("id", str), ("seed", int), ("kind", str)):
+                if not isinstance(value := getattr(task, field), kind):
+                    raise TypeError(f"the {field} of a task must be a {kind.__name__}, not {type(value).__name__}")
             serialize_task(task)
-    return found
+    return selected
 
 
 def world_path(world: World) -> str:

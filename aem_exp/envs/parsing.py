@@ -18,10 +18,10 @@ def parse_tagged(response: str, longest: int, tail: int = 30) -> tuple[str, bool
     text = response.lower()
     _, opened, rest = text.partition("<action>")
     inside, closed, _ = rest.partition("</action>")
-    found = bool(opened and closed)
+    tagged = bool(opened and closed)
     thought = "<think>" in text and "</think>" in text
-    action = " ".join((inside if found else text[-tail:]).split())[:longest]
-    return action, found and thought and _CHINESE.search(text) is None
+    action = " ".join((inside if tagged else text[-tail:]).split())[:longest]
+    return action, tagged and thought and _CHINESE.search(text) is None
 
 
 def parse_bare(response: str, longest: int) -> tuple[str, bool]:

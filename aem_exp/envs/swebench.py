@@ -62,8 +62,8 @@ class SWEBench(Repositories):
 
     def instance(self, task: Task) -> Instance:
         split, row = task.payload["split"], task.payload["row"]
-        found = parse_instance(self._rows[split][row], f"{self._rows[split].source}, row {row}")
-        return replace(found, id=task.id)
+        instance = parse_instance(self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        return replace(instance, id=task.id)
 
     @classmethod
     def prepare(
@@ -78,7 +78,7 @@ class SWEBench(Repositories):
         sizes: dict[str, int] | None = None,
         **_: Any,
     ) -> None:
-        """Fetch rows, then the images of all tasks that there are; asked again, go on."""
+        """Fetch the rows, then the images of all tasks; called again, it resumes."""
         if why := sandbox.missing():
             raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
         rows.fetch(train, "train", train_revision, "env.make.train", say)
@@ -92,8 +92,8 @@ class SWEBench(Repositories):
         sandbox.prepare(missing, say)
 
     def _task(self, split: str, row: int) -> Task:
-        found = parse_instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
-        return Task(found.id, kind=found.kind, payload={"split": split, "row": row, "sha256": rows.digest(data)})
+        instance = parse_instance(data := self._rows[split][row], f"{self._rows[split].source}, row {row}")
+        return Task(instance.id, kind=instance.kind, payload={"split": split, "row": row, "sha256": rows.digest(data)})
 
 
 def _choose_rows(

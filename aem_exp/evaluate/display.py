@@ -2,16 +2,24 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from aem_exp.core.console import (
+    PRINT_SECONDS,
+    counting_bar,
+    format_duration,
+    forward_log,
+    join_texts,
+    make_console,
+    make_table,
+    style_text,
+)
 
-from aem_exp.core.console import PRINT_SECONDS, format_duration, forward_log
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 REFRESH_SECONDS = 0.1  # seconds between two looks at the tokens of a turn
 Results = Mapping[str, Mapping[str, Any]]  # agent -> what its result.json says
@@ -20,11 +28,9 @@ Results = Mapping[str, Mapping[str, Any]]  # agent -> what its result.json says
 class ProgressLine:
     """Where the playing is, on stderr: a live line, or plain lines where there is no terminal. A context manager."""
 
-    def __init__(self, console: Console | None = None, every: float = PRINT_SECONDS) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
-        what = TextColumn("{task.description}", markup=False)
-        count = TextColumn("{task.fields[count]}", markup=False)
-        self.bar = Progress(what, BarColumn(20), count, TimeRemainingColumn(), console=self.console, transient=True)
+    def __init__(self, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
+        self.console = console or make_console(stderr=True)
+        self.bar = counting_bar(self.console)
         self.every, self.printed, self.shown = every, time.monotonic(), -math.inf
         self.task: Any = None
         self.open = ExitStack()
@@ -111,8 +117,8 @@ class ProgressLine:
 
 
 def print_results(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
-    """Print the scores, per kind too where there are several, why an agent is missing, and where the results are."""
-    console = Console(highlight=False)
+    """Print who reached what, per kind too where there are several, why a player is missing, and where it is kept."""
+    console = make_console()
     console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
     console.print(_score_table(results))
     if len(kinds := next(iter(results.values()))["by_kind"]) > 1:
@@ -136,35 +142,28 @@ def _notes(results: Results) -> list[tuple[str, str]]:
     return [("ended", "; ".join(ended)), *crashed]
 
 
-def _score_table(results: Results) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0))
+def _score_table(results: Results) -> "Table":
     k = next(iter(results.values()))["repeats"]
     several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
     scored = ["score"] if any(r.get("score") is not None for r in results.values()) else []
     crashed = ["crashed"] if any(r["crashed"] for r in results.values()) else []
-    for heading in ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed):
-        table.add_column(heading, header_style="bold", justify="right" if heading else "left", no_wrap=True)
-    for agent, r in results.items():
+    headings = ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed)
+    rows: list[Sequence[RenderableType]] = []
+    for player, r in results.items():
         low, high = r["interval"]
-        share = Text.assemble(
-            (f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black")
-        )
+        share = join_texts((f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black"))
         score = [_number(r.get("score"), ".1%") for _ in scored]
-        tries = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
+        passes = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         lengths = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
-        crashes = [Text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
-        table.add_row(agent, share, *score, *tries, *lengths, _number(r["response_entropy"], ".3f"), *crashes)
-    return table
+        lost = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
+        rows.append((player, share, *score, *passes, *lengths, _number(r["response_entropy"], ".3f"), *lost))
+    return make_table(headings, rows, left=("",), gap=1, no_wrap=True)
 
 
-def _kind_table(kinds: Mapping[str, float], results: Results) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("success by kind", "tasks", *results):
-        table.add_column(heading, header_style="bold", justify="left" if heading.startswith("success") else "right")
+def _kind_table(kinds: Mapping[str, float], results: Results) -> "Table":
     tasks = next(iter(results.values()))["tasks_by_kind"]
-    for kind in kinds:
-        table.add_row(kind or "-", str(tasks[kind]), *(f"{r['by_kind'][kind]:.1%}" for r in results.values()))
-    return table
+    rows = [(kind or "-", str(tasks[kind]), *(f"{r['by_kind'][kind]:.1%}" for r in results.values())) for kind in kinds]
+    return make_table(("success by kind", "tasks", *results), rows, left=("success by kind",))
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -81,9 +81,9 @@ ExplainFailure = Callable[
 
 
 def run_processes(
-    room: str, folders: Sequence[Path], at_once: int, say: PrintLine, ended: ExplainFailure, names: Mapping[Path, str]
+    module: str, folders: Sequence[Path], at_once: int, say: PrintLine, ended: ExplainFailure, names: Mapping[Path, str]
 ) -> int:
-    """`python -m ROOM FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
+    """`python -m MODULE FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
 
     Each end is said, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
     waits for them.
@@ -96,7 +96,7 @@ def run_processes(
                     folder = waiting.pop(0)
                     say(f"start   {names[folder]}")
                     tally.begin(folder)
-                    live[_start_process(room, folder)] = folder
+                    live[_start_process(module, folder)] = folder
                 time.sleep(0.2)
                 for process in [process for process in live if process.poll() is not None]:
                     folder = live.pop(process)
@@ -160,12 +160,12 @@ def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], say: PrintLine) -
             return
 
 
-def _start_process(room: str, folder: Path) -> "subprocess.Popen[bytes]":
+def _start_process(module: str, folder: Path) -> "subprocess.Popen[bytes]":
     """A process with the code that lies in its folder; Ctrl-C is for its parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
     environment.setdefault("PYTHONSAFEPATH", cli.JOB_SAFE_PATH)  # not this folder before the code
-    command = [sys.executable, "-u", "-m", room, str(folder)]
+    command = [sys.executable, "-u", "-m", module, str(folder)]
     with (folder / LOCAL_LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

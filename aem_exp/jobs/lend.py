@@ -1,6 +1,7 @@
 """Command: offers the cores of this node to runs, which then step their environments here.
 
-A run must know the key in the folder.
+A run must know the key in the folder, which only its owner can read. Messages are not encrypted: the address is one of the
+private network (`interface` in site.yaml).
 """
 
 import argparse
@@ -16,9 +17,9 @@ from typing import Final, NoReturn
 
 from aem_exp.cluster import rendezvous, slurm
 from aem_exp.core import cli, disk
-from aem_exp.envs import workers
+from aem_exp.envs.worker_process import start_worker_process
 
-KEY_SECONDS: Final = 5.0  # seconds for whoever connects to show the key
+KEY_SECONDS: Final = 5.0  # seconds for a client to prove that it knows the key
 DESCRIPTION = """\
 Lend the cores of this node to runs that say launch.workers_at=FOLDER, until this is stopped. On a cluster:
 
@@ -39,51 +40,51 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run(asked: argparse.Namespace) -> int:
-    folder = asked.folder.expanduser().absolute()
+def _run(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder.expanduser().absolute()
     disk.check_writable(folder, "FOLDER")
     site, _ = slurm.read_site()
     host, key = rendezvous.private_address(site.interface), rendezvous.ensure_key(folder).encode()
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    with socket.create_server((host, 0), backlog=1024) as listening:
-        where = f"{host}:{listening.getsockname()[1]}"
-        note = folder / f"{rendezvous.NODE_PREFIX}{socket.gethostname()}-{os.getpid()}"
-        rendezvous.write_private(note, f"{where}\n")
-        print(f"lends    {os.cpu_count()} cores at {where}", flush=True)
+    with socket.create_server((host, 0), backlog=1024) as server:
+        address = f"{host}:{server.getsockname()[1]}"
+        address_file = folder / f"{rendezvous.NODE_PREFIX}{socket.gethostname()}-{os.getpid()}"
+        rendezvous.write_private(address_file, f"{address}\n")
+        print(f"lends    {os.cpu_count()} cores at {address}", flush=True)
         try:
-            _accept_connections(listening, key)
+            _accept_connections(server, key)
         finally:
-            note.unlink(missing_ok=True)
+            address_file.unlink(missing_ok=True)
     return 0
 
 
-def _accept_connections(listening: socket.socket, key: bytes) -> NoReturn:
-    """Start a worker for each that knows the key."""
-    lent: set[subprocess.Popen[bytes]] = set()
+def _accept_connections(server: socket.socket, key: bytes) -> NoReturn:
+    """Start a worker for each client that knows the key; kill all workers at the end."""
+    workers: set[subprocess.Popen[bytes]] = set()
     try:
         while True:
-            connection, _ = listening.accept()
-            threading.Thread(target=_run_worker, args=[connection, key, lent], daemon=True).start()
+            connection, _ = server.accept()
+            threading.Thread(target=_run_worker, args=[connection, key, workers], daemon=True).start()
     finally:
-        for worker in list(lent):
+        for worker in list(workers):
             with suppress(OSError):
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
-def _run_worker(connection: socket.socket, key: bytes, lent: "set[subprocess.Popen[bytes]]") -> None:
-    """One worker, which ends when its connection does."""
+def _run_worker(connection: socket.socket, key: bytes, workers: "set[subprocess.Popen[bytes]]") -> None:
+    """Run one worker, which ends when its connection does."""
     with connection:
         connection.settimeout(KEY_SECONDS)
         try:
             if not rendezvous.verify_key(connection, key):
                 return
-        except OSError:  # it has nothing to say, or went away
+        except OSError:  # the client sent nothing, or went away
             return
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        lent.add(worker := workers.start_worker(connection, None))
+        workers.add(worker := start_worker_process(connection, None))
     worker.wait()
-    lent.discard(worker)
+    workers.discard(worker)
 
 
 def _raise_interrupt(*_: object) -> NoReturn:

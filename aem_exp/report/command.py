@@ -19,13 +19,11 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import EXPERIMENT
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from aem_exp.cluster.run_state import RunState
     from aem_exp.report.analysis import ArmCell, Difference
     from aem_exp.report.sections import SweepDescription
     from aem_exp.rundir.archive import Archive
-    from aem_exp.sweep.question import Sweep
+    from aem_exp.sweep.cells import Sweep
 
 ABOUT = """\
 Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
@@ -64,36 +62,38 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _run_command(asked: argparse.Namespace) -> int:
+def _run_command(arguments: argparse.Namespace) -> int:
     from aem_exp.sweep import question
 
-    cli.add_user_modules(asked.config_dir)
-    sweep = question.load(asked.sweep, asked.overrides, asked.config_dir)
+    cli.add_user_modules(arguments.config_dir)
+    sweep = question.load(arguments.sweep, arguments.overrides, arguments.config_dir)
     if sweep.search is not None:
-        remedy = f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(asked.sweep)} shows them"
+        remedy = (
+            f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(arguments.sweep)} shows them"
+        )
         raise ConfigError("sweep", sweep.name, remedy)
     from aem_exp.report import analysis, render, sections
 
-    archives, source = _load_archives(sweep, asked.archives)
-    cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, asked.csv)]
+    archives, source = _load_archives(sweep, arguments.archives)
+    cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, arguments.csv)]
     if not any(cell.done for cell in cells):
-        runs_them = f"python -m aem_exp.sweep {shlex.quote(asked.sweep)} --local runs them"
+        runs_them = f"python -m aem_exp.sweep {shlex.quote(arguments.sweep)} --local runs them"
         remedy = f"none of its {len(sweep.cells)} runs is done; {runs_them}"
         raise ConfigError("sweep", sweep.name, remedy)
-    _check_revisions(sweep, cells, asked.across_revisions)
-    kept = _write_archives(archives.values(), asked.archive) if asked.archive else []
+    _check_revisions(sweep, cells, arguments.across_revisions)
+    written = _write_archives(archives.values(), arguments.archive) if arguments.archive else []
     design = _describe_sweep(sweep, cells, source)
     differences = analysis.differences(cells, design.families)
-    if asked.json:
+    if arguments.json:
         print(json.dumps(nonfinite_to_none([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
     report = sections.build_report(design, cells, differences, published)
-    folder = (asked.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
+    folder = (arguments.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
     files = render.write(report, folder, analysis.curve_rows(cells))
     _show_summary(differences, cells)
-    tracked = _log_to_mlflow(sweep, folder, files, asked)
-    for heading, text in [("from", source), *kept, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
+    tracked = _log_to_mlflow(sweep, folder, files, arguments)
+    for heading, text in [("from", source), *written, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
         print(f"{heading:<7} {text}")
     return 0
 
@@ -165,11 +165,13 @@ def _check_revisions(sweep: "Sweep", cells: "Sequence[ArmCell]", across: bool) -
     """Refuse to pool or compare runs of different revisions of the method, unless that was asked for."""
     from aem_exp.report import analysis
 
-    found = analysis.runs_by_revision(archive for cell in cells for archive in cell.done)
-    if len(found) > 1 and not across:
-        told = [f"{len(runs)} of method revision {number} ({_shorten_list(runs)})" for number, runs in found.items()]
+    revisions = analysis.runs_by_revision(archive for cell in cells for archive in cell.done)
+    if len(revisions) > 1 and not across:
+        counts = [
+            f"{len(runs)} of method revision {number} ({_shorten_list(runs)})" for number, runs in revisions.items()
+        ]
         remedy = "the same experiment trains differently in each; run the older ones again, or compare all the same: "
-        raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(told)}; {remedy}--across-revisions")
+        raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(counts)}; {remedy}--across-revisions")
 
 
 def _shorten_list(runs: Sequence[str], most: int = 3) -> str:
@@ -201,23 +203,38 @@ def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> 
 
 def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]") -> None:
     """Scores and verdicts, for the terminal."""
-    from rich.console import Console
+    from aem_exp.core.console import make_console, make_table
+    from aem_exp.report import analysis
 
+    console = make_console()
+    console.print(make_table(("arm", "runs", "success"), _score_rows(cells), left=("arm", "runs")))
+    console.print()
+    headings = ("success in points", "", "95 %, all at once", "verdict")
+    left = [heading for heading in headings if heading]
+    console.print(make_table(headings, _verdict_rows(differences), left=left))
+    if problems := analysis.list_problems(cells):
+        console.print(f"{len(problems)} runs are not done as planned; the report names them", style="yellow")
+    console.print()
+
+
+def _score_rows(cells: "Sequence[ArmCell]") -> list[tuple[str, ...]]:
     from aem_exp.report import analysis, sections
 
-    console = Console(highlight=False)
     scores = [(cell, cell.scores(analysis.SUCCESS)) for cell in cells]
-    rows = [
+    return [
         (
             f"{cell.arm} {cell.point}".strip(),
-            f"{len(found)} of {len(cell.runs)}",
-            sections.format_points(analysis.mean(found)),
+            f"{len(values)} of {len(cell.runs)}",
+            sections.format_points(analysis.mean(values)),
         )
-        for cell, found in scores
+        for cell, values in scores
     ]
-    console.print(_make_table(("arm", "runs", "success"), rows))
-    console.print()
-    compared = [
+
+
+def _verdict_rows(differences: "Sequence[Difference]") -> list[tuple[str, ...]]:
+    from aem_exp.report import sections
+
+    return [
         (
             f"{d.arm} against {d.reference} {d.point}".strip(),
             sections.format_points(d.interval.difference, True) if d.interval else "-",
@@ -226,32 +243,16 @@ def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]
         )
         for d in differences
     ]
-    console.print(_make_table(("success in points", "", "95 %, all at once", "verdict"), compared))
-    if wrong := analysis.list_problems(cells):
-        console.print(f"{len(wrong)} runs are not done as planned; the report names them", style="yellow")
-    console.print()
-
-
-def _make_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        right = column in ("success", "") and number > 0
-        table.add_column(column, header_style="bold", justify="right" if right else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _log_to_mlflow(
-    sweep: "Sweep", folder: Path, files: Sequence[Path], asked: argparse.Namespace
+    sweep: "Sweep", folder: Path, files: Sequence[Path], arguments: argparse.Namespace
 ) -> list[tuple[str, str]]:
     """Log the report as an artifact of the sweep, where its runs are tracked."""
     from aem_exp.tracking import publish, store_uri
 
     outputs = sweep.cells[0].folder.parent
     uri = store_uri.resolve_uri(sweep.cells[0].experiment.tracking, outputs)
-    if asked.no_tracking or uri == store_uri.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
+    if arguments.no_tracking or uri == store_uri.OFF or not any(cell.folder.is_dir() for cell in sweep.cells):
         return []
     return publish.log_report(outputs, uri, sweep.cells[0].experiment.name, sweep.name, folder, files)

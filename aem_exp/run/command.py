@@ -13,6 +13,7 @@ from aem_exp.cluster.signals import Interrupted
 from aem_exp.config.schema import Experiment
 from aem_exp.core import cli, console, disk
 from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.run import progress
 from aem_exp.run.execution import run
 from aem_exp.run.resume import find_resume_point
 from aem_exp.rundir import RESULT
@@ -48,7 +49,7 @@ def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[st
             print(f"note      since this run, {change}; to run again, move its folder away")
     else:
         try:
-            with console.Progress(enabled=distributed.is_main_process()) as line:
+            with progress.Progress(enabled=distributed.is_main_process()) as line:
                 run(experiment, line, folder, begin)
         except RunLocked as locked:
             begin()

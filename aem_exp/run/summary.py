@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aem_exp.core import disk
-from aem_exp.core.console import ENTROPY, GATED, RECENT_STEPS, SUCCESS
+from aem_exp.core.console import join_texts, make_console, make_table, side_by_side, stack_lines, style_text
 from aem_exp.core.plots import BLUE, GREY, ORANGE
+from aem_exp.run.progress import ENTROPY, GATED, RECENT_STEPS, SUCCESS
 from aem_exp.rundir import EXPERIMENT, RESULT, episodes, examples, metrics
 from aem_exp.stats.scores import wilson_interval
 from aem_exp.tracking import publish
@@ -28,9 +29,7 @@ Rows = Sequence[dict[str, float]]
 
 def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
     """Print what a finished run reached, how it got there, and where to look further; from its run dir alone."""
-    from rich.console import Console
-
-    console = console or Console(highlight=False)
+    console = console or make_console()
     result, repeats, gaps = _json(run_dir / RESULT), _repeats(run_dir), list[str]()
     rows = _read_unless_damaged(lambda: metrics.read(run_dir), gaps) or []
     page = _read_unless_damaged(lambda: publish.run_page(run_dir), gaps)
@@ -65,36 +64,28 @@ def _read_unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
 
 def _score_table(result: dict[str, Any], repeats: int) -> "RenderableType":
     """Return the table of success before and after, per panel."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 3, 0, 2))
-    for heading in ("held-out panel", "tasks", "before", "after"):
-        table.add_column(heading, header_style="bold", justify="left" if heading.startswith("held") else "right")
+    rows: list[Sequence[RenderableType]] = []
     after, final = result.get("after"), result.get("final")
     scores = [(result.get("before"), after), (None, final if final != after else None)]
     for before, then in scores:
         if (score := then or before) is not None:
             tasks = score["episodes"] // repeats
             name = score["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
-            table.add_row(name, str(tasks), _format_success(before, tasks), _format_success(then, tasks))
+            rows.append((name, str(tasks), _format_success(before, tasks), _format_success(then, tasks)))
             if score.get("score") is not None:
-                table.add_row("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then)))
-    return table
+                rows.append(("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then))))
+    return make_table(("held-out panel", "tasks", "before", "after"), rows, left=("held-out panel",), gap=3, indent=2)
 
 
 def _format_success(score: dict[str, Any] | None, tasks: int) -> "Text":
-    from rich.text import Text
-
     if score is None:
-        return Text("-", "bright_black")
+        return style_text("-", "bright_black")
     low, high = wilson_interval(score["success"], tasks)
-    return Text.assemble((f"{score['success']:.1%}", "bold"), (f"  [{low:.0%}, {high:.0%}]", "bright_black"))
+    return join_texts((f"{score['success']:.1%}", "bold"), (f"  [{low:.0%}, {high:.0%}]", "bright_black"))
 
 
 def _charts(rows: Rows, width: int) -> "RenderableType | None":
     """Return success and response entropy over steps, side by side, or None where nothing was trained."""
-    from rich.columns import Columns
-
     steps = [row["step"] for row in rows if SUCCESS in row]
     if not steps:
         return None
@@ -105,18 +96,14 @@ def _charts(rows: Rows, width: int) -> "RenderableType | None":
         _add_title("success in training", draw_chart(_series(rows, SUCCESS), columns, 1.0, "{:.0%}".format), steps),
         _add_title("response entropy (nats)", draw_chart(entropy, columns, top, "{:.2f}".format), steps),
     ]
-    return Columns(charts, padding=(1, 3))
+    return side_by_side(charts)
 
 
 def _add_title(title: str, lines: list[str], steps: list[float]) -> "Text":
-    from rich.text import Text
-
     inner = len(lines[0]) - 9
     first, last = f"{steps[0]:.0f}", f"step {steps[-1]:.0f}"
     foot = " " * 9 + first + last.rjust(inner - len(first))
-    return Text("\n").join(
-        [Text(f"{'':9}{title}", "bold"), *(Text(line) for line in lines), Text(foot, "bright_black")]
-    )
+    return stack_lines((f"{'':9}{title}", "bold"), *lines, (foot, "bright_black"))
 
 
 def draw_chart(

@@ -24,7 +24,7 @@ __all__ = [
     "Sandbox",
     "SandboxBroken",
     "SandboxLost",
-    "file_name",
+    "image_file_name",
 ]
 
 HOST: Final = ""  # the name of the image that is this machine's own system, read-only
@@ -34,48 +34,42 @@ SHELL_SECONDS: Final = 30.0  # seconds for our own small commands (put, get)
 
 @dataclass(frozen=True)
 class Limits:
-    """What one sandbox may use. A command that needs more is stopped, and `Ran.stopped` says so, or it fails.
-
-    Attributes:
-        processes: at once (threads count).
-        memory_mb: of all its processes together, watched; and of each, enforced by the kernel. The watch counts shared memory,
-            page tables and buffers of sockets with them (see `memory`); what it does not, `bwrap` tells with its size.
-        disk_mb: of everything it writes. It lies in memory, beside `memory_mb`.
-        output_mb: of one command.
-        cpu_seconds: of one process; the wall clock is the caller's `timeout`.
-    """
+    """What one sandbox may use. A command that needs more fails, or is stopped for `CommandResult.stop_reason`."""
 
     processes: int = 256
+    """Processes and threads at once."""
     memory_mb: int = 4096
+    """Of all processes together, measured ten times a second; and of each process, enforced by the kernel. The measurement counts
+    shared memory, page tables and socket buffers (see `memory`); `bwrap` documents what it does not count."""
     disk_mb: int = 2048
+    """Of all files written. They are in memory, in addition to `memory_mb`."""
     output_mb: int = 8
+    """Of one command."""
     cpu_seconds: int = 3600
+    """Of one process; the caller's `timeout` limits the wall clock."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """What a sandbox shows at first.
-
-    Attributes:
-        name: of a container image (`swebench/sweb.eval.x86_64.astropy...`), or `HOST`: the machine's own /usr, read-only.
-        shown: files and folders of the machine that are shown too, read-only, at their own places.
-        hidden: folders of the machine's system that look empty inside.
-        env: variables.
-    """
+    """The files and variables that a sandbox starts with."""
 
     name: str = HOST
+    """A container image (`swebench/sweb.eval.x86_64.astropy...`), or `HOST`: the machine's own /usr, read-only."""
     visible_paths: tuple[str, ...] = ()
+    """Files and folders of the machine that are visible too, read-only, at their own paths."""
     hidden_paths: tuple[str, ...] = ()
+    """Folders of the machine's system that are empty inside."""
     env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables."""
 
 
 def image_file_name(image: str) -> str:
-    """A name for an image's file or folder: no other image has it."""
+    """The name of an image's file or folder, different for each image."""
     return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', image)[-100:]}-{sha256(image.encode()).hexdigest()[:8]}"
 
 
 class Sandbox(ABC):
-    """One throw-away machine. Files written by a command are there for the next one; its processes are not."""
+    """One disposable machine. Files that a command writes stay for the next command; its processes are killed."""
 
     limits: Limits
     workdir: str = "/testbed"
@@ -92,70 +86,71 @@ class Sandbox(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Make it. Raises `SandboxLost` where the machine does not let us."""
+        """Make it. Raises `SandboxLost` if the machine does not allow it."""
 
     @abstractmethod
     def close(self) -> None:
-        """End whatever runs in it and forget what it wrote. May be called twice, and while another thread runs a command."""
+        """Kill its processes and discard its files. May be called twice, and while another thread runs a command."""
 
     @abstractmethod
     def is_alive(self) -> bool:
-        """Whether it can be entered."""
+        """Whether a command can run in it."""
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
-        """The argument vector that runs this bash script in `workdir` inside. Raises `SandboxLost` where it is not alive."""
+        """The argument vector that runs this bash script in `workdir` inside. Raises `SandboxLost` if it is not alive."""
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
-        """Run a bash script with `given` on its stdin, for at most `timeout` seconds.
+    def run(self, script: str, timeout: float, stdin: bytes = b"") -> CommandResult:
+        """Run a bash script with these bytes as its stdin, for at most `timeout` seconds.
 
         Raises:
-            Lost: the machine is at fault, or the sandbox is closed meanwhile.
-            Ruined: what ran in it before is at fault.
+            SandboxLost: the machine is at fault, or the sandbox is closed meanwhile.
+            SandboxBroken: an earlier command is at fault.
         """
-        return self._execute(self.command(script), timeout, given)
+        return self._execute(self.command(script), timeout, stdin)
 
-    def _execute(self, argv: Sequence[str], timeout: float, given: bytes, passed: Sequence[int] = ()) -> CommandResult:
-        """Run what leads inside, within our limits."""
+    def _execute(
+        self, argv: Sequence[str], timeout: float, stdin: bytes, pass_fds: Sequence[int] = ()
+    ) -> CommandResult:
+        """Run a program that enters the sandbox, within its limits."""
         return execute(
             argv,
             timeout,
-            given,
-            most=self.limits.output_mb << 20,
-            memory=self.limits.memory_mb << 20,
+            stdin,
+            max_output=self.limits.output_mb << 20,
+            max_memory=self.limits.memory_mb << 20,
             env=self.outer_env,
-            passed=passed,
-            gone=lambda: not self.is_alive(),
+            pass_fds=pass_fds,
+            is_gone=lambda: not self.is_alive(),
         )
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file, as a command inside would: no link leads outside. Raises OSError, also where a pipe or another thing
-        that is no file is in its place."""
+        """Write a file from inside, so that no link leads outside. Raises OSError, also if the path is a pipe, say."""
         name = shlex.quote(path)
-        odd = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
-        ran = self.run(f'{odd}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL_SECONDS, data)
-        if ran.code:
-            raise OSError(f"{path}: {ran.text.strip() or ran.stop_reason}")
+        refuse = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
+        result = self.run(f'{refuse}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL_SECONDS, data)
+        if result.code:
+            raise OSError(f"{path}: {result.text.strip() or result.stop_reason}")
 
     def get(self, path: str) -> bytes:
-        """Read a file, as a command inside would. Raises OSError."""
-        ran = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL_SECONDS)
-        if ran.code:
+        """Read a file from inside. Raises OSError."""
+        result = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL_SECONDS)
+        if result.code:
             raise OSError(f"{path}: cannot be read in the sandbox")
-        return ran.output
+        return result.output
 
 
 class Backend(Protocol):
     """A way of making sandboxes."""
 
     def missing(self) -> str | None:
-        """Why it cannot be used on this machine, with the remedy, in one sentence; None where it can."""
+        """Why it cannot be used on this machine, with the remedy, in one sentence; None if it can."""
 
     def lacks(self, image: str) -> str | None:
-        """Why this image cannot be opened yet, with the remedy; None where it can."""
+        """Why this image cannot be opened yet, with the remedy; None if it can."""
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Fetch images that compute nodes could not fetch; goes on where it was interrupted."""
+        """Fetch images, which compute nodes cannot do; resumes after an interruption."""
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
         """A sandbox, not started."""

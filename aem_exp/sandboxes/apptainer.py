@@ -77,13 +77,13 @@ class _ApptainerSandbox(Sandbox):
     def __init__(self, program: str, file: Path, scratch: Path, image: Image, limits: Limits):
         self.limits, self._program, self._image_file, self._image, self._scratch = limits, program, file, image, scratch
         self.layer: Path | None = None
-        kept = (
+        passed_on = (
             "PATH",
             "HOME",
             "TMPDIR",
             *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))),
         )
-        self.outer_env = {name: os.environ[name] for name in kept if name in os.environ}  # no tokens
+        self.outer_env = {name: os.environ[name] for name in passed_on if name in os.environ}  # no tokens
 
     def start(self) -> None:
         self.layer = Path(tempfile.mkdtemp(prefix="aem-exp-layer-", dir=self._scratch))

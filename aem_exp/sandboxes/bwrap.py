@@ -43,18 +43,20 @@ from aem_exp.sandboxes import (
 )
 from aem_exp.sandboxes.process import ARGUMENTS_TOO_LONG, create_sealed_file, start_holder, stop_holder
 
-NOBODY_UID: Final = 61999  # whom root becomes: no user of any system that we know
+NOBODY_UID: Final = 61999  # the user that root becomes: one that no system we know of has
 PROGRAMS: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
 NAMESPACES_REMEDY: Final = (
     "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
 PROBE_SECONDS: Final = 20.0  # seconds
 SETTLE_SECONDS: Final = 0.5  # seconds
-START: Final = 60.0  # seconds for a sandbox to be mounted
+START_SECONDS: Final = 60.0  # seconds for a sandbox to be mounted
 MAX_OPEN_FILES: Final = 512  # open at once, of a process: what hides in their buffers is no process's memory
 # Of a sandbox, where the machine lets us: its user has 128 instances and groups in all, and the watches are kernel memory.
 WATCH_LIMITS: Final = "inotify_instances=8 inotify_watches=8192 fanotify_groups=8 fanotify_marks=8192"
-SPARE: Final = 64  # processes beside the limit: those that lead inside, and those of a command that is just ending
+SPARE_PROCESSES: Final = (
+    64  # beside the limit: those that enter the sandbox, and those of a command that is just ending
+)
 _TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM_FOLDERS: Final = (
     "bin",
@@ -115,16 +117,16 @@ class Bwrap:
     images: str | None = None
 
     def missing(self) -> str | None:
-        if absent := [name for name in PROGRAMS if not shutil.which(name, path=_search_path())]:
-            return f"{', '.join(absent)} not found: apt install bubblewrap util-linux git (or as your system has it)"
+        if missing := [name for name in PROGRAMS if not shutil.which(name, path=_search_path())]:
+            return f"{', '.join(missing)} not found: apt install bubblewrap util-linux git (or as your system has it)"
         if why := seccomp.missing(platform.machine()):
             return why
         try:
             with self.open(Image(), Limits()) as sandbox:
-                ran = sandbox.run("true", PROBE_SECONDS)
+                result = sandbox.run("true", PROBE_SECONDS)
         except SandboxLost as error:
             return f"{error}; {NAMESPACES_REMEDY}"
-        return f"{ran.text.strip()}; {NAMESPACES_REMEDY}" if ran.code else None
+        return f"{result.text.strip()}; {NAMESPACES_REMEDY}" if result.code else None
 
     def lacks(self, image: str) -> str | None:
         if image == HOST or (self._folder(image) / "config.json").is_file():
@@ -132,15 +134,15 @@ class Bwrap:
         return f"image {image} is not unpacked in {self._images_folder()}: run aem_exp.prepare"
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Fetch and unpack what is not there (skopeo, umoci). Layers are fetched once, checked by their digest, and kept in
-        `oci` beside the images, so that an interrupted call goes on; what is half unpacked is unpacked again."""
+        """Fetch and unpack missing images (skopeo, umoci). Layers are fetched once, checked by their digest, and kept in `oci`
+        beside the images, so that an interrupted call resumes; an image that was unpacked in part is unpacked again."""
         self._images_folder().mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, 1):
             if self.lacks(image) is None:
                 continue
-            if absent := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
+            if missing := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
                 raise MissingResource(
-                    "env.make.sandbox", self._images_folder(), f"needs {' and '.join(absent)}, to unpack images"
+                    "env.make.sandbox", self._images_folder(), f"needs {' and '.join(missing)}, to unpack images"
                 )
             say(f"unpack  {image} ({number} of {len(images)})")
             _unpack(image, self._images_folder(), self._folder(image))
@@ -149,9 +151,9 @@ class Bwrap:
         if image.name == HOST:
             return _BwrapSandbox(image, limits, None)
         folder = self._folder(image.name)
-        told = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
+        variables = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
         # As Docker does, what has no `=` is left out; what has no name could not be set.
-        env = dict(word.split("=", 1) for word in told if "=" in word[1:])
+        env = dict(word.split("=", 1) for word in variables if "=" in word[1:])
         return _BwrapSandbox(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
     def _images_folder(self) -> Path:
@@ -162,25 +164,27 @@ class Bwrap:
 
 
 def _unpack(image: str, home: Path, folder: Path) -> None:
-    """An image as a folder that belongs to whom its sandboxes run as."""
+    """Unpack an image into a folder that belongs to the user as which its sandboxes run."""
     tag = f"{home / 'oci'}:{image_file_name(image)}"
     source = image if _TRANSPORT.match(image) else f"docker://{image}"
     _run_program(image, "skopeo", "copy", source, f"oci:{tag}")
-    half = folder.with_suffix(f".{os.getpid()}.part")
+    partial = folder.with_suffix(f".{os.getpid()}.part")
     try:
-        half.mkdir()
-        _run_program(image, "umoci", "raw", "unpack", "--rootless", "--image", tag, str(half / "rootfs"))
-        with (half / "config.json").open("wb") as config:
+        partial.mkdir()
+        _run_program(image, "umoci", "raw", "unpack", "--rootless", "--image", tag, str(partial / "rootfs"))
+        with (partial / "config.json").open("wb") as config:
             _run_program(image, "skopeo", "inspect", "--config", f"oci:{tag}", out=config)
         if os.geteuid() == 0:
-            _run_program(image, "chown", "-R", "--no-dereference", f"{NOBODY_UID}:{NOBODY_UID}", str(half / "rootfs"))
-        half.replace(folder)
+            _run_program(
+                image, "chown", "-R", "--no-dereference", f"{NOBODY_UID}:{NOBODY_UID}", str(partial / "rootfs")
+            )
+        partial.replace(folder)
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _run_program(image: str, *words: str, out: Any = None) -> None:
-    """Run a program, whose progress is shown; Missing where it fails."""
+    """Run a program, which shows its own progress. Raises MissingResource if it fails."""
     if code := subprocess.run(words, stdout=out).returncode:
         raise MissingResource(
             "image", image, f"{words[0]} could not get it (it says why above, and exited with {code})"
@@ -192,23 +196,23 @@ class _BwrapSandbox(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._mount_folder = ""
-        self._has_run = False  # whether something has run in it
+        self._has_run = False  # whether any command has run in it
         self._filter = seccomp.build_filter(platform.machine())
         self.outer_env = {"PATH": _search_path()}  # bwrap is process 1 inside: whatever it was given can be read there
 
     def start(self) -> None:
         self._mount_folder = _mount_point()
-        shown = [*([str(self._folder)] if self._folder else []), *self._image.visible_paths]
-        own = ["unshare", "--user", "--map-root-user", "--mount"]
+        visible_paths = [*([str(self._folder)] if self._folder else []), *self._image.visible_paths]
+        user_namespace = ["unshare", "--user", "--map-root-user", "--mount"]
         root = os.geteuid() == 0
-        drop = " ".join([*_nobody_command(), *own]) if root else ""
-        outer = ["unshare", "--mount", "--propagation", "private"] if root else own
+        drop = " ".join([*_nobody_command(), *user_namespace]) if root else ""
+        outer = ["unshare", "--mount", "--propagation", "private"] if root else user_namespace
         layers = "image" if self._folder else "host"
-        words = [self._mount_folder, drop, INNER_SCRIPT, str(self.limits.disk_mb), layers, WATCH_LIMITS, *shown]
+        words = [self._mount_folder, drop, INNER_SCRIPT, str(self.limits.disk_mb), layers, WATCH_LIMITS, *visible_paths]
         try:
-            self._holder = start_holder([*outer, "sh", "-c", OUTER_SCRIPT, "sh", *words], START, self.outer_env)
-        except SandboxLost as lost:
-            raise SandboxLost(f"the sandbox could not be mounted: {lost}") from None
+            self._holder = start_holder([*outer, "sh", "-c", OUTER_SCRIPT, "sh", *words], START_SECONDS, self.outer_env)
+        except SandboxLost as error:
+            raise SandboxLost(f"the sandbox could not be mounted: {error}") from None
 
     def close(self) -> None:
         holder, self._holder = self._holder, None
@@ -220,7 +224,7 @@ class _BwrapSandbox(Sandbox):
         return holder is not None and holder.poll() is None
 
     def command(self, script: str, *more: str) -> list[str]:
-        """`more`: of bwrap's words, those that hold for one run."""
+        """`more`: arguments of bwrap for this run only."""
         holder = self._holder
         if holder is None or not self.is_alive():
             raise SandboxLost("the sandbox is gone")
@@ -228,48 +232,53 @@ class _BwrapSandbox(Sandbox):
         shell = ["bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
         return [*self._enter_command(holder.pid, self.workdir), *more, *shell]
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
-        """As any sandbox does. What did not begin is `Lost`, unless what ran before has ruined the sandbox for it."""
-        ran, began = self._try_run(script, timeout, given)
-        if not began and not ran.stop_reason:
-            time.sleep(SETTLE_SECONDS)  # what the last command began may still be ending, and count
-            ran, began = self._try_run(script, timeout, given)
+    def run(self, script: str, timeout: float, stdin: bytes = b"") -> CommandResult:
+        """Run a script. If it did not begin, raise `SandboxLost`, or `SandboxBroken` if an earlier command is at fault."""
+        result, began = self._try_run(script, timeout, stdin)
+        if not began and not result.stop_reason:
+            time.sleep(SETTLE_SECONDS)  # processes of the last command may still be ending, and count
+            result, began = self._try_run(script, timeout, stdin)
         if not began and self._has_run:
             self._check_machine()
-            ran, began = self._try_run(script, timeout, given)
-            if not began and not ran.stop_reason:
-                raise SandboxBroken(ran.text.strip()[-300:])
+            result, began = self._try_run(script, timeout, stdin)
+            if not began and not result.stop_reason:
+                raise SandboxBroken(result.text.strip()[-300:])
         elif not began:
-            raise SandboxLost(f"the command did not begin: {ran.text.strip()[-300:]}")
+            raise SandboxLost(f"the command did not begin: {result.text.strip()[-300:]}")
         self._has_run = True
-        return ran
+        return result
 
     def _check_machine(self) -> None:
-        """Raise `Lost` where no command begins in a fresh sandbox either."""
+        """Raise `SandboxLost` if no command begins in a fresh sandbox either."""
         fresh = _BwrapSandbox(self._image, self.limits, self._folder)
         fresh.outer_env, fresh.workdir = self.outer_env, self.workdir
         with fresh:
             fresh.run("true", PROBE_SECONDS)
 
-    def _try_run(self, script: str, timeout: float, given: bytes) -> tuple[CommandResult, bool]:
-        """What became of it, and whether it began: bwrap writes that to a file of which nothing inside has a descriptor."""
+    def _try_run(self, script: str, timeout: float, stdin_data: bytes) -> tuple[CommandResult, bool]:
+        """The result, and whether the command began: bwrap writes that to a file of which no process inside has a descriptor."""
         with create_sealed_file(self._filter) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
-            passed = rules.fileno(), status.fileno()
-            more = ("--seccomp", str(passed[0]), "--json-status-fd", str(passed[1]))
-            ran = self._execute(self.command(script, *more), timeout, given, passed)
-            said = os.pread(passed[1], 1 << 12, 0)
-        # An exit code is told of what began alone; whoever was stopped has none, and had at least a process.
-        return ran, ran is ARGUMENTS_TOO_LONG or (b"child-pid" if ran.stop_reason else b"exit-code") in said
+            pass_fds = rules.fileno(), status.fileno()
+            more = ("--seccomp", str(pass_fds[0]), "--json-status-fd", str(pass_fds[1]))
+            result = self._execute(self.command(script, *more), timeout, stdin_data, pass_fds)
+            status_text = os.pread(pass_fds[1], 1 << 12, 0)
+        # bwrap reports an exit code only of a command that began; one that was stopped has none, but it had a process.
+        mark = b"child-pid" if result.stop_reason else b"exit-code"
+        return result, result is ARGUMENTS_TOO_LONG or mark in status_text
 
     def _enter_command(self, holder: int, folder: str) -> list[str]:
-        """The words before a command that runs inside, in that folder."""
+        """The arguments before a command that runs inside, in that folder."""
         limits, at = self.limits, self._mount_folder
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
             *(_nobody_command() if os.geteuid() == 0 else []),
             *("nsenter", f"--target={holder}", "--user", "--mount", "--preserve-credentials"),
             *("prlimit", f"--cpu={limits.cpu_seconds}", f"--data={limits.memory_mb << 20}", "--core=0"),
-            *(f"--nofile={MAX_OPEN_FILES}", f"--fsize={limits.disk_mb << 20}", f"--nproc={limits.processes + SPARE}"),
+            *(
+                f"--nofile={MAX_OPEN_FILES}",
+                f"--fsize={limits.disk_mb << 20}",
+                f"--nproc={limits.processes + SPARE_PROCESSES}",
+            ),
             # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--"),
             *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host_mounts())),
@@ -315,12 +324,12 @@ def _search_path() -> str:
 
 
 def _mount_point() -> str:
-    """A folder of ours to mount on: every sandbox of a user has its own mounts on the same one, so that none is left behind."""
+    """The folder to mount on. All sandboxes of a user share it, each with its own mounts, so that no folder is left behind."""
     path = Path(tempfile.gettempdir(), f"aem-exp-sandboxes-{os.geteuid()}")
     with suppress(FileExistsError):
         path.mkdir(mode=0o711)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise SandboxLost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
-    path.chmod(0o711)  # whom root becomes must pass through
+    path.chmod(0o711)  # the user that root becomes must be able to pass through
     return str(path)

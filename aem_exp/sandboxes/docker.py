@@ -11,7 +11,7 @@ from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost
 from aem_exp.sandboxes.process import STOPPED_EXIT_CODE, CommandResult, execute, start_holder, stop_holder
 
 DAEMON_SECONDS: Final = 20.0  # seconds for the daemon to answer
-START: Final = 120.0  # seconds for a container to start
+START_SECONDS: Final = 120.0  # seconds for a container to start
 GRACE_SECONDS: Final = 10.0  # seconds that a command may need to begin and to end
 WAIT_SCRIPT: Final = (
     "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
@@ -81,33 +81,33 @@ class _DockerSandbox(Sandbox):
 
     def start(self) -> None:
         try:
-            self._holder = start_holder(self.create_command(), START)
-        except SandboxLost as lost:
+            self._holder = start_holder(self.create_command(), START_SECONDS)
+        except SandboxLost as error:
             execute([self._program, "kill", self.name], DAEMON_SECONDS)  # it may have begun, unheard
-            raise SandboxLost(f"the container did not start: {lost}") from None
+            raise SandboxLost(f"the container did not start: {error}") from None
 
     def close(self) -> None:
-        held, self._holder = self._holder, None
-        if held is not None:
+        holder, self._holder = self._holder, None
+        if holder is not None:
             execute([self._program, "kill", self.name], DAEMON_SECONDS)
-            stop_holder(held)
+            stop_holder(holder)
 
     def is_alive(self) -> bool:
-        held = self._holder
-        return held is not None and held.poll() is None
+        holder = self._holder
+        return holder is not None and holder.poll() is None
 
     def command(self, script: str) -> list[str]:
         words = ["bash", "-c", RUN_SCRIPT, "bash", f"{self._seconds:g}", script]
         return [self._program, "exec", "--interactive", "--workdir", self.workdir, self.name, *words]
 
-    def run(self, script: str, timeout: float, given: bytes = b"") -> CommandResult:
+    def run(self, script: str, timeout: float, stdin: bytes = b"") -> CommandResult:
         if not self.is_alive():
             raise SandboxLost("the container is gone")
         self._seconds = timeout
-        ran = super().run(script, timeout + GRACE_SECONDS, given)
-        late = ran.stop_reason == "time" or (ran.code == KILLED_EXIT_CODE and ran.seconds >= timeout)
-        return replace(ran, code=STOPPED_EXIT_CODE, stop_reason="time") if late else ran
+        result = super().run(script, timeout + GRACE_SECONDS, stdin)
+        late = result.stop_reason == "time" or (result.code == KILLED_EXIT_CODE and result.seconds >= timeout)
+        return replace(result, code=STOPPED_EXIT_CODE, stop_reason="time") if late else result
 
 
-def _last_line(ran: CommandResult) -> str:
-    return (ran.text.strip().splitlines() or ["no answer"])[-1]
+def _last_line(result: CommandResult) -> str:
+    return (result.text.strip().splitlines() or ["no answer"])[-1]

@@ -30,17 +30,17 @@ def used_bytes(pid: int, most: int) -> int:
 
 def _process_tree(pid: int) -> list[int]:
     """A process and all below it."""
-    found, todo = [], [pid]
-    while todo:
-        found.append(one := todo.pop())
+    pids, pending = [], [pid]
+    while pending:
+        pids.append(one := pending.pop())
         with suppress(OSError):
             for thread in os.listdir(f"/proc/{one}/task"):
-                todo += _read_numbers(Path(f"/proc/{one}/task/{thread}/children"))
-    return found
+                pending += _read_numbers(Path(f"/proc/{one}/task/{thread}/children"))
+    return pids
 
 
 def _find_live_folder(pid: int) -> Path | None:
-    """Where /proc tells of a process's memory: at a thread that lives, as the first may have ended; None where none does."""
+    """The folder in /proc with a process's memory: that of a thread that lives, as the first may have ended; None without one."""
     first = Path(f"/proc/{pid}")
     if any(_read_numbers(first / "statm")[:1]):
         return first
@@ -56,17 +56,17 @@ def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
 
     Up to `most`: beyond that it does not matter how many, and to read on may take long.
     """
-    pieces: dict[str, int] = {}
-    areas = hidden = 0
+    shared_sizes: dict[str, int] = {}
+    mappings = hidden = 0
     for place in processes:
         for line in _read_text(place / "maps").splitlines():
-            areas += 1
+            mappings += 1
             if any(name in line for name in SHARED_MAPPINGS) and (words := line.split(maxsplit=5))[5].startswith(
                 SHARED_MAPPINGS
             ):
                 begin, end = (int(word, 16) for word in words[0].split("-"))
-                pieces[words[4]] = max(pieces.get(words[4], 0), int(words[2], 16) + end - begin)
-        hidden = max(0, sum(pieces.values()) - resident) + MAPPING_OVERHEAD_BYTES * areas
+                shared_sizes[words[4]] = max(shared_sizes.get(words[4], 0), int(words[2], 16) + end - begin)
+        hidden = max(0, sum(shared_sizes.values()) - resident) + MAPPING_OVERHEAD_BYTES * mappings
         if hidden > most:
             break
     return hidden
@@ -74,8 +74,8 @@ def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
 
 def _page_table_bytes(place: Path) -> int:
     """Bytes of a process's page tables."""
-    told = _read_text(place / "status").partition("VmPTE:")[2].split(maxsplit=1)
-    return int(told[0]) << 10 if told else 0
+    fields = _read_text(place / "status").partition("VmPTE:")[2].split(maxsplit=1)
+    return int(fields[0]) << 10 if fields else 0
 
 
 def _socket_bytes(processes: Iterable[Path]) -> int:
@@ -110,7 +110,7 @@ def _read_numbers(file: Path) -> list[int]:
 
 
 def _read_text(file: Path) -> str:
-    """What a file says; nothing where its process has ended meanwhile, or is not ours to look at."""
+    """The text of a file; "" if its process has ended meanwhile, or may not be read."""
     try:
         return file.read_text(errors="replace")
     except OSError:

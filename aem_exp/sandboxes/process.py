@@ -26,21 +26,25 @@ StopReason = Literal["", "time", "output", "memory"]
 
 
 class SandboxLost(RuntimeError):
-    """The sandbox itself is gone or cannot be entered: the machine's fault, never a score of what ran in it."""
+    """The sandbox is gone or cannot be entered. This is the machine's fault, and never counts as a result of what ran in it."""
 
 
 class SandboxBroken(RuntimeError):
-    """No command can begin any more, because of what ran before: it has locked, removed or replaced what each one needs."""
+    """No command can start any more, because an earlier one has locked, removed or replaced what each one needs."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command printed (stdout and stderr as they came), how it ended, and in how long."""
+    """How a command ended."""
 
     output: bytes
+    """Its stdout and stderr, interleaved."""
     code: int
-    stop_reason: StopReason = ""  # what it had too much of, where it was stopped for that
+    """Its exit code."""
+    stop_reason: StopReason = ""
+    """The limit for which it was stopped, if it was."""
     seconds: float = 0.0
+    """Its duration."""
 
     @property
     def text(self) -> str:
@@ -53,54 +57,56 @@ ARGUMENTS_TOO_LONG: Final = CommandResult(b"Argument list too long\n", 126)  # w
 def execute(
     argv: Sequence[str],
     timeout: float,
-    given: bytes = b"",
+    stdin: bytes = b"",
     *,
-    most: int = 1 << 20,
-    memory: int = 1 << 40,
+    max_output: int = 1 << 20,
+    max_memory: int = 1 << 40,
     env: Mapping[str, str] | None = None,
-    passed: Sequence[int] = (),
-    gone: Callable[[], bool] = lambda: False,
+    pass_fds: Sequence[int] = (),
+    is_gone: Callable[[], bool] = lambda: False,
 ) -> CommandResult:
-    """Run it with `given` as stdin, for at most `timeout` seconds, `most` bytes of output, `memory` bytes of all its
-    processes.
+    """Run a command within limits on seconds, bytes of output, and bytes of memory of all its processes.
 
     Args:
-        passed: descriptors that it has under their own numbers.
-        gone: whether what it runs in is no more, which ends it.
+        pass_fds: descriptors that it inherits under their own numbers.
+        is_gone: whether the sandbox that it runs in has ended, which ends the command.
 
     Raises:
-        Lost: it is gone, or the machine has no process for us.
+        SandboxLost: the sandbox is gone, or no process can be started.
     """
-    began = time.monotonic()
+    started_at = time.monotonic()
     try:
-        with create_sealed_file(given) as stdin:
+        with create_sealed_file(stdin) as stdin_file:
             child = subprocess.Popen(
                 argv,
-                stdin=stdin,
+                stdin=stdin_file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=env,
-                pass_fds=passed,
+                pass_fds=pass_fds,
             )
     except OSError as error:
         if error.errno == errno.E2BIG:  # whoever wrote the command is at fault, not the machine
             return ARGUMENTS_TOO_LONG
         raise SandboxLost(f"no process could be begun: {error}") from error
     try:
-        output, stopped = _watch_output(child, began + timeout, most, memory, gone)
+        output, stop_reason = _watch_output(child, started_at + timeout, max_output, max_memory, is_gone)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # also what a finished shell left in its session
+            os.killpg(child.pid, signal.SIGKILL)  # also what a shell that has ended left in its session
         code = child.wait()
         assert child.stdout is not None
         child.stdout.close()
-    return CommandResult(output, STOPPED_EXIT_CODE if stopped else code, stopped, time.monotonic() - began)
+    return CommandResult(output, STOPPED_EXIT_CODE if stop_reason else code, stop_reason, time.monotonic() - started_at)
 
 
 def start_holder(argv: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """A process that says `ready`, and stays until it is released. Raises Lost with what it says instead, or where it says
-    nothing for so long."""
+    """Start a process that prints `ready` and runs until `stop_holder`.
+
+    Raises:
+        SandboxLost: it printed something else, or nothing within so many seconds.
+    """
     try:
         child = subprocess.Popen(
             argv,
@@ -112,15 +118,17 @@ def start_holder(argv: Sequence[str], seconds: float, env: Mapping[str, str] | N
         )
     except OSError as error:
         raise SandboxLost(f"no process could be begun: {error}") from error
-    if (said := _read_first_line(child, seconds)) != b"ready\n":
+    if (first_line := _read_first_line(child, seconds)) != b"ready\n":
         stop_holder(child)
-        what = said.decode(errors="replace").strip()
-        raise SandboxLost(what if said.endswith(b"\n") else f"{what} (no more within {seconds:g} s)".strip())
+        message = first_line.decode(errors="replace").strip()
+        raise SandboxLost(
+            message if first_line.endswith(b"\n") else f"{message} (no more within {seconds:g} s)".strip()
+        )
     return child
 
 
 def stop_holder(child: subprocess.Popen[bytes]) -> None:
-    """End what was held, with all of its session; what hangs in the kernel is left to it."""
+    """Kill a holder with all of its session; a process that hangs in the kernel is left to it."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -132,19 +140,19 @@ def stop_holder(child: subprocess.Popen[bytes]) -> None:
 
 
 def _read_first_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Its first line, or as much of it as came."""
+    """The first line of its output, or the part of it that came in time."""
     assert child.stdout is not None
-    descriptor, deadline, said = child.stdout.fileno(), time.monotonic() + seconds, b""
-    while not said.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+    descriptor, deadline, line = child.stdout.fileno(), time.monotonic() + seconds, b""
+    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
         if select.select([descriptor], [], [], left)[0]:
             if not (byte := os.read(descriptor, 1)):
-                return said + b"\n"
-            said += byte
-    return said
+                return line + b"\n"
+            line += byte
+    return line
 
 
 def create_sealed_file(data: bytes) -> BinaryIO:
-    """A file in memory that nobody can write any more: whoever reads it may be anybody."""
+    """A file in memory that cannot be changed any more, as an untrusted process may read it."""
     file = os.fdopen(os.memfd_create("given", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
     file.seek(0)
@@ -155,14 +163,14 @@ def create_sealed_file(data: bytes) -> BinaryIO:
 
 
 def _watch_output(
-    child: subprocess.Popen[bytes], deadline: float, most: int, memory: int, gone: Callable[[], bool]
+    child: subprocess.Popen[bytes], deadline: float, max_output: int, max_memory: int, is_gone: Callable[[], bool]
 ) -> tuple[bytes, StopReason]:
-    """Read what it prints until it ends, or has too much of something."""
+    """Read its output until it ends or exceeds a limit."""
     assert child.stdout is not None
     descriptor = child.stdout.fileno()
     os.set_blocking(descriptor, False)
     output = bytearray()
-    looked = time.monotonic()
+    checked_at = time.monotonic()
     with selectors.DefaultSelector() as ready:
         ready.register(descriptor, selectors.EVENT_READ)
         while True:
@@ -172,33 +180,33 @@ def _watch_output(
             if chunk == b"":
                 break
             output += chunk or b""
-            if len(output) > most:
-                return bytes(output[:most]), "output"
+            if len(output) > max_output:
+                return bytes(output[:max_output]), "output"
             if now >= deadline:
                 return bytes(output), "time"
-            if now - looked >= POLL_SECONDS:
-                looked = now
-                if _exceeds_memory(child, memory, gone):
+            if now - checked_at >= POLL_SECONDS:
+                checked_at = now
+                if _exceeds_memory(child, max_memory, is_gone):
                     return bytes(output), "memory"
     # it closed its output, which is its end, or very nearly
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             child.wait(min(POLL_SECONDS, left))
             return bytes(output), ""
-        if _exceeds_memory(child, memory, gone):
+        if _exceeds_memory(child, max_memory, is_gone):
             return bytes(output), "memory"
     return bytes(output), "time"
 
 
-def _exceeds_memory(child: subprocess.Popen[bytes], memory: int, gone: Callable[[], bool]) -> bool:
-    """Whether it takes too much memory. Raises Lost where it has lost its place."""
-    if gone():
+def _exceeds_memory(child: subprocess.Popen[bytes], max_memory: int, is_gone: Callable[[], bool]) -> bool:
+    """Whether it exceeds its memory. Raises SandboxLost if its sandbox is gone."""
+    if is_gone():
         raise SandboxLost("the sandbox is gone")
-    return used_bytes(child.pid, memory) > memory
+    return used_bytes(child.pid, max_memory) > max_memory
 
 
 def _read_available(descriptor: int) -> bytes | None:
-    """What there is now; nothing where it is at its end, None where there may be more later."""
+    """The bytes that are available; empty at the end of the stream, None if there may be more later."""
     try:
         return os.read(descriptor, 1 << 16)
     except BlockingIOError:

@@ -55,7 +55,7 @@ _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
 
 def missing(machine: str) -> str | None:
-    """Why there is no filter for a machine, as `platform` names it; None where there is one."""
+    """Why there is no filter for a machine, as `platform` names it; None if there is one."""
     return (
         None
         if machine in AUDIT_ARCHITECTURES
@@ -104,6 +104,6 @@ def _return_for_any(numbers: Sequence[int], verdict: int) -> list[bytes]:
     ]
 
 
-def _instruction(what: int, word: int, then: int = 0, otherwise: int = 0) -> bytes:
+def _instruction(code: int, operand: int, jump_if_true: int = 0, jump_if_false: int = 0) -> bytes:
     """An instruction; `then`, `otherwise`: how many of the next ones a jump leaves out."""
-    return struct.pack("<HBBI", what, then, otherwise, word)
+    return struct.pack("<HBBI", code, jump_if_true, jump_if_false, operand)

@@ -22,21 +22,16 @@ from aem_exp.core import cli, disk
 from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.core.typed import build_from_mapping
 from aem_exp.sweep.study import (
-    STUDY_FILE,
-    TRIAL_FILE,
-    PrintLine,
-    Search,
-    Study,
     ask,
     drop_replaced_trials,
     find_finished_duplicate,
     open_study,
-    parameter_values,
-    read_card,
     reopen_trial,
     tell,
     tell_failure,
 )
+from aem_exp.sweep.study_space import parameter_values
+from aem_exp.sweep.study_spec import STUDY_FILE, TRIAL_FILE, PrintLine, Search, Study, read_card
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,13 +46,13 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_command(asked: argparse.Namespace, say: PrintLine) -> int:
+def _run_command(arguments: argparse.Namespace, print_line: PrintLine) -> int:
     from aem_exp.cluster import distributed
     from aem_exp.core import console
     from aem_exp.jobs import dispatch
     from aem_exp.rundir import lock
 
-    worker = asked.worker_dir.expanduser().absolute()
+    worker = arguments.worker_dir.expanduser().absolute()
     cli.add_frozen_modules(worker)
     console.silence_libraries()
     study = read_study(worker)
@@ -67,9 +62,9 @@ def _run_command(asked: argparse.Namespace, say: PrintLine) -> int:
     dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
     try:
         with lock.hold_run_lock(worker):
-            return _run_rank_zero(worker, study, say)
-    except lock.RunLocked as owned:
-        say(str(owned))
+            return _run_rank_zero(worker, study, print_line)
+    except lock.RunLocked as locked:
+        print_line(str(locked))
         return 0
 
 
@@ -84,30 +79,30 @@ def read_study(worker: Path) -> Study:
     file = worker / STUDY_FILE
     if not file.is_file():
         raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {STUDY_FILE}")
-    asked, over = json.loads(file.read_text()), worker / "config"
+    spec, configs = json.loads(file.read_text()), worker / "config"
     os.environ.pop("AEM_ROOT", None)  # conf/ is what was frozen with the code
-    search = build_from_mapping(Search, asked["search"], "search")
-    study = Study(worker.parent, asked["question"], tuple(asked["overrides"]), over if over.is_dir() else None, search)
-    if redact(study.storage_url or "") != asked["storage"]:
-        remedy = (
-            f"was {asked['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
-        )
+    search = build_from_mapping(Search, spec["search"], "search")
+    study = Study(
+        worker.parent, spec["question"], tuple(spec["overrides"]), configs if configs.is_dir() else None, search
+    )
+    if redact(study.storage_url or "") != spec["storage"]:
+        remedy = f"was {spec['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
         raise ConfigError("AEM_STUDY", redact(study.storage_url or "") or None, remedy)
     return study
 
 
-def _run_rank_zero(worker: Path, study: Study, say: PrintLine) -> int:
-    """Take a trial, run it, tell; the first process of a worker does this, and says to the others what they need."""
+def _run_rank_zero(worker: Path, study: Study, print_line: PrintLine) -> int:
+    """Take a trial, run it, tell; the first process of a worker does this, and writes down for the others what they need."""
     opened = open_study(study)
     number = _take_trial(worker, study, opened)
     if number is None:
         _notify_other_ranks(worker, {"play": False})
-        say("nothing is missing")
+        print_line("nothing is missing")
         return 0
     frozen = opened.get_trials(deepcopy=False)[number]
     if frozen.state.is_finished():  # killed after it had told
         _notify_other_ranks(worker, {"play": False})
-        say(f"trial {number} is told: {frozen.state.name.lower()}")
+        print_line(f"trial {number} is told: {frozen.state.name.lower()}")
         return 0
     trial = reopen_trial(opened, frozen)
     try:
@@ -116,9 +111,9 @@ def _run_rank_zero(worker: Path, study: Study, say: PrintLine) -> int:
     except ConfigError as error:
         tell_failure(opened, frozen, "config", str(error))
         raise
-    say(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in parameter_values(frozen).items())}")
-    say(f"run      {config.run_dir(experiment)}")
-    return _run_trial(worker, study, opened, trial, experiment, say)
+    print_line(f"trial    {number}: {' '.join(f'{key}={value}' for key, value in parameter_values(frozen).items())}")
+    print_line(f"run      {config.run_dir(experiment)}")
+    return _run_trial(worker, study, opened, trial, experiment, print_line)
 
 
 def _take_trial(worker: Path, study: Study, opened: Any) -> int | None:
@@ -135,7 +130,7 @@ def _take_trial(worker: Path, study: Study, opened: Any) -> int | None:
 
 
 def _record_membership(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
-    """Write down who belongs to the study, where status, MLflow and the report look."""
+    """Write down which runs belong to the study, where status, MLflow and the report look."""
     from aem_exp.rundir import membership
     from aem_exp.tracking import publish, views
 
@@ -159,7 +154,9 @@ def _record_membership(study: Study, opened: Any, trial: Any, experiment: Experi
         publish.add_tags(folder, {views.sweep_tag(study.name): group})
 
 
-def _run_trial(worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, say: PrintLine) -> int:
+def _run_trial(
+    worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, print_line: PrintLine
+) -> int:
     """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
     from aem_exp.cluster import distributed
     from aem_exp.cluster.signals import Interrupted, Pruned
@@ -171,24 +168,24 @@ def _run_trial(worker: Path, study: Study, opened: Any, trial: Any, experiment: 
             _notify_other_ranks(worker, {"play": False})
             for step, value in other.intermediate_values.items():
                 trial.report(value, step)
-            return tell(opened, trial, other.state.name, other.value, say)
+            return tell(opened, trial, other.state.name, other.value, print_line)
         _notify_other_ranks(
             worker, {"play": True, "values": parameter_values(opened.get_trials(deepcopy=False)[trial.number])}
         )
         try:
             with _make_progress() as line:
                 execution.run(experiment, _TrialReporter(opened, trial, study.search.metric, line))
-            return tell(opened, trial, "COMPLETE", _final_value(study, config.run_dir(experiment)), say)
+            return tell(opened, trial, "COMPLETE", _final_value(study, config.run_dir(experiment)), print_line)
         except Pruned:
-            return tell(opened, trial, "PRUNED", None, say)
+            return tell(opened, trial, "PRUNED", None, print_line)
         except Interrupted as stop:
-            say(f"{stop}; the trial stays open")
+            print_line(f"{stop}; the trial stays open")
             slurm.requeue_and_wait(stop.signal)
             raise
-        except lock.RunLocked as owned:  # a trial with the same parameters has it
+        except lock.RunLocked as locked:  # a trial with the same parameters has it
             if distributed.world_size() > 1:
-                raise RunError(str(owned)) from owned
-            _wait_for_duplicate(say)
+                raise RunError(str(locked)) from locked
+            _wait_for_duplicate(print_line)
         except Exception as error:
             tell_failure(
                 opened,
@@ -226,9 +223,9 @@ def _start_id() -> str:
 
 
 def _make_progress() -> Any:
-    from aem_exp.core import console
+    from aem_exp.run import progress
 
-    return console.Progress()
+    return progress.Progress()
 
 
 class _TrialReporter:
@@ -260,20 +257,20 @@ def _final_value(study: Study, folder: Path) -> float:
     from aem_exp.rundir import metrics
 
     name, rows = metrics.sanitise_name(study.search.metric), metrics.read(folder)
-    found = [row[name] for row in rows if name in row]
-    if not found:
+    values = [row[name] for row in rows if name in row]
+    if not values:
         raise ConfigError(
             "search.metric", study.search.metric, sorted({key for row in rows for key in row if "/" in key})
         )
-    if not math.isfinite(found[-1]):
-        raise RunError(f"{study.search.metric} is {found[-1]} at the end", "nan")
-    return found[-1]
+    if not math.isfinite(values[-1]):
+        raise RunError(f"{study.search.metric} is {values[-1]} at the end", "nan")
+    return values[-1]
 
 
-def _wait_for_duplicate(say: PrintLine, seconds: float = 2.0) -> None:
+def _wait_for_duplicate(print_line: PrintLine, seconds: float = 2.0) -> None:
     from aem_exp.cluster.signals import Signals
 
-    say("its parameters are those of a trial that runs; waiting for its end")
+    print_line("its parameters are those of a trial that runs; waiting for its end")
     with Signals():
         time.sleep(seconds)
 

@@ -1,7 +1,8 @@
 """ALFWorld: household tasks in TextWorld, from the official games or from generated ones.
 
-`world` implements the contract of `aem_exp.envs`; `trl_engine` is the PDDL engine, `games` generates games,
-`player` is the scripted expert.
+`world` and `env` implement the contract of `aem_exp.envs`; `games` generates games, `official_games` reads the official ones,
+`expert` is the scripted expert, `vocabulary` is for small policies. The PDDL engine is `engine`, which consists of `library`,
+`translation`, `facts`, `grammar` and `text_generation`.
 """
 
 from aem_exp.envs.alfworld.world import AlfWorld, Generated

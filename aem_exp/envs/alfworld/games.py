@@ -16,7 +16,9 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.alfworld import engine
+from aem_exp.envs.alfworld import grammar
+from aem_exp.envs.alfworld.facts import display_names
+from aem_exp.envs.alfworld.library import check_installed
 
 RULES_VERSION: Final = 1  # raise when the same kind and seed would give another game
 ROOMS: Final = {  # what a room has, as often as it has it
@@ -44,7 +46,7 @@ MAX_RECEPTACLES: Final = min(
 
 
 class GameErrand(NamedTuple):
-    """What a game asks for; `target` is the lamp's type where the object is to be looked at."""
+    """The goal of a game; `target` is the lamp's type if the object must be looked at."""
 
     kind: str
     object: str
@@ -53,15 +55,22 @@ class GameErrand(NamedTuple):
 
 @dataclass(frozen=True)
 class HouseFacts:
-    """What ALFWorld knows of the things in a house, read from its package without importing it."""
+    """ALFWorld's facts about the things in a house, read from its package without importing it."""
 
     domain: str
+    """In PDDL."""
     grammar: str
-    goals: Mapping[str, Mapping[str, Any]]  # kind -> PDDL and sentences
-    holds: Mapping[str, Sequence[str]]  # receptacle -> what fits into it
-    takes: Mapping[str, Sequence[str]]  # Cleanable, Heatable, ... -> objects
+    """In TextWorld's format."""
+    goals: Mapping[str, Mapping[str, Any]]
+    """Kind of task -> its goal in PDDL, and sentences for it."""
+    holds: Mapping[str, Sequence[str]]
+    """Receptacle -> objects that fit into it."""
+    takes: Mapping[str, Sequence[str]]
+    """Cleanable, Heatable, ... -> objects."""
     openable: Sequence[str]
+    """Receptacles."""
     movable: Sequence[str]
+    """Objects that are receptacles."""
 
     @property
     def fingerprint(self) -> str:
@@ -69,21 +78,21 @@ class HouseFacts:
             [self.goals, self.holds, self.takes, self.openable, self.movable, KINDS, ROOMS], sort_keys=True
         )
         return hashlib.sha256(
-            f"{RULES_VERSION} {engine.fingerprint(self.domain, self.grammar)} {text}".encode()
+            f"{RULES_VERSION} {grammar.fingerprint(self.domain, self.grammar)} {text}".encode()
         ).hexdigest()[:12]
 
 
 @cache
 def load_facts() -> HouseFacts:
-    engine.check_installed()
+    check_installed()
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
     constants = _import_file(folder / "gen" / "constants.py")
     goals = _import_file(folder / "gen" / "goal_library.py").gdict
     whole = {
-        place: sorted(o for o in found if "Sliced" not in o)
-        for place, found in constants.VAL_RECEPTACLE_OBJECTS.items()
+        place: sorted(o for o in things if "Sliced" not in o)
+        for place, things in constants.VAL_RECEPTACLE_OBJECTS.items()
     }
     movable = sorted(constants.MOVABLE_RECEPTACLES)
     return HouseFacts(
@@ -91,14 +100,14 @@ def load_facts() -> HouseFacts:
         grammar=(folder / "data" / "alfred.twl2").read_text(),
         goals={kind: goals[kind] for kind in KINDS},
         holds={place: things for place, things in sorted(whole.items()) if place not in movable},
-        takes={verb: sorted(found) for verb, found in sorted(constants.VAL_ACTION_OBJECTS.items())},
+        takes={verb: sorted(things) for verb, things in sorted(constants.VAL_ACTION_OBJECTS.items())},
         openable=sorted(constants.OPENABLE_CLASS_LIST),
         movable=movable,
     )
 
 
 def _import_file(file: Path) -> ModuleType:
-    """A file of the package by itself: importing the package would make folders in the user's home."""
+    """Import one file of the package: importing the package itself would make folders in the user's home."""
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -107,7 +116,7 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def generate(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
-    """A game of a kind, and what it asks for; the same ones for the same arguments.
+    """A game of a kind, and its goal; the same ones for the same arguments.
 
     Args:
         receptacles, objects: how many there are; an official game has up to 28 and 45.
@@ -210,8 +219,8 @@ class _GameBuilder:
         return f"(define (problem made)\n(:domain alfred)\n(:objects\n{objects})\n(:init\n{facts_text})\n{goal[:-1]}{metric})"
 
     def _walkthrough(self, places: list[str], things: list[str]) -> list[str]:
-        """A way to win."""
-        names = engine.display_names([one.lower() for one in (*places, *things)])
+        """Commands that win the game."""
+        names = display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()
         here, opened = -1, set[int]()

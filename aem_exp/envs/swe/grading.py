@@ -42,7 +42,7 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         seconds: for the tests.
 
     Raises:
-        Lost: the sandbox is gone: nothing is said of the patch.
+        SandboxLost: the sandbox is gone, which says nothing about the patch.
     """
     if not patch.strip():
         return "no_patch", ""
@@ -54,16 +54,16 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         return "not_applied", ""
     try:
         return (_grade_r2e if instance.format == "r2e" else _grade_swebench)(sandbox, instance, seconds)
-    except SandboxBroken as ruined:  # by a hook that the patch brought, say
-        return "tests_fail", str(ruined)
+    except SandboxBroken as broken:  # by a hook that the patch brought, say
+        return "tests_fail", str(broken)
 
 
 def _apply_patch(sandbox: Sandbox, patch: bytes) -> bool:
     """As SWE-bench does it: one command after the other, each on a clean tree."""
     from swebench.harness.run_evaluation import GIT_APPLY_CMDS
 
-    ways = f" && exit 0; {RESET_COMMAND}; ".join(f"{how} {PATCH_FILE}" for how in GIT_APPLY_CMDS)
-    script = f"cat > {PATCH_FILE} || exit 1; {ways} && exit 0; git apply --check --reverse {PATCH_FILE}"
+    attempts = f" && exit 0; {RESET_COMMAND}; ".join(f"{command} {PATCH_FILE}" for command in GIT_APPLY_CMDS)
+    script = f"cat > {PATCH_FILE} || exit 1; {attempts} && exit 0; git apply --check --reverse {PATCH_FILE}"
     return sandbox.run(script, APPLY_SECONDS, patch).code == 0
 
 
@@ -78,14 +78,14 @@ def _grade_swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tup
     log, stopped = _run_tests(sandbox, spec.eval_script, seconds)
     if stopped:
         return stopped, log
-    told = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
+    prediction = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
     with tempfile.NamedTemporaryFile(
         "w", suffix=".log", errors="replace"
     ) as file:  # it is read in the locale's encoding
         file.write(log)
         file.flush()
         try:
-            report = get_eval_report(spec, told, file.name, include_tests_status=False)[instance.id]
+            report = get_eval_report(spec, prediction, file.name, include_tests_status=False)[instance.id]
         except Exception as error:  # of many kinds: parsers take lines for granted, and these may be the agent's
             return "tests_fail", f"{log}\nno parser could read this: {error}"
     return "resolved" if report["resolved"] else "tests_fail", log
@@ -95,22 +95,22 @@ def _grade_r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Ve
     log, stopped = _run_tests(sandbox, "bash /root/run_tests.sh\n", seconds)
     if stopped:
         return stopped, log
-    found, wanted = _parse_statuses(_COLOUR.sub("", log)), json.loads(instance.row["expected_output_json"])
-    wanted = {_COLOUR.sub("", name).partition(" - ")[0]: status for name, status in wanted.items()}
-    return "resolved" if found and found == wanted else "tests_fail", log
+    statuses, expected = _parse_statuses(_COLOUR.sub("", log)), json.loads(instance.row["expected_output_json"])
+    expected = {_COLOUR.sub("", name).partition(" - ")[0]: status for name, status in expected.items()}
+    return "resolved" if statuses and statuses == expected else "tests_fail", log
 
 
 def _run_tests(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, Verdict | None]:
-    """The log of a test script; and the verdict, where it was stopped: what it had said by then counts for nothing."""
+    """The log of a test script, and the verdict if it was stopped: its log then does not count."""
     ran = sandbox.run(f"cat > {SCRIPT_FILE} && bash {SCRIPT_FILE} < /dev/null", seconds, script.encode())
     return ran.text, ("tests_timeout" if ran.stop_reason == "time" else "tests_fail") if ran.stop_reason else None
 
 
 def _parse_statuses(log: str) -> dict[str, str]:
     """Test -> status, read from pytest's short summary as R2E-Gym reads it."""
-    found = {}
+    statuses = {}
     for line in log.partition("short test summary info")[2].splitlines():
         status = next((one for one in ("PASSED", "FAILED", "ERROR") if one in line), None)
         if status:
-            found[".".join(line.split("::")[1:]).partition(" - ")[0]] = status
-    return found
+            statuses[".".join(line.split("::")[1:]).partition(" - ")[0]] = status
+    return statuses

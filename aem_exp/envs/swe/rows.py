@@ -31,23 +31,22 @@ MAX_ROW_CHARACTERS: Final = 4_000_000  # characters of a row that is read
 
 @dataclass(frozen=True)
 class Instance:
-    """A repository with something to repair.
-
-    Attributes:
-        lay: a script that makes of a fresh sandbox the agent's, with `given` on its stdin.
-        gold: the patch that solved it.
-        row: as it was read; what grading needs.
-    """
+    """A repository with an issue to solve."""
 
     id: str
     kind: str
     statement: str
+    """The issue."""
     image: Image
     setup_script: str
+    """Prepares a fresh sandbox for the agent."""
     setup_input: bytes
+    """The stdin of `setup_script`."""
     gold_patch: str
+    """The patch that solved the issue; empty if unknown."""
     format: Format
     row: Mapping[str, Any]
+    """The row as it was read, which grading needs."""
 
 
 def parse_instance(row: Mapping[str, Any], where: str) -> Instance:
@@ -104,12 +103,12 @@ def _r2e_id(repo: str, commit: str) -> str:
 
 def _parse_json(value: Any, kind: type, name: str, where: str) -> Any:
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        found = None
-    if not isinstance(found, kind):
+        parsed = None
+    if not isinstance(parsed, kind):
         raise ConfigError("env.make", where, f"its {name} is no JSON {'list' if kind is list else 'object'}")
-    return found
+    return parsed
 
 
 class Rows(Sequence[Mapping[str, Any]]):

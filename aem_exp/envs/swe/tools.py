@@ -1,14 +1,12 @@
 """The agent's tools on a repository (file_editor, search, execute_bash, finish), in R2E-Gym's text format: one call per
 response.
 
-Decided here: how a response is parsed into a call, and what each tool does and answers.
-
-<function=file_editor>
+    <function=file_editor>
     <parameter=command>view</parameter>
     <parameter=path>/testbed/setup.py</parameter>
     </function>
 
-Decided here: how a response is read as a call, and what each tool does in a sandbox and answers. Whatever precedes the call is
+Decided here: how a response is parsed into a call, and what each tool does and answers. Whatever precedes the call is
 the agent's own business; what follows it is dropped. A call is strict where a guess could harm (a parameter that was cut, a tool
 that is not there) and forgiving where none can: a missing `</function>` at the end, spaces around names, a line break before and
 after a value.
@@ -62,57 +60,57 @@ class ToolCall(NamedTuple):
     arguments: dict[str, str]
 
     def __str__(self) -> str:
-        given = {
+        arguments = {
             name: f"\n{value}\n" if value != value.strip("\n") else value for name, value in self.arguments.items()
         }
-        told = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in given.items())
-        return f"<function={self.tool}>\n{told}</function>"
+        parameters = "".join(f"<parameter={name}>{value}</parameter>\n" for name, value in arguments.items())
+        return f"<function={self.tool}>\n{parameters}</function>"
 
 
 class InvalidCall(ValueError):
-    """A response that is no call; the message says why, to the agent."""
+    """A response that is no call; the message tells the agent why."""
 
 
 def parse_call(response: str) -> ToolCall:
-    """The call that a response makes. Raises Mistake."""
-    spoken = response.rpartition("</think>")[2]
-    if len(spoken) > MAX_CALL_CHARACTERS or "\0" in spoken or any("\ud800" <= char <= "\udfff" for char in spoken):
+    """The call of a response. Raises InvalidCall."""
+    text = response.rpartition("</think>")[2]
+    if len(text) > MAX_CALL_CHARACTERS or "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise InvalidCall(f"a call is text of at most {MAX_CALL_CHARACTERS:,} characters")
-    if "<think>" in spoken:
+    if "<think>" in text:
         raise InvalidCall("your thinking did not end with </think>, so there is no call")
-    found = _CALL.search(spoken)
-    if not found:
+    match = _CALL.search(text)
+    if not match:
         raise InvalidCall("there is no call: write <function=NAME>, its parameters, and </function>")
-    tool, body = found.groups()
+    tool, body = match.groups()
     if tool not in TOOLS:
         raise InvalidCall(f"there is no tool {tool!r}: the tools are {', '.join(TOOLS)}")
-    given: dict[str, str] = {}
+    arguments: dict[str, str] = {}
     end = 0
-    while part := _PARAMETER.match(body, end):
-        name, value = part.groups()
+    while parameter := _PARAMETER.match(body, end):
+        name, value = parameter.groups()
         if name not in TOOLS[tool]:
             raise InvalidCall(f"{tool} has no parameter {name!r}: it takes {', '.join(TOOLS[tool])}")
-        if name in given:
+        if name in arguments:
             raise InvalidCall(f"{tool} was given {name} twice")
-        given[name] = _unwrap(value)
-        end = part.end()
+        arguments[name] = _unwrap(value)
+        end = parameter.end()
     if body[end:].strip():
         raise InvalidCall(
             f"{tool}: {_clip(body[end:].strip(), 60)!r} is no parameter, or one that does not end with </parameter>"
         )
-    if absent := [name for name, required in TOOLS[tool].items() if required and name not in given]:
-        raise InvalidCall(f"{tool} needs {' and '.join(absent)}")
+    if missing := [name for name, required in TOOLS[tool].items() if required and name not in arguments]:
+        raise InvalidCall(f"{tool} needs {' and '.join(missing)}")
     if tool == "file_editor":
-        _check_edit(given)
-    return ToolCall(tool, given)
+        _check_edit(arguments)
+    return ToolCall(tool, arguments)
 
 
-def _check_edit(given: Mapping[str, str]) -> None:
-    command = given["command"].strip()
+def _check_edit(arguments: Mapping[str, str]) -> None:
+    command = arguments["command"].strip()
     if command not in EDITOR_COMMANDS:
         raise InvalidCall(f"file_editor has no command {command!r}: choose {', '.join(EDITOR_COMMANDS)}")
-    if absent := [name for name in EDITOR_COMMANDS[command] if name not in given]:
-        raise InvalidCall(f"file_editor {command} needs {' and '.join(absent)}")
+    if missing := [name for name in EDITOR_COMMANDS[command] if name not in arguments]:
+        raise InvalidCall(f"file_editor {command} needs {' and '.join(missing)}")
 
 
 def _unwrap(value: str) -> str:
@@ -137,18 +135,17 @@ def _clip(text: str, characters: int) -> str:
 
 @dataclass
 class Tools:
-    """The tools at work in one sandbox. `seconds` is the longest that a command of the agent may take."""
+    """The tools of one sandbox. `seconds` is the longest that a command of the agent may take."""
 
     sandbox: Sandbox
     seconds: float
 
     def __post_init__(self) -> None:
-        self._earlier_versions: dict[
-            str, list[bytes | None]
-        ] = {}  # what each file was before each edit; None where there was none
+        # the content of each file before each edit; None if there was no file
+        self._earlier_versions: dict[str, list[bytes | None]] = {}
 
     def execute(self, call: ToolCall, left: float) -> str:
-        """Carry it out, within the `left` seconds of the episode; what the agent reads. `finish` does nothing."""
+        """Carry out a call within the `left` seconds of the episode; returns what the agent is shown. `finish` does nothing."""
         match call.tool:
             case "execute_bash":
                 return self._bash(call.arguments["command"], min(self.seconds, left))
@@ -160,31 +157,32 @@ class Tools:
 
     def _bash(self, command: str, seconds: float) -> str:
         ran = self.sandbox.run(command, seconds)
-        told = clip(ran.text.rstrip("\n"))
+        output = clip(ran.text.rstrip("\n"))
         ended = {
             "time": f"stopped after {seconds:g} s",
             "output": f"stopped after {self.sandbox.limits.output_mb} MB of output",
             "memory": f"stopped: all its processes used more than {self.sandbox.limits.memory_mb} MB",
         }.get(ran.stop_reason, f"exit code {ran.code}")
-        return f"{told}\n[{ended}]" if told else f"[{ended}]"
+        return f"{output}\n[{ended}]" if output else f"[{ended}]"
 
     def _search(self, term: str, path: str) -> str:
-        where, what = shlex.quote(path), shlex.quote(term)
+        quoted_path, quoted_term = shlex.quote(path), shlex.quote(term)
         script = (
-            f"if [ -d {where} ]; then grep -rcIF --exclude-dir=.git -e {what} -- {where} | grep -v ':0$' | sort; exit 0;"
-            f" elif [ -f {where} ]; then grep -nF -e {what} -- {where}; exit 0; fi; exit 3"
+            f"if [ -d {quoted_path} ]; then"
+            f" grep -rcIF --exclude-dir=.git -e {quoted_term} -- {quoted_path} | grep -v ':0$' | sort; exit 0;"
+            f" elif [ -f {quoted_path} ]; then grep -nF -e {quoted_term} -- {quoted_path}; exit 0; fi; exit 3"
         )
         ran = self.sandbox.run(script, TOOL_SECONDS)
         if ran.code:
             return f"ERROR: {(ran.stop_reason and 'the search took too long') or f'there is no {path}'}"
-        found = ran.text.splitlines()
-        if not found:
+        matches = ran.text.splitlines()
+        if not matches:
             return f"{term!r} does not occur in {path}"
-        rest = [f"... and {len(found) - MAX_MATCHES} more"] if len(found) > MAX_MATCHES else []
-        return clip("\n".join([f"{term!r} in {path}:", *found[:MAX_MATCHES], *rest]), MAX_MATCHES)
+        rest = [f"... and {len(matches) - MAX_MATCHES} more"] if len(matches) > MAX_MATCHES else []
+        return clip("\n".join([f"{term!r} in {path}:", *matches[:MAX_MATCHES], *rest]), MAX_MATCHES)
 
-    def _edit(self, given: Mapping[str, str]) -> str:
-        command, path = given["command"].strip(), given["path"].strip()
+    def _edit(self, arguments: Mapping[str, str]) -> str:
+        command, path = arguments["command"].strip(), arguments["path"].strip()
         place = str(PurePosixPath(self.sandbox.workdir) / path)
         actions: Mapping[str, Callable[[str, Mapping[str, str]], str]] = {
             "view": self._view,
@@ -194,11 +192,11 @@ class Tools:
             "undo_edit": self._undo,
         }
         try:
-            return actions[command](place, given)
+            return actions[command](place, arguments)
         except (OSError, InvalidCall) as error:
             return f"ERROR: {error}"
 
-    def _view(self, path: str, given: Mapping[str, str]) -> str:
+    def _view(self, path: str, arguments: Mapping[str, str]) -> str:
         name = shlex.quote(path)
         ran = self.sandbox.run(
             f"[ -d {name} ] && cd {name} && find . -maxdepth 2 -not -path '*/.*' | sort && exit 0; exit 3", TOOL_SECONDS
@@ -208,33 +206,33 @@ class Tools:
         lines = self._read_text(path).split("\n")
         if lines[-1] == "":
             lines.pop()
-        first, last = _parse_range(given.get("view_range"), len(lines))
+        first, last = _parse_range(arguments.get("view_range"), len(lines))
         return clip("\n".join(f"{number:6}\t{lines[number - 1]}" for number in range(first, last + 1)), 5 * KEPT_LINES)
 
-    def _create(self, path: str, given: Mapping[str, str]) -> str:
-        self._write(path, given["file_text"] + "\n" * (not given["file_text"].endswith("\n")))
+    def _create(self, path: str, arguments: Mapping[str, str]) -> str:
+        self._write(path, arguments["file_text"] + "\n" * (not arguments["file_text"].endswith("\n")))
         return f"{path} is written"
 
-    def _replace(self, path: str, given: Mapping[str, str]) -> str:
-        text, old, new = self._read_text(path), given["old_str"], given.get("new_str", "")
+    def _replace(self, path: str, arguments: Mapping[str, str]) -> str:
+        text, old, new = self._read_text(path), arguments["old_str"], arguments.get("new_str", "")
         if not old:
             raise InvalidCall("old_str is empty")
         if old not in text and "\r\n" in text:  # the agent never sees the file's own line ends
             old, new = (re.sub(r"\r?\n", "\r\n", part) for part in (old, new))
-        if (times := text.count(old)) != 1:
-            raise InvalidCall(f"old_str occurs {times} times in {path}, not once; nothing was changed")
+        if (count := text.count(old)) != 1:
+            raise InvalidCall(f"old_str occurs {count} times in {path}, not once; nothing was changed")
         self._write(path, text.replace(old, new))
         line = text[: text.index(old)].count("\n") + 1
         return self._describe_change(path, line, line + new.count("\n"))
 
-    def _insert(self, path: str, given: Mapping[str, str]) -> str:
+    def _insert(self, path: str, arguments: Mapping[str, str]) -> str:
         lines = self._read_text(path).split("\n")
-        after = _parse_line_number(given["insert_line"], "insert_line", 0, len(lines))
-        added = given["new_str"].split("\n")
+        after = _parse_line_number(arguments["insert_line"], "insert_line", 0, len(lines))
+        added = arguments["new_str"].split("\n")
         self._write(path, "\n".join([*lines[:after], *added, *lines[after:]]))
         return self._describe_change(path, after + 1, after + len(added))
 
-    def _undo(self, path: str, given: Mapping[str, str]) -> str:
+    def _undo(self, path: str, arguments: Mapping[str, str]) -> str:
         if not self._earlier_versions.get(path):
             raise InvalidCall(f"there is no edit of {path} to undo")
         before = self._earlier_versions[path].pop()
@@ -245,7 +243,7 @@ class Tools:
         return f"the last edit of {path} is undone"
 
     def _describe_change(self, path: str, first: int, last: int) -> str:
-        """What an edit made, with some lines around."""
+        """The lines that an edit changed, with some lines around."""
         lines = self._read_text(path).split("\n")
         rows = range(max(1, first - 4), min(len(lines), last + 4) + 1)
         return f"{path} is changed:\n" + clip("\n".join(f"{row:6}\t{lines[row - 1]}" for row in rows))
@@ -268,25 +266,25 @@ class Tools:
         self._earlier_versions.setdefault(path, []).append(before)
 
 
-def _parse_range(told: str | None, count: int) -> tuple[int, int]:
+def _parse_range(text: str | None, count: int) -> tuple[int, int]:
     """First and last line of a view, as in `[10, 20]`; -1 is the last one."""
-    if not told:
+    if not text:
         return 1, count
-    numbers = re.findall(r"-?\d{1,9}", told)
+    numbers = re.findall(r"-?\d{1,9}", text)
     if len(numbers) != 2:
-        raise InvalidCall(f"view_range={told}: two line numbers, as in [10, 20]")
+        raise InvalidCall(f"view_range={text}: two line numbers, as in [10, 20]")
     first, last = int(numbers[0]), int(numbers[1])
     last = count if last == -1 else min(last, count)
     if not 1 <= first <= max(last, 1):
-        raise InvalidCall(f"view_range={told}: the file has {count} lines")
+        raise InvalidCall(f"view_range={text}: the file has {count} lines")
     return first, last
 
 
-def _parse_line_number(told: str, name: str, least: int, most: int) -> int:
+def _parse_line_number(text: str, name: str, least: int, most: int) -> int:
     try:
-        number = int(told[:9])
+        number = int(text[:9])
     except ValueError:
         number = -1
     if not least <= number <= most:
-        raise InvalidCall(f"{name}={told}: must be a line from {least} to {most}")
+        raise InvalidCall(f"{name}={text}: must be a line from {least} to {most}")
     return number

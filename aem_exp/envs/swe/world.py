@@ -1,8 +1,6 @@
-"""Software-repair environments: an agent with tools works on a repository in a sandbox, and its patch is graded in a fresh
-one.
+"""The worlds of repositories: what real and generated ones share, and the generated ones.
 
-Decided here: what an episode is, when it is graded, its reward, and a world of generated repositories that needs no image
-and no download.
+Generated repositories need no image and no download, and are treated as the real ones (`swebench`) are.
 """
 
 import hashlib
@@ -11,7 +9,6 @@ import json
 import re
 import sys
 import sysconfig
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,116 +17,15 @@ from random import Random
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine, unknown_key_error
-from aem_exp.envs import LazyTasks, Task, Turn, split_sizes
-from aem_exp.envs.swe import generated, grading, tools
+from aem_exp.envs import LazyTasks, Task, split_sizes
+from aem_exp.envs.swe import expert, generated, grading, vocabulary
+from aem_exp.envs.swe.bugs import MODULES
+from aem_exp.envs.swe.env import RepositoryEnv
 from aem_exp.envs.swe.rows import Instance, parse_instance
-from aem_exp.envs.swe.tools import InvalidCall, ToolCall, Tools
-from aem_exp.sandboxes import HOST, Backend, Image, Limits, Sandbox, SandboxBroken, SandboxLost
+from aem_exp.envs.swe.tools import ToolCall
+from aem_exp.sandboxes import HOST, Backend, Image, Limits, Sandbox, SandboxLost
 
 RULES_VERSION: Final = 1  # raise when the same task would play differently
-SETUP_SECONDS: Final = 120.0  # seconds to make a sandbox the agent's
-MAX_QUOTED_CHARACTERS: Final = 4000  # characters of a response that later prompts quote
-# What the agent has configured, or left in the way, is not asked.
-GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
-# A tree of all that lies there at first, whatever is committed; the agent's own index stays as it is.
-STAGE_COMMAND: Final = (
-    "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp -p .git/index $GIT_INDEX_FILE;"
-    f" {GIT} add -A --ignore-errors 2>/dev/null"
-)
-SNAPSHOT_COMMAND: Final = f"{STAGE_COMMAND}; git write-tree"
-DIFF_OPTIONS: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
-DIFF_COMMAND: Final = f"{STAGE_COMMAND}; {GIT} diff --cached {DIFF_OPTIONS} {{tree}} 2>/dev/null"
-PATCH_SECONDS: Final = 30.0  # seconds for it: a filter of the agent's may take for ever
-
-
-class RepositoryEnv:
-    """One repository at a time, in a sandbox. `graded`: what is done is worth something; demonstrations need no verdict."""
-
-    def __init__(self, world: "Repositories", graded: bool = True):
-        self._world, self._is_graded = world, graded
-        self._sandbox: Sandbox | None = None
-        self.goal = ""
-
-    def parse(self, response: str) -> str:
-        try:
-            return str(tools.parse_call(response))
-        except InvalidCall:
-            return response.strip()[:MAX_QUOTED_CHARACTERS]
-
-    def reset(self, task: Task) -> Turn:
-        self.close()
-        self.task, self.instance = task, self._world.instance(task)
-        self.goal, self.turns_taken, self.last_observation = self.instance.statement, 0, ""
-        self._started_at, self._is_over = time.monotonic(), False
-        self._sandbox = self._world.open(self.instance.image)
-        self._sandbox.start()
-        self._set_up()
-        self._tools = Tools(self._sandbox, self._world.command_seconds)
-        return self._turn(self._tools.execute(ToolCall("file_editor", {"command": "view", "path": "."}), SETUP_SECONDS))
-
-    def step(self, response: str) -> Turn:
-        left = self._world.episode_seconds - (time.monotonic() - self._started_at)
-        if self._is_over:
-            return Turn("", terminated=True, valid=False, metrics={"won": 0.0})
-        self.turns_taken += 1
-        try:
-            call = tools.parse_call(response)
-        except InvalidCall as mistake:
-            return self._grade_last_turn(self._turn(f"ERROR: {mistake}", valid=False))
-        if left <= 0:
-            self._is_over = True
-            return self._turn("The time is up.", truncated=True)
-        if call.tool == "finish":
-            return self._grade(self._turn("", terminated=True))
-        try:
-            return self._grade_last_turn(self._turn(self._tools.execute(call, left)))
-        except SandboxBroken:
-            return self._grade(self._turn("No command can begin in your working directory any more.", terminated=True))
-
-    def close(self) -> None:
-        sandbox, self._sandbox = self._sandbox, None
-        if sandbox is not None:
-            sandbox.close()
-
-    def _turn(self, observation: str, terminated: bool = False, truncated: bool = False, valid: bool = True) -> Turn:
-        self.last_observation = observation
-        metrics = {"won": 0.0, "format_valid": float(valid)} if self.turns_taken else {"won": 0.0}
-        return Turn(observation, 0.0, terminated, truncated, valid, metrics=metrics)
-
-    def _grade_last_turn(self, turn: Turn) -> Turn:
-        """The turn, graded where it was the last one that there is."""
-        return self._grade(turn) if self.turns_taken >= self._world.turns else turn
-
-    def _grade(self, turn: Turn) -> Turn:
-        """Grade what the agent leaves behind, in a fresh sandbox."""
-        self._is_over = True
-        if not self._is_graded:
-            return replace(turn, terminated=True)
-        patch = self._extract_patch()
-        self.close()  # before the next one is opened: both would take memory
-        with self._world.open(self.instance.image) as fresh:
-            verdict, _ = grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
-        won = float(verdict == "resolved")
-        shares = {f"end_{name}": float(name == verdict) for name in grading.VERDICTS}
-        return replace(turn, reward=won * self._world.reward, metrics={**turn.metrics, "won": won, **shares})
-
-    def _set_up(self) -> None:
-        assert self._sandbox is not None
-        ran = self._sandbox.run(
-            f"{self.instance.setup_script}\n{SNAPSHOT_COMMAND}", SETUP_SECONDS, self.instance.setup_input
-        )
-        self._tree = (ran.text.strip().splitlines() or [""])[-1]
-        if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
-            raise SandboxLost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
-
-    def _extract_patch(self) -> bytes:
-        """What was changed, new files included. Without a repository any more, or a way into it, there is nothing."""
-        assert self._sandbox is not None
-        try:
-            ran = self._sandbox.run(DIFF_COMMAND.format(tree=self._tree), PATCH_SECONDS)
-        except SandboxBroken:
-            return b""
-        return b"" if ran.code or ran.stop_reason else ran.output
 
 
 class Repositories:
@@ -156,10 +52,10 @@ class Repositories:
         episode_seconds: float,
         reward: float,
     ):
-        known = vars(Limits())
+        defaults = vars(Limits())
         for name, value in (limits or {}).items():
-            if name not in known:
-                raise unknown_key_error(f"env.make.limits.{name}", value, known)
+            if name not in defaults:
+                raise unknown_key_error(f"env.make.limits.{name}", value, defaults)
             if value < 1:
                 raise ConfigError(f"env.make.limits.{name}", value, "must be a whole number above 0")
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
@@ -186,28 +82,18 @@ class Repositories:
         raise NotImplementedError
 
     def oracle(self, env: RepositoryEnv) -> str:
-        """The response of a player who has the gold patch."""
+        """The response of an expert that has the gold patch."""
         gold = env.instance.gold_patch
         if env.turns_taken or not gold:
             return str(ToolCall("finish", {}))
         return str(ToolCall("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
 
     def _digest(self, *things: Any) -> str:
-        played = [
-            vars(self.limits),
-            self.turns,
-            self.command_seconds,
-            self.tests_seconds,
-            self.episode_seconds,
-            self.reward,
-        ]
-        how = json.dumps(
-            [RULES_VERSION, played, importlib.metadata.version("swebench"), *things], sort_keys=True, default=list
-        )
-        return hashlib.sha256(how.encode()).hexdigest()[:12]
-
-
-# Repositories made here.
+        seconds = [self.command_seconds, self.tests_seconds, self.episode_seconds]
+        rules = [vars(self.limits), self.turns, *seconds, self.reward]
+        versions = importlib.metadata.version("swebench")
+        text = json.dumps([RULES_VERSION, rules, versions, *things], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Made(Repositories):
@@ -231,7 +117,7 @@ class Made(Repositories):
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
     ):
-        for field, number, most in (("modules", modules, len(generated.MODULES)), ("functions", functions, 4)):
+        for field, number, most in (("modules", modules, len(MODULES)), ("functions", functions, 4)):
             if not 1 <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
         self.sizes = split_sizes({"train": 4096, "dev": 32, "test": 32}, sizes)
@@ -246,37 +132,26 @@ class Made(Repositories):
         return LazyTasks(self.sizes[split], lambda index: self._task(f"{split}-{index}"))
 
     def instance(self, task: Task) -> Instance:
-        made = self._generate(task.id)
+        generated_instance = self._generate(task.id)
         return replace(
-            parse_instance(made.row, task.id),
+            parse_instance(generated_instance.row, task.id),
             image=host_image(),
             setup_script=generated.SETUP_SCRIPT,
-            setup_input=made.stream,
+            setup_input=generated_instance.stream,
         )
 
     def rehearse(self) -> RepositoryEnv:
-        """An environment for demonstrations, which nobody grades."""
+        """An environment for demonstrations, which are not graded."""
         return RepositoryEnv(self, graded=False)
 
     def words(self) -> Iterable[str]:
         """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
-        return generated.words()
+        return vocabulary.words()
 
     def expert(self, env: RepositoryEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
-        """The response of a player who looks where the issue points, and knows each wrong line: with probability `noise` it
-        looks or writes anywhere; and with probability `shyness` it repairs the line with another one that is wrong too."""
-        path, found = generated.find_path(env.goal), generated.find_wrong_line(env.last_observation)
-        if random.random() < noise:
-            path, found = generated.choose_path(random), None
-        if env.turns_taken and " is changed:" in env.last_observation:
-            return str(ToolCall("finish", {}))
-        if found is None:
-            return generated.format_call(ToolCall("file_editor", {"command": "view", "path": path}))
-        wrong, right = found
-        new = generated.choose_wrong_line(wrong, random) if random.random() < shyness else right
-        return generated.format_call(
-            ToolCall("file_editor", {"command": "str_replace", "path": path, "old_str": wrong, "new_str": new})
-        )
+        """The response of an expert that looks where the issue points, and knows each wrong line: with probability `noise` it
+        looks or writes anywhere; with probability `shyness` it replaces the line with another wrong one."""
+        return expert.next_response(env.goal, env.last_observation, env.turns_taken, random, noise, shyness)
 
     def _task(self, name: str) -> Task:
         return Task(name, kind=self._generate(name).family)
@@ -289,7 +164,7 @@ class Made(Repositories):
 def host_image() -> Image:
     """This machine's system with this Python, of whose packages only pytest can be imported."""
     base, site = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
-    own = [] if base == Path("/usr") else [str(base)]
+    interpreter = [] if base == Path("/usr") else [str(base)]
     hidden = [*base.glob("lib/python3*/site-packages"), *Path("/usr/lib").glob("python3*/dist-packages")]
     hidden += Path("/usr/local/lib").glob("python3*/*-packages")
     env = {
@@ -298,17 +173,28 @@ def host_image() -> Image:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    shown = [*own, *(str(site / name) for name in _package_files("pytest"))]
-    return Image(HOST, tuple(shown), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
+    visible = [*interpreter, *(str(site / name) for name in _package_files("pytest"))]
+    return Image(HOST, tuple(visible), tuple(str(path) for path in hidden if path != site and path.is_dir()), env)
 
 
 def _package_files(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
     """Files and folders in site-packages of a package and of what it needs."""
     try:
-        found = importlib.metadata.distribution(name)
+        distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:  # needed elsewhere: on Windows, by an older Python
         return []
-    tops = {file.parts[0] for file in found.files or () if not file.parts[0].startswith(("..", "__pycache__"))}
-    wanted = [re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in found.requires or () if "extra ==" not in need]
-    below = [path for need in wanted if need not in seen for path in _package_files(need, seen | {name})]
-    return sorted({*tops, *below})
+    top_level = {
+        file.parts[0] for file in distribution.files or () if not file.parts[0].startswith(("..", "__pycache__"))
+    }
+    requirements = [
+        re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        for requirement in distribution.requires or ()
+        if "extra ==" not in requirement
+    ]
+    dependencies = [
+        path
+        for requirement in requirements
+        if requirement not in seen
+        for path in _package_files(requirement, seen | {name})
+    ]
+    return sorted({*top_level, *dependencies})

@@ -35,29 +35,32 @@ MAX_GOALS_PER_PRODUCT: Final = 100_000  # of one product: combinations of its op
 
 @dataclass(frozen=True)
 class Product:
-    """One product as WebShop knows it. `prices`: one, or the two ends of a range; `asked`: instructions of goals, see `goals`."""
+    """One product, as WebShop normalises it."""
 
     asin: str
     title: str
     description: str
     bullets: list[str]
-    price: str  # as pages show it
+    price: str
+    """As pages show it."""
     prices: list[float]
+    """One, or the two ends of a range."""
     options: dict[str, list[str]]
     attributes: list[str]
     category: str
     query: str
     product_category: str
     asked: list[dict[str, Any]]
+    """The instructions of its goals (see `goals`)."""
 
 
 class Catalogue:
     """Products by their number, in the order of the file, and a search over them."""
 
     def __init__(self, folder: Path):
-        about = json.loads((folder / "about.json").read_text())
-        self.fingerprint, self.name = about["fingerprint"], about["name"]
-        self._rows = np.memmap(folder / "rows.bin", mode="r") if about["products"] else b""
+        summary = json.loads((folder / "about.json").read_text())
+        self.fingerprint, self.name = summary["fingerprint"], summary["name"]
+        self._rows = np.memmap(folder / "rows.bin", mode="r") if summary["products"] else b""
         self._starts, self._asins, self._by_asin, self.products_with_instructions, self.prices = (
             np.load(folder / f"{name}.npy", mmap_mode="r")
             for name in ("starts", "asins", "by_asin", "instructed", "prices")
@@ -70,9 +73,9 @@ class Catalogue:
 
     def number(self, asin: str) -> int | None:
         """The number of an asin."""
-        place = int(np.searchsorted(self._asins, asin.encode(), sorter=self._by_asin))
-        found = int(self._by_asin[place]) if place < len(self) else -1
-        return found if found >= 0 and self._asins[found] == asin.encode() else None
+        position = int(np.searchsorted(self._asins, asin.encode(), sorter=self._by_asin))
+        number = int(self._by_asin[position]) if position < len(self) else -1
+        return number if number >= 0 and self._asins[number] == asin.encode() else None
 
     def find(self, asin: str) -> Product | None:
         """The product of an asin."""
@@ -86,7 +89,7 @@ class Catalogue:
 
 
 def load_catalogue(
-    products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None] = lambda *_: None
+    products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None] = lambda *_: None
 ) -> Catalogue:
     """The catalogue of some official files, built where it is not there yet.
 
@@ -103,19 +106,20 @@ def load_catalogue(
     with disk.create_folder_once(folder) as empty:
         if empty:
             log.info("building the catalogue of %s (once; cached in %s)", products, folder)
-            _build(empty, products, attributes, human, tell)
+            _build(empty, products, attributes, human, report_progress)
     return Catalogue(folder)
 
 
 def _build(
-    folder: Path, products: Path, attributes: Path, human: Path | None, tell: Callable[[int, int], None]
+    folder: Path, products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None]
 ) -> None:
-    about = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}  # text: a tenth of the memory
-    people = dict(_read_elements(human, dict)) if human else None
+    # entries stay text: a tenth of the memory
+    entries = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}
+    instructions = dict(_read_elements(human, dict)) if human else None
     starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
     with (folder / "rows.bin").open("wb") as rows:
         for number, (_, raw) in enumerate(_read_elements(products, list)):
-            product = _parse_product(raw, about, people, f"{products}: product {number}")
+            product = _parse_product(raw, entries, instructions, f"{products}: product {number}")
             if product is None or product.asin in seen:
                 continue
             seen.add(product.asin)
@@ -131,10 +135,10 @@ def _build(
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
     np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
-    search.build_index(folder, _read_search_texts(folder, starts), asins, tell)
+    search.build_index(folder, _read_search_texts(folder, starts), asins, report_progress)
     digests = [_digest(file) for file in (products, attributes, human) if file]
-    said = {"name": products.name, "products": len(asins), "fingerprint": digests}
-    (folder / "about.json").write_text(json.dumps(said))
+    summary = {"name": products.name, "products": len(asins), "fingerprint": digests}
+    (folder / "about.json").write_text(json.dumps(summary))
 
 
 def _digest(file: Path) -> str:
@@ -158,7 +162,7 @@ def search_text(product: Product) -> str:
 # One product.
 
 
-def _parse_product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any] | None, where: str) -> Product | None:
+def _parse_product(raw: Any, entries: Mapping[str, str], human: Mapping[str, Any] | None, where: str) -> Product | None:
     """A product of the file; None for those that the original leaves out."""
     try:
         asin = raw["asin"]
@@ -166,11 +170,11 @@ def _parse_product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any]
             return None
         if asin != asin.upper():
             raise ValueError(f"asin {asin!r} has small letters")
-        known = json.loads(about.get(asin, "{}"))
+        entry = json.loads(entries.get(asin, "{}"))
         bullets = raw["small_description"]
         prices = _parse_prices(raw.get("pricing"))
-        options, asked = _parse_options(raw["customization_options"]), _parse_instructions(known, people, asin)
-        if people is None and asked and math.prod(map(len, options.values())) > MAX_GOALS_PER_PRODUCT:
+        options, instructions = _parse_options(raw["customization_options"]), _parse_instructions(entry, human, asin)
+        if human is None and instructions and math.prod(map(len, options.values())) > MAX_GOALS_PER_PRODUCT:
             raise ValueError(f"its options combine to more than {MAX_GOALS_PER_PRODUCT:,} goals")
         asin.encode()  # surrogates raise here, not later
         return Product(
@@ -181,16 +185,16 @@ def _parse_product(raw: Any, about: Mapping[str, str], people: Mapping[str, Any]
             price=f"${prices[0]}" if len(prices) == 1 else f"${prices[0]} to ${prices[1]}",
             prices=prices,
             options=options,
-            attributes=[str(one) for one in known.get("attributes", ["DUMMY_ATTR"])],
+            attributes=[str(one) for one in entry.get("attributes", ["DUMMY_ATTR"])],
             category=_to_text(raw["category"]),
             query=_to_text(raw["query"]).lower().strip(),
             product_category=_to_text(raw["product_category"]),
-            asked=asked,
+            asked=instructions,
         )
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
-        told = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            "env.make.data", str(Path(where.partition(":")[0]).parent), f"{where} is malformed ({told})"
+            "env.make.data", str(Path(where.partition(":")[0]).parent), f"{where} is malformed ({why})"
         ) from error
 
 
@@ -224,20 +228,20 @@ def _parse_options(raw: Any) -> dict[str, list[str]]:
     }
 
 
-def _parse_instructions(known: Mapping[str, Any], people: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
+def _parse_instructions(entry: Mapping[str, Any], human: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
     """The instructions that goals are made of: those that people wrote, or the one that was made for the product."""
-    if people is None:
-        text = known.get("instruction")
+    if human is None:
+        text = entry.get("instruction")
         if text is None:
             return []
         return [
             {
                 "text": _require_text(text),
-                "attributes": list(map(_require_text, known["instruction_attributes"])),
+                "attributes": list(map(_require_text, entry["instruction_attributes"])),
                 "options": None,
             }
         ]
-    written = [one for one in people.get(asin, []) if list(map(_require_text, one["instruction_attributes"]))]
+    written = [one for one in human.get(asin, []) if list(map(_require_text, one["instruction_attributes"]))]
     keys = {"attributes": "instruction_attributes", "options": "instruction_options"}
     return [
         {"text": one["instruction"].strip(".")} | {ours: one[theirs] for ours, theirs in keys.items()}
@@ -263,51 +267,61 @@ def _read_elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_elements(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
-    decoder = json.JSONDecoder()
+    stream = _JsonStream(text)
     opening, closing = ("[", "]") if kind is list else ("{", "}")
-    buffer, at, more = "", 0, True
-
-    def skip(signs: str) -> None:
-        """Move to the next character that is none of these, reading on."""
-        nonlocal buffer, at, more
-        while True:
-            while at < len(buffer) and buffer[at] in signs:
-                at += 1
-            if at < len(buffer) or not more:
-                return
-            buffer, at = text.read(PIECE), 0
-            more = bool(buffer)
-
-    def value() -> Any:
-        nonlocal buffer, at, more
-        while True:
-            with suppress(ValueError):
-                found, end = decoder.raw_decode(buffer, at)
-                if end < len(buffer) or not more:  # a number might go on
-                    at = end
-                    return found
-            if len(buffer) - at > LARGEST:
-                raise ValueError(f"an element has more than {LARGEST:,} characters")
-            piece = text.read(max(PIECE, len(buffer) - at))  # twice as much each time: what is read is read anew
-            if not piece:
-                more = False
-                found, at = decoder.raw_decode(buffer, at)
-                return found
-            buffer, at = buffer[at:] + piece, 0
-
-    skip(" \t\r\n\ufeff")
-    if at >= len(buffer) or buffer[at] != opening:
+    stream.skip(" \t\r\n\ufeff")
+    if stream.peek() != opening:
         raise ValueError(f"it does not begin with {opening}")
-    at += 1
-    skip(" \t\r\n")
-    while at < len(buffer) and buffer[at] != closing:
+    stream.position += 1
+    stream.skip(" \t\r\n")
+    while stream.peek() not in ("", closing):
         key = ""
         if kind is dict:
-            key = value()
+            key = stream.read_value()
             if not isinstance(key, str):
                 raise ValueError(f"{key!r} is no key")
-            skip(" \t\r\n:")
-        yield key, value()
-        skip(" \t\r\n,")
-    if at >= len(buffer):
+            stream.skip(" \t\r\n:")
+        yield key, stream.read_value()
+        stream.skip(" \t\r\n,")
+    if not stream.peek():
         raise ValueError(f"it does not end with {closing}")
+
+
+class _JsonStream:
+    """A JSON text of which one piece is in memory."""
+
+    def __init__(self, text: TextIO):
+        self._text, self._decoder = text, json.JSONDecoder()
+        self._buffer, self.position, self._has_more = "", 0, True
+
+    def peek(self) -> str:
+        """The current character; "" at the end of what was read."""
+        return self._buffer[self.position : self.position + 1]
+
+    def skip(self, characters: str) -> None:
+        """Move to the next character that is none of these, reading on."""
+        while True:
+            while self.position < len(self._buffer) and self._buffer[self.position] in characters:
+                self.position += 1
+            if self.position < len(self._buffer) or not self._has_more:
+                return
+            self._buffer, self.position = self._text.read(PIECE), 0
+            self._has_more = bool(self._buffer)
+
+    def read_value(self) -> Any:
+        """Decode the value that begins here, and move behind it."""
+        while True:
+            with suppress(ValueError):
+                value, end = self._decoder.raw_decode(self._buffer, self.position)
+                if end < len(self._buffer) or not self._has_more:  # a number might go on
+                    self.position = end
+                    return value
+            if len(self._buffer) - self.position > LARGEST:
+                raise ValueError(f"an element has more than {LARGEST:,} characters")
+            # each time twice as much, since a value that is incomplete is decoded again
+            piece = self._text.read(max(PIECE, len(self._buffer) - self.position))
+            if not piece:
+                self._has_more = False
+                value, self.position = self._decoder.raw_decode(self._buffer, self.position)
+                return value
+            self._buffer, self.position = self._buffer[self.position :] + piece, 0

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 from aem_exp.core import disk
-from aem_exp.core.errors import ConfigError
-from aem_exp.envs.webshop.catalogue import Catalogue
 
 RULES_VERSION: Final = 1  # raise when the same number and seed would give another catalogue
 MIN_PRODUCTS, MAX_PRODUCTS = 100, 2_000_000
@@ -90,35 +87,42 @@ ADJECTIVES: Final = "classic modern premium everyday compact family travel".spli
 
 def generate_catalogue(products: int, seed: int) -> Path:
     """The folder of a catalogue, made where it is not there yet."""
-    place = (
+    folder = (
         disk.cache_dir()
         / f"shop-{hashlib.sha256(json.dumps([RULES_VERSION, products, seed]).encode()).hexdigest()[:12]}"
     )
-    with disk.create_folder_once(place) as empty:
+    with disk.create_folder_once(folder) as empty:
         if empty:
             _write(empty, products, seed)
-    return place
+    return folder
 
 
-def _write(place: Path, products: int, seed: int) -> None:
+def _write(folder: Path, products: int, seed: int) -> None:
     """The two official files, product by product: a million do not fit into memory at leisure."""
     random, used = Random(f"{RULES_VERSION} {seed}"), set[str]()
-    with (place / "items_shuffle_1000.json").open("w") as items, (place / "items_ins_v2_1000.json").open("w") as about:
+    with (
+        (folder / "items_shuffle_1000.json").open("w") as items,
+        (folder / "items_ins_v2_1000.json").open("w") as attributes,
+    ):
         for number in range(products):
-            product, said = _generate_product(random, used)
+            product, entry = _generate_product(random, used)
             items.write(("[" if number == 0 else ",\n") + json.dumps(product))
-            about.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(said)}")
+            attributes.write(("{" if number == 0 else ",\n") + f"{json.dumps(product['asin'])}: {json.dumps(entry)}")
         items.write("]")
-        about.write("}")
+        attributes.write("}")
 
 
 def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     thing = random.choice(list(KINDS))
     category, path, attributes, choices = KINDS[thing]
-    own = random.sample(attributes.split(", "), 2)
-    brand, fill = random.choice(BRANDS), random.choice(ADJECTIVES)
+    chosen_attributes = random.sample(attributes.split(", "), 2)
+    brand, adjective = random.choice(BRANDS), random.choice(ADJECTIVES)
     asin = _generate_asin(random, used)
-    title = f"{brand} {fill} {thing}, {own[0]}, {own[1]}" if random.random() < 0.8 else f"{brand} {thing} {own[0]}"
+    title = (
+        f"{brand} {adjective} {thing}, {chosen_attributes[0]}, {chosen_attributes[1]}"
+        if random.random() < 0.8
+        else f"{brand} {thing} {chosen_attributes[0]}"
+    )
     options = {
         name: [
             {"value": value, "image": None} for value in sorted(random.sample(values, random.randint(2, len(values))))
@@ -130,8 +134,8 @@ def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], d
     product = {
         "asin": asin,
         "name": title,
-        "full_description": f"This {fill} {thing} by {brand} is {own[0]} and {own[1]}.",
-        "small_description": [f"{own[0]} {thing}", f"made by {brand}", f"for {fill} use"],
+        "full_description": f"This {adjective} {thing} by {brand} is {chosen_attributes[0]} and {chosen_attributes[1]}.",
+        "small_description": [f"{chosen_attributes[0]} {thing}", f"made by {brand}", f"for {adjective} use"],
         "pricing": pricing,
         "customization_options": options,
         "category": category,
@@ -139,8 +143,12 @@ def _generate_product(random: Random, used: set[str]) -> tuple[dict[str, Any], d
         "product_category": " \u203a ".join([*path.split("/"), thing.title()]),
         "images": ["none"],
     }
-    said = {"attributes": own, "instruction": f"Find me {own[0]}, {own[1]} {thing}", "instruction_attributes": own}
-    return product, said
+    entry = {
+        "attributes": chosen_attributes,
+        "instruction": f"Find me {chosen_attributes[0]}, {chosen_attributes[1]} {thing}",
+        "instruction_attributes": chosen_attributes,
+    }
+    return product, entry
 
 
 def _generate_asin(random: Random, used: set[str]) -> str:
@@ -149,40 +157,3 @@ def _generate_asin(random: Random, used: set[str]) -> str:
         if asin not in used:
             used.add(asin)
             return asin
-
-
-def words(catalogue: Catalogue) -> tuple[str, ...]:
-    """What is said in a shop: fixed wordings, asins and prices in one piece, and single words."""
-    if len(catalogue) > 5000:
-        raise ConfigError("env.make.products", len(catalogue), "too many for a policy made here: choose at most 5000")
-    products = [catalogue.product(number) for number in range(len(catalogue))]
-    whole = [text for product in products for text in (product.asin, product.asin.lower(), product.price)]
-    values = {value for product in products for values in product.options.values() for value in values}
-    clicks = [f"click[{text}]" for text in (*sorted(values), *(p.asin.lower() for p in products), *_BUTTONS)]
-    plain = {word for p in products for word in re.findall(r"\w+", f"{p.title} {p.description} {' '.join(p.bullets)}")}
-    plain |= {word.lower() for word in plain} | {name for p in products for name in p.options}
-    bounds = [f"{10.0 * i:.2f}" for i in range(1, 100)]
-    counts = [f"Page {page} (Total results: {found})" for page in range(1, 6) for found in range(51)]
-    return (*_PHRASES, *counts, *clicks, *whole, *sorted(values), *bounds, *sorted(plain))
-
-
-_BUTTONS: Final = ("buy now", "next >", "< prev", "back to search", "description", "features", "reviews", "search")
-_PHRASES: Final = (
-    *(
-        "' [SEP] '",
-        "Find me",
-        ", and price lower than",
-        "dollars",
-        "with",
-        "and",
-        ":",
-        ",",
-        "'",
-        "search",
-        "[",
-        "]",
-        "to",
-    ),
-    *("Back to Search", "Next >", "< Prev", "Buy Now", "Description", "Features", "Reviews", "Search", "Rating: N.A."),
-    "Price:",
-)

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from aem_exp.envs.webshop.analyzer import STOP_WORDS
 from aem_exp.envs.webshop.catalogue import Catalogue, Product
-from aem_exp.envs.webshop.words import STOP_WORDS
 
 SHUFFLE_SEED: Final = 233  # the original's seed of the order of goals
 PRICE_BOUNDS: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn
@@ -35,7 +35,7 @@ COLOURS: Final = (
 
 
 class Goal(NamedTuple):
-    """What a shopper is asked for. `options`: name -> value of a goal that was made, values alone of one that people wrote."""
+    """The goal of an episode. `options`: name -> value of a synthetic goal, the values of one that people wrote."""
 
     asin: str
     text: str
@@ -45,7 +45,7 @@ class Goal(NamedTuple):
 
 
 class Goals(Sequence[Goal]):
-    """All goals of a catalogue in the order of one seed, worded when they are asked for.
+    """All goals of a catalogue in the order of one seed; their texts are made on access.
 
     Args:
         seed: of the bounds of prices.
@@ -59,9 +59,9 @@ class Goals(Sequence[Goal]):
         goals: list[tuple[int, int, int, float]] = []  # product, instruction, combination of options, bound
         for number in map(int, catalogue.products_with_instructions):
             product = catalogue.product(number)
-            for place, asked in enumerate(product.asked):
+            for place, instruction in enumerate(product.asked):
                 bound = _draw_price_bound(prices[number], rng)
-                combinations = 1 if asked["options"] is not None else _count_combinations(product)
+                combinations = 1 if instruction["options"] is not None else _count_combinations(product)
                 goals += [(number, place, combination, bound) for combination in range(combinations)]
         random.Random(shuffle).shuffle(goals)
         self._goals = goals
@@ -74,18 +74,20 @@ class Goals(Sequence[Goal]):
             return [self[i] for i in range(*index.indices(len(self)))]
         number, place, combination, bound = self._goals[index]
         product = self._catalogue.product(number)
-        asked = product.asked[place]
+        instruction = product.asked[place]
         price = "" if bound == NO_BOUND else f", and price lower than {bound:.2f} dollars"
-        if asked["options"] is not None:
-            return Goal(product.asin, asked["text"] + price, asked["attributes"], bound, asked["options"])
+        if instruction["options"] is not None:
+            return Goal(
+                product.asin, instruction["text"] + price, instruction["attributes"], bound, instruction["options"]
+            )
         names = sorted(product.options)
         chosen = next(
             itertools.islice(itertools.product(*(product.options[name] for name in names)), combination, None)
         )
         options = dict(zip(names, chosen, strict=True))
         wanted = ", and ".join(f"{name}: {value}" for name, value in options.items())
-        text = asked["text"] + (f" with {wanted}" if wanted else "") + price
-        return Goal(product.asin, text, asked["attributes"], bound, options)
+        text = instruction["text"] + (f" with {wanted}" if wanted else "") + price
+        return Goal(product.asin, text, instruction["attributes"], bound, options)
 
 
 def _count_combinations(product: Product) -> int:
@@ -131,8 +133,8 @@ def score(
 
 def _type_factor(bought: Product, wanted: Product, nouns: NounTagger) -> float:
     """1 for the same kind of thing, by query, category or title; less where the titles have little or nothing in common."""
-    ours, theirs = nouns(bought.title), nouns(wanted.title)
-    title = len(set(ours) & set(theirs)) / len(theirs) if theirs else 0.2
+    bought_nouns, wanted_nouns = nouns(bought.title), nouns(wanted.title)
+    title = len(set(bought_nouns) & set(wanted_nouns)) / len(wanted_nouns) if wanted_nouns else 0.2
     if title == 0:
         return 0.0
     if title < 0.1:
@@ -156,9 +158,10 @@ def _count_attributes_met(product: Product, attributes: Sequence[str]) -> int:
 
 def _count_options_met(chosen: Sequence[str], wanted: Sequence[Any]) -> int:
     """Wanted options are values, or (name, value) of a made goal: the original compares those as they are printed."""
-    ours = [_normalize_colour(one) for one in chosen]
+    chosen_colours = [_normalize_colour(one) for one in chosen]
     return sum(
-        any(token_set_ratio(str(own), str(_normalize_colour(one))) > MATCH_THRESHOLD for own in ours) for one in wanted
+        any(token_set_ratio(str(option), str(_normalize_colour(one))) > MATCH_THRESHOLD for option in chosen_colours)
+        for one in wanted
     )
 
 

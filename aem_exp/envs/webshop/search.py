@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from aem_exp.envs.webshop.words import analyze
+from aem_exp.envs.webshop.analyzer import analyze
 
 K1, B = 0.9, 0.4  # Anserini's
 PARALLEL: Final = 20_000  # documents; fewer are analysed by one process
@@ -39,25 +39,27 @@ class Index:
 
     def search(self, query: str, count: int) -> list[int]:
         """The best documents for a query, at most `count`."""
-        wanted = Counter(analyze(query))
-        parts = [(number, times) for term, times in wanted.items() if (number := self._terms.find(term)) is not None]
-        if not parts:
+        frequencies = Counter(analyze(query))
+        terms = [
+            (number, times) for term, times in frequencies.items() if (number := self._terms.find(term)) is not None
+        ]
+        if not terms:
             return []
-        found, gained = [], []
-        for number, times in parts:
+        docs, gains = [], []
+        for number, times in terms:
             start, end = int(self.offsets[number]), int(self.offsets[number + 1])
             weight = np.float32(times) * self._idf(end - start)
-            found.append(self.docs[start:end])
-            gained.append(weight - weight / self.scale[start:end])
-        return self._select_best(found, gained, count)
+            docs.append(self.docs[start:end])
+            gains.append(weight - weight / self.scale[start:end])
+        return self._select_best(docs, gains, count)
 
     def _idf(self, frequency: int) -> np.float32:
         return np.float32(math.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5)))
 
-    def _select_best(self, found: Sequence[np.ndarray], gained: Sequence[np.ndarray], count: int) -> list[int]:
+    def _select_best(self, docs: Sequence[np.ndarray], gains: Sequence[np.ndarray], count: int) -> list[int]:
         total = np.zeros(-(-len(self.order) // BLOCK) * BLOCK)
-        for docs, gain in zip(found, gained, strict=True):
-            total[docs] += gain  # a term meets a document once
+        for term_docs, gain in zip(docs, gains, strict=True):
+            total[term_docs] += gain  # a term meets a document once
         chosen = np.flatnonzero(total >= self._score_bound(total, count))
         scores = total[chosen].astype(np.float32)
         best = chosen[np.lexsort((self.order[chosen], -scores))]
@@ -92,7 +94,9 @@ class _TermTable:
 # Building.
 
 
-def build_index(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: Any = lambda *_: None) -> None:
+def build_index(
+    folder: Path, texts: Iterable[str], asins: Sequence[str], report_progress: Any = lambda *_: None
+) -> None:
     """Write the index of some texts, one for each asin, in this order.
 
     Raises:
@@ -107,7 +111,7 @@ def build_index(folder: Path, texts: Iterable[str], asins: Sequence[str], tell: 
         counts.append(np.fromiter(frequencies.values(), np.int32))
         docs.append(len(frequencies))
         if doc % 1000 == 0:
-            tell(doc, len(asins))
+            report_progress(doc, len(asins))
     term_P, count_P = _concatenate(terms, np.int32), _concatenate(counts, np.int32)
     doc_P = np.repeat(np.arange(len(asins), dtype=np.int32), docs)
     names = sorted((term.encode(errors="surrogatepass"), number) for term, number in numbers.items())
@@ -158,7 +162,7 @@ def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Coun
     try:
         with ProcessPoolExecutor(
             processors, get_context("spawn")
-        ) as pool:  # unlike a Pool, it tells when one is killed
+        ) as pool:  # unlike a Pool, it raises when one is killed
             for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # no more at once than are worked on
                 for counted in pool.map(_count_terms_of_all, some):
                     yield from counted

@@ -1,4 +1,4 @@
-"""A scripted ALFWorld player that knows only the observations of its episode: it searches for the object, treats it and
+"""A scripted ALFWorld expert that knows only the observations of its episode: it searches for the object, treats it and
 brings it to the target.
 
 It reads old games (`put .. in/on ..`) and new ones (`move .. to ..`).
@@ -21,30 +21,30 @@ _TREAT: Final = re.compile(r"You (clean|heat|cool) the ([a-z]+ \d+) using")
 
 
 class EpisodeMemory:
-    """What the words of an episode tell: where one stands, what one holds, what lies where, what was done to it."""
+    """What the observations of an episode tell: the agent's place and object, the contents of receptacles, and treatments."""
 
-    def __init__(self, heard: Sequence[str], places: Sequence[str]):
+    def __init__(self, observations: Sequence[str], places: Sequence[str]):
         self.location, self.held_object = "", ""
         self.places = list(places)
         self.contents: dict[str, list[str]] = {}  # of receptacles that were looked into
         self.treatments: dict[str, set[str]] = {}  # thing -> clean, heat, cool
-        for text in heard:
+        for text in observations:
             self._read_observation(text)
 
     def _read_observation(self, text: str) -> None:
-        if found := _HERE.search(text):
-            self.location = found[1]
-        if found := _TOOK.search(text):
-            self.held_object = found[1]
-            self.contents[found[2]].remove(found[1])
-        if found := _LEFT.search(text):
+        if match := _HERE.search(text):
+            self.location = match[1]
+        if match := _TOOK.search(text):
+            self.held_object = match[1]
+            self.contents[match[2]].remove(match[1])
+        if match := _LEFT.search(text):
             self.held_object = ""
-            self.contents.setdefault(found[2], []).append(found[1])
-        if found := _TREAT.search(text):
-            states = self.treatments.setdefault(found[2], set())
-            if found[1] != "clean":
+            self.contents.setdefault(match[2], []).append(match[1])
+        if match := _TREAT.search(text):
+            states = self.treatments.setdefault(match[2], set())
+            if match[1] != "clean":
                 states -= {"heat", "cool"}  # a thing is never both
-            states.add(found[1])
+            states.add(match[1])
         for place, things in _SEEN.findall(text):
             if place in self.places:
                 self.contents[place] = re.findall(r"\ba ([a-z]+ \d+)", things)
@@ -98,8 +98,8 @@ APPLIANCE: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 
 def _find_filled_target(memory: EpisodeMemory, target: str, wanted: str) -> list[str]:
     """Receptacles of the target's type that hold the wanted thing already: the first of them, if any."""
-    found = [place for _, place in memory.find(wanted) if kind_of(place) == target]
-    return found[:1]
+    filled = [place for _, place in memory.find(wanted) if kind_of(place) == target]
+    return filled[:1]
 
 
 def _go_to_kind(kind: str, memory: EpisodeMemory, commands: Sequence[str], random: Random) -> str:

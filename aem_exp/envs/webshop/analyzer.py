@@ -78,10 +78,10 @@ _CLASSES: Final = _Classes()
 
 def tokenize(text: str) -> Iterator[str]:
     """The words, numbers and emoji of a text."""
-    for found in _WORD.finditer(text.translate(_CLASSES)):
-        if found[0].strip("_ez"):
-            for start in range(found.start(), found.end(), MAX_TOKEN_CHARACTERS):
-                yield text[start : min(start + MAX_TOKEN_CHARACTERS, found.end())]
+    for match in _WORD.finditer(text.translate(_CLASSES)):
+        if match[0].strip("_ez"):
+            for start in range(match.start(), match.end(), MAX_TOKEN_CHARACTERS):
+                yield text[start : min(start + MAX_TOKEN_CHARACTERS, match.end())]
 
 
 def _character_class(point: int) -> str:

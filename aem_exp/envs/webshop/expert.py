@@ -1,15 +1,15 @@
-"""Scripted WebShop players: an expert that knows only the pages it has seen, and an oracle that knows the product of the
+"""Scripted WebShop experts: an expert that knows only the pages it has seen, and an oracle that knows the product of the
 goal.
 """
 
 import re
 from typing import TYPE_CHECKING, Final
 
-from aem_exp.envs.webshop.words import analyze
+from aem_exp.envs.webshop.analyzer import analyze
 
 if TYPE_CHECKING:
     from aem_exp.envs.webshop.catalogue import Catalogue
-    from aem_exp.envs.webshop.world import Shop
+    from aem_exp.envs.webshop.shop import Shop
 
 MAX_VISITS: Final = 4  # products that are looked at before one is bought as it is
 _PRICE: Final = re.compile(r",? and price lower than ([\d.]+) dollars")
@@ -18,36 +18,38 @@ _OPENING: Final = re.compile(r"^(find me|i need|i am looking for|i want|show me)
 
 def parse_options(text: str) -> dict[str, str]:
     """The options that an instruction names: `with color: red, and size: large`."""
-    _, found, rest = _PRICE.sub("", text).rpartition(" with ")
-    pairs = [part.split(": ", 1) for part in rest.split(", and ")] if found else []
+    _, separator, rest = _PRICE.sub("", text).rpartition(" with ")
+    pairs = [part.split(": ", 1) for part in rest.split(", and ")] if separator else []
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 def next_action(shop: "Shop", text: str) -> str:
     """What to do on this page, knowing the instruction and what was seen."""
     page, options = shop.page, parse_options(text)
-    asked = _OPENING.sub("", _PRICE.sub("", text).rpartition(" with ")[0] or _PRICE.sub("", text))
+    query = _OPENING.sub("", _PRICE.sub("", text).rpartition(" with ")[0] or _PRICE.sub("", text))
     if "search" in page.clickable:
-        return f"search[{asked}]"
+        return f"search[{query}]"
     if "buy now" in page.clickable:
         missing = [value for value in options.values() if value not in shop.options.values()]
-        there = [value for value in missing if value in page.clickable]
-        if there:
-            return f"click[{there[0]}]"
+        available = [value for value in missing if value in page.clickable]
+        if available:
+            return f"click[{available[0]}]"
         if missing and len(shop.visited) < MAX_VISITS:
             return "click[< prev]"
         return "click[buy now]"
     if "next >" not in page.clickable:  # a page within a product's
         return "click[< prev]"
-    bound = float(found[1]) if (found := _PRICE.search(text)) else float("inf")
+    max_price = float(match[1]) if (match := _PRICE.search(text)) else float("inf")
     titles = [
         (asin.lower(), title, price) for asin, title, price in _read_results(shop) if asin.lower() not in shop.visited
     ]
-    fitting = [(asin, title) for asin, title, price in titles if price <= bound] or [(a, t) for a, t, _ in titles]
-    if not fitting:
+    affordable = [(asin, title) for asin, title, price in titles if price <= max_price] or [
+        (a, t) for a, t, _ in titles
+    ]
+    if not affordable:
         return "click[next >]" if _read_results(shop) and shop.number < MAX_VISITS else "click[back to search]"
-    terms = set(analyze(asked))
-    best = max(fitting, key=lambda pair: len(terms & set(analyze(pair[1]))))
+    terms = set(analyze(query))
+    best = max(affordable, key=lambda pair: len(terms & set(analyze(pair[1]))))
     return f"click[{best[0]}]"
 
 
@@ -56,10 +58,10 @@ def _read_results(shop: "Shop") -> list[tuple[str, str, float]]:
     links = [text for text in shop.page.clickable if not text.startswith(("back to", "<", "next"))]
     texts = shop.page.texts
     places = {text.lower(): i for i, text in enumerate(texts)}
-    found = [
+    results = [
         (texts[places[link]], texts[places[link] + 1], texts[places[link] + 2]) for link in links if link in places
     ]
-    return [(asin, title, float(re.sub(r"[^\d.]", "", price.split(" to ")[0]) or 0)) for asin, title, price in found]
+    return [(asin, title, float(re.sub(r"[^\d.]", "", price.split(" to ")[0]) or 0)) for asin, title, price in results]
 
 
 def oracle_action(shop: "Shop", catalogue: "Catalogue") -> str:

@@ -1,0 +1,136 @@
+"""The parent's side of a worker process: send a request, read its reply, notice that it hangs or died."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from aem_exp.envs import Turn
+from aem_exp.envs.executor import TRACE_CHARACTERS, Reply, error_reply
+from aem_exp.envs.worker_process import GRACE_SECONDS, encode_message, start_worker_process, take_message
+
+MAX_LOG_BYTES: Final = 1 << 20  # bytes of stderr that are kept between requests
+DUMP_SECONDS: Final = 0.1  # seconds for faulthandler to write the stacks of a worker that hangs
+
+
+class WorkerFailure(Exception):
+    """A worker hung or died during a request; `reply` is the reply of the slot that had asked."""
+
+    def __init__(self, reply: Reply):
+        super().__init__(reply.error)
+        self.reply = reply
+
+
+class WorkerClient(ABC):
+    """A connection to one worker, which has at most one request at a time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._buffer = bytearray()
+        self._seconds = self.deadline = 0.0
+
+    @abstractmethod
+    def is_alive(self) -> bool: ...
+
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        """Send a request that must be answered within so many seconds."""
+        self._seconds, self.deadline = seconds, time.monotonic() + seconds
+        self.socket.settimeout(seconds)
+        with suppress(OSError):  # dead or stuck: `read_reply` or `on_timeout` reports which
+            self.socket.sendall(encode_message(message))
+
+    def read_reply(self) -> Reply | WorkerFailure | None:
+        """Read what the socket holds: the reply, once it is complete, or the failure, if the worker died."""
+        try:
+            chunk = self.socket.recv(1 << 20)
+        except OSError:
+            chunk = b""
+        if not chunk:
+            return self._on_death()
+        self._buffer += chunk
+        reply = take_message(self._buffer)
+        if reply is None:
+            return None
+        turn = reply["turn"]
+        if turn and turn["actions"] is not None:
+            turn["actions"] = tuple(turn["actions"])
+        return Reply(**reply | {"turn": turn and Turn(**turn)})
+
+    @abstractmethod
+    def on_timeout(self) -> WorkerFailure:
+        """The failure of a worker that did not answer in time."""
+
+    @abstractmethod
+    def _on_death(self) -> WorkerFailure:
+        """The failure of a worker that closed its connection."""
+
+    @abstractmethod
+    def end(self, grace: float = 0.0) -> None:
+        """Wait so many seconds for the worker to end, then kill it with its children."""
+
+
+class LocalWorker(WorkerClient):
+    """A worker on this machine, started here."""
+
+    def __init__(self) -> None:
+        parent_socket, child_socket = socket.socketpair()
+        super().__init__(parent_socket)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
+        self._log_start = 0  # where in the log this request began
+        with child_socket:
+            self.child = start_worker_process(child_socket, self._log)
+
+    def is_alive(self) -> bool:
+        return self.child.poll() is None
+
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        self._log_start = os.fstat(self._log.fileno()).st_size
+        if self._log_start > MAX_LOG_BYTES:
+            os.ftruncate(self._log.fileno(), 0)
+            self._log_start = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the child's too: the offset is shared
+        super().send(message, seconds)
+
+    def on_timeout(self) -> WorkerFailure:
+        """The failure of a worker that did not answer in time; its trace shows the stacks of its threads."""
+        if self.child.poll() is not None:  # dead, but a child of its own holds the socket
+            return self._on_death()
+        self.child.send_signal(signal.SIGUSR1)
+        time.sleep(DUMP_SECONDS)
+        return WorkerFailure(error_reply(f"hung: no answer within {self._seconds:g} s", self._read_log_tail()))
+
+    def _on_death(self) -> WorkerFailure:
+        with suppress(subprocess.TimeoutExpired):
+            self.child.wait(GRACE_SECONDS)
+        code, tail = self.child.returncode, self._read_log_tail()
+        if code is None:
+            return WorkerFailure(error_reply("its process closed its connection", tail))
+        if code < 0:
+            return WorkerFailure(error_reply(f"its process died (signal {-code})", tail))
+        last_line = (tail.splitlines() or [""])[-1]
+        return WorkerFailure(error_reply(f"its process died (exit code {code}) {last_line}", tail))
+
+    def _read_log_tail(self) -> str:
+        """The end of what the worker wrote to stderr during this request."""
+        if self._log.closed:  # another thread has closed the pool
+            return ""
+        size = os.fstat(self._log.fileno()).st_size
+        start = max(self._log_start, size - TRACE_CHARACTERS)
+        return os.pread(self._log.fileno(), TRACE_CHARACTERS, start).decode(errors="replace")
+
+    def end(self, grace: float = 0.0) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.child.wait(grace)
+        with suppress(OSError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        with suppress(
+            subprocess.TimeoutExpired
+        ):  # a process that is stuck in the kernel (a dead disk) cannot be killed
+            self.child.wait(GRACE_SECONDS)
+        self.socket.close()
+        self._log.close()

@@ -1,0 +1,223 @@
+"""The sizes of a step, and what each process of a run is given: batch arithmetic, without any model.
+
+Sizes are upper bounds: every episode plays all its turns and fills its context, every group is trained on.
+
+GB are 10^9 bytes. A card of "80 GB" has some 85 of those; the rest is left to CUDA, NCCL and fragmentation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aem_exp import config
+from aem_exp.config import Experiment, Launch, Model
+from aem_exp.core.errors import ConfigError, MissingResource
+
+GB: Final = 1e9
+VLLM_SHARE: Final = 0.3  # of a GPU, that TRL gives vLLM where nothing is said
+FIRST_PROMPT_DIVISOR: Final = 4  # a first prompt is taken to fill this part of a full history's context
+_SHAPE_KEYS: Final = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
+)
+SHAPES: Final = {  # config.json of what conf/model/ names, so that a plan needs neither weights nor network
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, 32768),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, 32768),
+    "Qwen/Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False, 40960),
+}
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The sizes of one step, at most: what is played in a round, and what is trained on."""
+
+    episodes: int
+    """Episodes of a round."""
+    live: int
+    """Episodes that are played at once."""
+    rows: int
+    """Rows that are trained on."""
+    tokens: int
+    """Tokens of those rows, prompts included."""
+    sampled: int
+    """Tokens that the policy samples in a round."""
+    updates: int
+    """Updates of the optimizer."""
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment) -> StepSizes:
+        t, env, launch = experiment.trainer, experiment.env, experiment.launch
+        windows, group = env.history == "window", t.group_size
+        episodes = t.tasks_per_step * t.oversample * group
+        kept = episodes + (t.tasks_per_step - 1) * group if t.rounds > 1 else episodes
+        rows, response_tokens = kept * (env.max_turns if windows else 1), env.max_turns * env.response_tokens
+        updates = 1 if t.mini_batch == "all" else max(1, round(rows / t.mini_batch))
+        return cls(
+            episodes=episodes,
+            live=min(episodes, launch.device_episodes * process_count(launch) or episodes),
+            rows=rows,
+            tokens=rows * env.context_tokens,
+            sampled=episodes * (response_tokens if windows else min(response_tokens, env.context_tokens)),
+            updates=updates * t.num_iterations,
+        )
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """How the passes of a policy are computed; see `memory_trace.MemoryTrace`."""
+
+    shape: str
+    """The model's config.json."""
+    dtype: str
+    attention: str | None
+    lora: str
+    """The adapter's settings, as JSON."""
+    autocast: bool
+    fp32_head: bool
+    gpu: bool
+    processes: int
+    """Processes that the weights are sharded over; 1: each process has all of them."""
+    offload: bool
+    checkpointing: bool
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment) -> PassSpec:
+        t, model, launch = experiment.trainer, experiment.model, experiment.launch
+        fsdp = launch.trainer.get("fsdp_config") or {}
+        return cls(
+            shape=read_shape(model),
+            dtype=model.dtype,
+            attention=model.attention,
+            lora=json.dumps(model.lora or {}, sort_keys=True),
+            autocast=t.bf16,
+            fp32_head=t.cast_lm_head_to_fp32,
+            gpu=launch.gpus_per_node > 0,
+            processes=process_count(launch) if launch.trainer.get("fsdp") else 1,
+            offload=bool(fsdp.get("cpu_offload")),
+            checkpointing=bool(launch.trainer.get("gradient_checkpointing") or fsdp.get("activation_checkpointing")),
+        )
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """All that the memory of a process depends on: a value that can be varied, and cached."""
+
+    passes: PassSpec
+    optim: str
+    reference: bool
+    """There is a second model, frozen."""
+    scoring_pass: bool
+    """All log-probs come from a pass of their own, and not a few of them for comparison."""
+    ranks: int
+    """Processes of the run."""
+    sampler: str
+    """local | colocate | served"""
+    engine_bytes: float
+    """Bytes that vLLM takes beside the trainer while it is awake."""
+    engine_sleeps: bool
+    episodes: int
+    """Episodes that are played at once."""
+    prompt: int
+    """Tokens that are read at once."""
+    tokens: int
+    """Tokens of a row."""
+    play_tokens: int
+    """Tokens of an episode in play, which a panel may give more of."""
+    rows: int
+    """Rows of a micro-batch."""
+    accumulates: bool
+    """An update has several micro-batches."""
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment) -> ProcessSpec:
+        """The process of an experiment with `model.path`.
+
+        Raises:
+            ConfigError: the shape of its model cannot be known.
+        """
+        t, env, model, launch = experiment.trainer, experiment.env, experiment.model, experiment.launch
+        sizes, ranks = StepSizes.from_experiment(experiment), process_count(launch)
+        share = -(-(sizes.rows if t.mini_batch == "all" else min(sizes.rows, t.mini_batch)) // ranks)
+        short = max(1, launch.device_tokens // env.context_tokens) if launch.device_tokens else share
+        rows = min(share, short, launch.device_rows or share)
+        episodes = -(-sizes.episodes // ranks)
+        windowed_prompt, first_prompt = (
+            env.context_tokens - env.response_tokens,
+            env.context_tokens // FIRST_PROMPT_DIVISOR,
+        )
+        sampler = "served" if launch.sampler == "served" else "colocate" if launch.trainer.get("use_vllm") else "local"
+        return cls(
+            passes=PassSpec.from_experiment(experiment),
+            optim=t.optim,
+            reference=t.beta > 0 and not model.lora,
+            scoring_pass=launch.sampler != "local" or model.dtype != "float32" or t.bf16 or t.beta > 0,
+            ranks=ranks,
+            sampler=sampler,
+            engine_bytes=vllm_share(launch) * gpu_memory(launch) * GB if sampler == "colocate" else 0.0,
+            engine_sleeps=bool(launch.trainer.get("vllm_enable_sleep_mode")),
+            episodes=min(episodes, launch.device_episodes or episodes),
+            prompt=windowed_prompt if env.history == "window" else first_prompt,
+            tokens=env.context_tokens,
+            play_tokens=max(env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens),
+            rows=rows,
+            accumulates=share > rows,
+        )
+
+
+def process_count(launch: Launch) -> int:
+    return launch.nodes * max(1, launch.gpus_per_node)
+
+
+def vllm_share(launch: Launch) -> float:
+    """The share of a GPU that vLLM takes beside the trainer."""
+    share: float = launch.trainer.get("vllm_gpu_memory_utilization", VLLM_SHARE)
+    return share
+
+
+def gpu_memory(launch: Launch) -> float:
+    """GB of a GPU: as `slurm` says, or else of the one that is here; 0: not known."""
+    if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
+        return launch.gpu_memory_gb
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GB if torch.cuda.is_available() else 0.0
+
+
+def read_shape(model: Model) -> str:
+    """The config.json of a model: from its folder, the hub's cache, or SHAPES.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = model.path or ""
+    if model.trust_remote_code:
+        raise MissingResource(
+            "model.trust_remote_code", True, "what a model of its own code needs is not known before it runs"
+        )
+    file = Path(path).expanduser() / "config.json"
+    if path.count("/") == 1 and path[0] not in "./~" and not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            if path in SHAPES:
+                return json.dumps(dict(zip(_SHAPE_KEYS, SHAPES[path], strict=True)))
+            raise MissingResource(
+                "model.path", path, f"its config.json is not on this machine: hf download {path} config.json"
+            )
+        file = Path(cached)
+    try:
+        text = file.read_text()
+        json.loads(text)["model_type"]
+    except OSError as error:
+        raise ConfigError("model.path", path, f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError("model.path", path, f"{file} is no config.json of a model ({error!r})") from error
+    return text
+
+
+def format_gb(size: float) -> str:
+    return f"{size / GB:,.0f}" if size >= 100 * GB else f"{size / GB:,.1f}"

@@ -1,0 +1,264 @@
+"""From the arms, points and seeds of a question to its cells: each is resolved to one experiment, and no two are the same."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aem_exp import config
+from aem_exp.config import rules
+from aem_exp.core.errors import ConfigError
+from aem_exp.core.typed import NonNegativeInt, convert
+
+if TYPE_CHECKING:
+    from aem_exp.config.compose import Composer
+
+
+Overrides = tuple[str, ...]
+SHARED_KEYS: Final = {  # what no arm and no point may set
+    "seed": "seeds stand under seeds:, the same for every arm",
+    "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
+    "tracking": "one sweep has one MLflow store; set it in base: or on the command line",
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """The arm and the point that a cell belongs to."""
+
+    arm: str
+    point: Overrides
+    group: str
+    """Both of them, in short."""
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One experiment of a sweep. Where several arms or products meet in it, it has all of their labels."""
+
+    labels: tuple[Label, ...]
+    seed: int
+    overrides: tuple[str, ...]
+    """`config.load` makes the same experiment of them."""
+    experiment: config.Experiment
+    folder: Path
+
+    @property
+    def arm(self) -> str:
+        return self.labels[0].arm
+
+    @property
+    def point(self) -> Overrides:
+        return self.labels[0].point
+
+    @property
+    def group(self) -> str:
+        """Arm and point without the seed."""
+        return self.labels[0].group
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A question, and the experiments that answer it."""
+
+    name: str
+    question: str
+    file: Path | None
+    """None: a grid of the command line."""
+    arms: Mapping[str, Overrides]
+    """Name -> how it differs from the base; the first is the reference."""
+    points: tuple[Overrides, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[SweepCell, ...]
+    pairs: tuple[tuple[str, str], ...]
+    """The comparisons that were declared: an arm, and what it stands against."""
+    search: Mapping[str, Any] | None = None
+    """The block of a study, which `study_spec` understands."""
+    config_dir: Path | None = None
+    """The folder over `conf/` that its configs were composed with."""
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A sweep as it is written, before anything is resolved."""
+
+    name: str
+    question: str
+    file: Path | None
+    base: list[str]
+    arms: dict[str, Overrides]
+    products: list[list[Overrides]]
+    """The points of each product."""
+    seeds: list[str]
+    """As overrides."""
+    overrides: list[str]
+    search: Mapping[str, Any] | None = None
+    pairs: Sequence[str] = ()
+
+
+def check_single_values(at: str, words: Iterable[str], composer: "Composer") -> None:
+    for word in words:
+        try:
+            single = composer.expand_sweep(word) == [word]
+        except ConfigError as error:
+            raise _add_location(at, error) from error
+        if not single:
+            raise ConfigError(at, word, "one value here; several belong in products:, or in seeds:")
+
+
+def expand_product(at: str, words: Sequence[str], composer: "Composer") -> list[Overrides]:
+    """The points of one product."""
+    if not words:
+        raise ConfigError(at, None, "an empty product; its overrides are missing")
+    try:
+        points = list(product(*map(composer.expand_sweep, words)))
+    except ConfigError as error:
+        raise _add_location(at, error) from error
+    for i, point in enumerate(points):
+        if point in points[:i]:
+            raise ConfigError(at, " ".join(point), "stands twice")
+    return points
+
+
+def build_sweep(spec: SweepSpec, composer: "Composer") -> Sweep:
+    """Resolve every cell; refuse arms and points that are the same experiments."""
+    _check_shared_keys(spec)
+    points = list(dict.fromkeys(point for points in spec.products for point in points))
+    for key, values in {"arms": spec.arms, "products": points, "seeds": spec.seeds}.items():
+        if spec.search is not None and len(values) > 1:
+            remedy = "a search goes around one experiment: one arm, one point, one seed; vary the rest in search.space"
+            raise ConfigError(f"{spec.name}.{key}", f"{len(values)} of them", remedy)
+    labels = _make_labels(spec.arms, points)
+    cells: dict[str, SweepCell] = {}
+    signatures: dict[tuple[str, Overrides], str] = {}  # with the first seed
+    for label in labels:
+        overrides = composer.drop_replaced_choices([*spec.base, *spec.arms[label.arm], *label.point, *spec.overrides])
+        experiments = _resolve_seeds(overrides, spec.seeds, composer)
+        for seed in spec.seeds:
+            try:
+                experiment = next(experiments)
+            except ConfigError as error:
+                raise _add_location(f"{spec.name}: {' '.join((label.arm, *label.point, seed))}", error) from error
+            folder = config.run_dir(experiment)
+            signature = folder.name.rpartition("-")[2]  # with which the name ends; hashed once
+            new = SweepCell((label,), experiment.seed, (*overrides, seed), experiment, folder)
+            old = cells.get(signature)
+            cells[signature] = replace(old, labels=(*old.labels, label)) if old else new
+            signatures.setdefault((label.arm, label.point), signature)
+    _check_distinct(spec, points, signatures)
+    seeds = tuple(dict.fromkeys(cell.seed for cell in cells.values()))
+    return Sweep(
+        name=spec.name,
+        question=spec.question,
+        file=spec.file,
+        arms=spec.arms,
+        points=tuple(points),
+        seeds=seeds,
+        cells=tuple(cells.values()),
+        pairs=_parse_pairs(spec),
+        search=spec.search,
+    )
+
+
+def _parse_pairs(spec: SweepSpec) -> tuple[tuple[str, str], ...]:
+    """Which arms are compared: those that are asked for, or each with the first."""
+    at, arms = f"{spec.name}.pairs", list(spec.arms)
+    out: list[tuple[str, str]] = []
+    for text in spec.pairs:
+        words = text.split() if isinstance(text, str) else []
+        if len(words) != 2 or words[0] == words[1]:
+            raise ConfigError(at, text, "must be two arms, the second is what the first stands against: aem none")
+        for arm in words:
+            if arm not in arms:
+                raise ConfigError(at, arm, arms)
+        if (words[0], words[1]) in out or (words[1], words[0]) in out:
+            raise ConfigError(at, text, "stands twice")
+        out.append((words[0], words[1]))
+    return tuple(out) or tuple((arm, arms[0]) for arm in arms[1:])
+
+
+def _resolve_seeds(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:
+    """What `config.load` makes of the overrides with each seed. Where only the seed differs, one is resolved for all."""
+    from aem_exp.config.compose import may_interpolate, override_value
+
+    tree = composer.compose([*overrides, seeds[0]])
+    yield (first := config.resolve(tree))
+    only_seed_differs = first.parent is None and not may_interpolate(tree, "seed")
+    for seed in seeds[1:]:
+        if only_seed_differs and isinstance(override_value(seed), int):
+            experiment = replace(first, seed=convert(NonNegativeInt, override_value(seed), "seed"))
+            rules.check(experiment)
+            yield experiment
+        else:
+            yield config.resolve(composer.compose([*overrides, seed]))
+
+
+def _check_shared_keys(spec: SweepSpec) -> None:
+    """Refuse what is one for all cells and was set for some."""
+    from aem_exp.config.compose import override_key
+
+    places = {f"arms.{arm}": words for arm, words in spec.arms.items()}
+    places |= {"products": tuple(word for points in spec.products for point in points for word in point)}
+    places |= {"base": tuple(word for word in spec.base if override_key(word) == "seed")}
+    for at, words in places.items():
+        for word in words:
+            if override_key(word) in SHARED_KEYS:
+                raise ConfigError(f"{spec.name}.{at}", word, SHARED_KEYS[override_key(word)])
+
+
+def _check_distinct(spec: SweepSpec, points: list[Overrides], signatures: Mapping[tuple[str, Overrides], str]) -> None:
+    """Refuse two arms, or two points of a product, that are the same experiments."""
+    decides = "the same experiments (name, launch and outputs decide no result)"
+    for point in points:
+        by_arm = {arm: signatures[arm, point] for arm in spec.arms}
+        if duplicates := _find_duplicate(by_arm, by_arm.__getitem__):
+            at, words = f" at {' '.join(point)}" if point else "", " ".join(spec.arms[duplicates[1]])
+            why = f"changes nothing against {duplicates[0]}{at}: {decides}"
+            raise ConfigError(f"{spec.name}.arms.{duplicates[1]}", words, why)
+    for product_points in spec.products:
+        if duplicates := _find_duplicate(
+            product_points, lambda point: tuple(signatures[arm, point] for arm in spec.arms)
+        ):
+            first, second = (" ".join(point) for point in duplicates)
+            raise ConfigError(f"{spec.name}.products", second, f"changes nothing against {first}: {decides}")
+
+
+def _find_duplicate(items: Iterable[Any], key: Callable[[Any], Hashable]) -> tuple[Any, Any] | None:
+    """The first two items that are equal in something."""
+    seen: dict[Hashable, Any] = {}
+    for item in items:
+        if key(item) in seen:
+            return seen[key(item)], item
+        seen[key(item)] = item
+    return None
+
+
+def _make_labels(arms: Iterable[str], points: list[Overrides]) -> list[Label]:
+    """Arm by arm, each point; the group is as short as it can be and still says which."""
+    everywhere = set(points[0]).intersection(*points[1:])
+    for spell in (shorten, lambda text: text.lstrip("+")):
+        words = {
+            point: [spell(text) for text in point if text not in everywhere and _is_in_group_name(text)]
+            for point in points
+        }
+        if len(set(map(tuple, words.values()))) == len(points):
+            break
+    return [Label(arm, point, "/".join((arm, *words[point]))) for arm in arms for point in points]
+
+
+def _is_in_group_name(text: str) -> bool:
+    """A name is for people, and says what the rest of the point says."""
+    return not text.startswith("name=")
+
+
+def shorten(text: str) -> str:
+    """`baseline=rloo` as rloo, `trainer.learning_rate=1e-3` as learning_rate=1e-3."""
+    key, is_set, value = text.lstrip("+").partition("=")
+    last = key.rpartition(".")[2]
+    return f"{last}={value}" if is_set and "." in key else value or text
+
+
+def _add_location(at: str, error: ConfigError) -> ConfigError:
+    """The same mistake, and where it was made."""
+    return ConfigError(f"{at}: {error.field}", error.value, error.choices, error.remedy)

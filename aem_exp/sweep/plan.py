@@ -1,0 +1,135 @@
+"""The plan of a sweep, for people and for programs: how far its cells are, what is missing, and what that takes and shows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aem_exp.core.console import format_duration, make_console, make_table
+from aem_exp.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aem_exp.cluster.run_state import RunState
+    from aem_exp.sweep.cells import Sweep, SweepCell
+
+    States = Mapping[Path, RunState]  # of each run dir
+
+HEADINGS = ("arm", "cells", "done", "on the way", "missing", "failed")
+
+
+def show_plan(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> None:
+    """Print how many cells of each group are done, which have failed and why, and what the missing ones take."""
+    from aem_exp.cluster.run_state import RunStatus
+
+    console = make_console()
+    console.print(f"[bold]{sweep.name}[/bold]  {sweep.question}", soft_wrap=True)
+    console.print(make_table(HEADINGS, list(_count_cells(sweep, states)), left=("arm",)))
+    for cell in sweep.cells:
+        state = states[cell.folder]
+        if state.what in ("failed", "stopped"):
+            console.print(
+                f"  {cell.group} seed {cell.seed}: {state.kind or state.what}: {state.sentence}", soft_wrap=True
+            )
+    to_run = ("to run", f"{len(todo)} of {len(sweep.cells)} cells")
+    finished = [folder for folder, state in states.items() if state.what == RunStatus.DONE]
+    facts = (to_run, *_estimate_cost(sweep, todo), *_estimate_power(sweep), *_revision_warning(finished))
+    for heading, text in facts:
+        console.print(f"[bold]{heading:<7}[/bold] {text}", soft_wrap=True)
+
+
+def _count_cells(sweep: "Sweep", states: "States") -> Iterator[tuple[str, ...]]:
+    """For each group: cells, and how many of them are done, on the way, missing, failed."""
+    for group in dict.fromkeys(label.group for cell in sweep.cells for label in cell.labels):
+        group_states = [states[c.folder] for c in sweep.cells if any(label.group == group for label in c.labels)]
+        done = sum(state.what == "done" for state in group_states)
+        active = sum(state.what in ("running", "queued") for state in group_states)
+        missing = sum(state.missing for state in group_states)
+        failed = len(group_states) - done - active - missing
+        yield group, *map(str, (len(group_states), done, active, missing, failed))
+
+
+def _estimate_cost(sweep: "Sweep", todo: Sequence["SweepCell"]) -> list[tuple[str, str]]:
+    """What the missing cells will take: at most, and as those took that are done."""
+    from aem_exp.rundir import attempts
+
+    seconds = [took for cell in sweep.cells if (took := attempts.total_seconds(cell.folder)) is not None]
+    launches = [cell.experiment.launch for cell in todo]
+    gpus = [(launch.nodes + launch.server_nodes) * launch.gpus_per_node for launch in launches]
+    most = sum(count * launch.hours for count, launch in zip(gpus, launches, strict=True))
+    budget = [("budget", f"at most {most:,.0f} GPU-hours, by the time limits")] if most else []
+    if not todo:
+        return budget
+    if not seconds:
+        return [*budget, ("time", "unknown until a cell is done")]
+    each = sum(seconds) / len(seconds)
+    hours = f", {sum(gpus) * each / 3600:,.1f} GPU-hours" if any(gpus) else ""
+    total = format_duration(each * len(todo))
+    return [*budget, ("time", f"about {format_duration(each)} a cell, {total} one after another{hours}")]
+
+
+def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
+    """What the sweep will be able to show."""
+    from aem_exp.stats import power
+
+    evaluation, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
+    if not sweep.pairs:
+        return []
+    if seeds < 2:
+        return [("power", "one seed an arm shows no difference between arms, whatever it is")]
+    tasks = evaluation.tasks or _count_final_tasks(sweep.cells[0])
+    if tasks is None:
+        return []
+    comparisons = len(sweep.pairs) * len(sweep.points)
+    points = [
+        power.detectable_difference(seeds, tasks, evaluation.repeats, sd, comparisons=comparisons)
+        for sd in power.SEED_SDS
+    ]
+    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
+    detectable = " and ".join(f"{value:.0f}" for value in points)
+    text = (
+        f"{seeds} seeds x {tasks} tasks find differences of {detectable} points "
+        f"(4 times in 5, where seeds spread by {spread})"
+    )
+    return [("power", text)]
+
+
+def _revision_warning(finished: Sequence[Path]) -> list[tuple[str, str]]:
+    """Whether runs that are done were trained by another revision of the method than those to come would be."""
+    from aem_exp import METHOD, provenance
+
+    others = [number for folder in finished if (number := provenance.method_revision(folder)) not in (METHOD, None)]
+    if not others:
+        return []
+    numbers = ", ".join(map(str, sorted(set(others))))
+    text = f"{len(others)} of the finished runs are of method revision {numbers}, and this code is {METHOD}: the report refuses"
+    return [("note", f"{text} to compare them with newer ones; to run them again, move their folders away")]
+
+
+def _count_final_tasks(cell: "SweepCell") -> int | None:
+    """The size of the panel that is read at the end, where its world is at hand."""
+    from aem_exp.envs import opening
+
+    try:
+        return len(opening.open_world(cell.experiment).tasks(cell.experiment.evaluation.final))
+    except ConfigError:
+        return None
+
+
+def plan_as_json(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> dict[str, object]:
+    to_run = {cell.folder for cell in todo}
+    return {
+        "sweep": sweep.name,
+        "question": sweep.question,
+        "cells": [
+            {
+                "groups": [label.group for label in cell.labels],
+                "seed": cell.seed,
+                "run": str(cell.folder),
+                "state": states[cell.folder].what,
+                "class": states[cell.folder].kind,
+                "why": states[cell.folder].sentence,
+                "to_run": cell.folder in to_run,
+                "overrides": list(cell.overrides),
+            }
+            for cell in sweep.cells
+        ],
+    }

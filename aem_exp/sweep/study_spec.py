@@ -1,0 +1,131 @@
+"""What a study is: the block `search:` of a sweep file, and the folder in which its workers share what they know.
+
+There is no master. `python -m aem_exp.sweep NAME` sends workers, each of which takes one trial (see `trial`). All that is
+chosen is chosen on dev.
+
+    search:
+      space:                     # Hydra's grammar for sweeps, and its ranges
+        trainer.learning_rate: tag(log, interval(1e-4, 1e-3))
+        modulation.lam.value: choice(0.5, 1, 2)
+        env.window: range(1, 9)  # or int(interval(1, 8))
+      trials: 12
+      metric: eval/success       # its last value is the trial's
+      direction: maximize        # or minimize
+      pruner: median             # or hyperband, none
+      storage: null              # null: $AEM_STUDY, else a journal file beside the workers; or the URL of a data base
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from aem_exp import config
+from aem_exp.config import Experiment
+from aem_exp.core.errors import ConfigError
+from aem_exp.core.typed import AT_LEAST_1, build_from_mapping
+
+if TYPE_CHECKING:
+    from aem_exp.config.compose import Composer
+
+FOLDER: Final = "studies"  # of the outputs
+STUDY_FILE, TRIAL_FILE, JOURNAL_FILE = "study.json", "trial.json", "journal.log"
+PrintLine = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `search:` says."""
+
+    space: dict[str, str] = field(default_factory=dict)
+    """Key -> its range, as text."""
+    trials: Annotated[int, AT_LEAST_1] = 1
+    metric: str = "eval/success"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    pruner: Literal["hyperband", "median", "none"] = "none"
+    storage: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A search, and where it lives."""
+
+    folder: Path
+    """OUTPUTS/studies/NAME"""
+    question: str
+    overrides: tuple[str, ...]
+    """The overrides of every trial."""
+    config_dir: Path | None
+    """The folder over `conf/`."""
+    search: Search
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def outputs(self) -> Path:
+        return self.folder.parents[1]
+
+    @cached_property
+    def composer(self) -> "Composer":
+        from aem_exp.config.compose import Composer
+
+        return Composer(self.config_dir)
+
+    @cached_property
+    def base(self) -> Experiment:
+        return self.experiment({})
+
+    @cached_property
+    def storage_url(self) -> str | None:
+        """A data base; None: a journal file."""
+        return self.search.storage or os.environ.get("AEM_STUDY") or None
+
+    def trial_overrides(self, values: Mapping[str, str]) -> list[str]:
+        """A trial as a command line."""
+        return self.composer.drop_replaced_choices(
+            [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
+        )
+
+    def experiment(self, values: Mapping[str, str]) -> Experiment:
+        experiment = config.resolve(self.composer.compose(self.trial_overrides(values)))
+        return replace(experiment, outputs=str(self.outputs))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """No other process asks for a trial, reconciles workers or records runs meanwhile."""
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            yield
+
+
+def parse_search(block: Mapping[str, Any], at: str) -> Search:
+    """The block `search:` of a file, typed."""
+    space = block.get("space")
+    for key, text in space.items() if isinstance(space, Mapping) else ():
+        if not isinstance(text, str):
+            remedy = "must be text such as interval(1e-4, 1e-3), range(1, 9) or choice(a, b)"
+            raise ConfigError(f"{at}.space.{key}", text, remedy)
+    search = build_from_mapping(Search, block, at)
+    for key in ("space", "trials"):
+        if not block.get(key):
+            raise ConfigError(f"{at}.{key}", block.get(key), "must hold something")
+    return search
+
+
+def format_value(value: Any) -> str:
+    """A parameter as an override has it: six digits of a float say enough, and are what the run's folder is named by."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read_card(worker: Path) -> dict[str, Any]:
+    """Which trial a worker has, and what it tells its other processes; empty where it has none yet."""
+    file = worker / TRIAL_FILE
+    return json.loads(file.read_text()) if file.exists() else {}
