@@ -301,6 +301,7 @@ def _pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids, and as labels those that the player responded with (-100 elsewhere), padded right."""
     ids = [torch.tensor([*row.prompt, *row.completion]) for row in chosen]
     labels = [torch.tensor([0] * len(row.prompt) + row.mask) for row in chosen]
+    assert all(len(row.mask) == len(row.completion) for row in chosen)
     ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
     mask_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
     return ids_BT, ids_BT.masked_fill(mask_BT == 0, -100)

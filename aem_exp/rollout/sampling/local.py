@@ -105,6 +105,7 @@ class LocalSession:
 
 def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by inverting the cumulative distribution: one uniform per token, so batch and device change nothing."""
+    assert scores_BV.ndim == 2 and draw_B.shape == scores_BV.shape[:1], (scores_BV.shape, draw_B.shape)
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
     prob_BV = logp_BV.exp()
     entropy_B = -(prob_BV * logp_BV).nan_to_num().sum(-1)  # 0 * -inf is 0
