@@ -24,7 +24,8 @@ from aem_exp.core import cli, disk
 from aem_exp.core.disk import nonfinite_to_none
 from aem_exp.core.errors import RunError
 from aem_exp.evaluate import request
-from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity, list_episodes, lock_folder
+from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity, lock_folder
+from aem_exp.evaluate.panels import list_episodes
 from aem_exp.evaluate.request import POLICY, UNTRAINED
 from aem_exp.rundir import RESULT
 

@@ -32,7 +32,7 @@ LAYERS = """
 LAYER = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 # A library that is not ours is imported by one package, or by one module.
 IMPORTED_BY = {
-    "hydra": "config.compose __main__",
+    "hydra": "config.compose config.hydra_internals __main__",
     "omegaconf": "config",
     "trl": "training rollout.sampling.weight_sync",
     "httpx": "rollout.sampling.http",
@@ -43,7 +43,7 @@ IMPORTED_BY = {
     "matplotlib": "core.plots run.summary report.figures",
     "jinja2": "report.render",
     "rich": "core.console",
-    "pyarrow": "rundir.episodes evaluate.evaluation",
+    "pyarrow": "rundir.episodes rundir.examples evaluate.evaluation",
     "textworld": "envs.alfworld",
     "fast_downward": "envs.alfworld",
     "spacy": "envs.webshop",

@@ -30,7 +30,7 @@ from aem_exp.config import saved
 from aem_exp.core.errors import ConfigError
 from aem_exp.report import command as report
 from aem_exp.run import summary
-from aem_exp.rundir import archive, checkpoints, episodes, metrics
+from aem_exp.rundir import archive, checkpoints, episodes, examples, metrics
 from aem_exp.sweep import command as sweep
 from aem_exp.sweep import question
 
@@ -127,7 +127,7 @@ def test_the_rows_of_an_old_run_are_read(old):
     episodes.check_file(folder / "episodes.parquet")
     table = episodes.read(folder / "episodes.parquet")
     assert {"train", "dev[:8]", "test[:8]"} == set(table["split"].to_pylist())
-    assert episodes.to_markdown(episodes.select_examples(folder)) == (folder / "episodes.md").read_text()
+    assert examples.to_markdown(examples.select_examples(folder)) == (folder / "episodes.md").read_text()
 
 
 def test_the_checkpoints_of_an_old_run_are_known_by_their_marks(old):

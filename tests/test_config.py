@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_exp import config
 from aem_exp.__main__ import main
-from aem_exp.config import ConfigError, Experiment, load, targets, trainer_keys, trainer_schema
+from aem_exp.config import ConfigError, Experiment, hydra_internals, load, targets, trainer_keys, trainer_schema
 from aem_exp.config.compose import Composer, compose
 from aem_exp.config.schema import neutral_values
 from aem_exp.config.trainer_schema import trainer_keywords
@@ -470,6 +470,28 @@ def test_suggestions_know_initials_and_spelling():
     assert closest_match("zzz", ["beta", "delta"]) is None
 
 
+# Hydra's private names
+
+
+def test_hydra_is_of_a_tested_version():
+    version = hydra_internals.hydra_version()
+    assert version in hydra_internals.TESTED_VERSIONS, f"add {version} to TESTED_VERSIONS when the tests pass with it"
+    assert hydra_internals.is_supported(), "this version of Hydra lacks one of hydra_internals.PRIVATE_NAMES"
+
+
+@pytest.mark.parametrize(("name", "value"), [("TESTED_VERSIONS", ("0.0",)), ("PRIVATE_NAMES", ("defaults_list:none",))])
+def test_an_unknown_hydra_composes_the_same_without_its_private_names(monkeypatch, tmp_path, name, value):
+    words = ["+experiment=alfworld_1_5b", "baseline=gigpo", "seed=3", "trainer.steps=2"]
+    quick = Composer().compose(words)
+    monkeypatch.setattr(hydra_internals, name, value)
+    assert not hydra_internals.is_supported()
+    assert Composer().compose(words) == compose(words) == quick
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "mine.yaml").write_text("advantage: !!python/name:os.system\n")
+    with pytest.raises(ConfigError, match=re.escape("mine.yaml: must not have tags")):
+        compose(["baseline=mine"], tmp_path)
+
+
 # Values
 
 
@@ -760,7 +782,7 @@ def test_targets_are_bound_without_importing(mine, target, keywords_, field):
         ("joblib.load", "comes with joblib"),  # a library's library
         ("pip.main", "comes with pip"),
         ("numpy.os.system", "comes with numpy"),
-        ("aem_exp.config.rules.find_spec", "importlib is a module"),  # imported there, for itself
+        ("aem_exp.config.launch_rules.find_spec", "importlib is a module"),  # imported there, for itself
         ("aem_exp.config.rules.os.system", "no module aem_exp.config.rules.os"),
     ],
 )

@@ -11,7 +11,7 @@ from aem_exp.config import load
 from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs import Task, opening, panel
 from aem_exp.evaluate import command as evaluate
-from aem_exp.evaluate import evaluation
+from aem_exp.evaluate import panels
 from aem_exp.jobs import dry_run, preflight
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import Response, Trajectory
@@ -234,7 +234,7 @@ def played(ended="over", won=True, seen="a {}"):
 
 def heed(trajectories, caplog):
     with caplog.at_level(logging.WARNING):
-        evaluation.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+        panels.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
 
 

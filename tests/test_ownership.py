@@ -89,7 +89,7 @@ def test_a_requeued_job_takes_what_its_earlier_start_left(tmp_path, job, name, s
 
 
 def begin(folder, step, error=None, at=None):
-    with attempts.record_attempt(folder, step, lambda: step if at is None else at, most=9):
+    with attempts.record_attempt(folder, step, lambda: step if at is None else at, max_requeues=9):
         if error:
             raise error
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from aem_exp.core import console
 from aem_exp.run import progress, summary
-from aem_exp.rundir import episodes, metrics
+from aem_exp.rundir import examples, metrics
 from aem_exp.stats import scores
 from aem_exp.tracking import publish, run_card, store_uri
 from aem_exp.tracking.tracker import Tracker
@@ -105,7 +106,8 @@ def test_lines_where_there_is_no_terminal() -> None:
     lines = printed(screen).splitlines()
     assert lines[0] == "playing the dev panel"
     assert lines[1] == "step 0/3  success 50%  held-out 0%"
-    assert lines[3].startswith("step 2/3  success 50%  entropy 0.79  gated 25%  held-out 0%  0.00 s/step  0 s left")
+    pace = r"\d\.\d\d s/step  0 s left"
+    assert re.match(f"step 2/3  success 50%  entropy 0.79  gated 25%  held-out 0%  {pace}", lines[3])
     assert lines[5] == "the tracker is gone [0]"
     assert len(lines) == 6
     assert logging.getLogger("aem_exp").propagate
@@ -273,14 +275,14 @@ def test_figures(run_dir: Path) -> None:
 
 
 def test_episodes_to_read() -> None:
-    text = episodes.to_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
+    text = examples.to_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
     assert "## dev: heat-7" in text
     assert "**won, return 1, after 0 steps of training**" in text
     assert "### Turn 1: reward 0, entropy 0.500\n\n> You see a box.\n\n```text\n<action>open box</action>\n```" in text
     assert "### Turn 2: reward 1, entropy 0.250, alpha 1.125, invalid" in text
     assert "**not won, crashed, return 1, after 0 steps of training**" in text
     assert "````text\nBoom: ```\n````" in text, "what a policy says cannot leave its box"
-    long = episodes.to_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
+    long = examples.to_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
     assert len(long) < 5000
     assert "(5000 more characters)" in long
 

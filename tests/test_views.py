@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from test_mlflow_page import Browser, answers, driver
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.tracking import mlflow_store, store_uri, views
+from aem_exp.tracking import mlflow_store, publish, store_uri, views
 from aem_exp.tracking.tracker import Tracker
 
 ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # success at the end, entropy lost
@@ -141,6 +142,38 @@ def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
     assert views.save(client, experiment, "main") == {}
 
 
+def test_the_installed_mlflow_is_one_whose_page_was_seen() -> None:
+    assert views.minor_version() in views.TRIED_VERSIONS, (
+        f"MLflow {views.minor_version()} may not show our saved views: run the tests of this file with a browser"
+        " (-m slow), and where they pass, add it to views.TRIED_VERSIONS"
+    )
+
+
+def filter_of(link: str) -> str:
+    """The search that a link to an experiment's page asks for."""
+    return parse_qs(link.partition("?")[2])["searchFilter"][0]
+
+
+def test_an_mlflow_that_was_not_tried_has_a_plain_link_to_the_sweeps_runs(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "TRIED_VERSIONS", ("2.0",))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    *_, (heading, link) = publish.save_views(tmp_path / "outputs", uri, ["household"], "main")
+    experiment = client.get_experiment_by_name("household")
+    assert not [key for key in experiment.tags if key.startswith(views.VIEW_TAG_PREFIX)]
+    assert heading == "open" and f"/#/experiments/{experiment.experiment_id}/runs?searchFilter=" in link
+    runs = [client.create_run(experiment.experiment_id, tags=tags) for tags in ({}, {views.sweep_tag("main"): "arm"})]
+    found = client.search_runs([experiment.experiment_id], filter_of(link))
+    assert [run.info.run_id for run in found] == [runs[1].info.run_id]
+    assert list(views.links("", "7").values()) == ["/#/experiments/7/runs?workflowType=machine_learning"]
+
+
+def test_a_store_that_refuses_views_has_a_plain_link(client: Any) -> None:
+    links = views.links("http://127.0.0.1:5000", "4711", "main", views.save(client, "4711", "main"))
+    assert list(links) == ["main: runs"] and filter_of(links["main: runs"]) == "tags.`aem.sweep.main` != ''"
+
+
 @pytest.mark.parametrize("sweep", ["", "a b", "it's", "a`b", "a/b", "x" * 101])
 def test_a_name_that_no_filter_can_hold_is_refused(sweep: str) -> None:
     with pytest.raises(ConfigError, match=r"^sweep="):
@@ -261,6 +294,13 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
     assert [float(value) for value in tested] == sorted(map(float, tested), reverse=True)
     metrics = ["test/success", "eval/success", "train/response_entropy"]
     assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
+
+    link = views.links(site, experiment, "plain", saved=())[
+        "plain: runs"
+    ]  # without a view, after a page of another sweep
+    text = browser.open(link, "document.body.innerText.replace(/\\s+/g, ' ').includes('3 matching runs')")
+    assert "grpo/s0" in text and "grpo+aem" not in text, "the link alone filters"
+    browser.screenshot("plain.png")
 
     links = views.links(site, experiment)  # which every run has saved by then
     assert views.has_views(client.get_experiment(experiment).tags)

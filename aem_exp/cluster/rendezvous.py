@@ -160,20 +160,21 @@ def private_address(interface: str | None) -> str:
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if interface is None:
         try:
-            found = [socket.gethostbyname(name)]
+            addresses = [socket.gethostbyname(name)]
         except OSError as error:
             raise ConfigError("interface", None, f"must be set in site.yaml: {name} has no address") from error
     else:
         import psutil
 
-        known = psutil.net_if_addrs()
-        found = [a.address for a in known.get(interface, ()) if a.family == socket.AF_INET]
-        if not found:
-            raise ConfigError("interface", interface, [key for key in known if key != interface])
-    if ipaddress.ip_address(found[0]).is_unspecified or not ipaddress.ip_address(found[0]).is_private:
-        remedy = f"must be one of the private network, in site.yaml: here it leads to {found[0]}"
+        interfaces = psutil.net_if_addrs()
+        addresses = [a.address for a in interfaces.get(interface, ()) if a.family == socket.AF_INET]
+        if not addresses:
+            raise ConfigError("interface", interface, [key for key in interfaces if key != interface])
+    address = ipaddress.ip_address(addresses[0])
+    if address.is_unspecified or not address.is_private:
+        remedy = f"must be one of the private network, in site.yaml: here it leads to {addresses[0]}"
         raise ConfigError("interface", interface, remedy)
-    return found[0]
+    return addresses[0]
 
 
 def find_free_port(host: str) -> int:
@@ -211,10 +212,10 @@ def verify_key(connection: socket.socket, key: bytes) -> bool:
     """Whether whoever has connected knows the key."""
     challenge = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(challenge)
-    known = hmac.compare_digest(_receive_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
-    if known:
+    proven = hmac.compare_digest(_receive_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
+    if proven:
         connection.sendall(WELCOME)
-    return known
+    return proven
 
 
 def _receive_exactly(connection: socket.socket, count: int) -> bytes:
@@ -240,14 +241,14 @@ def wait_for_servers(folder: Path, count: int, seconds: float) -> None:
         RunError: they are not, in so many seconds, or one has ended.
     """
     end = time.monotonic() + seconds
-    while len(found := sorted(folder.glob(f"{NODE_PREFIX}*"))) < count:
+    while len(files := sorted(folder.glob(f"{NODE_PREFIX}*"))) < count:
         if why := read_ended(folder):
             raise RunError(f"{why}; what it says is in the job's log", "node")
         if time.monotonic() > end:
-            up = f"{len(found)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
+            up = f"{len(files)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
             raise RunError(f"{up}; what the others say is in the job's log", "node")
         time.sleep(0.2)
-    write_private(folder / URLS, "".join(file.read_text() for file in found))
+    write_private(folder / URLS, "".join(file.read_text() for file in files))
 
 
 def write_private(file: Path, text: str) -> None:

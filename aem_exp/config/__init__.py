@@ -6,8 +6,9 @@ refuses contradictions, `identity` hashes it. It imports `core` and `rundir`. Ot
 """
 
 from aem_exp.config.identity import arm_signature, diff, outputs_root, run_dir, signature
+from aem_exp.config.launch_rules import check_machine
+from aem_exp.config.lint import notes
 from aem_exp.config.loading import load, resolve
-from aem_exp.config.rules import check_machine, notes
 from aem_exp.config.saved import from_dict, nearest_run, read
 from aem_exp.config.schema import (
     Baseline,

@@ -1,6 +1,7 @@
 """Composes YAML files and overrides to one config tree, with Hydra.
 
-Unknown keys and choices are refused before Hydra sees them, with a suggestion. No other module imports Hydra.
+Unknown keys and choices are refused before Hydra sees them, with a suggestion. Besides this module, only
+`hydra_internals` imports Hydra.
 """
 
 import pickle
@@ -15,17 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.defaults_list import create_defaults_list
-from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -41,7 +36,8 @@ from aem_exp.config import (
     to_dict,
     trainer_keys,
 )
-from aem_exp.config.rules import TEMPLATE_FIELDS
+from aem_exp.config.hydra_internals import GroupComposer, apply_overrides, check_files, format_error, is_supported
+from aem_exp.config.prompts import TEMPLATE_FIELDS
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 
 Choices = Mapping[str, Mapping[str, Path]]
@@ -71,7 +67,7 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
             warnings.simplefilter("ignore")  # Hydra 1.4 warns of version_base, which 1.3 warns to be without
             tree = _compose_with_hydra(lines, roots, base)
     except LIBRARY_ERRORS as error:
-        raise ConfigError("config", " ".join(overrides) or "config.yaml", _format_error(error)) from error
+        raise ConfigError("config", " ".join(overrides) or "config.yaml", format_error(error)) from error
     except RecursionError as error:
         circle = "defaults: of these files lead in a circle; a file must not ask for one that asks for it"
         raise ConfigError("config", " ".join(overrides) or "config.yaml", circle) from error
@@ -112,36 +108,12 @@ def _initialize_hydra(roots: list[Path]) -> Iterator[str]:
     """Hydra with our folders; what is yielded is an override that it needs."""
     main = next(i for i, root in enumerate(roots) if (root / "config.yaml").is_file())
     below = ", ".join("'" + f"file://{root}".replace("'", r"\'") + "'" for root in roots[main + 1 :])
-    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"), _check_files_on_read():
+    with hydra.initialize_config_dir(str(roots[main]), job_name="aem_exp", version_base="1.3"), check_files(roots):
         places = GlobalHydra.instance().config_loader().get_search_path()
         for root in roots[:main]:
             places.prepend("config-dir", f"file://{root}", anchor="main")
         # The search path is given even where it is empty: it makes Hydra look at its places anew.
         yield f"hydra.searchpath=[{below}]"
-
-
-@contextmanager
-def _check_files_on_read() -> Iterator[None]:
-    """Let Hydra read only files that are safe to read; those that it opens here remain so."""
-    kinds = SourcesRegistry.instance().types
-    usual, kinds["file"] = kinds["file"], _CheckedConfigSource
-    try:
-        yield
-    finally:
-        kinds["file"] = usual
-
-
-class _CheckedConfigSource(FileConfigSource):
-    """A folder of configs. What is wrong with a file is said with its name."""
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        file = Path(self.path, self._normalize_file_name(config_path))
-        if file.exists():
-            safe_yaml.read(file, "config")
-        try:
-            return super().load_config(config_path)
-        except (ValueError, YAMLError) as error:
-            raise ConfigError("config", str(file), f"is not YAML: {_format_error(error)}") from error
 
 
 # Many at once.
@@ -162,7 +134,7 @@ class Composer:
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """What `compose` makes of the overrides."""
-        if any(text.startswith(PARENT_PREFIX) for text in overrides):
+        if not is_supported() or any(text.startswith(PARENT_PREFIX) for text in overrides):
             return compose(list(overrides), self.config_dir)
         read = [_parse_override(line) for text in overrides for line in _hydra_overrides(text, self.groups, False)]
         chosen = tuple(str(override.input_line) for override in read if override.key_or_group in self.groups)
@@ -171,7 +143,7 @@ class Composer:
                 self._trees[chosen] = pickle.dumps(self._compose_groups(chosen))
             tree: DictConfig = pickle.loads(self._trees[chosen])
             values = [override for override in read if override.key_or_group not in self.groups]
-            ConfigLoaderImpl._apply_overrides_to_config(values, tree)
+            apply_overrides(values, tree)
         except (*LIBRARY_ERRORS, RecursionError):
             return compose(list(overrides), self.config_dir)
         _check_templates(tree, overrides)
@@ -204,40 +176,16 @@ class Composer:
             if override_key(text) not in self.groups or last[override_key(text)] == i
         ]
 
-    def _compose_groups(self, lines: tuple[str, ...]) -> DictConfig:
+    def _compose_groups(self, choices: tuple[str, ...]) -> DictConfig:
         """What Hydra makes of a choice of groups, before values are set."""
-        loader, files = self._hydra_loader
-        repo, read = CachingConfigRepository(files), [_parse_override(line) for line in lines]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts = create_defaults_list(repo, "config", read, prepend_hydra=False, skip_missing=False)
-            tree = loader._compose_config_from_defaults_list(parts.defaults, repo)
-        tree.pop("hydra", None)
-        OmegaConf.set_struct(tree, True)
-        ConfigLoaderImpl._apply_overrides_to_config(parts.config_overrides, tree)
-        return tree
+            return self._group_composer.compose([_parse_override(text) for text in choices])
 
     @cached_property
-    def _hydra_loader(self) -> "tuple[ConfigLoaderImpl, _CachedConfigRepository]":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with _initialize_hydra(self.roots) as search_path:
-                loader = GlobalHydra.instance().config_loader()
-                assert isinstance(loader, ConfigLoaderImpl)
-                return loader, _CachedConfigRepository(
-                    loader._parse_overrides_and_create_caching_repo("config", [search_path])[1]
-                )
-
-
-class _CachedConfigRepository(CachingConfigRepository):
-    """Hydra's files, each read once. It hands out copies, since Hydra changes what it is given."""
-
-    def __deepcopy__(self, memo: Any) -> "_CachedConfigRepository":
-        return self
-
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        copy: ConfigResult | None = pickle.loads(pickle.dumps(super().load_config(config_path)))
-        return copy
+    def _group_composer(self) -> GroupComposer:
+        with _initialize_hydra(self.roots) as search_path:
+            return GroupComposer(GlobalHydra.instance().config_loader(), search_path)
 
 
 def override_key(text: str) -> str:
@@ -266,7 +214,7 @@ def to_container(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         missing = re.search(r"Missing mandatory value: (\S+)", str(error))
         if missing:
             raise ConfigError(missing[1], "???", "must be given a value") from error
-        raise ConfigError(str(error.full_key or "config"), "${...}", _format_error(error)) from error
+        raise ConfigError(str(error.full_key or "config"), "${...}", format_error(error)) from error
 
 
 def _check_values(tree: DictConfig) -> None:
@@ -332,7 +280,7 @@ def _parse_override(text: str) -> Override:
     except safe_yaml.UnsafeYAMLError as error:
         raise ConfigError("override", text, str(error)) from error
     except (HydraException, ValueError) as error:  # a number of more digits than Python reads is a ValueError
-        raise ConfigError("override", text, f"must read key=value ({_format_error(error)})") from error
+        raise ConfigError("override", text, f"must read key=value ({format_error(error)})") from error
 
 
 def _unknown_key_error(key: str, value: str, groups: Choices) -> ConfigError:
@@ -350,7 +298,3 @@ def _unknown_key_error(key: str, value: str, groups: Choices) -> ConfigError:
     if near:
         return ConfigError(key, value, f"no such key or group; did you mean {near}?")
     return unknown_key_error(key, value, heads)
-
-
-def _format_error(error: Exception) -> str:
-    return " ".join(str(error).partition("\n    full_key")[0].split())

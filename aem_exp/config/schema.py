@@ -61,7 +61,7 @@ class Env:
     invalid_penalty: NonNegativeFloat = 0.0
     """What an invalid turn subtracts from its own score."""
     prompt: dict[str, str] = field(default_factory=dict)
-    """`str.format` templates; see `rules.TEMPLATE_FIELDS`."""
+    """`str.format` templates; see `prompts.TEMPLATE_FIELDS`."""
 
 
 @dataclass(frozen=True)

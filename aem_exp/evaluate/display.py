@@ -117,7 +117,7 @@ class ProgressLine:
 
 
 def print_results(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
-    """Print who reached what, per kind too where there are several, why a player is missing, and where it is kept."""
+    """Print the scores, per kind too where there are several, why an agent is missing, and where the results are."""
     console = make_console()
     console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
     console.print(_score_table(results))
@@ -149,14 +149,14 @@ def _score_table(results: Results) -> "Table":
     crashed = ["crashed"] if any(r["crashed"] for r in results.values()) else []
     headings = ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed)
     rows: list[Sequence[RenderableType]] = []
-    for player, r in results.items():
+    for agent, r in results.items():
         low, high = r["interval"]
         share = join_texts((f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black"))
         score = [_number(r.get("score"), ".1%") for _ in scored]
         passes = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         lengths = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
-        lost = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
-        rows.append((player, share, *score, *passes, *lengths, _number(r["response_entropy"], ".3f"), *lost))
+        crashes = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]
+        rows.append((agent, share, *score, *passes, *lengths, _number(r["response_entropy"], ".3f"), *crashes))
     return make_table(headings, rows, left=("",), gap=1, no_wrap=True)
 
 

@@ -5,7 +5,7 @@ Sampling depends on (panel, task, repeat) alone; an interrupted evaluation resum
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,91 +19,16 @@ from aem_exp.core import disk
 from aem_exp.core.errors import RunError
 from aem_exp.envs import World
 from aem_exp.envs.panel import Panel
+from aem_exp.evaluate.panels import build_outcome, check_results, list_episodes
 from aem_exp.rundir import EVALUATIONS, RESULT
 from aem_exp.stats import scores
-from aem_exp.stats.scores import Outcome, Score
 
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
     from aem_exp.evaluate.display import ProgressLine
-    from aem_exp.rollout.types import Episode, Trajectory
+    from aem_exp.rollout.types import Trajectory
 
 log = logging.getLogger("aem_exp")
-
-
-def play_panel(
-    panel: Panel, play: Callable[[Sequence["Episode"]], list["Trajectory"]], repeats: int = 1, at_once: int = 256
-) -> list["Trajectory"]:
-    """Play every task of the panel `repeats` times, `at_once` episodes at a time (this bounds memory)."""
-    wanted = list_episodes(panel, repeats)
-    return [t for start in range(0, len(wanted), at_once) for t in play(wanted[start : start + at_once])]
-
-
-def list_episodes(panel: Panel, repeats: int) -> list["Episode"]:
-    """What is to be played, in the order of the panel."""
-    from aem_exp.rollout.types import Episode
-
-    return [
-        Episode(task, draw, repeat, ("panel", panel.name, task.id, repeat))
-        for draw, task in enumerate(panel.tasks)
-        for repeat in range(repeats)
-    ]
-
-
-def score_panel(panel: Panel, played: Sequence["Trajectory"]) -> Score:
-    """Summarise; a partial panel is refused, not averaged."""
-    from aem_exp.rundir.episodes import build_record
-
-    assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
-    return scores.score_panel(panel.name, panel.hash, [_outcome(build_record(0, panel.name, t, True)) for t in played])
-
-
-def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
-    """Refuse what has no score, and warn of what makes a score say little.
-
-    Raises:
-        RunError: the world never says who won.
-    """
-    from aem_exp.rollout.types import Ending
-
-    begun = [t for t in played if t.responses and t.ended != Ending.CRASHED]
-    if begun and not any("won" in t.responses[-1].metrics for t in begun):
-        reason = f"no turn on the panel {panel.name} says metrics['won'], which evaluation reports as success"
-        raise RunError(f"{reason}: a world sets it, to 0.0 or 1.0, in every Turn of a step", "env")
-    if _is_one_game(begun):
-        log.warning(
-            "all games of the panel %s begin alike and answer alike; where a task's seed changes nothing, none is held out",
-            panel.name,
-        )
-    if 2 * (cut := sum(t.ended == Ending.CONTEXT for t in played)) >= len(played):
-        remedy = "raise env.context_tokens, or show less of the past: env.history=window env.window=2"
-        log.warning("%d of %d episodes of the panel %s ran out of context; %s", cut, len(played), panel.name, remedy)
-
-
-def _is_one_game(begun: Sequence["Trajectory"]) -> bool:
-    """Whether games of different tasks begin alike, and answer alike to the same responses.
-
-    In a game of guessing they begin alike, and then answer differently. Where no two episodes have the same responses, nothing
-    is known.
-    """
-    if len({(t.goal, t.responses[0].observation) for t in begun}) != 1:
-        return False
-    answers: dict[tuple[str, ...], tuple[Any, ...]] = {}  # responses so far -> the answer to the last, and the task
-    tasks_differ = False  # the same responses were given in two tasks
-    for t in begun:
-        responses: tuple[str, ...] = ()
-        observations = [*(r.observation for r in t.responses[1:]), t.ended]
-        for response, observation in zip(t.responses, observations, strict=True):
-            responses = (*responses, response.text)
-            answer = observation, response.reward, response.valid, response.metrics
-            before, draw = answers.setdefault(responses, (answer, t.draw))
-            if before != answer:
-                return False
-            tasks_differ = tasks_differ or draw != t.draw
-    return tasks_differ
-
-
-# One agent on one panel, on disk.
 
 
 @dataclass(frozen=True)
@@ -237,7 +162,7 @@ def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[st
     columns = ["draw", "kind", "won", "score", "return", "ended", "error", "tokens", "habits"]
     of_responses = ["responses.list.element.valid", "responses.list.element.entropy"]
     rows = pyarrow.parquet.ParquetFile(file).read([*columns, *of_responses]).to_pylist()
-    outcomes = [_outcome(row) for row in rows]
+    outcomes = [build_outcome(row) for row in rows]
     statistics = scores.statistics(outcomes, setup.repeats)
     total = scores.score_panel(setup.panel.name, setup.panel.hash, outcomes)
     return {
@@ -252,22 +177,3 @@ def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[st
         "fingerprint": setup.world.fingerprint,
         "packages": {name: version(name) for name in provenance.PACKAGES},
     }
-
-
-def _outcome(row: dict[str, Any]) -> Outcome:
-    from aem_exp.rollout.types import Ending
-
-    responses = row["responses"]
-    return Outcome(
-        task=row["draw"],
-        kind=row["kind"],
-        won=row["won"],
-        ret=row["return"],
-        ended=row["ended"],
-        crashed=row["ended"] == Ending.CRASHED,
-        valid=[response["valid"] for response in responses],
-        entropies=[response["entropy"] for response in responses if response["entropy"] is not None],
-        tokens=row["tokens"],
-        score=row["score"],
-        habits=dict(row["habits"]),
-    )

@@ -63,16 +63,16 @@ def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Pa
     disk.check_writable(outputs, "outputs")
 
 
-def run_locally(experiments: Mapping[str, Experiment], at_once: int, say: PrintLine) -> int:
+def run_locally(experiments: Mapping[str, Experiment], at_once: int, print_line: PrintLine) -> int:
     """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `run_processes`."""
     folders = _write_run_dirs(list(experiments.values()))
     names = dict(zip(folders, experiments, strict=True))
 
-    def ended(folder: Path, code: int, last: str) -> str:
-        return "" if (folder / RESULT).exists() else last.removeprefix("aem_exp: ")
+    def explain_failure(folder: Path, code: int, last_line: str) -> str:
+        return "" if (folder / RESULT).exists() else last_line.removeprefix("aem_exp: ")
 
-    say(f"logs    {folders[0].parent}/*/{LOCAL_LOG}")
-    return run_processes("aem_exp.run", folders, at_once, say, ended, names)
+    print_line(f"logs    {folders[0].parent}/*/{LOCAL_LOG}")
+    return run_processes("aem_exp.run", folders, at_once, print_line, explain_failure, names)
 
 
 ExplainFailure = Callable[
@@ -81,33 +81,39 @@ ExplainFailure = Callable[
 
 
 def run_processes(
-    module: str, folders: Sequence[Path], at_once: int, say: PrintLine, ended: ExplainFailure, names: Mapping[Path, str]
+    module: str,
+    folders: Sequence[Path],
+    at_once: int,
+    print_line: PrintLine,
+    explain_failure: ExplainFailure,
+    names: Mapping[Path, str],
 ) -> int:
     """`python -m MODULE FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
 
-    Each end is said, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
+    Each end is printed, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
     waits for them.
     """
-    waiting, live, tally = list(folders), dict[subprocess.Popen[bytes], Path](), _TimeEstimate(len(folders), at_once)
+    waiting, live = list(folders), dict[subprocess.Popen[bytes], Path]()
+    estimate = _TimeEstimate(len(folders), at_once)
     with Signals():  # TERM ends as Ctrl-C does
         try:
             while waiting or live:
                 while waiting and len(live) < at_once:
                     folder = waiting.pop(0)
-                    say(f"start   {names[folder]}")
-                    tally.begin(folder)
+                    print_line(f"start   {names[folder]}")
+                    estimate.begin(folder)
                     live[_start_process(module, folder)] = folder
                 time.sleep(0.2)
                 for process in [process for process in live if process.poll() is not None]:
                     folder = live.pop(process)
-                    why = ended(folder, process.returncode, _last_line(folder / LOCAL_LOG))
-                    took, left = tally.end(folder, failed=bool(why), waiting=len(waiting))
+                    why = explain_failure(folder, process.returncode, _last_line(folder / LOCAL_LOG))
+                    took, left = estimate.end(folder, failed=bool(why), waiting=len(waiting))
                     end = f"failed: {why}" if why else f"{_format_success(folder)}{took}"
-                    say(f"{f'{tally.done}/{tally.all}':<7} {names[folder]}: {end}{left}")
+                    print_line(f"{f'{estimate.done}/{estimate.all}':<7} {names[folder]}: {end}{left}")
         except BaseException:
-            _stop_processes(list(live), say)
+            _stop_processes(list(live), print_line)
             raise
-    return tally.failed
+    return estimate.failed
 
 
 class _TimeEstimate:
@@ -147,10 +153,10 @@ def _format_success(folder: Path) -> str:
     return f"{panel} {before:.0%} -> {after:.0%}, {last} {final:.0%}, "
 
 
-def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], say: PrintLine) -> None:
+def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], print_line: PrintLine) -> None:
     """Ask processes to save and end, and wait for them. Another Ctrl-C asks them to leave at once; a third kills them."""
     if live:
-        say(f"stopping: {len(live)} at work save at the end of their step; {PRESS_AGAIN}")
+        print_line(f"stopping: {len(live)} at work save at the end of their step; {PRESS_AGAIN}")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         with suppress(KeyboardInterrupt):
             for process in live:
@@ -184,11 +190,11 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
 
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
         dry_run.check_functions(experiment)
-    asked = {
+    distinct = {
         repr((e.env.make, e.model.make, e.evaluation, e.trainer.tasks_per_step, e.trainer.oversample)): e
         for e in experiments
     }
-    for experiment in asked.values():
+    for experiment in distinct.values():
         try:
             preflight.open_checked_world(experiment)
         except MissingOnThisMachine:
@@ -196,8 +202,8 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
         except ConfigError:
             raise
         except Exception as error:  # a world's own, of any kind
-            told = f"its world cannot be opened: {attempts.describe_error(error)}"
-            raise ConfigError("env.make", experiment.env.make["_target_"], told) from error
+            problem = f"its world cannot be opened: {attempts.describe_error(error)}"
+            raise ConfigError("env.make", experiment.env.make["_target_"], problem) from error
 
 
 def check_prepared(experiment: Experiment) -> None:
@@ -219,12 +225,12 @@ def check_prepared(experiment: Experiment) -> None:
 
 
 def describe_active_job(folder: Path) -> str | None:
-    """Who has this run, or will have it: a live process, or a job in the queue."""
-    if by := describe_owner(folder):
-        return by
+    """The live process that runs it, or its job in the queue; None where there is neither."""
+    if owner := describe_owner(folder):
+        return owner
     job = slurm.read_job_record(folder).get("job")
-    known = slurm.query_jobs([job]).get(job) if job else None
-    return f"job {known.id}, {known.state.lower()}" if known and known.is_live else None
+    status = slurm.query_jobs([job]).get(job) if job else None
+    return f"job {status.id}, {status.state.lower()}" if status and status.is_live else None
 
 
 def _write_run_dirs(experiments: Sequence[Experiment]) -> list[Path]:

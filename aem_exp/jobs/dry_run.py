@@ -66,8 +66,8 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
     if starts_programs(world):
         log.info("%s: not tried before the run, as its environments start other programs or processes", name)
         return False
-    part = _WorldPlayer(experiment, world)
-    changed = run_with_timeout(lambda over: part.find_changed_task(tasks[:2], over), CHECK_SECONDS)
+    player = _WorldPlayer(experiment, world)
+    changed = run_with_timeout(lambda over: player.find_changed_task(tasks[:2], over), CHECK_SECONDS)
     if changed is None:
         log.warning(
             "%s: two episodes were not played in %g s, so it was not tried before the run; "
@@ -76,8 +76,12 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
             CHECK_SECONDS,
         )
     elif changed:
-        told = "%s: task %s was another game when it was played again; a group plays one game, so its chance must be the task's"
-        log.warning(told, name, changed)
+        log.warning(
+            "%s: task %s was another game when it was played again; "
+            "a group plays one game, so its chance must be the task's",
+            name,
+            changed,
+        )
     return changed is not None
 
 
@@ -85,18 +89,18 @@ def play_games(
     experiment: Experiment, world: World, splits: Mapping[str, Sequence[Task]]
 ) -> dict[str, dict[str, tuple[Any, ...]]]:
     """How some tasks of each split play under one player: what was seen and said, by id. Nothing where that takes long."""
-    part = _WorldPlayer(experiment, world)
-    part.turns = min(part.turns, COMPARE_TURNS)
+    player = _WorldPlayer(experiment, world)
+    player.turns = min(player.turns, COMPARE_TURNS)
     some = {split: tasks[: COMPARE_TRAIN if split == "train" else COMPARE_PANEL] for split, tasks in splits.items()}
 
-    def look(over: threading.Event) -> dict[str, dict[str, tuple[Any, ...]]]:
+    def play(over: threading.Event) -> dict[str, dict[str, tuple[Any, ...]]]:
         return {
-            split: dict(zip([task.id for task in tasks], part.play_tasks(tasks, over), strict=False))
+            split: dict(zip([task.id for task in tasks], player.play_tasks(tasks, over), strict=False))
             for split, tasks in some.items()
         }
 
     try:
-        return run_with_timeout(look, COMPARE_SECONDS) or {}
+        return run_with_timeout(play, COMPARE_SECONDS) or {}
     except ConfigError:  # two episodes were played well: one that crashes later costs no more than itself
         return {}
 
@@ -164,7 +168,7 @@ class _WorldPlayer:
         random = Random(0)
         turn = self._call_env("reset", env.reset, task)
         with wrap_result_errors(ENV_TARGET, self.path, type(env)):
-            seen: list[Any] = [check_text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
+            record: list[Any] = [check_text("goal", getattr(env, "goal", None)), turn.observation, turn.actions]
         won: list[float] = []
         turns = 0
         while not turn.done and turns < self.turns and not over.is_set():
@@ -172,7 +176,7 @@ class _WorldPlayer:
             turn = self._call_env("step", env.step, response)
             turns += 1
             won += [turn.metrics["won"]] if "won" in turn.metrics else []
-            seen += [response, turn.observation, turn.actions, turn.reward, turn.done]
+            record += [response, turn.observation, turn.actions, turn.reward, turn.done]
         with wrap_result_errors(ENV_TARGET, self.path, env.step):
             if turns and turn.done and not won:
                 raise ValueError(
@@ -180,11 +184,11 @@ class _WorldPlayer:
                 )
             if strange := [value for value in won if value not in (0.0, 1.0)]:
                 raise ValueError(f"metrics['won'] must be 0.0 or 1.0, not {strange[0]}")
-        return tuple(seen)
+        return tuple(record)
 
-    def _call_env(self, name: str, call: Callable[[Any], Turn], asked: Task | str) -> Turn:
+    def _call_env(self, name: str, call: Callable[[Any], Turn], argument: Task | str) -> Turn:
         with wrap_call_errors(ENV_TARGET, self.path, name, call):
-            turn = call(asked)
+            turn = call(argument)
         with wrap_result_errors(ENV_TARGET, self.path, call):
             return check_turn(name, turn)
 

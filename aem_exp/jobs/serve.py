@@ -35,21 +35,21 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(asked: argparse.Namespace) -> int:
-    cli.add_frozen_modules(asked.run_dir)
-    run_dir = asked.run_dir.expanduser().absolute()
+def _run(arguments: argparse.Namespace) -> int:
+    cli.add_frozen_modules(arguments.run_dir)
+    run_dir = arguments.run_dir.expanduser().absolute()
     experiment, folder = config.read(run_dir), rendezvous.job_folder(run_dir)
-    heard: list[int] = []
+    received: list[int] = []
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
     )  # time is nearly up: the run ends its step first, and needs servers for it
-    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     child = None
     try:
         if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
             child = _start_server(experiment, folder)
         while not (folder / rendezvous.RELEASED).exists():
-            if child is not None and child.poll() is not None and not heard:  # preempted, all are about to be killed
+            if child is not None and child.poll() is not None and not received:  # preempted, all are about to be killed
                 raise RunError(f"the server on {_node_name()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
     except RunError as stop:

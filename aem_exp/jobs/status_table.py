@@ -81,11 +81,8 @@ def status_table(rows: Sequence[StatusRow], title: str) -> "Group":
 
 def _reason_lines(rows: Sequence[StatusRow]) -> "list[Text]":
     """Why runs wait or have failed, below the table: a sentence needs its width."""
-    explained = [
-        row
-        for row in rows
-        if row.state.sentence and row.state.what in (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.QUEUED)
-    ]
+    waiting_or_ended = (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.QUEUED)
+    explained = [row for row in rows if row.state.sentence and row.state.what in waiting_or_ended]
     lines = [join_texts((f"{row.id}  ", "bold"), (row.state.sentence, "bright_black")) for row in explained]
     return [style_text(""), *lines] if lines else []
 

@@ -128,11 +128,11 @@ def differences(
     cells: Sequence[ArmCell], families: Sequence[Sequence[Pair]], measure: str = SUCCESS
 ) -> list[Difference]:
     """Each pair of arms, the second being what the first stands against, point by point; a family's intervals hold at once."""
-    known = {(cell.arm, cell.point): cell for cell in cells}
+    by_place = {(cell.arm, cell.point): cell for cell in cells}
     points, out = dict.fromkeys(cell.point for cell in cells), list[Difference]()
     for pairs in families:
-        asked = [((one, point), (other, point)) for point in points for one, other in pairs]
-        both = [(known[one], known[other]) for one, other in asked if one in known and other in known]
+        places = [((one, point), (other, point)) for point in points for one, other in pairs]
+        both = [(by_place[one], by_place[other]) for one, other in places if one in by_place and other in by_place]
         out += [_difference(cell, reference, measure, len(both)) for cell, reference in both]
     return out
 
@@ -140,7 +140,7 @@ def differences(
 def _difference(cell: ArmCell, reference: ArmCell, measure: str, comparisons: int) -> Difference:
     one, other = cell.scores(measure), reference.scores(measure)
     runs = (*cell.runs, *reference.runs)
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "arm": cell.arm,
         "reference": reference.arm,
         "point": cell.point,
@@ -152,12 +152,12 @@ def _difference(cell: ArmCell, reference: ArmCell, measure: str, comparisons: in
         "diverged": sum("diverged" in archive.result for archive in (*cell.done, *reference.done)),
     }
     if (cell.done and not one) or (reference.done and not other):
-        return Difference(**known, refusal="not measured")
+        return Difference(**fields, refusal="not measured")
     if refusal := _refusal_reason(cell, reference) or compare.no_interval_reason(one, other):
-        return Difference(**known, refusal=refusal)
+        return Difference(**fields, refusal=refusal)
     interval = compare.welch_interval(one, other, comparisons)
     return Difference(
-        **known,
+        **fields,
         interval=interval,
         new_tasks=_interval_on_new_tasks(cell, reference, comparisons) if measure == SUCCESS else None,
         p=compare.permutation_test(one, other, comparisons),
@@ -174,9 +174,9 @@ def _interval_on_new_tasks(cell: ArmCell, reference: ArmCell, comparisons: int) 
 def _refusal_reason(cell: ArmCell, reference: ArmCell) -> str | None:
     """Why two cells must not be compared."""
     both = [*cell.done, *reference.done]
-    for name, asked in MUST_MATCH.items():
-        if len(found := {asked(archive) for archive in both} - {None}) > 1:
-            return f"{name} differ: {', '.join(sorted(map(str, found)))}"
+    for name, read in MUST_MATCH.items():
+        if len(values := {read(archive) for archive in both} - {None}) > 1:
+            return f"{name} differ: {', '.join(sorted(map(str, values)))}"
     return None
 
 
@@ -216,8 +216,8 @@ def list_problems(cells: Sequence[ArmCell]) -> list[tuple[str, str, int, str]]:
             archive = run.archive
             if archive is None:
                 out.append((cell.arm, cell.point, run.seed, "missing"))
-            elif told := archive.result.get("diverged"):
-                out.append((cell.arm, cell.point, run.seed, f"diverged, and is scored as it was then: {told}"))
+            elif diverged := archive.result.get("diverged"):
+                out.append((cell.arm, cell.point, run.seed, f"diverged, and is scored as it was then: {diverged}"))
             elif not archive.done:
                 why = ": ".join(filter(None, archive.why))
                 out.append((cell.arm, cell.point, run.seed, f"{archive.what}{f' ({why})' if why else ''}"))
@@ -231,8 +231,8 @@ def curve_rows(cells: Sequence[ArmCell]) -> list[tuple[object, ...]]:
         for archive in cell.done:
             for name in archive.curves:
                 if name != "step":
-                    known = (cell.arm, cell.point, archive.seed, archive.run)
-                    rows += [(*known, step, name, value) for step, value in archive.curve(name)]
+                    run = (cell.arm, cell.point, archive.seed, archive.run)
+                    rows += [(*run, step, name, value) for step, value in archive.curve(name)]
     return rows
 
 
@@ -253,15 +253,17 @@ class OverallComparison:
 
 def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[OverallComparison]:
     """Pairs of arms with enough points and runs (see `compare.enough`), none of them refused, and no run in two points."""
-    known = {(cell.arm, cell.point): cell for cell in cells}
+    by_place = {(cell.arm, cell.point): cell for cell in cells}
     out = []
     for arm, against in pairs:
-        found = [(cell, known[against, p]) for (a, p), cell in known.items() if a == arm and (against, p) in known]
-        runs = [archive.run for pair in found for cell in pair for archive in cell.done]
-        scores = [
-            (one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in found if not _refusal_reason(one, other)
+        both = [
+            (cell, by_place[against, p]) for (a, p), cell in by_place.items() if a == arm and (against, p) in by_place
         ]
-        if compare.has_enough_cells(scores) and len(scores) == len(found) and len(set(runs)) == len(runs):
+        runs = [archive.run for pair in both for cell in pair for archive in cell.done]
+        scores = [
+            (one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in both if not _refusal_reason(one, other)
+        ]
+        if compare.has_enough_cells(scores) and len(scores) == len(both) and len(set(runs)) == len(runs):
             one, other = ([pair[i] for pair in scores] for i in (0, 1))
             summary = compare.probability_of_improvement(scores)
             out.append(
@@ -299,8 +301,10 @@ def read_csv_arms(file: Path, panel: Sequence[str]) -> dict[str, tuple[SeedRun, 
     for arm, seeds in runs.items():
         ends = {max(steps) for steps in seeds.values()}
         if len(ends) > 1:
-            told = f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
-            raise ConfigError("--csv", f"{file}, {arm}", told)
+            problem = (
+                f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
+            )
+            raise ConfigError("--csv", f"{file}, {arm}", problem)
         out[arm] = tuple(
             SeedRun(seed, _archive_from_csv(file, arm, seed, seeds[seed], panel)) for seed in sorted(seeds)
         )
@@ -322,8 +326,8 @@ def _read_csv_rows(file: Path) -> list[dict[str, str]]:
         except (TypeError, ValueError):
             good = None
         if not good:
-            told = "seed and step must be whole numbers, success between 0 and 1, an arm a name of letters, digits, . _ + = -"
-            raise ConfigError("--csv", f"{file}, line {number}", told)
+            problem = "seed and step must be whole numbers, success between 0 and 1, an arm a name of letters, digits, . _ + = -"
+            raise ConfigError("--csv", f"{file}, line {number}", problem)
     return rows
 
 

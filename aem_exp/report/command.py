@@ -107,16 +107,16 @@ def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Arch
     if given is not None and not given.is_dir():
         raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / EXPERIMENT).is_file()]
-    found = {folder: _read_run_dir(folder, how) for folder, how in run_state.read(here).items()}
+    archives = {folder: _read_run_dir(folder, how) for folder, how in run_state.read(here).items()}
     place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
     files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
     taken = {
         folder: archive.read(file)
         for folder, file in files.items()
-        if file.is_file() and not (folder in found and found[folder].done)
+        if file.is_file() and not (folder in archives and archives[folder].done)
     }
-    places = {f"run dirs in {sweep.cells[0].folder.parent}": len(found), f"archives in {place}": len(taken)}
-    return found | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
+    places = {f"run dirs in {sweep.cells[0].folder.parent}": len(archives), f"archives in {place}": len(taken)}
+    return archives | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
 
 
 def _read_run_dir(folder: Path, how: "RunState") -> "Archive":

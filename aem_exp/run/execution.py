@@ -100,8 +100,9 @@ def _run_attempt(
         # These import torch and TRL: a run that is refused, or finished, does not wait for that.
         from aem_exp.rollout.play import Watcher
         from aem_exp.run import summary
+        from aem_exp.run.context import RunContext
         from aem_exp.run.recorder import RunRecorder
-        from aem_exp.run.session import RunContext, open_session
+        from aem_exp.run.session import open_session
 
         context = RunContext(experiment, folder, world, weights, start)
         recorder = RunRecorder(folder, start.last_measured_step, tracker, watch)

@@ -9,21 +9,21 @@ from aem_exp import config, provenance
 from aem_exp.core.errors import RunError
 from aem_exp.envs import panel
 from aem_exp.envs.panel import Panel
-from aem_exp.evaluate import evaluation
+from aem_exp.evaluate import panels
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Ending, Episode, Trajectory
+from aem_exp.run.context import RunContext
 from aem_exp.run.recorder import count_crashed
 from aem_exp.stats.scores import Score
 
 if TYPE_CHECKING:
-    from aem_exp.run.session import RunContext
     from aem_exp.training.callback import StepCounter
 
 log = logging.getLogger("aem_exp")
 
 
 def play_panel(
-    context: "RunContext", split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
+    context: RunContext, split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
 ) -> tuple[Panel, list[Trajectory]]:
     """Play the panel of a split by the rules of evaluation: the panel, and its trajectories.
 
@@ -34,9 +34,9 @@ def play_panel(
     chosen = panel.build_panel(context.world, split, settings.tasks)
     log.info("playing the %s panel: %d tasks x %d", chosen.name, len(chosen.tasks), settings.repeats)
     with rollout.override_rules(config.apply_evaluation_limits(context.experiment).env):
-        played = evaluation.play_panel(chosen, play, settings.repeats)
+        played = panels.play_panel(chosen, play, settings.repeats)
     rollout.clock.read()  # not part of a step's time
-    evaluation.check_results(chosen, played)
+    panels.check_results(chosen, played)
     return chosen, played
 
 
@@ -46,7 +46,7 @@ def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
     Raises:
         RunError: all of them crashed.
     """
-    score = evaluation.score_panel(chosen, played)
+    score = panels.score_panel(chosen, played)
     if score.crashed:
         first = next(t for t in played if t.ended == Ending.CRASHED)
         share = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
@@ -58,7 +58,7 @@ def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
 
 
 def build_result(
-    context: "RunContext", time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
+    context: RunContext, time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
 ) -> dict[str, Any]:
     """What `result.json` says, and `diverged.json` of a run that can have no result."""
     return {

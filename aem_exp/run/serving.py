@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from aem_exp import policy
 from aem_exp.cluster import distributed, rendezvous
-from aem_exp.config import Experiment, Launch
+from aem_exp.config import Launch
 from aem_exp.rollout.sampling.base import Sampler, Sampling
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.trl_engine import EngineSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
+from aem_exp.run.context import LoadedPolicy, RunContext
 
 if TYPE_CHECKING:
-    from aem_exp.run.session import LoadedPolicy
     from aem_exp.training.trainer import AEMTrainer
 
 SamplerFactory = Callable[["AEMTrainer", Sampling], Sampler]  # a sampler of the policy that this trainer trains
@@ -63,14 +63,14 @@ def build_publisher(servers: Servers, method: str) -> Callable[["AEMTrainer"], N
 
 
 def choose_sampler(
-    experiment: Experiment, loaded: "LoadedPolicy", servers: Servers | None, on_token: Callable[[int], None] | None
+    context: RunContext, loaded: LoadedPolicy, servers: Servers | None, on_token: Callable[[int], None] | None
 ) -> SamplerFactory:
     """What makes samplers, as `launch.sampler` says; `on_token` receives the length of the turn that is sampled here."""
-    end_ids = loaded.chat.end_ids
+    experiment, end_ids = context.experiment, loaded.chat.end_ids
 
     def build(trainer: "AEMTrainer", sampling: Sampling) -> Sampler:
         if servers:
-            vocabulary = policy.vocabulary_size(experiment.model, loaded.folder)
+            vocabulary = policy.vocabulary_size(experiment.model, context.weights)
             rank = trainer.accelerator.process_index
             return ServerSampler(servers, end_ids, sampling, vocabulary=vocabulary, rank=rank)
         if experiment.launch.sampler == "engine":

@@ -7,9 +7,8 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from aem_exp.cluster.signals import Interrupted, Pruned, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import disk
 from aem_exp.core.errors import RunError
-from aem_exp.envs import Task, World
+from aem_exp.envs import Task
 from aem_exp.envs.workers import make_executor
-from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
 from aem_exp.rollout.sampling.base import Sampling, keyed_generator
 from aem_exp.rollout.types import Episode
 from aem_exp.run import scoring
+from aem_exp.run.context import LoadedPolicy, RunContext, load_policy
 from aem_exp.run.recorder import RunRecorder
-from aem_exp.run.resume import ResumePoint
 from aem_exp.run.serving import SamplerFactory, build_publisher, choose_sampler, connect_servers
 from aem_exp.rundir import BEFORE, DIVERGED, MODEL, checkpoints
 from aem_exp.stats.scores import Score
@@ -40,31 +38,6 @@ from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, Traine
 log = logging.getLogger("aem_exp")
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What a start of a run is given; the same in all of its processes."""
-
-    experiment: Experiment
-    folder: Path
-    """The run dir."""
-    world: World
-    weights: str
-    """The folder of the weights that training starts from."""
-    start: ResumePoint
-
-
-@dataclass(frozen=True)
-class LoadedPolicy:
-    """The policy that is trained, on the CPU until the trainer moves it, and how it is spoken to."""
-
-    folder: str
-    """The folder of its weights."""
-    model: Any
-    """A causal LM of transformers, or a model of peft around it."""
-    tokenizer: Any
-    chat: Chat
-
-
 @contextmanager
 def open_session(
     context: RunContext, recorder: RunRecorder, signals: Signals, watcher: Watcher | None
@@ -73,22 +46,13 @@ def open_session(
     experiment, launch = context.experiment, context.experiment.launch
     if launch.threads:
         torch.set_num_threads(launch.threads)
-    loaded = _load_policy(context)
+    loaded = load_policy(context)
     executor = make_executor(context.world, experiment.env.make, launch, distributed.rank())
     rollout = Rollout(executor, experiment.env, loaded.chat, launch.device_episodes, watcher)
     with closing(rollout), connect_servers(launch, context.folder) as servers:
-        make_sampler = choose_sampler(experiment, loaded, servers, watcher.token if watcher else None)
+        make_sampler = choose_sampler(context, loaded, servers, watcher.token if watcher else None)
         publish = build_publisher(servers, launch.server_weights) if servers else None
         yield RunSession(context, loaded, rollout, make_sampler, publish, recorder, signals)
-
-
-def _load_policy(context: RunContext) -> LoadedPolicy:
-    experiment = context.experiment
-    log.info("loading %s", context.weights)
-    fsdp.enable_ram_efficient_loading(experiment.launch.trainer)
-    model, tokenizer = policy.load(experiment.model, context.weights, experiment.seed)
-    chat = Chat(tokenizer, experiment.model.system, experiment.model.thinking)
-    return LoadedPolicy(context.weights, model, tokenizer, chat)
 
 
 class RunSession:

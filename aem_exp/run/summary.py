@@ -12,7 +12,7 @@ from aem_exp.core import disk
 from aem_exp.core.console import join_texts, make_console, make_table, side_by_side, stack_lines, style_text
 from aem_exp.core.plots import BLUE, GREY, ORANGE
 from aem_exp.run.progress import ENTROPY, GATED, RECENT_STEPS, SUCCESS
-from aem_exp.rundir import EXPERIMENT, RESULT, episodes, metrics
+from aem_exp.rundir import EXPERIMENT, RESULT, episodes, examples, metrics
 from aem_exp.stats.scores import wilson_interval
 from aem_exp.tracking import publish
 
@@ -68,11 +68,11 @@ def _score_table(result: dict[str, Any], repeats: int) -> "RenderableType":
     after, final = result.get("after"), result.get("final")
     scores = [(result.get("before"), after), (None, final if final != after else None)]
     for before, then in scores:
-        if (known := then or before) is not None:
-            tasks = known["episodes"] // repeats
-            name = known["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
+        if (score := then or before) is not None:
+            tasks = score["episodes"] // repeats
+            name = score["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
             rows.append((name, str(tasks), _format_success(before, tasks), _format_success(then, tasks)))
-            if known.get("score") is not None:
+            if score.get("score") is not None:
                 rows.append(("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then))))
     return make_table(("held-out panel", "tasks", "before", "after"), rows, left=("held-out panel",), gap=3, indent=2)
 
@@ -177,10 +177,10 @@ def _draw_learning(pyplot: Any, rows: Rows, repeats: int) -> Any:
 
 def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
     """Draw a training curve: its steps faint, its moving mean bold."""
-    known = [(row["step"], row[name]) for row in rows if name in row]
-    if not known:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if not points:
         return
-    steps, values = zip(*known, strict=True)
+    steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
     windows = [values[max(0, i - RECENT_STEPS // 2) : i + RECENT_STEPS // 2] for i in range(1, len(values) + 1)]
     mean = [sum(window) / len(window) for window in windows]
@@ -189,11 +189,11 @@ def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
 
 def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
     names = [f"aem/alpha_q{q}" for q in ("05", "50", "95")]
-    known = [row for row in rows if all(name in row for name in names)]
-    if not known:
+    measured = [row for row in rows if all(name in row for name in names)]
+    if not measured:
         return None
-    steps = [row["step"] for row in known]
-    low, middle, high = ([row[name] for row in known] for name in names)
+    steps = [row["step"] for row in measured]
+    low, middle, high = ([row[name] for row in measured] for name in names)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, width_ratios=(3, 2))
     left.fill_between(steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="5 % to 95 % of the responses")
     left.plot(steps, middle, color=BLUE, linewidth=2, label="median")
@@ -211,15 +211,15 @@ def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
 
 
 def write_artifacts(run_dir: Path) -> list[Path]:
-    """Write what is pleasant to open beside a run's numbers: its config as YAML, episodes to read, figures."""
+    """Write what people open beside a run's numbers: its config as YAML, episodes to read, figures."""
     import yaml
 
     files = []
     if (experiment := run_dir / EXPERIMENT).exists():
         (config := run_dir / "experiment.yaml").write_text(yaml.safe_dump(_json(experiment), sort_keys=False))
         files.append(config)
-    if rows := episodes.select_examples(run_dir):
-        (readable := run_dir / "episodes.md").write_text(episodes.to_markdown(rows))
+    if rows := examples.select_examples(run_dir):
+        (readable := run_dir / "episodes.md").write_text(examples.to_markdown(rows))
         files.append(readable)
     return files + save_plots(metrics.read(run_dir), run_dir / "plots", _repeats(run_dir))
 

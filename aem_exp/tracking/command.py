@@ -22,10 +22,10 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_command(asked: argparse.Namespace) -> int:
-    uri = asked.uri and store_uri.resolve_uri(asked.uri, Path.cwd())
-    runs = [run for folder in asked.run_dir for run in _find_run_dirs(folder)]
-    if asked.reconcile:
+def _run_command(arguments: argparse.Namespace) -> int:
+    uri = arguments.uri and store_uri.resolve_uri(arguments.uri, Path.cwd())
+    runs = [run for folder in arguments.run_dir for run in _find_run_dirs(folder)]
+    if arguments.reconcile:
         _reconcile(runs)
     for run_dir in runs:
         print(sync_run(run_dir, uri), flush=True)

@@ -56,8 +56,8 @@ def save_views(outputs: Path, uri: str, experiments: Iterable[str], sweep: str) 
         for experiment in experiments:
             store = _RemoteRun(outputs / experiment, uri, {"experiment": experiment})
             number = store.open_experiment()
-            saved.save(store.client, number, sweep, saved.sweep_tag(sweep))
-            links += saved.links(there.link, number, sweep).values()
+            taken = saved.save(store.client, number, sweep, saved.sweep_tag(sweep))
+            links += saved.links(there.link, number, sweep, taken).values()
     except Exception as error:  # of many kinds; nothing depends on it
         return [("mlflow", f"no links: {_reason(error)}")]
     return there.lines(*links)
@@ -74,8 +74,12 @@ def log_report(
         store_uri.probe(uri)
         store = _RemoteRun(outputs / experiment, uri, {"experiment": experiment})
         number, client = store.open_experiment(), store.client
-        known = client.search_runs([number], f"tags.`{REPORT_TAG}` = '{sweep}'", max_results=1)
-        run = known[0] if known else client.create_run(number, run_name=f"report of {sweep}", tags={REPORT_TAG: sweep})
+        reports = client.search_runs([number], f"tags.`{REPORT_TAG}` = '{sweep}'", max_results=1)
+        run = (
+            reports[0]
+            if reports
+            else client.create_run(number, run_name=f"report of {sweep}", tags={REPORT_TAG: sweep})
+        )
         for file in files:
             inside = file.relative_to(folder).parent
             client.log_artifact(run.info.run_id, str(file), None if inside == Path(".") else str(inside))

@@ -5,9 +5,10 @@ runs, best first. `all runs: curves` has a line per run. All are in the menu `Vi
 to as many sweeps as it has tags `aem.sweep.NAME`. MLflow takes an arm's colour from the group's tag and value, and two arms
 may get the same one.
 
-MLflow documents neither the tag that holds a view nor the state in it; both were seen with 3.17.2, whose page loads
-100 runs, and more when asked. So this is a comfort: a store that refuses a view costs nothing else, and a page that
-does not know one opens its experiment.
+MLflow documents neither the tag that holds a view nor the state in it; both were seen with the versions in
+`TRIED_VERSIONS`, whose page loads 100 runs, and more when asked. With another version, and where a store refuses a view,
+there is one link instead, to the runs of the experiment's page, filtered by the sweep's tag; it takes public parts of
+MLflow alone.
 """
 
 import base64
@@ -15,13 +16,15 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
 from aem_exp.core.errors import ConfigError
 
+TRIED_VERSIONS = ("3.17",)  # minor versions of MLflow whose page was seen to show these views
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
 OWN_TAG_PREFIX = f"{VIEW_TAG_PREFIX}aem."
 ALL_RUNS = "all runs"  # no sweep can be called so, and the key of its views is not one of `OWN_TAG_PREFIX`: they are not surplus
@@ -46,12 +49,19 @@ def sweep_tag(sweep: str) -> str:
     return f"aem.sweep.{sweep}"
 
 
+def minor_version() -> str:
+    """The minor version of the MLflow that is installed, such as 3.17."""
+    return ".".join(version("mlflow").split(".")[:2])
+
+
 def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GROUP_TAG) -> dict[str, str]:
     """Write or refresh a sweep's views, with an `MlflowClient`; return the name and key of those that were taken.
 
     `group` is the tag that tells the arms apart; among all runs, each has a line of its own. Asking twice changes nothing
-    but the time of the last update.
+    but the time of the last update. A version of MLflow that was not tried gets no views.
     """
+    if minor_version() not in TRIED_VERSIONS:
+        return {}
     states = {"curves": _curves_state(sweep, group), "table": _table_state(sweep, group)}
     saved: dict[str, str] = {}
     with suppress(Exception):  # MLflow's, of many kinds: nothing depends on a view
@@ -67,13 +77,34 @@ def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GR
     return saved
 
 
-def links(site: str, experiment_id: str, sweep: str = ALL_RUNS) -> dict[str, str]:
-    """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served."""
-    return {
-        _view_name(sweep, kind): f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
-        f"?viewStateShareKey={quote(_view_key(sweep, kind))}&compareRunsMode={mode}&{WORKFLOW_QUERY}"
-        for kind, mode in VIEW_MODES.items()
+def links(site: str, experiment_id: str, sweep: str = ALL_RUNS, saved: Collection[str] | None = None) -> dict[str, str]:
+    """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served.
+
+    `saved`: the names of the views that the store has taken, see `save`; None: all of them. Where one is missing, there is
+    the experiment's page, filtered.
+    """
+    runs = f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    modes = VIEW_MODES if minor_version() in TRIED_VERSIONS else {}
+    views = {
+        _view_name(sweep, kind): f"{runs}?viewStateShareKey={quote(_view_key(sweep, kind))}"
+        f"&compareRunsMode={mode}&{WORKFLOW_QUERY}"
+        for kind, mode in modes.items()
+        if saved is None or _view_name(sweep, kind) in saved
     }
+    if len(views) < len(VIEW_MODES):
+        views[_view_name(sweep, "runs")] = f"{runs}?{_filter_query(sweep)}{WORKFLOW_QUERY}"
+    return views
+
+
+def _filter_query(sweep: str) -> str:
+    """The part of a link that filters the runs of an experiment's page."""
+    search = _search_filter(sweep)
+    return f"searchFilter={quote(search, safe='')}&" if search else ""
+
+
+def _search_filter(sweep: str) -> str:
+    """MLflow's search for the runs of a sweep."""
+    return "" if sweep == ALL_RUNS else f"tags.`{sweep_tag(sweep)}` != ''"
 
 
 def encode_state(state: Mapping[str, Any]) -> str:
@@ -116,7 +147,7 @@ def _find_surplus(tags: Mapping[str, str]) -> list[str]:
 def _shared_state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
     """Return what both views share; the page fills in its own defaults for all that is not named."""
     return {
-        "searchFilter": "" if sweep == ALL_RUNS else f"tags.`{sweep_tag(sweep)}` != ''",
+        "searchFilter": _search_filter(sweep),
         "orderByKey": order,
         "orderByAsc": ascending,
         "startTime": "ALL",

@@ -104,7 +104,7 @@ def _zero_advantage_share(credit: AssignedCredit) -> float:
     if not len(credit.group_M):
         return 1.0
     mass_G = torch.zeros(int(credit.group_M.max()) + 1).index_add_(0, credit.group_R, credit.advantage_R.abs())
-    return (mass_G[credit.group_M.unique()] == 0).float().mean().item()
+    return float((mass_G[credit.group_M.unique()] == 0).float().mean())
 
 
 def mean(values: Sequence[float]) -> float:

@@ -192,13 +192,15 @@ class AEMTrainer(GRPOTrainer):
                 return credit, []
             for update, of_update in zip(plan, batches, strict=True):
                 for micro, batch in zip(update.micro_batches, of_update, strict=True):
-                    batch["advantages"] = updates.token_advantages(credit, micro, batch["tool_mask"], self.variant.unit)
+                    batch["advantages"] = updates.spread_advantages(
+                        credit, micro, batch["tool_mask"], self.variant.unit
+                    )
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
         items_per_row = items / len(credit.rows)
         for update, of_update in zip(plan, batches, strict=True):
             for batch in of_update:
-                batch |= updates.loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
+                batch |= updates.compute_loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
         return credit, batches * self.update_settings.epochs
 
     def _score_micro_batch(self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements) -> Batch:
@@ -234,7 +236,7 @@ class AEMTrainer(GRPOTrainer):
         self.aem.metrics |= scoring.check_engine_gap(engine, scores, batch["tool_mask"], with_entropies)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
-            ratio = updates.importance_ratio(scores[0], engine[0], batch["tool_mask"], low, high)
+            ratio = updates.compute_importance_ratio(scores[0], engine[0], batch["tool_mask"], low, high)
             batch["importance_sampling_ratio"] = ratio
 
     def _measure(

@@ -8,6 +8,7 @@ Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U uni
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,10 @@ class Update:
     """generated tokens"""
 
 
-def plan_step(rows: Sequence[Row], settings: UpdateSettings, key: tuple, rank: int, ranks: int) -> list[Update]:
-    """The updates of a step, for one rank.
+def plan_step(
+    rows: Sequence[Row], settings: UpdateSettings, key: tuple[Any, ...], rank: int, ranks: int
+) -> list[Update]:
+    """Plan the updates of a step for one rank.
 
     All ranks have the same number of micro-batches in an update: those that share the weights must do as many passes as each
     other.
@@ -75,8 +78,8 @@ def plan_step(rows: Sequence[Row], settings: UpdateSettings, key: tuple, rank: i
     return out
 
 
-def token_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Tensor, unit: Unit) -> Tensor:
-    """Final advantages (N, T) of a micro-batch: those of its units, at each of their tokens; 0 elsewhere."""
+def spread_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Tensor, unit: Unit) -> Tensor:
+    """Put the final advantage of each unit at its tokens: (N, T) for a micro-batch, 0 elsewhere."""
     assert mask_NT.ndim == 2 and len(mask_NT) == len(micro), (mask_NT.shape, len(micro))
     unit_NT = aem.responses(mask_NT) if unit == "response" else _number_tokens(mask_NT)
     advantage_u = credit.final_advantage_U[credit.unit_ids(micro)]
@@ -96,8 +99,8 @@ def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count
     return sum(len(t.responses) for t in counted)
 
 
-def loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float) -> Batch:
-    """The sizes and weights that a micro-batch brings to TRL's loss.
+def compute_loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float) -> Batch:
+    """Compute the sizes and weights of a micro-batch for TRL's loss.
 
     `loss_weight` multiplies what TRL returns. `bonus_weight` takes that back for the entropy bonus, which TRL averages over the
     tokens of a micro-batch whatever the loss.
@@ -121,8 +124,10 @@ def loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, it
     }
 
 
-def importance_ratio(logps_NT: Tensor, sampler_logps_NT: Tensor, mask_NT: Tensor, low: float, high: float) -> Tensor:
-    """Probability of each token under the policy over that under the engine that sampled it, within bounds; 1 where masked."""
+def compute_importance_ratio(
+    logps_NT: Tensor, sampler_logps_NT: Tensor, mask_NT: Tensor, low: float, high: float
+) -> Tensor:
+    """Divide the probability of each token under the policy by that under the engine, within bounds; 1 where masked."""
     assert logps_NT.ndim == 2 and logps_NT.shape == sampler_logps_NT.shape == mask_NT.shape, (
         logps_NT.shape,
         mask_NT.shape,
