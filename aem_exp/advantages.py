@@ -25,7 +25,7 @@ Over = Literal["trajectories", "turns"]
 
 
 @dataclass(frozen=True)
-class Played:
+class StepBatch:
     """What an estimator gets of a step. The responses of a trajectory follow each other in the order of its turns."""
 
     return_M: Tensor
@@ -65,7 +65,7 @@ class Played:
         return (self.score_R, self.group_R) if over == "turns" else (self.return_M, self.group_M)
 
 
-def group_normalised(played: Played, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
+def group_normalised(played: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
 
     A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
@@ -74,13 +74,13 @@ def group_normalised(played: Played, *, over: Over = "trajectories", eps: Eps = 
     return _advantage(played, group.scaled(group.excess(played.score_R, played.group_R), played.group_R, eps))
 
 
-def group_centred(played: Played, *, over: Over = "trajectories") -> Tensor:
+def group_centred(played: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """Dr. GRPO (arXiv 2503.20783): score - mean of the group."""
     group = _Statistics(*played.population(over))
     return _advantage(played, group.excess(played.score_R, played.group_R))
 
 
-def leave_one_out(played: Played, *, over: Over = "trajectories") -> Tensor:
+def leave_one_out(played: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn.
 
     Of n values, own - mean of the others = n / (n - 1) * (own - mean of all).
@@ -93,7 +93,7 @@ def leave_one_out(played: Played, *, over: Over = "trajectories") -> Tensor:
 
 
 def batch_whitened(
-    played: Played, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
+    played: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
 ) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): scores whitened over the whole batch.
 
@@ -111,7 +111,7 @@ def batch_whitened(
 
 
 def step_compared(
-    played: Played,
+    played: StepBatch,
     *,
     over: Over = "trajectories",
     eps: Eps = 1e-6,
@@ -168,7 +168,7 @@ class _Statistics:
         return excess / torch.where(self.std_G > 0, self.std_G + eps, 1.0)[group]
 
 
-def _advantage(played: Played, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
+def _advantage(played: StepBatch, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
     """The advantages, in the precision of what was played; 0 for a response that has nothing to be compared with."""
     alone_R = played.alone_R if alone_R is None else alone_R
     return torch.where(alone_R, 0.0, excess_R).to(played.return_M.dtype)

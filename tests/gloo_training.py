@@ -52,7 +52,7 @@ class Once:
     def __init__(self) -> None:
         self.steps = 0
 
-    def __call__(self, played: advantages.Played) -> torch.Tensor:
+    def __call__(self, played: advantages.StepBatch) -> torch.Tensor:
         self.steps += 1
         return advantages.group_normalised(played) * (self.steps == 1)
 

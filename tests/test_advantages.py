@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aem_exp.advantages import (
-    Played,
+    StepBatch,
     batch_whitened,
     discounted,
     group_centred,
@@ -30,7 +30,7 @@ def played(return_M, penalty_R, trajectory_R, group_M, reward_R=None, state_R=No
     last_R = torch.cat([trajectory_R[1:] != trajectory_R[:-1], torch.tensor([True])])
     reward_R = return_M[trajectory_R] * last_R if reward_R is None else reward_R
     state_R = torch.arange(len(trajectory_R)) if state_R is None else state_R
-    return Played(return_M, group_M, trajectory_R, reward_R, penalty_R, state_R)
+    return StepBatch(return_M, group_M, trajectory_R, reward_R, penalty_R, state_R)
 
 
 whitened_in_group = partial(batch_whitened, group_baseline=True)
@@ -115,7 +115,7 @@ def test_equal_returns_teach_nothing():
 def test_nothing_was_played():
     nothing, none = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
-        assert len(estimator(Played(nothing, none, none, nothing, nothing, none))) == 0
+        assert len(estimator(StepBatch(nothing, none, none, nothing, nothing, none))) == 0
 
 
 # Equal values, and a trajectory that is alone in its group.
@@ -132,7 +132,7 @@ def test_equal_returns_whose_mean_is_rounded_teach_nothing():
 def test_equal_step_returns_teach_nothing():
     """All eight won in three turns, by the same states: nothing tells one step from another."""
     n, zeros = 8, torch.zeros
-    seen = Played(
+    seen = StepBatch(
         torch.full((n,), 10.0),
         zeros(n).long(),
         torch.arange(n).repeat_interleave(3),
@@ -188,7 +188,7 @@ def test_ten_thousand_ragged_groups_agree_with_the_formulas_and_equal_ones_are_z
         gamma = float(rng.uniform(0.5, 1.0))
         return_M, group_M, owner_R, reward_R, state_R = ragged(rng)
         none_R = np.zeros(len(owner_R))
-        seen = Played(*map(torch.from_numpy, (return_M, group_M, owner_R, reward_R, none_R, state_R)))
+        seen = StepBatch(*map(torch.from_numpy, (return_M, group_M, owner_R, reward_R, none_R, state_R)))
         group_R, score_R = group_M[owner_R], return_M[owner_R]
         lone_R = (np.bincount(group_M) == 1)[group_R]
         step_R = discounted(seen.reward_R, seen.trajectory_R, gamma).numpy()
@@ -200,7 +200,7 @@ def test_ten_thousand_ragged_groups_agree_with_the_formulas_and_equal_ones_are_z
             for estimator, wanted in expected.items():
                 found = estimator(seen, over=over).numpy()
                 np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-7)
-            single = Played(*(t.float() if t.is_floating_point() else t for t in vars(seen).values()))
+            single = StepBatch(*(t.float() if t.is_floating_point() else t for t in vars(seen).values()))
             equal_R = np.array([np.ptp(return_M[group_M == g]) == 0 for g in range(100)])[group_R]
             same_R = equal_R & np.array([np.ptp(step_R[state_R == s]) == 0 for s in state_R])
             for estimator in IN_GROUPS:

@@ -13,8 +13,6 @@ from typing import Any, Final, Literal
 from aem_exp.core.errors import ConfigError
 
 _TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
-
-
 _MAX_IMPORT_HOPS: Final = 8  # imports to follow from a package to where a name is defined
 
 

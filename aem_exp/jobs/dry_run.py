@@ -274,7 +274,7 @@ def _synthetic_step(settings: config.Trainer) -> Any:
     """
     import torch
 
-    from aem_exp.advantages import Played
+    from aem_exp.advantages import StepBatch
 
     groups, size = settings.tasks_per_step, settings.group_size
     won = [float(m % 2 and (g > 0 or groups == 1 or settings.drop_equal)) for g in range(groups) for m in range(size)]
@@ -282,7 +282,7 @@ def _synthetic_step(settings: config.Trainer) -> Any:
     owners = [m for m, count in enumerate(turns) for _ in range(count)]
     last = [turn == count - 1 for count in turns for turn in range(count)]
     doubles = {"dtype": torch.float64}
-    return Played(
+    return StepBatch(
         return_M=torch.tensor(won, **doubles),
         group_M=torch.arange(groups).repeat_interleave(size),
         trajectory_R=torch.tensor(owners),

@@ -20,8 +20,6 @@ from aem_exp.sandboxes.memory import used_bytes
 POLL_SECONDS: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
 KILL_SECONDS: Final = 5.0  # seconds for the kernel to end what is killed
 STOPPED_EXIT_CODE: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
-
-
 StopReason = Literal["", "time", "output", "memory"]
 
 

@@ -13,8 +13,6 @@ from aem_exp.tracking.writer import NOTE_TAG, _RemoteRun
 
 REPORTS_HEADING = "Reports of sweeps:"  # our part of the description of an experiment
 REPORT_TAG = "aem.report"  # tag of the run that holds a report: the sweep
-
-
 CHARTS_PATH = "model-metrics?workflowType=machine_learning"  # of a run's page, with the menu for trained models
 
 

@@ -8,8 +8,6 @@ from aem_exp.core import disk
 from aem_exp.rundir import metrics
 
 RUN_ID_FILE = "mlflow_run_id"
-
-
 CARD_FILE = "tracking.json"  # what this run is called in MLflow, and where: enough to send it again
 
 

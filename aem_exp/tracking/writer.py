@@ -20,31 +20,17 @@ from aem_exp.tracking.mlflow_store import _check_database, _import_mlflow, creat
 from aem_exp.tracking.run_card import RUN_ID_FILE
 
 SEND_INTERVAL = 2.0  # seconds between batches
-
-
 URGENT_POINTS = 500  # points that do not wait for the next batch
-
-
 LOCKED_TIMEOUT = 60.0  # seconds that a start waits for a sqlite file that other runs keep busy
-
-
 MAX_BATCH_POINTS, MAX_BATCH_PARAMS, MAX_PARAM_CHARS, MAX_TAG_CHARS = (
     1000,
     100,
     6000,
     8000,
 )  # what MLflow takes, per batch and value
-
-
 RUN_KEY_TAG = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag that begins with `mlflow.`
-
-
 NOTE_TAG = "mlflow.note.content"  # the description of a run or an experiment
-
-
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
-
-
 HEADLINE_METRICS = ("train/success", "train/response_entropy", "train/loss")  # of a run, on one page
 
 

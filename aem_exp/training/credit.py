@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aem_exp.advantages import Played
+from aem_exp.advantages import StepBatch
 from aem_exp.core import user_code
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.rows import Row, build_rows
 from aem_exp.rollout.types import Ending, Response, Trajectory
 
-Estimator = Callable[[Played], Tensor]  # see `estimate_advantages`
+Estimator = Callable[[StepBatch], Tensor]  # see `estimate_advantages`
 Unit = Literal["response", "token"]
 TRUNCATED_ENDINGS = (
     Ending.CONTEXT,
@@ -232,13 +232,13 @@ def assign_credit(
     )
 
 
-def _build_step_batch(counted: Sequence[Trajectory], rules: CreditRules) -> Played:
+def _build_step_batch(counted: Sequence[Trajectory], rules: CreditRules) -> StepBatch:
     """What the estimator gets, in float64: rounded to float32, equal returns could differ."""
     group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in counted))}
     turns = [(m, t, r) for m, t in enumerate(counted) for r in t.responses]
     states: dict[tuple[int, str], int] = {}
     masked = [is_masked(t, rules.mask_truncated) for t in counted]
-    return Played(
+    return StepBatch(
         return_M=torch.tensor([counted_return(t, rules.mask_truncated) for t in counted], dtype=torch.float64),
         group_M=torch.tensor([group[t.draw] for t in counted], dtype=torch.long),
         trajectory_R=torch.tensor([m for m, *_ in turns], dtype=torch.long),
@@ -256,7 +256,7 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
-def estimate_advantages(estimator: Estimator, batch: Played) -> Tensor:
+def estimate_advantages(estimator: Estimator, batch: StepBatch) -> Tensor:
     """Call an estimator, which may be the user's, and check that it returns one finite advantage per response.
 
     Raises:
