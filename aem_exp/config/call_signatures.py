@@ -18,12 +18,16 @@ _MAX_IMPORT_HOPS: Final = 8  # imports to follow from a package to where a name 
 
 @dataclass
 class CallSignature:
-    """What a callable takes. `accepts_any`: it also takes what its source does not show."""
+    """What a callable takes."""
 
     positional: list[str] = field(default_factory=list)
-    hints: dict[str, Any] = field(default_factory=dict)  # keyword -> type, in order
+    """names of its positional parameters, in order"""
+    hints: dict[str, Any] = field(default_factory=dict)
+    """keyword -> type, in order"""
     required: set[str] = field(default_factory=set)
+    """names without a default"""
     accepts_any: bool = False
+    """whether it also takes what its source does not show"""
 
     def add(self, name: str, hint: Any, has_default: bool) -> None:
         self.hints[name] = hint

@@ -241,14 +241,17 @@ def curve_rows(cells: Sequence[ArmCell]) -> list[tuple[object, ...]]:
 
 @dataclass(frozen=True)
 class OverallComparison:
-    """An arm against another over all points: how likely a run of it is to score above one of the other."""
+    """An arm against another one, over all points."""
 
     arm: str
     against: str
     points: int
     improvement: compare.Estimate
-    interquartile_mean: compare.Estimate  # interquartile mean of the arm
+    """probability that a run of the arm scores above a run of the other"""
+    interquartile_mean: compare.Estimate
+    """of the scores of the arm"""
     reference: compare.Estimate
+    """interquartile mean of the other arm"""
 
 
 def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[OverallComparison]:

@@ -13,19 +13,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode went. `task` is its place in the panel; `tokens` and `entropies` (nats) are those of a model."""
+    """How one episode went."""
 
     task: int
+    """its place in the panel"""
     kind: str
+    """kind of its task"""
     won: float
+    """1 for a success, 0 for a failure, a share where the world says one"""
     ret: float
+    """sum of its rewards"""
     ended: str
+    """why it ended; see `rollout.types.Ending`"""
     crashed: bool
-    valid: Sequence[bool]  # one per response
-    entropies: Sequence[float]  # one per response
+    valid: Sequence[bool]
+    """per response, whether the world could read it"""
+    entropies: Sequence[float]
+    """mean token entropy per response, in nats; empty where it is not known"""
     tokens: int | None
+    """generated tokens; None where no model played"""
     score: float | None = None
-    habits: Mapping[str, float] = field(default_factory=dict)  # the world's own numbers, means over its turns
+    """the world's own score, where it has one"""
+    habits: Mapping[str, float] = field(default_factory=dict)
+    """the world's other metrics, means over the turns"""
 
     @property
     def success(self) -> float:

@@ -58,9 +58,8 @@ def modulate_credit(
     alpha_U = filter_by_entropy_effect(variant, advantage_U, alpha_U)
     if variant.keep != "all":
         metrics["aem/kept_share"] = (alpha_U > 0).float().mean().item()
-    modulated_U = aem.modulate(advantage_U, alpha_U, torch.arange(len(alpha_U))[:, None])[
-        :, 0
-    ]  # a unit is a row of one
+    one_per_row_U = torch.arange(len(alpha_U))[:, None]  # ids of a batch whose rows have one unit each
+    modulated_U = aem.modulate(advantage_U, alpha_U, one_per_row_U)[:, 0]
     bonus_U = advantage_bonus(variant, advantage_U, alpha_U, signal_U, trajectory_U)
     return add_modulation(credit, alpha_U, modulated_U if bonus_U is None else modulated_U + bonus_U, metrics)
 
