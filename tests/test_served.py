@@ -754,7 +754,7 @@ def test_streamed_weights_go_to_every_server(folder, tmp_path):
 
     clients = [Client(), Client()]
     publish = weight_sync.NCCLPublisher(known)
-    publish._client = lambda url, device: clients[known.urls.index(url)]
+    publish._connect = lambda url, device: clients[known.urls.index(url)]
     trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
     publish(trainer)
     for client in clients:
