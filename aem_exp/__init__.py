@@ -3,8 +3,9 @@
 From an experiment to a verdict, package by package; each imports those above it, and its `__init__` says what it holds:
 
     core         errors, typed values, files, the terminal and the command line
-    stats        scores, intervals and power: pure numbers
-    aem          the paper: entropies -> coefficients -> modulated advantages (pure); `schedules` of lambda
+    stats        what an evaluation counts, intervals and power: pure numbers
+    aem          the paper: entropies -> coefficients -> modulated advantages (pure)
+    schedules    schedules of its strength lambda; the learning rate follows TRL (`training.lr_schedule`)
     advantages   credit assignment of the baselines: GRPO, Dr. GRPO, RLOO, REINFORCE++, GiGPO (pure)
     rundir       what a run leaves on disk: metrics, episodes, checkpoints, attempts, the lock
     sandboxes    where commands of a policy run: bubblewrap, Apptainer, Docker
@@ -15,12 +16,14 @@ From an experiment to a verdict, package by package; each imports those above it
     policy       load, save and locate a causal language model; `tiny` makes a small one
     provenance   what a run was executed with: code, packages, weights, machine
     training     trajectories -> updates: credit, modulation, and TRL's trainer and losses
-    tracking     MLflow, which shows runs and can be rebuilt from run dirs
+    tracking     sends metrics to MLflow, which can be rebuilt from run dirs; `training.step_metrics` computes them
     evaluate     a policy, scored on held-out tasks beside other agents
     jobs         does it fit, is it prepared, send it
-    run          one experiment on this machine, to a result
+    run          one experiment on this machine, to a result; where a resumed run begins
     sweep        many experiments that answer one question; studies with Optuna
     report       what a sweep came to: verdicts, tables, figures
+
+A *step* is one rollout batch: schedules, evaluations, saves and x-axes count steps. An *update* is one optimizer step.
 
 Commands: `python -m aem_exp` runs one experiment; `python -m aem_exp.{sweep,status,report,evaluate,proxy,prepare,tracking,ui}`.
 """

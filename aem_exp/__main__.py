@@ -31,7 +31,7 @@ folder. Asked again, it resumes, or shows what is there. Without arguments:
 
 Commands
 {commands}
-  After `execution`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
+  After `run`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
   on with, as it was. All other words describe an experiment.
 """
 OPTIONS = """\
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    """Carry out a subcommand, or one experiment; `execution` is a subcommand where it is followed by a run dir."""
+    """Carry out a subcommand, or one experiment; `run` is a subcommand where it is followed by a run dir."""
     if words[:1] == ["--complete"]:  # a shell asks, see `completion`
         from aem_exp.completion import candidates
 

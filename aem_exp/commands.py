@@ -18,7 +18,7 @@ class Command:
     Args:
         module: has a `main`, which reads `sys.argv` and returns the exit code.
         about: what it does, in one line of the help.
-        first: words that its module is given before those of the user.
+        leading_arguments: words that its module is given before those of the user.
     """
 
     module: str
@@ -61,7 +61,7 @@ def run_command(name: str, words: list[str]) -> int:
 
 
 def find_run_dir(words: list[str]) -> str | None:
-    """Return the run dir among the words after `execution`; None where they describe an experiment.
+    """Return the run dir among the words after `run`; None where they describe an experiment.
 
     An override has an equals sign; a path may have one as well, and then begins with a slash or a dot.
     """

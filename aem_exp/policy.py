@@ -61,7 +61,7 @@ def _check_no_foreign_code(folder: Path) -> None:
 
 
 def _auto_map_names(data: Any, inside: bool = False) -> Iterator[str]:
-    """The texts below every `auto_map`, at any depth."""
+    """All strings that are nested under a key `auto_map`."""
     if isinstance(data, str) and inside:
         yield data
     for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():

@@ -26,7 +26,7 @@ _PACKAGE_ROOT = disk.PACKAGE.resolve()
 
 
 def list_changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
-    """How what would run now differs from what ran in this folder, in as many processes (or `distributed`)."""
+    """Differences between the code and the machine now and the recorded ones; `ranks`: by default, the recorded number."""
     if ranks is None:
         ranks = read(run_dir)["processes"] if (run_dir / PROVENANCE).exists() else 1
     return _compare_with_recorded(run_dir, _current_facts(experiment, weights, ranks), _code_files(experiment))

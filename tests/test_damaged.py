@@ -78,7 +78,7 @@ def ask(monkeypatch, capsys, folder):
     return code, *capsys.readouterr()
 
 
-FINISHED = [  # file, harm, exit code of `execution`, what `status` says of it
+FINISHED = [  # file, harm, exit code of `run`, what `status` says of it
     ("metrics.jsonl", garbage_line, 0, "failed"),
     ("episodes.parquet", cut, 0, "done"),
     ("episodes.parquet", scratched, 0, None),

@@ -120,7 +120,7 @@ def tracked(folder):
 
 @pytest.mark.usefixtures("no_mlflow")
 def test_ctrl_c_saves_at_the_end_of_its_step(unbroken, cache, tmp_path):
-    """Not only at the steps that `slurm.save_every` names; asked again, it ends as if it had never stopped."""
+    """Not only at the steps that `launch.save_every` names; asked again, it ends as if it had never stopped."""
     words = [*SMALL, "launch.save_every=5"]
     started = door(cache, tmp_path, *words, wait=False)
     wait_for(

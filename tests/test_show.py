@@ -58,7 +58,7 @@ def episode(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run, as `execution` leaves it."""
+    """A finished run, as `run` leaves it."""
     folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     with Tracker.open(folder, store_uri.OFF, "household", "grpo+aem/s0") as tracker:

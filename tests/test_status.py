@@ -1,4 +1,4 @@
-"""The table of many runs: short names that tell them apart, 80 columns, and sweeps asked for as `command` and `command` are."""
+"""The table of many runs: short names that tell them apart, 80 columns, and sweeps named as for `sweep` and `report`."""
 
 import io
 import json

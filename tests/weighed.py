@@ -1,4 +1,4 @@
-"""Training of small models on the toy world, weighed: what a run holds at most, and what `fit` says of it."""
+"""Training of small models on the toy world, weighed: what a run holds at most, and what `jobs.memory` says of it."""
 
 import contextlib
 import json
@@ -113,7 +113,7 @@ def lengths(played: list[Trajectory]) -> tuple[int, int]:
 
 
 def process(setting: Setting, tokens: int, prompt: int, **changes: Any) -> ProcessSpec:
-    """What `fit` makes of a setting, with rows of this length."""
+    """What `jobs.memory` makes of a setting, with rows of this length."""
     passes = PassSpec(
         shape=json.dumps(setting.shape),
         dtype=setting.dtype,

@@ -1,4 +1,4 @@
-"""Under torchrun, two processes with a policy in pieces (`pieces`): each phase of a step weighed, and what `fit` says.
+"""Under torchrun, two processes with a policy in pieces (`pieces`): each phase of a step weighed, and what `jobs.memory` says.
 
 Prints a line of JSON per phase: what was held, and what was said.
 """

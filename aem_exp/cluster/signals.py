@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Pruned(KeyboardInterrupt):
-    """The callback of the run has ended it early (a pruned trial); all up to here is saved."""
+    """The trial was pruned; all steps so far are saved."""
 
 
 class Signals:

@@ -157,7 +157,7 @@ class Launch:
     servers: str | None = None
     """Folder with the `urls` and the `key` of servers (`sampler: served`); see `cluster.rendezvous`."""
     server_nodes: NonNegativeInt = 0
-    """Nodes of the job that serve, besides `nodes`; then `vllm_client` is in the run dir."""
+    """Nodes of the job that serve, besides `nodes`; their addresses are then in the run dir."""
     server_weights: Literal["files", "nccl"] = "files"
     """How servers get the newest weights; see `rollout.sampling.weight_sync`."""
     server_seconds: PositiveFloat = 600.0

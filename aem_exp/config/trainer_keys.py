@@ -135,7 +135,7 @@ def resolve_trainer(block: Mapping[str, Any]) -> Trainer:
 
 
 def resolve_launch_trainer(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The `slurm.trainer` block: checked and typed. What is null keeps TRL's default."""
+    """The `launch.trainer` block: checked and typed. What is null keeps TRL's default."""
     typed = _convert_block("launch.trainer", block, LAUNCH_KEYS)
     if how := typed.get("fsdp_config"):
         typed["fsdp_config"] = {key: value for key, value in how.items() if value is not None}

@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 def add_user_modules(
     config_dir: str | Path | None = None, runs: Sequence[str | Path] = (), trusted: bool = False
 ) -> None:
-    """Let `_target_` name a user's own modules: where they stand, in `config_dir`, and where they stand nowhere else, as `runs`
-    have frozen them. All of these come after the standard library.
+    """Add the user's own modules to `sys.path`, after the standard library: those of the current folder, of `config_dir`, and, for
+    modules that are in neither, the copies that are frozen in `runs`.
 
     Raises:
         ConfigError: a run dir is somebody else's, and not trusted; then nothing is reached.
@@ -56,8 +56,8 @@ def add_user_modules(
 
 
 def add_frozen_modules(run_dir: Path, trusted: bool = False) -> None:
-    """Let `_target_` name a user's own modules as a run has frozen them, before those that lie where they stand; the standard
-    library comes before both.
+    """Add the copies of the user's own modules that are frozen in a run to `sys.path`: after the standard library, and before
+    the current ones.
 
     Raises:
         ConfigError: the run dir is somebody else's, and not trusted; then nothing is reached.

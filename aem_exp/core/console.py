@@ -30,7 +30,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DISABLE_MLFLOW_INTEGRATION": "TRUE",  # of transformers, which TRL would import MLflow for; `tracker` speaks to it
+    "DISABLE_MLFLOW_INTEGRATION": "TRUE",  # of transformers, which TRL would import MLflow for; the package `tracking` imports it
 }
 _NOISY_LIBRARIES = (
     *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),

@@ -29,7 +29,7 @@ START_SECONDS: Final = 60.0  # seconds for a worker to import and make its world
 
 
 def make_executor(world: World, make: Mapping[str, Any], launch: Launch, rank: int = 0) -> EnvExecutor:
-    """The executor that a launch asks for: `launch.workers` processes, one if the world wants one, or this process."""
+    """`launch.workers` processes; without those, one process if the world asks for it, otherwise this process."""
     count = launch.workers or int(getattr(world, "own_process", False))
     nodes = RemoteNodes(Path(launch.workers_at), rank * count) if launch.workers and launch.workers_at else None
     return WorkerPool(make, count, launch.env_seconds, nodes) if count else SerialExecutor(world)

@@ -30,7 +30,7 @@ OWN_ADVANTAGES: Final = "aem_exp.advantages."  # functions that our own tests tr
 
 
 def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T | None:
-    """What some work gives; None where it is not done in so many seconds. It is given an event: then nobody wants it any more.
+    """The result of `work`; None where it takes longer. `work` gets an event that is set when time is up, so that it can stop.
 
     Raises:
         Exception: what it raised, also when it was tried again in this thread: what only another thread raises is no fault.

@@ -178,7 +178,7 @@ def vllm_share(launch: Launch) -> float:
 
 
 def gpu_memory(launch: Launch) -> float:
-    """GB of a GPU: as `slurm` says, or else of the one that is here; 0: not known."""
+    """GB of a GPU: `launch.gpu_memory_gb`, or the memory of the GPU that is here; 0: not known."""
     if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
         return launch.gpu_memory_gb
     import torch

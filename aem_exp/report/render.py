@@ -138,7 +138,7 @@ def _escape_csv(cell: str) -> str:
 
 
 def write(report: Report, folder: Path, curves: Sequence[Sequence[object]]) -> list[Path]:
-    """`index.html`, `command.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
+    """`index.html`, `report.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
 
     Tables that an earlier report left, and this one has not, are removed; nothing else is.
     """

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 class Clock:
     """Seconds spent, by name: `with clock("generation"): ...`. `read` returns them and starts from 0.
 
-    A moment counts once, however many threads are at work in it: for `first`, where any thread is at work on that.
+    Overlapping work is counted once: for `first` if any thread is doing it, otherwise for another active name.
     """
 
     def __init__(self, first: str = "") -> None:

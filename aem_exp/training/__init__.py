@@ -1,4 +1,4 @@
-"""Trajectories become updates of the policy. TRL is imported here, and nowhere above.
+"""Trajectories become updates of the policy. TRL is imported here, and below only by `rollout.sampling.weight_sync`.
 
 `trainer` is the seam in front of TRL, to be read from top to bottom; `build` configures it from an experiment, `arguments` makes
 TRL's own settings. A step passes through `dynamic_sampling` (which groups it trains on), `credit` (one advantage per response),

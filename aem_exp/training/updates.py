@@ -102,7 +102,7 @@ def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count
 def compute_loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float) -> Batch:
     """Compute the sizes and weights of a micro-batch for TRL's loss.
 
-    `loss_weight` multiplies what TRL returns. `bonus_weight` takes that back for the entropy bonus, which TRL averages over the
+    `loss_weight` multiplies what TRL returns. `bonus_weight` cancels it for the entropy bonus, which TRL averages over the
     tokens of a micro-batch whatever the loss.
 
     Args:

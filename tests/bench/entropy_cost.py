@@ -5,7 +5,7 @@
 Random Qwen3 and Qwen2 models play 8 episodes of 4 turns, all of one length, and make one update of them: on a GPU where torch
 has one (in bf16), else on one thread of the CPU. Three sources of entropy, each against the same step without AEM:
 
-    sampler    it measures entropies as it samples (`local._draw`, against the same without that line)
+    sampler    it measures entropies as it samples (`local._sample_tokens`, against the same without that line)
     scoring    old log-probs are scored anyway: the same pass yields entropies (TRL's head, with and without them)
     own pass   nobody scores, so AEM alone pays for `scoring.score_batch`
 
@@ -232,7 +232,7 @@ def recording(draws: list[tuple]) -> Callable:
 
 
 def mute(scores_BV: torch.Tensor, draw_B: torch.Tensor, sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`local._draw` without the entropies."""
+    """`local._sample_tokens` without the entropies."""
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
     kept_BV = local._filter_probabilities(logp_BV.exp(), sampling).double().cumsum(-1)
     token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)

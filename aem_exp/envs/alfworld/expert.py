@@ -13,7 +13,6 @@ from aem_exp.envs.alfworld.games import GameErrand
 
 TREATMENTS: Final = {"clean": "clean", "heat": "hot", "cool": "cool"}
 _SEEN: Final = re.compile(r"(?:On|The) (?:the )?([a-z]+ \d+)(?: is open. In it)?, you see (.*?)\.")
-_SHUT: Final = re.compile(r"The ([a-z]+ \d+) is closed")
 _HERE: Final = re.compile(r"You arrive at ([a-z]+ \d+)")
 _TOOK: Final = re.compile(r"You pick up the ([a-z]+ \d+) from the ([a-z]+ \d+)")
 _LEFT: Final = re.compile(r"You (?:move|put) the ([a-z]+ \d+) (?:to|in/on|in|on) the ([a-z]+ \d+)")

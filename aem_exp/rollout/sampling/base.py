@@ -1,6 +1,4 @@
-"""The interface of samplers (sampler, session, sample), and the local sampler, which generates with the policy in this
-process and keeps its KV cache across the turns of an episode.
-"""
+"""The interface of samplers: a sampler opens sessions, and a session samples responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +36,8 @@ class Session(Protocol):
     def generate(
         self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
     ) -> list[Sample]:
-        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens. Slots only ever leave."""
+        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens. Between calls, slots
+        may disappear, and none is added."""
 
 
 class Sampler(Protocol):

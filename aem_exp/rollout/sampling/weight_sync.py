@@ -17,7 +17,7 @@ FILE = "model.safetensors"
 
 
 class TrainerWeights(VLLMGeneration):
-    """A trainer's weights, by name. It starts and joins nothing: TRL would do that when this object is made."""
+    """A trainer's weights, by name. TRL's constructor hook is overridden, so that no vLLM server is started or contacted."""
 
     def __init__(self, trainer: Any):
         super().__init__(trainer.model, trainer.accelerator, trainer.processing_class, mode="server")
