@@ -63,10 +63,10 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 def _choose_port(port: int | None) -> int:
     if port is None:
-        return store_uri.find_free_port()
+        return store_uri.first_free_port()
     if not 0 < port < 65536:
         raise ConfigError("--port", port, "must be a whole number from 1 to 65535")
-    if store_uri.find_free_port(port) != port:
+    if store_uri.first_free_port(port) != port:
         raise ConfigError("--port", port, "another program listens there; without --port, a free one is found")
     return port
 

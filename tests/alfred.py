@@ -21,7 +21,7 @@ def official(folder: Path, counts: dict[str, int] = GAMES) -> Path:
 
 def write(folder: Path, split: str, kind: str, number: int, **changes: Any) -> Path:
     """A game, and what ALFRED says of it; the folder of the trial."""
-    game, errand = games.generate(kind, f"{split}-{number}", 11, 8)
+    game, errand = games.generate_game(kind, f"{split}-{number}", 11, 8)
     name = f"{kind}-{errand.object}-None-{errand.target}-{number}"
     trial = folder / "json_2.1.1" / split / name / f"trial_T2019_{number:04d}"
     trial.mkdir(parents=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 
 WANTED = {
@@ -102,7 +102,7 @@ class CompletionsServer:
 
     def _answer(self, asked):
         torch.set_num_threads(1)
-        sampling = Sampling(*(asked[name] for name in ("temperature", "top_p", "top_k", "min_p")))
+        sampling = SamplingParams(*(asked[name] for name in ("temperature", "top_p", "top_k", "min_p")))
         session = LocalSampler(self.model, asked["stop_token_ids"], sampling).session()
         (sample,) = session.generate([0], [asked["prompt"]], [(asked["seed"],)], [asked["max_tokens"]])
         ended = sample.ids[-1] in asked["stop_token_ids"]

@@ -12,7 +12,7 @@ import toy
 
 from aem_exp.cluster import distributed
 from aem_exp.rollout.chat import Chat
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.sampling.weight_sync import FilePublisher
@@ -30,12 +30,12 @@ def main(folder: Path, place: Path) -> None:
         run,
         lam=1.0,
         make_sampler=lambda t: ServerSampler(
-            known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
+            known, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
         ),
         trust_sampler=False,
         publish=FilePublisher(known),
     )
-    trainer.aem.report = lambda step, row: rows.append(row)
+    trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     if trainer.accelerator.is_main_process:
         (place / "rows.json").write_text(json.dumps(rows))

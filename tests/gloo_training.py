@@ -39,7 +39,7 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     more |= {"estimator": Once()} if kind == "still" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     rows: list[dict[str, float]] = []
-    trainer.aem.report = lambda step, row: rows.append(row)
+    trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
     trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -60,7 +60,7 @@ def commands(scene, random):
 
 @pytest.mark.parametrize(("kind", "size", "turns"), [*((kind, SMALL, 40) for kind in KINDS), (KINDS[3], FULL, 25)])
 def test_it_says_what_the_stock_class_says(kind, size, turns, tmp_path, monkeypatch):
-    game, _ = games.generate(kind, f"stock-{turns}", *size)
+    game, _ = games.generate_game(kind, f"stock-{turns}", *size)
     theirs, ours, random = stock(game, tmp_path, monkeypatch), Engine(), Random(kind)
     engines = ours, Engine()  # the second shares what was translated, and goes its own way
     states = [theirs.reset()]
@@ -85,7 +85,7 @@ def test_each_kind_can_be_won_by_who_knows_and_by_who_looks(kind):
     sizes = [*((seed, SMALL) for seed in range(4)), (0, FULL)]
     for seed, size in sizes:
         engine, random = Engine(), Random(seed)
-        game, errand = games.generate(kind, f"won-{seed}", *size)
+        game, errand = games.generate_game(kind, f"won-{seed}", *size)
         scene = engine.start(game)
         for command in game["walkthrough"]:
             assert not scene.won and command in scene.commands
@@ -103,7 +103,7 @@ def test_each_kind_can_be_won_by_who_knows_and_by_who_looks(kind):
 
 
 def test_games_follow_from_their_seed_alone():
-    made = [games.generate(KINDS[1], seed, *SMALL) for seed in ("a", "a", "b")]
+    made = [games.generate_game(KINDS[1], seed, *SMALL) for seed in ("a", "a", "b")]
     assert made[0] == made[1] != made[2]
     world = Generated(receptacles=6, objects=4, sizes={"train": 60, "dev": 30, "test": 30})
     problems = [world.game(task)["pddl_problem"] for split in world.splits for task in world.tasks(split)]
@@ -118,7 +118,7 @@ def test_names_are_alfworlds_own(tmp_path, monkeypatch):
     from textworld.generator.game import EntityInfo
 
     started = Engine()
-    started.start(games.generate(KINDS[2], "names", *FULL)[0])
+    started.start(games.generate_game(KINDS[2], "names", *FULL)[0])
     ids = list(started.game.entities)
     theirs = Demangler(game_infos={one: EntityInfo(one, "") for one in ids})
     assert facts.display_names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
@@ -126,7 +126,7 @@ def test_names_are_alfworlds_own(tmp_path, monkeypatch):
 
 def test_old_data_has_its_own_verbs():
     """Before 0.4.0 one put things; the verb is the game's, never ours."""
-    game, errand = games.generate(KINDS[0], "old", *SMALL)
+    game, errand = games.generate_game(KINDS[0], "old", *SMALL)
     old = game["grammar"].replace('"move {o} to {r}"', '"put {o} in/on {r}"').replace("You move the", "You put the")
     assert old.count("put {o} in/on {r}") == 2
     started = Engine()
@@ -139,7 +139,7 @@ def test_old_data_has_its_own_verbs():
         heard.append(scene.text)
         assert len(heard) < 40
     prints = [grammar.fingerprint(game["pddl_domain"], text) for text in (game["grammar"], old)]
-    other = games.generate(KINDS[0], "another errand", *SMALL)[0]
+    other = games.generate_game(KINDS[0], "another errand", *SMALL)[0]
     assert prints[0] == grammar.fingerprint(other["pddl_domain"], other["grammar"]) != prints[1]
 
 
@@ -164,7 +164,7 @@ def test_nothing_of_this_process_changes(tmp_path, monkeypatch):
     ["__import__('os').getpid()", "r.name.__class__", "().__class__", "r.name + 1", "f(r)", "'"],
 )
 def test_what_a_game_asks_python_to_do_is_not_done(asked):
-    game, _ = games.generate(KINDS[0], "evil", *SMALL)
+    game, _ = games.generate_game(KINDS[0], "evil", *SMALL)
     evil = game["grammar"].replace("You arrive at {r.name}.", f"You arrive at {{{asked}}}.")
     assert evil != game["grammar"]
     with pytest.raises(Exception, match=r"only names and joined texts|no expression|FailedParse|expecting"):
@@ -186,7 +186,7 @@ def test_what_a_game_asks_python_to_do_is_not_done(asked):
     ],
 )
 def test_a_malformed_game_is_an_error_and_the_next_one_plays(changes, said):
-    game, _ = games.generate(KINDS[0], "malformed", *SMALL)
+    game, _ = games.generate_game(KINDS[0], "malformed", *SMALL)
     engine = Engine()
     with pytest.raises(Exception, match=said):
         engine.start(game | changes)
@@ -381,7 +381,7 @@ def test_the_reference_prompt_fits_its_budget():
     """50 turns of the largest room: task, two past turns, observation and commands within 2048 tokens, by 3 characters each."""
     rules = load(["+experiment=alfworld_1_5b"]).env
     engine = Engine()
-    scene = engine.start(games.generate(KINDS[0], "longest", *FULL)[0])
+    scene = engine.start(games.generate_game(KINDS[0], "longest", *FULL)[0])
     pair = rules.prompt["pair"].format(n=49, observation=scene.text, action="x" * MAX_COMMAND_CHARACTERS)
     words = {"task": "put a clean x in y", "observation": scene.text, "actions": ", ".join(scene.commands), "step": 48}
     text = rules.prompt["window"].format(**words, turn=49, history=f"{pair}\n{pair}", length=2)

@@ -28,7 +28,7 @@ def alphas(name, seed=0):
     lam = torch.tensor(block.lam["value"]).item()
     variant = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
     scope_R = modulation.scope_ids(variant, GROUP_R, TRAJECTORY_R)
-    alpha_R = modulation.coefficients(variant, ENTROPY_R, scope_R, lam, block.gate, keyed_generator((seed,)))
+    alpha_R = modulation.variant_coefficients(variant, ENTROPY_R, scope_R, lam, block.gate, keyed_generator((seed,)))
     alpha_R = modulation.filter_by_entropy_effect(variant, ADVANTAGE_R, alpha_R)
     return alpha_R, modulation.advantage_bonus(variant, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
 
@@ -77,9 +77,13 @@ def test_a_scope_has_its_own_range_and_mean(name, scope_R):
 def test_ungated_modulates_what_differs_by_noise():
     close = torch.tensor([0.5, 0.5001])
     variant, both = ModulationVariant(), torch.zeros(2).long()
-    assert torch.equal(modulation.coefficients(variant, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2))
+    assert torch.equal(
+        modulation.variant_coefficients(variant, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2)
+    )
     assert chosen_block("ungated").gate == 0
-    assert not torch.equal(modulation.coefficients(variant, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2))
+    assert not torch.equal(
+        modulation.variant_coefficients(variant, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2)
+    )
 
 
 def test_raising_and_lowering_part_the_paper_s_responses_and_change_none():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import keyed_generator
-from aem_exp.training.batch import DEAD_ROW, pack_rows, plan_updates, split_micro_batches
+from aem_exp.training.batch import PADDING_ROW, pack_rows, plan_updates, split_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -21,7 +21,7 @@ def test_every_row_is_trained_once_on_any_number_of_ranks(lengths, mini_batch, r
     assert sorted(i for update in alone for i in update) == list(range(len(lengths)))
     for u, update in enumerate(alone):
         parts = [share[u] for share in together]
-        assert sorted(i for part in parts for i in part if i != DEAD_ROW) == sorted(update)
+        assert sorted(i for part in parts for i in part if i != PADDING_ROW) == sorted(update)
         assert len({len(part) for part in parts}) == 1  # collectives need the same number of rows everywhere
 
 
@@ -42,11 +42,11 @@ def test_split():
 @given(LENGTHS, st.integers(1, 400), st.integers(0, 5))
 def test_no_micro_batch_exceeds_its_budget(lengths, tokens, rows):
     """Of tokens with padding, unless it is one row alone; every row is in one, in order."""
-    share = [*sorted(range(len(lengths)), key=lambda i: -lengths[i]), DEAD_ROW]
+    share = [*sorted(range(len(lengths)), key=lambda i: -lengths[i]), PADDING_ROW]
     micros = split_micro_batches(share, lengths, rows, tokens)
     assert [i for micro in micros for i in micro] == share
     for micro in micros:
-        assert len(micro) == 1 or len(micro) * max(lengths[i] if i != DEAD_ROW else 0 for i in micro) <= tokens
+        assert len(micro) == 1 or len(micro) * max(lengths[i] if i != PADDING_ROW else 0 for i in micro) <= tokens
         assert not rows or len(micro) <= rows
 
 
@@ -55,7 +55,7 @@ def test_pack():
         Row([5, 6, 7], [8, 9], [1, 0], [-1.0, 0.0], [0.5, 0.0], 0, [0]),
         Row([5], [8, 9, 3, 4], [1, 0, 1, 1], [-1.0, 0.0, -2.0, -3.0], [0.5, 0.0, 0.1, 0.2], 1, [0, 1]),
     ]
-    batch = pack_rows(rows, [1, 0, DEAD_ROW], pad_id=0)
+    batch = pack_rows(rows, [1, 0, PADDING_ROW], pad_id=0)
     assert batch["prompt_ids"].tolist() == [[0, 0, 5], [5, 6, 7], [5, 6, 7]]
     assert batch["prompt_mask"].tolist() == [[0, 0, 1], [1, 1, 1], [1, 1, 1]]
     assert batch["completion_ids"].tolist() == [[8, 9, 3, 4], [8, 9, 0, 0], [8, 9, 0, 0]]

@@ -119,7 +119,7 @@ def test_the_floor_of_a_permutation(seeds, floor):
 def test_detectable_is_what_the_plan_said():
     rng = np.random.default_rng(1)
     one, other = rng.normal(0.7, 0.03, (2, 5))
-    assert compare.detectable_difference(one, other, 3) == pytest.approx(
+    assert compare.observed_detectable_difference(one, other, 3) == pytest.approx(
         compare.pooled_sd(one, other) * power.detectable_effect(5, 3)
     )
     needed = compare.runs_needed(0.05, 0.03, 3)

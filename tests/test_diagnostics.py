@@ -87,7 +87,7 @@ PLAYED = [
 
 def measured(played, history):
     credit = assign_credit(played, history, CreditRules(advantages.group_centred))
-    surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.responses()])
+    surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.list_responses()])
     return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R, surprisal_R)
 
 
@@ -119,7 +119,7 @@ def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
     credit = first_step(folder, history, lam=1.0)
     whole = compute_step_metrics(credit)
     extra, counted = 0.0, 0
-    for r, (m, turn, response) in enumerate(credit.responses()):
+    for r, (m, turn, response) in enumerate(credit.list_responses()):
         others = [t.responses[0] for t in credit.kept if t.draw == credit.kept[m].draw and t is not credit.kept[m]]
         if turn == 0 and others:
             surprisal, *rest = (-math.fsum(o.sample.logps) for o in (response, *others))

@@ -8,7 +8,7 @@ import toy
 from trl.generation.vllm_generation import VLLMGeneration
 
 from aem_exp.rollout.chat import Chat
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.trl_engine import VLLM_FIELDS, EngineSampler
 
@@ -22,19 +22,19 @@ def engine(folder, history="full", sampling=None, **settings):
     """A trainer of the toy whose responses come from HF generate."""
     run = toy.experiment(history, **settings)
     chat = Chat(toy.policy(folder, history)[1])
-    make = lambda trainer: EngineSampler(trainer, chat.end_ids, sampling or Sampling())  # noqa: E731
+    make = lambda trainer: EngineSampler(trainer, chat.end_ids, sampling or SamplingParams())  # noqa: E731
     return toy.trainer(folder, run, lam=1.0, make_sampler=make, trust_sampler=False), chat
 
 
 def test_turns_append_to_exact_tokens_and_keep_their_budgets(folder):
     trainer, chat = engine(folder)
     session = trainer.sampler.session()
-    prompts = [chat.start("hello a"), chat.start("hello b c")]
+    prompts = [chat.first_prompt("hello a"), chat.first_prompt("hello b c")]
     first = session.generate([0, 1], prompts, [("k", 0), ("k", 1)], [3, 5])
     assert [len(s.ids) <= n for s, n in zip(first, (3, 5), strict=True)] == [True, True]
     assert all(not set(s.ids[:-1]) & set(chat.end_ids) for s in first)
-    (second,) = session.generate([1], [chat.follow("go", first[1].ids[-1])], [("k", 1, 1)], [4])
-    assert session._ids[1] == [*prompts[1], *first[1].ids, *chat.follow("go", first[1].ids[-1]), *second.ids]
+    (second,) = session.generate([1], [chat.next_prompt("go", first[1].ids[-1])], [("k", 1, 1)], [4])
+    assert session._ids[1] == [*prompts[1], *first[1].ids, *chat.next_prompt("go", first[1].ids[-1]), *second.ids]
     assert not first[0].entropies and not first[0].logps
 
 
@@ -42,7 +42,7 @@ def test_the_same_keys_draw_the_same_and_others_differ(folder):
     trainer, chat = engine(folder)
 
     def draw(key):
-        return trainer.sampler.session().generate([0], [chat.start("hello a")], [key], [5])[0].ids
+        return trainer.sampler.session().generate([0], [chat.first_prompt("hello a")], [key], [5])[0].ids
 
     torch.manual_seed(1)
     one = draw(("a",))
@@ -53,8 +53,8 @@ def test_the_same_keys_draw_the_same_and_others_differ(folder):
 
 def test_it_draws_from_the_distribution_that_is_trained(folder):
     """Shares of the first token, against the policy's own probabilities at that temperature."""
-    trainer, chat = engine(folder, sampling=Sampling(temperature=0.7))
-    prompt, n = chat.start("hello a"), 3000
+    trainer, chat = engine(folder, sampling=SamplingParams(temperature=0.7))
+    prompt, n = chat.first_prompt("hello a"), 3000
     drawn = trainer.sampler.session().generate(list(range(n)), [prompt] * n, [("x",)] * n, [1] * n)
     logits = trainer.model(input_ids=torch.tensor([prompt])).logits[0, -1]
     wanted = torch.softmax(logits / 0.7, -1)
@@ -68,7 +68,7 @@ def test_a_trainer_learns_from_it(folder, history):
     """What the engine does not tell is measured: entropies, old log-probs, coefficients; the account of tokens is kept."""
     trainer, _ = engine(folder, history, steps=2, mini_batch=8)
     rows = []
-    trainer.aem.report = lambda step, row: rows.append(row)
+    trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     assert len(rows) == 2
     for row in rows:

@@ -90,12 +90,12 @@ def test_a_task_that_was_not_played_as_often_is_refused():
 
 
 def test_crashed_is_lost_and_unknown_is_none():
-    said = scores.score_panel(
+    said = scores.summarize_outcomes(
         "dev", "", [outcome(0, 1.0, "a", crashed=True), outcome(1, 1.0, "b", valid=(True, False))]
     )
     assert (said.success, said.crashed, said.by_kind) == (0.5, 1, {"a": 0.0, "b": 1.0})
     assert said.invalid_share == pytest.approx(1 / 3)
-    mute = scores.score_panel("dev", "", [outcome(0, 0.0, crashed=True, valid=(), entropies=(), tokens=None)])
+    mute = scores.summarize_outcomes("dev", "", [outcome(0, 0.0, crashed=True, valid=(), entropies=(), tokens=None)])
     assert (mute.turns, mute.invalid_share, mute.response_entropy, mute.tokens) == (0, None, None, None)
     assert "eval/invalid_share" not in mute.metrics("eval/")
     assert mute.metrics("eval/")["eval/success"] == 0

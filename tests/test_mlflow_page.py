@@ -99,9 +99,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowPage
     run_dir, uri = tmp_path / "outputs" / "run", store_uri.resolve_uri(None, tmp_path / "outputs")
     mlflow_store.create_sqlite(tmp_path / "outputs" / "mlflow.db")
     with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
-        words = shlex.split(store_uri.ui_command(uri, port := store_uri.find_free_port()))
+        words = shlex.split(store_uri.ui_command(uri, port := store_uri.first_free_port()))
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
-    monkeypatch.setattr(store_uri, "find_free_port", lambda: port)
+    monkeypatch.setattr(store_uri, "first_free_port", lambda: port)
     params, tags = {"trainer": {"learning_rate": 1e-3}}, {"aem.seed": "0", "aem.group": "grpo+aem"}
     with Tracker.open(run_dir, uri, "household", "grpo+aem/s0", params, tags) as tracker:
         for step in range(31):

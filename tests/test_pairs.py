@@ -12,7 +12,7 @@ from aem_exp.config.targets import instantiate
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.training.build import build_trainer
 from aem_exp.training.callback import AEMCallback, StepCounter
@@ -50,7 +50,7 @@ def train(e, folder):
     schedule = instantiate(e.modulation.lam) if e.modulation.lam else None
     callback = AEMCallback(StepCounter(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
     rollout = Rollout(SerialExecutor(toy.ChatterWorld()), e.env, chat)
-    sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling())  # noqa: E731
+    sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, SamplingParams())  # noqa: E731
     source = RolloutSource(toy.draw, rollout, sampler)
     build_trainer(e, folder / "out", model, tokenizer, callback, source).train()
     return rows, model

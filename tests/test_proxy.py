@@ -12,7 +12,7 @@ from aem_exp.core.disk import DamagedFileError
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.training import diagnostics
 
@@ -59,7 +59,7 @@ def test_a_state_is_the_exact_tokens_in_front_of_a_response(history, tmp_path):
     """What was sampled there is as likely after them as it was in its episode; sampled anew, it may differ."""
     model, tokenizer = toy.policy(tmp_path, history)
     chat, env = Chat(tokenizer), toy.env(history)
-    sampler = LocalSampler(model, chat.end_ids, Sampling())
+    sampler = LocalSampler(model, chat.end_ids, SamplingParams())
     played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
     turns = set()
     for t in played:
@@ -78,7 +78,7 @@ def test_a_state_is_the_exact_tokens_in_front_of_a_response(history, tmp_path):
 def test_what_is_sampled_at_a_state_does_not_depend_on_the_others(tmp_path):
     model, tokenizer = toy.policy(tmp_path)
     chat, env = Chat(tokenizer), toy.env("full")
-    sampler = LocalSampler(model, chat.end_ids, Sampling())
+    sampler = LocalSampler(model, chat.end_ids, SamplingParams())
     played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
     states = [state for t in played[:4] for state in proxy.pick_state(t, env)]
     together = proxy.sample_responses(states, 3, sampler)

@@ -417,14 +417,14 @@ def test_a_bad_grid_is_one_sentence(words, part):
     ],
 )
 def test_tables_of_power_for_alfworld(seeds, tasks, repeats, seed_sd, points):
-    assert round(power.detectable_difference(seeds, tasks, repeats, seed_sd, pooled=True), 1) == points
-    exact = power.detectable_difference(seeds, tasks, repeats, seed_sd)
+    assert round(power.planned_detectable_points(seeds, tasks, repeats, seed_sd, pooled=True), 1) == points
+    exact = power.planned_detectable_points(seeds, tasks, repeats, seed_sd)
     assert points - 0.05 < exact < points * (1.16 if seeds == 3 else 1.04)
 
 
 def test_swebench_s_gain_cannot_be_shown_with_3_seeds():
-    assert round(power.detectable_difference(3, 500, 8, within=0.19, pooled=True), 1) == 6.5
-    assert power.detectable_difference(1, 500) == np.inf
+    assert round(power.planned_detectable_points(3, 500, 8, within=0.19, pooled=True), 1) == 6.5
+    assert power.planned_detectable_points(1, 500) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_power_is_what_simulated_panels_show(seeds, pooled, expected):
     rng, tasks, repeats, sd, rounds = np.random.default_rng(0), 140, 2, 3.0, 6000
     p_T = rng.beta(1.6, 1.0, tasks)
     within = float((p_T * (1 - p_T)).mean())
-    gain = power.detectable_difference(seeds, tasks, repeats, sd, within, pooled=pooled) / 100
+    gain = power.planned_detectable_points(seeds, tasks, repeats, sd, within, pooled=pooled) / 100
     true = p_T.mean() + rng.normal(0, sd / 100, (rounds, 2, seeds)) + np.array([0, gain])[:, None]
     # A run is shifted as a whole; the luck of its panel is a binomial's, at the tasks' own rates.
     luck = (rng.binomial(repeats, p_T, (rounds, 2, seeds, tasks)) / repeats - p_T).mean(-1)
@@ -445,4 +445,4 @@ def test_power_is_what_simulated_panels_show(seeds, pooled, expected):
 
 
 def test_more_arms_need_a_greater_difference():
-    assert power.detectable_difference(5, 140, comparisons=15) > 1.4 * power.detectable_difference(5, 140)
+    assert power.planned_detectable_points(5, 140, comparisons=15) > 1.4 * power.planned_detectable_points(5, 140)

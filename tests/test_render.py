@@ -43,8 +43,8 @@ def test_turns_are_appended_exactly(family, closed):
     end, user = FAMILIES[family]
     assert tok.eos_token_id in chat.end_ids
     reply = tok("<think>hm</think>go", add_special_tokens=False)["input_ids"] + ([tok.eos_token_id] if closed else [])
-    head = chat.start("first")
-    follow = chat.follow("second", reply[-1])
+    head = chat.first_prompt("first")
+    follow = chat.next_prompt("second", reply[-1])
     assert (follow[0] == tok.eos_token_id) is not closed
     text = tok.decode(head + reply + follow)
     assert "<think>hm</think>go" + end in text  # earlier thinking stays: nothing is rendered anew
@@ -59,15 +59,15 @@ def test_turns_are_appended_exactly(family, closed):
 def test_qwen3_thinks_when_told(thinking, opens):
     tok = tokenizer("qwen3")
     chat = Chat(tok, thinking=thinking)
-    for ids in (chat.start("first"), chat.follow("second", tok.eos_token_id)):
+    for ids in (chat.first_prompt("first"), chat.next_prompt("second", tok.eos_token_id)):
         assert ("<think>\n\n</think>" in tok.decode(ids)) is opens
 
 
 def test_a_system_message_comes_first_and_once():
     tok = tokenizer("qwen2_5")
     chat = Chat(tok, system="be brief")
-    assert tok.decode(chat.start("first")).startswith("<|im_start|>system\nbe brief<|im_end|>")
-    assert "be brief" not in tok.decode(chat.follow("second", 0))
+    assert tok.decode(chat.first_prompt("first")).startswith("<|im_start|>system\nbe brief<|im_end|>")
+    assert "be brief" not in tok.decode(chat.next_prompt("second", 0))
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -11,13 +11,13 @@ from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
 from aem_exp.rollout.rows import build_rows
-from aem_exp.rollout.sampling.base import Sample, Sampling, keyed_generator
+from aem_exp.rollout.sampling.base import Sample, SamplingParams, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Ending, Episode
 from aem_exp.training.batch import pack_rows, sampler_logps_and_entropies
 
 HISTORIES = ["full", "window"]
-PLAIN, SOUND = Sampling(), toy.ChatterWorld()
+PLAIN, SOUND = SamplingParams(), toy.ChatterWorld()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temperature):
     """Log-probs and entropies of a session that keeps its cache across turns, against one plain forward pass."""
-    played, model, tokenizer = play(folder, history, sampling=Sampling(temperature))
+    played, model, tokenizer = play(folder, history, sampling=SamplingParams(temperature))
     packed = build_rows([t for t in played if t.ended != Ending.CRASHED], history)
     chosen = list(range(len(packed)))
     batch = pack_rows(packed, chosen, tokenizer.pad_token_id)
@@ -144,7 +144,7 @@ def test_sampling_follows_the_distribution():
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
     draws = torch.from_numpy(keyed_generator(("chi",)).random(20_000))
-    tokens, logps, entropies = _sample_tokens(logits.expand(20_000, 5), draws, Sampling(0.8))
+    tokens, logps, entropies = _sample_tokens(logits.expand(20_000, 5), draws, SamplingParams(0.8))
     expected = (logits.double() / 0.8).softmax(0)
     assert chisquare(torch.bincount(tokens, minlength=5).numpy(), expected.numpy() * 20_000).pvalue > 1e-3
     torch.testing.assert_close(logps, expected.log().float()[tokens])
@@ -152,7 +152,8 @@ def test_sampling_follows_the_distribution():
 
 
 @pytest.mark.parametrize(
-    ("sampling", "kept"), [(Sampling(top_k=2), {2, 4}), (Sampling(top_p=0.6), {2, 4}), (Sampling(min_p=0.9), {2})]
+    ("sampling", "kept"),
+    [(SamplingParams(top_k=2), {2, 4}), (SamplingParams(top_p=0.6), {2, 4}), (SamplingParams(min_p=0.9), {2})],
 )
 def test_filters_keep_the_likely_tokens(sampling, kept):
     from aem_exp.rollout.sampling.local import _sample_tokens
@@ -187,7 +188,7 @@ def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, histo
     said = {"only the end": [end], "never the end": [word] * 5, "bytes that are no text": [unknown] * 3 + [end]}[what]
     trainer = toy.trainer(folder, run, lam=1.0, make_sampler=lambda _: Stubborn(said), trust_sampler=False)
     rows = []
-    trainer.aem.report = lambda step, row: rows.append(row)
+    trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     assert rows[0]["train/tokens_generated"] == rows[0]["train/tokens_trained"] > 0
     assert all(value == value for value in rows[0].values())

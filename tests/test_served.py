@@ -33,7 +33,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import vllm_client, weight_sync
-from aem_exp.rollout.sampling.base import IndependentSampler, Sampling
+from aem_exp.rollout.sampling.base import IndependentSampler, SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler, seed_from_key
 from aem_exp.rollout.sampling.vllm_client import Servers
@@ -75,7 +75,7 @@ def place(where, *served, key=KEY):
 
 def sampler_of(known, chat, rank=0):
     """What asks these servers, in the toy's words."""
-    return ServerSampler(known, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer), rank=rank)
+    return ServerSampler(known, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer), rank=rank)
 
 
 @pytest.fixture
@@ -89,23 +89,23 @@ def served(folder, tmp_path):
 
 
 def ask(sampler, chat, key=("k",), budget=5, slot=0):
-    return sampler.session().ask(slot, chat.start("hello a"), key, budget)
+    return sampler.session().ask(slot, chat.first_prompt("hello a"), key, budget)
 
 
 # Exact tokens.
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.8, 5, 0.02)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.6), SamplingParams(1.3, 0.8, 5, 0.02)])
 def test_tokens_and_log_probs_are_those_of_the_local_sampler(folder, served, sampling):
     """The same seeds, the same distribution: what is sent and what comes back is what the policy itself would say."""
     server, sampler, chat = served
     sampler.sampling = sampling
     local = LocalSampler(server.model, chat.end_ids, sampling)
-    prompts = [chat.start(f"hello {word}") for word in toy.WORDS]
+    prompts = [chat.first_prompt(f"hello {word}") for word in toy.WORDS]
     keys, budgets = [("k", n) for n in range(12)], [n % 5 + 1 for n in range(12)]
     session = sampler.session()
     theirs = session.generate(range(12), prompts, keys, budgets)
-    follow = [chat.follow("go", sample.ids[-1]) for sample in theirs]
+    follow = [chat.next_prompt("go", sample.ids[-1]) for sample in theirs]
     theirs += session.generate(range(12), follow, [(*key, 1) for key in keys], budgets)
     ours_session = local.session()
     ours = ours_session.generate(range(12), prompts, [(seed_from_key(key),) for key in keys], budgets)
@@ -587,7 +587,7 @@ def told(trajectories):
 def test_by_itself_or_in_step_an_episode_is_the_same(folder, history, at_once):
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
-    local = LocalSampler(model.eval(), chat.end_ids, Sampling())
+    local = LocalSampler(model.eval(), chat.end_ids, SamplingParams())
     world = toy.ChatterWorld(breaks=True)
     episodes = [*toy.draw(0), *toy.draw(1)]
     assert isinstance(Apart(local), IndependentSampler) and not isinstance(local, IndependentSampler)
@@ -697,7 +697,7 @@ def test_a_trainer_learns_from_servers_that_follow_its_weights(folder, tmp_path,
             publish=FilePublisher(known),
             **more,
         )
-        trainer.aem.report = lambda step, row: rows.append(row)
+        trainer.aem_callback.report = lambda step, row: rows.append(row)
         build_updates, seen = trainer.build_updates, []
 
         def watched(credit, step):

@@ -276,7 +276,7 @@ def test_ranges_are_hydras_and_parameters_are_ready_to_type(asked):
         "modulation.gate": FloatDistribution(0, 0.75, step=0.25),
         "baseline": CategoricalDistribution(["grpo", "rloo"]),
     }
-    e = search.experiment({"trainer.learning_rate": study_spec.format_value(0.000123456789), "baseline": "rloo"})
+    e = search.experiment({"trainer.learning_rate": study_spec.format_override(0.000123456789), "baseline": "rloo"})
     assert e.trainer.learning_rate == 0.000123457 and e.baseline.name == "rloo"
     assert search.trial_overrides({"baseline": "rloo"})[-1] == "baseline=rloo"
 

@@ -72,9 +72,9 @@ def test_all_follows_from_the_name_and_splits_share_nothing(world):
     seen = {}
     for split in world.splits:
         for task in world.tasks(split)[:150]:
-            made = generated.generate(task.id, 2, 2)
-            generated.generate.cache_clear()
-            assert generated.generate(task.id, 2, 2) == made
+            made = generated.generate_repository(task.id, 2, 2)
+            generated.generate_repository.cache_clear()
+            assert generated.generate_repository(task.id, 2, 2) == made
             seen.setdefault(split, set()).add(made.row["base_commit"])
     assert not seen["train"] & (seen["dev"] | seen["test"]) and not seen["dev"] & seen["test"]
 
@@ -303,7 +303,7 @@ def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
-    right = generated.generate(task.id, 2, 2).right
+    right = generated.generate_repository(task.id, 2, 2).right
     look = f"git log --all -p | grep -F '{right}'; git fsck --lost-found | head; git stash list"
     turns = play(env, task, bash(f"grep -rlF -e '{hidden}' /testbed /tmp /home /etc 2>/dev/null; echo end"), bash(look))
     assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
@@ -335,7 +335,7 @@ def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
 
 def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
     """git tells changed files by size and second, unless its index is as old as they are: ours must not look younger."""
-    pairs = [(generated.generate(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
+    pairs = [(generated.generate_repository(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
     made, task = next((made, task) for made, task in pairs if len(made.wrong) == len(made.right))
     path = made.path
     write = (
@@ -455,7 +455,7 @@ def hub(tmp_path_factory, world):
     """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
     images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
-    made = generated.generate("dev-1", 2, 2)
+    made = generated.generate_repository("dev-1", 2, 2)
     images.python(folder / "root")
     testbed = folder / "root" / "testbed"
     subprocess.run(["bash", "-c", generated.SETUP_SCRIPT], input=made.stream, cwd=testbed, check=True)
@@ -561,7 +561,7 @@ def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, table, said):
     ],
 )
 def test_a_row_that_is_not_whole_is_one_sentence(changes, said):
-    row = {**generated.generate("dev-1", 2, 2).row, **changes}
+    row = {**generated.generate_repository("dev-1", 2, 2).row, **changes}
     with pytest.raises(ConfigError, match=f"env.make=here: .*{said}"):
         rows.parse_instance(row, "here")
 

@@ -114,7 +114,7 @@ def test_a_longer_conversation_begins_with_the_shorter_one():
     env = world().env()
     observation = env.reset(world().tasks("dev")[0]).observation
     messages = [{"role": "user", "content": observation}]
-    ids = chat.start(observation)
+    ids = chat.first_prompt(observation)
     dice = Random(0)
     while True:
         rendered = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -126,9 +126,9 @@ def test_a_longer_conversation_begins_with_the_shorter_one():
             break
         messages += [{"role": "assistant", "content": response}, {"role": "user", "content": turn.observation}]
         reply = [*encode(tok, response), tok.eos_token_id]
-        cut = chat.follow(turn.observation, reply[-2])
-        assert cut == [tok.eos_token_id, *chat.follow(turn.observation, reply[-1])]
-        ids = ids + reply + chat.follow(turn.observation, reply[-1])
+        cut = chat.next_prompt(turn.observation, reply[-2])
+        assert cut == [tok.eos_token_id, *chat.next_prompt(turn.observation, reply[-1])]
+        ids = ids + reply + chat.next_prompt(turn.observation, reply[-1])
     assert len(messages) >= 5
 
 

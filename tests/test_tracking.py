@@ -340,7 +340,7 @@ class Server:
     """A real `mlflow server`, by the command that `aem-exp ui` gives."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        port = store_uri.find_free_port(5200 + os.getpid() % 500)
+        port = store_uri.first_free_port(5200 + os.getpid() % 500)
         words, environment = store_uri.serve_command(uri, port)
         self.uri = store_uri.local_address(port)
         self.log = (folder / "server.log").open("w")

@@ -56,7 +56,7 @@ def one_turn(step, number=0):
 def gradients(trainer, update):
     """Loss and gradients of one update."""
     trainer.current_gradient_accumulation_steps = 1
-    trainer.aem.metrics["time/update"] = 0.0
+    trainer.aem_callback.metrics["time/update"] = 0.0
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, update)
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
@@ -257,7 +257,7 @@ def test_e_every_token_is_accounted_for(folder, history):
     seen = []
     rollout = Rollout(SerialExecutor(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
     trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout)
-    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert len(seen) == 3
     for m in seen:
@@ -269,7 +269,7 @@ def test_the_learning_rate_moves_with_steps(folder):
     run = toy.experiment("window", steps=3, mini_batch=4, lr_scheduler_type="linear", learning_rate=3e-3)
     seen = []
     trainer = toy.trainer(folder, run)
-    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert [m["train/updates"] > 1 for m in seen] == [True] * 3
     assert [m["train/learning_rate"] for m in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
@@ -375,7 +375,7 @@ def test_a_step_without_advantages_updates_nothing(folder, changes):
         rollout.executor.envs.clear()
         world.fair = step == 2
 
-    trainer.aem.report = report
+    trainer.aem_callback.report = report
     trainer.train()
     (_, _, _), (_, before, taken), (still, after, also), (again, last, _) = seen
     assert torch.equal(before, after) and taken == also
@@ -394,7 +394,7 @@ def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
     trainer = toy.trainer(
         folder, run, rollout=Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
     )
-    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
 
@@ -406,7 +406,7 @@ def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
     trainer = toy.trainer(
         folder, run, lam=1.0, variant=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
     )
-    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == 1
 
@@ -420,7 +420,7 @@ def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
         Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)
     ]
     trainer = toy.trainer(folder, run, lam=1.0, mask_truncated=True, draw=lambda step, number=0: long)
-    trainer.aem.report = lambda step, metrics: seen.append(metrics)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 0
     assert seen[0]["train/tokens_filtered"] == seen[0]["train/tokens_generated"]

@@ -223,7 +223,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     outputs = tmp_path / "outputs"
     uri = store_uri.resolve_uri(None, outputs)
     mlflow_store.create_sqlite(outputs / "mlflow.db")
-    port = store_uri.find_free_port(5100)
+    port = store_uri.first_free_port(5100)
     words, environment = store_uri.serve_command(uri, port)
     with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
         server = subprocess.Popen(

@@ -15,7 +15,7 @@ from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
-from aem_exp.rollout.sampling.base import Sampling
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import build_grpo_config
@@ -149,7 +149,7 @@ def trainer(
     settings: dict[str, Any] = {
         "draw": draw,
         "rollout": Rollout(SerialExecutor(ChatterWorld()), run.env, chat),
-        "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, Sampling()),
+        "make_sampler": lambda trainer: LocalSampler(trainer.model, chat.end_ids, SamplingParams()),
         "estimator": estimator or advantages.group_normalised,
         "mini_batch": 0 if run.trainer.mini_batch == "all" else run.trainer.mini_batch,
         "epochs": run.trainer.num_iterations,
@@ -158,7 +158,7 @@ def trainer(
     } | changes
     parts = {
         "source": RolloutSource,
-        "sampling": DynamicSampling,
+        "dynamic_sampling": DynamicSampling,
         "credit_rules": CreditRules,
         "update_settings": UpdateSettings,
         "hooks": TrainerHooks,

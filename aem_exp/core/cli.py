@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 def add_user_modules(
     config_dir: str | Path | None = None, runs: Sequence[str | Path] = (), trusted: bool = False
 ) -> None:
-    """Add the user's own modules to `sys.path`, after the standard library: those of the current folder, of `config_dir`, and, for
-    modules that are in neither, the copies that are frozen in `runs`.
+    """Add the user's own modules to `sys.path`, after the standard library: those of the current folder, of `config_dir`,
+    and, for modules that are in neither, the copies that are frozen in `runs`.
 
     Raises:
         ConfigError: a run dir is somebody else's, and not trusted; then nothing is reached.

@@ -20,7 +20,7 @@ from aem_exp.envs.executor import EnvExecutor, Reply, SerialExecutor
 from aem_exp.envs.workers import make_executor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
-from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampling, keyed_generator
+from aem_exp.rollout.sampling.base import IndependentSampler, Sample, SamplingParams, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
@@ -95,10 +95,10 @@ def open_sampler(agent: Agent, experiment: Experiment, temperature: float) -> It
     open_factory = _served_sampler_factory if experiment.launch.sampler == "served" else _local_sampler_factory
     with open_factory(agent, experiment) as (make, tokenizer):
         chat = Chat(tokenizer, agent.model.system, agent.model.thinking)
-        yield make(chat.end_ids, Sampling(temperature)), chat
+        yield make(chat.end_ids, SamplingParams(temperature)), chat
 
 
-SamplerFactory = Callable[[Sequence[int], Sampling], ModelSampler]  # from end tokens, and how tokens are drawn
+SamplerFactory = Callable[[Sequence[int], SamplingParams], ModelSampler]  # from end tokens, and how tokens are drawn
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[st
     rows = pyarrow.parquet.ParquetFile(file).read([*columns, *of_responses]).to_pylist()
     outcomes = [build_outcome(row) for row in rows]
     statistics = scores.statistics(outcomes, setup.repeats)
-    total = scores.score_panel(setup.panel.name, setup.panel.hash, outcomes)
+    total = scores.summarize_outcomes(setup.panel.name, setup.panel.hash, outcomes)
     return {
         "player": agent.name,
         **asdict(total),

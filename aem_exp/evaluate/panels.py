@@ -40,7 +40,7 @@ def score_panel(panel: Panel, played: Sequence["Trajectory"]) -> Score:
 
     assert not len(played) % len(panel.tasks), f"{len(played)} episodes do not cover {len(panel.tasks)} tasks alike"
     outcomes = [build_outcome(build_record(0, panel.name, t, True)) for t in played]
-    return scores.score_panel(panel.name, panel.hash, outcomes)
+    return scores.summarize_outcomes(panel.name, panel.hash, outcomes)
 
 
 def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:

@@ -25,7 +25,7 @@ OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
     "model": ("env", "model", "launch", "experiment", "outputs"),
 }
-LAUNCH_KEYS = (  # what an evaluation reads of launch
+EVALUATION_LAUNCH_KEYS = (  # what an evaluation reads of launch
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
     *("workers", "workers_at", "env_seconds"),
 )
@@ -152,12 +152,14 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     """
     from aem_exp.config import compose
 
-    others = {field.name for field in fields(Launch)} - {*LAUNCH_KEYS}
+    others = {field.name for field in fields(Launch)} - {*EVALUATION_LAUNCH_KEYS}
     typed = {compose.override_key(text): text.partition("=")[2] for text in overrides}
     for key, value in typed.items():
         part = key.removeprefix("launch.").partition(".")[0]
         if key.startswith("launch.") and part in others:
-            raise ConfigError(key, value, f"decides nothing here; of launch, {', '.join(LAUNCH_KEYS[1:])} do")
+            raise ConfigError(
+                key, value, f"decides nothing here; of launch, {', '.join(EVALUATION_LAUNCH_KEYS[1:])} do"
+            )
     own = {key: value for key, value in launch.items() if key not in others}
     sampler, gpus = own.get("sampler", "local"), own.get("gpus_per_node", 0)
     if sampler == "engine" and "launch.sampler" in typed:

@@ -161,7 +161,7 @@ def _difference(cell: ArmCell, reference: ArmCell, measure: str, comparisons: in
         interval=interval,
         new_tasks=_interval_on_new_tasks(cell, reference, comparisons) if measure == SUCCESS else None,
         p=compare.permutation_test(one, other, comparisons),
-        detectable=compare.detectable_difference(one, other, comparisons),
+        detectable=compare.observed_detectable_difference(one, other, comparisons),
         enough=compare.runs_needed(interval.difference, compare.pooled_sd(one, other), comparisons),
     )
 

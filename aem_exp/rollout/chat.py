@@ -32,11 +32,11 @@ class Chat:
         first = _run_with_timeout(lambda: self._between("x")[0], tokenizer)
         self.end_ids = tuple(dict.fromkeys([first, tokenizer.eos_token_id]))
 
-    def start(self, user: str) -> list[int]:
+    def first_prompt(self, user: str) -> list[int]:
         """Tokens of a new conversation, up to its first response."""
         return self._tokenize(self._apply_template([*self._head, _user_message(user)]))
 
-    def follow(self, user: str, last_id: int) -> list[int]:
+    def next_prompt(self, user: str, last_id: int) -> list[int]:
         """Tokens between a response, whose last token is given, and the next one.
 
         A response that was cut before its end token gets one here: as a template token, which is not trained.

@@ -192,9 +192,9 @@ class _LiveEpisode:
             self.rules.prompt, "next" if self.trajectory.responses else "first", self._prompt_fields(turn)
         )
         if self.trajectory.responses:
-            self.prompt = self.chat.follow(message, self.trajectory.responses[-1].sample.ids[-1])
+            self.prompt = self.chat.next_prompt(message, self.trajectory.responses[-1].sample.ids[-1])
         else:
-            self.prompt = self.chat.start(message)
+            self.prompt = self.chat.first_prompt(message)
         left = self.rules.context_tokens - self._used - len(self.prompt)
         self.budget = min(self.rules.response_tokens, left)
         return left > 0 or self._end(Ending.CONTEXT)
@@ -209,7 +209,7 @@ class _LiveEpisode:
                 self.rules.prompt["pair"].format(n=first + i, observation=o, action=a) for i, (o, a) in enumerate(kept)
             )
             words = {**self._prompt_fields(turn), "history": history, "length": len(kept)}
-            yield self.chat.start(_fill_template(self.rules.prompt, "window" if self._pairs else "first", words))
+            yield self.chat.first_prompt(_fill_template(self.rules.prompt, "window" if self._pairs else "first", words))
 
     def _prompt_fields(self, turn: Turn) -> dict[str, Any]:
         return {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("aem_exp")
 
 
-def play_panel(
+def play_run_panel(
     context: RunContext, split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
 ) -> tuple[Panel, list[Trajectory]]:
     """Play the panel of a split by the rules of evaluation: the panel, and its trajectories.
@@ -40,7 +40,7 @@ def play_panel(
     return chosen, played
 
 
-def score_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
+def score_run_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
     """The score of a panel; warns where some of its episodes crashed.
 
     Raises:

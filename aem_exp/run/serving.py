@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aem_exp import policy
 from aem_exp.cluster import distributed, rendezvous
 from aem_exp.config import Launch
-from aem_exp.rollout.sampling.base import Sampler, Sampling
+from aem_exp.rollout.sampling.base import Sampler, SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.trl_engine import EngineSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
@@ -18,7 +18,7 @@ from aem_exp.run.context import LoadedPolicy, RunContext
 if TYPE_CHECKING:
     from aem_exp.training.trainer import AEMTrainer
 
-SamplerFactory = Callable[["AEMTrainer", Sampling], Sampler]  # a sampler of the policy that this trainer trains
+SamplerFactory = Callable[["AEMTrainer", SamplingParams], Sampler]  # a sampler of the policy that this trainer trains
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def choose_sampler(
     """What makes samplers, as `launch.sampler` says; `on_token` receives the length of the turn that is sampled here."""
     experiment, end_ids = context.experiment, loaded.chat.end_ids
 
-    def build(trainer: "AEMTrainer", sampling: Sampling) -> Sampler:
+    def build(trainer: "AEMTrainer", sampling: SamplingParams) -> Sampler:
         if servers:
             vocabulary = policy.vocabulary_size(experiment.model, context.weights)
             rank = trainer.accelerator.process_index

@@ -22,7 +22,7 @@ from aem_exp.core.errors import RunError
 from aem_exp.envs import Task
 from aem_exp.envs.workers import make_executor
 from aem_exp.rollout.play import Rollout, Watcher
-from aem_exp.rollout.sampling.base import Sampling, keyed_generator
+from aem_exp.rollout.sampling.base import SamplingParams, keyed_generator
 from aem_exp.rollout.types import Episode
 from aem_exp.run import scoring
 from aem_exp.run.context import LoadedPolicy, RunContext, load_policy
@@ -119,7 +119,7 @@ class RunSession:
             lambda: self.recorder.is_enough or self.signals.received is not None,
             self._score_before_training,
         )
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
+        sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
         source = RolloutSource(
             draw=partial(_draw_episodes, experiment, self.context.world.tasks("train")),
             rollout=self.rollout,
@@ -181,12 +181,12 @@ class RunSession:
 
     def _evaluate_panel(self, split: str, recorded: bool = False) -> Score:
         """Score the policy on a panel; `recorded`: its episodes stand in the record already."""
-        sampling = Sampling(self.context.experiment.evaluation.temperature)
+        sampling = SamplingParams(self.context.experiment.evaluation.temperature)
         play = partial(self.trainer.play_distributed, sampler=self.make_sampler(self.trainer, sampling))
-        panel, played = scoring.play_panel(self.context, split, self.rollout, play)
+        panel, played = scoring.play_run_panel(self.context, split, self.rollout, play)
         if not recorded:
             self.recorder.record_panel(self.time.step, panel.name, played)
-        self.scores[split] = score = scoring.score_panel(panel, played)
+        self.scores[split] = score = scoring.score_run_panel(panel, played)
         return score
 
     def _score_diverged(self, reason: RunError) -> None:

@@ -31,7 +31,7 @@ EXCLUDED_KEYS: Final = (
     "resume",
     "launch",
 )  # of an experiment: no matter of science
-LAUNCH_KEYS: Final = ("nodes", "gpus_per_node", "server_nodes")
+RECORDED_LAUNCH_KEYS: Final = ("nodes", "gpus_per_node", "server_nodes")
 DONE, NAN = "done", "nan"  # a state, and the class of a failure
 
 
@@ -101,7 +101,7 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
     return Archive(
         run=folder.name,
         experiment={key: value for key, value in experiment.items() if key not in EXCLUDED_KEYS}
-        | {"launch": {key: launch[key] for key in LAUNCH_KEYS if launch.get(key)}},
+        | {"launch": {key: launch[key] for key in RECORDED_LAUNCH_KEYS if launch.get(key)}},
         what=what,
         why=why,
         result=result,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, Final, Literal
 
-from aem_exp.sandboxes.memory import used_bytes
+from aem_exp.sandboxes.memory_usage import used_bytes
 
 POLL_SECONDS: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
 KILL_SECONDS: Final = 5.0  # seconds for the kernel to end what is killed

@@ -188,7 +188,7 @@ def pooled_sd(one_N: Sequence[float], other_N: Sequence[float]) -> float:
     return math.sqrt((np.var(one_N, ddof=1) + np.var(other_N, ddof=1)) / 2)
 
 
-def detectable_difference(one_N: Sequence[float], other_N: Sequence[float], comparisons: int = 1) -> float:
+def observed_detectable_difference(one_N: Sequence[float], other_N: Sequence[float], comparisons: int = 1) -> float:
     """The smallest difference that arms like these, of so many runs, would show 4 times in 5."""
     return pooled_sd(one_N, other_N) * power.detectable_effect(min(len(one_N), len(other_N)), comparisons)
 

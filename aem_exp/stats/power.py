@@ -32,7 +32,7 @@ WITHIN_TASK_VARIANCE: Final = (
 _QUANTILES: Final = 240  # quantiles of each sample variance
 
 
-def detectable_difference(
+def planned_detectable_points(
     seeds: int,
     tasks: int,
     repeats: int = 1,

@@ -67,7 +67,7 @@ class Score:
         return {f"{prefix}{name}": value for name, value in (self.habits | numbers | kinds).items()}
 
 
-def score_panel(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
+def summarize_outcomes(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
     """Means over the episodes of whole passes over a panel; invalid share and entropy are means over responses."""
     assert outcomes, "the panel was not played"
     return Score(

@@ -80,7 +80,7 @@ def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
         return []
     comparisons = len(sweep.pairs) * len(sweep.points)
     points = [
-        power.detectable_difference(seeds, tasks, evaluation.repeats, sd, comparisons=comparisons)
+        power.planned_detectable_points(seeds, tasks, evaluation.repeats, sd, comparisons=comparisons)
         for sd in power.SEED_SDS
     ]
     spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)

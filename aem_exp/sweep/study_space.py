@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp import config
 from aem_exp.core.errors import ConfigError
-from aem_exp.sweep.study_spec import FOLDER, Study, format_value, parse_search
+from aem_exp.sweep.study_spec import FOLDER, Study, format_override, parse_search
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -86,7 +86,7 @@ def representative_values(study: Study, key: str, at: str) -> list[str]:
     values = distribution(study, key, at)
     if hasattr(values, "choices"):
         return [str(choice) for choice in values.choices]
-    return [format_value(values.low), format_value(values.high)]
+    return [format_override(values.low), format_override(values.high)]
 
 
 def distribution(study: Study, key: str, at: str = "space") -> Any:
@@ -140,4 +140,4 @@ def _expand_values(study: Study, key: str, where: str) -> list[str]:
 
 def parameter_values(trial: "FrozenTrial") -> dict[str, str]:
     """A trial's parameters as overrides have them."""
-    return {key: format_value(value) for key, value in trial.params.items()}
+    return {key: format_override(value) for key, value in trial.params.items()}

@@ -120,7 +120,7 @@ def parse_search(block: Mapping[str, Any], at: str) -> Search:
     return search
 
 
-def format_value(value: Any) -> str:
+def format_override(value: Any) -> str:
     """A parameter as an override has it: six digits of a float say enough, and are what the run's folder is named by."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 

@@ -128,11 +128,11 @@ def store_page(uri: str, path: str = "") -> MLflowPage:
     """The way to a page of a store, by what follows the address where that is served."""
     if is_remote(uri):
         return MLflowPage(f"{redact(uri).replace('***@', '').rstrip('/')}/{path}")
-    port = find_free_port()
+    port = first_free_port()
     return MLflowPage(f"{local_address(port)}/{path}", ui_command(uri, port), ssh_tunnel_command(port))
 
 
-def find_free_port(first: int = DEFAULT_PORT) -> int:
+def first_free_port(first: int = DEFAULT_PORT) -> int:
     """Return the first port that nobody listens on: another store may be served already."""
     for port in range(first, first + 100):
         with socket.socket() as door:

@@ -54,8 +54,8 @@ class Tracker:
 
         `live=False` leaves the store alone until the run ends, and then sends all at once, one process at a time: many
         machines do not write to one sqlite file.
-        `wait=False` makes a local store while the caller goes on, which calls `wait_until_ready` before the first step; a server is
-        always waited for. Raises ConfigError where the tracker cannot be used.
+        `wait=False` makes a local store in the background; the caller calls `wait_until_ready` before the first step. A server
+        is always waited for. Raises ConfigError where the tracker cannot be used.
         """
         run_dir = run_dir.absolute()
         if uri != store_uri.OFF:

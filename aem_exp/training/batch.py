@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aem_exp.rollout.rows import Row
 
-DEAD_ROW = -1  # a row that fills a rank's share: read like any other, trained on nothing
+PADDING_ROW = -1  # a row that fills a rank's share: read like any other, trained on nothing
 
 
 def plan_updates(
@@ -27,14 +27,14 @@ def plan_updates(
         rng: decides who shares an update; the same on every rank.
 
     Returns:
-        Row indices per update, longest first, `DEAD_ROW` where the rows do not divide by the ranks.
+        Row indices per update, longest first, `PADDING_ROW` where the rows do not divide by the ranks.
     """
     updates = max(1, round(len(lengths) / mini_batch)) if mini_batch else 1
     shares = []
     for chosen in np.array_split(rng.permutation(len(lengths)), updates):
         ordered = sorted(chosen.tolist(), key=lambda i: (-lengths[i], i))
         share = ordered[rank::ranks]
-        shares.append(share + [DEAD_ROW] * (-(-len(ordered) // ranks) - len(share)))
+        shares.append(share + [PADDING_ROW] * (-(-len(ordered) // ranks) - len(share)))
     return shares
 
 
@@ -48,7 +48,7 @@ def split_micro_batches(
     micros: list[list[int]] = []
     widest = 0
     for i in share:
-        length = lengths[i] if i != DEAD_ROW else 0
+        length = lengths[i] if i != PADDING_ROW else 0
         full = micros and device_rows and len(micros[-1]) >= device_rows
         wide = micros and device_tokens and (len(micros[-1]) + 1) * max(widest, length) > device_tokens
         if not micros or full or wide:
@@ -64,9 +64,9 @@ def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[s
     `tool_mask` is 1 on the tokens that the policy sampled. A dead row repeats the shortest one with an empty mask: an
     all-masked attention row could produce NaN.
     """
-    filler = min(rows, key=lambda row: len(row.prompt) + len(row.completion)) if DEAD_ROW in chosen else None
-    picked = [filler if filler and i == DEAD_ROW else rows[i] for i in chosen]
-    mask = _pad([[0] * len(row.mask) if i == DEAD_ROW else row.mask for i, row in zip(chosen, picked, strict=True)])
+    filler = min(rows, key=lambda row: len(row.prompt) + len(row.completion)) if PADDING_ROW in chosen else None
+    picked = [filler if filler and i == PADDING_ROW else rows[i] for i in chosen]
+    mask = _pad([[0] * len(row.mask) if i == PADDING_ROW else row.mask for i, row in zip(chosen, picked, strict=True)])
     return {
         "prompt_ids": _pad([row.prompt for row in picked], pad_id, left=True),
         "prompt_mask": _pad([[1] * len(row.prompt) for row in picked], left=True),
@@ -78,7 +78,7 @@ def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[s
 
 def sampler_logps_and_entropies(rows: Sequence[Row], chosen: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
     """The sampler's own log-probs and entropies of a micro-batch, each (N, width)."""
-    picked = [rows[i] if i != DEAD_ROW else None for i in chosen]
+    picked = [rows[i] if i != PADDING_ROW else None for i in chosen]
     logps = _pad([row.logps if row else [] for row in picked], 0.0, width=width)
     entropies = _pad([row.entropies if row else [] for row in picked], 0.0, width=width)
     return logps, entropies

@@ -31,7 +31,7 @@ def build_trainer(
         tokenizer,
         callback=callback,
         source=source,
-        sampling=DynamicSampling(
+        dynamic_sampling=DynamicSampling(
             groups=settings.tasks_per_step,
             drop_equal=settings.drop_equal,
             rounds=settings.rounds,

@@ -102,7 +102,7 @@ class AssignedCredit:
         """Ids of the units of the chosen rows."""
         return _ids(self.unit_ids_N, chosen)
 
-    def responses(self) -> list[tuple[int, int, Response]]:
+    def list_responses(self) -> list[tuple[int, int, Response]]:
         """(trajectory, turn, response) in the order of R."""
         return [(m, k, r) for m, t in enumerate(self.kept) for k, r in enumerate(t.responses)]
 

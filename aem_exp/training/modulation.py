@@ -54,7 +54,7 @@ def modulate_credit(
     signal_U, trajectory_U, advantage_U = credit.signal_U, credit.trajectory_U, credit.advantage_U
     scope_U = scope_ids(variant, credit.group_M[trajectory_U], trajectory_U)
     metrics = {"aem/gated_share": aem.gated(signal_U, scope_U, gate).float().mean().item()}
-    alpha_U = coefficients(variant, signal_U, scope_U, lam, gate, rng)
+    alpha_U = variant_coefficients(variant, signal_U, scope_U, lam, gate, rng)
     alpha_U = filter_by_entropy_effect(variant, advantage_U, alpha_U)
     if variant.keep != "all":
         metrics["aem/kept_share"] = (alpha_U > 0).float().mean().item()
@@ -70,7 +70,7 @@ def scope_ids(variant: ModulationVariant, group_U: Tensor, trajectory_U: Tensor)
     return {"group": group_U, "trajectory": trajectory_U, "batch": torch.zeros_like(group_U)}[variant.scope]
 
 
-def coefficients(
+def variant_coefficients(
     variant: ModulationVariant, signal_U: Tensor, scope_U: Tensor, lam: float, gate: float, rng: np.random.Generator
 ) -> Tensor:
     """The coefficient of each unit; its mean over every scope is 1."""

@@ -17,7 +17,7 @@ def annotate_responses(credit: MeasuredCredit) -> None:
     """Write entropy, advantage and coefficient into each trained response, for the record."""
     alphas = credit.alpha_R.tolist() if isinstance(credit, ModulatedCredit) else [None] * len(credit.entropy_R)
     numbers = zip(credit.entropy_R.tolist(), credit.advantage_R.tolist(), alphas, strict=True)
-    for (*_, response), (entropy, advantage, alpha) in zip(credit.responses(), numbers, strict=True):
+    for (*_, response), (entropy, advantage, alpha) in zip(credit.list_responses(), numbers, strict=True):
         response.entropy, response.advantage, response.alpha = entropy, advantage, alpha
 
 
@@ -27,8 +27,8 @@ def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[s
     Args:
         trained: whether the step has updates; it has none where its loss is zero.
     """
-    tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in credit.responses()])
-    turn_R = torch.tensor([float(turn) for _, turn, _ in credit.responses()])
+    tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in credit.list_responses()])
+    turn_R = torch.tensor([float(turn) for _, turn, _ in credit.list_responses()])
     out = _environment_metrics(credit) | _rollout_metrics(credit, tokens_R, trained) | _ending_shares(credit)
     out |= {f"drift/{name}": value for name, value in _entropy_drift(credit, tokens_R, turn_R == 0).items()}
     if isinstance(credit, ModulatedCredit):

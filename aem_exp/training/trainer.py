@@ -28,16 +28,16 @@ from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampler, keyed_generator
 from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.rundir import checkpoints
-from aem_exp.training import fsdp, scoring, updates
-from aem_exp.training.batch import DEAD_ROW, pack_rows, sampler_logps_and_entropies
+from aem_exp.training import fsdp, logprobs, updates
+from aem_exp.training.batch import PADDING_ROW, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, add_measurements, assign_credit
 from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, play_rounds
+from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
-from aem_exp.training.scoring import ResponseMeasurements, TokenScores
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
-from aem_exp.training.updates import Batch, UpdateSettings
+from aem_exp.training.updates import MicroBatch, UpdateSettings
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class AEMTrainer(GRPOTrainer):
         *,
         callback: AEMCallback,
         source: RolloutSource,
-        sampling: DynamicSampling,
+        dynamic_sampling: DynamicSampling,
         credit_rules: CreditRules,
         update_settings: UpdateSettings,
         variant: ModulationVariant,
@@ -108,18 +108,18 @@ class AEMTrainer(GRPOTrainer):
         if args.device.type == "cpu":  # several processes on CPUs get "cpu:0", to which torch restores no checkpoint
             args.__dict__["_setup_devices"] = torch.device("cpu")
         self.remove_callback(PrinterCallback)  # the command prints
-        self.aem, self.time, self.clock = callback, callback.time, Clock()
+        self.aem_callback, self.time, self.clock = callback, callback.time, Clock()
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
-        self.sampling, self.credit_rules, self.update_settings = sampling, credit_rules, update_settings
+        self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
         self.variant, self.trust_sampler, self.hooks = variant, trust_sampler, hooks
-        self._bonus = args.entropy_coef
+        self._entropy_coef = args.entropy_coef
         self._published_update = -1
         # TRL's loss takes the correction for tokens that other weights have sampled.
         self.use_vllm: bool = args.use_vllm or source.publish is not None
 
     # The path of the data: episodes -> credit -> updates -> TRL's loss.
 
-    def updates(self) -> Iterator[list[Batch]]:
+    def iterate_updates(self) -> Iterator[list[MicroBatch]]:
         """The updates of all steps that are left. A step is played when its first update is requested.
 
         A step without updates yields one of no micro-batches. It leaves no gradients, so the optimizer skips every weight,
@@ -139,9 +139,9 @@ class AEMTrainer(GRPOTrainer):
     def play(self, step: int) -> PlayedStep:
         """Play the episodes of a step, in as many rounds as dynamic sampling needs."""
         played = play_rounds(
-            lambda number: self._play_round(step, number), self.sampling, self.credit_rules.mask_truncated
+            lambda number: self._play_round(step, number), self.dynamic_sampling, self.credit_rules.mask_truncated
         )
-        self.aem.metrics["train/rounds"] = played.rounds
+        self.aem_callback.metrics["train/rounds"] = played.rounds
         return played
 
     def _play_round(self, step: int, number: int) -> list[Trajectory]:
@@ -172,7 +172,7 @@ class AEMTrainer(GRPOTrainer):
         """Compare every response with its group; `dropped` was also played, and leaves the step."""
         return assign_credit(played, self.rollout.env.history, self.credit_rules, dropped, self.variant.unit)
 
-    def build_updates(self, assigned: AssignedCredit, step: int) -> tuple[MeasuredCredit, list[list[Batch]]]:
+    def build_updates(self, assigned: AssignedCredit, step: int) -> tuple[MeasuredCredit, list[list[MicroBatch]]]:
         """Measure and modulate the credit of a step, and make its updates; none where its loss is zero.
 
         Old log-probs, entropies and coefficients are measured once and stay fixed.
@@ -203,7 +203,9 @@ class AEMTrainer(GRPOTrainer):
                 batch |= updates.compute_loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
         return credit, batches * self.update_settings.epochs
 
-    def _score_micro_batch(self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements) -> Batch:
+    def _score_micro_batch(
+        self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements
+    ) -> MicroBatch:
         """Pack a micro-batch with its old log-probs, and measure its responses.
 
         Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
@@ -214,26 +216,28 @@ class AEMTrainer(GRPOTrainer):
             scores = sampler
             self._check_sampler(batch, scores)
         else:
-            scores = scoring.score_batch(self, self.model, batch)
+            scores = logprobs.compute_logps_and_entropies(self, self.model, batch)
             if all(row.logps for row in credit.rows):
-                with_entropies = all(credit.rows[i].entropies for i in micro if i != DEAD_ROW)
+                with_entropies = all(credit.rows[i].entropies for i in micro if i != PADDING_ROW)
                 self._correct_engine(batch, sampler, scores, with_entropies)
         if not self.update_settings.is_single_update:
             batch["old_per_token_logps"] = scores[0]
         if self.beta:
-            batch["ref_per_token_logps"] = scoring.score_reference(self, batch)
+            batch["ref_per_token_logps"] = logprobs.score_reference(self, batch)
         measurements.add(micro, batch["tool_mask"], scores)
         return batch
 
-    def _check_sampler(self, batch: Batch, scores: TokenScores) -> None:
+    def _check_sampler(self, batch: MicroBatch, scores: TokenScores) -> None:
         """Compare a trusted sampler with a scoring pass, on one micro-batch of every `COMPARE_EVERY`-th step."""
-        if self.time.step % scoring.COMPARE_EVERY == 0 and "train/sampler_gap" not in self.aem.metrics:
-            scored = scoring.score_batch(self, self.model, batch)
-            self.aem.metrics |= scoring.check_sampler_gap(scores, scored, batch["tool_mask"])
+        if self.time.step % logprobs.COMPARE_EVERY == 0 and "train/sampler_gap" not in self.aem_callback.metrics:
+            scored = logprobs.compute_logps_and_entropies(self, self.model, batch)
+            self.aem_callback.metrics |= logprobs.check_sampler_gap(scores, scored, batch["tool_mask"])
 
-    def _correct_engine(self, batch: Batch, engine: TokenScores, scores: TokenScores, with_entropies: bool) -> None:
+    def _correct_engine(
+        self, batch: MicroBatch, engine: TokenScores, scores: TokenScores, with_entropies: bool
+    ) -> None:
         """Compare another engine with the scoring pass, and weigh its tokens by the importance ratio."""
-        self.aem.metrics |= scoring.check_engine_gap(engine, scores, batch["tool_mask"], with_entropies)
+        self.aem_callback.metrics |= logprobs.check_engine_gap(engine, scores, batch["tool_mask"], with_entropies)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
             ratio = updates.compute_importance_ratio(scores[0], engine[0], batch["tool_mask"], low, high)
@@ -252,27 +256,27 @@ class AEMTrainer(GRPOTrainer):
 
     def _modulate(self, credit: MeasuredCredit, step: int) -> MeasuredCredit:
         """Give each unit its coefficient, where there is a modulation; all ranks compute the same."""
-        if self.aem.lam is None:
+        if self.aem_callback.lam is None:
             return credit
         rng = keyed_generator((self.args.seed, "shuffle", step))
-        return modulate_credit(credit, self.variant, self.aem.lam, self.aem.gate, rng)
+        return modulate_credit(credit, self.variant, self.aem_callback.lam, self.aem_callback.gate, rng)
 
     def _sum_over_ranks(self, value_U: Tensor) -> Tensor:
         return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
     def _loss_is_zero(self, credit: MeasuredCredit) -> bool:
         """Whether no term of the loss has a gradient. With one of zero, Adam's momentum would move the weights all the same."""
-        other_terms = self.beta or self._bonus or self.aux_loss_enabled
+        other_terms = self.beta or self._entropy_coef or self.aux_loss_enabled
         return not credit.rows or not (other_terms or credit.final_advantage_U.any())
 
     def _record_metrics(self, credit: MeasuredCredit, count: int) -> None:
         """Hand the step's metrics to the callback, which logs them, and its credit to the run."""
         spent = self.clock.read() | self.rollout.clock.read()
-        self.aem.metrics |= {f"time/{name}": value for name, value in spent.items()}
-        self.aem.metrics |= compute_step_metrics(credit, trained=count > 0)
-        self.aem.metrics |= {"train/updates": count, "time/update": 0.0}
-        if self.aem.lam is not None:
-            self.aem.metrics["aem/lam"] = self.aem.lam
+        self.aem_callback.metrics |= {f"time/{name}": value for name, value in spent.items()}
+        self.aem_callback.metrics |= compute_step_metrics(credit, trained=count > 0)
+        self.aem_callback.metrics |= {"train/updates": count, "time/update": 0.0}
+        if self.aem_callback.lam is not None:
+            self.aem_callback.metrics["aem/lam"] = self.aem_callback.lam
         if self.hooks.record_step:
             annotate_responses(credit)
             self.hooks.record_step(self.time.step, credit)
@@ -280,7 +284,7 @@ class AEMTrainer(GRPOTrainer):
     # What TRL and transformers call.
 
     def get_train_dataloader(self) -> Any:
-        return _UpdateLoader(self.updates)
+        return _UpdateLoader(self.iterate_updates)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One update: all its micro-batches. Gradients are synchronised with the last one; where sharded, with each, to fit."""
@@ -291,7 +295,7 @@ class AEMTrainer(GRPOTrainer):
             sync = sharded or i == len(inputs) - 1
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model=model):
                 total += super().training_step(model, batch, num_items_in_batch)
-        self.aem.metrics["time/update"] += clock_time.perf_counter() - start
+        self.aem_callback.metrics["time/update"] += clock_time.perf_counter() - start
         return total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -305,13 +309,13 @@ class AEMTrainer(GRPOTrainer):
             )
         return norm
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return {name: value.to(self.accelerator.device) for name, value in inputs.items()}
 
     def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        self.entropy_coef = self._bonus * inputs["bonus_weight"].item()
+        self.entropy_coef = self._entropy_coef * inputs["bonus_weight"].item()
         return super().compute_loss(model, inputs, return_outputs) * inputs["loss_weight"]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -338,10 +342,10 @@ class AEMTrainer(GRPOTrainer):
 class _UpdateLoader:
     """Takes the place of a data loader: transformers iterates over it."""
 
-    def __init__(self, updates: Callable[[], Iterator[list[Batch]]]):
+    def __init__(self, updates: Callable[[], Iterator[list[MicroBatch]]]):
         self._updates = updates
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self._updates()
 
 

@@ -17,10 +17,10 @@ from aem_exp import aem
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import keyed_generator
-from aem_exp.training.batch import DEAD_ROW, plan_updates, split_micro_batches
+from aem_exp.training.batch import PADDING_ROW, plan_updates, split_micro_batches
 from aem_exp.training.credit import AssignedCredit, Unit
 
-Batch = dict[str, Tensor]
+MicroBatch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def plan_step(
     shares = [plan_updates(lengths, settings.mini_batch, keyed_generator(key), r, ranks) for r in range(ranks)]
     out = []
     for update in zip(*shares, strict=True):
-        live = [i for share in update for i in share if i != DEAD_ROW]
+        live = [i for share in update for i in share if i != PADDING_ROW]
         tokens = sum(sum(rows[i].mask) for i in live)
         micros = [split_micro_batches(share, lengths, settings.device_rows, settings.device_tokens) for share in update]
         missing = max(map(len, micros)) - len(micros[rank])
-        out.append(Update(micros[rank] + [[DEAD_ROW]] * missing, len(live), tokens))
+        out.append(Update(micros[rank] + [[PADDING_ROW]] * missing, len(live), tokens))
     return out
 
 
@@ -99,7 +99,9 @@ def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count
     return sum(len(t.responses) for t in counted)
 
 
-def compute_loss_weights(mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float) -> Batch:
+def compute_loss_weights(
+    mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float
+) -> MicroBatch:
     """Compute the sizes and weights of a micro-batch for TRL's loss.
 
     `loss_weight` multiplies what TRL returns. `bonus_weight` cancels it for the entropy bonus, which TRL averages over the

@@ -54,10 +54,10 @@ def main() -> None:
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ALFWORLD_DATA"] = folder
-        ours(games.generate("look_at_obj_in_light", "warm", 11, 8)[0])  # imports
-        stock(Path(folder), games.generate("look_at_obj_in_light", "warm", 11, 8)[0], [])
+        ours(games.generate_game("look_at_obj_in_light", "warm", 11, 8)[0])  # imports
+        stock(Path(folder), games.generate_game("look_at_obj_in_light", "warm", 11, 8)[0], [])
         for kind in games.KINDS:
-            game, _ = games.generate(kind, "bench", *SIZE)
+            game, _ = games.generate_game(kind, "bench", *SIZE)
             mine, heard, said = ours(game)
             theirs, told = stock(Path(folder), game, said)
             assert heard == told, kind

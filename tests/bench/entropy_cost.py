@@ -49,7 +49,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import local
 from aem_exp.rollout.types import Episode
-from aem_exp.training import scoring
+from aem_exp.training import logprobs
 from aem_exp.training.dynamic_sampling import PlayedStep
 
 CUDA = torch.cuda.is_available()
@@ -104,17 +104,17 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
     draws: list[tuple] = []
     played = play(trainer, recording(draws))  # which also warms up
     trainer.play = lambda step: PlayedStep(played, [], 1)
-    updates = trainer.updates()
+    updates = trainer.iterate_updates()
     batch = next(updates)[0]
     heads = [head(trainer.model, batch, outputs) for outputs in (("log_probs", "entropy"), ("log_probs",))]
     acts: dict[str, Callable[[], Any]] = {
         "generation": lambda: play(trainer),
-        "scoring": lambda: scoring.score_batch(trainer, trainer.model, batch),
+        "scoring": lambda: logprobs.compute_logps_and_entropies(trainer, trainer.model, batch),
         "update": lambda: train(trainer, batch),
         "draw": lambda: local._sample_tokens(*draws[-1]),
         "mute draw": lambda: mute(*draws[-1]),
-        "head": lambda: scoring.score_batch(trainer, heads[0], batch),
-        "mute head": lambda: scoring.score_batch(trainer, heads[1], batch),
+        "head": lambda: logprobs.compute_logps_and_entropies(trainer, heads[0], batch),
+        "mute head": lambda: logprobs.compute_logps_and_entropies(trainer, heads[1], batch),
     }
     assert all(map(torch.equal, local._sample_tokens(*draws[-1])[:2], mute(*draws[-1]))), "not the same draw"
     train(trainer, batch)  # the optimizer makes its moments
@@ -129,8 +129,8 @@ def measure(case: Case, folder: Path, rounds: int) -> Cost:
     held = {
         "play": most(trainer, lambda: play(trainer)),
         "mute play": most(trainer, lambda: play(trainer, mute_for_three)),
-        "score": most(trainer, lambda: scoring.score_batch(trainer, trainer.model, batch)),
-        "mute score": most(trainer, lambda: scoring.score_batch(trainer, quiet, batch)),
+        "score": most(trainer, lambda: logprobs.compute_logps_and_entropies(trainer, trainer.model, batch)),
+        "mute score": most(trainer, lambda: logprobs.compute_logps_and_entropies(trainer, quiet, batch)),
         "update": most(trainer, lambda: train(trainer, batch)),
     }
     return Cost(
@@ -154,7 +154,7 @@ def timed(acts: dict[str, Callable], updates: Iterator, trainer: Any, rounds: in
     for number in range(rounds):
         for name in list(acts) if number % 2 else list(acts)[::-1]:
             spent[name].append(statistics.mean(seconds(acts[name]) for _ in range(often[name])))
-    modulating = [trainer.aem.metrics["time/aem"] for _ in range(10) if next(updates)]
+    modulating = [trainer.aem_callback.metrics["time/aem"] for _ in range(10) if next(updates)]
     return {name: statistics.median(values) for name, values in spent.items()}, min(modulating)
 
 

@@ -116,12 +116,12 @@ def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     from aem_exp.envs.executor import SerialExecutor
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
-    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.base import SamplingParams
     from aem_exp.rollout.sampling.local import LocalSampler
     from aem_exp.rollout.types import Episode
 
     world, chat = Talk(), Chat(tokenizer)
-    rollout, sampler = Rollout(SerialExecutor(world), rules, chat), LocalSampler(policy, chat.end_ids, Sampling())
+    rollout, sampler = Rollout(SerialExecutor(world), rules, chat), LocalSampler(policy, chat.end_ids, SamplingParams())
     episodes = [Episode(task, task.seed // GROUP, task.seed % GROUP, (task.seed,)) for task in world.tasks("train")]
 
     def play() -> tuple[float, int, int]:
@@ -146,7 +146,8 @@ def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         envs = [Talk() for _ in prompts]
         rows = [
-            chat.start(env.reset(Task("", int(prompt))).observation) for env, prompt in zip(envs, prompts, strict=True)
+            chat.first_prompt(env.reset(Task("", int(prompt))).observation)
+            for env, prompt in zip(envs, prompts, strict=True)
         ]
         starts, masks = [len(row) for row in rows], [[] for _ in rows]
         for turn in range(rules.max_turns):
@@ -156,7 +157,7 @@ def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
                 mask += [1] * len(ids)
                 observation = env.step(chat.decode(ids)).observation
                 if turn + 1 < rules.max_turns:
-                    follow = chat.follow(observation, ids[-1])
+                    follow = chat.next_prompt(observation, ids[-1])
                     row += follow
                     mask += [0] * len(follow)
         pairs = list(zip(rows, starts, strict=True))

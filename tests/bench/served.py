@@ -46,7 +46,7 @@ def main() -> None:
     from aem_exp.envs.workers import WorkerPool
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
-    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.base import SamplingParams
     from aem_exp.rollout.sampling.vllm import ServerSampler
     from aem_exp.rollout.sampling.vllm_client import Servers
     from aem_exp.rollout.types import Episode
@@ -63,7 +63,7 @@ def main() -> None:
         server.seconds = asked.answer
         servers = Servers(folder, 60.0)
         sampler, stage = (
-            ServerSampler(servers, chat.end_ids, Sampling(), vocabulary=len(chat.tokenizer)),
+            ServerSampler(servers, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer)),
             WorkerPool(make, asked.episodes, 60.0),
         )
         stage.reset({slot: episode.task for slot, episode in enumerate(episodes)})  # processes start

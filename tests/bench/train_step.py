@@ -49,7 +49,7 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
     from aem_exp.envs.executor import SerialExecutor
     from aem_exp.rollout.chat import Chat
     from aem_exp.rollout.play import Rollout
-    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.base import SamplingParams
     from aem_exp.rollout.sampling.local import LocalSampler
     from aem_exp.run import session
 
@@ -67,12 +67,12 @@ def prepared(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any,
     chat = Chat(tokenizer)
     rollout = Rollout(SerialExecutor(world), experiment.env, chat)
     episodes = session._draw_episodes(experiment, world.tasks("train"), 0, 0)
-    return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, Sampling()))
+    return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, SamplingParams()))
 
 
 def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Path, modulated: bool) -> Arm:
     from aem_exp import config
-    from aem_exp.rollout.sampling.base import Sampling
+    from aem_exp.rollout.sampling.base import SamplingParams
     from aem_exp.rollout.sampling.local import LocalSampler
     from aem_exp.training.build import build_trainer
     from aem_exp.training.callback import AEMCallback, StepCounter
@@ -92,13 +92,13 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
         RolloutSource(
             draw=lambda step, number: [],
             rollout=rollout,
-            make_sampler=lambda trainer: LocalSampler(trainer.model, rollout.chat.end_ids, Sampling()),
+            make_sampler=lambda trainer: LocalSampler(trainer.model, rollout.chat.end_ids, SamplingParams()),
         ),
     )
     trainer.play = lambda step: PlayedStep(played, [], 1)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
-    updates = trainer.updates()
+    updates = trainer.iterate_updates()
 
     def step() -> tuple[float, float, float]:
         start = time.process_time()
@@ -107,7 +107,7 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
         trainer.training_step(trainer.model, update)
         norm = finish(trainer)
         seconds = time.process_time() - start
-        assert ("aem/lam" in trainer.aem.metrics) == modulated
+        assert ("aem/lam" in trainer.aem_callback.metrics) == modulated
         clock.step = clock.step % 49 + 1  # never a multiple of 50
         forget(trainer)
         return seconds, batch, norm

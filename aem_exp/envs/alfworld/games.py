@@ -115,7 +115,7 @@ def _import_file(file: Path) -> ModuleType:
     return module
 
 
-def generate(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
+def generate_game(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
     """A game of a kind, and its goal; the same ones for the same arguments.
 
     Args:

@@ -114,7 +114,7 @@ class Generated(_EngineWorld):
         return Task(name, kind=kind, payload={"object": errand.object, "target": errand.target})
 
     def _generate(self, name: str, kind: str) -> tuple[dict[str, Any], GameErrand]:
-        return games.generate(kind, name, self.receptacles, self.objects)
+        return games.generate_game(kind, name, self.receptacles, self.objects)
 
     def _check_settings(self) -> None:
         for kind in self.kinds or [""]:

@@ -57,7 +57,7 @@ def fingerprint_parts() -> list[Any]:
 
 
 @cache
-def generate(name: str, modules: int, functions: int) -> GeneratedInstance:
+def generate_repository(name: str, modules: int, functions: int) -> GeneratedInstance:
     """The instance of a name.
 
     Args:

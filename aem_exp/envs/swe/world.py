@@ -157,7 +157,7 @@ class Made(Repositories):
         return Task(name, kind=self._generate(name).family)
 
     def _generate(self, name: str) -> generated.GeneratedInstance:
-        return generated.generate(name, self.modules, self.functions)
+        return generated.generate_repository(name, self.modules, self.functions)
 
 
 @cache

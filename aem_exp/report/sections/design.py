@@ -100,7 +100,7 @@ def _planned_power(sweep: SweepDescription, cells: Sequence[ArmCell]) -> list[st
     spread, out = " and ".join(f"{sd:g}" for sd in power.SEED_SDS), []
     for tasks, repeats in sorted(sizes):
         points = [
-            power.detectable_difference(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS
+            power.planned_detectable_points(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS
         ]
         detectable = " and ".join(f"{value:.1f}" for value in points)
         out.append(

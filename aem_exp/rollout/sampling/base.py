@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn. Always explicit: a model's generation_config is never read."""
 
     temperature: float = 1.0

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aem_exp.rollout.sampling.base import Sample, Sampling, keyed_generator
+from aem_exp.rollout.sampling.base import Sample, SamplingParams, keyed_generator
 
 
 class LocalSampler:
     """Samples from a causal LM of transformers on its own device; `watch` receives how many tokens a turn has by now."""
 
     def __init__(
-        self, model: Any, end_ids: Sequence[int], sampling: Sampling, watch: Callable[[int], None] | None = None
+        self, model: Any, end_ids: Sequence[int], sampling: SamplingParams, watch: Callable[[int], None] | None = None
     ):
         self.model, self.end_ids, self.sampling, self.watch = model, list(end_ids), sampling, watch
 
@@ -103,7 +103,7 @@ class LocalSession:
         self._slots = slots
 
 
-def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by inverting the cumulative distribution: one uniform per token, so batch and device change nothing."""
     assert scores_BV.ndim == 2 and draw_B.shape == scores_BV.shape[:1], (scores_BV.shape, draw_B.shape)
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
@@ -115,7 +115,7 @@ def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> tup
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
 
 
-def _filter_probabilities(prob_BV: Tensor, sampling: Sampling) -> Tensor:
+def _filter_probabilities(prob_BV: Tensor, sampling: SamplingParams) -> Tensor:
     """Probabilities (unnormalised) after top-k, top-p and min-p, by transformers' own warpers."""
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aem_exp.rollout.sampling.base import Sample, Sampling
+from aem_exp.rollout.sampling.base import Sample, SamplingParams
 
 VLLM_FIELDS = (  # of its VLLMGeneration
     *("temperature", "top_p", "top_k", "min_p"),
@@ -21,7 +21,7 @@ VLLM_FIELDS = (  # of its VLLMGeneration
 class EngineSampler:
     """Samples with the engine of a TRL trainer."""
 
-    def __init__(self, trainer: Any, end_ids: Sequence[int], sampling: Sampling):
+    def __init__(self, trainer: Any, end_ids: Sequence[int], sampling: SamplingParams):
         self.trainer, self.end_ids, self.sampling = trainer, list(end_ids), sampling
 
     def session(self) -> "EngineSession":

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from aem_exp.core.errors import RunError
-from aem_exp.rollout.sampling.base import Sample, Sampling
+from aem_exp.rollout.sampling.base import Sample, SamplingParams
 from aem_exp.rollout.sampling.vllm_client import Servers
 
 COMPLETIONS_PATH = "/v1/completions"
@@ -32,7 +32,9 @@ class ServerSampler:
         rank: of this process; where all begin with the same server, one would have all the work.
     """
 
-    def __init__(self, servers: Servers, end_ids: Sequence[int], sampling: Sampling, *, vocabulary: int, rank: int = 0):
+    def __init__(
+        self, servers: Servers, end_ids: Sequence[int], sampling: SamplingParams, *, vocabulary: int, rank: int = 0
+    ):
         self.servers, self.end_ids, self.sampling, self.rank = servers, list(end_ids), sampling, rank
         self.vocabulary = vocabulary
 

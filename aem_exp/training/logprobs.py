@@ -16,7 +16,7 @@ from aem_exp import aem
 from aem_exp.core.errors import RunError
 from aem_exp.training.credit import AssignedCredit
 from aem_exp.training.modulation import ModulationVariant
-from aem_exp.training.updates import Batch
+from aem_exp.training.updates import MicroBatch
 
 SAMPLER_GAP: Final = 1e-3  # nats that a float32 session may differ from a scoring pass
 ENGINE_GAP: Final = 0.1  # nats that another engine may differ on average, by its own arithmetic
@@ -26,7 +26,7 @@ TokenScores = tuple[Tensor, Tensor]  # log-probs and entropies (nats) of the com
 
 
 @torch.no_grad()
-def score_batch(trainer: GRPOTrainer, model: Any, batch: Batch) -> TokenScores:
+def compute_logps_and_entropies(trainer: GRPOTrainer, model: Any, batch: MicroBatch) -> TokenScores:
     """Score a micro-batch by one forward pass. Only the trained model's entropies are measured."""
     device = trainer.accelerator.device
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(device)
@@ -39,12 +39,12 @@ def score_batch(trainer: GRPOTrainer, model: Any, batch: Batch) -> TokenScores:
     return logps.float().cpu(), entropies.float().cpu() if is_policy else logps
 
 
-def score_reference(trainer: GRPOTrainer, batch: Batch) -> Tensor:
+def score_reference(trainer: GRPOTrainer, batch: MicroBatch) -> Tensor:
     """Log-probs under the policy that training started from: a frozen copy, or this model without its adapter."""
     if trainer.ref_model is not None:
-        return score_batch(trainer, trainer.ref_model, batch)[0]
+        return compute_logps_and_entropies(trainer, trainer.ref_model, batch)[0]
     with use_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter_name=None):
-        return score_batch(trainer, trainer.model, batch)[0]
+        return compute_logps_and_entropies(trainer, trainer.model, batch)[0]
 
 
 class ResponseMeasurements:
