@@ -1,7 +1,15 @@
 """Credit assignment: from what was played to one advantage per response.
 
 Every estimator has the same shape, whatever the history, so that a row of many turns and a row of one turn take the same
-path: `estimator(played, *, over, ...) -> advantage_R`. Shapes: M trajectories, R responses (turns), G groups.
+path: `estimator(batch, *, over, ...) -> advantage_R`. Shapes: M trajectories, R responses (turns), G groups.
+
+| function | baseline |
+|---|---|
+| `group_normalised` | GRPO, DAPO, GSPO |
+| `group_centred` | Dr. GRPO |
+| `leave_one_out` | RLOO, DeepSWE |
+| `batch_whitened` | REINFORCE++, with or without its group baseline |
+| `step_compared` | GiGPO |
 
 `over` names the population that a response's score is compared with: `trajectories` of the group (each counts once), or
 `turns` of the group (each trajectory counts as often as it has turns: the verl-agent reference).
@@ -65,53 +73,54 @@ class StepBatch:
         return (self.score_R, self.group_R) if over == "turns" else (self.return_M, self.group_M)
 
 
-def group_normalised(played: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
+def group_normalised(batch: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
 
     A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
     """
-    group = _Statistics(*played.population(over))
-    return _advantage(played, group.scaled(group.excess(played.score_R, played.group_R), played.group_R, eps))
+    group = _Statistics(*batch.population(over))
+    return _advantage(batch, group.scaled(group.excess(batch.score_R, batch.group_R), batch.group_R, eps))
 
 
-def group_centred(played: StepBatch, *, over: Over = "trajectories") -> Tensor:
+def group_centred(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """Dr. GRPO (arXiv 2503.20783): score - mean of the group."""
-    group = _Statistics(*played.population(over))
-    return _advantage(played, group.excess(played.score_R, played.group_R))
+    group = _Statistics(*batch.population(over))
+    return _advantage(batch, group.excess(batch.score_R, batch.group_R))
 
 
-def leave_one_out(played: StepBatch, *, over: Over = "trajectories") -> Tensor:
+def leave_one_out(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn.
 
     Of n values, own - mean of the others = n / (n - 1) * (own - mean of all).
     """
-    group, group_R = _Statistics(*played.population(over)), played.group_R
-    own_R = played.score_R if over == "turns" else played.return_M[played.trajectory_R]
+    group, group_R = _Statistics(*batch.population(over)), batch.group_R
+    own_R = batch.score_R if over == "turns" else batch.return_M[batch.trajectory_R]
     count_R = group.count_G[group_R]
     excess_R = group.excess(own_R, group_R) * count_R / (count_R - 1).clamp(min=1)
-    return _advantage(played, played.score_R - own_R + excess_R)
+    return _advantage(batch, batch.score_R - own_R + excess_R)
 
 
 def batch_whitened(
-    played: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
+    batch: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
 ) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): scores whitened over the whole batch.
 
     With `group_baseline`, the mean of its group is subtracted from a score first (the paper's REINFORCE++-baseline).
     """
-    value, group = played.population(over)
-    whole, whole_R = torch.zeros_like(group), torch.zeros_like(played.trajectory_R)
+    value, group = batch.population(over)
+    whole, whole_R = torch.zeros_like(group), torch.zeros_like(batch.trajectory_R)
     if not group_baseline:
-        batch = _Statistics(value, whole)
-        alone_R = torch.full_like(played.alone_R, len(played.return_M) < 2)
-        return _advantage(played, batch.scaled(batch.excess(played.score_R, whole_R), whole_R, eps), alone_R)
+        all_scores = _Statistics(value, whole)
+        alone_R = torch.full_like(batch.alone_R, len(batch.return_M) < 2)
+        scaled_R = all_scores.scaled(all_scores.excess(batch.score_R, whole_R), whole_R, eps)
+        return _advantage(batch, scaled_R, alone_R)
     groups = _Statistics(value, group)
-    batch = _Statistics(groups.excess(value, group), whole)  # their mean is 0: subtracting it would add its rounding
-    return _advantage(played, batch.scaled(groups.excess(played.score_R, played.group_R), whole_R, eps))
+    centred = _Statistics(groups.excess(value, group), whole)  # their mean is 0: subtracting it would add its rounding
+    return _advantage(batch, centred.scaled(groups.excess(batch.score_R, batch.group_R), whole_R, eps))
 
 
 def step_compared(
-    played: StepBatch,
+    batch: StepBatch,
     *,
     over: Over = "trajectories",
     eps: Eps = 1e-6,
@@ -124,13 +133,13 @@ def step_compared(
     Steps of a group that answered to the same observation are compared by discounted return; a state that was met once
     adds nothing. `norm`: divide both by their standard deviations (ALFWorld), or by nothing (WebShop).
     """
-    episode_R = group_normalised(played, over=over, eps=eps) if norm == "std" else group_centred(played, over=over)
-    value_R = discounted(played.reward_R, played.trajectory_R, gamma) - played.penalty_R
-    state = _Statistics(value_R, played.state_R)
-    step_R = state.excess(value_R, played.state_R)
+    episode_R = group_normalised(batch, over=over, eps=eps) if norm == "std" else group_centred(batch, over=over)
+    value_R = discounted(batch.reward_R, batch.trajectory_R, gamma) - batch.penalty_R
+    state = _Statistics(value_R, batch.state_R)
+    step_R = state.excess(value_R, batch.state_R)
     if norm == "std":
-        step_R = state.scaled(step_R, played.state_R, eps)
-    return _advantage(played, episode_R + omega * step_R)
+        step_R = state.scaled(step_R, batch.state_R, eps)
+    return _advantage(batch, episode_R + omega * step_R)
 
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
@@ -168,7 +177,7 @@ class _Statistics:
         return excess / torch.where(self.std_G > 0, self.std_G + eps, 1.0)[group]
 
 
-def _advantage(played: StepBatch, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
+def _advantage(batch: StepBatch, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
     """The advantages, in the precision of what was played; 0 for a response that has nothing to be compared with."""
-    alone_R = played.alone_R if alone_R is None else alone_R
-    return torch.where(alone_R, 0.0, excess_R).to(played.return_M.dtype)
+    alone_R = batch.alone_R if alone_R is None else alone_R
+    return torch.where(alone_R, 0.0, excess_R).to(batch.return_M.dtype)

@@ -15,7 +15,8 @@ from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.training.build import build_trainer
-from aem_exp.training.callback import AEMCallback, StepCounter
+from aem_exp.training.callback import AEMCallback
+from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import RolloutSource
 
 GROUPS = list_choices(config_roots())

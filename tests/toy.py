@@ -19,10 +19,11 @@ from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import build_grpo_config
-from aem_exp.training.callback import AEMCallback, StepCounter
+from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import CreditRules
 from aem_exp.training.dynamic_sampling import DynamicSampling
 from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import AEMTrainer, RolloutSource, TrainerHooks
 from aem_exp.training.updates import UpdateSettings
 

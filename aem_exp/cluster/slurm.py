@@ -102,22 +102,22 @@ def submit(
     import submitit
     from submitit.core.utils import FailedJobError
 
-    here, place = read_site()
+    site, site_folder = read_site()
     nodes = launch.nodes if launch.server_nodes else 0
-    if nodes and not (place / SERVER_SCRIPT).is_file():
-        raise ConfigError("AEM_SITE", str(place), f"must have {SERVER_SCRIPT}, which starts a server on a node")
+    if nodes and not (site_folder / SERVER_SCRIPT).is_file():
+        raise ConfigError("AEM_SITE", str(site_folder), f"must have {SERVER_SCRIPT}, which starts a server on a node")
     if nodes and module != "aem_exp.run":
         raise ConfigError(
             "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"
         )
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
-    executor.update_parameters(**_sbatch_options(here, place, launch, name, at_once))
+    executor.update_parameters(**_sbatch_options(site, site_folder, launch, name, at_once))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
     try:
         with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
-            jobs = [executor.submit(_exec_task, str(folder), module, nodes, str(place)) for folder in folders]
+            jobs = [executor.submit(_exec_task, str(folder), module, nodes, str(site_folder)) for folder in folders]
     except FailedJobError as error:
-        _raise_refusal(error, here, launch)
+        _raise_refusal(error, site, launch)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     for folder, job in zip(folders, jobs, strict=True):
@@ -140,10 +140,10 @@ def check_available() -> None:
         raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN_HINT}")
 
 
-def _sbatch_options(here: Site, place: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
+def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
     """The options of sbatch, as submitit calls them."""
     tasks = max(1, launch.gpus_per_node)
-    setup = place / "setup.sh"
+    setup = site_folder / "setup.sh"
     options = {
         "job_name": name,
         "nodes": launch.nodes + launch.server_nodes,
@@ -152,17 +152,17 @@ def _sbatch_options(here: Site, place: Path, launch: Launch, name: str, at_once:
         "gpus_per_node": launch.gpus_per_node or None,
         "time": max(1, round(60 * launch.hours)),
         "signal_delay_s": launch.warn_seconds,
-        "array_parallelism": at_once or here.at_once,
-        "partition": here.partition,
-        "account": here.account,
-        "qos": here.qos,
-        "constraint": here.constraint,
-        "mem": f"{here.mem_gb}GB" if here.mem_gb else None,
+        "array_parallelism": at_once or site.at_once,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "mem": f"{site.mem_gb}GB" if site.mem_gb else None,
         "setup": [f"source {setup}"] if setup.is_file() else None,
         "stderr_to_stdout": True,
         # One process that fails ends all; and newer SLURMs hand --cpus-per-task to srun only where told.
-        "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *here.srun],
-        "additional_parameters": {"requeue": True, **here.sbatch},
+        "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *site.srun],
+        "additional_parameters": {"requeue": True, **site.sbatch},
     }
     return {key: value for key, value in options.items() if value is not None}
 
@@ -176,10 +176,10 @@ def _distribution_arguments(launch: Launch) -> list[str]:
     return ["--distribution=block"] if launch.server_nodes else []
 
 
-def _exec_task(folder: str, module: str, nodes: int, place: str) -> None:
+def _exec_task(folder: str, module: str, nodes: int, site_folder: str) -> None:
     """What each task of a job does: become the command that a person would type. Pickled whole.
 
-    `nodes`: how many train, where the others serve; 0: all of them train. `place`: the cluster's settings.
+    `nodes`: how many train, where the others serve; 0: all of them train. `site_folder`: the cluster's settings.
     """
     import os
     import sys
@@ -190,7 +190,7 @@ def _exec_task(folder: str, module: str, nodes: int, place: str) -> None:
     world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
     if found.rank >= world:
         module = "aem_exp.jobs.serve"
-        os.environ["AEM_SITE"] = place
+        os.environ["AEM_SITE"] = site_folder
     elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)
         os.environ |= {
@@ -275,14 +275,14 @@ def _run_client(*words: str) -> list[str] | None:
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
-def _raise_refusal(error: Exception, here: Site, launch: Launch) -> NoReturn:
+def _raise_refusal(error: Exception, site: Site, launch: Launch) -> NoReturn:
     """sbatch's own words, as a sentence."""
     lines = [line for line in str(error).splitlines() if "error:" in line]
     refusal = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
     partitions = " ".join(
         sorted({line.rstrip("*") for line in _run_client("sinfo", "--noheader", "--format=%R") or ()})
     )
-    request = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {here.partition or 'default'}"
+    request = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {site.partition or 'default'}"
     raise ConfigError(
         "launch", request, f"sbatch refuses: {refusal}; partitions here: {partitions}; see site.yaml and launch.*"
     )

@@ -145,7 +145,8 @@ def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCe
 
 def _load_external_arms(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[ArmCell]":
     """Arms of other frameworks."""
-    from aem_exp.report.analysis import ArmCell, read_csv_arms
+    from aem_exp.report.analysis import ArmCell
+    from aem_exp.report.external_runs import read_csv_arms
 
     if files and len(sweep.points) > 1:
         raise ConfigError(

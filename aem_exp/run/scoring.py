@@ -17,7 +17,7 @@ from aem_exp.run.recorder import count_crashed
 from aem_exp.stats.scores import Score
 
 if TYPE_CHECKING:
-    from aem_exp.training.callback import StepCounter
+    from aem_exp.training.step_counter import StepCounter
 
 log = logging.getLogger("aem_exp")
 

@@ -32,7 +32,8 @@ from aem_exp.rundir import BEFORE, DIVERGED, MODEL, checkpoints
 from aem_exp.stats.scores import Score
 from aem_exp.training import fsdp
 from aem_exp.training.build import build_trainer
-from aem_exp.training.callback import AEMCallback, StepCounter
+from aem_exp.training.callback import AEMCallback
+from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
 
 log = logging.getLogger("aem_exp")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aem_exp.training.callback import StepCounter
+from aem_exp.training.step_counter import StepCounter
 
 
 class PerStepScheduler:

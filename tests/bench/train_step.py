@@ -75,8 +75,9 @@ def ours(experiment: Any, load: Any, rollout: Any, played: list[Any], folder: Pa
     from aem_exp.rollout.sampling.base import SamplingParams
     from aem_exp.rollout.sampling.local import LocalSampler
     from aem_exp.training.build import build_trainer
-    from aem_exp.training.callback import AEMCallback, StepCounter
+    from aem_exp.training.callback import AEMCallback
     from aem_exp.training.dynamic_sampling import PlayedStep
+    from aem_exp.training.step_counter import StepCounter
     from aem_exp.training.trainer import RolloutSource
 
     model, tokenizer = load()
