@@ -14,7 +14,7 @@ from aem_exp.rollout.rows import build_rows
 from aem_exp.rollout.sampling.base import Sample, SamplingParams, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.types import Ending, Episode
-from aem_exp.training.batch import pack_rows, sampler_logps_and_entropies
+from aem_exp.training.packing import pack_rows, sampler_logps_and_entropies
 
 HISTORIES = ["full", "window"]
 PLAIN, SOUND = SamplingParams(), toy.ChatterWorld()

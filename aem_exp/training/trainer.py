@@ -29,13 +29,13 @@ from aem_exp.rollout.sampling.base import Sampler, keyed_generator
 from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.rundir import checkpoints
 from aem_exp.training import fsdp, logprobs, updates
-from aem_exp.training.batch import PADDING_ROW, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, add_measurements, assign_credit
 from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, play_rounds
 from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
+from aem_exp.training.packing import PADDING_ROW, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
 from aem_exp.training.updates import MicroBatch, UpdateSettings
 

@@ -1,7 +1,8 @@
 """From the credit of a step to its updates: the rows of each, the advantage of each token, the weight of each micro-batch.
 
 TRL averages a loss over a micro-batch. The weights here make the sum over micro-batches, and the mean over ranks, an average
-over the whole update: its gradient depends on neither padding nor the split into micro-batches and ranks.
+over the whole update: its gradient depends on neither padding nor the split into micro-batches and ranks. Every rank holds
+all rows and computes the same plan; which rows share an update follows from the seed alone.
 
 Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U units of the step; u units of the micro-batch.
 """
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ from aem_exp import aem
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import keyed_generator
-from aem_exp.training.batch import PADDING_ROW, plan_updates, split_micro_batches
 from aem_exp.training.credit import AssignedCredit, Unit
+from aem_exp.training.packing import PADDING_ROW
 
 MicroBatch = dict[str, Tensor]
 
@@ -50,7 +52,7 @@ class Update:
 
     micro_batches: list[list[int]]
     """row indices"""
-    live_rows: int
+    real_rows: int
     tokens: int
     """generated tokens"""
 
@@ -76,6 +78,49 @@ def plan_step(
         missing = max(map(len, micros)) - len(micros[rank])
         out.append(Update(micros[rank] + [[PADDING_ROW]] * missing, len(live), tokens))
     return out
+
+
+def plan_updates(
+    lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
+    """The rows that this rank trains in each update of a step.
+
+    Args:
+        lengths: tokens of each row of the step.
+        mini_batch: rows per update, over all ranks; 0 means all rows in one. The number of updates floats with the number
+            of rows, and their sizes differ by at most one.
+        rng: decides who shares an update; the same on every rank.
+
+    Returns:
+        Row indices per update, longest first, `PADDING_ROW` where the rows do not divide by the ranks.
+    """
+    updates = max(1, round(len(lengths) / mini_batch)) if mini_batch else 1
+    shares = []
+    for chosen in np.array_split(rng.permutation(len(lengths)), updates):
+        ordered = sorted(chosen.tolist(), key=lambda i: (-lengths[i], i))
+        share = ordered[rank::ranks]
+        shares.append(share + [PADDING_ROW] * (-(-len(ordered) // ranks) - len(share)))
+    return shares
+
+
+def split_micro_batches(
+    share: list[int], lengths: Sequence[int], device_rows: int, device_tokens: int = 0
+) -> list[list[int]]:
+    """Micro-batches of at most so many rows, and so many tokens with padding (0: no limit; one row always fits).
+
+    A share comes longest first, so memory fails early or never, and rows that share a micro-batch are of similar length.
+    """
+    micros: list[list[int]] = []
+    widest = 0
+    for i in share:
+        length = lengths[i] if i != PADDING_ROW else 0
+        full = micros and device_rows and len(micros[-1]) >= device_rows
+        wide = micros and device_tokens and (len(micros[-1]) + 1) * max(widest, length) > device_tokens
+        if not micros or full or wide:
+            micros.append([])
+            widest = length
+        micros[-1].append(i)
+    return micros
 
 
 def spread_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Tensor, unit: Unit) -> Tensor:
@@ -118,7 +163,7 @@ def compute_loss_weights(
     if loss_type == "bnpo":
         weight = token_share
     elif loss_type in ROW_MEAN_LOSSES:
-        weight = len(mask_NT) * ranks / (update.live_rows * items_per_row)
+        weight = len(mask_NT) * ranks / (update.real_rows * items_per_row)
     return {
         "num_items_in_batch": torch.tensor(float(update.tokens)),
         "loss_weight": torch.tensor(weight),

@@ -1,8 +1,4 @@
-"""From the rows of a step to the micro-batches of its updates.
-
-Every rank holds all rows and computes the same plan, so the gradient of an update depends on neither the number of ranks
-nor the micro-batch size: which rows share an update follows from the seed alone.
-"""
+"""Rows become the tensors of a micro-batch, in the form that the loss of TRL reads."""
 
 from collections.abc import Sequence
 
@@ -13,49 +9,6 @@ from torch import Tensor
 from aem_exp.rollout.rows import Row
 
 PADDING_ROW = -1  # a row that fills a rank's share: read like any other, trained on nothing
-
-
-def plan_updates(
-    lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1
-) -> list[list[int]]:
-    """The rows that this rank trains in each update of a step.
-
-    Args:
-        lengths: tokens of each row of the step.
-        mini_batch: rows per update, over all ranks; 0 means all rows in one. The number of updates floats with the number
-            of rows, and their sizes differ by at most one.
-        rng: decides who shares an update; the same on every rank.
-
-    Returns:
-        Row indices per update, longest first, `PADDING_ROW` where the rows do not divide by the ranks.
-    """
-    updates = max(1, round(len(lengths) / mini_batch)) if mini_batch else 1
-    shares = []
-    for chosen in np.array_split(rng.permutation(len(lengths)), updates):
-        ordered = sorted(chosen.tolist(), key=lambda i: (-lengths[i], i))
-        share = ordered[rank::ranks]
-        shares.append(share + [PADDING_ROW] * (-(-len(ordered) // ranks) - len(share)))
-    return shares
-
-
-def split_micro_batches(
-    share: list[int], lengths: Sequence[int], device_rows: int, device_tokens: int = 0
-) -> list[list[int]]:
-    """Micro-batches of at most so many rows, and so many tokens with padding (0: no limit; one row always fits).
-
-    A share comes longest first, so memory fails early or never, and rows that share a micro-batch are of similar length.
-    """
-    micros: list[list[int]] = []
-    widest = 0
-    for i in share:
-        length = lengths[i] if i != PADDING_ROW else 0
-        full = micros and device_rows and len(micros[-1]) >= device_rows
-        wide = micros and device_tokens and (len(micros[-1]) + 1) * max(widest, length) > device_tokens
-        if not micros or full or wide:
-            micros.append([])
-            widest = length
-        micros[-1].append(i)
-    return micros
 
 
 def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[str, Tensor]:

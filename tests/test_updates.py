@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from aem_exp.rollout.rows import Row
 from aem_exp.rollout.sampling.base import keyed_generator
-from aem_exp.training.batch import PADDING_ROW, pack_rows, plan_updates, split_micro_batches
+from aem_exp.training.packing import PADDING_ROW, pack_rows
+from aem_exp.training.updates import plan_updates, split_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
