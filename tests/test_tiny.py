@@ -190,8 +190,8 @@ def test_a_folder_is_an_ordinary_model(tmp_path):
     assert tok.get_vocab() == tokenizer().get_vocab()
     task = world().tasks("dev")[0]
     observation = world().env().reset(task).observation
-    ids = Chat(tok).start(observation)
-    assert ids == Chat(tokenizer()).start(observation)
+    ids = Chat(tok).first_prompt(observation)
+    assert ids == Chat(tokenizer()).first_prompt(observation)
     assert model.generation_config.eos_token_id == tok.eos_token_id == model.config.eos_token_id
     assert model.generation_config.pad_token_id == tok.pad_token_id == model.config.pad_token_id
     with torch.no_grad():
