@@ -24,7 +24,7 @@ LAYERS = """
     jobs
     run
     sweep
-    report proxy status prepare ui
+    report proxy status prepare ui serve trial
     commands
     completion
     __main__

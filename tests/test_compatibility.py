@@ -144,6 +144,14 @@ def test_the_checkpoints_of_an_old_run_are_known_by_their_marks(old):
     assert "has changed" in checkpoints.describe_damage(found[0])
 
 
+@pytest.mark.parametrize("module", ["aem_exp.run", "aem_exp.trial", "aem_exp.serve"])
+def test_what_a_job_starts_has_its_old_path(module):
+    """A run or a trial that has begun keeps the code that it began with, and a newer version starts it again by this path."""
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0 and f"python -m {module} " in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("old", [STUDY], indirect=True)
 def test_an_old_study_stands_where_it_stood(old, capsys, monkeypatch):
     """Its record is read: nothing of it is missing, and its trial is known to status by the study's name."""

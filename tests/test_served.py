@@ -822,7 +822,7 @@ def test_a_jobs_server_that_ends_is_written_down_for_the_run(cache, tmp_path, mo
     run_dir = config.run_dir(experiment)
     run_dir.mkdir()
     (run_dir / "experiment.json").write_text(json.dumps(config.to_dict(experiment)))
-    command, env = [sys.executable, "-m", "aem_exp.jobs.serve", str(run_dir)], os.environ | {"AEM_SITE": str(site)}
+    command, env = [sys.executable, "-m", "aem_exp.serve", str(run_dir)], os.environ | {"AEM_SITE": str(site)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 1 and "has ended with code 3" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(RunError, match=r"the server on .* has ended with code 3; what it says is in the job's log"):

@@ -35,8 +35,8 @@ COMMANDS = {
     "run": ["aem_exp.run", "{}"],
     "evaluate": ["aem_exp.evaluate", "{}"],
     "proxy": ["aem_exp.proxy", "{}"],
-    "serve": ["aem_exp.jobs.serve", "{}"],
-    "trial": ["aem_exp.sweep.trial", "{}"],
+    "serve": ["aem_exp.serve", "{}"],
+    "trial": ["aem_exp.trial", "{}"],
     "from": ["aem_exp", "from={}", "trainer.steps=9", "plan=true"],
 }
 

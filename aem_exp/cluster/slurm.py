@@ -189,7 +189,7 @@ def _exec_task(folder: str, module: str, nodes: int, site_folder: str) -> None:
     found = TorchDistributedEnvironment()
     world = found.world_size * nodes // int(os.environ["SLURM_NNODES"]) if nodes else found.world_size
     if found.rank >= world:
-        module = "aem_exp.jobs.serve"
+        module = "aem_exp.serve"
         os.environ["AEM_SITE"] = site_folder
     elif world > 1:
         os.environ.setdefault("MASTER_ADDR", found.master_addr)

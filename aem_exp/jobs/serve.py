@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     what = "Serve a run's policy from this node, until the run ends; jobs send this."
-    parser = cli.Parser("python -m aem_exp.jobs.serve", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     return parser.parse_args()
 
@@ -127,7 +126,3 @@ def _end_server(child: subprocess.Popen[bytes]) -> None:
     with suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

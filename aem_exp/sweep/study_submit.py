@@ -16,7 +16,7 @@ from aem_exp.sweep.study_status import read_status, show_status, status_as_json
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-TRIAL_MODULE: Final = "aem_exp.sweep.trial"  # of a worker
+TRIAL_MODULE: Final = "aem_exp.trial"  # of a worker
 MAX_RETRIES: Final = 2  # of a trial whose worker is lost
 MAX_KILLS: Final = 3  # in a row and at one step, after which a worker counts as lost
 

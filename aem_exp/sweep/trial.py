@@ -1,4 +1,4 @@
-"""Command `python -m aem_exp.sweep.trial WORKER_DIR`, one worker of a study: ask the storage for one trial, run it, report
+"""Command `python -m aem_exp.trial WORKER_DIR`, one worker of a study: ask the storage for one trial, run it, report
 its metric at every evaluation, prune it if it is unpromising, and tell the result.
 
 A restarted worker resumes its own trial from the newest checkpoint.
@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
-    parser = cli.Parser("python -m aem_exp.sweep.trial", description=what, allow_abbrev=False)
+    parser = cli.Parser("python -m aem_exp.trial", description=what, allow_abbrev=False)
     parser.add_argument("worker_dir", type=Path)
     return parser.parse_args(argv)
 
@@ -273,7 +272,3 @@ def _wait_for_duplicate(print_line: PrintLine, seconds: float = 2.0) -> None:
     print_line("its parameters are those of a trial that runs; waiting for its end")
     with Signals():
         time.sleep(seconds)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

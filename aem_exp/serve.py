@@ -1,0 +1,11 @@
+"""`python -m aem_exp.serve` starts a server of a run; see `jobs.serve`.
+
+A job runs the code that was frozen in its folder, which another version may have written: this path stays the same.
+"""
+
+import sys
+
+from aem_exp.jobs.serve import main
+
+if __name__ == "__main__":
+    sys.exit(main())

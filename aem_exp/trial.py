@@ -1,0 +1,11 @@
+"""`python -m aem_exp.trial` starts a worker of a study; see `sweep.trial`.
+
+A job runs the code that was frozen in its folder, which another version may have written: this path stays the same.
+"""
+
+import sys
+
+from aem_exp.sweep.trial import main
+
+if __name__ == "__main__":
+    sys.exit(main())
