@@ -19,8 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell with
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
-from doors import SMALL, door, folder_of, lacking, moved
 from filelock import FileLock
+from support.runs import SMALL_RUN, find_run_dir, run_command, skip_or_fail, weights_moved
 
 
 def pytest_collection_finish():
@@ -52,10 +52,10 @@ def cache(common):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """A real SLURM, for the tests of one worker; $AEM_REQUIRE_ALL=1 makes a missing one a failure."""
-    from cluster import Cluster, missing
+    from support.slurm_cluster import Cluster, missing
 
     if why := missing():
-        lacking(why)
+        skip_or_fail(why)
     started = Cluster.start(tmp_path_factory.mktemp("slurm") / "c")
     yield started
     started.stop()
@@ -67,11 +67,11 @@ def unbroken(cache, common):
     outputs, said = common / "unbroken", common / "said.json"
     with FileLock(common / "lock"):
         if not said.exists():
-            done = door(cache, outputs, *SMALL)
+            done = run_command(cache, outputs, *SMALL_RUN)
             assert done.returncode == 0, done.stderr
-            assert moved(folder_of(outputs))
+            assert weights_moved(find_run_dir(outputs))
             said.write_text(json.dumps({"args": [], "returncode": 0, "stdout": done.stdout, "stderr": done.stderr}))
-    return folder_of(outputs), subprocess.CompletedProcess(**json.loads(said.read_text()))
+    return find_run_dir(outputs), subprocess.CompletedProcess(**json.loads(said.read_text()))
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 """Laws of the paper's one pure file: every exact property, over random batches and over two real processes."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import torchrun_coefficients
+from support.runs import torchrun
 
 from aem_exp import aem
 
@@ -187,7 +187,5 @@ def test_shapes_that_would_broadcast_are_refused(call):
 
 def test_groups_may_straddle_ranks(tmp_path: Path):
     """Two gloo processes hold interleaved halves of each group; gathered, they compute what one process does."""
-    script = Path(__file__).with_name("gloo_coefficients.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = torchrun(torchrun_coefficients)
     assert done.returncode == 0, done.stderr[-2000:]

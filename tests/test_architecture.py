@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aem_exp"
 # What the package consists of, bottom up: a module imports its own package and lower lines, nothing else of ours.
 LAYERS = """

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from doors import LONG, Beside, lacking
+from support import ROOT
+from support.runs import DEADLINE, BackgroundCall, skip_or_fail
 
 from aem_exp import __version__, commands, completion
 from aem_exp.__main__ import main
 from aem_exp.tracking import store_uri
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("aem-exp")
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -161,7 +161,7 @@ def test_candidates_are_printed_for_a_shell(capsys):
 
 def path_of_the_script():
     if not SCRIPT.exists():
-        lacking("the package is not installed: no script aem-exp")
+        skip_or_fail("the package is not installed: no script aem-exp")
     return {**os.environ, "PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
 
 
@@ -188,7 +188,7 @@ def test_bash_completes(outputs):
         cwd=outputs,
         capture_output=True,
         text=True,
-        timeout=LONG,
+        timeout=DEADLINE,
     )
     assert done.returncode == 0, done.stderr
     answers = [part.split() for part in done.stdout.split("--\n")]
@@ -231,11 +231,11 @@ def typed(shell, prepare, outputs):
     return seen.decode()
 
 
-@pytest.mark.timeout(LONG)
+@pytest.mark.timeout(DEADLINE)
 @pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.machine)])
 def test_a_terminal_completes(shell, outputs):
     if not shutil.which(shell):
-        lacking(f"{shell} is missing (apt-get install {shell})")
+        skip_or_fail(f"{shell} is missing (apt-get install {shell})")
     how = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
     prepare = {"bash": [], "zsh": ["autoload -U compinit && compinit -u -D\n"]}[shell]
     seen = typed(how, [*prepare, f'eval "$(aem-exp --completion {shell})"\n'], outputs)
@@ -264,23 +264,23 @@ def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
     environment.pop("MLFLOW_TRACKING_URI", None)
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = Beside(lambda: [started.stdout.readline() for _ in range(3)]).end()
+        said = BackgroundCall(lambda: [started.stdout.readline() for _ in range(3)]).end()
         assert said[0] == f"store   sqlite:///{made}/mlflow.db\n" and "Ctrl-C" in said[2], said
         link = said[1].split()[1]
         assert link.startswith("http://127.0.0.1:") and said[1].startswith("open ")
-        assert urllib.request.urlopen(f"{link}/health", timeout=LONG).read() == b"OK"
+        assert urllib.request.urlopen(f"{link}/health", timeout=DEADLINE).read() == b"OK"
         tree = psutil.Process(started.pid).children(recursive=True)
         listening = [c.laddr for child in tree for c in child.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert {address.ip for address in listening} == {"127.0.0.1"}
         assert int(link.rpartition(":")[2]) in {address.port for address in listening}
         started.send_signal(number)
-        _, err = started.communicate(timeout=LONG)
+        _, err = started.communicate(timeout=DEADLINE)
         assert started.returncode == 128 + number
         assert "Traceback" not in err and len(err.splitlines()) <= 2, err
-        assert psutil.wait_procs(tree, timeout=LONG)[1] == []
+        assert psutil.wait_procs(tree, timeout=DEADLINE)[1] == []
     finally:
         started.terminate()
-        started.wait(LONG)
+        started.wait(DEADLINE)
 
 
 @pytest.mark.parametrize(

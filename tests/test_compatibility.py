@@ -22,7 +22,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from rich.console import Console
-from test_identity import GOLDEN, ROOT, same
+from support import ROOT
+from support.golden import GOLDEN, check_golden
 
 from aem_exp import config, status
 from aem_exp.cluster import run_state
@@ -100,7 +101,7 @@ def test_the_experiment_of_an_old_run_is_read_as_it_was_written(old):
     result = json.loads((folder / "result.json").read_text())
     assert folder.name.endswith(f"-{config.signature(experiment)}") and result["signature"] in folder.name
     longer = config.load([f"from={folder}", "trainer.steps=3"])
-    same(f"runs/{name}.continued.txt", f"{config.run_dir(longer).name} continues {longer.parent}\n")
+    check_golden(f"runs/{name}.continued.txt", f"{config.run_dir(longer).name} continues {longer.parent}\n")
 
 
 def test_an_old_run_gives_the_archive_that_it_gave(old, tmp_path):
@@ -108,7 +109,7 @@ def test_an_old_run_gives_the_archive_that_it_gave(old, tmp_path):
     how = run_state.read([folder])[folder]
     kept = archive.from_run_dir(folder, how.what, (how.kind, how.sentence))
     assert kept.done and archive.read(archive.write(kept, tmp_path)) == kept
-    same(f"runs/{name}.archive.json", json.dumps(asdict(kept), indent=1, sort_keys=True) + "\n")
+    check_golden(f"runs/{name}.archive.json", json.dumps(asdict(kept), indent=1, sort_keys=True) + "\n")
 
 
 def test_an_old_run_is_shown_as_it_was(old, capsys):
@@ -117,7 +118,9 @@ def test_an_old_run_is_shown_as_it_was(old, capsys):
     console = Console(file=io.StringIO(), width=120, highlight=False)
     summary.print_summary(folder, console)
     assert status.main(["--once"]) == status.main(["--json"]) == 0
-    same(f"runs/{name}.shown.txt", told(console.file.getvalue() + "\n" + capsys.readouterr().out, folder.parent))
+    check_golden(
+        f"runs/{name}.shown.txt", told(console.file.getvalue() + "\n" + capsys.readouterr().out, folder.parent)
+    )
 
 
 def test_the_rows_of_an_old_run_are_read(old):
@@ -161,7 +164,7 @@ def test_an_old_study_stands_where_it_stood(old, capsys, monkeypatch):
     for words in (["tiny.yaml"], ["tiny.yaml", "--json"]):
         assert sweep.main(words) == 0
     assert status.main(["tiny", "--once"]) == 0
-    same("runs/study.standing.txt", told(capsys.readouterr().out, folder.parent))
+    check_golden("runs/study.standing.txt", told(capsys.readouterr().out, folder.parent))
 
 
 @pytest.mark.parametrize("old", [LORA], indirect=True)
@@ -198,7 +201,7 @@ def test_our_own_results_make_their_report_again(name, clean, tmp_path, monkeypa
     assert all(cell.folder.name in page for cell in asked.cells)
     assert page.count("<svg") >= 3 and "<script" not in page and not re.search(r'(src|href)="http', page)
     parts = [said, (folder / "report.md").read_text(), f"{page.count('<svg')} figures\n", *tables(folder, outputs)]
-    same(f"reports/{name}.txt", told("\n".join(parts), outputs))
+    check_golden(f"reports/{name}.txt", told("\n".join(parts), outputs))
 
 
 def tables(folder, outputs):
@@ -250,7 +253,7 @@ def measured(folder):
 
 
 def test_a_run_writes_the_keys_that_it_did(unbroken):
-    same("keys.json", json.dumps(keys_of(unbroken[0]), indent=1, sort_keys=True) + "\n")
+    check_golden("keys.json", json.dumps(keys_of(unbroken[0]), indent=1, sort_keys=True) + "\n")
 
 
 def test_a_run_measures_all_that_an_old_one_did(unbroken):
@@ -270,7 +273,7 @@ def test_mlflow_gets_the_names_that_it_did(unbroken):
     assert lasting(sent.pop("latest_metrics")) == measured(folder) - {"step", metrics.LOGGED_AT}
     if json.loads((folder / "provenance.json").read_text())["commit"] is None:  # there is no git
         sent["tags"] = sorted([*sent["tags"], "git.commit", "mlflow.source.git.commit"])
-    same("mlflow.json", json.dumps(sent, indent=1, sort_keys=True) + "\n")
+    check_golden("mlflow.json", json.dumps(sent, indent=1, sort_keys=True) + "\n")
 
 
 # How the old runs were made.

@@ -8,19 +8,16 @@ records all that tests of `golden/` compare with (-k CHOICE: that choice alone),
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from support import ROOT
+from support.golden import GOLDEN, RECORD, check_golden
 
 from aem_exp import config
 from aem_exp.config import identity
 from aem_exp.rundir import archive
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
 SCIENCE = GOLDEN / "science.json"
-RECORD = os.environ.get("AEM_RECORD") == "1"
 ARCHIVES = sorted((ROOT / "sweeps" / "results").rglob("*.json.gz"))
 
 
@@ -41,21 +38,13 @@ def recorded(choice):
     return {**names, "science": identity._science(experiment)}
 
 
-def same(name, text):
-    """Compare a text with what was recorded; record it where that is asked for."""
-    if RECORD:
-        (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
-        (GOLDEN / name).write_text(text)
-    assert text == (GOLDEN / name).read_text()
-
-
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("choice", choices())
 def test_a_choice_hashes_to_what_it_did(choice):
     known, now = json.loads(SCIENCE.read_text()), recorded(choice)
     if RECORD:
         known = {name: kept for name, kept in known.items() if name in choices()} | {choice: now}
-        same(SCIENCE.name, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        check_golden(SCIENCE.name, json.dumps(known, indent=1, sort_keys=True) + "\n")
     assert now == known[choice]
 
 

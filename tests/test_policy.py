@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import toy
 from safetensors.torch import load_file, save_file
+from support import toy
 
 from aem_exp import policy
 from aem_exp.config import ConfigError, Model

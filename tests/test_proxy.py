@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-import toy
+from support import toy
 
 from aem_exp import proxy
 from aem_exp.core.disk import DamagedFileError

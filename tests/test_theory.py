@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import theory
+from bench import theory
 
 LANGUAGES = {"ordinary": theory.ordinary(np.random.default_rng(0)), "routine": theory.routine()}
 

@@ -34,9 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401  (environment first)
 import torch
-import toy
 import train_step
-import weighed
+from support import peak_memory, toy
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.utils import add_fused_lm_head
 
@@ -183,7 +182,7 @@ def most(trainer: Any, act: Callable[[], Any]) -> float:
 
 def trainer_of(case: Case, folder: Path) -> Any:
     torch.manual_seed(0)
-    shape = weighed.Setting("", case.kind, hidden=case.hidden, layers=case.layers, vocab=case.vocab).shape
+    shape = peak_memory.Setting("", case.kind, hidden=case.hidden, layers=case.layers, vocab=case.vocab).shape
     model = policy.build_from_config(shape | {"max_position_embeddings": 4096}, "float32", None, {})
     rules = toy.env("full", response_tokens=case.tokens, context_tokens=TURNS * (case.tokens + 20))
     run = toy.experiment("full", steps=10**6, bf16=CUDA)

@@ -18,8 +18,7 @@ sys.path.insert(0, str(HERE))
 
 import conftest  # noqa: E402, F401  (environment first)
 import torch  # noqa: E402
-import weighed  # noqa: E402
-import weighed_pieces  # noqa: E402
+from support import peak_memory, peak_memory_fsdp  # noqa: E402
 
 
 def show(name: str, held: float, said: float) -> None:
@@ -30,14 +29,14 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{'setting':<50}{'held':>13}{'said':>13}")
     for cuda in (False, True)[: 1 + torch.cuda.is_available()]:
-        for setting in weighed.SETTINGS:
+        for setting in peak_memory.SETTINGS:
             with tempfile.TemporaryDirectory() as folder:
-                held, need = weighed.weigh(replace(setting, cuda=cuda), Path(folder))
+                held, need = peak_memory.measure_peak(replace(setting, cuda=cuda), Path(folder))
             show(f"{setting.name}{', GPU' if cuda else ''}", held, need.total)
-    for number in range(len(weighed_pieces.SETTINGS)):
+    for number in range(len(peak_memory_fsdp.SETTINGS)):
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
         done = subprocess.run(
-            [*run, weighed_pieces.__file__, str(number)], check=True, capture_output=True, text=True, cwd=HERE
+            [*run, "-m", "support.peak_memory_fsdp", str(number)], check=True, capture_output=True, text=True, cwd=HERE
         )
         for line in done.stdout.splitlines():
             if line.startswith("{"):

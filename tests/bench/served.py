@@ -38,10 +38,9 @@ def main() -> None:
     parser.add_argument("--answer", type=float, default=0.1)
     asked = parser.parse_args()
     import conftest  # noqa: F401  (environment first)
-    import patient
     import torch
-    import toy
-    from completions_server import CompletionsServer
+    from support import delayed_world, toy
+    from support.completions_server import CompletionsServer
 
     from aem_exp.envs.workers import WorkerPool
     from aem_exp.rollout.chat import Chat
@@ -55,9 +54,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     _, tokenizer = toy.policy(folder)
     chat, rules = Chat(tokenizer), toy.env("full", max_turns=asked.turns, context_tokens=40 * asked.turns)
-    tasks = patient.Patient().tasks("train")
+    tasks = delayed_world.DelayedWorld().tasks("train")
     episodes = [Episode(tasks[n % len(tasks)], n, 0, ("bench", n)) for n in range(asked.episodes)]
-    make = {"_target_": "patient.Patient", "low": LOW, "high": HIGH, "turns": asked.turns}
+    make = {"_target_": "support.delayed_world.DelayedWorld", "low": LOW, "high": HIGH, "turns": asked.turns}
     with CompletionsServer(folder / "policy-full-0") as server:
         (folder / "urls").write_text(server.url)
         server.seconds = asked.answer

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cluster import Cluster, missing  # noqa: E402
+from support.slurm_cluster import Cluster, missing  # noqa: E402
 
 GRID = ["modulation=none,aem,token,linear", "seed=range(25)"]
 CELLS = 100

@@ -1,0 +1,176 @@
+"""Worlds of other libraries: Gymnasium's in this process, one behind a real OpenEnv server."""
+
+import re
+from importlib.util import find_spec
+
+import pytest
+from support import ROOT
+from support.openenv_service import ACTIONS, OpenEnvServer
+from support.runs import skip_or_fail
+
+from aem_exp.config import instantiate, load
+from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.envs import Task
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.envs.workers import WorkerPool
+from aem_exp.jobs import preflight
+
+pytestmark = pytest.mark.machine
+
+
+def needs(library):
+    if not find_spec(library):
+        skip_or_fail(f"no {library}: pip install 'aem-exp[{library}]'")
+
+
+@pytest.fixture(scope="module")
+def server():
+    needs("openenv")
+    running = OpenEnvServer()
+    yield running
+    running.stop()
+
+
+def lake(**changes):
+    needs("gymnasium")
+    return instantiate(load(["env=frozen_lake"]).env.make | changes)
+
+
+def test_a_lake_is_walked_over_in_words():
+    world = lake()
+    env = world.env()
+    first = env.reset(world.tasks("dev")[0])
+    assert first.observation.startswith("[S]FFF") and "\x1b" not in first.observation
+    assert first.actions == ("left", "down", "right", "up")
+    turns = [env.step(word) for word in ("Down", " down ", "right", "right", "down", "right")]
+    assert [turn.done for turn in turns] == [False] * 5 + [True]
+    assert (turns[-1].reward, turns[-1].metrics["won"]) == (1.0, 1.0)
+    assert env.step("down").reward == 0
+
+
+def readme_taxi(folder):
+    """The example of README.md, as printed."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"```yaml\n# conf/env/taxi\.yaml[^\n]*\n(.*?)```", text, re.DOTALL)
+    (folder / "env").mkdir()
+    (folder / "env/taxi.yaml").write_text(found[1])
+    return load(["env=taxi", "model.make=null", "model.path=a/b"], folder)
+
+
+def test_the_taxi_of_the_readme_is_driven(tmp_path):
+    """All that the goal speaks of can be read: where the taxi is, the passenger, and where they want to go."""
+    needs("gymnasium")
+    experiment = readme_taxi(tmp_path)
+    world = instantiate(experiment.env.make)
+    env, task = world.env(), Task("a", seed=1)
+    first = env.reset(task)
+    marks = re.findall(r"\[(\w+) (.)\]", first.observation)
+    assert marks == [("purple", "R"), ("yellow", " "), ("blue", "B")]
+    assert all(colour in world.goal for colour, _ in marks)
+    ways = ["east", "south", "south", "pickup", "north", "north", "west", "west", "west", "north", "north"]
+    turns = [env.step(word) for word in [*ways, "dropoff"]]
+    taken = next(turn for turn in turns if "[green" in turn.observation)
+    assert "[yellow blue B]" in turns[2].observation or "[blue yellow B]" in turns[2].observation
+    assert "blue" not in taken.observation and "[purple R]" in taken.observation
+    assert "\x1b" not in "".join(turn.observation for turn in turns)
+    assert (turns[-1].terminated, turns[-1].metrics["won"]) == (True, 1.0)
+
+
+def test_what_an_example_needs_is_one_sentence(tmp_path):
+    """Its library, and a policy: there is no scripted player."""
+    needs("gymnasium")
+    for words, folder in ((["env=frozen_lake"], None), (["env=taxi"], tmp_path)):
+        if folder:
+            readme_taxi(folder)
+        with pytest.raises(ConfigError, match=r"has no scripted player to imitate; load a policy: model=NAME"):
+            preflight.open_checked_world(load(words, folder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)
+            with pytest.raises(MissingResource, match=r"needs Gymnasium: pip install .*\[gymnasium\]'"):
+                preflight.open_checked_world(load([*words, "model.make=null", "model.path=a/b"], folder))
+
+
+def test_what_is_no_action_changes_nothing():
+    world = lake()
+    env = world.env()
+    before = env.reset(world.tasks("dev")[0])
+    after = env.step("fly away")
+    assert not after.valid and after.observation == before.observation
+    assert (after.metrics["format_valid"], after.metrics["admissible"]) == (1, 0)
+    drowned = [env.step(word) for word in ("right", "down")][-1]
+    assert drowned.terminated and drowned.metrics["won"] == 0
+
+
+def test_a_seed_is_all_of_the_chance():
+    world = lake(kwargs={"render_mode": "ansi", "is_slippery": True})
+    walks = []
+    for task in (Task("a", seed=5), Task("b", seed=5), Task("c", seed=6)):
+        env = world.env()
+        env.reset(task)
+        walks.append([env.step(word).observation for word in ("right", "down", "left", "down", "right") * 2])
+    assert walks[0] == walks[1] != walks[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": "Taxi-v3"}, "env.make.id=Taxi-v3: Gymnasium does not make it: .*deprecated"),
+        ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: Gymnasium does not make it: .*NoLake"),
+        ({"kwargs": {"depth": 3}}, "Gymnasium does not make it: .*depth"),
+        ({"actions": {"left": 0, "up": 4}}, r"env.make.actions.up=4: is no action of this environment: Discrete\(4\)"),
+        ({"actions": None}, r"env.make.actions=null: must name this environment's actions, which are Discrete\(4\)"),
+        ({"kwargs": {"render_mode": "rgb_array"}}, "env.make.kwargs.render_mode=rgb_array: renders no text"),
+        ({"goal": " "}, "env.make.goal"),
+        ({"sizes": {"train": 0}}, "env.make.sizes.train"),
+    ],
+)
+def test_what_gymnasium_does_not_make_is_one_sentence(changes, said, recwarn):
+    needs("gymnasium")
+    recwarn.clear()
+    with pytest.raises(ConfigError, match=said):
+        lake(**changes)
+    assert not recwarn.list  # no line before it
+
+
+def test_an_environment_that_renders_no_text_says_so():
+    world = lake(kwargs={"render_mode": None})
+    reply = SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0]
+    assert "renders no text" in reply.error
+
+
+def open_env(server, **changes):
+    return instantiate(load(["env=openenv"]).env.make | {"base_url": server.url} | changes)
+
+
+def test_a_house_behind_a_server(server):
+    world = open_env(server, goal="tidy up")
+    env = world.env()
+    first = env.reset(world.tasks("dev")[0])
+    assert first.actions is None and env.goal == "tidy up"
+    place = re.search(r"you see a (\w+ \d)", first.observation)[1]
+    assert env.step(f"go to {place}").observation.startswith(f"You arrive at {place}")
+    named = open_env(server, actions=ACTIONS).env()
+    assert named.reset(world.tasks("dev")[0]).observation == first.observation  # of the seed alone
+    assert named.step("INVENTORY").observation == "You are not carrying anything."
+    assert not named.step("sing").valid
+    for one in (env, named):
+        one.close()
+
+
+def test_a_session_that_fails_costs_one_episode(server):
+    make = load(["env=openenv"]).env.make | {"base_url": server.url}
+    stage, tasks = WorkerPool(make, 2, 30.0), open_env(server).tasks("train")
+    assert all(reply.turn for reply in stage.reset({0: tasks[0], 1: tasks[1]}).values())
+    replies = stage.step({0: "break", 1: "look"})
+    assert "the house burnt down" in replies[0].error and replies[1].turn
+    assert stage.reset({0: tasks[2]})[0].turn
+    stage.close()
+
+
+def test_a_server_that_is_not_there_is_one_sentence(server):
+    with pytest.raises(
+        ConfigError, match=r"env\.make\.base_url=http://127\.0\.0\.1:9: no OpenEnv server answers there"
+    ):
+        open_env(server, base_url="http://127.0.0.1:9")
+    world = open_env(server, observation_field="words")
+    assert "no 'words', but actions, text" in SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0].error

@@ -1,0 +1,286 @@
+"""A world of somebody else's, held to the contract before anything is played in it."""
+
+import logging
+
+import pytest
+from support.runs import DEADLINE
+
+from aem_exp import config
+from aem_exp.__main__ import main
+from aem_exp.config import load
+from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.envs import Task, opening, panel
+from aem_exp.evaluate import command as evaluate
+from aem_exp.evaluate import panels
+from aem_exp.jobs import dry_run, preflight
+from aem_exp.rollout.sampling.base import Sample
+from aem_exp.rollout.types import Response, Trajectory
+
+MODULE = """
+from aem_exp.envs import Task, Turn
+
+class Echo:
+    goal = "say it"
+    def parse(self, response): return response.strip()
+    def reset(self, task):
+        self.word = task.payload["word"]
+        return Turn(f"say {self.word}", metrics={"won": 0.0})
+    def step(self, response):
+        won = response.strip() == self.word
+        return Turn("done", float(won), terminated=True, metrics={"won": float(won)})
+    def close(self): pass
+
+class World:
+    fingerprint = "echo-1"
+    splits = ("train", "dev", "test")
+    words_ = ("yes", "no", "perhaps")
+    def tasks(self, split):
+        first = 1000 * self.splits.index(split)
+        return [Task(f"{split}-{i}", seed=first + i, payload={"word": w}) for i, w in enumerate(self.words_ * 20)]
+    def env(self): return Echo()
+    def words(self): return ("say", *self.words_)
+    def expert(self, env, random, noise=0.0, shyness=0.0): return random.choice(self.words_) if noise else env.word
+
+class Bare: pass
+class NoSplits(World): splits = "train"
+class Twice(World):
+    def tasks(self, split): return [Task("same", seed=i, payload={"word": "yes"}) for i in range(60)]
+class Shared(World):
+    def tasks(self, split): return [Task(f"t-{i}", seed=i, payload={"word": "yes"}) for i in range(60)]
+class OneText(World):
+    def words(self): return "yes no"
+class Taught:
+    fingerprint, splits, tasks, env = World.fingerprint, World.splits, World.tasks, World.env
+"""
+YAML = """
+name: {name}
+make: {{_target_: someones.{name}}}
+history: full
+max_turns: 2
+response_tokens: 4
+context_tokens: 64
+prompt: {{first: "{{observation}}", next: "{{observation}}"}}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "env").mkdir()
+    (tmp_path / "someones.py").write_text(MODULE)
+    for name in ("World", "Bare", "NoSplits", "Twice", "Shared", "OneText", "Taught"):
+        (tmp_path / "env" / f"{name}.yaml").write_text(YAML.format(name=name))
+    monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def fitting(mine, name, *more):
+    return preflight.open_checked_world(load([f"env={name}", *more], mine))
+
+
+def test_a_world_that_keeps_the_contract_is_let_in(mine):
+    assert fitting(mine, "World").fingerprint == "echo-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("Bare", ["model.make=null", "model.path=a/b"], "env.make._target_=someones.Bare: has no fingerprint"),
+        ("NoSplits", [], "env.make._target_=someones.NoSplits: must have a text as its fingerprint"),
+        ("Twice", [], "evaluation.panel=dev: two of its tasks have the id 'same'"),
+        ("Shared", [], "env Shared=t-0: is a task of train and of the panel dev"),
+        ("Taught", [], "model.make=aem_exp.tiny.make: env Taught has no scripted player"),
+        ("World", ["evaluation.final=exam"], "evaluation.final=exam: choose from dev, test"),
+        ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: env World has 60 training tasks"),
+    ],
+)
+def test_one_that_does_not_is_one_sentence(mine, name, more, said):
+    with pytest.raises(ConfigError) as told:
+        fitting(mine, name, *more)
+    assert str(told.value).startswith(said)
+
+
+def test_words_in_one_text_are_refused(mine):
+    from aem_exp import policy
+
+    experiment = load(["env=OneText", "model.make.episodes=1"], mine)
+    with pytest.raises(ConfigError, match=r"env.make=OneText: its words\(\) must list words"):
+        policy.make_cached(experiment, opening.open_world(experiment))
+
+
+def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
+    """Its own code is frozen in the run dir; the printed commands keep --config-dir."""
+    import sys
+
+    small = ["trainer.steps=1", "trainer.tasks_per_step=2", "trainer.group_size=2", "trainer.mini_batch=4"]
+    small += ["evaluation.tasks=4", "model.make.episodes=32", "model.make.steps=2", "model.make.habit_steps=1"]
+    assert main(["env=World", *small, "--config-dir", str(mine)]) == 0
+    run_dir = config.run_dir(load(["env=World", *small], mine))
+    (mine / "someones.py").unlink()
+    monkeypatch.delitem(sys.modules, "someones")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(mine)])
+    capsys.readouterr()
+    asked = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(mine)]
+    assert evaluate.main(asked) == 0
+    assert f"--config-dir {mine}" in capsys.readouterr().out
+    assert main([f"from={run_dir}", "trainer.steps=2"]) == 0
+
+
+# Held-out games that are games of training.
+
+GAMES = """
+from random import Random
+from aem_exp.envs import LazyTasks, Task, Turn
+
+class Guess:
+    goal = "guess"
+    def parse(self, response): return response.strip()
+    def reset(self, task):
+        self.number = self.secret(task)
+        return Turn("guess", metrics={"won": 0.0})
+    def secret(self, task): return Random(task.seed).randint(0, 10**6)
+    def step(self, response):
+        won = response.strip() == str(self.number)
+        return Turn("no", float(won), terminated=won, metrics={"won": float(won)})
+    def close(self): pass
+
+class Guessing:
+    "All games begin alike; a hidden number is all that tells them apart."
+    fingerprint, splits, game = "g", ("train", "dev", "test"), Guess
+    first = {"train": 0, "dev": 10**6, "test": 2 * 10**6}
+    size = 4096
+    def tasks(self, split): return LazyTasks(self.size if split == "train" else 40, lambda i: self.draw(split, i))
+    def draw(self, split, i): return Task(f"{split}-{i}", seed=self.first[split] + i)
+    def env(self): return self.game()
+    def words(self): return ["guess"]
+    def expert(self, env, random, noise=0.0, shyness=0.0): return str(env.number)
+
+class Few(Guessing):
+    "Two numbers: a coincidence is no leak."
+    class game(Guess):
+        def secret(self, task): return Random(task.seed).randint(0, 1)
+class ByName(Guessing):
+    "Its games are told apart by their ids, and all seeds are 0."
+    class game(Guess):
+        def secret(self, task): return task.id
+    def draw(self, split, i): return Task(f"{split}-{i}")
+class SameObject(Guessing):
+    all = LazyTasks(100, lambda i: Task(f"t-{i}", seed=i))
+    def tasks(self, split): return self.all
+class SameIds(Guessing):
+    def draw(self, split, i): return Task(f"t-{i}", seed=i)
+class LastIds(Guessing):
+    def tasks(self, split):
+        return LazyTasks(10**5, self.one) if split == "train" else LazyTasks(40, lambda i: self.one(10**5 - 40 + i))
+    def one(self, i): return Task(f"t-{i}", seed=i)
+class SameSeeds(Guessing):
+    def draw(self, split, i): return Task(f"{split}-{i}", seed=i)
+class SeedsAmong(Guessing):
+    "Where nobody would look who looks at random."
+    size = 10**6
+    first = {"train": 0, "dev": 123_457, "test": 2 * 10**6}
+class SameGames(Guessing):
+    size = 900
+    class game(Guess):
+        def secret(self, task): return task.seed % 1000
+    first = {"train": 0, "dev": 1000, "test": 2000}
+class ListedSeeds(Guessing):
+    def tasks(self, split): return [Task(f"{split}-{i}", seed=i % 20) for i in range(60)]
+class SameIdOtherGame(Guessing):
+    def draw(self, split, i): return Task(f"{i}", seed=self.first[split] + i)
+"""
+LEAKS = {
+    "SameObject": "env SameObject=t-0: is a task of train and of the panel dev",
+    "SameIds": "env SameIds=t-0: is a task of train and of the panel dev",
+    "LastIds": "env LastIds=t-99960: is a task of train and of the panel dev",
+    "SameSeeds": "env SameSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-0",
+    "SeedsAmong": "env SeedsAmong=dev-0: of the panel dev: seed, kind and payload are those of train-123457",
+    "ListedSeeds": "env ListedSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-",
+    "SameGames": "env SameGames=dev-0: plays exactly as train-0 of train does",
+}
+
+
+@pytest.fixture
+def games(mine, monkeypatch):
+    (mine / "guessed.py").write_text(GAMES)
+    monkeypatch.setattr(dry_run, "CHECK_SECONDS", DEADLINE)
+    monkeypatch.setattr(dry_run, "COMPARE_SECONDS", DEADLINE)
+    for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
+        (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
+    return mine
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_held_out_game_that_is_one_of_training_is_refused(games, name):
+    with pytest.raises(ConfigError) as told:
+        fitting(games, name)
+    assert str(told.value).startswith(LEAKS[name])
+
+
+@pytest.mark.parametrize("name", ["Guessing", "Few", "ByName", "SameIdOtherGame"])
+def test_games_that_only_begin_alike_are_not(games, name):
+    assert fitting(games, name).fingerprint == "g"
+
+
+# What is heard when a panel was played.
+
+
+def played(ended="over", won=True, seen="a {}"):
+    metrics = {"won": 0.0} if won else {}
+    said = [Response([], Sample([1], [0.0], [0.0]), seen.format(i), "x", metrics=metrics) for i in range(4)]
+    return [Trajectory(Task(f"t{i}"), i, 0, [response], ended=ended) for i, response in enumerate(said)]
+
+
+def heed(trajectories, caplog):
+    with caplog.at_level(logging.WARNING):
+        panels.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
+    return caplog.text
+
+
+def test_who_won_must_be_told(caplog):
+    with pytest.raises(RunError, match=r"no turn on the panel dev says metrics\['won'\]"):
+        heed(played(won=False), caplog)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, ""),
+        ({"seen": "the same"}, "all games of the panel dev begin alike"),
+        ({"ended": "context"}, "4 of 4 episodes of the panel dev ran out of context; raise env.context_tokens"),
+    ],
+)
+def test_what_makes_a_score_say_little_is_said(how, said, caplog):
+    text = heed(played(**how), caplog)
+    assert said in text and bool(said) == bool(text)
+
+
+def guessed(*numbers):
+    """Games of guessing: they begin alike, and answer as the hidden number, that of the task, wants it."""
+    games = []
+    for number, guesses in enumerate(numbers):
+        said = [
+            Response(
+                [],
+                Sample([1], [0.0], [0.0]),
+                "guess" if i == 0 else "no",
+                text,
+                metrics={"won": float(text == str(number))},
+            )
+            for i, text in enumerate(guesses)
+        ]
+        games.append(Trajectory(Task(f"t{number}", number), number, 0, said, ended="over"))
+    return games
+
+
+@pytest.mark.parametrize(
+    ("games", "warned"),
+    [
+        (guessed(["0"], ["0", "1"]), False),  # the same was said, and one of them had won
+        (guessed(["7"], ["8"]), False),  # nobody said the same: nothing is known
+        (guessed(["7", "8"], ["7", "8"]), True),  # the same was said, and the same was answered
+    ],
+)
+def test_a_game_of_guessing_is_not_taken_for_one_game(games, warned, caplog):
+    assert ("begin alike and answer alike" in heed(games, caplog)) == warned

@@ -1,0 +1,442 @@
+"""WebShop: pages, search, goals and rewards are the original's, recorded from it (`golden/`) and from Lucene."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import TESTS
+
+from aem_exp.config import instantiate, load, notes
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
+from aem_exp.envs.webshop import analyzer, catalogue, generated, goals, search
+from aem_exp.envs.webshop.catalogue import Product, load_catalogue
+from aem_exp.envs.webshop.goals import Goals, draw_prices, load_noun_tagger, score, token_set_ratio
+from aem_exp.envs.webshop.shop import Shop
+from aem_exp.envs.webshop.world import Generated, WebShop
+from aem_exp.envs.workers import WorkerPool
+
+GOLDEN = TESTS / "golden"  # forty products to trip over, played in the original with `nouns: words` and seed 7
+FILES = ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AEM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("WEBSHOP_DATA", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """The forty products as official files."""
+    folder = tmp_path_factory.mktemp("official")
+    recorded = json.loads((GOLDEN / "webshop_synthetic.json").read_text())
+    for name in FILES:
+        (folder / name).write_text(json.dumps(recorded[name]))
+    return folder
+
+
+# Words, as Lucene's analyzer of Anserini 0.14.3 gives them.
+
+ANALYSED = json.loads((GOLDEN / "lucene_words.json").read_text())  # text, its terms
+
+
+@pytest.mark.parametrize(("text", "terms"), ANALYSED)
+def test_a_text_is_analysed_as_lucene_does(text, terms):
+    assert " ".join(analyzer.analyze(text)) == terms
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(text=st.text(max_size=60))
+def test_any_text_is_analysed(text):
+    terms = analyzer.analyze(text)
+    assert all(terms) and all(len(term) <= analyzer.MAX_TOKEN_CHARACTERS for term in terms)
+
+
+# Search.
+
+
+def lucene(texts, asins, query, count):
+    """BM25 as Lucene's sources say it, document by document."""
+    docs = [analyzer.analyze(text) for text in texts]
+    used = sum(bool(doc) for doc in docs)
+    f32 = lambda x: struct.unpack("f", struct.pack("f", x))[0]  # noqa: E731
+    mean = f32(sum(map(len, docs)) / used)
+    found = []
+    for doc, asin in zip(docs, asins, strict=True):
+        length = search._decode_length(search._encode_length(len(doc)))
+        cache = np.float32(1) / (
+            np.float32(0.9)
+            * ((np.float32(1) - np.float32(0.4)) + np.float32(0.4) * np.float32(length) / np.float32(mean))
+        )
+        total, counts = 0.0, Counter(doc)
+        for term, times in Counter(analyzer.analyze(query)).items():
+            if counts[term]:
+                having = sum(term in other for other in docs)
+                weight = np.float32(times) * np.float32(math.log(1 + (used - having + 0.5) / (having + 0.5)))
+                total += float(weight - weight / (np.float32(1) + np.float32(counts[term]) * cache))
+        if total:
+            found.append((-f32(total), asin))
+    return [asin for _, asin in sorted(found)][:count]
+
+
+def test_it_ranks_as_lucenes_formula_does(tmp_path):
+    random = Random(0)
+    words = [f"word{i}" for i in range(60)] + ["running", "shoes", "the", "red"]
+    texts = [" ".join(random.choices(words, k=random.choice((0, 3, 20, 45, 90, 300)))) for _ in range(120)]
+    asins = ["".join(random.choices("B0XYZ123", k=10)) for _ in texts]
+    search.build_index(tmp_path, texts, asins)
+    index = search.Index(tmp_path)
+    for _ in range(40):
+        query = " ".join(random.choices([*words, "nothing"], k=random.randint(1, 6)))
+        assert [asins[i] for i in index.search(query, 50)] == lucene(texts, asins, query, 50)
+    assert index.search("the of", 50) == index.search("", 50) == index.search("unheard", 50) == []
+
+
+def test_lengths_survive_lucenes_byte():
+    assert [search._decode_length(search._encode_length(n)) for n in (0, 23, 39, 40, 41, 100, 1000, 123_456)] == [
+        *(0, 23, 39, 40, 40, 96, 984, 122_904),
+    ]
+    codes = [search._encode_length(n) for n in range(100_000)]
+    assert codes == sorted(codes) and max(codes) < 256
+
+
+def test_many_processes_build_the_same_index(tmp_path, monkeypatch):
+    texts, asins = [f"thing {i % 7} of {i % 11} colours" for i in range(400)], [f"B{i:09}" for i in range(400)]
+    for name, parallel in (("one", 1 << 30), ("many", 10)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(search, "PARALLEL", parallel)
+        search.build_index(tmp_path / name, texts, asins)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "many" / file.name).read_bytes()
+
+
+# The original, recorded.
+
+
+@pytest.mark.parametrize("goals", ["synthetic", "human"])
+def test_it_plays_as_the_original_did(official, goals):
+    recorded = json.loads((GOLDEN / f"webshop_{goals}.json").read_text())
+    files = [official / name for name in FILES]
+    products = load_catalogue(files[0], files[1], files[2] if goals == "human" else None)
+    mine, prices = Goals(products, seed=7), draw_prices(products, 7)
+    assert len(mine) == recorded["count"]
+    for place, (asin, text, attributes, bound, options) in recorded["goals"].items():
+        assert mine[int(place)] == (asin, text, attributes, bound, options)
+
+    def judge(*what):
+        return score(*what, load_noun_tagger("words"))
+
+    bought = 0
+    for episode in recorded["episodes"]:
+        shop = Shop(products, mine[episode["goal"]], prices, judge)
+        for action, page, clickable, reward in episode["steps"]:
+            if action is not None:
+                shop.execute(action)
+            assert (shop.page.text, shop.page.clickable) == (page, clickable)
+            assert (shop.score or 0) == pytest.approx(reward, abs=1e-12)
+            bought += shop.score is not None
+    assert bought >= 4
+
+
+def test_a_likeness_is_thefuzzs():
+    """By hand: token_set_ratio 0.19 without python-Levenshtein."""
+    assert token_set_ratio("machine washable", "machine wash") == 86
+    assert token_set_ratio("Super-Soft!", "super soft") == token_set_ratio("rug, non slip", "non slip") == 100
+    assert token_set_ratio("", "x") == token_set_ratio("é", "é") == 0  # what is not ASCII is dropped first
+    assert token_set_ratio("blue", "('color', 'light blue')") == 100
+    assert token_set_ratio("red", "read") == 86
+
+
+@pytest.mark.parametrize(
+    ("bought", "factor"),
+    [
+        ({"title": "red cotton shirt"}, 1.0),
+        ({"title": "cotton thing", "query": "other", "product_category": "A \u203a B"}, 1.0),  # two levels shared
+        ({"title": "cotton thing", "query": "other", "product_category": "A"}, 1.0),  # a third of the nouns
+        ({"title": "desk lamp"}, 0.0),
+    ],
+)
+def test_the_kind_of_thing_counts(bought, factor):
+    wanted = product(title="red cotton shirt", query="shirt", product_category="A \u203a B \u203a C")
+    goal = goals.Goal("x", "", ["soft"], 10.0, {})
+    found = product(**{"query": "shirt", "product_category": "C", "attributes": ["soft"], **bought})
+    assert score(found, 5.0, [], goal, wanted, load_noun_tagger("words")) == factor
+    assert score(found, 50.0, [], goal, wanted, load_noun_tagger("words")) == factor / 2  # too dear
+
+
+def product(**fields):
+    plain = {
+        "asin": "x",
+        "description": "",
+        "bullets": [],
+        "price": "$5.0",
+        "prices": [5.0],
+        "options": {},
+        "category": "c",
+    }
+    return Product(**plain | {"attributes": [], "asked": [], "query": "", "product_category": ""} | fields)
+
+
+def test_where_titles_have_little_in_common_little_is_paid():
+    words = " ".join(f"w{chr(97 + i)}" for i in range(20))
+    wanted = product(title=words, query="q", product_category="A \u203a B")
+    goal = goals.Goal("x", "", ["soft"], 10.0, {})
+    for title, query, factor in [
+        ("wa", "q", 0.1),
+        ("wa wb wc", "other", 0.5),
+        ("wa wb wc", "q", 1.0),
+        ("wa wb wc wd we", "o", 1.0),
+    ]:
+        found = product(title=title, query=query, attributes=["soft"])
+        assert score(found, 5.0, [], goal, wanted, load_noun_tagger("words")) == factor
+
+
+# Splits.
+
+
+def test_splits_are_disjoint_on_every_worker():
+    make = {"_target_": "aem_exp.envs.webshop.Generated", "products": 100, "panels": {"test": 64, "dev": 64}}
+    world = instantiate(make)
+    ids = {split: [task.id for task in world.tasks(split)] for split in world.splits}
+    places = {split: {one.partition("-")[2] for one in found} for split, found in ids.items()}
+    assert {len(places[split]) for split in ("test", "dev")} == {64}
+    assert not any(places[a] & places[b] for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")))
+    workers = WorkerPool(make, 3, 30.0)
+    for split in world.splits:
+        tasks = world.tasks(split)[:6]
+        replies = workers.reset(dict(enumerate(tasks)))
+        assert [replies[i].goal for i in range(6)] == [task.payload["text"] for task in tasks]
+    workers.close()
+
+
+def test_verl_agents_split_shuffles_anew_and_says_so():
+    folder = generated.generate_catalogue(300, 0)
+    world = WebShop(str(folder), nouns="words", split="verl_agent")
+    train, dev, test = (world.tasks(split) for split in world.splits)
+    total = len(world._goals(0, 0))
+    assert (len(train), len(dev), len(test)) == (16 * (total - 500), 128, 128)
+    assert len({task.id for split in (dev, test) for task in split}) == 256
+    assert train[0].payload["text"] == world._goals(0, 0)[500].text
+    assert train[total - 500].payload["text"] == world._goals(1, 1)[500].text
+    trained = {(asin, str(options)) for w in range(4) for asin, _, _, _, options in world._goals(w, w)[500:]}
+    again = [(task.payload["asin"], str(task.payload["options"])) in trained for task in dev]
+    assert sum(again) > 100  # its validation is on training goals: why this split is not the default
+    assert any("published numbers alone" in note for note in notes(load(["+experiment=webshop_1_5b_verl_agent"])))
+    assert any("approximate" in note for note in notes(load(["+experiment=webshop_1_5b", "env.make.nouns=words"])))
+    seeded = WebShop(str(folder), nouns="words", split="verl_agent", seed=3)
+    assert seeded.tasks("train")[0].payload["text"] == world._goals(3, 3)[500].text
+    original = WebShop(str(folder), nouns="words")
+    assert [len(original.tasks(split)) for split in ("test", "dev")] == [500, 1000]
+    assert original.tasks("train")[0].id == "train-1500"
+
+
+# Players, and the embedded shop.
+
+
+def test_who_knows_wins_and_who_reads_mostly_does():
+    world = Generated(products=200)
+    scores = {}
+    for name, ask in (("oracle", world.oracle), ("scripted", lambda env: world.expert(env, Random(0)))):
+        env, scores[name] = world.env(), []
+        for task in world.tasks("test")[:40]:
+            turn = env.reset(task)
+            for _ in range(15):
+                turn = env.step(ask(env))
+                assert turn.valid and turn.metrics["admissible"]
+                if turn.done:
+                    break
+            scores[name].append(turn.metrics["score"])
+            assert turn.metrics["won"] == (turn.metrics["score"] == 1)
+    assert scores["oracle"] == [1.0] * 40
+    assert sum(scores["scripted"]) / 40 > 0.8
+
+
+def test_it_pays_for_exactly_what_was_asked_or_in_proportion():
+    for pays, reward, paid in (("success", 10.0, 0.0), ("score", 1.0, None)):
+        world = Generated(products=100, pays=pays, reward=reward, tags=False, panels={"test": 8, "dev": 8})
+        env = world.env()
+        task = next(task for task in world.tasks("train") if task.payload["options"])
+        env.reset(task)
+        for action in (f"search[{task.payload['text']}]", "click[next >]"):
+            assert env.step(action).reward == 0
+        env.step(next(action for action in env.actions if action.startswith("click[b0")))
+        turn = env.step("click[buy now]")  # without its options
+        assert turn.done and 0 <= turn.metrics["score"] < 1
+        assert turn.reward == (turn.metrics["score"] if paid is None else paid)
+        assert env.step("click[buy now]").reward == 0
+
+
+def test_what_a_tokenizer_parted_is_read_together():
+    world = Generated(products=100, tags=False, panels={"test": 8, "dev": 8})
+    env = world.env()
+    env.reset(world.tasks("dev")[0])
+    assert env.parse("search [ red  shoes ]") == "search[red shoes]"
+    assert env.step("search [ running shoes ]").metrics["admissible"] == 1
+    assert not env.step("buy it").valid
+    assert "Instruction" not in env.step("click[next >]").observation  # prompts say it anyway
+
+
+# Bad data.
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            "missing",
+            r"WEBSHOP_DATA=.*/webshop: has no items_shuffle_1000\.json, items_ins_v2_1000\.json: pip install gdown .* gdown 1Eg",
+        ),
+        ("cut off", r"items_shuffle_1000\.json cannot be read .*: is it whole\? Fetch it again"),
+        ("a page", r"items_ins_v2_1000\.json cannot be read .*does not begin with \{"),
+        ("empty", r"holds no product"),
+        ("no field", r"items_shuffle_1000\.json: product 3 is malformed \(KeyError: 'full_description'\)"),
+        ("odd field", r"product 3 is malformed"),
+        ("many goals", r"product 3 is malformed \(ValueError: its options combine to more than 100,000 goals\)"),
+        ("odd instruction", r"product 3 is malformed \(TypeError: an instruction or its attribute is 7, not text\)"),
+        ("odd attribute", r"product 3 is malformed \(TypeError"),
+        ("surrogate", r"product 3 is malformed \(UnicodeEncodeError"),
+        ("small letters", r"product 3 is malformed \(ValueError: asin 'b0\w+' has small letters\)"),
+        ("deep", r"items_shuffle_1000\.json cannot be read"),
+        ("odd key", r"items_ins_v2_1000\.json cannot be read"),
+        ("few", r"has \d+ goals, too few for panels of"),
+    ],
+)
+def test_data_that_is_not_whole_is_one_sentence(how, said, official, tmp_path, monkeypatch):
+    data = tmp_path / "webshop"
+    if how == "missing":
+        monkeypatch.setenv("WEBSHOP_DATA", str(data))
+    else:
+        shutil.copytree(official, data)
+        items, said_of = (json.loads((data / name).read_text()) for name in FILES[:2])
+        if how == "cut off":
+            (data / FILES[0]).write_text(json.dumps(items)[:-200])
+        if how == "a page":
+            (data / FILES[1]).write_text("<!DOCTYPE html><title>Google Drive</title>")
+        if how == "empty":
+            (data / FILES[0]).write_text("[]")
+        if how == "no field":
+            del items[3]["full_description"]
+        if how == "odd field":
+            items[3]["customization_options"] = {"color": [{"colour": "red"}]}
+        about = said_of[items[3]["asin"]]
+        if how == "many goals":
+            ten = [{"value": str(value)} for value in range(10)]
+            items[3]["customization_options"] = {f"option {name}": ten for name in range(9)}
+        if how == "odd instruction":
+            about["instruction"] = 7
+        if how == "odd attribute":
+            about["instruction_attributes"] = [7]
+        if how == "surrogate":
+            items[3]["asin"] = "B0\ud800"
+        if how == "small letters":
+            items[3]["asin"] = items[3]["asin"].lower()
+        if how not in ("cut off", "a page", "empty"):
+            (data / FILES[0]).write_text(json.dumps(items))
+            (data / FILES[1]).write_text(json.dumps(said_of))
+        if how == "deep":
+            (data / FILES[0]).write_text("[" * 100_000)
+        if how == "odd key":
+            (data / FILES[1]).write_text("{[1]: 2}")
+    with pytest.raises(ConfigError, match=said) as error:
+        WebShop(None if how == "missing" else str(data), nouns="words").tasks("train")
+    assert "\n" not in str(error.value)
+
+
+def test_without_its_tagger_it_says_what_to_do(official):
+    if find_spec("en_core_web_sm"):
+        pytest.skip("the model is installed here")
+    with pytest.raises(
+        ConfigError, match=r"python -m spacy download en_core_web_sm; or say env.make.nouns=words: scores are"
+    ):
+        WebShop(str(official))
+
+
+def test_files_are_read_once_by_all(official, monkeypatch):
+    load_catalogue(official / FILES[0], official / FILES[1], None)
+    monkeypatch.setattr(catalogue, "_build", lambda *_: pytest.fail("built again"))
+    load_catalogue(official / FILES[0], official / FILES[1], None)
+
+
+def test_an_element_without_end_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LARGEST", 1000)
+    (tmp_path / "x.json").write_text('["' + "x" * (3 << 20))
+    with pytest.raises(ConfigError, match="an element has more than 1,000 characters"):
+        list(catalogue._read_elements(tmp_path / "x.json", list))
+
+
+def test_a_process_that_is_killed_while_it_indexes_ends_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "PARALLEL", 10)
+    monkeypatch.setattr(search, "CHUNK", 10)
+    words = "some words of a product"
+    search.build_index(tmp_path, [words] * 300, [str(n) for n in range(300)])
+    assert len(search.Index(tmp_path).search("product", 50)) == 50
+
+    def texts():
+        for number in range(100_000):
+            if number == 1000:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield words
+
+    with pytest.raises(OSError, match="processes that indexed was killed"):
+        search.build_index(tmp_path, texts(), [""] * 100_000)
+
+
+def test_a_build_that_was_killed_leaves_nothing_and_what_is_built_is_only_read(tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "thing"
+    code = "import os, signal; from pathlib import Path; from aem_exp.core import disk\n"
+    code += f"with disk.create_folder_once(Path({str(folder)!r})) as empty:\n"
+    code += "    (empty / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert not folder.exists() and (tmp_path / "cache" / "thing.part" / "half").exists()
+    with disk.create_folder_once(folder) as empty:
+        assert not list(empty.iterdir())
+        (empty / "whole").write_text("x")
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["thing"]
+    monkeypatch.setattr(disk, "check_writable", lambda *_: pytest.fail("it may be read-only"))
+    with disk.create_folder_once(folder) as empty:
+        assert empty is None
+
+
+def test_json_is_read_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "PIECE", 7)
+    for kind, value in (
+        (list, [1.5, "a,]", {"x": [2, None]}, -12345678901]),
+        (dict, {"k": 1, "long key": [1, 2], "z": "}"}),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(value, indent=1))
+        found = list(catalogue._read_elements(tmp_path / "x.json", kind))
+        assert found == (list(value.items()) if kind is dict else [("", one) for one in value])
+
+
+def test_the_reference_prompt_fits_its_budget():
+    """A page of ten products and two past pages, by 3 characters a token; a longer page drops history, as the reference does."""
+    rules = load(["+experiment=webshop_1_5b"]).env
+    page = " [SEP] ".join(
+        ["'Back to Search'", *(f"'B0ABCDEFGH' [SEP] '{'word ' * 25}' [SEP] '$10.0'" for _ in range(10))]
+    )
+    pair = rules.prompt["pair"].format(n=1, observation=page, action="click[b0abcdefgh]")
+    words = {
+        "task": "find me " + "x " * 40,
+        "observation": page,
+        "actions": "'click[b0abcdefgh]', " * 13,
+        "step": 5,
+        "turn": 6,
+    }
+    text = rules.prompt["window"].format(**words, history=f"{pair}\n{pair}", length=2)
+    assert len(text) / 3 < rules.context_tokens - rules.response_tokens

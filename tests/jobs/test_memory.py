@@ -1,0 +1,271 @@
+"""What an experiment needs: counts known from elsewhere, laws, small models weighed, and what a plan says and refuses."""
+
+import json
+from collections import namedtuple
+from dataclasses import replace
+
+import pytest
+import torch
+from support import peak_memory
+from support.peak_memory import Setting, process_spec
+
+from aem_exp import policy
+from aem_exp.__main__ import main
+from aem_exp.config import load
+from aem_exp.core.errors import ConfigError
+from aem_exp.jobs import dispatch, memory, memory_trace, plan, serve
+from aem_exp.jobs.fit import check_memory
+from aem_exp.jobs.memory import estimate_memory
+from aem_exp.jobs.memory_trace import MemoryTrace, Meter
+from aem_exp.jobs.sizes import SHAPES, ProcessSpec, StepSizes
+
+pytestmark = pytest.mark.usefixtures("clean")
+SWE = ["+experiment=swebench_32b"]
+ALL_ALONE = [*SWE, "launch=nodes8", "evaluation.context_tokens=0", "evaluation.max_turns=50"]  # nobody serves
+NODE = ["+experiment=webshop_1_5b", "model=qwen2_5_7b", "launch=node1"]
+DDP = ["launch.trainer.fsdp=null", "launch.trainer.fsdp_config=null", "+launch.trainer.gradient_checkpointing=true"]
+ALONE = [*NODE, *DDP, "launch.gpus_per_node=1"]
+WEIGHTS = {  # as published: 1.54 B, 7.61 B (7.62 of them counted here), 32.8 B
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+}
+
+
+def planned(words):
+    return estimate_memory(ProcessSpec.from_experiment(load(words)))
+
+
+def part(need, phase, *names):
+    return sum(need.phases[phase].get(name, 0) for name in names)
+
+
+# Numbers made by hand.
+
+
+@pytest.mark.parametrize("path", SHAPES)
+def test_the_shipped_models_have_as_many_weights_as_published(path):
+    passes = ProcessSpec.from_experiment(load([f"model.path={path}", "model.make=null"])).passes
+    assert sum(p.numel() for p in memory._cached_trace(passes).parameters) == WEIGHTS[path]
+
+
+def test_what_is_resident_follows_from_the_weights():
+    n, whole, pieces = WEIGHTS["Qwen/Qwen2.5-7B-Instruct"], planned(ALONE), planned(NODE)
+    for phase in ("update", "scoring"):
+        assert part(whole, phase, "weights") == 4 * n and part(whole, phase, "optimizer") == 8 * n
+        assert part(whole, phase, "reference") == 4 * n  # beta is above 0
+        assert part(pieces, phase, "weights", "optimizer") == pytest.approx(12 * n / 8)
+    assert part(whole, "optimizer", "gradients") == 4 * n
+    assert part(pieces, "optimizer", "gradients") == pytest.approx(4 * n / 8)
+    assert whole.saved == pieces.saved == 12 * n
+
+
+def test_a_step_in_numbers():
+    whole = StepSizes(1024, 1024, 1024, 1024 * 36864, 1024 * 36864, 1)
+    assert StepSizes.from_experiment(load(SWE)) == whole
+    assert StepSizes.from_experiment(load(ALL_ALONE)) == replace(whole, live=64)  # one a process
+    windows = StepSizes.from_experiment(load(NODE))
+    assert windows == StepSizes(128, 128, 128 * 15, 128 * 15 * 4608, 128 * 15 * 512, 30)
+
+
+def test_the_cache_of_32b_is_a_quarter_of_a_megabyte_a_token():
+    need = planned(ALL_ALONE)
+    assert part(need, "play", "KV cache") == pytest.approx(2 * 2 * 64 * 8 * 128 * 36864, rel=0.01)
+    assert part(need, "play", "gathered") == 2 * WEIGHTS["Qwen/Qwen3-32B"]
+
+
+# Laws.
+
+
+def test_twice_the_processes_hold_half_of_what_is_in_pieces():
+    process_spec = ProcessSpec.from_experiment(load(NODE))
+    one, two = (
+        estimate_memory(replace(process_spec, ranks=n, passes=replace(process_spec.passes, processes=n)))
+        for n in (8, 16)
+    )
+    for name in ("weights", "optimizer", "reference"):
+        assert part(two, "update", name) == pytest.approx(part(one, "update", name) / 2)
+    assert part(two, "update", "activations") == part(one, "update", "activations")
+
+
+def test_ddp_holds_all_in_each_process_and_gradients_twice():
+    ddp, nodes, alone = planned([*NODE, *DDP]), planned([*NODE, *DDP, "launch.nodes=4"]), planned(ALONE)
+    for name in ("weights", "optimizer", "reference"):
+        assert part(ddp, "update", name) == part(nodes, "update", name) == part(alone, "update", name)
+    assert part(ddp, "optimizer", "gradients") == 2 * part(alone, "optimizer", "gradients")
+
+
+def test_of_an_adapter_only_itself_is_trained():
+    lora = "model.lora={r: 8, target_modules: [q_proj, v_proj]}"
+    adapter = planned(["+experiment=webshop_1_5b", "launch=gpu1", lora])
+    ours = 28 * 8 * ((1536 + 1536) + (1536 + 256))
+    assert adapter.trained == ours and adapter.weights == WEIGHTS["Qwen/Qwen2.5-1.5B-Instruct"] + ours
+    assert part(adapter, "update", "optimizer") == 8 * ours and part(adapter, "optimizer", "gradients") == 4 * ours
+    assert part(adapter, "update", "reference") == 0  # the policy without it
+    assert adapter.saved == 12 * ours
+
+
+def rehearsed(kind="qwen3", checkpointing=False, layers=7):
+    shape = Setting("deep", kind=kind, layers=layers).shape
+    make = lambda: policy.build_from_config(shape, "float32", "sdpa", {})  # noqa: E731
+    return MemoryTrace(make, autocast=True, checkpointing=checkpointing)
+
+
+def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
+    whole, again = rehearsed(layers=4), rehearsed(layers=4, checkpointing=True)
+    sizes = ((1, 64), (2, 64), (2, 128))
+    held, less = ([sum(seen.update(rows, t, t - 1).values()) for rows, t in sizes] for seen in (whole, again))
+    assert held == sorted(held) and less == sorted(less)
+    assert all(a < b for a, b in zip(less, held, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("qwen3", False), ("qwen2", True)])
+def test_a_few_layers_speak_for_all(monkeypatch, kind, checkpointing):
+    """What is said of seven layers, from two of them and three, is what seven allocate."""
+    said, played = rehearsed(kind, checkpointing).update(4, 96, 95, again=True), rehearsed(kind).play(4, 96, 8)
+    monkeypatch.setattr(memory_trace, "TRACED_LAYERS", 7)
+    assert rehearsed(kind, checkpointing).update(4, 96, 95, again=True) == said
+    assert rehearsed(kind).play(4, 96, 8) == played
+
+
+# Weighed.
+
+
+def test_a_meter_counts_what_is_there():
+    with Meter() as meter:
+        a = torch.ones(1000)
+        b = a + 1
+        c = b[10:]  # another view of the same bytes
+        del b
+        assert sum(meter.live.values()) == 8000
+        del a, c
+        assert sum(meter.live.values()) == 0
+    assert sum(meter.peaks[0].values()) == 8000
+
+
+@pytest.mark.parametrize("setting", peak_memory.SETTINGS[:3], ids=lambda setting: setting.name)
+def test_what_is_said_is_what_training_holds(tmp_path, setting):
+    held, need = peak_memory.measure_peak(setting, tmp_path)
+    assert need.total == pytest.approx(held, rel=0.15)
+
+
+def test_what_is_said_is_what_play_holds(tmp_path):
+    setting = Setting("play", hidden=256)
+    trainer = peak_memory.make_trainer(setting, tmp_path)
+    with peak_memory.track_peak(trainer.model, setting.cuda) as held:
+        played = trainer.rollout.play(peak_memory.draw(0), trainer.sampler)
+    need = estimate_memory(process_spec(setting, *peak_memory.lengths(played)))
+    assert sum(need.phases["play"].values()) - part(need, "play", "optimizer") == pytest.approx(held[0], rel=0.15)
+
+
+# The plan, and what it refuses.
+
+
+def test_the_named_experiment_fits_its_cluster(capsys):
+    assert main([*SWE, "plan=true"]) == 0
+    said = capsys.readouterr().out
+    for heading in ("step", "memory", "serve", "disk", "cost"):
+        assert f"\n{heading:<7} " in said
+    assert "of 80 GB per GPU" in said and "32.76 B weights" in said and "1,024 rows" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([*SWE, "launch.device_rows=4"], "launch.device_rows=4: needs 205 of 80 GB"),
+        (
+            [*SWE, "launch.gpus_per_node=1", "launch.nodes=64"],
+            "launch.server_nodes=4: the 1 GPUs of a node that serves hold 70",
+        ),
+        ([*ALL_ALONE, "launch.device_episodes=8"], "launch.device_episodes=8: needs"),
+        ([*NODE, *DDP], "launch.trainer.fsdp=false: needs"),
+        (
+            [*NODE, "launch.sampler=engine", "launch.trainer.use_vllm=true", "model=qwen3_32b"],
+            "launch.trainer.vllm_gpu_memory_utilization=0.3: gives vLLM 24.0 GB",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_key(capsys, words, told):
+    assert main([*words, "plan=true"]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1
+
+
+def test_the_value_that_it_says_would_fit_fits():
+    experiment = load([*ALL_ALONE, "launch.device_episodes=8"])
+    with pytest.raises(ConfigError, match="1 would fit"):
+        check_memory(experiment)
+    check_memory(load([*ALL_ALONE, "launch.device_episodes=1"]))
+
+
+def test_where_the_card_is_not_known_nothing_is_refused(capsys):
+    assert main([*SWE, "launch.gpu_memory_gb=0", "launch.device_rows=64", "plan=true"]) == 0
+    assert "launch.gpu_memory_gb=0: not known" in capsys.readouterr().out
+    assert main([*SWE, "launch.gpu_tflops=0", "plan=true"]) == 0
+    assert "cost    not known" in capsys.readouterr().out
+
+
+def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
+    assert main([*SWE, "plan=true"]) == 0
+    assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
+    assert not plan.context_warnings(load([*SWE, "evaluation.context_tokens=0"]))
+    assert not plan.context_warnings(load([]))
+    tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+    for rope, most in (
+        ({}, 1024),
+        ({"rope_parameters": scaled}, 1024),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 2048),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
+        words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
+        assert not plan.context_warnings(load([*words, f"env.context_tokens={most}"]))
+        (told,) = plan.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
+        assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
+        assert ("no server" in told) == bool(rope)
+        options = serve._context_options(str(tmp_path), most + 1)
+        assert options == ([] if rope else ["--hf-overrides", json.dumps({"max_position_embeddings": most + 1})])
+        assert serve._context_options(str(tmp_path), most) == []
+
+
+def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
+    monkeypatch.setattr(policy, "locate", lambda model: "")
+    experiment = load(["model=qwen2_5_7b", "launch=slurm1", "tracking=off", f"outputs={tmp_path}"])
+    with pytest.raises(ConfigError, match="of 80 GB per GPU"):
+        dispatch.check_prepared(experiment)
+    free = namedtuple("Usage", "free")(1e9)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: free)
+    roomy = replace(experiment, launch=replace(experiment.launch, gpu_memory_gb=1000.0))
+    with pytest.raises(ConfigError, match=f"outputs={tmp_path}: has 1.0 GB free"):
+        dispatch.check_prepared(roomy)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_here_or_not_read(tmp_path, capsys):
+    assert main(["model.path=someone/nothing", "model.make=null", "plan=true"]) == 0
+    assert "hf download someone/nothing config.json" in capsys.readouterr().out
+    bad = {"nowhere": None, "broken": "{", "typeless": "{}", "strange": '{"model_type": "starship"}', "no_lm": None}
+    for name, text in bad.items():
+        if text:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(text)
+        assert main([f"model.path={tmp_path / name}", "model.make=null", "plan=true"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("aem_exp: model.path=") and "config.json" in said and said.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_rehearsed_is_not_refused(tmp_path, capsys):
+    experts = {"model_type": "mixtral", "num_local_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(Setting("experts", autocast=True).shape | experts))
+    words = [f"model.path={tmp_path}", "model.make=null", "trainer.bf16=true", "launch=slurm1"]
+    assert main([*words, "plan=true"]) == 0
+    assert "cannot be rehearsed" in capsys.readouterr().out
+    check_memory(load(words))
+
+
+def test_a_folder_of_weights_is_read_for_its_shape(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(Setting("tiny").shape))
+    assert main([f"model.path={tmp_path}", "model.make=null", "plan=true"]) == 0
+    said = capsys.readouterr().out
+    assert "per process, beside Python's own" in said and "cost" not in said
+    assert planned([f"model.path={tmp_path}", "model.make=null"]).weights == 846_912

@@ -1,0 +1,290 @@
+"""One experiment from the command line to a result: killed, resumed, asked again, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from support.runs import (
+    DEADLINE,
+    SMALL_RUN,
+    find_run_dir,
+    read_metrics,
+    run_command,
+    run_here,
+    wait_for_run,
+    wait_until,
+)
+
+from aem_exp.rundir import checkpoints
+
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+
+
+def test_the_run_dir_holds_the_truth(unbroken):
+    folder, done = unbroken
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 6
+    assert result["updates"] == 12
+    assert [row["step"] for row in read_metrics(folder) if "train/success" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_metrics(folder) if "eval/success" in row] == [0, 3, 6]
+    episodes = pd.read_parquet(folder / "episodes.parquet")
+    assert (episodes.split == "train").sum() == 6 * 3 * 4
+    assert set(episodes.split) == {"train", "dev[:8]", "test[:8]"}
+    said = episodes[(episodes.split == "train") & (episodes.draw == 0)].responses
+    assert all(r["alpha"] > 0 for responses in said for r in responses)
+    assert json.loads((folder / "experiment.json").read_text())["trainer"]["steps"] == 6
+    assert str(folder) in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_model_is_an_ordinary_hugging_face_folder(unbroken):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = unbroken
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_asked_again_it_does_nothing(unbroken, cache):
+    folder, _ = unbroken
+    before = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.suffix in (".json", ".jsonl", ".parquet")
+    }
+    again = run_command(cache, folder.parent, *SMALL_RUN)
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    owner = folder / "owner.json"
+    assert {p: t for p, t in before.items() if p != owner} == {p: p.stat().st_mtime_ns for p in before if p != owner}
+
+
+def test_killed_at_any_moment_it_ends_the_same(unbroken, cache, tmp_path):
+    """kill -9 before the first checkpoint, then after one, then run to the end: weights, metrics and samples are equal."""
+    reference, _ = unbroken
+
+    def kill_when(reached):
+        started = run_command(cache, tmp_path, *SMALL_RUN, wait=False)
+        wait_for_run(started, lambda: list(tmp_path.glob("*/experiment.json")), reached)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+
+    def steps():
+        file = find_run_dir(tmp_path) / "metrics.jsonl"
+        return file.read_text().count("train/success") if file.exists() else 0
+
+    kill_when(lambda: steps() >= 1)
+    kill_when(lambda: steps() >= 3 and checkpoints.find_newest(find_run_dir(tmp_path)) is not None)
+    broken = sorted(find_run_dir(tmp_path).glob("checkpoint-*"))
+    (broken[-1] / "step.json").rename(broken[-1] / "step.json.part")  # as if the save itself had been killed
+    done = run_command(cache, tmp_path, *SMALL_RUN)
+    assert done.returncode == 0, done.stderr
+    folder = find_run_dir(tmp_path)
+    assert read_metrics(folder) == read_metrics(reference)
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (reference / weights).read_bytes()
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "episodes.parquet"), pd.read_parquet(reference / "episodes.parquet")
+    )
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
+    assert results[0] == results[1]
+    history = tracked(folder)
+    assert history == tracked(reference)
+    assert all(len(steps) == len(set(steps)) for steps in history.values())
+
+
+def test_stopped_before_the_result_it_ends_the_same(unbroken, cache, tmp_path, monkeypatch):
+    """Trained, scored and joined, but not yet a result: asked again, nothing is lost and nothing counted as zero."""
+    from aem_exp import config
+    from aem_exp.run import execution, summary
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    experiment = config.load([*SMALL_RUN, f"outputs={tmp_path}", "tracking=off"])
+    with monkeypatch.context() as broken:
+        broken.setattr(summary, "write_artifacts", lambda _: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            execution.run(experiment)
+    folder = execution.run(experiment)
+    assert not (folder / "episodes").exists()
+    ours, theirs = (pd.read_parquet(f / "episodes.parquet") for f in (folder, unbroken[0]))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert json.loads((folder / "result.json").read_text()) == json.loads((unbroken[0] / "result.json").read_text())
+
+
+def tracked(folder):
+    """Steps of each metric in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(json.loads((folder / "tracking.json").read_text())["uri"])
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    names = [name for name in run.data.metrics if not name.startswith(("time/", "memory/"))]
+    return {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+
+
+@pytest.mark.usefixtures("no_mlflow")
+def test_ctrl_c_saves_at_the_end_of_its_step(unbroken, cache, tmp_path):
+    """Not only at the steps that `launch.save_every` names; asked again, it ends as if it had never stopped."""
+    words = [*SMALL_RUN, "launch.save_every=5"]
+    started = run_command(cache, tmp_path, *words, wait=False)
+    wait_for_run(
+        started,
+        lambda: list(tmp_path.glob("*/metrics.jsonl")),
+        lambda: "train/success" in (find_run_dir(tmp_path) / "metrics.jsonl").read_text(),
+    )
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=DEADLINE)
+    assert started.returncode == 130
+    assert "Ctrl-C: saving at the end of this step; press it again to leave at once" in out
+    folder = find_run_dir(tmp_path)
+    step = checkpoints.steps(checkpoints.find_newest(folder))
+    assert 0 < step < 6 and step == read_metrics(folder)[-1]["step"]
+    assert f"to go on from step {step}: {sys.executable} -m aem_exp.run {folder}" in err
+    assert "Traceback" not in out + err
+    done = run_command(cache, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(folder) == read_metrics(unbroken[0])
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (unbroken[0] / weights).read_bytes()
+
+
+@pytest.mark.usefixtures("no_mlflow")
+def test_ctrl_c_before_the_first_step_leaves_promptly(cache, tmp_path):
+    """The panel alone would take hours: nothing can be saved yet, so nothing is waited for."""
+    many = ["evaluation.tasks=0", "evaluation.repeats=2000"]
+    started = run_command(cache, tmp_path, *SMALL_RUN, *many, wait=False)
+    wait_until(lambda: "playing the dev" in started.stdout.readline(), "the first panel")
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=DEADLINE)
+    assert started.returncode == 130
+    assert "to go on from step 0: " in err
+
+
+def test_ctrl_c_twice_leaves_at_once():
+    from aem_exp.cluster.signals import Interrupted, Signals
+
+    with Signals() as signals, signals.defer():
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+    with Signals() as signals, signals.defer():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        with pytest.raises(Interrupted) as stop:
+            signal.raise_signal(signal.SIGINT)
+    assert stop.value.signal == signal.SIGINT
+
+
+def test_a_run_in_the_background_of_a_shell_ignores_ctrl_c():
+    """The shell has told it to: Ctrl-C is for the command in the foreground."""
+    from aem_exp.cluster.signals import Signals
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_mlflow")
+def test_two_at_once_share_nothing(cache, tmp_path):
+    first = run_command(cache, tmp_path, *SMALL_RUN, "trainer.steps=50", wait=False)
+    wait_for_run(first, lambda: list(tmp_path.glob("*/experiment.json")), lambda: True)
+    second = run_command(cache, tmp_path, *SMALL_RUN, "trainer.steps=50")
+    first.kill()
+    first.communicate()
+    assert second.returncode == 0
+    assert f"process {first.pid}" in second.stdout
+
+
+def test_a_model_of_another_family_with_lora_by_path(cache, tmp_path, unbroken):
+    """Qwen2 weights saved locally, loaded by path under an adapter: the way every published model takes."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(unbroken[0] / "model")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen2")
+    tokenizer.save_pretrained(tmp_path / "qwen2")
+    words = ["model=qwen2_5_1_5b", f"model.path={tmp_path / 'qwen2'}", "model.dtype=float32", "env=household"]
+    lora = ["model.lora={r: 4, target_modules: [q_proj, v_proj]}", "trainer.beta=0.01", "trainer.steps=2"]
+    small = [word for word in SMALL_RUN if not word.startswith("model.make")]
+    model = run_here(cache, tmp_path / "out", *small, *words, *lora) / "model"
+    assert (model / "adapter" / "adapter_model.safetensors").exists()
+    assert (model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=qwen2_5_1_5b"], ["model.path=Qwen/Qwen2.5-1.5B-Instruct", "hf download"]),
+        (["+experiment=alfworld_1_5b", "launch=local"], ["alfworld"]),
+        (["model=qwen2_5_1_5b", "model.path=/nowhere"], ["model.path=/nowhere", "config.json"]),
+        (["tracking=http://127.0.0.1:9"], ["http://127.0.0.1:9"]),
+        (["outputs=/proc/nowhere"], ["outputs", "/proc/nowhere"]),
+        (["evaluation.tasks=100000"], ["evaluation.tasks=100000"]),
+        pytest.param(["launch=gpu1"], ["launch.gpus_per_node=1", "no GPU"], marks=NO_GPU),
+        (["trainer.tasks_per_step=100000"], ["trainer.tasks_per_step=100000"]),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(cache, tmp_path, words, said):
+    words = [*SMALL_RUN, *words] if words[0].split("=")[0] not in ("model", "+experiment") else words
+    env = {**os.environ, "AEM_CACHE": str(cache)}
+    command = [sys.executable, "-m", "aem_exp", *words]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(text in done.stderr for text in said), done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 120 MB, mounted for one test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_before_any_work(cache, small_disk):
+    (small_disk / "ballast").write_bytes(b"x" * 110_000_000)
+    done = run_command(cache, small_disk, *SMALL_RUN)
+    assert done.returncode == 2, done.stderr
+    assert "0.0 GB free" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_mlflow")
+def test_a_disk_that_fills_up_costs_nothing(cache, small_disk, unbroken):
+    """The run stops with a sentence; with room again, it ends like the one that never stopped."""
+    started = run_command(cache, small_disk, *SMALL_RUN, wait=False)
+    wait_for_run(started, lambda: True, lambda: list(small_disk.glob("*/checkpoint-*/step.json")))
+    (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
+    _, err = started.communicate(timeout=600)
+    assert started.returncode == 1, err
+    assert err.strip().startswith("aem_exp: the disk is full")
+    assert "Traceback" not in err
+    (small_disk / "ballast").unlink()
+    done = run_command(cache, small_disk, *SMALL_RUN)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(find_run_dir(small_disk)) == read_metrics(unbroken[0])

@@ -1,0 +1,146 @@
+"""Runs through the door in processes of their own, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from support import TESTS
+
+SMALL_RUN = [
+    "model.make.steps=25",
+    "model.make.habit_steps=5",
+    "model.make.episodes=128",
+    "trainer.steps=6",
+    "trainer.tasks_per_step=3",
+    "trainer.group_size=4",
+    "trainer.mini_batch=6",
+    "env.invalid_penalty=0.1",  # so weak a policy solves nothing: without this every return would be 0, and so every gradient
+    "evaluation.tasks=8",
+    "evaluation.every=3",
+    "launch.save_every=2",
+]
+
+DEADLINE = (
+    600  # seconds, for what takes a few: the suite must pass on a machine that is ten times as slow as it could be
+)
+
+SCORED_RUN = [  # a policy that wins now and then, hardly trained: to be scored
+    "model.make.steps=120",
+    "model.make.habit_steps=10",
+    "model.make.episodes=512",
+    "trainer.steps=2",
+    "trainer.tasks_per_step=2",
+    "trainer.group_size=4",
+    "trainer.mini_batch=4",
+    "tracking=off",
+]
+
+
+def run_command(cache, outputs, *words, wait=True):
+    """`python -m aem_exp` in a process of its own."""
+    env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(outputs), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "aem_exp", *words]
+    started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if not wait:
+        return started
+    out, err = started.communicate(timeout=DEADLINE)
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def torchrun(module, *words):
+    """A module of `support` in two processes, which talk over gloo."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "-m",
+        module.__name__,
+    ]
+    command += map(str, words)
+    return subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+
+def skip_or_fail(why) -> NoReturn:
+    """Skip what this machine cannot do; where all must be tested (CI), it is a failure."""
+    (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
+
+
+def run_here(cache, outputs, *words) -> Path:
+    """The same run in this process, where nothing is imported anew; its folder."""
+    from aem_exp.config import load
+    from aem_exp.run.execution import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AEM_CACHE", str(cache))
+        return run(load([*words, f"outputs={outputs}"]))
+
+
+def find_run_dir(outputs) -> Path:
+    (folder,) = [path.parent for path in Path(outputs).glob("*/experiment.json")]
+    return folder
+
+
+def read_metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def weights_moved(folder):
+    """Every step of a run moved the policy: what says that two runs end alike must not hold of runs that do nothing."""
+    norms = [row["train/grad_norm"] for row in read_metrics(folder) if "train/grad_norm" in row]
+    return bool(norms) and min(norms) > 0
+
+
+def wait_for_run(started, folder_found, reached, timeout=DEADLINE):
+    """Wait until a live run has reached something."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        assert started.poll() is None, started.stderr.read()
+        if folder_found() and reached():
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run never got there")
+
+
+def wait_until(seen, what, seconds=DEADLINE):
+    """Wait until something is seen; what it is. `what`: its name, or a function that has more to say where it did not come."""
+    end = time.monotonic() + seconds
+    while not (value := seen()):
+        assert time.monotonic() < end, f"{what() if callable(what) else what} did not come"
+        time.sleep(0.1)
+    return value
+
+
+class BackgroundCall:
+    """Runs something in a thread beside the test; `end` waits for it, and raises what it raised."""
+
+    def __init__(self, work, *args):
+        self._work, self._args, self._result, self._error = work, args, None, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._result = self._work(*self._args)
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def busy(self):
+        return self._thread.is_alive()
+
+    def end(self, seconds=DEADLINE):
+        self._thread.join(seconds)
+        assert not self.busy, f"{self._work} has not ended"
+        if self._error:
+            raise self._error
+        return self._result

@@ -1,0 +1,66 @@
+"""Fifty runs that log live, at once, to an MLflow server on PostgreSQL: what a group with a cluster would set up."""
+
+import glob
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.mlflow_runs import LOG_TOGETHER, MLflowServer, all_steps, read_mlflow_run, run_script
+from support.runs import skip_or_fail, wait_until
+
+RUNS = 50
+BIN = max(glob.glob("/usr/lib/postgresql/*/bin"), default="")
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """A new PostgreSQL that listens on a socket in its own folder; the URI of its data base."""
+    if not shutil.which("initdb", path=BIN):
+        skip_or_fail("PostgreSQL is missing: apt-get install -y --no-install-recommends postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="aem-postgres-"))
+    other = []  # PostgreSQL refuses to run as root
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres", "postgres")
+        other = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    data = ["-D", str(folder / "data")]
+    how = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*other, f"{BIN}/initdb", *data, "-A", "trust", "-U", "postgres", "--no-sync"], check=True, **how)
+    settings = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
+    process = subprocess.Popen([*other, f"{BIN}/postgres", *data, *settings], **how)
+
+    def ready():
+        assert process.poll() is None
+        return not subprocess.run([f"{BIN}/pg_isready", "-q", "-h", str(folder)], check=False).returncode
+
+    wait_until(ready, "PostgreSQL")
+    yield f"postgresql+psycopg2:///postgres?host={folder}&user=postgres"
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def server(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowServer]:
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "20")
+    server = MLflowServer(database, tmp_path)
+    server.wait()
+    yield server
+    server.close()
+
+
+def test_fifty_at_once_lose_nothing(tmp_path: Path, server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    done = run_script(LOG_TOGETHER, str(tmp_path / "outputs"), str(RUNS), "live")
+    assert done.returncode == 0, done.stderr
+    runs = [read_mlflow_run(server.uri, tmp_path / "outputs" / f"run{index}") for index in range(RUNS)]
+    assert len({run.info.run_id for run in runs}) == RUNS
+    assert len({run.info.experiment_id for run in runs}) == 1
+    assert all(run.data.params == {"seed": "0"} for run in runs)
+    assert all(run.steps == all_steps([1, 2, 3]) for run in runs)
+    assert all(run.info.status == "FINISHED" for run in runs)

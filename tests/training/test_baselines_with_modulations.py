@@ -1,0 +1,133 @@
+"""Every baseline with every modulation: three steps of real training, or one sentence that says why not."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from support import toy
+
+from aem_exp.config import ConfigError, config_roots, list_choices, load, rules
+from aem_exp.config.targets import instantiate
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.rollout.chat import Chat
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.base import SamplingParams
+from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.training.build import build_trainer
+from aem_exp.training.callback import AEMCallback
+from aem_exp.training.step_counter import StepCounter
+from aem_exp.training.trainer import RolloutSource
+
+GROUPS = list_choices(config_roots())
+SIZES = ["trainer.steps=3", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
+REFUSED = {("gspo", "full"): "cancels the modulation", ("gspo", "token"): "cancels the modulation"}
+
+
+@cache
+def experiment(baseline):
+    return load([f"baseline={baseline}", "modulation=none", *SIZES])
+
+
+@cache
+def modulation(name):
+    return load([f"modulation={name}"]).modulation
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pairs")
+
+
+def pair(baseline, name, history):
+    e = experiment(baseline)
+    return replace(e, modulation=modulation(name), env=replace(toy.env(history), name="toy", invalid_penalty=0.1))
+
+
+def train(e, folder):
+    """The rows of three steps, and the trained model."""
+    model, tokenizer = toy.policy(folder, e.env.history)
+    rows, chat = [], Chat(tokenizer)
+    schedule = instantiate(e.modulation.lam) if e.modulation.lam else None
+    callback = AEMCallback(StepCounter(3), schedule, e.modulation.gate, lambda step, row: rows.append(row))
+    rollout = Rollout(SerialExecutor(toy.ChatterWorld()), e.env, chat)
+    sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, SamplingParams())  # noqa: E731
+    source = RolloutSource(toy.draw, rollout, sampler)
+    build_trainer(e, folder / "out", model, tokenizer, callback, source).train()
+    return rows, model
+
+
+@pytest.mark.parametrize("name", GROUPS["modulation"])
+@pytest.mark.parametrize("baseline", GROUPS["baseline"])
+def test_a_pair_trains_or_is_refused(baseline, name, folder):
+    history = "window" if baseline == "gspo" else "full"
+    e = pair(baseline, name, history)
+    why = REFUSED.get((baseline, name))
+    if why:
+        with pytest.raises(ConfigError, match=why):
+            rules.check(e)
+        return
+    rules.check(e)
+    rows, model = train(e, folder)
+    assert len(rows) == 3
+    for row in rows:
+        assert torch.tensor([row["train/loss"], row["train/grad_norm"]]).isfinite().all()
+        parts = ("trained", "filtered", "crashed")
+        assert row["train/tokens_generated"] == sum(row[f"train/tokens_{part}"] for part in parts)
+        assert ("aem/alpha_q50" in row) == (name != "none")
+    start = toy.policy(folder, history)[0].state_dict()
+    assert any(not torch.equal(value, start[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS["modulation"] if name != "none"])
+def test_a_sequence_ratio_over_many_turns_is_refused_with_every_modulation(name):
+    with pytest.raises(ConfigError, match="cancels the modulation"):
+        rules.check(pair("gspo", name, "full"))
+
+
+@pytest.mark.parametrize("baseline", GROUPS["baseline"])
+def test_lambda_zero_is_the_baseline_bit_for_bit(baseline, folder):
+    """For every baseline: the weights after three steps are the same bits."""
+    history = "window" if baseline == "gspo" else "full"
+    plain = pair(baseline, "none", history)
+    zero = pair(baseline, "aem", history)
+    zero = replace(zero, modulation=replace(zero.modulation, lam={**zero.modulation.lam, "value": 0.0}))
+    states = [train(e, folder)[1].state_dict() for e in (plain, zero)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_dynamic_sampling_plays_until_enough_groups_differ(folder):
+    """DAPO: more rounds than one, every episode counted, groups of equal returns not trained on."""
+    rows, _ = train(pair("dapo", "aem", "full"), folder)
+    assert max(row["train/rounds"] for row in rows) > 1 or all(row["train/tokens_filtered"] == 0 for row in rows)
+    for row in rows:
+        assert row["train/episodes"] == 16 * row["train/rounds"]
+
+
+def test_a_cut_episode_counts_as_nothing_won_and_is_not_trained(folder):
+    """Compact filtering by hand: two of four turns run out; their return enters the mean as 0, their tokens the account."""
+    from aem_exp.advantages import leave_one_out
+    from aem_exp.envs import Task
+    from aem_exp.rollout.sampling.base import Sample
+    from aem_exp.rollout.types import Ending, Response, Trajectory
+    from aem_exp.training.credit import CreditRules, assign_credit
+
+    def trajectory(member, ended, reward):
+        sample = Sample([1, 2], [-1.0, -1.0], [0.5, 0.5])
+        response = Response([9], sample, "look", "a", reward=reward)
+        return Trajectory(Task("t"), 0, member, [response], ended=ended)
+
+    played = [trajectory(0, Ending.OVER, 1.0), trajectory(1, Ending.OVER, 0.0), trajectory(2, Ending.TURNS, 1.0)]
+    credit = assign_credit(played, "full", CreditRules(leave_one_out, mask_truncated=True))
+    assert [t.member for t in credit.kept] == [0, 1]
+    assert [t.member for t in credit.filtered] == [2]
+    torch.testing.assert_close(credit.advantage_R, torch.tensor([1.0, -0.5]))  # against (0 + 0) / 2 and (1 + 0) / 2
+    assert len(credit.rows) == len(credit.trajectory_R) == 2
+
+
+def test_a_step_in_which_every_episode_is_cut_trains_on_nothing_and_goes_on(folder):
+    e = pair("deepswe", "aem", "full")
+    e = replace(e, env=replace(e.env, max_turns=1))
+    rows, _ = train(e, folder)
+    assert len(rows) == 3
+    assert all(row["train/tokens_filtered"] > 0 for row in rows)

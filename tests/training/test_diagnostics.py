@@ -1,0 +1,147 @@
+"""What a log shows of the method: by hand, against the theory, and whatever way a step was cut."""
+
+import math
+
+import pytest
+import torch
+from support import toy
+
+from aem_exp import advantages
+from aem_exp.envs import Task
+from aem_exp.rollout.sampling.base import Sample
+from aem_exp.rollout.types import Ending, Response, Trajectory
+from aem_exp.training import diagnostics
+from aem_exp.training.credit import CreditRules, add_measurements, add_modulation, assign_credit
+from aem_exp.training.step_metrics import compute_step_metrics
+
+STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
+SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
+
+
+def test_relative_surprisal_compares_with_the_others_of_the_state():
+    relative_R = diagnostics.relative_surprisal(SURPRISAL_R, STATE_R)
+    assert relative_R[:5].tolist() == [1 - 11 / 2, 2 - 6, 4 - 8 / 2, 7 - 5 / 2, 6 - 2]
+    assert relative_R[5].isnan()
+    assert not len(diagnostics.relative_surprisal(torch.zeros(0), torch.zeros(0, dtype=torch.long)))
+
+
+def test_drift_by_hand():
+    advantage_R = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0, 5.0])
+    given_R = advantage_R * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 3.0])
+    found = diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, STATE_R)
+    assert found == {"advantage": (-4.5 - 4 - 0 + 0 - 4) / 5, "aem": (-4.5 + 0.5 * 4) / 5}
+    assert diagnostics.entropy_drift(advantage_R, None, SURPRISAL_R, STATE_R).keys() == {"advantage"}
+    assert diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, torch.arange(6)) == {}
+
+
+def test_it_is_how_entropy_moves_under_a_natural_gradient():
+    """Fisher's inverse turns the gradient of log p(a) into 1 / p(a) on its logit, but for a shift of all of them."""
+    logits_V = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64)
+
+    def entropy(logits_V):
+        p_V = logits_V.softmax(-1)
+        return -(p_V * p_V.log()).sum()
+
+    for a, advantage in ((0, 1.0), (1, 0.7), (2, -1.5)):
+        surprisal = -logits_V.log_softmax(-1)[a]
+        step_V = torch.nn.functional.one_hot(torch.tensor(a), 4) * advantage * surprisal.exp()
+        slope = (entropy(logits_V + 1e-6 * step_V) - entropy(logits_V - 1e-6 * step_V)) / 2e-6
+        torch.testing.assert_close(slope, advantage * (surprisal - entropy(logits_V)), atol=1e-6, rtol=0)
+
+
+def test_what_coefficients_do_to_the_balance_of_signs_and_lengths_by_hand():
+    """alpha A = (2, 1, -1/2, 0): their sum is 5/2, of |A| 4. With 1, 2, 3 and 4 tokens: 5/2 of 9."""
+    alpha_R = torch.tensor([2.0, 1.0, 0.25, 0.75])
+    advantage_R = torch.tensor([1.0, 1.0, -2.0, 0.0])
+    tokens_R, turn_R = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    found = diagnostics.modulation_statistics(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
+    assert found["advantage_balance"] == pytest.approx(2.5 / 4)
+    assert found["advantage_balance_token"] == pytest.approx((2 + 2 - 1.5) / 9)
+    assert found["alpha_positive_mean"] == pytest.approx(1.5)
+    assert found["alpha_negative_mean"] == pytest.approx(0.25)
+    assert found["alpha_advantage_mean"] == pytest.approx(3.5 / 4)
+    assert found["alpha_token_mean"] == pytest.approx((2 + 2 + 0.75 + 3) / 10)
+    assert found["alpha_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, tokens_R]))[0, 1].item())
+    assert found["alpha_turn_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, turn_R]))[0, 1].item())
+    none = diagnostics.modulation_statistics(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
+    assert none["advantage_balance"] == none["advantage_balance_token"] == 0
+    assert not {"alpha_positive_mean", "alpha_negative_mean"} & none.keys()
+
+
+# A step.
+
+
+def trajectory(draw, member, reward, *turns):
+    """One whose turns are the log-probs of their tokens."""
+    said = [Response([9], Sample([1] * len(logps), list(logps), [0.5] * len(logps)), "look", "a") for logps in turns]
+    said[-1].reward = reward
+    return Trajectory(Task("t"), draw, member, said, ended=Ending.OVER)
+
+
+PLAYED = [
+    trajectory(0, 0, 1.0, [-1.0, -2.0], [-50.0]),
+    trajectory(0, 1, 0.0, [-1.0], [-70.0, -1.0]),
+    trajectory(1, 0, 1.0, [-4.0]),
+]
+
+
+def measured(played, history):
+    credit = assign_credit(played, history, CreditRules(advantages.group_centred))
+    surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.list_responses()])
+    return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R, surprisal_R)
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_only_first_turns_of_groups_of_several_count(history):
+    credit = measured(PLAYED, history)
+    assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
+    assert "drift/aem" not in compute_step_metrics(credit)
+    alpha_R = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
+    modulated = add_modulation(credit, alpha_R, credit.advantage_R * alpha_R, {})
+    assert compute_step_metrics(modulated)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
+    assert not any(name.startswith("drift/") for name in compute_step_metrics(measured(PLAYED[2:], history)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+def first_step(folder, history, **changes):
+    trainer = toy.trainer(folder, toy.experiment(history, mini_batch=7), **changes)
+    credit, _ = trainer.build_updates(trainer.assign_credit(trainer.play(0).kept), 0)
+    return credit
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
+    """The numbers of the sampler, row by row; in micro-batches; and scored again, as under vLLM."""
+    credit = first_step(folder, history, lam=1.0)
+    whole = compute_step_metrics(credit)
+    extra, counted = 0.0, 0
+    for r, (m, turn, response) in enumerate(credit.list_responses()):
+        others = [t.responses[0] for t in credit.kept if t.draw == credit.kept[m].draw and t is not credit.kept[m]]
+        if turn == 0 and others:
+            surprisal, *rest = (-math.fsum(o.sample.logps) for o in (response, *others))
+            scale = credit.advantage_R[r].item() * (credit.alpha_R[r].item() - 1)
+            extra, counted = extra + scale * (surprisal - sum(rest) / len(rest)), counted + 1
+    assert counted > 4
+    assert whole["drift/aem"] == pytest.approx(extra / counted, rel=1e-4)
+    for changes in ({"device_rows": 1}, {"device_rows": 3}):
+        cut = compute_step_metrics(first_step(folder, history, lam=1.0, **changes))
+        assert [cut[name] for name in ("drift/advantage", "drift/aem")] == [
+            whole["drift/advantage"],
+            whole["drift/aem"],
+        ]
+    again = compute_step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
+    assert again["drift/advantage"] == pytest.approx(whole["drift/advantage"], abs=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["response", "token"])
+def test_what_modulation_gives_is_what_the_loss_gets(folder, unit):
+    """Empty of effect at lambda 0, whatever gets a coefficient."""
+    from aem_exp.training.modulation import ModulationVariant
+
+    credit = first_step(folder, "full", lam=0.0, variant=ModulationVariant(unit=unit))
+    torch.testing.assert_close(credit.final_advantage_R, credit.advantage_R)
+    assert compute_step_metrics(credit)["drift/aem"] == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,442 @@
+"""The laws that keep the trainer honest. The letters are those of the README's list.
+
+(a) full history: TRL's own trainer, unmodified, sees the same loss and gradients
+(b) windowed: one-turn episodes satisfy (a); longer ones an independent reference loss
+(c) lambda = 0 is no modulation, bit for bit
+(d) the gradient of an update depends on neither padding, micro-batches nor ranks
+(e) every generated token is accounted for
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from support import torchrun_training, toy
+from support.runs import torchrun
+
+from aem_exp import advantages
+from aem_exp.core.errors import RunError
+from aem_exp.envs.executor import SerialExecutor
+from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.types import Episode
+from aem_exp.training.arguments import max_episode_tokens
+from aem_exp.training.modulation import ModulationVariant
+
+LOSSES = {
+    "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
+    "rloo": ({"loss_type": "bnpo"}, advantages.leave_one_out, {"scale_rewards": "none", "reward_weights": [4 / 3]}),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, advantages.group_centred, {"scale_rewards": "none"}),
+    "dapo": (
+        {"loss_type": "dapo", "epsilon_high": 0.28},
+        partial(advantages.group_normalised, eps=1e-4),
+        {"scale_rewards": "group"},
+    ),
+    "gspo": (
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        partial(advantages.group_normalised, eps=1e-4),
+        {"scale_rewards": "group"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+def one_turn(step, number=0):
+    """Episodes of the toy tasks that last one turn."""
+    tasks = [t for t in toy.ChatterWorld().tasks("train") if t.seed % 4 == 0]
+    return [Episode(task, d, m, (d, m)) for d, task in enumerate(tasks) for m in range(4)]
+
+
+def gradients(trainer, update):
+    """Loss and gradients of one update."""
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.aem_callback.metrics["time/update"] = 0.0
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, update)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def first_step(trainer):
+    return trainer.build_updates(trainer.assign_credit(trainer.play(0).kept), 0)
+
+
+def close(ours, theirs, atol=1e-6):
+    torch.testing.assert_close(ours[0], theirs[0], atol=atol, rtol=0)
+    for name, grad in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], grad, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def plain_trl(folder, run, credit, changes):
+    """The same trajectories through an unmodified GRPOTrainer: loss and gradients."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from aem_exp.training.arguments import build_grpo_config
+
+    model, tokenizer = toy.policy(folder, run.env.history)
+    rows = credit.rows
+
+    def replay(prompts, trainer):
+        return {
+            "prompt_ids": [row.prompt for row in rows],
+            "completion_ids": [row.completion for row in rows],
+            "env_mask": [row.mask for row in rows],
+            "logprobs": None,
+            "ret": [credit.kept[row.trajectory].ret for row in rows],
+        }
+
+    def returned(prompts, ret, **_):
+        return ret
+
+    args = build_grpo_config(run, folder / "plain")
+    for name, value in {
+        "per_device_train_batch_size": len(rows),
+        "generation_batch_size": len(rows),
+        **changes,
+    }.items():
+        setattr(args, name, value)
+    data = Dataset.from_dict({"prompt": ["x"] * len(rows)})
+    trainer = GRPOTrainer(model, returned, args, data, processing_class=tokenizer, rollout_func=replay)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    loss = trainer.training_step(trainer.model, [{"prompt": "x"} for _ in rows], None)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_full_history_is_plain_trl(folder, name, beta):
+    settings, estimator, changes = LOSSES[name]
+    run = toy.experiment("full", **settings, beta=beta)
+    trainer = toy.trainer(folder, run, estimator=estimator)
+    credit, (update,) = first_step(trainer)
+    close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_b_one_turn_windows_are_plain_trl(folder, name):
+    settings, estimator, changes = LOSSES[name]
+    run = toy.experiment("window", **settings)
+    trainer = toy.trainer(folder, run, estimator=estimator, draw=one_turn)
+    credit, (update,) = first_step(trainer)
+    assert {len(t.responses) for t in credit.kept} == {1}
+    # TRL's dr_grpo divides by the row's budget, ours by that of the whole episode, of which one turn was played.
+    close(
+        gradients(trainer, update),
+        plain_trl(folder, run, credit, {**changes, "max_completion_length": max_episode_tokens(run)}),
+    )
+
+
+def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
+    """The loss of all rows in one update, row by row and token by token, written from the papers' formulas."""
+    rows_sum, tokens, terms = 0.0, 0, []
+    r = 0
+    for n, row in enumerate(credit.rows):
+        ids = torch.tensor([row.prompt + row.completion])
+        logp = model(input_ids=ids).logits.log_softmax(-1)[0]
+        row_terms = []
+        for t, own in enumerate(row.mask):
+            if not own:
+                r += t > 0 and row.mask[t - 1]  # a response has ended
+                continue
+            at = len(row.prompt) + t
+            ratio = torch.exp(logp[at - 1, ids[0, at]] - old[n][t])
+            advantage = credit.advantage_R[r] * alpha_R[r]
+            row_terms.append(-torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage))
+        r += row.mask[-1]
+        rows_sum = rows_sum + torch.stack(row_terms).mean()
+        tokens += len(row_terms)
+        terms += row_terms
+    total = torch.stack(terms).sum()
+    return {
+        "grpo": rows_sum / len(credit.rows),
+        "dapo": total / tokens,
+        "bnpo": total / tokens,
+        "dr_grpo": total / (len(credit.kept) * length),
+    }[kind]
+
+
+@pytest.mark.parametrize("history", ["window", "full"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_b_an_independent_reference_agrees(folder, history, kind):
+    """With modulation, invalid turns, and a policy that has moved away from the one that sampled, so that clips act."""
+    run = toy.experiment(history, loss_type=kind, epsilon=0.1, epsilon_high=0.15, num_iterations=2)
+    trainer = toy.trainer(folder, run, lam=1.0, penalty=0.3, device_rows=5)
+    credit, updates = first_step(trainer)
+    assert credit.alpha_R.std() > 0.05
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    ours = gradients(trainer, updates[0])
+    trainer.model.zero_grad()
+    old = [torch.tensor(row.logps) for row in credit.rows]
+    loss = reference_loss(trainer.model, credit, credit.alpha_R, old, kind, 0.1, 0.15, max_episode_tokens(run))
+    loss.backward()
+    close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
+    weights = []
+    for lam in (None, 0.0, 1.0):
+        trainer = toy.trainer(folder, toy.experiment(history, mini_batch=8), lam=lam)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
+    given = {}
+    for keep in ("all", "raising", "lowering"):
+        trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, variant=ModulationVariant(keep=keep))
+        _, ((batch,),) = first_step(trainer)
+        given[keep] = batch["advantages"] * batch["tool_mask"]
+    for keep in ("raising", "lowering"):
+        trained = given[keep] != 0
+        assert trained.any()
+        assert torch.equal(given[keep][trained], given["all"][trained])
+    assert torch.equal(given["raising"] + given["lowering"], given["all"])
+
+
+WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo"])
+def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
+    results = []
+    for device_rows in (0, 1, 3):
+        trainer = toy.trainer(
+            folder, toy.experiment(history, loss_type=kind, **WHOLE), lam=1.0, device_rows=device_rows
+        )
+        _, updates = first_step(trainer)
+        assert len(updates) >= 2
+        results.append(gradients(trainer, updates[1]))
+    close(results[1], results[0])
+    close(results[2], results[0])
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The weights that one process ends with, by the loss."""
+    return {kind: torchrun_training.weights(kind, folder) for kind in torchrun_training.KINDS}
+
+
+@pytest.mark.parametrize("held", ["whole", "pieces"])
+def test_d_ranks_change_nothing(folder, alone, held):
+    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process,
+    and tell the same drift.
+
+    Each holds the whole policy, or its part of every weight.
+    """
+    done = torchrun(torchrun_training, str(folder), *(["pieces"] if held == "pieces" else []))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in torchrun_training.KINDS:
+        two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
+        assert two.keys() == alone[kind].keys()
+        assert len(two["drift"]) == 2
+        for name, weight in alone[kind].items():
+            torch.testing.assert_close(
+                two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
+            )
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+def test_e_every_token_is_accounted_for(folder, history):
+    run = toy.experiment(history, steps=3)
+    seen = []
+    rollout = Rollout(SerialExecutor(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
+    trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert len(seen) == 3
+    for m in seen:
+        assert m["train/tokens_generated"] == m["train/tokens_trained"] + m["train/tokens_crashed"]
+    assert any(m["train/tokens_crashed"] > 0 for m in seen)
+
+
+def test_the_learning_rate_moves_with_steps(folder):
+    run = toy.experiment("window", steps=3, mini_batch=4, lr_scheduler_type="linear", learning_rate=3e-3)
+    seen = []
+    trainer = toy.trainer(folder, run)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert [m["train/updates"] > 1 for m in seen] == [True] * 3
+    assert [m["train/learning_rate"] for m in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
+
+
+def test_a_sampler_that_is_off_is_noticed(folder):
+    trainer = toy.trainer(folder, toy.experiment("full"))
+    play = trainer.play
+
+    def drifted(step):
+        played = play(step)
+        with torch.no_grad():
+            next(trainer.model.parameters()).mul_(1.5)
+        return played
+
+    trainer.play = drifted
+    with pytest.raises(RuntimeError, match="do not share weights"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_entropies_that_the_sampler_has_wrong_are_noticed(folder, trusted):
+    """Its log-probs are right."""
+    trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, trust_sampler=trusted)
+    play = trainer.play
+
+    def wrong(step):
+        played = play(step)
+        for trajectory in played[0]:
+            for response in trajectory.responses:
+                response.sample.entropies[:] = [2 * entropy for entropy in response.sample.entropies]
+        return played
+
+    trainer.play = wrong
+    with pytest.raises((RuntimeError, RunError), match=r"entropies are .* nats away"):
+        trainer.train()
+
+
+def test_scored_entropies_equal_sampled_ones(folder):
+    """Where the sampler is not trusted (bf16, vLLM), one scoring pass measures the same log-probs and entropies."""
+    batches = []
+    for trusted in (True, False):
+        trainer = toy.trainer(folder, toy.experiment("full", mini_batch=8), lam=1.0, trust_sampler=trusted)
+        credit, updates = first_step(trainer)
+        batches.append(
+            (credit.entropy_R, credit.alpha_R, updates[0][0]["old_per_token_logps"] * updates[0][0]["tool_mask"])
+        )
+    for ours, theirs in zip(*batches, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_lora_trains_the_adapter_alone(folder):
+    from peft import LoraConfig, get_peft_model
+
+    run = toy.experiment("full", beta=0.05)
+    model, _ = toy.policy(folder)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = toy.trainer(folder, run, lam=1.0, model=adapted)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all("lora_" in n for n in changed)
+
+
+# A step whose loss is zero.
+
+
+class Fair(toy.Chatter):
+    """Every trajectory of a group gets the same return."""
+
+    def _turn(self, text, reward=0.0, *rest):
+        return super()._turn(text, 0.1, *rest)
+
+
+class FairWorld(toy.ChatterWorld):
+    def env(self):
+        return Fair()
+
+
+class Sometimes(toy.ChatterWorld):
+    """Returns differ, until `fair` is set."""
+
+    fair = False
+
+    def env(self):
+        return Fair() if self.fair else super().env()
+
+
+@pytest.mark.parametrize("changes", [{}, {"drop_equal": True}, {"drop_equal": True, "rounds": 2, "groups": 4}], ids=str)
+def test_a_step_without_advantages_updates_nothing(folder, changes):
+    """The third step of four teaches nothing: Adam's momentum must not move the weights, nor a weight decay shrink them."""
+    run = toy.experiment("full", steps=4, weight_decay=0.1, mini_batch=8, optim="adamw_torch")
+    world, seen = Sometimes(), []
+    rollout = Rollout(SerialExecutor(world), run.env, toy.Chat(toy.policy(folder)[1]))
+    trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout, **changes)
+
+    def report(step, metrics):
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        moments = [state["step"].item() for state in trainer.optimizer.state.values()]
+        seen.append((metrics, weights, moments))
+        rollout.executor.envs.clear()
+        world.fair = step == 2
+
+    trainer.aem_callback.report = report
+    trainer.train()
+    (_, _, _), (_, before, taken), (still, after, also), (again, last, _) = seen
+    assert torch.equal(before, after) and taken == also
+    assert not torch.equal(after, last)
+    assert not any(still[f"train/{name}"] for name in ("updates", "useful_share", "tokens_trained", "rows"))
+    assert still["train/tokens_filtered"] == still["train/tokens_generated"] > 0
+    assert again["train/updates"] > 0 and again["train/useful_share"] > 0
+    assert trainer.time.step == 4
+    assert trainer.time.updates == sum(metrics["train/updates"] for metrics, *_ in seen)
+
+
+@pytest.mark.parametrize("term", [{"beta": 0.05}, {"entropy_coef": 0.01}], ids=str)
+def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
+    run = toy.experiment("full", steps=1, **term)
+    seen = []
+    trainer = toy.trainer(
+        folder, run, rollout=Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    )
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
+
+
+def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
+    run = toy.experiment("full", steps=1)
+    seen = []
+    rollout = Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    trainer = toy.trainer(
+        folder, run, lam=1.0, variant=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
+    )
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == 1
+
+
+def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
+    """All are cut by the number of turns, and leave the loss."""
+    run = toy.experiment("full", steps=1)
+    run = replace(run, env=replace(run.env, max_turns=1))
+    seen = []
+    long = [
+        Episode(task, d, m, (d, m)) for d, task in enumerate(toy.ChatterWorld().tasks("train")[1:4]) for m in range(4)
+    ]
+    trainer = toy.trainer(folder, run, lam=1.0, mask_truncated=True, draw=lambda step, number=0: long)
+    trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
+    trainer.train()
+    assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 0
+    assert seen[0]["train/tokens_filtered"] == seen[0]["train/tokens_generated"]
+
+
+@pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_masked_trajectories_count_in_a_mean_over_rows_if_asked(folder, history, kind):
+    """Where they count, the loss of the others is divided by more rows, and nothing else changes."""
+    run = toy.experiment(history, loss_type=kind)
+    run = replace(run, env=replace(run.env, max_turns=3))  # a quarter of the tasks would take four
+    results = []
+    for count_masked in (False, True):
+        trainer = toy.trainer(folder, run, mask_truncated=True, count_masked=count_masked, device_rows=3)
+        credit, (update,) = first_step(trainer)
+        results.append(gradients(trainer, update))
+    assert len(credit.filtered) == 4
+    trained, masked = len(credit.kept), len(credit.filtered)
+    if (history, kind) == ("window", "grpo"):
+        trained, masked = len(credit.rows), sum(len(t.responses) for t in credit.filtered)
+    factor = trained / (trained + masked)
+    (loss, grads), counted = results
+    close(counted, (loss * factor, {name: grad * factor for name, grad in grads.items()}))
