@@ -281,9 +281,7 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "how"), [(8, "live"), (50, "later")])
 def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str) -> None:
     """Jobs send a sqlite store everything at their end, one after another: fifty at a time lose nothing."""
-    done = run_script(
-        tmp_path, LOG_TOGETHER, str(tmp_path / "outputs"), str(count), how, AEM_CACHE=str(tmp_path / "cache")
-    )
+    done = run_script(LOG_TOGETHER, str(tmp_path / "outputs"), str(count), how, AEM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     runs = [
         read_mlflow_run(local_store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}")

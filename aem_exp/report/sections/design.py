@@ -14,9 +14,9 @@ from aem_exp.stats import power
 
 COVERAGE: Final = """\
 How often intervals like these hold the truth, in 20,000 simulated comparisons each, without a difference and with one of 6
-points (python tests/nulls.py 20000; 95 % is asked for; give or take 0.2). There, 140 tasks are played 4 times, and the runs of
-both arms are as many and spread alike; with 3 runs against 10, up to 7 in 100 intervals miss. A run in ten that breaks down, as
-diverged runs do, is far from what t is made for: none of this holds then.
+points (the nominal level is 95 %; the simulation error is 0.2 points). Command: python tests/bench/interval_coverage.py 20000.
+Each run plays 140 tasks 4 times. Both arms have the same number of runs and the same spread. With 3 runs against 10, up to 7 of
+100 intervals miss the truth. If one run in ten diverges, the t distribution does not apply and none of these numbers holds.
 runs per arm            3             5            10
 this panel      96.5   96.3   95.4   95.5   94.9   95.1 %
 new tasks       95.7   95.4   95.1   95.1   95.1   95.1 %
