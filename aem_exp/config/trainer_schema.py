@@ -28,7 +28,7 @@ class StepSettings:
     """What TRL's batch arithmetic hides: how much is played in a step, and what of it is trained on."""
 
     steps: NonNegativeInt
-    """Rollout batches."""
+    """Steps of the run; a step is one rollout batch."""
     tasks_per_step: PositiveInt
     """Groups that a step trains on."""
     group_size: Annotated[int, AT_LEAST_2]
@@ -52,7 +52,7 @@ class Trainer(StepSettings):
     """GRPOConfig's keywords that decide results. What has no default must be set; what is None is left to TRL."""
 
     learning_rate: PositiveFloat
-    """The highest that `lr_scheduler_type` reaches."""
+    """The highest learning rate that `lr_scheduler_type` reaches."""
     lr_scheduler_type: SchedulerType
     """How the learning rate follows the progress of the run."""
     lr_scheduler_kwargs: dict[str, Any] | None = None
@@ -64,7 +64,7 @@ class Trainer(StepSettings):
     optim_args: str | None = None
     """Further keywords of the optimizer, as `key=value,key=value`."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of the optimizer."""
+    """Weight decay of the optimizer."""
     adam_beta1: Annotated[float, BELOW_1]
     """Decay of the first moment."""
     adam_beta2: Annotated[float, BELOW_1]
@@ -102,7 +102,7 @@ class Trainer(StepSettings):
     num_iterations: PositiveInt = 1
     """Passes over the rows of a step."""
     temperature: PositiveFloat = 1.0
-    """Of sampling while training."""
+    """Sampling temperature while training."""
     top_p: Annotated[float, FRACTION] = 1.0
     """Sampling keeps the most probable tokens that sum to this."""
     top_k: NonNegativeInt = 0
@@ -110,11 +110,11 @@ class Trainer(StepSettings):
     min_p: Annotated[float, BELOW_1] | None = None
     """Sampling keeps tokens of at least this share of the highest probability; null: all."""
     repetition_penalty: PositiveFloat = 1.0
-    """Of tokens that have occurred; above 1 makes them less probable (vLLM)."""
+    """Penalty of tokens that have occurred; above 1 makes them less probable (vLLM)."""
     sapo_temperature_neg: PositiveFloat | None = None
-    """Of SAPO's soft gate, for negative advantages."""
+    """Temperature of SAPO's soft gate, for negative advantages."""
     sapo_temperature_pos: PositiveFloat | None = None
-    """Of SAPO's soft gate, for positive advantages."""
+    """Temperature of SAPO's soft gate, for positive advantages."""
     vespo_k_pos: PositiveFloat | None = None
     """VESPO's exponent of small ratios, for positive advantages."""
     vespo_lambda_pos: PositiveFloat | None = None

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from doors import lacking
+from support.runs import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def site(tmp_path_factory):
     """The folder of the site after a strict build, in which a warning is an error."""
     if any(find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")):
-        lacking("the extra `docs` is not installed")
+        skip_or_fail("the extra `docs` is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # a notice about the next major version, on standard error
