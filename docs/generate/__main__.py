@@ -6,18 +6,21 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields, is_dataclass
+from io import StringIO
 from pathlib import Path
 
 from tables import argument_table, choice_table, code_table, describe_target, key_table, list_targets
 
+from aem_exp import __main__ as program
 from aem_exp import commands
 from aem_exp.cluster.slurm import Site
 from aem_exp.config import schema, trainer_schema
 from aem_exp.core.typed import type_hints
+from aem_exp.jobs import lend
 from aem_exp.sweep.study_spec import Search
 
 DOCS = Path(__file__).parents[1]
@@ -139,18 +142,21 @@ def _group(name: str, block: type) -> tuple[str, list[str]]:
 
 
 def commands_page() -> str:
-    calls = {"aem-exp": ["aem_exp"]} | {f"aem-exp {name}": ["aem_exp", name] for name in commands.COMMANDS}
-    calls["aem-exp run"] += ["RUN_DIR"]
-    calls["python -m aem_exp.jobs.lend"] = ["aem_exp.jobs.lend"]
-    return COMMANDS + "".join(f"\n## {title}\n\n```text\n{_help(call)}```\n" for title, call in calls.items())
+    sections = {"aem-exp": _help(lambda: program.main(["--help"]))}
+    for name in commands.COMMANDS:
+        words = ["RUN_DIR", "--help"] if name == "run" else ["--help"]
+        sections[f"aem-exp {name}"] = _help(lambda name=name, words=words: commands.run_command(name, words))
+    sections["python -m aem_exp.jobs.lend"] = _help(lambda: lend.main(["--help"]))
+    return COMMANDS + "".join(f"\n## {title}\n\n```text\n{text}```\n" for title, text in sections.items())
 
 
-def _help(call: list[str]) -> str:
+def _help(call: Callable[[], object]) -> str:
     """What `--help` prints, without the groups and their choices."""
-    env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", *call, "--help"]
-    done = subprocess.run(command, cwd=DOCS.parent, env=env, capture_output=True, text=True, check=True)
-    return re.sub(r"^\+?\w+=\n(?:  .*\n)+\n", "", done.stdout, flags=re.MULTILINE)
+    os.environ.update(COLUMNS="100", NO_COLOR="1")
+    sys.argv = ["generate"]  # a command is named after it, and changes it
+    with redirect_stdout(StringIO()) as out, suppress(SystemExit):
+        call()
+    return re.sub(r"^\+?\w+=\n(?:  .*\n)+\n", "", out.getvalue(), flags=re.MULTILINE)
 
 
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ def entries(nav):
         yield from entries(value) if isinstance(value, list) else [value]
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_navigation_and_in_the_site(site):
     pages = list(entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert sorted(pages) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
@@ -26,10 +28,12 @@ def test_every_page_is_in_the_navigation_and_in_the_site(site):
         assert (site / built).is_file(), page
 
 
+@pytest.mark.slow
 def test_the_build_writes_nothing_into_the_sources(site):
     assert not (ROOT / "site").exists()
 
 
+@pytest.mark.slow
 def test_the_generated_pages_are_current(tmp_path):
     subprocess.run([sys.executable, "docs/generate", str(tmp_path)], cwd=ROOT, check=True)
     for page in sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.md")):
