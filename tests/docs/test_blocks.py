@@ -15,12 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from support import ROOT, command_lines
-from support.markdown import PAGES, Block, name_of, read_blocks
+from support.markdown import PAGES, Block, code_spans, name_of, read_blocks
 from support.runs import DEADLINE
 
 from aem_exp import config
@@ -33,6 +34,8 @@ from aem_exp.sweep import question
 REASONS = ("needs a GPU", "needs SLURM", "needs model weights", "needs the network", "needs a server", "needs data")
 LANGUAGES = {"bash", "yaml", "python", "text", "", "json", "csv"}
 GROUPS = ("model", "env", "baseline", "modulation", "launch", "experiment")
+# A command in the text: with arguments, for otherwise its name is mentioned.
+COMMAND = re.compile(r"python -m aem_exp(?!\.tracking sync$)[\w.]* \S|python [\w/]+\.py|aem-exp \w+ \S|pip install ")
 BLOCKS = {page: blocks for page in PAGES if (blocks := read_blocks(page))}
 
 
@@ -85,18 +88,47 @@ def test_commands_are_understood(page, folder):
     write_files(page, folder)
     run_dir = command_lines.write_run_dir(folder / "outputs")
     wrong = []
-    for block in BLOCKS[page]:
-        text = block.text
-        if block.language in ("text", ""):
-            text = "\n".join(re.findall(r"^\$ (.*)$", text, re.MULTILINE))
-        elif block.language != "bash":
-            continue
+    for place, text in scripts(page):
         for words in command_lines.commands_of(text):
             try:
                 command_lines.check(words, run_dir)
             except (ConfigError, AssertionError, SystemExit) as error:
-                wrong.append(f"{block.place}: {' '.join(words)}\n    {type(error).__name__}: {error}")
+                wrong.append(f"{place}: {' '.join(words)}\n    {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+def scripts(page: Path) -> Iterator[tuple[str, str]]:
+    """The shell scripts of a page, with their places: blocks, prompts in outputs, and code in the text without placeholders."""
+    for block in BLOCKS[page]:
+        if block.language == "bash":
+            yield block.place, block.text
+        elif block.language in ("text", ""):
+            yield block.place, "\n".join(re.findall(r"^\$ (.*)$", block.text, re.MULTILINE))
+    for code in code_spans(page):
+        names = set(re.findall(r"\b[A-Z_]{2,}\b", code)) - {"RUN_DIR", "FOLDER", "DIR"}
+        if COMMAND.match(code) and not names and not set(code) & set("{}…"):
+            yield name_of(page), code
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m aem_exp trainer.stepz=3",
+        "python -m aem_exp --cfgg job",
+        "aem-exp sweep household_quick --locally",
+        "python -m aem_exp.report no_such_sweep",
+        "python -m aem_exp.evaluate RUN_DIR --repeat-all 3",
+        "python -m aem_exp.no_such_module",
+        "python tests/bench/no_such_file.py",
+        "pip install -e '.[no_such_extra]'",
+        "no_such_program",
+    ],
+)
+def test_what_no_program_would_understand_is_found(line, folder):
+    run_dir = command_lines.write_run_dir(folder / "outputs")
+    (words,) = command_lines.commands_of(line)
+    with pytest.raises((ConfigError, AssertionError)):
+        command_lines.check(words, run_dir)
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))

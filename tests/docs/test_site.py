@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.markdown import code_spans
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +48,13 @@ def test_every_variable_that_is_read_is_documented():
     names = set(re.findall(r"environ(?:\.get\(|\[)\"((?:AEM|\w+_DATA|MLFLOW)\w*)\"", code))
     page = (ROOT / "docs/configuration.md").read_text()
     assert [name for name in sorted(names) if f"| `{name}` |" not in page] == []
+
+
+def test_the_architecture_page_names_what_there_is():
+    page = ROOT / "docs/architecture.md"
+    spans = code_spans(page)
+    packages = {path.stem for path in (ROOT / "aem_exp").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert packages - {"__init__", "__pycache__", "py", "_bundled"} - set(spans) == set()
+    files = [span for span in spans if re.fullmatch(r"[\w/]+/[\w.]*", span) or re.fullmatch(r"\S+\.py", span)]
+    missing = [file for file in files if not ((ROOT / file).exists() or (ROOT / "aem_exp" / file).exists())]
+    assert len(files) > 30 and set(missing) <= {"__init__.py"}

@@ -61,10 +61,18 @@ def read_blocks(page: Path) -> list[Block]:
     return blocks
 
 
+def code_spans(page: Path) -> list[str]:
+    """What stands between single backticks, outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", _without_blocks(page))
+
+
+def _without_blocks(page: Path) -> str:
+    return re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def prose(page: Path) -> str:
     """The page without its fenced blocks and code spans."""
-    text = re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]*`", "", text)
+    return re.sub(r"`[^`\n]*`", "", _without_blocks(page))
 
 
 def links(page: Path) -> list[str]:
@@ -74,7 +82,7 @@ def links(page: Path) -> list[str]:
 
 def anchors(page: Path) -> set[str]:
     """The ids of the headings, as MkDocs and GitHub make them."""
-    text = re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = _without_blocks(page)
     found, out = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE), set()
     for title in found:
         own = re.search(r"\{ ?#([\w-]+) ?\}$", title)
