@@ -6,8 +6,8 @@
 - `text` and blocks without a language are outputs. In them, lines that begin with `$ ` are commands.
 
 The comment `<!-- not run: REASON -->` above a block says that it is only compiled. A page with a test of its own, such as a
-tutorial, is left to that test. A block whose first line is a comment with a path (`# my_conf/env/game.yaml`) is that file: it
-lies in the folder in which the page's commands are checked and its Python is run.
+tutorial, is left to that test. A block that is a file says so (see `FILE_MARKS`): it lies in the folder in which the page's
+commands are checked and its Python is run.
 """
 
 import os
@@ -155,21 +155,22 @@ def check_yaml(block: Block, folder: Path) -> None:
     elif data.keys() <= Site.__dataclass_fields__.keys():
         build_from_mapping(Site, data, "site")
     else:
-        compose_alone(block, data, folder / "alone")
+        compose_alone(block, data, folder)
 
 
-def compose_alone(block: Block, data: dict, over: Path) -> None:
+def compose_alone(block: Block, data: dict, folder: Path) -> None:
     """Compose a config file as the choice of its group that its path names, or else as an experiment."""
-    path = Path(block.file or "")
-    group = path.parent.name if path.parent.name in GROUPS else ""
-    if not group and "baseline" in data and "name" in (data["baseline"] or {}):
-        group, path = "baseline", Path(f"{data['baseline']['name']}.yaml")
-    text = block.text if group else f"# @package _global_\n{block.text}"
-    file = over / (group or "experiment") / (path.name or "part.yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    sign = "" if group and group != "experiment" else "+"
-    config.load([f"{sign}{group or 'experiment'}={file.stem}"], over)
+    path = Path(block.file)
+    if path.parent.name in GROUPS:
+        group, name, over, text = path.parent.name, path.stem, folder / path.parent.parent, block.text
+    elif "name" in (data.get("baseline") or {}):
+        group, name, over, text = "baseline", data["baseline"]["name"], folder / "alone", block.text
+    else:
+        group, name, over, text = "experiment", "part", folder / "alone", f"# @package _global_\n{block.text}"
+    (over / group).mkdir(parents=True, exist_ok=True)
+    (over / group / f"{name}.yaml").write_text(text)
+    cli.add_user_modules(over)
+    config.load([f"{'+' if group == 'experiment' else ''}{group}={name}"], over)
 
 
 @pytest.mark.slow

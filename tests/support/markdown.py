@@ -9,7 +9,12 @@ from support import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->$")
-FILE_COMMENT = re.compile(r"#\s*([\w./-]+\.(?:yaml|py|csv))\b")  # in the first line of a block: the file that it is
+PATH = r"([\w./-]+/[\w.-]+|[\w-]+\.(?:yaml|py|csv))"
+FILE_MARKS = (  # what says which file a block is: the title of its fence, the line above it, the comment in its first line
+    re.compile(rf'title="{PATH}"'),
+    re.compile(rf"^`{PATH}`.*:$"),
+    re.compile(rf"^#\s*{PATH}"),
+)
 
 
 @dataclass(frozen=True)
@@ -23,16 +28,12 @@ class Block:
     text: str
     reason: str
     """Why it is not run, by a comment above it: `<!-- not run: needs a GPU -->`; mostly empty."""
+    file: str
+    """The path of the file that it is; empty for others."""
 
     @property
     def place(self) -> str:
         return f"{name_of(self.page)}:{self.line}"
-
-    @property
-    def file(self) -> str | None:
-        """The path that the comment in its first line names."""
-        found = FILE_COMMENT.match(self.text)
-        return found[1] if found else None
 
 
 def name_of(page: Path) -> str:
@@ -43,21 +44,21 @@ def read_blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order; those within lists and notes are dedented."""
     blocks: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
-    start, before = None, ""
+    start, above, language, info = 0, "", "", ""
     for number, line in enumerate(lines, 1):
-        fence = re.match(r"\s*(```+)\s*(\w*)", line)
-        if fence and start is None:
-            start, language = number + 1, fence[2]
+        fence = re.match(r"\s*```+\s*(\w*)(.*)", line)
+        if fence and not start:
+            start, (language, info) = number + 1, fence.groups()
         elif fence:
             text = textwrap.dedent("\n".join(lines[start - 1 : number - 1])) + "\n"
-            reason = NOT_RUN.search(before)
-            blocks.append(Block(page, start, language, text, reason[1] if reason else ""))
-            start = None
-        elif start is None and line.strip():
-            before = line
-        if fence and start is None:
-            before = ""
-    assert start is None, f"{page}: a fence is not closed"
+            reason = NOT_RUN.search(above)
+            marks = zip(FILE_MARKS, (info, above, text.partition("\n")[0]), strict=True)
+            file = next((found[1] for mark, place in marks if (found := mark.search(place))), "")
+            blocks.append(Block(page, start, language, text, reason[1] if reason else "", file))
+            start, above = 0, ""
+        elif not start and line.strip():
+            above = line
+    assert not start, f"{page}: a fence is not closed"
     return blocks
 
 
