@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, and the build changes no source."""
+"""The documentation site builds without a warning, and its generated pages are current."""
 
 import re
 import subprocess
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import ROOT
 from support.markdown import code_spans
-
-ROOT = Path(__file__).parents[2]
 
 
 def entries(nav):
@@ -30,13 +29,8 @@ def test_every_page_is_in_the_navigation_and_in_the_site(site):
 
 
 @pytest.mark.slow
-def test_the_build_writes_nothing_into_the_sources(site):
-    assert not (ROOT / "site").exists()
-
-
-@pytest.mark.slow
 def test_the_generated_pages_are_current(tmp_path):
-    subprocess.run([sys.executable, "docs/generate", str(tmp_path)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-B", "docs/generate", str(tmp_path)], cwd=ROOT, check=True)
     for page in sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.md")):
         # word by word: versions of Python break the lines of a help page at different places
         stale = (ROOT / "docs" / page).read_text().split() != (tmp_path / page).read_text().split()
