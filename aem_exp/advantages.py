@@ -77,13 +77,21 @@ def group_normalised(batch: StepBatch, *, over: Over = "trajectories", eps: Eps 
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
 
     A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
+
+    Args:
+        over: the population that a score is compared with: `trajectories` or `turns` of the group.
+        eps: added to the standard deviation.
     """
     group = _Statistics(*batch.population(over))
     return _advantage(batch, group.scaled(group.excess(batch.score_R, batch.group_R), batch.group_R, eps))
 
 
 def group_centred(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
-    """Dr. GRPO (arXiv 2503.20783): score - mean of the group."""
+    """Dr. GRPO (arXiv 2503.20783): score - mean of the group.
+
+    Args:
+        over: the population that a score is compared with: `trajectories` or `turns` of the group.
+    """
     group = _Statistics(*batch.population(over))
     return _advantage(batch, group.excess(batch.score_R, batch.group_R))
 
@@ -92,6 +100,9 @@ def leave_one_out(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn.
 
     Of n values, own - mean of the others = n / (n - 1) * (own - mean of all).
+
+    Args:
+        over: the population that a score is compared with: `trajectories` or `turns` of the group.
     """
     group, group_R = _Statistics(*batch.population(over)), batch.group_R
     own_R = batch.score_R if over == "turns" else batch.return_M[batch.trajectory_R]
@@ -105,7 +116,10 @@ def batch_whitened(
 ) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): scores whitened over the whole batch.
 
-    With `group_baseline`, the mean of its group is subtracted from a score first (the paper's REINFORCE++-baseline).
+    Args:
+        over: the population that is whitened: trajectories or turns.
+        eps: added to the standard deviation.
+        group_baseline: first subtract the mean of its group from each score (the paper's REINFORCE++-baseline).
     """
     value, group = batch.population(over)
     whole, whole_R = torch.zeros_like(group), torch.zeros_like(batch.trajectory_R)
@@ -131,7 +145,14 @@ def step_compared(
     """GiGPO (arXiv 2505.10978): the episode's advantage, plus omega times that of the step among steps at the same state.
 
     Steps of a group that answered to the same observation are compared by discounted return; a state that was met once
-    adds nothing. `norm`: divide both by their standard deviations (ALFWorld), or by nothing (WebShop).
+    adds nothing.
+
+    Args:
+        over: the population that a score is compared with: `trajectories` or `turns` of the group.
+        eps: added to the standard deviation.
+        norm: `std` divides both by their standard deviations (ALFWorld), `mean` by nothing (WebShop).
+        gamma: discount per turn of the step's return.
+        omega: weight of the step's advantage.
     """
     episode_R = group_normalised(batch, over=over, eps=eps) if norm == "std" else group_centred(batch, over=over)
     value_R = discounted(batch.reward_R, batch.trajectory_R, gamma) - batch.penalty_R

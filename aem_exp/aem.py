@@ -8,7 +8,7 @@ by the sampling temperature):
     Hbar_r   = mean of H_k over the tokens of response r
     Htilde_r = (Hbar_r - min_G Hbar) / (max_G Hbar - min_G Hbar)
     alpha_r  = exp(-lam * Htilde_r) / mean over G of exp(-lam * Htilde)
-    A'_k     = alpha_r * A_k                      for every token k of r, both signs of A, base loss unchanged
+    A'_k     = alpha_r * A_k    for every token k of r, both signs of A, base loss unchanged
 
 Our own choices, where the paper is silent: alpha is a constant for the optimiser and nothing is re-normalised afterwards;
 a group with one response, or without spread, has alpha = 1; fully masked trajectories have no responses.

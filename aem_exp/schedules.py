@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constant:
+    """The same lambda in every step."""
+
     value: float = 1.0
+    """Lambda."""
 
     def __call__(self, progress: float) -> float:
         return self.value
@@ -19,8 +22,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
+    """A straight line from `start` to `end`."""
+
     start: float
+    """Lambda at the first step."""
     end: float
+    """Lambda at the last step."""
 
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * progress
@@ -31,7 +38,9 @@ class Cosine:
     """Half a cosine from `start` to `end`: flat at both ends."""
 
     start: float
+    """Lambda at the first step."""
     end: float
+    """Lambda at the last step."""
 
     def __call__(self, progress: float) -> float:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2

@@ -75,12 +75,18 @@ def make(
 
     Args:
         env: how episodes become tokens; the warm start sees exactly what a rollout shows.
-        initializer_range: of the random weights; with the usual 0.02 a model this small hardly learns.
+        hidden_size: width of the model.
+        layers: number of layers.
+        heads: attention heads of a layer.
+        initializer_range: standard deviation of the random weights; with the usual 0.02 a model this small hardly learns.
         episodes: demonstrations to play, on training tasks.
         noise: share of the demonstrator's turns that are random.
         shyness: how often the shy player shuns what it ought to do; what that is, the world says.
-        steps, habit_steps: of imitating the bold player, then the shy one.
-        batch, learning_rate: of the imitation; the rate rises for a tenth of the steps, then falls to zero.
+        steps: updates that imitate the bold player.
+        habit_steps: updates that imitate the shy player, after those.
+        batch: demonstrations per update.
+        learning_rate: highest learning rate; it rises for a tenth of the steps, then falls to zero.
+        seed: seed of the weights and of all draws.
     """
     if not (hasattr(world, "words") and hasattr(world, "expert")):
         remedy = "choose a world that has a scripted player, or load a policy with model.path"

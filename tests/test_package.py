@@ -1,8 +1,9 @@
-"""The wheel: configs travel inside it, and it works from any folder."""
+"""The wheel: configs travel inside it, and it works from any folder. The sdist: the documentation is in it."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -16,6 +17,22 @@ def wheel(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
+
+
+def test_the_sdist_has_what_builds_the_documentation(tmp_path):
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "mkdocs.yml",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "docs/index.md",
+        "docs/generate/__main__.py",
+    } <= names
+    assert not any(name.startswith("site/") for name in names)
 
 
 def test_configs_travel_inside(wheel):

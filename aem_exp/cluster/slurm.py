@@ -36,9 +36,13 @@ class Site:
     """What `slurm/site.yaml` may say. Whatever is left out is the cluster's own default."""
 
     partition: str | None = None
+    """Partition of the jobs."""
     account: str | None = None
+    """Account that the jobs are charged to."""
     qos: str | None = None
+    """Quality of service."""
     constraint: str | None = None
+    """Features that the nodes must have, such as h100."""
     mem_gb: Annotated[int, AT_LEAST_1] | None = None
     """Memory of a node."""
     at_once: Annotated[int, AT_LEAST_1] = 32

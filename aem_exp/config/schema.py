@@ -25,7 +25,7 @@ class Model:
     make: dict[str, Any] | None = None
     """`_target_` of a policy that is made here instead of loaded (then `path` is null)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
+    """Data type of the weights."""
     attention: str | None = None
     """transformers' `attn_implementation`; null: its own choice."""
     lora: dict[str, Any] | None = None
@@ -33,7 +33,7 @@ class Model:
     system: str | None = None
     """System message; null: none."""
     thinking: Literal["on", "off", "template"] = "template"
-    """Whether responses begin with reasoning; template: as the chat template decides."""
+    """Whether responses begin with reasoning; `template`: as the chat template decides."""
     trust_remote_code: bool = False
     """Run the code that comes with the weights."""
     code_sha256: str | None = None
@@ -47,21 +47,21 @@ class Env:
     name: str = ""
     """The file of conf/env; not hashed."""
     make: dict[str, Any] = field(default_factory=dict)
-    """`_target_` of a World, and its keywords."""
+    """`_target_` of a world (see `aem_exp.envs.World`), and its arguments."""
     history: Literal["full", "window"] = "full"
-    """full: one row per trajectory; window: every turn is its own row."""
+    """`full`: one row per trajectory; `window`: every turn is its own row."""
     window: NonNegativeInt = 0
     """Past turns in each prompt (`history: window`)."""
     max_turns: PositiveInt = 1
-    """Turns of an episode."""
+    """Most turns of an episode."""
     response_tokens: PositiveInt = 1
-    """Budget of one response."""
+    """Most tokens of one response."""
     context_tokens: PositiveInt = 1
-    """Budget of a row: prompt and responses."""
+    """Most tokens of a row: prompt and responses."""
     invalid_penalty: NonNegativeFloat = 0.0
     """What an invalid turn subtracts from its own score."""
     prompt: dict[str, str] = field(default_factory=dict)
-    """`str.format` templates; see `prompts.TEMPLATE_FIELDS`."""
+    """Prompt templates for `str.format`; `aem_exp.config.prompts` lists their fields."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Baseline:
     name: str = ""
     """The file of conf/baseline; not hashed."""
     advantage: dict[str, Any] = field(default_factory=dict)
-    """`_target_` of a function in advantages.py, and its keywords."""
+    """`_target_` of an advantage estimator, such as a function of `aem_exp.advantages`, and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Modulation:
     bonus: NonNegativeFloat = 0.0
     """zeta of EMPG: what the clarity of the next response adds to the advantage."""
     bonus_lam: float = 1.0
-    """k' of EMPG."""
+    """k' of EMPG: strength of the clarity in the bonus."""
     centred: bool = False
     """Subtract the batch mean from the modulated advantages, as EMPG does."""
 
@@ -115,13 +115,13 @@ class Evaluation:
     repeats: PositiveInt = 1
     """Episodes per task."""
     temperature: PositiveFloat = 1.0
-    """Of sampling."""
+    """Sampling temperature."""
     tasks: NonNegativeInt = 0
     """Tasks of a panel; 0: all of them."""
     max_turns: NonNegativeInt = 0
-    """Turns of an episode; 0: `env.max_turns`."""
+    """Most turns of an episode; 0: `env.max_turns`."""
     context_tokens: NonNegativeInt = 0
-    """Budget of a row; 0: `env.context_tokens`."""
+    """Most tokens of a row; 0: `env.context_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Launch:
     nodes: PositiveInt = 1
     """Nodes that train."""
     gpus_per_node: NonNegativeInt = 0
-    """GPUs of each, one process per GPU; 0: one process on the CPU."""
+    """GPUs of each node, one process per GPU; 0: one process on the CPU."""
     cpus_per_task: NonNegativeInt = 0
     """CPU cores per process; 0: the site's default."""
     gpu_memory_gb: NonNegativeFloat = 0.0
@@ -175,7 +175,7 @@ class Launch:
     requeues: NonNegativeInt = 0
     """The most starts of a job after its first; 0: no limit."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """GRPOConfig keywords of execution; see `trainer_keys.LAUNCH_KEYS`."""
+    """GRPOConfig keywords of execution; see `trainer_schema.LaunchTrainer`."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Experiment:
     name: str = ""
     """First part of the run dir's name; not hashed."""
     seed: NonNegativeInt = 0
-    """Of all random draws."""
+    """Seed of all random draws."""
     model: Model = field(default_factory=Model)
     """The policy."""
     env: Env = field(default_factory=Env)
@@ -211,7 +211,7 @@ class Experiment:
     parent_steps: NonNegativeInt = 0
     """Steps of the parent: the first step of this run is the next one."""
     resume: Literal["exact", "inexact"] = "exact"
-    """inexact: resume although code, libraries or machine changed."""
+    """`inexact`: resume although code, libraries or machine changed."""
 
 
 def apply_evaluation_limits(experiment: Experiment) -> Experiment:

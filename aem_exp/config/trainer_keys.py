@@ -9,65 +9,16 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypedDict
+from typing import Any, Final
 
 from aem_exp.config.schema import neutral_values
-from aem_exp.config.trainer_schema import StepSettings, Trainer
+from aem_exp.config.trainer_schema import LaunchTrainer, StepSettings, Trainer
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
-from aem_exp.core.typed import FRACTION, PositiveFloat, PositiveInt, convert, describe_type, type_hints
-
-OptionalBool = bool | None
-OptionalText = str | None
-OptionalMapping = dict[str, Any] | None
-
-
-class FSDPKeywords(TypedDict, total=False):
-    """What `fsdp_config` may say; transformers would read other keys over."""
-
-    version: int | None
-    reshard_after_forward: OptionalBool
-    cpu_offload: OptionalBool
-    cpu_ram_efficient_loading: OptionalBool
-    activation_checkpointing: OptionalBool
-    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None
-    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None
-    transformer_layer_cls_to_wrap: list[str] | None
-    min_num_params: int | None
-
+from aem_exp.core.typed import convert, describe_type, type_hints
 
 OWN_KEYS: Final = type_hints(StepSettings)
 GRPO_KEYS: Final = {key: hint for key, hint in type_hints(Trainer).items() if key not in OWN_KEYS}
-LAUNCH_KEYS: Final[dict[str, Any]] = {
-    "use_cpu": OptionalBool,
-    "tf32": OptionalBool,
-    "gradient_checkpointing": OptionalBool,
-    "gradient_checkpointing_kwargs": OptionalMapping,
-    "fsdp": OptionalBool,
-    "fsdp_config": FSDPKeywords | None,
-    "torch_compile": OptionalBool,
-    "torch_compile_backend": OptionalText,
-    "torch_compile_mode": OptionalText,
-    "torch_empty_cache_steps": PositiveInt | None,
-    "full_determinism": OptionalBool,
-    "ddp_find_unused_parameters": OptionalBool,
-    "ddp_bucket_cap_mb": PositiveInt | None,
-    "ddp_broadcast_buffers": OptionalBool,
-    "ddp_static_graph": OptionalBool,
-    "ddp_backend": OptionalText,
-    "ddp_timeout": PositiveInt | None,
-    "use_vllm": OptionalBool,
-    "vllm_mode": Literal["colocate", "server"] | None,
-    "vllm_model_impl": Literal["vllm", "transformers"] | None,
-    "vllm_enable_sleep_mode": OptionalBool,
-    "vllm_gpu_memory_utilization": Annotated[float, FRACTION] | None,
-    "vllm_max_model_length": PositiveInt | None,
-    "vllm_tensor_parallel_size": PositiveInt | None,
-    "vllm_importance_sampling_correction": OptionalBool,
-    "vllm_importance_sampling_mode": Literal["token_truncate"]
-    | None,  # a sum over an agent's tokens masks whole episodes
-    "vllm_importance_sampling_clip_max": PositiveFloat | None,
-    "vllm_importance_sampling_clip_min": PositiveFloat | None,
-}
+LAUNCH_KEYS: Final = type_hints(LaunchTrainer)
 REPLACEMENTS: Final[dict[str, str]] = {
     "per_device_train_batch_size": "launch.device_rows",
     "gradient_accumulation_steps": "launch.device_rows",

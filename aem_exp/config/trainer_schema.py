@@ -1,7 +1,10 @@
-"""The type of the `trainer` block: how a policy is optimised. Every field is part of a run's signature."""
+"""The types of the `trainer` block (how a policy is optimised) and of the `launch.trainer` block (how TRL executes that).
+
+Every field of `trainer` is part of a run's signature; no key of `launch.trainer` is.
+"""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from aem_exp.core.typed import (
     AT_LEAST_2,
@@ -25,7 +28,7 @@ class StepSettings:
     """What TRL's batch arithmetic hides: how much is played in a step, and what of it is trained on."""
 
     steps: NonNegativeInt
-    """Rollout batches."""
+    """Steps of the run; a step is one rollout batch."""
     tasks_per_step: PositiveInt
     """Groups that a step trains on."""
     group_size: Annotated[int, AT_LEAST_2]
@@ -49,7 +52,7 @@ class Trainer(StepSettings):
     """GRPOConfig's keywords that decide results. What has no default must be set; what is None is left to TRL."""
 
     learning_rate: PositiveFloat
-    """The highest that `lr_scheduler_type` reaches."""
+    """The highest learning rate that `lr_scheduler_type` reaches."""
     lr_scheduler_type: SchedulerType
     """How the learning rate follows the progress of the run."""
     lr_scheduler_kwargs: dict[str, Any] | None = None
@@ -61,7 +64,7 @@ class Trainer(StepSettings):
     optim_args: str | None = None
     """Further keywords of the optimizer, as `key=value,key=value`."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of the optimizer."""
+    """Weight decay of the optimizer."""
     adam_beta1: Annotated[float, BELOW_1]
     """Decay of the first moment."""
     adam_beta2: Annotated[float, BELOW_1]
@@ -99,7 +102,7 @@ class Trainer(StepSettings):
     num_iterations: PositiveInt = 1
     """Passes over the rows of a step."""
     temperature: PositiveFloat = 1.0
-    """Of sampling while training."""
+    """Sampling temperature while training."""
     top_p: Annotated[float, FRACTION] = 1.0
     """Sampling keeps the most probable tokens that sum to this."""
     top_k: NonNegativeInt = 0
@@ -107,11 +110,11 @@ class Trainer(StepSettings):
     min_p: Annotated[float, BELOW_1] | None = None
     """Sampling keeps tokens of at least this share of the highest probability; null: all."""
     repetition_penalty: PositiveFloat = 1.0
-    """Of tokens that have occurred; above 1 makes them less probable (vLLM)."""
+    """Penalty of tokens that have occurred; above 1 makes them less probable (vLLM)."""
     sapo_temperature_neg: PositiveFloat | None = None
-    """Of SAPO's soft gate, for negative advantages."""
+    """Temperature of SAPO's soft gate, for negative advantages."""
     sapo_temperature_pos: PositiveFloat | None = None
-    """Of SAPO's soft gate, for positive advantages."""
+    """Temperature of SAPO's soft gate, for positive advantages."""
     vespo_k_pos: PositiveFloat | None = None
     """VESPO's exponent of small ratios, for positive advantages."""
     vespo_lambda_pos: PositiveFloat | None = None
@@ -125,3 +128,87 @@ class Trainer(StepSettings):
 def trainer_keywords(trainer: Trainer) -> dict[str, Any]:
     """The keywords that are set."""
     return {key: value for key, value in asdict(trainer).items() if value is not None}
+
+
+class FSDPKeywords(TypedDict, total=False):
+    """The keys that `launch.trainer.fsdp_config` takes; transformers would ignore any other."""
+
+    version: int | None
+    """Version of PyTorch's FSDP; must be 2."""
+    reshard_after_forward: bool | None
+    """Free the gathered weights of a layer after its forward pass, and gather them again for the backward pass."""
+    cpu_offload: bool | None
+    """Keep weights, gradients and optimizer state in the memory of the node."""
+    cpu_ram_efficient_loading: bool | None
+    """Only one process of a node reads the weights."""
+    activation_checkpointing: bool | None
+    """Recompute activations in the backward pass instead of storing them."""
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None
+    """Whether a checkpoint holds whole tensors, or the shards of each process."""
+    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None
+    """How the model is split into units that are sharded and gathered together."""
+    transformer_layer_cls_to_wrap: list[str] | None
+    """Class names of the layers that are such units (`TRANSFORMER_BASED_WRAP`)."""
+    min_num_params: int | None
+    """The smallest number of parameters of such a unit (`SIZE_BASED_WRAP`)."""
+
+
+class LaunchTrainer(TypedDict, total=False):
+    """GRPOConfig's keywords of execution. What is not set keeps TRL's default."""
+
+    use_cpu: bool | None
+    """Train on the CPU, also where there is a GPU."""
+    tf32: bool | None
+    """Compute float32 matrix products in TF32 on the GPU."""
+    gradient_checkpointing: bool | None
+    """Recompute activations in the backward pass instead of storing them."""
+    gradient_checkpointing_kwargs: dict[str, Any] | None
+    """Further keywords of gradient checkpointing."""
+    fsdp: bool | None
+    """Shard weights, gradients and optimizer state over the processes (FSDP)."""
+    fsdp_config: FSDPKeywords | None
+    """Settings of FSDP."""
+    torch_compile: bool | None
+    """Compile the model with `torch.compile`."""
+    torch_compile_backend: str | None
+    """Backend of `torch.compile`."""
+    torch_compile_mode: str | None
+    """Mode of `torch.compile`."""
+    torch_empty_cache_steps: PositiveInt | None
+    """Optimizer steps between two calls of `torch.cuda.empty_cache`."""
+    full_determinism: bool | None
+    """Use deterministic kernels only; slower."""
+    ddp_find_unused_parameters: bool | None
+    """`find_unused_parameters` of DistributedDataParallel."""
+    ddp_bucket_cap_mb: PositiveInt | None
+    """`bucket_cap_mb` of DistributedDataParallel."""
+    ddp_broadcast_buffers: bool | None
+    """`broadcast_buffers` of DistributedDataParallel."""
+    ddp_static_graph: bool | None
+    """`static_graph` of DistributedDataParallel."""
+    ddp_backend: str | None
+    """Backend of torch.distributed, such as nccl or gloo."""
+    ddp_timeout: PositiveInt | None
+    """Time limit of a collective operation, in seconds."""
+    use_vllm: bool | None
+    """Generate with vLLM (`launch.sampler: engine`)."""
+    vllm_mode: Literal["colocate", "server"] | None
+    """Where TRL's vLLM runs: in the trainer's process, or in a server."""
+    vllm_model_impl: Literal["vllm", "transformers"] | None
+    """Which implementation of the model vLLM uses."""
+    vllm_enable_sleep_mode: bool | None
+    """vLLM frees the memory of the GPU while the policy is updated."""
+    vllm_gpu_memory_utilization: Annotated[float, FRACTION] | None
+    """Share of the GPU's memory that vLLM takes."""
+    vllm_max_model_length: PositiveInt | None
+    """The longest context of vLLM, in tokens."""
+    vllm_tensor_parallel_size: PositiveInt | None
+    """GPUs that share one copy of the weights in vLLM."""
+    vllm_importance_sampling_correction: bool | None
+    """Correct for the difference between the log-probs of vLLM and those of the trainer."""
+    vllm_importance_sampling_mode: Literal["token_truncate"] | None  # a sum over an agent's tokens masks whole episodes
+    """How the correction treats ratios out of bounds: `token_truncate` clips the ratio of each token."""
+    vllm_importance_sampling_clip_max: PositiveFloat | None
+    """Upper bound of these ratios."""
+    vllm_importance_sampling_clip_min: PositiveFloat | None
+    """Lower bound of these ratios."""

@@ -45,14 +45,15 @@ class OpenEnv(AdapterWorld):
     """Games of a server, each a seed, which the server must honour.
 
     Args:
-        base_url: where it listens.
-        action_field, observation_field: of the server's actions and observations, the ones that hold the text.
+        base_url: address of the server.
+        action_field: field of the server's actions that holds the text.
+        observation_field: field of the server's observations that holds the text.
         actions: name -> value of the action field; null: it takes text.
         goal: what a game asks for.
         wins: an episode that earned so much is a success.
         tags: responses are `<think>..</think><action>..</action>`.
         reward: multiplies the server's.
-        seconds: for an answer.
+        seconds: time limit of an answer.
         sizes: games per split.
     """
 

@@ -24,8 +24,10 @@ class SWEBench(Repositories):
     """Rows of two data sets. Panels: `test`, all of one; `dev`, rows held out of the other by the hash of their names.
 
     Args:
-        train, test: hub ids, or files of .jsonl or .parquet, in SWE-bench's (version 5) or R2E-Gym's format.
-        train_revision, test_revision: commits of hub data sets.
+        train: hub id or file (.jsonl, .parquet) of the training rows, in the format of SWE-bench (version 5) or R2E-Gym.
+        test: hub id or file of the test rows, in the same formats.
+        train_revision: commit of the training rows on the hub.
+        test_revision: commit of the test rows on the hub.
         dev: rows held out of train.
         sizes: only so many tasks of a split, chosen by the same hash; for a machine that cannot hold all images.
     """

@@ -27,6 +27,9 @@ class Docker:
 
     What ends a command runs inside, as that command's user and from an image that it can write: one that means to can outlive
     its end, and meet the next one. It stays in its container, which ends when we do; grading has one of its own.
+
+    Args:
+        program: docker or podman.
     """
 
     program: str = "docker"

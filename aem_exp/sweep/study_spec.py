@@ -44,10 +44,15 @@ class Search:
     space: dict[str, str] = field(default_factory=dict)
     """Key -> its range, as text."""
     trials: Annotated[int, AT_LEAST_1] = 1
+    """Trials of the study."""
     metric: str = "eval/success"
+    """The logged metric whose last value is the value of a trial."""
     direction: Literal["maximize", "minimize"] = "maximize"
+    """Whether larger or smaller values are better."""
     pruner: Literal["hyperband", "median", "none"] = "none"
+    """How trials are stopped early."""
     storage: str | None = None
+    """URL of a data base; null: $AEM_STUDY, else a journal file in the folder of the study."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The laws that keep the trainer honest. The letters are those of the README's list.
+"""The laws that keep the trainer honest. The letters are those of docs/architecture.md.
 
 (a) full history: TRL's own trainer, unmodified, sees the same loss and gradients
 (b) windowed: one-turn episodes satisfy (a); longer ones an independent reference loss

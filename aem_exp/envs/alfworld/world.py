@@ -69,8 +69,9 @@ class Generated(_EngineWorld):
     """Generated games, any number of them; nothing is downloaded.
 
     Args:
-        kinds: of task, each as often as any other.
-        receptacles, objects: in a room; an official game has up to 28 and 45.
+        kinds: kinds of task, each as often as any other.
+        receptacles: receptacles in a room; an official game has up to 28.
+        objects: objects in a room; an official game has up to 45.
         tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the command.
         reward: paid once, on success.
         sizes: tasks per split.
@@ -133,8 +134,8 @@ class AlfWorld(_EngineWorld):
 
     Args:
         data: the folder that holds json_2.1.1/; null: $ALFWORLD_DATA, else where `prepare` puts it.
-        split: original: `dev` are 140 games held out of train | verl_agent: train is all of it, and `dev` 128 random draws of
-            valid_seen; for the sake of published numbers alone.
+        split: `original`: dev is 140 games held out of train. `verl_agent`: train is all of it, and dev 128 random draws of
+            valid_seen; only to compare with published numbers.
         tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the command.
         reward: paid once, on success.
         games: how many there must be in each folder; null: whatever is there.

@@ -39,7 +39,8 @@ class Household:
         openable: how many of them must be opened first (more where the errand itself needs more); the rest are surfaces.
         copies: how many receptacles of one type a room may have.
         objects: how many movable objects lie in it.
-        receptacle_types, object_types: what rooms are made of; null: everything.
+        receptacle_types: types of receptacles in rooms; null: all.
+        object_types: types of objects in rooms; null: all.
         tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
         reward: paid once, on success.
         sizes: tasks per split.

@@ -33,10 +33,12 @@ class Repositories:
 
     Args:
         sandbox: where commands run; see `aem_exp.sandboxes`.
-        limits: of each sandbox, as `sandboxes.Limits` names them; what is left out is as it says.
-        turns: of an episode: `env.max_turns`; the last one is graded, finished or not.
-        command_seconds, tests_seconds, episode_seconds: the longest that a command, grading and all of it may take.
-        reward: for a patch that resolves.
+        limits: of each sandbox, by the names of `sandboxes.Limits`, whose defaults hold for the others.
+        turns: turns of an episode, the same as `env.max_turns`; after the last one the patch is graded, finished or not.
+        command_seconds: time limit of a command.
+        tests_seconds: time limit of grading.
+        episode_seconds: time limit of an episode.
+        reward: reward of a patch that resolves the task.
     """
 
     splits = ("train", "dev", "test")
@@ -100,7 +102,8 @@ class Made(Repositories):
     """Small repositories with a bug each; the machine's own Python and git, read-only, serve as their image.
 
     Args:
-        modules, functions: of a package: how much there is to look at.
+        modules: modules of a package.
+        functions: functions of a module.
         sizes: tasks per split.
     """
 

@@ -30,13 +30,14 @@ class WebShop:
 
     Args:
         data: the folder of the official files; null: $WEBSHOP_DATA, else webshop/ in the cache.
-        catalogue: small: 1,000 products | full: 1.18 million.
-        goals: synthetic: made of products and their options | human: 12,087 that people wrote, on the full catalogue.
-        split: original: test 0-499, dev 500-1499, train the rest of one order | verl_agent: each of its workers shuffles anew,
-            so that its validation is largely on training goals; for the sake of published numbers alone.
-        nouns: spacy: needs en_core_web_sm | words: an approximation, see above.
+        catalogue: `small`, 1,000 products, or `full`, 1.18 million.
+        goals: `synthetic`, made of products and their options, or `human`, 12,087 that people wrote, on the full catalogue.
+        split: `original`: test is 0-499, dev 500-1499, train the rest of one order. `verl_agent`: each of its workers shuffles
+            anew, so that its validation is largely on training goals; only to compare with published numbers.
+        nouns: `spacy`, which needs en_core_web_sm, or `words`, an approximation without it.
         tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
-        reward: paid on buying, where `pays` says: success: exactly what was asked | score: in proportion to the score.
+        reward: paid on buying, as `pays` says.
+        pays: `success`: for exactly what was asked; `score`: in proportion to the score.
         seed: of the bounds of prices in goals, and of what verl_agent's workers draw.
     """
 
@@ -171,8 +172,9 @@ class Generated(WebShop):
     """A shop of generated products, in the official format; nothing is downloaded.
 
     Args:
-        products: how many.
-        panels: goals of the test and dev panels.
+        products: number of products.
+        seed: of the products and of the bounds of prices in goals.
+        panels: number of goals of the test and dev panels.
     """
 
     def __init__(
