@@ -133,11 +133,15 @@ def test_a_plan_of_weights_lacks_the_estimates_alone(aem):
 
 
 def test_a_plan_says_what_of_the_users_own_needs_torch(run, tmp_path):
-    (tmp_path / "mine.py").write_text("import torch\n\n\ndef half(step):\n    return step.return_M / 2\n")
+    half, world = "def half(step):\n    return step.return_M / 2\n", "def world(**settings):\n    pass\n"
+    (tmp_path / "mine.py").write_text(f"import torch\n\n\n{half}\n\n{world}")
     words = ("baseline.advantage={_target_: mine.half}", "plan=true")
     done = run("-m", "aem_exp", *words, "--config-dir", str(tmp_path))
     assert (done.returncode, done.stderr.strip()) == (0, "mine.half: was not tried, as this needs torch")
     assert "64 environments at once" in done.stdout
+    done = run("-m", "aem_exp", "env.make={_target_: mine.world}", "plan=true", "--config-dir", str(tmp_path))
+    why = "env.make._target_=mine.world: importing it failed: this needs torch"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"note    not here: {why}: {REMEDY}")
 
 
 def test_a_report_of_archives_is_the_same(aem, tmp_path):

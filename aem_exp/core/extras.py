@@ -38,9 +38,9 @@ def first_missing(modules: Sequence[str] = TRAINING_MODULES) -> str | None:
     return next((name for name in modules if find_spec(name) is None), None)
 
 
-def explain_missing(error: ModuleNotFoundError) -> str | None:
-    """A sentence for an import that failed as the extra `train` is not installed; None for any other."""
-    name = (error.name or "").partition(".")[0]
+def explain_missing(error: BaseException) -> str | None:
+    """A sentence for an import that failed because the extra `train` is not installed; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name not in TRAINING_MODULES or first_missing([name]) is None:
         return None
     return f"this needs {name}: {install_command(TRAINING_EXTRA)}"

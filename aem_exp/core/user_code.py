@@ -32,16 +32,12 @@ def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> 
         yield
     except (ConfigError, RunError):
         raise
-    except ModuleNotFoundError as error:
+    except (Exception, SystemExit) as error:
         if why := extras.explain_missing(error):
             raise MissingResource(field, path, f"{call} failed: {why}") from error
-        raise _call_error(field, path, call, function, error) from error
-    except (Exception, SystemExit) as error:
-        raise _call_error(field, path, call, function, error) from error
-
-
-def _call_error(field: str, path: str, call: str, function: Any, error: BaseException) -> ConfigError:
-    return ConfigError(field, path, f"{call} failed: {format_error(error)} ({error_location(error, function)})")
+        raise ConfigError(
+            field, path, f"{call} failed: {format_error(error)} ({error_location(error, function)})"
+        ) from error
 
 
 @contextmanager
