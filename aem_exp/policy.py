@@ -17,10 +17,11 @@ from typing import Any
 from filelock import FileLock
 
 from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate, targets
-from aem_exp.core import disk
+from aem_exp.core import disk, extras
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
+LIBRARIES = ("torch", "transformers")  # to make a policy
 # Files of a model's folder.
 LOADED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
@@ -105,6 +106,7 @@ def make_cached(experiment: Experiment, world: World) -> str:
     disk.check_writable(cache, "AEM_CACHE")
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.exists():
+            extras.require_training("model.make", recipe["make"]["_target_"], "making this policy", LIBRARIES)
             log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
             with tempfile.TemporaryDirectory(dir=cache) as part:
                 make = instantiate(recipe["make"], partial=True)

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,32 @@ def _current_facts(experiment: Experiment, weights: str | None, ranks: int) -> d
         "machine": platform.machine(),
         "device": "gpu" if experiment.launch.gpus_per_node else "cpu",
         "processes": ranks,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "weights": policy.fingerprint(weights) if weights else None,
         "commit": _read_commit(_PACKAGE_ROOT),
         "method": METHOD,
     }
 
 
+def package_versions() -> dict[str, str]:
+    """The versions of `PACKAGES`; those that are not installed are left out."""
+    versions = dict[str, str]()
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def _changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences that may change a result; the minor version of Python and the commit are only recorded."""
+    """Differences that may change a result; the minor version of Python and the commit are only recorded.
+
+    A package that is not installed here cannot run anything, so its version is not compared.
+    """
     old, new = ({**data.get("packages", {}), **data} for data in (before, now))
     keys = ("processes", "device", "machine", "weights", *PACKAGES)
-    changed = [f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and old[key] != new[key]]
+    changed = [
+        f"{key} {old[key]}, now {new[key]}" for key in keys if key in old and key in new and old[key] != new[key]
+    ]
     if before and before.get("method", 0) != now["method"]:
         changed.append(f"method revision {before.get('method', 0)}, now {now['method']}")
     return changed

@@ -50,6 +50,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     if database is not None and not database.is_file():
         raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
     store_uri.probe(uri)
+    mlflow_store.require_mlflow()
     port = _choose_port(arguments.port)
     with _run_server(uri, port) as (server, log):
         print(f"store   {errors.redact(uri)}", flush=True)

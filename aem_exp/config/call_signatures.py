@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from aem_exp.core.errors import ConfigError
 
-_TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
+_TYPES: Final = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None), "Any": Any}
 _MAX_IMPORT_HOPS: Final = 8  # imports to follow from a package to where a name is defined
 
 
@@ -200,6 +200,11 @@ def _annotation_type(module: str, annotation: ast.expr | None) -> Any:
         case ast.Subscript(value=ast.Name(id="dict" | "Mapping"), slice=ast.Tuple(elts=[_, inner])):
             return dict[str, _annotation_type(module, inner)]  # type: ignore[misc]
     return Any
+
+
+def parse_hint(text: str) -> Any:
+    """The type that a text spells, as an annotation would."""
+    return _annotation_type("", ast.parse(text, mode="eval").body)
 
 
 def _alias_type(module: str, name: str) -> Any:

@@ -24,6 +24,7 @@ from aem_exp.config.call_signatures import (
     parse_module,
     read_definition,
 )
+from aem_exp.config.library_keywords import LORA_CONFIG, lora_signature
 from aem_exp.config.schema import Experiment
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 from aem_exp.core.typed import convert
@@ -161,6 +162,8 @@ def _convert_argument(at: str, key: str, value: Any, signature: CallSignature) -
 def _read_signature(at: str, path: str) -> CallSignature:
     module, _, name = path.rpartition(".")
     spec = find_module(module)
+    if spec is None and path == LORA_CONFIG:
+        return lora_signature()
     if spec is None:
         near = closest_match(module, list_sibling_modules(module))
         raise ConfigError(
@@ -192,7 +195,7 @@ def bind_targets(e: Experiment) -> Experiment:
     if model.make is not None:
         model = replace(model, make=bind_target("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
-        lora = bind_target("model.lora", {"_target_": "peft.LoraConfig", **model.lora}, supplied=("task_type",))
+        lora = bind_target("model.lora", {"_target_": LORA_CONFIG, **model.lora}, supplied=("task_type",))
         model = replace(model, lora={key: value for key, value in lora.items() if key != "_target_"})
     if modulation.lam is not None:
         modulation = replace(modulation, lam=bind_target("modulation.lam", modulation.lam))

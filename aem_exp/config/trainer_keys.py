@@ -4,13 +4,10 @@
 from the fields of `StepSettings`. A key that is left out has its neutral value, whatever TRL's default.
 """
 
-import ast
 from collections.abc import Iterable, Mapping
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Final
 
+from aem_exp.config.library_keywords import grpo_keywords
 from aem_exp.config.schema import neutral_values
 from aem_exp.config.trainer_schema import LaunchTrainer, StepSettings, Trainer
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
@@ -115,24 +112,3 @@ def _refused_key_error(at: str, key: str, value: Any, table: Iterable[str]) -> C
         )
     everywhere = [*OWN_KEYS, *GRPO_KEYS, *LAUNCH_KEYS]
     return unknown_key_error(field, value, table if closest_match(key, table) else everywhere)
-
-
-@cache
-def grpo_keywords() -> frozenset[str]:
-    """The field names of the installed GRPOConfig, read from its source: importing it takes seconds."""
-    sources = (
-        ("trl", "trainer/grpo_config.py"),
-        ("trl", "trainer/base_config.py"),
-        ("transformers", "training_args.py"),
-    )
-    return frozenset(name for package, file in sources for name in _field_names(package, file))
-
-
-def _field_names(package: str, file: str) -> Iterable[str]:
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    fields = [node for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)]
-    return [node.target.id for node in fields if isinstance(node.target, ast.Name)]

@@ -93,6 +93,12 @@ def run_cli(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
         return _print_error(2, f"aem_exp: {error}")
     except RunError as stop:
         return _print_error(1, f"aem_exp: {stop}")
+    except ModuleNotFoundError as error:
+        from aem_exp.core import extras  # here, as `--help` needs none of it
+
+        if (why := extras.explain_missing(error)) is None:
+            raise
+        return _print_error(2, f"aem_exp: {why}")
     except KeyboardInterrupt as stop:
         return _print_error(
             128 + getattr(stop, "signal", signal.SIGINT), "\n" + "; ".join(filter(None, ("stopped", onward())))

@@ -1,11 +1,49 @@
-"""The pip command that installs an optional dependency, for the way in which this package itself was installed."""
+"""Optional dependencies: which of them are missing, and the pip command that installs them."""
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Final
 from urllib.parse import unquote, urlparse
 
+from aem_exp.core.errors import MissingResource
+
 PACKAGE = "aem-exp"
+TRAINING_EXTRA: Final = "train"
+TRAINING_MODULES: Final = (  # modules that the extra installs; without them, commands plan and read
+    *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "safetensors"),
+    *("mlflow", "submitit", "httpx", "psutil"),
+)
+
+
+def require_training(field: str, value: Any, purpose: str, modules: Sequence[str] = TRAINING_MODULES) -> None:
+    """Refuse what only the extra `train` can do, where one of its modules is not installed.
+
+    Args:
+        field, value: of the error.
+        purpose: what needs the modules, as the subject of a sentence.
+        modules: those of `TRAINING_MODULES` that it needs.
+
+    Raises:
+        MissingResource: such as `launch=local: a run needs torch: pip install 'aem-exp[train]'`.
+    """
+    if missing := first_missing(modules):
+        raise MissingResource(field, value, f"{purpose} needs {missing}: {install_command(TRAINING_EXTRA)}")
+
+
+def first_missing(modules: Sequence[str] = TRAINING_MODULES) -> str | None:
+    """The first of these modules that is not installed; None where all are."""
+    return next((name for name in modules if find_spec(name) is None), None)
+
+
+def explain_missing(error: BaseException) -> str | None:
+    """A sentence for an import that failed because the extra `train` is not installed; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in TRAINING_MODULES or first_missing([name]) is None:
+        return None
+    return f"this needs {name}: {install_command(TRAINING_EXTRA)}"
 
 
 def install_command(extra: str) -> str:

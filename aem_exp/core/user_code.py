@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aem_exp.core import extras
 from aem_exp.core.disk import PACKAGE
-from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.core.errors import ConfigError, MissingResource, RunError
 
 _PACKAGE_PREFIX = str(PACKAGE) + os.sep
 _LIBRARY_PREFIXES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
@@ -25,12 +26,15 @@ def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> 
 
     Raises:
         ConfigError: with the error, its file and its line.
+        MissingResource: it imports what the extra `train` installs, and that is not installed.
     """
     try:
         yield
     except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as error:
+        if why := extras.explain_missing(error):
+            raise MissingResource(field, path, f"{call} failed: {why}") from error
         raise ConfigError(
             field, path, f"{call} failed: {format_error(error)} ({error_location(error, function)})"
         ) from error

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,5 +174,5 @@ def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[st
         "steps": agent.steps,
         "weights": agent.folder or None,
         "fingerprint": setup.world.fingerprint,
-        "packages": {name: version(name) for name in provenance.PACKAGES},
+        "packages": provenance.package_versions(),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aem_exp import config
 from aem_exp.config.schema import Experiment, Launch
-from aem_exp.core import cli, disk
+from aem_exp.core import cli, disk, extras
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import World, opening
 from aem_exp.envs.panel import build_panel
@@ -83,6 +83,7 @@ def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, 
             raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
     experiment, original = _experiment_of_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
+    extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
     experiment = config.apply_evaluation_limits(experiment)
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:

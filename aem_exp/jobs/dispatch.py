@@ -16,7 +16,7 @@ from aem_exp import config, provenance
 from aem_exp.cluster import slurm
 from aem_exp.cluster.signals import PRESS_AGAIN, Signals
 from aem_exp.config import Experiment
-from aem_exp.core import cli, disk
+from aem_exp.core import cli, disk, extras
 from aem_exp.core.console import format_duration
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine
 from aem_exp.jobs import fit
@@ -33,6 +33,7 @@ def submit_runs(experiments: Sequence[Experiment], name: str, logs: Path, at_onc
     Raises:
         ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
     """
+    _require_training(experiments, submit=True)
     slurm.check_available()
     check_worlds(experiments)
     for experiment in experiments:
@@ -46,8 +47,10 @@ def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Pa
     """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
 
     Raises:
-        ConfigError: which launch is wrong, that there is no SLURM, or that the folder of the runs takes no files.
+        ConfigError: which launch is wrong, that there is no SLURM, that this Python cannot train, or that the folder of the
+            runs takes no files.
     """
+    _require_training(experiments, submit)
     for experiment in experiments:
         if not submit:
             config.check_machine(experiment)
@@ -61,6 +64,13 @@ def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Pa
     if submit and experiments:
         slurm.check_available()
     disk.check_writable(outputs, "outputs")
+
+
+def _require_training(experiments: Sequence[Experiment], submit: bool) -> None:
+    """Refuse to start runs with a Python that cannot train; a job runs the Python that submits it."""
+    if experiments:
+        subject = "a job runs this Python, which" if submit else "a run"
+        extras.require_training("launch", experiments[0].launch.name, subject)
 
 
 def run_locally(experiments: Mapping[str, Experiment], at_once: int, print_line: PrintLine) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
+from aem_exp.core import extras
 from aem_exp.core.errors import RunError
 from aem_exp.core.user_code import definition_location, wrap_call_errors, wrap_result_errors
 from aem_exp.envs import Task, TextEnv, Turn, World, parsing
@@ -234,6 +235,9 @@ def check_functions(experiment: Experiment) -> None:
     _check_schedule(experiment)
     block = experiment.baseline.advantage
     if str(block["_target_"]).startswith(OWN_ADVANTAGES):
+        return
+    if missing := extras.first_missing(["torch"]):
+        log.warning("%s: was not tried, as this needs %s", block["_target_"], missing)
         return
     from aem_exp.training import credit  # before the time runs: it imports torch
 

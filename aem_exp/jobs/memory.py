@@ -21,6 +21,7 @@ from aem_exp.jobs.sizes import GB, PassSpec, ProcessSpec, StepSizes, format_gb, 
 if TYPE_CHECKING:
     from aem_exp.jobs.memory_trace import MemoryTrace
 
+LIBRARIES: Final = ("torch", "transformers", "peft")  # to rehearse a model
 MOMENT_BYTES: Final = {
     "sgd": 0.0,
     "adafactor": 0.01,

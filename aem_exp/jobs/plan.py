@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from aem_exp.config import Experiment
+from aem_exp.core import extras
 from aem_exp.core.errors import ConfigError
 from aem_exp.jobs.memory import (
     BANDWIDTH,
     CHECKPOINTS_ON_DISK,
+    LIBRARIES,
     MemoryEstimate,
     ServerSpec,
     attention_shape,
@@ -30,10 +32,12 @@ def plan_lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
 
     Raises:
         ConfigError: the shape of the model cannot be known.
+        MissingResource: the same, or torch, which the estimates need, is not installed.
     """
     yield "step", _format_step(experiment)
     if experiment.model.path is None:
         return
+    extras.require_training("model.path", experiment.model.path, "the estimate of memory, disk and cost", LIBRARIES)
     launch, need = experiment.launch, estimate_memory(ProcessSpec.from_experiment(experiment))
     yield "memory", _format_memory(experiment, need)
     others = ", ".join(f"{name} {format_gb(sum(p.values()))}" for name, p in need.phases.items() if name != need.phase)

@@ -14,6 +14,7 @@ from typing import Final
 
 from aem_exp import config
 from aem_exp.config import Experiment, Launch, Model
+from aem_exp.core import extras
 from aem_exp.core.errors import ConfigError, MissingResource
 
 GB: Final = 1e9
@@ -181,6 +182,8 @@ def gpu_memory(launch: Launch) -> float:
     """GB of a GPU: `launch.gpu_memory_gb`, or the memory of the GPU that is here; 0: not known."""
     if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
         return launch.gpu_memory_gb
+    if extras.first_missing(["torch"]):
+        return 0.0
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory / GB if torch.cuda.is_available() else 0.0

@@ -14,7 +14,7 @@ from aem_exp import METHOD, config, policy, provenance
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Signals
 from aem_exp.config import Experiment
-from aem_exp.core import console, disk
+from aem_exp.core import console, disk, extras
 from aem_exp.envs import World
 from aem_exp.jobs import preflight
 from aem_exp.run.resume import ResumePoint, find_resume_point, prepare_run_dir
@@ -55,6 +55,7 @@ def run(
     folder = folder or config.run_dir(experiment)
     if (folder / RESULT).exists():
         return folder
+    extras.require_training("launch", experiment.launch.name, "a run")
     console.silence_libraries()
     world = preflight.open_checked_world(experiment)
     policy.select_device(experiment.launch)

@@ -17,7 +17,7 @@ from typing import Any
 from aem_exp import config
 from aem_exp.cluster import slurm
 from aem_exp.config import Experiment
-from aem_exp.core import cli, disk
+from aem_exp.core import cli, disk, extras
 from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.core.typed import build_from_mapping
 from aem_exp.sweep.study import (
@@ -56,6 +56,7 @@ def _run_command(arguments: argparse.Namespace, print_line: PrintLine) -> int:
     console.silence_libraries()
     study = read_study(worker)
     config.check_machine(study.base)
+    extras.require_training("launch", study.base.launch.name, "a trial")
     if not distributed.is_main_process():
         return _run_other_rank(worker, study)
     dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away

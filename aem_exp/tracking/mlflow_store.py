@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-from aem_exp.core import disk, errors
+from aem_exp.core import disk, errors, extras
 from aem_exp.tracking import store_uri
 
 DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 
+def require_mlflow() -> None:
+    """Refuse to reach a store where MLflow is not installed."""
+    extras.require_training("tracking", "mlflow", "the store", ["mlflow"])
+
+
 def _import_mlflow() -> Any:
     """Import MLflow (2 to 4 s), silent and with short waits: the thread tries again by itself."""
+    require_mlflow()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -93,6 +99,8 @@ def _check_database(uri: str) -> None:
 
 def raise_store_error(uri: str, error: Exception) -> NoReturn:
     """Turn what a store answered at start into a sentence for whoever named it."""
+    if isinstance(error, errors.MissingResource):
+        raise error
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         place = error.filename2 or error.filename  # a copy names its source first

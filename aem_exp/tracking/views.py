@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import quote
 
@@ -50,8 +50,11 @@ def sweep_tag(sweep: str) -> str:
 
 
 def minor_version() -> str:
-    """The minor version of the MLflow that is installed, such as 3.17."""
-    return ".".join(version("mlflow").split(".")[:2])
+    """The minor version of the MLflow that is installed, such as 3.17; empty where none is."""
+    try:
+        return ".".join(version("mlflow").split(".")[:2])
+    except PackageNotFoundError:
+        return ""
 
 
 def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GROUP_TAG) -> dict[str, str]:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,7 +37,7 @@ FIXED = [  # what these tests count on, however conf/ is tuned
     *("evaluation.every=10", "launch.trainer={use_cpu: true}"),
 ]
 pytestmark = pytest.mark.usefixtures("clean")
-PACKAGES = Path(trainer_keys.find_spec("trl").submodule_search_locations[0]).parent
+PACKAGES = Path(find_spec("trl").submodule_search_locations[0]).parent
 
 
 @pytest.fixture(scope="module")

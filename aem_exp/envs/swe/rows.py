@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from aem_exp.core import disk
+from aem_exp.core import disk, extras
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.sandboxes import PATH, Image
 
@@ -165,6 +165,7 @@ def _is_file(source: str) -> bool:
 
 
 def _load_file(path: Path, field: str) -> Any:
+    extras.require_training(field, str(path), "reading its rows", ["datasets"])
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
@@ -192,11 +193,12 @@ def _load_hub(source: str, split: str, revision: str | None, field: str) -> Any:
 
 def fetch(source: str, split: str, revision: str | None, field: str, say: Callable[[str], None]) -> None:
     """Bring a hub data set here; its files are checked and resumed by the hub's own library."""
-    import datasets
-
     file = _cached_file(source, split, revision)
     if _is_file(source) or file.is_file():
         return
+    extras.require_training(field, source, "fetching it", ["datasets"])
+    import datasets
+
     say(f"fetch   {source} ({split})")
     try:
         rows = datasets.load_dataset(source, split=split, revision=revision)
