@@ -69,7 +69,7 @@ def test_an_unknown_command_is_one_sentence_with_a_suggestion(capsys):
 def test_a_mistake_behind_a_command_is_that_of_its_module(capsys):
     assert "no-such-sweep" in refused(capsys, "sweep", "no-such-sweep")
     assert "there is no such folder" in refused(capsys, "status", "--outputs", "/nowhere")
-    assert "name the folder of a run" in refused(capsys, "sync", "/nowhere")
+    assert "RUN_DIR=/nowhere: " in refused(capsys, "sync", "/nowhere")
     assert "--onec: no such option" in refused(capsys, "status", "--onec")
 
 
@@ -288,7 +288,7 @@ def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
     [
         (["--uri", "nowhere.db"], "there is no such file; a run makes it"),
         (["--uri", "off"], "has no pages that could be served here"),
-        (["--uri", "gopher://x"], "is not a store that MLflow 3 writes to"),
+        (["--uri", "gopher://x"], "tracking=gopher://x: "),
         (["--uri", "postgresql://me:pw@127.0.0.1:1/x"], "does not answer"),
         (["--port", "0"], "must be a whole number from 1"),
         (["--port", "x"], "invalid int value"),

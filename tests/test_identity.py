@@ -1,8 +1,8 @@
-"""Names of runs that exist: what a config hashes to, and the hash, are as they were when they were recorded.
+"""Names of existing runs stay the same: the hashed part of each config and its hash equal the recorded ones.
 
-`golden/science.json` holds, for each choice of `conf/`, the part of the experiment that is hashed and the name of its run dir. A
-choice whose settings are changed on purpose is recorded anew; a change that alters others orphans their runs. One command
-records all that tests of `golden/` compare with (-k CHOICE: that choice alone), and git shows what has changed:
+`golden/science.json` contains, for each choice of `conf/`, the hashed part of the experiment and the name of its run directory.
+If the settings of a choice change on purpose, record that choice again; a change of other choices would orphan their runs. This
+command records all files in `golden/` (with -k CHOICE, only that choice), and git shows what has changed:
 
   AEM_RECORD=1 python -m pytest -n0 tests/test_identity.py tests/test_compatibility.py
 """
@@ -22,9 +22,10 @@ ARCHIVES = sorted((ROOT / "sweeps" / "results").rglob("*.json.gz"))
 
 
 def loaded(choice):
-    """The experiment of `group=name`, or of `+experiment=name`."""
-    alone = ["modulation=none"] if choice == "baseline=gspo" else []  # its ratio would average modulation away
-    return config.load([choice, *alone])
+    """Return the experiment of `group=name` or `+experiment=name`."""
+    # GSPO averages its ratio over a sequence, which cancels modulation.
+    others = ["modulation=none"] if choice == "baseline=gspo" else []
+    return config.load([choice, *others])
 
 
 def choices():
@@ -40,7 +41,7 @@ def recorded(choice):
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("choice", choices())
-def test_a_choice_hashes_to_what_it_did(choice):
+def test_hash_of_a_choice_is_unchanged(choice):
     known, now = json.loads(SCIENCE.read_text()), recorded(choice)
     if RECORD:
         known = {name: kept for name, kept in known.items() if name in choices()} | {choice: now}
@@ -48,11 +49,11 @@ def test_a_choice_hashes_to_what_it_did(choice):
     assert now == known[choice]
 
 
-def test_no_choice_is_gone():
+def test_all_recorded_choices_exist():
     assert set(choices()) == set(json.loads(SCIENCE.read_text()))
 
 
-def test_an_archived_run_has_the_signature_that_names_it():
+def test_archived_runs_keep_their_signatures():
     assert len(ARCHIVES) >= 200
     for file in ARCHIVES:
         kept = archive.read(file)

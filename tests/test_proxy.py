@@ -129,8 +129,8 @@ def test_a_run_and_what_it_started_from_asked_again_broken_off_and_shown(ask, tm
     [
         (["x", "--samples", "1"], "--samples=1: must be at least 2"),
         (["x", "--states", "0"], "--states=0: must be a whole number of at least 1"),
-        (["trainer.steps=3"], "a run dir, a hub id or a folder of weights comes first"),
-        (["nowhere"], "there is no such folder"),
+        (["trainer.steps=3"], "RUN_DIR|MODEL=trainer.steps=3: "),
+        (["nowhere"], "RUN_DIR|MODEL=nowhere: "),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, argv, said):

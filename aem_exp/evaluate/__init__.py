@@ -1,6 +1,6 @@
-"""A policy, scored on held-out tasks beside other agents.
+"""Scores a policy and other agents on held-out tasks.
 
-`request` reads the arguments, `panels` plays and scores a panel, `evaluation` does that for an agent and records it, `agents`
-are what plays, `display` shows the progress and the results; `command` is `python -m aem_exp.evaluate`. It imports everything
-up to `training`.
+`request` reads the arguments, `panels` plays and scores a panel, `evaluation` evaluates one agent and records the result,
+`agents` has the agents, `display` shows progress and results; `command` is `python -m aem_exp.evaluate`. The package may
+import everything up to `training`.
 """

@@ -1,5 +1,5 @@
 """The agents of an evaluation: a model with a local or served sampler, uniformly random admissible actions, or an agent
-that the world provides.
+that the env provides.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,28 +29,23 @@ from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # agents without a model
 ModelSampler = LocalSampler | ServerSampler
 TrajectoryStream = Generator[Trajectory, None, None]
-PlayFunction = Callable[[Sequence[Episode]], TrajectoryStream]  # in order, one by one
-IDENTITY_SETTINGS = (
-    "dtype",
-    "attention",
-    "system",
-    "thinking",
-)  # settings of a model that change what its weights generate
+PlayFunction = Callable[[Sequence[Episode]], TrajectoryStream]  # yields the trajectories in order
+IDENTITY_SETTINGS = ("dtype", "attention", "system", "thinking")  # settings of a model that change its responses
 
 
 @dataclass(frozen=True)
 class Agent:
-    """A row of an evaluation: a model, or an agent that has none."""
+    """An agent of an evaluation, with or without a model."""
 
     name: str
     model: Model | None = None
     folder: str = ""
-    """The folder of the model's weights."""
+    """Folder of the model's weights."""
     steps: int = 0
-    """The steps that the model was trained."""
+    """Number of steps that the model was trained for."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides how it plays, temperature apart; neutral settings are left out, so that a new one changes nothing."""
+        """Return what decides its responses, except the temperature; without neutral settings, so new ones change no hash."""
         if self.model is None:
             return {}
         settings, neutral = asdict(self.model), asdict(Model())
@@ -62,10 +57,10 @@ class Agent:
 def open_agent(
     agent: Agent, experiment: Experiment, world: World, temperature: float, at_once: int, watcher: Watcher
 ) -> Iterator[PlayFunction]:
-    """Open what an agent needs: a function that plays episodes, `at_once` at a time."""
+    """Open an agent; yield a function that plays episodes, `at_once` at a time."""
     launch, rules = experiment.launch, experiment.env
     if agent.name in (SCRIPTED, ORACLE):
-        with closing(SerialExecutor(world)) as local:  # these agents read the state of environments in this process
+        with closing(SerialExecutor(world)) as local:  # these agents read the environments' state in this process
             choose = partial(_world_response, world, agent.name, local)
             yield _play_in_chunks(
                 lambda episodes: play_without_model(episodes, local, choose, rules.max_turns), at_once
@@ -74,7 +69,7 @@ def open_agent(
     with closing(make_executor(world, rules.make, launch)) as executor:
         if agent.model is None:
             with closing(world.env()) as env:
-                choose = partial(_random_action, env.parse)
+                choose = partial(random_action, env.parse)
                 yield _play_in_chunks(
                     lambda episodes: play_without_model(episodes, executor, choose, rules.max_turns), at_once
                 )
@@ -90,7 +85,7 @@ def open_agent(
 
 @contextmanager
 def open_sampler(agent: Agent, experiment: Experiment, temperature: float) -> Iterator[tuple[ModelSampler, Chat]]:
-    """The sampler of a model, which is loaded here or on servers, and its chat."""
+    """Open the local or served sampler of a model; yield it with its chat format."""
     assert agent.model is not None
     open_factory = _served_sampler_factory if experiment.launch.sampler == "served" else _local_sampler_factory
     with open_factory(agent, experiment) as (make, tokenizer):
@@ -98,12 +93,12 @@ def open_sampler(agent: Agent, experiment: Experiment, temperature: float) -> It
         yield make(chat.end_ids, SamplingParams(temperature)), chat
 
 
-SamplerFactory = Callable[[Sequence[int], SamplingParams], ModelSampler]  # from end tokens, and how tokens are drawn
+SamplerFactory = Callable[[Sequence[int], SamplingParams], ModelSampler]  # end tokens, sampling parameters -> sampler
 
 
 @contextmanager
 def _local_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
-    """Load a model here: what makes its sampler, and its tokenizer."""
+    """Load a model in this process; yield its sampler factory and its tokenizer."""
     assert agent.model
     launch = experiment.launch
     if launch.threads:
@@ -117,7 +112,7 @@ def _local_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tup
 
 @contextmanager
 def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tuple[SamplerFactory, Any]]:
-    """Have servers read a model's weights: what makes its sampler, and its tokenizer."""
+    """Let the servers load the weights of a model; yield its sampler factory and its tokenizer."""
     assert agent.model and experiment.launch.servers
     tokenizer, folder = policy.load_tokenizer(agent.model, agent.folder), Path(experiment.launch.servers)
     lock = rendezvous.lock_servers(folder)
@@ -138,7 +133,7 @@ def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tu
 
 
 def _play_in_chunks(play: Callable[[Sequence[Episode]], list[Trajectory]], size: int) -> PlayFunction:
-    """Plays episodes `size` at a time, and the next ones when the caller asks for more."""
+    """Play episodes `size` at a time; the next chunk starts when the caller asks for its first trajectory."""
 
     def stream(episodes: Sequence[Episode]) -> TrajectoryStream:
         for start in range(0, len(episodes), size):
@@ -147,7 +142,8 @@ def _play_in_chunks(play: Callable[[Sequence[Episode]], list[Trajectory]], size:
     return stream
 
 
-ResponseFunction = Callable[[Episode, int, Turn, int], str]  # episode, its slot, last turn, its number -> response
+# episode, its slot, last turn, number of that turn -> response
+ResponseFunction = Callable[[Episode, int, Turn, int], str]
 
 
 def play_without_model(
@@ -169,8 +165,8 @@ def play_without_model(
     return played
 
 
-def _random_action(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
-    """A random admissible action, in the format that the world's `parse` reads."""
+def random_action(parse: Callable[[str], str], episode: Episode, slot: int, turn: Turn, number: int) -> str:
+    """Return a random admissible action, in the format that the env's `parse` reads."""
     random = keyed_generator((*episode.key, RANDOM, number))
     return parsing.format_response(parse, turn.actions[int(random.integers(len(turn.actions)))]) if turn.actions else ""
 
@@ -178,13 +174,13 @@ def _random_action(parse: Callable[[str], str], episode: Episode, slot: int, tur
 def _world_response(
     world: Any, name: str, executor: SerialExecutor, episode: Episode, slot: int, turn: Turn, number: int
 ) -> str:
-    """The response of the world's own agent."""
+    """Return the response of an agent that the env provides."""
     env = executor.envs[slot]
     return world.oracle(env) if name == ORACLE else world.expert(env, Random(f"{episode.key} {number}"))
 
 
 def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
-    """Record the reply of the world; return its turn where the episode goes on."""
+    """Record a reply of the env; return its turn if the episode continues."""
     if reply.turn is None:
         trajectory.ended, trajectory.error = Ending.CRASHED, reply.error
         return None
@@ -197,12 +193,12 @@ def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
 
 
 def unavailable_reason(name: str, experiment: Experiment, world: World, task: Task) -> str | None:
-    """Why an agent without a model cannot play here, or None."""
+    """Return why an agent without a model cannot play this env; None if it can."""
     if name != RANDOM:
         method = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
-        return None if hasattr(world, method) else f"this world brings no {name} player along"
+        return None if hasattr(world, method) else f"this env has no {name} agent"
     with closing(make_executor(world, experiment.env.make, replace(experiment.launch, workers=0))) as executor:
         reply = executor.reset({0: task})[0]
     if reply.turn is None:
-        return f"the world could not be entered: {reply.error}"
-    return None if reply.turn.actions else "this world lists no actions to choose from"
+        return f"the env failed at its reset: {reply.error}"
+    return None if reply.turn.actions else "this env does not list its admissible actions"

@@ -1,7 +1,7 @@
-"""Command `python -m aem_exp.evaluate RUN_DIR|MODEL`: success of a policy on held-out tasks, beside the untrained policy,
-a random agent, and the world's scripted agent and oracle.
+"""`python -m aem_exp.evaluate RUN_DIR|MODEL`: success on held-out tasks of a policy, the untrained policy, a random agent, and
+the scripted agent and oracle of the env.
 
-An interrupted evaluation resumes when the command is repeated.
+An interrupted evaluation resumes if the command is repeated.
 """
 
 import argparse
@@ -25,34 +25,38 @@ from aem_exp.evaluate.request import (
 from aem_exp.rundir import RESULT
 
 ABOUT = """\
-Score a policy on tasks it was not trained on, every task the same number of times, beside the policy that its training
-started from, one that acts at random, and those that its world brings along: a scripted player, who knows only what it is
-shown, and an oracle, who knows the answer. Asked again it goes on, or shows what is there.
+Score a policy on held-out tasks. Each task is played the same number of times. For comparison, the same tasks are played by
+the untrained policy, by a random agent, and by the agents of the env: a scripted agent, which sees only the observations, and
+an oracle, which knows the solution. Repeat the command to resume an interrupted evaluation, or to show its results again.
 
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
   python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
-  python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # by servers that are up
+  python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # with running vLLM servers
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command line and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.evaluate", *argv])
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to continue: {again}")
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = build_parser("python -m aem_exp.evaluate", ABOUT)
-    parser.add_argument("--panel", help="held-out tasks (default: what the config calls evaluation.final: test)")
+    parser.add_argument(
+        "--panel", help="panel of held-out tasks (default: evaluation.final of the config, usually test)"
+    )
     parser.add_argument("--repeats", type=int, default=4, help="episodes per task (default: 4)")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: evaluation.temperature of the config)")
-    parser.add_argument("--tasks", type=int, help="only the first N tasks of the panel")
-    parser.add_argument("--only", action="append", choices=AGENTS, help="leave the other rows out (may be repeated)")
+    parser.add_argument(
+        "--temperature", type=float, help="sampling temperature (default: evaluation.temperature of the config)"
+    )
+    parser.add_argument("--tasks", type=int, help="use only the first N tasks of the panel")
+    parser.add_argument("--only", action="append", choices=AGENTS, help="evaluate only this agent (may be repeated)")
     arguments = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
     if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
-        remedy = "must be above 0: greedily, every repeat of a task would be the same episode"
+        remedy = "must be above 0; with greedy decoding, all repeats of a task would be equal"
         raise ConfigError("--temperature", arguments.temperature, remedy)
     return arguments
 
@@ -81,7 +85,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
         return 0
-    tasks = f"{len(setup.panel.tasks)} tasks x {setup.repeats}, temperature {setup.temperature:g}"
+    episodes = "1 episode" if setup.repeats == 1 else f"{setup.repeats} episodes"
+    tasks = f"{len(setup.panel.tasks)} tasks x {episodes}, temperature {setup.temperature:g}"
     title = f"success on the panel {setup.panel.name} ({setup.panel.hash}) of {setup.experiment.env.name}: {tasks}"
     facts = [("result", str(folder / RESULT)) for folder, _ in evaluated.values()][:1]
     print_results(title, results, left_out, [*facts, ("next", _suggest_next_command(arguments, setup))])
@@ -89,7 +94,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 
 def _suggest_next_command(arguments: argparse.Namespace, setup: EvaluationSetup) -> str:
-    """The command that most likely comes next."""
+    """Return the command that a user most likely needs next."""
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     if setup.repeats == 1:
         same = ["--panel", arguments.panel] if arguments.panel else []

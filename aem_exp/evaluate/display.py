@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-REFRESH_SECONDS = 0.1  # seconds between two looks at the tokens of a turn
-Results = Mapping[str, Mapping[str, Any]]  # agent -> what its result.json says
+REFRESH_SECONDS = 0.1  # seconds between two updates of the number of tokens
+ENDINGS = {"over": "finished", "turns": "out of turns", "context": "out of context", "stopped": "truncated"}
+Results = Mapping[str, Mapping[str, Any]]  # agent -> content of its result.json
 
 
 class ProgressLine:
-    """Where the playing is, on stderr: a live line, or plain lines where there is no terminal. A context manager."""
+    """Shows the progress of an evaluation on stderr: one live line in a terminal, plain lines elsewhere. A context manager."""
 
     def __init__(self, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
         self.console = console or make_console(stderr=True)
@@ -47,7 +48,7 @@ class ProgressLine:
             self.bar.stop()
 
     def show_stage(self, stage: str) -> None:
-        """Show what is at work before episodes are played."""
+        """Show what happens before episodes are played, such as loading."""
         self._remove_task()
         if self.console.is_terminal:
             self.task = self.bar.add_task(f"{stage} …", total=None, count="")
@@ -55,39 +56,39 @@ class ProgressLine:
             self.console.print(stage, soft_wrap=True, markup=False)
 
     def warn(self, sentence: str) -> None:
-        """Show a sentence that stays."""
+        """Print a warning above the live line."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
 
     def start_agent(self, agent: str, done: int, episodes: int, max_turns: int) -> None:
-        """Show that an agent has played `done` of its episodes."""
+        """Start the line of an agent that has played `done` of its episodes."""
         self._remove_task()
         self.task = self.bar.add_task(agent, total=episodes, completed=done, count="")
         self.max_turns, self.over, self.slots = max_turns, done, dict[int, int]()
         self.start_chunk(done, 0)
 
     def start_chunk(self, done: int, size: int) -> None:
-        """Show that the `size` episodes after `done` are being played."""
+        """Show that the next `size` episodes are being played."""
         self.done, self.size, self.turns, self.tokens = done, size, 0, 0
         self._refresh(done)
 
     def turn(self, live: int) -> None:
-        """Show that `live` episodes of the part have played another turn; none of them needs more than all the rest."""
+        """Show that `live` episodes of the chunk have played another turn. A live episode counts as played in part."""
         self.turns, self.live, self.tokens = self.turns + 1, live, 0
         self._refresh(self._episodes_played())
 
     def token(self, count: int) -> None:
-        """Show that the turn at hand has so many tokens."""
+        """Show the number of tokens generated in the current turn."""
         self.tokens = count
         if time.monotonic() - self.shown >= REFRESH_SECONDS:
             self._refresh(self._episodes_played())
 
     def _episodes_played(self) -> float:
-        """How many episodes have been played, parts of episodes included."""
+        """Return how many episodes are played, with fractions for live episodes."""
         live = self.live if self.turns else self.size
         return self.done + self.size - live * (1 - min(1.0, self.turns / self.max_turns))
 
     def slot_turn(self, slot: int, turn: int) -> None:
-        """Show that the episode in a slot has played this turn; what was in it before the first has ended."""
+        """Show that the episode in a slot has played this turn. Turn 1 means that the slot has a new episode."""
         self.over += turn == 1 and slot in self.slots
         self.slots[slot] = turn
         self._refresh(self.over + sum(min(1.0, t / self.max_turns) for t in list(self.slots.values())))
@@ -104,10 +105,10 @@ class ProgressLine:
             self.console.print(f"{task.description} {count}{left}", markup=False)
 
     def _format_turn(self) -> str:
-        """The turn at hand, where all play it together, and its tokens."""
+        """Format the current turn and its tokens, if all episodes of the chunk play in step."""
         if self.slots or not self.size or self.turns >= self.max_turns or not (self.turns or self.tokens):
             return ""
-        tokens = f", {self.tokens} tokens" if self.tokens else ""
+        tokens = f", {self.tokens} token{'s' if self.tokens > 1 else ''}" if self.tokens else ""
         return f", turn {self.turns + 1}/{self.max_turns}{tokens}"
 
     def _remove_task(self) -> None:
@@ -117,7 +118,7 @@ class ProgressLine:
 
 
 def print_results(title: str, results: Results, left_out: Mapping[str, str], facts: list[tuple[str, str]]) -> None:
-    """Print the scores, per kind too where there are several, why an agent is missing, and where the results are."""
+    """Print the scores (also by kind of task, if there are several), why agents are left out, and where the results are."""
     console = make_console()
     console.print(f"\n[italic]{title}[/italic]", soft_wrap=True)
     console.print(_score_table(results))
@@ -127,17 +128,19 @@ def print_results(title: str, results: Results, left_out: Mapping[str, str], fac
     console.print()
     for name, text in [*_notes(results), *((f"no {agent}", why) for agent, why in left_out.items()), *facts]:
         console.print(f"  [bold]{name:<10}[/bold]", end="")
-        console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
+        console.print(text, markup=False, soft_wrap=True)  # on one line, so that it can be copied
 
 
 def _notes(results: Results) -> list[tuple[str, str]]:
-    """How the episodes of each agent ended, as the world says too, and what crashed them."""
+    """Return how the episodes of each agent ended (also by the env's own metrics), and the first error of crashed ones."""
     ended = []
     for agent, result in results.items():
-        shares = [f"{how} {count / result['episodes']:.1%}" for how, count in result["endings"].items()]
+        shares = [
+            f"{ENDINGS.get(how, how)} {count / result['episodes']:.1%}" for how, count in result["endings"].items()
+        ]
         endings = {how.removeprefix("end_"): share for how, share in result["habits"].items() if how.startswith("end_")}
         shares += [f"{how.replace('_', ' ')} {share:.1%}" for how, share in endings.items() if share]
-        ended.append(f"{agent} {', '.join(shares)}")
+        ended.append(f"{agent}: {', '.join(shares)}")
     crashed = [("crashed", f"{agent}: {r['errors'][0]}") for agent, r in results.items() if r["errors"]]
     return [("ended", "; ".join(ended)), *crashed]
 

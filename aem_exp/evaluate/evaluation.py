@@ -1,6 +1,6 @@
-"""Evaluate an agent on a panel: a fixed, hashed list of held-out tasks, each played exactly `repeats` times.
+"""Evaluates an agent on a panel: a fixed, hashed list of held-out tasks, each played exactly `repeats` times.
 
-Sampling depends on (panel, task, repeat) alone; an interrupted evaluation resumes and gives the same numbers.
+Sampling depends only on (panel, task, repeat), so an interrupted evaluation resumes with the same numbers.
 """
 
 import json
@@ -32,23 +32,23 @@ log = logging.getLogger("aem_exp")
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What the agents of an evaluation share."""
+    """The settings that all agents of an evaluation share."""
 
     experiment: Experiment
     world: World
     panel: Panel
     repeats: int
-    """How often each task is played."""
+    """Number of episodes per task."""
     temperature: float
-    """The temperature at which models are sampled."""
+    """Sampling temperature of models."""
     at_once: int
-    """How many episodes are in memory together."""
+    """Maximum number of parallel episodes."""
     out: Path
-    """The folder that keeps the agents' `evaluations/`."""
+    """Folder that contains `evaluations/`."""
 
 
 def evaluate_agent(setup: EvaluationSetup, agent: "Agent", line: "ProgressLine") -> tuple[Path, dict[str, Any]]:
-    """The folder of an agent's evaluation and what its `result.json` says; what is not played yet is played first."""
+    """Evaluate an agent; return the folder of its evaluation and the content of `result.json`. Finished episodes are reused."""
     identity = {
         "player": agent.name,
         "env": env_rules(setup.experiment),
@@ -76,7 +76,7 @@ def _folder_name(setup: EvaluationSetup, agent: "Agent", identity: dict[str, Any
 
 
 def env_rules(experiment: Experiment) -> dict[str, Any]:
-    """The rules of play; neutral ones are left out, so that a new rule orphans no result."""
+    """Return the env settings that decide how episodes are played. Neutral settings are left out, so new ones change no hash."""
     neutral = asdict(Env())
     return {key: value for key, value in asdict(experiment.env).items() if key != "name" and value != neutral[key]}
 
@@ -87,14 +87,14 @@ def hash_identity(identity: dict[str, Any]) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, line: "ProgressLine") -> Iterator[None]:
-    """One process at a time; the second one waits, and finds the result."""
+    """Lock the folder of an evaluation; a second process waits, and then finds the result."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        line.show_stage(f"another process is at {folder.name}; waiting for it")
+        line.show_stage(f"waiting for another process that evaluates {folder.name}")
         lock.acquire()
     try:
         yield
@@ -105,7 +105,7 @@ def lock_folder(folder: Path, line: "ProgressLine") -> Iterator[None]:
 def _play_remaining(
     setup: EvaluationSetup, agent: "Agent", folder: Path, identity: dict[str, Any], line: "ProgressLine"
 ) -> None:
-    """Play what is not on disk yet, part by part; then join the parts, write the result, and forget them, in this order."""
+    """Play the missing episodes in parts. Then join the parts, write the result and remove the parts, in this order."""
     import pyarrow.parquet
 
     from aem_exp.evaluate import agents
@@ -117,12 +117,12 @@ def _play_remaining(
         writer.write(done)
 
     wanted = list_episodes(setup.panel, setup.repeats)
-    writer = EpisodeWriter(folder, len(wanted))  # a part is named by how many episodes come before it
+    writer = EpisodeWriter(folder, len(wanted))  # the name of a part is the number of episodes before it
     if damaged := writer.drop_damaged():
-        log.warning("%s of %s is damaged: what it held, and what followed, is played again", damaged.name, folder)
+        log.warning("%s of %s is damaged; its episodes and all later ones are played again", damaged.name, folder)
     done = sum(pyarrow.parquet.read_metadata(part).num_rows for part in (folder / "episodes").glob("*.parquet"))
     if done < len(wanted):
-        line.show_stage(f"{agent.name}: loading {'its weights' if agent.model else 'the world'}")
+        line.show_stage(f"{agent.name}: loading {'the weights' if agent.model else 'the env'}")
         with (
             agents.open_agent(agent, setup.experiment, setup.world, setup.temperature, setup.at_once, line) as play,
             closing(play(wanted[done:])) as played,
@@ -134,7 +134,7 @@ def _play_remaining(
                 try:
                     for trajectory in islice(played, setup.at_once):
                         part.append(trajectory)
-                except BaseException:  # what was played before stays
+                except BaseException:  # record the finished episodes of this part
                     if part:
                         with suppress(RunError):
                             record(part)
@@ -148,12 +148,12 @@ def _play_remaining(
 
 
 def _clear_model_fields(record: dict[str, Any], agent: "Agent") -> dict[str, Any]:
-    """A record without the tokens and entropies that only a model has."""
+    """Clear tokens and entropy in the record of an agent without a model."""
     return record if agent.model else record | {"tokens": None, "response_entropy": None}
 
 
 def _build_result(setup: EvaluationSetup, agent: "Agent", file: Path) -> dict[str, Any]:
-    """What `result.json` says of the episodes of an agent."""
+    """Build the content of `result.json` from the episodes of an agent."""
     import pyarrow.parquet
 
     from aem_exp import provenance

@@ -1,7 +1,8 @@
-"""The arguments of an evaluation, read: a run or a model, its panel, its agents, and the folder of the result."""
+"""Reads the arguments of an evaluation: the run or model, the panel, the agents, and the folder of the results."""
 
 import argparse
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,40 +26,44 @@ OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
     "model": ("env", "model", "launch", "experiment", "outputs"),
 }
-EVALUATION_LAUNCH_KEYS = (  # what an evaluation reads of launch
+EVALUATION_LAUNCH_KEYS = (  # keys of launch that an evaluation uses
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
     *("workers", "workers_at", "env_seconds"),
 )
 
 
 def build_parser(command: str, about: str) -> cli.Parser:
-    """The parser of a command whose target is a run or a model."""
+    """Build the parser of a command whose target is a run or a model (`evaluate` and `proxy`)."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(command, description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
-        "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run; or a hub id, or a folder of weights"
+        "target", nargs="?", metavar="RUN_DIR|MODEL", help="a finished run, a hub id, or a folder of weights"
     )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of env, model, launch or outputs")
+    parser.add_argument("--at-once", type=int, default=128, help="maximum number of parallel episodes (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print only the results, as JSON")
+    parser.add_argument("--config-dir", help="folder of your own configs, which take precedence over conf/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="other settings of env, model, launch, outputs"
-    )
-    parser.add_argument("--at-once", type=int, default=128, help="episodes in memory together (default: 128)")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
-    parser.add_argument("--config-dir", help="a folder of your own over conf/")
-    parser.add_argument(
-        "--trust", action="store_true", help="read somebody else's run; its config can call any function"
+        "--trust", action="store_true", help="read another user's run; its config can call any function"
     )
     return parser
 
 
 def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
-    """The arguments of such a command; `counts` are its options that are whole numbers of at least 1."""
+    """Parse the arguments of such a command. `counts`: its options whose values are whole numbers of at least 1."""
     arguments = parser.parse_intermixed_args(argv)
     if arguments.target is None or "=" in arguments.target:
-        raise ConfigError("RUN_DIR|MODEL", arguments.target, "a run dir, a hub id or a folder of weights comes first")
+        raise ConfigError(
+            "RUN_DIR|MODEL",
+            arguments.target,
+            "the first argument must be a run directory, a hub id or a folder of weights",
+        )
     for text in arguments.overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(
-                "RUN_DIR|MODEL", text, f"one at a time, and there is {arguments.target}; settings are KEY=VALUE"
+                "RUN_DIR|MODEL",
+                text,
+                f"only one target is allowed ({arguments.target} is given); settings have the form KEY=VALUE",
             )
     for option in counts:
         if (value := getattr(arguments, option)) is not None and value < 1:
@@ -67,20 +72,22 @@ def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[st
 
 
 def model_path_overrides(target: str) -> list[str]:
-    """Overrides that name a model by its path, as Hydra reads them."""
+    """Return the Hydra overrides that select a model by its path."""
     plain = re.fullmatch(r"[\w./-]+", target) is not None
     quoted = target if plain else "'" + target.replace("'", r"\'") + "'"
     return [f"model.path={quoted}", "model.make=null"]
 
 
 def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
-    """The setup of the evaluation, its agents, and why others are left out."""
+    """Return the setup of the evaluation, its agents, and why other agents are left out."""
     is_run = is_run_dir(arguments.target)
     keys = OVERRIDABLE_GROUPS["run" if is_run else "model"]
     for text in arguments.overrides:
         key, _, value = text.lstrip("+~").partition("=")
         if re.split(r"[.@]", key)[0] not in keys:
-            raise ConfigError(key, value, f"decides nothing here; {', '.join(keys)} do, and options: see --help")
+            raise ConfigError(
+                key, value, f"has no effect on this command; use {', '.join(keys)}, or an option (see --help)"
+            )
     experiment, original = _experiment_of_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
     extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
@@ -106,11 +113,12 @@ def is_run_dir(target: str) -> bool:
 
 
 def _experiment_of_run(arguments: argparse.Namespace) -> tuple[Experiment, Experiment]:
-    """The experiment of a run dir under the overrides, as it is played here; and as it was."""
+    """Return the experiment of a run directory with the overrides, and the original one."""
     folder = _absolute_path(arguments.target)
     original = config.read(folder, arguments.trust)
     if not (folder / RESULT).exists():
-        raise ConfigError("RUN_DIR", str(folder), "is not finished; ask it again to go on, and evaluate it when it is")
+        command = shlex.join(["python", "-m", "aem_exp.run", str(folder)])
+        raise ConfigError("RUN_DIR", str(folder), f"is not finished; finish it first: {command}")
     tree = config.to_dict(original)
     if arguments.overrides:
         from aem_exp.config import compose
@@ -118,38 +126,48 @@ def _experiment_of_run(arguments: argparse.Namespace) -> tuple[Experiment, Exper
         tree = compose.to_container(
             compose.compose([f"from={folder}", *arguments.overrides], arguments.config_dir, arguments.trust)
         )
-    tree |= {"parent": original.parent, "parent_dir": None, "launch": _launch(tree["launch"], arguments.overrides)}
+    tree |= {
+        "parent": original.parent,
+        "parent_dir": None,
+        "launch": evaluation_launch(tree["launch"], arguments.overrides),
+    }
     experiment = config.resolve(tree) if arguments.overrides else config.from_dict(tree)
     for key in ("path", "make", "revision", "lora"):
         if (value := getattr(experiment.model, key)) != getattr(original.model, key):
-            raise ConfigError(f"model.{key}", value, "a run is evaluated with the weights that it holds")
+            raise ConfigError(f"model.{key}", value, "cannot be changed: a run is evaluated with its own weights")
     return experiment, original
 
 
 def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
-    """The experiment that a model would train in under the overrides."""
+    """Return the experiment of a model with the overrides."""
     path = _absolute_path(arguments.target)
     if arguments.trust:
-        raise ConfigError("--trust", True, "only read with a run dir")
+        raise ConfigError("--trust", True, "is used only with a run directory")
     if not (path / "config.json").is_file() and (
         path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.target)
     ):
-        why = "holds neither a run nor a model" if path.exists() else "there is no such folder"
-        raise ConfigError("RUN_DIR|MODEL", arguments.target, f"{why}; give a run dir, a hub id or a folder of weights")
+        why = "contains neither a run nor a model" if path.exists() else "there is no such folder"
+        raise ConfigError(
+            "RUN_DIR|MODEL", arguments.target, f"{why}; give a run directory, a hub id or a folder of weights"
+        )
     name = f"{path.parent.name}-model" if path.name == "model" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
     own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
     from aem_exp.config import compose
 
     tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
-    return config.resolve({**tree, "launch": _launch(tree["launch"], arguments.overrides)})
+    return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
 
 
-def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The launch of an evaluation: training may take a cluster, and this is one process, at most one GPU, or servers that are up.
+def evaluation_launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the launch settings of an evaluation: one process with at most one GPU, or running servers.
+
+    Args:
+        launch: the settings of training, which may need a cluster.
+        overrides: the overrides of the command line.
 
     Raises:
-        ConfigError: an override asks for something that an evaluation cannot have.
+        ConfigError: an override has no effect on an evaluation, or is not possible in one.
     """
     from aem_exp.config import compose
 
@@ -159,37 +177,37 @@ def _launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
         part = key.removeprefix("launch.").partition(".")[0]
         if key.startswith("launch.") and part in others:
             raise ConfigError(
-                key, value, f"decides nothing here; of launch, {', '.join(EVALUATION_LAUNCH_KEYS[1:])} do"
+                key, value, f"has no effect on this command; of launch, use {', '.join(EVALUATION_LAUNCH_KEYS[1:])}"
             )
     own = {key: value for key, value in launch.items() if key not in others}
     sampler, gpus = own.get("sampler", "local"), own.get("gpus_per_node", 0)
     if sampler == "engine" and "launch.sampler" in typed:
-        raise ConfigError("launch.sampler", sampler, "is the trainer's; choose from local, served")
+        raise ConfigError("launch.sampler", sampler, ("local", "served"), "the engine runs only in the trainer")
     if sampler == "served" and not own.get("servers"):
-        raise ConfigError("launch.servers", None, "the folder of servers that are up, or launch.sampler=local")
+        raise ConfigError("launch.servers", None, "must be the folder of running servers; or use launch.sampler=local")
     if isinstance(gpus, int) and gpus > 1:
         if "launch.gpus_per_node" in typed:
             raise ConfigError(
-                "launch.gpus_per_node", gpus, "must be at most 1; larger models are served: launch.sampler"
+                "launch.gpus_per_node", gpus, "must be at most 1; for larger models use launch.sampler=served"
             )
         own["gpus_per_node"] = 1
     if sampler == "served":
         for key in ("model.dtype", "model.attention"):
             if key in typed:
                 raise ConfigError(
-                    key, typed[key], "decides nothing where servers play: they compute as they were started"
+                    key, typed[key], "has no effect with launch.sampler=served; it is set when a server is started"
                 )
         return own
     unread = {key for key in ("servers", "server_seconds") if f"launch.{key}" not in typed}
-    here = {key: value for key, value in own.items() if key not in unread}
-    return here | ({"sampler": "local"} if sampler == "engine" else {})
+    local = {key: value for key, value in own.items() if key not in unread}
+    return local | ({"sampler": "local"} if sampler == "engine" else {})
 
 
 def _check_fingerprint(fingerprint: str, folder: Path) -> None:
-    """Refuse a world whose rules have changed since the run: its numbers would stand beside those of another game."""
+    """Raise an error if the rules of the env have changed since the run: the results could not be compared."""
     trained = disk.read_json(folder / RESULT, "fingerprint")["fingerprint"]
     if fingerprint != trained:
-        remedy = f"was trained in the world {trained}, and this version plays {fingerprint}; with the code that it ran:"
+        remedy = f"was trained in the env {trained}, but this version has {fingerprint}; to use the code of the run:"
         command = f"PYTHONPATH={folder / 'code'} python -m aem_exp.evaluate {folder}"
         raise ConfigError("RUN_DIR", str(folder), f"{remedy} {command}")
 
@@ -208,7 +226,7 @@ def _policy(arguments: argparse.Namespace, experiment: Experiment, original: Exp
 def _select_agents(
     only: list[str] | None, policy: "Agent", original: Experiment | None, setup: EvaluationSetup
 ) -> tuple[list["Agent"], dict[str, str]]:
-    """The agents, and why others are left out."""
+    """Return the agents, and why other agents are left out."""
     from aem_exp.evaluate.agents import Agent, unavailable_reason
 
     wanted, agents, left_out = only or AGENTS, [], {}
@@ -217,7 +235,7 @@ def _select_agents(
     if UNTRAINED in wanted and original:
         agents.append(Agent(UNTRAINED, policy.model, _initial_weights(original)))
     elif UNTRAINED in wanted and only:
-        raise ConfigError("--only", UNTRAINED, "only a run dir knows what its training started from")
+        raise ConfigError("--only", UNTRAINED, "needs a run directory, which records the initial weights")
     for name in AGENTS[2:]:
         if name in wanted:
             if why := unavailable_reason(name, setup.experiment, setup.world, setup.panel.tasks[0]):
@@ -226,13 +244,13 @@ def _select_agents(
                 agents.append(Agent(name))
     if not agents:
         raise ConfigError("--only", *next(iter(left_out.items())))
-    if only is None:  # most worlds have no other agents
+    if only is None:  # most envs have no scripted agent and no oracle
         left_out = {name: why for name, why in left_out.items() if name == "random"}
     return agents, left_out
 
 
 def _initial_weights(original: Experiment) -> str:
-    """The folder of the weights that training started from."""
+    """Return the folder of the initial weights of a run."""
     from aem_exp import policy
 
     if original.model.path:
@@ -241,7 +259,7 @@ def _initial_weights(original: Experiment) -> str:
 
 
 def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
-    """The folder that keeps the evaluations: the run dir, or for a model one named by its weights and its world."""
+    """Return the folder of the evaluations: the run directory, or for a model a folder named by its weights and env."""
     if is_run_dir(arguments.target) and not any(text.startswith("outputs=") for text in arguments.overrides):
         return _absolute_path(arguments.target)
     root = config.outputs_root(experiment)

@@ -1,8 +1,9 @@
-"""One experiment, on this machine, to a result: here all parts meet.
+"""Runs one experiment on this machine until it has a result. All other packages are combined here.
 
-`execution` is `run`, which begins or continues a run; `resume` finds where it begins and prepares the run dir; `session` trains
-and scores the policy, with `context` (what a start is given), `serving` (what generates), `scoring` (panels and the result) and
-`recorder` (what is written down); `summary` shows a finished run; `command` is `python -m aem_exp.run RUN_DIR`.
+`execution` has `run`, which starts or resumes a run; `resume` finds the step to start from and prepares the run directory;
+`session` trains and scores the policy, with `context` (the inputs of a start), `serving` (samplers), `scoring` (panels and
+the result) and `recorder` (records of the run); `progress` shows a run while it is active, `summary` shows a finished run;
+`command` is `python -m aem_exp.run RUN_DIR`.
 """
 
 from aem_exp.run.execution import run

@@ -1,4 +1,4 @@
-"""`python -m aem_exp.run RUN_DIR`: run, or go on with, what a run dir holds, with a live line and a summary."""
+"""`python -m aem_exp.run RUN_DIR`: run or resume the experiment of a run directory, with a progress line and a summary."""
 
 import argparse
 import shlex
@@ -21,43 +21,43 @@ from aem_exp.rundir.lock import RunLocked
 
 
 def run_in_terminal(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
-    """Run with a live line, and show what there is at the end; the exit code.
+    """Run an experiment with a progress line, print the summary, and return the exit code.
 
     Args:
-        header: printed first, unless the run is refused: then the reason is all that is printed.
+        header: lines printed first. If the run cannot start, only the error is printed.
     """
     console.silence_libraries()
-    command = shlex.join(
-        [sys.executable, "-m", "aem_exp.run", str(folder)]
-    )  # from any folder, whatever the environment
+    # Absolute paths: the command works in any folder and any environment.
+    command = shlex.join([sys.executable, "-m", "aem_exp.run", str(folder)])
     return cli.run_cli(
         lambda: _run_with_progress(experiment, folder, header),
-        lambda: f"to go on from step {find_resume_point(folder).step}: {command}",
+        lambda: f"to continue from step {find_resume_point(folder).step}: {command}",
     )
 
 
 def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[str]) -> int:
     from aem_exp.run import summary
 
-    def begin() -> None:
+    def print_header() -> None:
         if distributed.is_main_process():
             print(*header, sep="\n", flush=True)
 
     if (folder / RESULT).exists():
-        begin()
-        for change in _changes_since_run(experiment, folder):
-            print(f"note      since this run, {change}; to run again, move its folder away")
+        print_header()
+        if changes := _changes_since_run(experiment, folder):
+            print(*(f"note      since this run, {change}" for change in changes), sep="\n")
+            print("note      to run it again with these changes, move the run directory away")
     else:
         try:
             with progress.Progress(enabled=distributed.is_main_process()) as line:
-                run(experiment, line, folder, begin)
+                run(experiment, line, folder, print_header)
         except RunLocked as locked:
-            begin()
+            print_header()
             print(locked)
-            return 0 if distributed.world_size() == 1 else 1  # the other processes of this job end with it
+            return 0 if distributed.world_size() == 1 else 1  # an error ends the other processes of this job too
         except RunError as error:
             raise RunError(
-                f"{error}. The run dir has all up to step {find_resume_point(folder).step}: {folder}", error.kind
+                f"{error}. The run is saved up to step {find_resume_point(folder).step}: {folder}", error.kind
             ) from error
         except Interrupted as interruption:
             if distributed.is_main_process():
@@ -71,10 +71,10 @@ def _run_with_progress(experiment: Experiment, folder: Path, header: Sequence[st
 
 
 def _changes_since_run(experiment: Experiment, folder: Path) -> list[str]:
-    """What has changed since a finished run ran: its result stands for what it was."""
+    """Return the changes of code, libraries and weights since a finished run; its result belongs to the recorded ones."""
     try:
         weights = policy.locate(experiment.model) if experiment.model.path else None
-    except ConfigError:  # moved away since
+    except ConfigError:  # the weights were moved since then
         weights = None
     return provenance.list_changes(folder, experiment, weights)
 
@@ -84,11 +84,11 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    about = "Run, or go on with, what a run dir holds."
+    about = "Run or resume the experiment of a run directory."
     parser = cli.Parser("python -m aem_exp.run", description=about, allow_abbrev=False)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--inexact", action="store_true", help="go on though code, libraries or machine changed")
-    parser.add_argument("--trust", action="store_true", help="run somebody else's config, which can call any function")
+    parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("--inexact", action="store_true", help="resume even if code, libraries or machine have changed")
+    parser.add_argument("--trust", action="store_true", help="run another user's config, which can call any function")
     return parser.parse_args()
 
 

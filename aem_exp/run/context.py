@@ -1,4 +1,4 @@
-"""What a start of a run is given, and the policy that it loads."""
+"""The inputs of a start of a run, and the policy that it loads."""
 
 import logging
 from dataclasses import dataclass
@@ -17,31 +17,31 @@ log = logging.getLogger("aem_exp")
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a start of a run is given; the same in all of its processes."""
+    """The inputs of a start of a run, the same in all its processes."""
 
     experiment: Experiment
     folder: Path
-    """The run dir."""
+    """The run directory."""
     world: World
     weights: str
-    """The folder of the weights that training starts from."""
+    """Folder of the initial weights."""
     start: ResumePoint
 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """The policy that is trained."""
+    """The trained policy with its tokenizer."""
 
     model: Any
-    """A causal LM of transformers, or a model of peft around it; the trainer moves it to its device."""
+    """A causal LM of transformers, or a PEFT model around it. The trainer moves it to its device."""
     tokenizer: Any
     chat: Chat
 
 
 def load_policy(context: RunContext) -> LoadedPolicy:
-    """Load the policy as the run begins with it; a checkpoint replaces its weights later."""
+    """Load the policy with its initial weights; on a resume, the trainer then loads those of the checkpoint."""
     experiment = context.experiment
-    log.info("loading %s", context.weights)
+    log.info("loading the policy from %s", context.weights)
     fsdp.enable_ram_efficient_loading(experiment.launch.trainer)
     model, tokenizer = policy.load(experiment.model, context.weights, experiment.seed)
     return LoadedPolicy(model, tokenizer, Chat(tokenizer, experiment.model.system, experiment.model.thinking))

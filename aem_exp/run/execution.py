@@ -1,7 +1,7 @@
-"""One experiment, on this machine, to a result. The composition root: here the parts meet.
+"""Runs an experiment to its result: the composition root of a run.
 
-The run dir is the truth, and asking again is safe: what is finished is left alone, what was interrupted continues from its
-newest complete checkpoint and ends as if it had never stopped.
+Calling `run` again is safe. A finished run is left unchanged. An interrupted run resumes from its newest complete checkpoint
+and ends with the same result as an uninterrupted run.
 """
 
 import logging
@@ -32,24 +32,24 @@ log = logging.getLogger("aem_exp")
 
 def run(
     experiment: Experiment,
-    watch: "StepCallback | None" = None,
+    callback: "StepCallback | None" = None,
     folder: Path | None = None,
-    begin: Callable[[], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> Path:
-    """Train and evaluate one experiment; the run dir.
+    """Train and evaluate one experiment; return the run directory.
 
-    Returns at once where the result is there. Where several processes share the run (see `distributed`), each calls this.
+    This returns at once if the run is finished. If several processes share the run (see `distributed`), each process calls it.
 
     Args:
-        watch: called in the first process after each step; where it is a `Watcher` too, it also sees how far the play is.
-        folder: the run dir, where it is not the one that `config.run_dir` says.
-        begin: called in the first process when nothing is left that could be refused.
+        callback: called in the first process after each step. If it is also a `Watcher`, it receives the progress of rollouts.
+        folder: the run directory; by default `config.run_dir(experiment)`.
+        on_start: called in the first process once all checks have passed.
 
     Raises:
-        ConfigError: before any work.
-        RunLocked: another process runs it.
-        Interrupted: by Ctrl-C, TERM or USR2, at the end of a step, all of which is saved.
-        RunError: it cannot go on.
+        ConfigError: the experiment cannot run; raised before any work.
+        RunLocked: another process owns the run.
+        Interrupted: the run received SIGINT, SIGTERM or SIGUSR2. In training, the current step is finished and saved first.
+        RunError: the run cannot continue.
     """
     config.check_machine(experiment)
     folder = folder or config.run_dir(experiment)
@@ -73,7 +73,7 @@ def run(
             if not (folder / RESULT).exists():
                 requeues = experiment.launch.requeues
                 with record_attempt(folder, _saved_step(folder), lambda: _saved_step(folder), requeues):
-                    _run_attempt(experiment, folder, world, weights, watch, signals, begin)
+                    _run_attempt(experiment, folder, world, weights, callback, signals, on_start)
     return folder
 
 
@@ -86,19 +86,19 @@ def _run_attempt(
     folder: Path,
     world: World,
     weights: str | None,
-    watch: "StepCallback | None",
+    callback: "StepCallback | None",
     signals: Signals,
-    begin: Callable[[], None] | None,
+    on_start: Callable[[], None] | None,
 ) -> None:
-    """A start of the run, in each of its processes, to its result."""
+    """Run from the resume point to the result. Every process of the run calls this."""
     start = distributed.broadcast_from_main(lambda: prepare_run_dir(experiment, folder, weights))
-    if begin:
-        begin()
+    if on_start:
+        on_start()
     if start.step > 0:
-        log.info("going on from step %d", start.step)
+        log.info("resuming from step %d", start.step)
     with _open_tracker(experiment, folder, world.fingerprint, start) as tracker:
         weights = weights or distributed.broadcast_from_main(lambda: policy.make_cached(experiment, world))
-        # These import torch and TRL: a run that is refused, or finished, does not wait for that.
+        # These modules import torch and TRL. A finished or refused run must not wait for that.
         from aem_exp.rollout.play import Watcher
         from aem_exp.run import summary
         from aem_exp.run.context import RunContext
@@ -106,8 +106,8 @@ def _run_attempt(
         from aem_exp.run.session import open_session
 
         context = RunContext(experiment, folder, world, weights, start)
-        recorder = RunRecorder(folder, start.last_measured_step, tracker, watch)
-        with open_session(context, recorder, signals, watch if isinstance(watch, Watcher) else None) as session:
+        recorder = RunRecorder(folder, start.last_measured_step, tracker, callback)
+        with open_session(context, recorder, signals, callback if isinstance(callback, Watcher) else None) as session:
             result = session.train_and_score()
         if distributed.is_main_process():
             for path in summary.write_artifacts(folder):
@@ -121,7 +121,7 @@ def _run_attempt(
 def _open_tracker(
     experiment: Experiment, folder: Path, fingerprint: str, start: ResumePoint
 ) -> "Tracker | NullTracker":
-    """What the first process logs to; the others log nothing."""
+    """Open the tracker of the first process; the other processes log nothing."""
     from aem_exp.tracking import tracker
 
     if not distributed.is_main_process():
@@ -142,7 +142,7 @@ def _open_tracker(
 
 
 def _tags(experiment: Experiment, fingerprint: str, commit: str | None, changes: list[str]) -> dict[str, str]:
-    """The tags of the run in MLflow; `changes`: of code, libraries or machine since its first start."""
+    """Return the MLflow tags of the run. `changes`: changes of code, libraries or machine since its first start."""
     return {
         "aem.group": f"{experiment.baseline.name}+{experiment.modulation.name}",
         "aem.seed": str(experiment.seed),

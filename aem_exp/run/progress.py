@@ -1,4 +1,4 @@
-"""What a person sees while a run lives: one line with an ETA. It decides nothing."""
+"""The progress of an active run in the terminal: one line with the remaining time. It has no effect on the run."""
 
 import math
 import time
@@ -11,14 +11,14 @@ from aem_exp.core.console import PRINT_SECONDS, cut_line, format_duration, forwa
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-RECENT_STEPS = 10  # steps in a moving mean
-SLOW_SECONDS = 2.0  # seconds after which a step, or a panel, shows how far its play is
+RECENT_STEPS = 10  # window of the moving means, in steps
+SLOW_SECONDS = 2.0  # after this time, the live line also shows the progress inside a step or panel
 SUCCESS, ENTROPY, GATED = "train/success", "train/response_entropy", "aem/gated_share"
 CRASHED = "train/ended_crashed"
 
 
 class Progress:
-    """One live line, or plain lines where there is no terminal. A context manager, called after each step."""
+    """Shows one live line in a terminal, or plain lines elsewhere. Use it as a context manager, and call it after each step."""
 
     def __init__(self, enabled: bool = True, console: "Console | None" = None, every: float = PRINT_SECONDS) -> None:
         self.console = console or make_console(quiet=not enabled)
@@ -37,7 +37,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.quiet:
-            self.live = live_line(self.console, self._live_line)
+            self.live = live_line(self.console, self.render)
             self.live.start()
         self.open.enter_context(forward_log(self.show_stage, self.warn))
         return self
@@ -50,7 +50,7 @@ class Progress:
             self.live.stop()
 
     def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Show that `step` of `steps` is done."""
+        """Show that `step` of `steps` is finished, with its metrics."""
         self.step, self.steps, self.stage, self.stage_since = step, steps, "", time.monotonic()
         self._show_play("")
         for name, values in self.recent.items():
@@ -66,7 +66,7 @@ class Progress:
             self.console.print(self._plain_line(), soft_wrap=True)
 
     def show_stage(self, stage: str) -> None:
-        """Show what the run is at between steps."""
+        """Show what the run does outside of training steps, such as loading or evaluating."""
         self.stage, self.stage_since = stage, time.monotonic()
         self._show_play("")
         if self.live is None:
@@ -74,32 +74,32 @@ class Progress:
             self.console.print(stage, soft_wrap=True, markup=False)
 
     def warn(self, sentence: str) -> None:
-        """Show a sentence that stays."""
+        """Print a warning above the live line."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
 
     def turn(self, live: int) -> None:
-        """Show that `live` episodes have played another turn together; 0: they are over."""
+        """Show that `live` parallel episodes have finished another turn; 0 if all are over."""
         self.turns = self.turns + 1 if live else 0
-        self._show_play(f"turn {self.turns} of {live} episodes" if live else "")
+        self._show_play(f"turn {self.turns}, {_count(live, 'episode')}" if live else "")
 
     def token(self, count: int) -> None:
-        """Show that the turn at hand has so many tokens."""
-        self._show_play(f"turn {self.turns + 1}, {count} tokens")
+        """Show the number of tokens generated in the current turn."""
+        self._show_play(f"turn {self.turns + 1}, {_count(count, 'token')}")
 
     def slot_turn(self, slot: int, turn: int) -> None:
-        """Show that an episode has played a turn by itself."""
+        """Show that the episode in a slot has finished a turn, independently of the others."""
         self.slots[slot] = turn
-        self._show_play(f"{sum(self.slots.values())} turns of {len(self.slots)} episodes at a time")
+        self._show_play(f"{_count(sum(self.slots.values()), 'turn')}, {_count(len(self.slots), 'episode')} at a time")
 
-    def _show_play(self, how_far: str) -> None:
-        """Note how far the play is, and say it where there is no terminal and nothing was said for long."""
-        self.play = how_far
-        if not how_far:
+    def _show_play(self, text: str) -> None:
+        """Set the progress inside a step or panel. Without a terminal, print it if nothing was printed for `every` seconds."""
+        self.play = text
+        if not text:
             self.turns, self.slots = 0, {}
         elif self.live is None and (now := time.monotonic()) - max(self.printed, self.played) >= self.every:
             self.played = now
-            what = self.stage or f"step {self.step + 1}/{self.steps}"
-            self.console.print(f"{what}: {how_far}", soft_wrap=True, markup=False)
+            stage = self.stage or f"step {self.step + 1}/{self.steps} in progress"
+            self.console.print(f"{stage}: {text}", soft_wrap=True, markup=False)
 
     def _facts(self) -> list[str]:
         names = {SUCCESS: "success {:.0%}", ENTROPY: "entropy {:.2f}", GATED: "gated {:.0%}"}
@@ -117,11 +117,11 @@ class Progress:
     def _plain_line(self) -> str:
         return "  ".join([f"step {self.step}/{self.steps}", *self._facts()])
 
-    def _live_line(self) -> "RenderableType":
+    def render(self) -> "RenderableType":
         line, slow = cut_line(), time.monotonic() - self.stage_since >= SLOW_SECONDS
         if self.steps:
-            at = [self.play] if slow and self.play and not self.stage else []
-            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in [*at, *self._facts()])
+            play = [self.play] if slow and self.play and not self.stage else []
+            count, facts = f" {self.step}/{self.steps}", "".join(f"  {fact}" for fact in [*play, *self._facts()])
             width = max(0, min(30, self.console.width - len(count) - len(facts) - 8))
             full = round(width * self.step / self.steps)
             line.append("train ", "bold").append("━" * full, "blue").append("─" * (width - full), "bright_black")
@@ -133,3 +133,8 @@ class Progress:
             )
             line.append(f"  {self.play}" if slow else "", "bright_black")
         return line
+
+
+def _count(number: int, noun: str) -> str:
+    """Format a number with its noun: `1 token`, `2 tokens`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

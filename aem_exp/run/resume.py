@@ -1,6 +1,6 @@
-"""Where a start of a run begins: at its newest complete checkpoint, or at step 0; and the run dir that this start needs.
+"""Finds the step from which a run starts (its newest complete checkpoint, or step 0), and prepares the run directory.
 
-It imports neither torch nor MLflow.
+This module imports neither torch nor MLflow.
 """
 
 import json
@@ -17,40 +17,40 @@ from aem_exp.core.errors import format_value
 from aem_exp.rundir import BEFORE, EXPERIMENT, checkpoints, episodes
 
 log = logging.getLogger("aem_exp")
-SPARE_BYTES = 50_000_000  # bytes for everything but weights
+SPARE_BYTES = 50_000_000  # for all files without weights
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a start of a run begins, as its first process found it."""
+    """The point from which a start of a run begins, as its first process found it."""
 
     step: int
-    """Steps that need not be trained again."""
+    """Number of steps that are already trained."""
     checkpoint: Path | None
-    """The newest complete checkpoint; None where no step was saved."""
+    """The newest complete checkpoint; None if no step was saved."""
     is_scored: bool
     """Whether the policy was scored before the first step."""
     changes: list[str] = field(default_factory=list)
-    """How code, libraries or machine differ from those of the first start."""
+    """Changes of code, libraries or machine since the first start."""
 
     @property
     def last_measured_step(self) -> int:
-        """The last step whose measurements stand; -1 where not even the untrained policy was scored."""
+        """The last step whose metrics are kept; -1 if the policy was not yet scored before the first step."""
         return self.step if self.checkpoint or self.is_scored else -1
 
 
 def find_resume_point(folder: Path) -> ResumePoint:
-    """What a run dir holds to go on from."""
+    """Return the point from which a run resumes."""
     checkpoint = checkpoints.find_newest(folder)
     return ResumePoint(checkpoints.steps(checkpoint) if checkpoint else 0, checkpoint, (folder / BEFORE).exists())
 
 
 def prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -> ResumePoint:
-    """Make the run dir what this start needs, and return where the start begins.
+    """Prepare the run directory for this start, and return its resume point.
 
     Raises:
-        ConfigError: the disk is too full, no checkpoint can be used, or this start would not continue what ran before.
-        DamagedFileError: the run could not be recorded to its end.
+        ConfigError: the disk is too full, all checkpoints are damaged, or code, libraries or machine have changed.
+        DamagedFileError: a record of the run is damaged.
     """
     _check_disk_space(folder, weights)
     for sentence in checkpoints.set_aside_damaged(folder):
@@ -61,7 +61,7 @@ def prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -
     _check_sharding(experiment, start)
     ranks = distributed.world_size()
     if start.is_scored and start.checkpoint is None and provenance.list_changes(folder, experiment, weights, ranks):
-        (folder / BEFORE).unlink()  # nothing was trained yet: begin anew, with what there is now
+        (folder / BEFORE).unlink()  # nothing is trained yet: score the policy again, with the present code
         start = find_resume_point(folder)
     _check_record(folder, start)
     changes = provenance.record_start(folder, experiment, weights, start.step if start.is_scored else None, ranks)
@@ -70,7 +70,7 @@ def prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -
 
 
 def _check_disk_space(folder: Path, weights: str | None) -> None:
-    """Refuse a disk that cannot hold two checkpoints (weights and two moments each) and the final model."""
+    """Raise an error if the disk cannot hold two checkpoints (weights and two moments each) and the final model."""
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors")) if weights else 0
     need, free = 7 * size + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < need:
@@ -80,18 +80,20 @@ def _check_disk_space(folder: Path, weights: str | None) -> None:
 
 
 def _check_sharding(experiment: Experiment, start: ResumePoint) -> None:
-    """Refuse to read a checkpoint of sharded weights into whole ones, and the reverse."""
+    """Raise an error if the checkpoint is sharded and the run is not, or the reverse."""
     sharded = experiment.launch.trainer.get("fsdp", False)
     if start.checkpoint and (saved := checkpoints.is_sharded(start.checkpoint)) != sharded:
-        remedy = f"{start.checkpoint} was saved with {format_value(saved)}: go on with that"
+        remedy = (
+            f"{start.checkpoint} was saved with launch.trainer.fsdp={format_value(saved)}; resume with the same value"
+        )
         raise ConfigError("launch.trainer.fsdp", sharded, remedy)
 
 
 def _check_record(folder: Path, start: ResumePoint) -> None:
-    """Refuse to go on with a run that could not be recorded to its end.
+    """Check the files that the final records are built from.
 
     Raises:
-        DamagedFileError: the score before the first step, or a part of the episodes.
+        DamagedFileError: the score before the first step, or a part of the episodes, is damaged.
     """
     if start.is_scored:
         disk.read_json(folder / BEFORE, "success")

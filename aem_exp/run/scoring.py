@@ -1,4 +1,4 @@
-"""The score of a run's policy on held-out tasks, and the result of the run."""
+"""Scores the policy of a run on held-out tasks, and builds the result of the run."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -25,42 +25,43 @@ log = logging.getLogger("aem_exp")
 def play_run_panel(
     context: RunContext, split: str, rollout: Rollout, play: Callable[[Sequence[Episode]], list[Trajectory]]
 ) -> tuple[Panel, list[Trajectory]]:
-    """Play the panel of a split by the rules of evaluation: the panel, and its trajectories.
+    """Play the panel of a split with the evaluation settings; return the panel and its trajectories.
 
     Raises:
-        RunError: the world never says who won.
+        RunError: the env never reports success.
     """
     settings = context.experiment.evaluation
     chosen = panel.build_panel(context.world, split, settings.tasks)
-    log.info("playing the %s panel: %d tasks x %d", chosen.name, len(chosen.tasks), settings.repeats)
+    each = "1 episode each" if settings.repeats == 1 else f"{settings.repeats} episodes each"
+    log.info("evaluating on the %s panel: %d tasks, %s", chosen.name, len(chosen.tasks), each)
     with rollout.override_rules(config.apply_evaluation_limits(context.experiment).env):
         played = panels.play_panel(chosen, play, settings.repeats)
-    rollout.clock.read()  # not part of a step's time
+    rollout.clock.read()  # discards the time of this evaluation, which is not part of a step
     panels.check_results(chosen, played)
     return chosen, played
 
 
 def score_run_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
-    """The score of a panel; warns where some of its episodes crashed.
+    """Compute the score of a panel, and log a warning if episodes crashed.
 
     Raises:
-        RunError: all of them crashed.
+        RunError: all episodes crashed.
     """
     score = panels.score_panel(chosen, played)
     if score.crashed:
         first = next(t for t in played if t.ended == Ending.CRASHED)
         share = f"{score.crashed} of {score.episodes} episodes of the {chosen.name} panel crashed"
-        sentence = f"{share}; task {first.task.id}: {first.error}"
+        sentence = f"{share}; for example, task {first.task.id}: {first.error}"
         if score.crashed == score.episodes:
             raise RunError(sentence, "env")
-        log.warning("%s (each counts as a failure)", sentence)
+        log.warning("%s (a crashed episode counts as a failure)", sentence)
     return score
 
 
 def build_result(
     context: RunContext, time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
 ) -> dict[str, Any]:
-    """What `result.json` says, and `diverged.json` of a run that can have no result."""
+    """Build the content of `result.json`, or of `diverged.json` if the run diverged."""
     return {
         "experiment": context.experiment.name,
         "signature": config.signature(context.experiment),

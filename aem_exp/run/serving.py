@@ -1,4 +1,4 @@
-"""What generates the episodes of a run: the policy in this process, TRL's engine, or the servers of `launch`."""
+"""Chooses the sampler that generates responses: the policy in this process, TRL's vLLM engine, or the servers of `launch`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,16 +18,16 @@ from aem_exp.run.context import LoadedPolicy, RunContext
 if TYPE_CHECKING:
     from aem_exp.training.trainer import AEMTrainer
 
-SamplerFactory = Callable[["AEMTrainer", SamplingParams], Sampler]  # a sampler of the policy that this trainer trains
+SamplerFactory = Callable[["AEMTrainer", SamplingParams], Sampler]  # builds a sampler of the trainer's policy
 
 
 @contextmanager
 def connect_servers(launch: Launch, run_dir: Path) -> Iterator[Servers | None]:
-    """The servers that generate, None where none do. The first process holds their lock, and releases them at the end.
+    """Connect to the vLLM servers; None if the run uses none. The first process holds their lock and releases it at the end.
 
     Raises:
-        ConfigError: another run uses them, or the folder does not say where they are.
-        RunError: the servers of this job do not start.
+        ConfigError: another run uses the servers, or the folder has no server URLs.
+        RunError: the servers of this job did not start.
     """
     if launch.sampler != "served":
         yield None
@@ -45,7 +45,7 @@ def connect_servers(launch: Launch, run_dir: Path) -> Iterator[Servers | None]:
 
 
 def _find_servers(launch: Launch, run_dir: Path) -> Path:
-    """The folder that says where the servers are: a given one, or that of the job once its servers have started."""
+    """Return the folder with the server URLs: `launch.servers`, or the job's own folder once its servers have started."""
     if launch.servers:
         return Path(launch.servers)
     folder = rendezvous.job_folder(run_dir)
@@ -56,8 +56,8 @@ def _find_servers(launch: Launch, run_dir: Path) -> Path:
 
 
 def build_publisher(servers: Servers, method: str) -> Callable[["AEMTrainer"], None]:
-    """What sends the newest weights to the servers; see `launch.server_weights` for the methods."""
-    from aem_exp.rollout.sampling.weight_sync import make_publisher  # it imports TRL's client of vLLM
+    """Return a function that sends the newest weights to the servers; `launch.server_weights` lists the methods."""
+    from aem_exp.rollout.sampling.weight_sync import make_publisher  # imports TRL's vLLM client
 
     return make_publisher(servers, method)
 
@@ -65,7 +65,7 @@ def build_publisher(servers: Servers, method: str) -> Callable[["AEMTrainer"], N
 def choose_sampler(
     context: RunContext, loaded: LoadedPolicy, servers: Servers | None, on_token: Callable[[int], None] | None
 ) -> SamplerFactory:
-    """What makes samplers, as `launch.sampler` says; `on_token` receives the length of the turn that is sampled here."""
+    """Return the sampler factory for `launch.sampler`. The local sampler calls `on_token` with the length of the current turn."""
     experiment, end_ids = context.experiment, loaded.chat.end_ids
 
     def build(trainer: "AEMTrainer", sampling: SamplingParams) -> Sampler:

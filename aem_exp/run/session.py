@@ -1,6 +1,6 @@
-"""One run in one of its processes: score the panel, train, score again.
+"""Trains and scores the policy in one process of a run: score the panel, train, score again.
 
-Where several processes share a run, all of them play and train; the first one alone keeps records (see `recorder`).
+If several processes share a run, all of them play and train; only the first one writes records (see `recorder`).
 """
 
 import logging
@@ -43,7 +43,7 @@ log = logging.getLogger("aem_exp")
 def open_session(
     context: RunContext, recorder: RunRecorder, signals: Signals, watcher: Watcher | None
 ) -> Iterator["RunSession"]:
-    """Load the policy, start the environments, connect to the servers, build the trainer; at the end, close what was opened."""
+    """Load the policy, start the environments, connect to the servers and build the trainer; close them at the end."""
     experiment, launch = context.experiment, context.experiment.launch
     if launch.threads:
         torch.set_num_threads(launch.threads)
@@ -57,11 +57,11 @@ def open_session(
 
 
 class RunSession:
-    """Trains a policy, and scores it before and after.
+    """Trains a policy, and scores it before and after training.
 
     Attributes:
-        before: the score of the policy before the first step; empty until it is known.
-        scores: the newest score on each panel, by its split.
+        before: score of the policy before the first step; empty until it is known.
+        scores: newest score on each panel, by split.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class RunSession:
         self.trainer = self._build_trainer(publish)
 
     def train_and_score(self) -> dict[str, Any]:
-        """Score the panel, train, score again, save the model; what `result.json` says.
+        """Score the panel, train, score again and save the model; return the content of `result.json`.
 
         Raises:
-            Interrupted: by a signal; a checkpoint has the last finished step.
-            RunError: it cannot go on. Where that is because numbers are no longer finite, the policy is scored as it is by then.
+            Interrupted: a signal stopped the run; the last finished step is saved.
+            RunError: the run cannot continue. If its numbers are not finite, the policy of the last finite update is scored.
         """
         settings = self.context.experiment.evaluation
         try:
@@ -137,22 +137,22 @@ class RunSession:
         return build_trainer(experiment, self.context.folder, model, tokenizer, callback, source, hooks)
 
     def _train(self) -> None:
-        """All steps that are left. None may be: then the policy is loaded, and moved to the device on which it plays."""
+        """Train the remaining steps. If there are none, this only loads the policy and moves it to its device."""
         start = self.context.start
         if self.time.is_finished:
-            self.trainer.args.max_steps = 1  # updates that transformers would ask for, one by one, and not get
+            self.trainer.args.max_steps = 1  # transformers asks for one update; none is made
         with self.signals.defer():
             self.trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         if not self.time.is_finished:
             if distributed.broadcast_from_main(lambda: self.recorder.is_enough):
-                raise Pruned(f"enough was seen at step {self.time.step}")
-            raise Interrupted(self.signals.received or signal.SIGTERM)  # another process may have received it
+                raise Pruned(f"pruned at step {self.time.step}")
+            raise Interrupted(self.signals.received or signal.SIGTERM)  # only another process may have received one
 
     def _log_step(self, step: int, row: dict[str, float]) -> None:
         self.recorder.log_step(step, self.time.steps, row)
 
     def _save_model(self) -> None:
-        """Write the policy for those who use it, and the record of all episodes."""
+        """Save the policy in Hugging Face format, and write the record of all episodes."""
         trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
         weights = fsdp.gather_state_dict(trained)
         if not distributed.is_main_process():
@@ -161,14 +161,14 @@ class RunSession:
         if weights is not None:
             experiment = self.context.experiment
             trained, _ = policy.load(experiment.model, self.context.weights, experiment.seed)
-            missing, _ = trained.load_state_dict(weights, strict=False)  # TRL's has a second adapter, the reference's
+            missing, _ = trained.load_state_dict(weights, strict=False)  # TRL adds an adapter for its reference policy
             assert not missing, missing
         policy.save(trained, self.loaded.tokenizer, self.context.folder / MODEL)
 
     # Evaluation.
 
     def _score_before_training(self) -> None:
-        """Score the policy before the first step; once, also in a run that is resumed."""
+        """Score the policy before the first step. A resumed run reads the saved score."""
         file = self.context.folder / BEFORE
         if self.context.start.is_scored:
             self.before = disk.read_json(file)
@@ -181,7 +181,7 @@ class RunSession:
         self.recorder.tracker.wait_until_ready()
 
     def _evaluate_panel(self, split: str, recorded: bool = False) -> Score:
-        """Score the policy on a panel; `recorded`: its episodes stand in the record already."""
+        """Score the policy on a panel. `recorded`: its episodes are already recorded."""
         sampling = SamplingParams(self.context.experiment.evaluation.temperature)
         play = partial(self.trainer.play_distributed, sampler=self.make_sampler(self.trainer, sampling))
         panel, played = scoring.play_run_panel(self.context, split, self.rollout, play)
@@ -191,24 +191,22 @@ class RunSession:
         return score
 
     def _score_diverged(self, reason: RunError) -> None:
-        """Score the weights as the last finite update left them: a comparison without such runs would favour their arm."""
-        log.warning("%s; scoring the policy as it is", reason)
+        """Score the weights of the last finite update. A comparison without the runs that diverged would favour their arm."""
+        log.warning("%s; evaluating the policy with the weights of the last finite update", reason)
         settings, file = self.context.experiment.evaluation, self.context.folder / DIVERGED
         if distributed.is_main_process():
             file.unlink(missing_ok=True)
         try:
             after, final = self._evaluate_panel(settings.panel), self._evaluate_panel(settings.final)
             result = scoring.build_result(self.context, self.time, self.before, after, final)
-        except (
-            Exception
-        ) as error:  # of many kinds, as its numbers may be anything; the first error is the one that counts
-            log.warning("it cannot be scored: %s", error)
+        except Exception as error:  # weights that diverged can fail in any way; the caller raises the first error
+            log.warning("the policy cannot be evaluated: %s", error)
             return
         self.recorder.write_diverged(file, result | {"diverged": str(reason)})
 
 
 def _draw_episodes(experiment: Experiment, tasks: Sequence[Task], step: int, number: int) -> list[Episode]:
-    """The episodes of a round: tasks drawn without replacement, each played by the whole group."""
+    """Return the episodes of a sampling round: tasks drawn without replacement, with one group of episodes per task."""
     settings, seed = experiment.trainer, experiment.seed
     count = settings.tasks_per_step * settings.oversample
     chosen = keyed_generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)

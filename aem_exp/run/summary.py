@@ -1,6 +1,6 @@
 """The summary of a finished run: terminal tables and charts, PNG figures, and episodes as Markdown.
 
-It only reads the run directory, apart from the files it draws.
+It reads only the run directory, and writes nothing there except the figures, `experiment.yaml` and `episodes.md`.
 """
 
 import math
@@ -28,7 +28,7 @@ Rows = Sequence[dict[str, float]]
 
 
 def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
-    """Print what a finished run reached, how it got there, and where to look further; from its run dir alone."""
+    """Print the scores, the training curves and the paths and links of a finished run. Reads only the run directory."""
     console = console or make_console()
     result, repeats, gaps = _json(run_dir / RESULT), _repeats(run_dir), list[str]()
     rows = _read_unless_damaged(lambda: metrics.read(run_dir), gaps) or []
@@ -36,7 +36,7 @@ def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
     if (record := run_dir / episodes.FILE).exists():
         _read_unless_damaged(lambda: episodes.check_file(record), gaps)
     console.print()
-    console.print("success on tasks never trained on, with the 95 % interval of one run (Wilson)", style="italic")
+    console.print("success on held-out tasks, with the 95 % interval of this one run (Wilson)", style="italic")
     console.print(_score_table(result, repeats))
     if (picture := _charts(rows, console.width)) is not None:
         console.print()
@@ -44,17 +44,18 @@ def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
         console.print()
     if crashed := result.get("crashed_in_training"):
         console.print(
-            f"{crashed} episodes crashed in training and were left out; episodes.parquet says how", style="yellow"
+            f"{crashed} training episodes crashed and were left out of the loss; episodes.parquet has their errors",
+            style="yellow",
         )
     for gap in gaps:
         console.print(gap, style="yellow", markup=False, soft_wrap=True)
     for name, text in [("run", str(run_dir)), *(page.lines() if page else ())]:
         console.print(f"  [bold]{name:<7}[/bold]", end="")
-        console.print(text, markup=False, soft_wrap=True)  # whole, for the clipboard
+        console.print(text, markup=False, soft_wrap=True)  # on one line, so that it can be copied
 
 
 def _read_unless_damaged(read: Callable[[], T], gaps: list[str]) -> T | None:
-    """What is read; where its file is damaged, nothing, and a sentence in `gaps`."""
+    """Return the result of `read`. If its file is damaged, return None and append a sentence to `gaps`."""
     try:
         return read()
     except disk.DamagedFileError as error:
@@ -85,7 +86,7 @@ def _format_success(score: dict[str, Any] | None, tasks: int) -> "Text":
 
 
 def _charts(rows: Rows, width: int) -> "RenderableType | None":
-    """Return success and response entropy over steps, side by side, or None where nothing was trained."""
+    """Return charts of success and response entropy over steps, side by side; None if no step was trained."""
     steps = [row["step"] for row in rows if SUCCESS in row]
     if not steps:
         return None
@@ -107,15 +108,15 @@ def _add_title(title: str, lines: list[str], steps: list[float]) -> "Text":
 
 
 def draw_chart(
-    values: Sequence[float], width: int, top: float, spell: Callable[[float], str], height: int = 6
+    values: Sequence[float], width: int, top: float, format_value: Callable[[float], str], height: int = 6
 ) -> list[str]:
-    """Draw values from 0 to `top` as an area of eighth blocks; each column is the mean of its share of the values."""
+    """Draw values from 0 to `top` as an area chart of block characters. Each column is the mean of its share of the values."""
     levels = []
     for column in range(width):
         start = column * len(values) // width
         part = [v for v in values[start : max(start + 1, (column + 1) * len(values) // width)] if not math.isnan(v)]
         levels.append(round(8 * height * min(1.0, max(0.0, sum(part) / len(part) / top))) if part else 0)
-    marks = {height - 1: spell(top), 0: spell(0.0)}
+    marks = {height - 1: format_value(top), 0: format_value(0.0)}
     rows = []
     for row in reversed(range(height)):
         blocks = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, level - 8 * row))] for level in levels)
@@ -131,7 +132,7 @@ def _series(rows: Rows, name: str) -> list[float]:
 
 
 def save_plots(rows: Rows, folder: Path, repeats: int = 1) -> list[Path]:
-    """Draw success and response entropy over steps, and alpha where there was any, as PNG; return the files."""
+    """Draw success and response entropy over steps, and alpha if the run used AEM, as PNG; return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +177,7 @@ def _draw_learning(pyplot: Any, rows: Rows, repeats: int) -> Any:
 
 
 def _draw_curve(axes: Any, rows: Rows, name: str, colour: str) -> None:
-    """Draw a training curve: its steps faint, its moving mean bold."""
+    """Draw a training curve: the steps as a thin line, their moving mean as a thick line."""
     points = [(row["step"], row[name]) for row in rows if name in row]
     if not points:
         return
@@ -211,7 +212,7 @@ def _draw_alpha(pyplot: Any, rows: Rows, _: int) -> Any:
 
 
 def write_artifacts(run_dir: Path) -> list[Path]:
-    """Write what people open beside a run's numbers: its config as YAML, episodes to read, figures."""
+    """Write the files that people open: the config as YAML, a few episodes as Markdown, and figures; return their paths."""
     import yaml
 
     files = []
@@ -225,7 +226,7 @@ def write_artifacts(run_dir: Path) -> list[Path]:
 
 
 def _repeats(run_dir: Path) -> int:
-    """Return how often the panel plays each task; its episodes are not independent, so intervals count tasks."""
+    """Return the number of episodes per panel task. These are not independent, so intervals count tasks."""
     path = run_dir / EXPERIMENT
     return int(_json(path).get("evaluation", {}).get("repeats", 1)) if path.exists() else 1
 

@@ -1,17 +1,17 @@
-"""The run dir: what a run leaves on disk, which is the truth; MLflow and reports can be rebuilt from it.
+"""The run directory: the files that a run writes. They are the source of truth: MLflow and reports are rebuilt from them.
 
 One module per file or question: `metrics` (metrics.jsonl), `episodes` (episodes.parquet), `examples` (episodes.md),
-`checkpoints`, `attempts` (attempts.jsonl), `lock` (which process or job owns the run), `membership` (which sweeps it belongs
-to), `archive` (a run in a few kilobytes). It imports `core` alone, so a run can be read where neither torch nor MLflow is
-installed.
+`checkpoints`, `attempts` (attempts.jsonl), `lock` (which process or job owns the run), `membership` (which sweeps contain
+the run), `archive` (a run in a few kilobytes). The package imports only `core`, so a run can be read where neither torch
+nor MLflow is installed.
 """
 
 from typing import Final
 
-EXPERIMENT: Final = "experiment.json"  # written first: a run dir that has it can be run and resumed
-BEFORE: Final = "before.json"  # the score of the policy before the first step
-DIVERGED: Final = "diverged.json"  # the score of a run that can have no result
-RESULT: Final = "result.json"  # written last: a run dir that has it is finished
+EXPERIMENT: Final = "experiment.json"  # written first; with this file, a run can start and resume
+BEFORE: Final = "before.json"  # score of the policy before the first step
+DIVERGED: Final = "diverged.json"  # score of a run that diverged; such a run has no result.json
+RESULT: Final = "result.json"  # written last; with this file, a run is finished
 PROVENANCE: Final = "provenance.json"
-EVALUATIONS: Final = "evaluations"  # a folder each, with a result of its own
+EVALUATIONS: Final = "evaluations"  # one folder per evaluation, each with its own result.json
 MODEL: Final = "model"  # the trained policy in Hugging Face format

@@ -1,4 +1,4 @@
-"""One run as a file of a few kilobytes (`RUN.json.gz`) that holds all that a comparison needs.
+"""Archives: one run as a file of a few kilobytes (`RUN.json.gz`), with everything that a comparison needs.
 
 The same run always gives the same bytes.
 """
@@ -20,51 +20,46 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import DIVERGED, EVALUATIONS, EXPERIMENT, PROVENANCE, RESULT, attempts, episodes, metrics
 
 SUFFIX: Final = ".json.gz"
-NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # of a run
-MAX_BYTES: Final = 5 << 20  # bytes of an archive, uncompressed: it may come from anywhere
-DIGITS: Final = 5  # of a number in a curve
+NAME: Final = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)  # name of a run
+MAX_BYTES: Final = 5 << 20  # limit of the uncompressed size, because an archive may come from an untrusted source
+DIGITS: Final = 5  # significant digits of a value in a curve
 CURVE_PREFIXES: Final = ("train/", "aem/", "drift/", "eval/success", "eval/response_entropy")
-EXCLUDED_KEYS: Final = (
-    "outputs",
-    "tracking",
-    "parent_dir",
-    "resume",
-    "launch",
-)  # of an experiment: no matter of science
+# Keys of an experiment that do not change its results.
+EXCLUDED_KEYS: Final = ("outputs", "tracking", "parent_dir", "resume", "launch")
 RECORDED_LAUNCH_KEYS: Final = ("nodes", "gpus_per_node", "server_nodes")
-DONE, NAN = "done", "nan"  # a state, and the class of a failure
+DONE, NAN = "done", "nan"  # a run state, and a failure class
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One run. The fields are the keys of the file."""
+    """One archived run. The fields are the keys of the file."""
 
     run: str
-    """The name of its dir."""
+    """Name of the run directory."""
     experiment: dict[str, Any]
-    """The experiment, without where it ran."""
+    """The experiment, without the keys that say where it ran."""
     what: str
-    """`done`, or another status of `run_state`."""
+    """Status of the run: `done`, or another status of `run_state`."""
     why: tuple[str, str] = ("", "")
-    """The class of a failure, and a sentence."""
+    """Class of the failure, and a sentence that describes it."""
     result: dict[str, Any] = field(default_factory=dict)
-    """What `result.json` says, or `diverged.json`; empty where the run has no score."""
+    """Content of `result.json` or `diverged.json`; empty if the run has no score."""
     tasks: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns of the final panel: `id`, `kind`, `success` (a list of repeats each), and `score` where the world has scores."""
+    """Columns of the final panel: `id`, `kind`, `success` (one list of repeats per task), and `score` if the env has scores."""
     endings: dict[str, int] = field(default_factory=dict)
-    """How the episodes on the final panel ended."""
+    """Number of episodes of the final panel, by how they ended."""
     curves: dict[str, list[float | None]] = field(default_factory=dict)
-    """`step`, and by its name what was measured there; None where it was not."""
+    """`step`, and one list of values per metric; None at steps where the metric was not measured."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Code, packages, weights, machine."""
+    """Code version, packages, weights and machine."""
     spent: dict[str, float] = field(default_factory=dict)
-    """`seconds`, `gpus`, `episodes`, `tokens`, `updates`, as far as they are known."""
+    """`seconds`, `gpus`, `episodes`, `tokens` and `updates`, those that are known."""
     players: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Other agents on the same panel, by name: what their `result.json` says."""
+    """Results of other agents on the same panel, by the name of the agent."""
 
     @property
     def done(self) -> bool:
-        """Whether it has a score: it is finished, or has diverged."""
+        """Whether the run has a score: it is finished, or it diverged."""
         return bool(self.result)
 
     @property
@@ -73,29 +68,33 @@ class Archive:
 
     @property
     def method(self) -> int | None:
-        """The revision of the method, 0 where a run recorded none; None for a run of another framework."""
+        """Revision of the method; 0 if the run recorded none, None for a run of another framework."""
         return int(self.provenance.get("method", 0)) if self.provenance else None
 
     @property
     def success(self) -> list[float]:
-        """Of each task of the final panel, the mean over its repeats."""
+        """Success of each task of the final panel, averaged over its repeats."""
         return [fmean(repeats) for repeats in self.tasks["success"]]
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value), where it was measured."""
+        """Return (step, value) pairs of a metric, at the steps where it was measured."""
         pairs = zip(self.curves.get("step", ()), self.curves.get(name, ()), strict=False)
         return [(int(step), value) for step, value in pairs if step is not None and value is not None]
 
 
 def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Archive:
-    """The archive of a run dir; `what` and `why`: its state.
+    """Build the archive of a run directory.
+
+    Args:
+        what: status of the run.
+        why: class and sentence of its failure.
 
     Raises:
-        DamagedFileError: with the file's name.
+        DamagedFileError: a file of the run directory is damaged.
     """
     experiment, rows = disk.read_json(folder / EXPERIMENT), metrics.read(folder)
     scored = RESULT if what == DONE else DIVERGED if why[0] == NAN else None
-    result = _json(folder / scored) if scored else {}
+    result = _read_json_if_present(folder / scored) if scored else {}
     played = _read_final_episodes(folder, result) if result else []
     launch = experiment.get("launch", {})
     return Archive(
@@ -108,19 +107,19 @@ def from_run_dir(folder: Path, what: str, why: tuple[str, str] = ("", "")) -> Ar
         tasks=_group_by_task(played),
         endings=dict(sorted(Counter(row["ended"] for row in played).items())),
         curves=_curves(rows),
-        provenance=_json(folder / PROVENANCE),
+        provenance=_read_json_if_present(folder / PROVENANCE),
         spent=_spent_resources(folder, launch, result, rows),
         players=_read_other_agents(folder, experiment, result),
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """What a file of a run dir says; empty where there is none: then the run failed, and its state says so."""
+def _read_json_if_present(file: Path) -> dict[str, Any]:
+    """Read a JSON file; return an empty mapping if there is none (the run failed before writing it)."""
     return disk.read_json(file) if file.exists() else {}
 
 
 def _read_final_episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The episodes of the final panel, the last time that it was played."""
+    """Read the episodes of the last evaluation on the final panel."""
     columns = ["split", "step", "task", "kind", "won", "score", "ended", "draw", "member"]
     chosen = [("split", "==", result["final"]["panel"]), ("step", "==", result["steps"])]
     rows = episodes.read(folder / episodes.FILE, columns=columns, filters=chosen).to_pylist()
@@ -133,7 +132,7 @@ def _group_by_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]
         by_task.setdefault(row["task"], []).append(row)
 
     def each(name: str) -> list[list[float]]:
-        """A value of every episode of each task; 0 where its world crashed."""
+        """Return a column as one list of episodes per task; a crashed episode counts as 0."""
         return [[0.0 if r["ended"] == "crashed" else r[name] or 0.0 for r in rows] for rows in by_task.values()]
 
     kinds = [rows[0]["kind"] for rows in by_task.values()]
@@ -171,14 +170,14 @@ def _spent_resources(
 def _read_other_agents(
     folder: Path, experiment: Mapping[str, Any], result: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluations of other agents, the untrained policy say, on the final panel of the run and by its rules."""
+    """Read the evaluations of other agents (such as the untrained policy) on the run's final panel and with its env settings."""
     keys = ("player", "success", "episodes", "repeats", "interval", "panel_hash", "temperature", "standard_error")
     final, settings = result.get("final") or {}, experiment.get("evaluation") or {}
     out: dict[str, dict[str, Any]] = {}
     for file in sorted((folder / EVALUATIONS).glob(f"*/{RESULT}")):
         try:
             other = disk.read_json(file)
-        except disk.DamagedFileError:  # of another agent: it is evaluated again where it is needed
+        except disk.DamagedFileError:  # an evaluation can be repeated
             continue
         name, rules = other.get("player"), other.get("identity", {}).get("env", {})
         same_rules = all(rules[key] == experiment["env"].get(key) for key in rules)
@@ -189,11 +188,11 @@ def _read_other_agents(
     return out
 
 
-# On disk.
+# Reading and writing.
 
 
 def write(archive: Archive, folder: Path) -> Path:
-    """Write `RUN.json.gz` in the folder."""
+    """Write `RUN.json.gz` to the folder and return its path."""
     text = json.dumps(asdict(archive), sort_keys=True, separators=(",", ":"), allow_nan=False)
     file = folder / f"{archive.run}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,10 +201,10 @@ def write(archive: Archive, folder: Path) -> Path:
 
 
 def read(file: Path) -> Archive:
-    """An archive that was written on this machine or another.
+    """Read an archive, which may come from another machine.
 
     Raises:
-        ConfigError: the file is no archive.
+        ConfigError: the file is not an archive of a run.
     """
     try:
         with gzip.open(file) as content:
@@ -216,41 +215,41 @@ def read(file: Path) -> Archive:
         archive = Archive(**{**data, "why": tuple(data["why"])})
         _validate(archive, file)
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError("archive", str(file), f"is no archive of a run: {error}") from error
+        raise ConfigError("archive", str(file), f"is not an archive of a run: {error}") from error
     return archive
 
 
 def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def _validate(archive: Archive, file: Path) -> None:
-    """Refuse what no run writes. The content of an archive is shown as text and used as numbers; nothing in it is called."""
+    """Raise an error for content that no run writes. An archive holds only text and numbers; nothing in it is executed."""
     for each in fields(Archive):
         wanted = {"run": str, "what": str, "why": tuple}.get(each.name, dict)
         if not isinstance(getattr(archive, each.name), wanted):
-            raise ValueError(f"{each.name} is no {wanted.__name__}")
+            raise ValueError(f"{each.name} is not a {wanted.__name__}")
     if archive.run != file.name.removesuffix(SUFFIX) or not NAME.fullmatch(archive.run):
-        raise ValueError(f"its run is called {archive.run!r}")
+        raise ValueError(f"the name of its run is {archive.run!r}")
     int(archive.experiment["seed"]), int(archive.provenance.get("method", 0))
     for part in ("trainer", "env", "model", "baseline", "modulation", "launch"):
         if not isinstance(archive.experiment.get(part, {}), dict):
-            raise ValueError(f"experiment.{part} is no mapping")
+            raise ValueError(f"experiment.{part} is not a mapping")
     tasks, curves = archive.tasks, archive.curves
     if archive.result and not (tasks["id"] and len({len(tasks[key]) for key in ("id", "kind", *tasks)}) == 1):
-        raise ValueError("tasks of unequal length, or none")
+        raise ValueError("the columns of tasks are empty or differ in length")
     repeats = {len(values) for values in tasks.get("success", ())}
     if len(repeats) > 1 or 0 in repeats:
-        raise ValueError("tasks that were not scored alike often")
+        raise ValueError("the tasks differ in their number of repeats")
     if not all(0 <= value <= 1 for values in tasks.get("success", ()) for value in values):
-        raise ValueError("a success outside of 0 to 1")
+        raise ValueError("a success is not between 0 and 1")
     if any(len(values) != len(curves["step"]) for values in curves.values()):
-        raise ValueError("curves of unequal length")
+        raise ValueError("the curves differ in length")
     numbers = [*archive.spent.values(), *archive.endings.values(), *(v for values in curves.values() for v in values)]
     if not all(value is None or isinstance(value, int | float) for value in numbers):
-        raise ValueError("a text in the place of a number")
+        raise ValueError("a value that must be a number is a text")
     for name in ("final", "before", "packages"):
         if not isinstance(archive.result.get(name) or {}, dict):
-            raise ValueError(f"result.{name} is no mapping")
+            raise ValueError(f"result.{name} is not a mapping")
     if not all({"success", "repeats"} <= set(player) for player in archive.players.values()):
-        raise ValueError("a player without success and repeats")
+        raise ValueError("a player lacks success or repeats")

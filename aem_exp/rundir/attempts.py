@@ -1,4 +1,4 @@
-"""`attempts.jsonl`: one event for each start of a run and one for its end.
+"""`attempts.jsonl`: one event for each start of a run, and one for the end of that start.
 
 A start without an end was killed from outside; only the scheduler knows the reason.
 """
@@ -19,23 +19,23 @@ from aem_exp.core.errors import ConfigError, RunError
 
 FILE = "attempts.jsonl"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-FAILURE_CLASSES = (  # classes of failures: of the run itself, and of the job or the machine that it ran on (see `run_state`)
+FAILURE_CLASSES = (  # first the failures of the run itself, then those of its job or machine (see `run_state`)
     *("config", "crash", "disk", "env", "hang", "nan", "oom"),
     *("killed", "node", "time", "unseen", "user"),
 )
-MAX_IDLE_STARTS = 2  # starts of a job in a row that may make no progress
+MAX_IDLE_STARTS = 2  # consecutive starts of a job that may make no progress
 
 
 @contextmanager
 def record_attempt(folder: Path, step: int, saved_step: Callable[[], int], max_requeues: int = 0) -> Iterator[None]:
-    """Record a start at `step`, and how it ends.
+    """Record a start at `step`, and how this start ends.
 
     Args:
-        saved_step: the step that is saved when it ends.
-        max_requeues: how often SLURM may start a job again; 0: no limit.
+        saved_step: returns the newest saved step; called at the end.
+        max_requeues: how often SLURM may requeue a job; 0 means no limit.
 
     Raises:
-        RunError: the job is started again and again, and makes no progress.
+        RunError: the job is requeued too often, or makes no progress.
     """
     job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     _append_event(
@@ -59,12 +59,12 @@ def record_attempt(folder: Path, step: int, saved_step: Callable[[], int], max_r
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a last line that a kill cut short is left out."""
+    """Return the events of a run, oldest first, without an incomplete last line (left by a killed process)."""
     return disk.read_json_lines(folder / FILE, "event", "at")
 
 
 def total_seconds(folder: Path) -> float | None:
-    """How long a finished run ran, over all of its starts whose end is known; None where it is not finished."""
+    """Return the seconds that a finished run ran: the sum over its starts with a known end. None if it is not finished."""
     events = read(folder)
     if not events or events[-1]["event"] != DONE:
         return None
@@ -72,7 +72,7 @@ def total_seconds(folder: Path) -> float | None:
 
 
 def classify_error(error: BaseException) -> str:
-    """The class of a failure, which decides what helps: config, nan, env, oom, disk, hang, or crash for the unforeseen."""
+    """Return the class of a failure: config, nan, env, oom, disk, hang, or crash for anything else."""
     if isinstance(error, disk.DamagedFileError):
         return "disk"
     if isinstance(error, ConfigError):
@@ -87,16 +87,16 @@ def classify_error(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line."""
+    """Describe an error in one line."""
     text = " ".join(str(error).split())
     is_sentence = isinstance(error, ConfigError | RunError | KeyboardInterrupt)
     return (text if is_sentence and text else f"{type(error).__name__}: {text}")[:500]
 
 
 def _check_requeues(folder: Path, job: str, start: int, max_requeues: int) -> None:
-    """Stop a job that SLURM or we requeue for ever."""
+    """Stop a job that would be requeued without end."""
     if max_requeues and start > max_requeues:
-        raise RunError(f"job {job} was requeued {start} times, and launch.requeues={max_requeues}", "hang")
+        raise RunError(f"job {job} was requeued {start} times; the limit is launch.requeues={max_requeues}", "hang")
     steps = [event["step"] for event in read(folder) if event["event"] == "start" and event["job"] == job]
     if len(steps) > MAX_IDLE_STARTS and len(set(steps[-MAX_IDLE_STARTS - 1 :])) == 1:
         raise RunError(f"job {job} made no progress in {MAX_IDLE_STARTS} starts (still at step {steps[-1]})", "hang")

@@ -1,6 +1,4 @@
-"""Which checkpoint a run resumes from: the newest one that is complete and whose files match the sizes and CRC-32
-checksums written when it was saved.
-"""
+"""Which checkpoint a run resumes from: the newest complete one whose files match their recorded sizes and CRC-32 checksums."""
 
 import json
 import shutil
@@ -13,14 +11,14 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError
 
 _MARK: Final = "step.json"
-_CHUNK_BYTES: Final = 1 << 24  # bytes read together
-_READERS: Final = 4  # files read at the same time
+_CHUNK_BYTES: Final = 1 << 24  # bytes per read
+_READERS: Final = 4  # files read in parallel
 
 
 def mark_complete(checkpoint: Path, step: int, updates: int, ranks: int) -> None:
-    """Declare a checkpoint complete: every rank has written its part of the state after `step` steps.
+    """Mark a checkpoint as complete: every rank has written its part of the state after `step` steps.
 
-    It reads all files once, which are still in memory right after they were written.
+    This reads all files once for their checksums, usually from the page cache.
     """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _MARK)
     names = [str(path.relative_to(checkpoint)) for path in files]
@@ -30,23 +28,23 @@ def mark_complete(checkpoint: Path, step: int, updates: int, ranks: int) -> None
 
 
 def find_newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint whose files have their sizes; their content is not read."""
+    """Return the newest complete checkpoint whose files have the recorded sizes. Checksums are not compared."""
     return next(
         (checkpoint for checkpoint in list_complete(run_dir) if not describe_damage(checkpoint, content=False)), None
     )
 
 
 def list_complete(run_dir: Path) -> list[Path]:
-    """The checkpoints that were once complete, newest first."""
+    """Return the checkpoints that were marked as complete, newest first."""
     complete = [path for path in run_dir.glob("checkpoint-*") if (path / _MARK).exists()]
     return sorted(complete, key=_number, reverse=True)
 
 
 def describe_damage(checkpoint: Path, content: bool = True) -> str:
-    """How a checkpoint differs from what was written; empty where it does not, or an older version wrote down nothing.
+    """Describe how a checkpoint differs from its record; "" if it is intact, or if an older version saved no record.
 
     Args:
-        content: read every file, not only its size.
+        content: compare checksums too, not only sizes.
     """
     try:
         expected = {checkpoint / name: facts for name, facts in _read_mark(checkpoint).get("files", {}).items()}
@@ -67,10 +65,10 @@ def describe_damage(checkpoint: Path, content: bool = True) -> str:
 
 
 def set_aside_damaged(run_dir: Path) -> list[str]:
-    """Rename checkpoints that are damaged and newer than an undamaged one, so that this one counts; a sentence for each.
+    """Rename damaged checkpoints, so that the newest intact one is used. Return one sentence per renamed checkpoint.
 
     Raises:
-        ConfigError: none is undamaged.
+        ConfigError: all checkpoints are damaged.
     """
     damaged = dict[Path, str]()
     for checkpoint in list_complete(run_dir):
@@ -80,31 +78,34 @@ def set_aside_damaged(run_dir: Path) -> list[str]:
     else:
         if damaged:
             reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
-            remedy = "put a good copy of one there, or move the run dir away to train anew"
-            raise ConfigError("RUN_DIR", str(run_dir), f"no checkpoint of it is undamaged ({reasons}); {remedy}")
+            remedy = "restore one of them from a copy, or move the run directory away to train from the start"
+            raise ConfigError("RUN_DIR", str(run_dir), f"all of its checkpoints are damaged ({reasons}); {remedy}")
     for checkpoint in damaged:
         shutil.rmtree(_damaged_path(checkpoint), ignore_errors=True)
         checkpoint.rename(_damaged_path(checkpoint))
-    return [f"{path.name} is damaged ({why}); it is now {_damaged_path(path).name}" for path, why in damaged.items()]
+    return [f"{path.name} is damaged ({why}); renamed to {_damaged_path(path).name}" for path, why in damaged.items()]
 
 
 def steps(checkpoint: Path) -> int:
-    """Steps that were trained when it was saved."""
+    """Return the number of trained steps at this checkpoint."""
     return int(_read_mark(checkpoint)["step"])
 
 
 def updates(checkpoint: Path) -> int:
-    """Updates that were made when it was saved; what transformers counts, and names it by, includes steps without any."""
+    """Return the number of updates at this checkpoint.
+
+    The number in the folder's name is that of transformers, which also counts steps without an update.
+    """
     return int(_read_mark(checkpoint).get("updates", _number(checkpoint)))
 
 
 def is_sharded(checkpoint: Path) -> bool:
-    """It was saved by processes that share the weights (FSDP)."""
+    """Return whether the checkpoint is sharded over processes (FSDP)."""
     return any(checkpoint.glob("pytorch_model_fsdp*"))
 
 
 def copy_into_run(checkpoint: Path, run_dir: Path) -> None:
-    """Let a run begin at another run's checkpoint: a copy, without a byte where both lie on one disk."""
+    """Copy a checkpoint of another run, so that this run starts from it. On the same disk the files are hard links."""
     copy = run_dir / checkpoint.name
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(_MARK), copy_function=disk.link_or_copy)

@@ -1,6 +1,6 @@
-"""`episodes.parquet`: one row per episode of a run, with all responses of a selected few.
+"""`episodes.parquet`: one row per episode of a run. A few selected episodes also keep all their responses.
 
-While a run is active, rows are written in one part per checkpoint.
+An active run writes its rows in parts, one part per checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 log = logging.getLogger("aem_exp")
 FILE, PARTS = "episodes.parquet", "episodes"
-_MAGIC = b"PAR1"  # a Parquet file begins and ends with it
+_MAGIC = b"PAR1"  # first and last bytes of a Parquet file
 
 
 def build_record(step: int, split: str, trajectory: Trajectory, in_full: bool) -> Record:
-    """The row of an episode; `in_full`: with its responses. `step`: steps trained before it was played."""
+    """Build the row of an episode.
+
+    Args:
+        step: number of trained steps before the episode was played.
+        in_full: include the responses.
+    """
     turns = trajectory.responses
     entropies = [r.entropy for r in turns if r.entropy is not None]
     return {
@@ -55,7 +60,7 @@ def _response_record(response: Response) -> Record:
 
 
 class EpisodeWriter:
-    """The episodes of a run, written part by part."""
+    """Writes the episodes of a run, in parts."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
         self.file, self._parts = run_dir / FILE, run_dir / PARTS
@@ -66,11 +71,11 @@ class EpisodeWriter:
                 part.unlink()
 
     def add(self, records: Sequence[Record]) -> None:
-        """Take rows, which the next part will have."""
+        """Add rows to the next part."""
         self._waiting += records
 
     def write(self, step: int) -> None:
-        """Put what was played up to this step on disk; call it where a checkpoint is saved."""
+        """Write the rows added since the last part to disk. Call this when a checkpoint is saved."""
         import pyarrow.parquet
 
         part = self._parts / f"{step:07d}.parquet"
@@ -78,9 +83,9 @@ class EpisodeWriter:
         os.replace(part.with_suffix(".part"), part)
 
     def finish(self) -> Path:
-        """Join the parts, and what was played since the last of them.
+        """Join the parts and the rows added since the last part into one file; return its path.
 
-        A part that was damaged meanwhile is left out with a warning: at this point, it must not cost the run its result.
+        A damaged part is left out with a warning, so that the run still gets its result.
         """
         import pyarrow.parquet
 
@@ -98,11 +103,11 @@ class EpisodeWriter:
         return self.file
 
     def remove_parts(self) -> None:
-        """Drop the parts; only once the result is written, or a kill in between would cost them."""
+        """Remove the parts. Call this after the result is written; a process killed earlier would lose the episodes."""
         shutil.rmtree(self._parts)
 
     def drop_damaged(self) -> Path | None:
-        """Remove the first part that is damaged, and all that follow it; return the damaged one."""
+        """Remove the first damaged part and all later parts; return the path of the damaged one, or None."""
         parts = sorted(self._parts.glob("*.parquet"))
         for number, part in enumerate(parts):
             try:
@@ -158,19 +163,19 @@ def _schema() -> Any:
     )
 
 
-# To read.
+# Reading.
 
 
 def list_parts(run_dir: Path, step: int) -> list[Path]:
-    """The parts of a live run that were written up to a step."""
+    """Return the parts of an active run that were written up to `step`."""
     return [part for part in sorted((run_dir / PARTS).glob("*.parquet")) if int(part.stem) <= step]
 
 
 def read(file: Path, **options: Any) -> Any:
-    """A pyarrow table of episodes, its checksums checked; `options`: of pyarrow's `read_table`.
+    """Read episodes as a pyarrow table and verify checksums. `options` are passed to pyarrow's `read_table`.
 
     Raises:
-        DamagedFileError: with its name.
+        DamagedFileError: the file cannot be read.
     """
     import pyarrow.parquet
 
@@ -181,10 +186,10 @@ def read(file: Path, **options: Any) -> Any:
 
 
 def check_file(file: Path) -> None:
-    """Read all of a file to find damage.
+    """Read the whole file to detect damage.
 
     Raises:
-        DamagedFileError: with its name.
+        DamagedFileError: the file cannot be read.
     """
     import pyarrow.parquet
 
@@ -196,12 +201,12 @@ def check_file(file: Path) -> None:
 
 
 def _damaged_error(file: Path, error: Exception) -> DamagedFileError:
-    further = ", or remove it: then the record lacks these episodes" if file.parent.name == PARTS else ""
+    further = ", or remove it (episodes.parquet will then lack these episodes)" if file.parent.name == PARTS else ""
     return disk.damaged_file_error(file, error, further)
 
 
 def describe_truncation(run_dir: Path) -> str:
-    """A sentence where the episodes of a run are no whole Parquet file, else ""; only the ends of the file are read."""
+    """Describe a truncated episodes.parquet; "" if it is whole or absent. Reads only the first and last bytes."""
     file = run_dir / FILE
     if not file.exists():
         return ""
@@ -210,4 +215,4 @@ def describe_truncation(run_dir: Path) -> str:
         data.seek(max(0, size - 8))
         length, end = int.from_bytes(data.read(4), "little"), data.read(4)
     whole = begin == end == _MAGIC and length + 12 <= size
-    return "" if whole else f"{FILE} is damaged (it is no whole Parquet file)"
+    return "" if whole else f"{FILE} is damaged (it is not a complete Parquet file)"

@@ -1,4 +1,4 @@
-"""Choose some episodes of a run, and write them as a page to read: `episodes.md`."""
+"""`episodes.md`: a few episodes of a run, as Markdown."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from aem_exp.rundir.episodes import FILE, PARTS
 
 
 def select_examples(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dict[str, Any]]:
-    """Choose episodes to read: held-out tasks before and after training, then members of the last trained group."""
+    """Select episodes: `tasks` held-out tasks before and after training, then `members` training episodes of the last step."""
     file = run_dir / FILE
     files = [file] if file.exists() else sorted((run_dir / PARTS).glob("*.parquet"))
     if not files:
@@ -29,7 +29,7 @@ def select_examples(run_dir: Path, tasks: int = 3, members: int = 3) -> list[dic
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Write episodes for reading: observations, responses, rewards, and how sure the policy was."""
+    """Format episodes as Markdown: observations, responses, rewards, entropy and alpha."""
     about = (
         "Entropy is the mean over a response's tokens, in nats; alpha is what the advantage of the response was "
         "multiplied by (absent where nothing was trained on the episode).\n"

@@ -1,7 +1,7 @@
 """Run lock: one process or job per run directory.
 
-The owner touches `run.lock` every 30 seconds; a lock is stale when its process has died, after 5 minutes without a touch, or
-when the same job has been restarted.
+The owner touches `run.lock` every 30 seconds. A lock is stale if its process on this host has died, if it was not touched for
+5 minutes, or if the same job has been restarted.
 """
 
 import getpass
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 LOCK, OWNER = "run.lock", "owner.json"
-HEARTBEAT_SECONDS = 30.0  # seconds between touches
-STALE_SECONDS = 300.0  # seconds without one
+HEARTBEAT_SECONDS = 30.0  # between touches
+STALE_SECONDS = 300.0  # without a touch
 
 
 class RunLocked(Exception):
-    """Another process runs this run; the message names it."""
+    """Another process owns this run; the message names that process."""
 
 
 @contextmanager
 def hold_run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run dir.
+    """Hold the lock of a run directory.
 
     Raises:
-        RunLocked: another process holds it.
+        RunLocked: another process holds the lock.
     """
     lock = _acquire_lock(folder)
     if lock is None:
@@ -53,22 +53,25 @@ def hold_run_lock(folder: Path) -> Iterator[None]:
 
 
 def describe_owner(folder: Path) -> str | None:
-    """The process that runs this run now, None where none does. It only reads: taking the lock could refuse a start."""
+    """Describe the process that owns this run now; None if there is none.
+
+    This only reads files. Taking the lock, even briefly, could block a run that starts at the same moment.
+    """
     try:
-        silent = time.time() - (folder / LOCK).stat().st_mtime
+        silent_seconds = time.time() - (folder / LOCK).stat().st_mtime
         pid, host = (folder / LOCK).read_text().split()[:2]
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # no lock, or one that is being written at this moment
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no lock, or a lock that is just being written
         return None
-    if silent > STALE_SECONDS or (host == platform.node() and not _is_alive(int(pid))):
+    if silent_seconds > STALE_SECONDS or (host == platform.node() and not _is_alive(int(pid))):
         return None
     return _format_owner(folder)
 
 
 def _acquire_lock(folder: Path) -> "BaseFileLock | None":
-    """The lock, acquired; None where another process holds it."""
+    """Acquire the lock and return it; None if another process holds it."""
     from filelock import SoftFileLock, Timeout
 
-    lock = SoftFileLock(folder / LOCK, timeout=0)  # breaks by itself what a dead process of this host left behind
+    lock = SoftFileLock(folder / LOCK, timeout=0)  # removes by itself the lock of a dead process on this host
     for _ in range(2):
         with suppress(Timeout):
             lock.acquire()
@@ -80,30 +83,30 @@ def _acquire_lock(folder: Path) -> "BaseFileLock | None":
 
 
 def _is_stale(folder: Path) -> bool:
-    """Whether a lock of another host is stale."""
+    """Return whether a lock is stale: not touched for long, or left by an earlier start of this job."""
     try:
-        silent = time.time() - (folder / LOCK).stat().st_mtime
-    except FileNotFoundError:  # just released, or broken by the attempt
+        silent_seconds = time.time() - (folder / LOCK).stat().st_mtime
+    except FileNotFoundError:  # just released, or removed by filelock
         return True
     own, owner = _current_process(), _read_owner(folder)
     same_job = own["job"] is not None and own["job"] == owner.get("job")
-    return silent > STALE_SECONDS or (same_job and own["start"] > owner["start"])
+    return silent_seconds > STALE_SECONDS or (same_job and own["start"] > owner["start"])
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether there is such a process on this host."""
+    """Return whether this host has a process with this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # a process of another user
         pass
     return True
 
 
 def _send_heartbeats(lock: Path, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_SECONDS):
-        with suppress(OSError):  # a disk that hiccups does not end a run
+        with suppress(OSError):  # a temporary disk error must not end the run
             os.utime(lock)
 
 
@@ -113,7 +116,7 @@ def _current_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "user": getpass.getuser(),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "start": int(os.environ.get("SLURM_RESTART_COUNT", "0")),  # of the job
+        "start": int(os.environ.get("SLURM_RESTART_COUNT", "0")),  # which start of the job
     }
 
 

@@ -1,6 +1,6 @@
-"""MLflow, which shows runs and is never the truth: everything that it holds can be sent again from the run dirs.
+"""MLflow tracking. MLflow only shows runs: everything in it can be sent again from the run directories.
 
-`tracker` is what a run logs through, `writer` its thread; `mlflow_store` opens a store and `store_uri` names one;
-`run_card` is what a run is called there; `publish` shows sweeps, `views` their saved views; `sync` sends what is
-missing. MLflow is spoken here alone.
+A run logs through `tracker`, and `writer` is the thread that sends. `store_uri` resolves the URI of a store and
+`mlflow_store` opens it; `run_card` records the ids of a run there; `publish` writes tags, views and reports of sweeps, with
+`views` for the saved views; `sync` sends the missing parts of a run. No other package imports MLflow.
 """

@@ -1,4 +1,4 @@
-"""An MLflow store: imported, created where it is a sqlite file, and refused in one sentence where it does not work."""
+"""Opens an MLflow store, creates a sqlite store if it does not exist, and turns errors of a store into a ConfigError."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
 
 def require_mlflow() -> None:
-    """Refuse to reach a store where MLflow is not installed."""
+    """Raise an error if MLflow is not installed."""
     extras.require_training("tracking", "mlflow", "the store", ["mlflow"])
 
 
-def _import_mlflow() -> Any:
-    """Import MLflow (2 to 4 s), silent and with short waits: the thread tries again by itself."""
+def import_mlflow() -> Any:
+    """Import MLflow (2 to 4 s), without its log output and with short timeouts, because the writer thread retries by itself."""
     require_mlflow()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -33,19 +33,19 @@ def _import_mlflow() -> Any:
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what it raises is told here, in a sentence
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # its errors become one sentence, see `raise_store_error`
     return mlflow
 
 
-def _import_store(uri: str) -> None:
-    """Import all of MLflow that a store needs, in the caller's thread: two that import can meet half-made modules."""
-    _import_mlflow()
+def import_store(uri: str) -> None:
+    """Import the MLflow modules of a store in the caller's thread; imports in two threads can see incomplete modules."""
+    import_mlflow()
     if not store_uri.is_remote(uri):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def create_sqlite(database: Path) -> None:
-    """Make an MLflow store that appears whole: many processes may ask at once, and none ever opens half of one."""
+    """Create an MLflow store atomically. Many processes may call this at once; none of them opens an incomplete file."""
     if _is_created(database):
         return
     from filelock import FileLock
@@ -71,8 +71,8 @@ def _is_created(database: Path) -> bool:
 
 
 def _template_database() -> Path:
-    """Return an empty store, made once per machine and MLflow version: migrating takes seconds, copying none."""
-    version = _import_mlflow().__version__
+    """Return an empty store, created once per machine and MLflow version: its migrations take seconds, a copy is instant."""
+    version = import_mlflow().__version__
     cache = disk.cache_dir()
     template = cache / f"mlflow-{version}.db"
     if not _is_created(template):
@@ -88,8 +88,8 @@ def _template_database() -> Path:
     return template
 
 
-def _check_database(uri: str) -> None:
-    """Ask a database one question, because MLflow would repeat a hopeless one for hours."""
+def check_database(uri: str) -> None:
+    """Send one query to a database, to fail early; MLflow itself would retry for hours."""
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
@@ -98,29 +98,31 @@ def _check_database(uri: str) -> None:
 
 
 def raise_store_error(uri: str, error: Exception) -> NoReturn:
-    """Turn what a store answered at start into a sentence for whoever named it."""
+    """Raise a ConfigError that describes the error of a store."""
     if isinstance(error, errors.MissingResource):
         raise error
     text = str(error)
     if isinstance(error, OSError) and error.filename:
-        place = error.filename2 or error.filename  # a copy names its source first
-        store_uri.refuse(uri, f"cannot be written ({error.strerror}: {place})", "make room or rights there")
+        place = error.filename2 or error.filename  # of a copy, the second name is the target
+        store_uri.refuse(
+            uri, f"cannot be written ({error.strerror}: {place})", "free disk space or change the permissions there"
+        )
     if "disk is full" in text:
-        store_uri.refuse(uri, "cannot be written (the disk is full)", "free space there and ask again")
+        store_uri.refuse(uri, "cannot be written (the disk is full)", "free disk space and try again")
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", errors.redact(uri)])
-        store_uri.refuse(uri, "was made by another version of MLflow", f"upgrade it with `{upgrade}`")
+        store_uri.refuse(uri, "was created by another version of MLflow", f"upgrade it with `{upgrade}`")
     if re.search(r"\b40[13]\b", text):
         store_uri.refuse(
-            uri, "refuses these credentials", "set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            uri, "rejects these credentials", "set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if isinstance(error, ImportError):
         store_uri.refuse(uri, f"needs a driver: pip install {DRIVERS.get(str(error.name), error.name)}")
-    store_uri.refuse(uri, f"cannot be used ({_reason(error)})")
+    store_uri.refuse(uri, f"cannot be used ({error_reason(error)})")
 
 
-def _reason(error: BaseException) -> str:
-    """Return the root of an error in one short line without credentials."""
+def error_reason(error: BaseException) -> str:
+    """Return the cause of an error in one short line without credentials."""
     text = str(error)
     for known in ("Connection refused", "timed out", "database or disk is full", "file is not a database", "is locked"):
         if known in text:
@@ -128,8 +130,8 @@ def _reason(error: BaseException) -> str:
     return errors.redact((text.splitlines() or [type(error).__name__])[0])[:200]
 
 
-def _lock_sqlite(uri: str) -> AbstractContextManager[Any]:
-    """Wait for one's turn at a sqlite file, which takes one writer at a time."""
+def lock_sqlite(uri: str) -> AbstractContextManager[Any]:
+    """Return a lock of a sqlite store, which can have only one writer at a time."""
     database = store_uri.sqlite_file(uri)
     if database is None:
         return nullcontext()
@@ -139,14 +141,14 @@ def _lock_sqlite(uri: str) -> AbstractContextManager[Any]:
     return FileLock(database.with_name(f".{database.name}.sync.lock"), timeout=600)
 
 
-def _open_client(uri: str) -> Any:
-    """A client of a store that answers; None where it does not, or its credentials were not kept."""
+def open_client(uri: str) -> Any:
+    """Return a client of a store; None if the store does not answer, or if its credentials were not saved."""
     if uri == store_uri.OFF or "***" in uri:
         return None
     try:
         store_uri.probe(uri)
-        client = _import_mlflow().MlflowClient(tracking_uri=uri)
+        client = import_mlflow().MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except Exception:  # of many kinds; nothing depends on it
+    except Exception:  # any error of MLflow; the caller works without a client
         return None
     return client

@@ -1,4 +1,4 @@
-"""What a run is called in MLflow: `tracking.json` and `mlflow_run_id` of its run dir, and its params."""
+"""The card of a run (`tracking.json`): its store, ids, params and tags in MLflow. `mlflow_run_id` holds the id alone."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from aem_exp.core import disk
 from aem_exp.rundir import metrics
 
 RUN_ID_FILE = "mlflow_run_id"
-CARD_FILE = "tracking.json"  # what this run is called in MLflow, and where: enough to send it again
+CARD_FILE = "tracking.json"  # store, ids, params and tags in MLflow: enough to send the run again
 
 
 def flatten_params(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a config to MLflow's params: `{"trainer.learning_rate": "0.001"}`."""
+    """Flatten a nested config to MLflow params, such as `{"trainer.learning_rate": "0.001"}`."""
     flat: dict[str, str] = {}
     for key, value in nested.items():
         if isinstance(value, dict) and value:
@@ -25,7 +25,7 @@ def flatten_params(nested: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def read_card(run_dir: Path) -> dict[str, Any]:
-    """What this run is called in MLflow; empty where it is not there."""
+    """Read the card of a run; empty if it has none."""
     path = run_dir / CARD_FILE
     return disk.read_json(path, "uri", "run_id", "experiment_id") if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""Send MLflow what it lacks of runs that are on disk."""
+"""Sends the missing parts of runs from their run directories to MLflow."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,46 +7,50 @@ from aem_exp.core import errors
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
 from aem_exp.tracking import store_uri
-from aem_exp.tracking.mlflow_store import _lock_sqlite, raise_store_error
+from aem_exp.tracking.mlflow_store import lock_sqlite, raise_store_error
 from aem_exp.tracking.run_card import CARD_FILE, read_card, save_card
-from aem_exp.tracking.writer import _RemoteRun
+from aem_exp.tracking.writer import RemoteRun
 
 
 def sync_run(run_dir: Path, uri: str | None = None) -> str:
-    """Send MLflow what it lacks of a run; return one sentence. Asking twice sends nothing twice."""
+    """Send the missing parts of a run to MLflow; return one sentence. A second call sends nothing twice.
+
+    Raises:
+        ConfigError: the folder is not a run, or the store cannot be used.
+    """
     run_dir = run_dir.absolute()
     card = read_card(run_dir)
     if not card:
-        raise ConfigError("RUN_DIR", str(run_dir), remedy=f"name the folder of a run; it has a {CARD_FILE}")
+        raise ConfigError("RUN_DIR", str(run_dir), remedy=f"must be a run directory, which contains {CARD_FILE}")
     uri = uri or card["uri"]
     if uri == store_uri.OFF or "***" in uri:
-        raise ConfigError("--uri", None, remedy=f"required: {run_dir.name} was logged to {card['uri']}")
+        raise ConfigError("--uri", None, remedy=f"is required, because {run_dir.name} was logged to {card['uri']}")
     store_uri.probe(uri)
-    run = _RemoteRun(run_dir, uri, card)
+    run = RemoteRun(run_dir, uri, card)
     points = metrics.points(metrics.read(run_dir))
     files = [path for name in card["artifacts"] if (path := run_dir / name).exists()]
     try:
-        with _lock_sqlite(uri):
+        with lock_sqlite(uri):
             run.connect()
             sent = run.send(points)
             for path in files:
                 run.send_file(path)
             if card["status"] is not None:
                 run.end(card["status"])
-    except Exception as error:  # all become a sentence
+    except Exception as error:  # any error of MLflow becomes a ConfigError
         raise_store_error(uri, error)
     save_card(run_dir, {**card, "uri": errors.redact(uri)})
     return f"sent {sent} of {len(points)} points and {len(files)} artifacts of run {run.id} to {errors.redact(uri)}"
 
 
-def _find_run_dirs(folder: Path) -> list[Path]:
-    """A run dir, or those that lie in a folder."""
+def find_run_dirs(folder: Path) -> list[Path]:
+    """Return the run directories in a folder, or the folder itself if it is one."""
     inside = sorted(card.parent for card in folder.glob(f"*/{CARD_FILE}"))
     return inside if inside and not (folder / CARD_FILE).exists() else [folder]
 
 
-def _reconcile(runs: Iterable[Path]) -> None:
-    """Note the end of runs that were killed before they could: MLflow would show them as running for ever."""
+def record_ends(runs: Iterable[Path]) -> None:
+    """Record the end of killed runs, which could not record it; MLflow would show them as running for ever."""
     from aem_exp.cluster import run_state
     from aem_exp.cluster.run_state import RunStatus
 

@@ -1,8 +1,7 @@
-"""Experiment tracking: metrics are written to `metrics.jsonl` in the run directory first and sent to MLflow by a
-background thread, so an unavailable tracker never stops a run.
+"""Experiment tracking: metrics are first written to `metrics.jsonl` in the run directory. A background thread sends them to
+MLflow, so an unavailable server never stops a run.
 
-Nothing is logged twice, and `python -m aem_exp.tracking sync RUN_DIR` sends later what MLflow lacks. The only module that
-imports MLflow.
+Nothing is logged twice. `python -m aem_exp.tracking sync RUN_DIR` sends later what MLflow lacks.
 """
 
 import shlex
@@ -18,24 +17,27 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import metrics
 from aem_exp.rundir.metrics import MetricsFile
 from aem_exp.tracking import store_uri
-from aem_exp.tracking.mlflow_store import _import_store, _reason, raise_store_error
+from aem_exp.tracking.mlflow_store import error_reason, import_store, raise_store_error
 from aem_exp.tracking.run_card import flatten_params, read_card, save_card
 from aem_exp.tracking.sync import sync_run
-from aem_exp.tracking.writer import MAX_PARAM_CHARS, MAX_TAG_CHARS, _redact_and_truncate, _RemoteRun, _Writer
+from aem_exp.tracking.writer import MAX_PARAM_CHARS, MAX_TAG_CHARS, RemoteRun, Writer, redact_and_truncate
 
-FINISH_TIMEOUT = 10.0  # seconds that `finish` keeps trying while the tracker refuses
+FINISH_TIMEOUT = 10.0  # seconds that `finish` retries if the store does not answer
 
 
 class Tracker:
-    """A run's metrics and artifacts. A context manager: the run ends in MLflow as it ended."""
+    """Logs the metrics and artifacts of a run. Use it as a context manager: MLflow gets the status with which the block ends.
+
+    `trouble`: at the end, a sentence if MLflow did not receive all of the run.
+    """
 
     def __init__(
-        self, run_dir: Path, mirror: MetricsFile, card: dict[str, Any], writer: _Writer | None, later: bool = False
+        self, run_dir: Path, metrics_file: MetricsFile, card: dict[str, Any], writer: Writer | None, later: bool = False
     ) -> None:
         self._later = later
-        self.run_dir, self._mirror, self._card, self._writer = run_dir, mirror, card, writer
+        self.run_dir, self.metrics_file, self._card, self._writer = run_dir, metrics_file, card, writer
         self._finished = False
-        self.trouble: str | None = None  # one sentence at the end of a run that MLflow did not get whole
+        self.trouble: str | None = None
 
     @classmethod
     def open(
@@ -50,12 +52,17 @@ class Tracker:
         wait: bool = True,
         live: bool = True,
     ) -> Self:
-        """Start or continue a run's log; rows past `resume_step` (None: all rows) are dropped, to be measured again.
+        """Start or continue the log of a run.
 
-        `live=False` leaves the store alone until the run ends, and then sends all at once, one process at a time: many
-        machines do not write to one sqlite file.
-        `wait=False` makes a local store in the background; the caller calls `wait_until_ready` before the first step. A server
-        is always waited for. Raises ConfigError where the tracker cannot be used.
+        Args:
+            resume_step: rows after this step are removed, because they are measured again; None removes all rows.
+            wait: wait until the store has the run. With False, a sqlite store is created in the background, and the caller
+                calls `wait_until_ready` before the first step. A server is always waited for.
+            live: send metrics during the run. With False, everything is sent at the end, one process at a time, so that
+                many machines do not write to one sqlite file.
+
+        Raises:
+            ConfigError: the store cannot be used.
         """
         run_dir = run_dir.absolute()
         if uri != store_uri.OFF:
@@ -69,38 +76,42 @@ class Tracker:
             "uri": errors.redact(uri),
             "experiment": experiment,
             "run_name": run_name,
-            "params": _redact_and_truncate(flatten_params(params or {}), MAX_PARAM_CHARS),
-            "tags": _redact_and_truncate(tags or {}, MAX_TAG_CHARS),
+            "params": redact_and_truncate(flatten_params(params or {}), MAX_PARAM_CHARS),
+            "tags": redact_and_truncate(tags or {}, MAX_TAG_CHARS),
             "status": None,
             "artifacts": [],
         }
         save_card(run_dir, card)
         writer = None
         if uri != store_uri.OFF and live:
-            _import_store(uri)
-            writer = _Writer(_RemoteRun(run_dir, uri, card))
+            import_store(uri)
+            writer = Writer(RemoteRun(run_dir, uri, card))
             writer.start()
             if wait or store_uri.sqlite_file(uri) is None:
                 _wait_until_ready(writer)
-        mirror = MetricsFile(run_dir, resume_step)
+        metrics_file = MetricsFile(run_dir, resume_step)
         if writer is not None:
-            writer.put(metrics.points(mirror.rows))
-        return cls(run_dir, mirror, card, writer, later=uri != store_uri.OFF and not live)
+            writer.put(metrics.points(metrics_file.rows))
+        return cls(run_dir, metrics_file, card, writer, later=uri != store_uri.OFF and not live)
 
     def wait_until_ready(self) -> None:
-        """Wait until MLflow has the run; a ConfigError says why it cannot."""
+        """Wait until MLflow has the run.
+
+        Raises:
+            ConfigError: the store cannot be used.
+        """
         if self._writer is not None:
             _wait_until_ready(self._writer)
             save_card(self.run_dir, self._card)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Write metrics of a step: on disk when this returns, in MLflow seconds later. None is no value; NaN is one."""
-        points = self._mirror.add(step, metrics)
+        """Log metrics of a step: to disk at once, to MLflow some seconds later. None values are skipped, NaNs are logged."""
+        points = self.metrics_file.add(step, metrics)
         if self._writer is not None:
             self._writer.put(points)
 
     def log_artifact(self, path: Path) -> None:
-        """Send a file or folder of the run dir to MLflow, now and with every `sync_run`."""
+        """Send a file or folder of the run directory to MLflow, now and with every `sync_run`."""
         path = path.absolute()
         name = str(path.relative_to(self.run_dir)) if path.is_relative_to(self.run_dir) else str(path)
         if name not in self._card["artifacts"]:
@@ -110,8 +121,8 @@ class Tracker:
             self._writer.put(files=[path])
 
     def flush(self, wait: float = 0.0) -> bool:
-        """Make the rows survive a power cut (before a checkpoint counts); whether MLflow has them `wait` seconds on."""
-        self._mirror.sync()
+        """Flush all rows to disk, as before a checkpoint; return whether MLflow has them too after at most `wait` seconds."""
+        self.metrics_file.sync()
         if self._writer is None:
             return True
         self._writer.put(urgent=True)
@@ -122,15 +133,15 @@ class Tracker:
         if self._finished:
             return self.trouble
         self._finished = True
-        if self._writer is not None:  # first, so that a run that ends because its disk is full is seen to end
+        if self._writer is not None:  # before the writes to disk, which fail if the disk is full
             self._writer.close(status, FINISH_TIMEOUT)
             self._writer.join()
             self.trouble = None if self._writer.idle else _describe_trouble(self._writer)
-        self._mirror.sync()
-        self._mirror.file.close()
+        self.metrics_file.sync()
+        self.metrics_file.file.close()
         self._card["status"] = status
         save_card(self.run_dir, self._card)
-        if self._later and status != "KILLED":  # who is killed has no time, and will go on
+        if self._later and status != "KILLED":  # a killed run has no time for this, and may be resumed
             self.trouble = _sync_or_explain(self.run_dir)
         return self.trouble
 
@@ -147,7 +158,7 @@ class Tracker:
 
 
 class NullTracker:
-    """The tracker of all processes of a run but the first, which speaks for them."""
+    """The tracker of all processes of a run except the first: it logs nothing."""
 
     trouble: str | None = None
 
@@ -166,7 +177,7 @@ class NullTracker:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _wait_until_ready(writer: _Writer) -> None:
+def _wait_until_ready(writer: Writer) -> None:
     writer.tried.wait()
     if writer.error is not None and not writer.remote.id:
         writer.close("FAILED", patience=0.0)
@@ -174,7 +185,7 @@ def _wait_until_ready(writer: _Writer) -> None:
 
 
 def _sync_or_explain(run_dir: Path) -> str | None:
-    """Send a whole run; one sentence where that fails."""
+    """Send a whole run; return a sentence if that fails."""
     try:
         sync_run(run_dir)
     except ConfigError as error:
@@ -182,11 +193,11 @@ def _sync_or_explain(run_dir: Path) -> str | None:
     return None
 
 
-def _describe_trouble(writer: _Writer) -> str:
-    why = "it is slow" if writer.error is None else _reason(writer.error)
+def _describe_trouble(writer: Writer) -> str:
+    why = "the store is slow" if writer.error is None else error_reason(writer.error)
     return _incomplete_message(writer.remote.run_dir, errors.redact(writer.remote.uri), why)
 
 
 def _incomplete_message(run_dir: Path, store: str, why: str) -> str:
     command = shlex.join([sys.executable, "-m", "aem_exp.tracking", "sync", str(run_dir)])
-    return f"MLflow at {store} lacks part of this run ({why}); nothing is lost, send it with: {command}"
+    return f"MLflow at {store} did not receive all of this run ({why}). Nothing is lost; to send the rest: {command}"

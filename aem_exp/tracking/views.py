@@ -1,14 +1,12 @@
-"""How runs are looked at in MLflow: two saved views of a sweep's runs, and two of all runs, each behind one link.
+"""Saved views in MLflow: two for the runs of each sweep and two for all runs, each opened by one link.
 
-`SWEEP: curves` shows a mean line per arm and the band between its lowest and highest seed; `SWEEP: table` shows the
-runs, best first. `all runs: curves` has a line per run. All are in the menu `Views` of the experiment's page. A run belongs
-to as many sweeps as it has tags `aem.sweep.NAME`. MLflow takes an arm's colour from the group's tag and value, and two arms
-may get the same one.
+`SWEEP: curves` shows one mean line per arm, with a band from its lowest to its highest seed. `SWEEP: table` lists the runs,
+best first. `all runs: curves` has one line per run. All views are in the menu `Views` of the experiment's page. A run has
+one tag `aem.sweep.NAME` per sweep. MLflow derives the colour of an arm from its tag, so two arms may get the same colour.
 
-MLflow documents neither the tag that holds a view nor the state in it; both were seen with the versions in
-`TRIED_VERSIONS`, whose page loads 100 runs, and more when asked. With another version, and where a store refuses a view,
-there is one link instead, to the runs of the experiment's page, filtered by the sweep's tag; it takes public parts of
-MLflow alone.
+MLflow does not document the tag of a view or its content. Both were tested with the versions in `TRIED_VERSIONS`, whose page
+loads 100 runs at first, and more on request. With another version, or if a store refuses a view, there is one link instead:
+the experiment's page, filtered by the sweep's tag. That link uses only public features of MLflow.
 """
 
 import base64
@@ -24,33 +22,30 @@ from urllib.parse import quote
 
 from aem_exp.core.errors import ConfigError
 
-TRIED_VERSIONS = ("3.17",)  # minor versions of MLflow whose page was seen to show these views
-VIEW_TAG_PREFIX = "mlflow.sharedViewState."  # of the experiment's tags, those that are views
+TRIED_VERSIONS = ("3.17",)  # minor versions of MLflow that were tested with these views
+VIEW_TAG_PREFIX = "mlflow.sharedViewState."  # experiment tags with this prefix hold views
 OWN_TAG_PREFIX = f"{VIEW_TAG_PREFIX}aem."
-ALL_RUNS = "all runs"  # no sweep can be called so, and the key of its views is not one of `OWN_TAG_PREFIX`: they are not surplus
-MAX_VIEWS = 30  # of our views in an experiment: at 40 in all, MLflow's page lets nobody save another
-VIEW_MODES = {"curves": "CHART", "table": "TABLE"}  # and the page's modes; a view does not hold its mode, its link does
-WORKFLOW_QUERY = "workflowType=machine_learning"  # that for trained models
+# Not a valid name of a sweep. Its views have another prefix than `OWN_TAG_PREFIX`, so `_find_surplus` never returns them.
+ALL_RUNS = "all runs"
+MAX_VIEWS = 30  # limit of our views per experiment; MLflow's page allows 40 in total
+VIEW_MODES = {"curves": "CHART", "table": "TABLE"}  # modes of the page; only the link selects the mode
+WORKFLOW_QUERY = "workflowType=machine_learning"  # menu for trained models
 
 GROUP_TAG = "aem.group"
 CURVE_METRICS = ("train/success", "eval/success", "train/response_entropy", "train/loss", "aem/alpha_q50")
-FOLDED_SECTIONS = ("train", "eval", "test", "aem", "time")  # sections that MLflow fills with all other metrics
-TABLE_METRICS = {
-    "test/success": 130,
-    "eval/success": 130,
-    "train/response_entropy": 190,
-}  # columns of the table, in pixels
+FOLDED_SECTIONS = ("train", "eval", "test", "aem", "time")  # MLflow puts all other metrics into these sections
+TABLE_METRICS = {"test/success": 130, "eval/success": 130, "train/response_entropy": 190}  # column widths in pixels
 
 
 def sweep_tag(sweep: str) -> str:
-    """Name the tag that puts a run into a sweep; any text but none will do as its value, the arm's name best."""
+    """Return the tag that puts a run into a sweep. Its value is the name of the arm; any non-empty text works."""
     if not re.fullmatch(r"[\w.\-]{1,100}", sweep, re.ASCII):
-        raise ConfigError("sweep", sweep, "must be a name of letters, digits, _ - and .")
+        raise ConfigError("sweep", sweep, "must be a name of letters, digits, _, - and .")
     return f"aem.sweep.{sweep}"
 
 
 def minor_version() -> str:
-    """The minor version of the MLflow that is installed, such as 3.17; empty where none is."""
+    """Return the minor version of the installed MLflow, such as 3.17; "" if it is not installed."""
     try:
         return ".".join(version("mlflow").split(".")[:2])
     except PackageNotFoundError:
@@ -58,16 +53,19 @@ def minor_version() -> str:
 
 
 def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GROUP_TAG) -> dict[str, str]:
-    """Write or refresh a sweep's views, with an `MlflowClient`; return the name and key of those that were taken.
+    """Save the views of a sweep; return the name and key of each saved view.
 
-    `group` is the tag that tells the arms apart; among all runs, each has a line of its own. Asking twice changes nothing
-    but the time of the last update. A version of MLflow that was not tried gets no views.
+    A second call changes only the time of the last update. No views are saved with an untested version of MLflow.
+
+    Args:
+        client: an `MlflowClient`.
+        group: tag that holds the arm of a run. The views of all runs do not group runs.
     """
     if minor_version() not in TRIED_VERSIONS:
         return {}
     states = {"curves": _curves_state(sweep, group), "table": _table_state(sweep, group)}
     saved: dict[str, str] = {}
-    with suppress(Exception):  # MLflow's, of many kinds: nothing depends on a view
+    with suppress(Exception):  # any error of MLflow; a run does not depend on its views
         tags = client.get_experiment(experiment_id).tags
         for kind, state in states.items():
             name, key = _view_name(sweep, kind), _view_key(sweep, kind)
@@ -81,10 +79,11 @@ def save(client: Any, experiment_id: str, sweep: str = ALL_RUNS, group: str = GR
 
 
 def links(site: str, experiment_id: str, sweep: str = ALL_RUNS, saved: Collection[str] | None = None) -> dict[str, str]:
-    """Return the name of each view of a sweep and the page that shows it, at the address where MLflow is served.
+    """Return the links to the views of a sweep, by name. If a view is missing, add a link to the filtered experiment page.
 
-    `saved`: the names of the views that the store has taken, see `save`; None: all of them. Where one is missing, there is
-    the experiment's page, filtered.
+    Args:
+        site: address of the MLflow server.
+        saved: names of the saved views, from `save`; None means all.
     """
     runs = f"{site.rstrip('/')}/#/experiments/{experiment_id}/runs"
     modes = VIEW_MODES if minor_version() in TRIED_VERSIONS else {}
@@ -100,13 +99,13 @@ def links(site: str, experiment_id: str, sweep: str = ALL_RUNS, saved: Collectio
 
 
 def _filter_query(sweep: str) -> str:
-    """The part of a link that filters the runs of an experiment's page."""
+    """Return the query of a link that filters the runs on an experiment's page."""
     search = _search_filter(sweep)
     return f"searchFilter={quote(search, safe='')}&" if search else ""
 
 
 def _search_filter(sweep: str) -> str:
-    """MLflow's search for the runs of a sweep."""
+    """Return MLflow's search expression for the runs of a sweep."""
     return "" if sweep == ALL_RUNS else f"tags.`{sweep_tag(sweep)}` != ''"
 
 
@@ -127,7 +126,7 @@ def _view_key(sweep: str, kind: str) -> str:
 
 
 def has_views(tags: Mapping[str, str]) -> bool:
-    """Whether an experiment has the views of all of its runs."""
+    """Return whether an experiment has the views of all runs."""
     return all(VIEW_TAG_PREFIX + _view_key(ALL_RUNS, kind) in tags for kind in VIEW_MODES)
 
 
@@ -138,7 +137,7 @@ def _serialize_view(name: str, state: Mapping[str, Any], old: str | None) -> str
 
 
 def _find_surplus(tags: Mapping[str, str]) -> list[str]:
-    """Name our views that were saved the longest ago; `save` brings any of them back under its old link."""
+    """Return the oldest of our views above `MAX_VIEWS`. `save` restores any of them under its old link."""
     ours = [key for key in tags if key.startswith(OWN_TAG_PREFIX)]
     fresh_last = sorted(ours, key=lambda key: json.loads(tags[key])["updatedAt"] if tags[key] else float("inf"))
     return fresh_last[: max(0, len(ours) - MAX_VIEWS)]
@@ -148,13 +147,13 @@ def _find_surplus(tags: Mapping[str, str]) -> list[str]:
 
 
 def _shared_state(sweep: str, order: str, ascending: bool) -> dict[str, Any]:
-    """Return what both views share; the page fills in its own defaults for all that is not named."""
+    """Return the part that both views share. The page uses its own defaults for the rest."""
     return {
         "searchFilter": _search_filter(sweep),
         "orderByKey": order,
         "orderByAsc": ascending,
         "startTime": "ALL",
-        "runsHiddenMode": "SHOW_ALL",  # the default draws ten runs
+        "runsHiddenMode": "SHOW_ALL",  # by default, MLflow draws ten runs
     }
 
 
@@ -162,16 +161,16 @@ def _curves_state(sweep: str, group: str) -> dict[str, Any]:
     keys = [{"mode": "tag", "groupByData": group}]
     return {
         **_shared_state(sweep, f"tags.`{group}`", ascending=True),
-        **_columns({}),  # MLflow's list of views opens this one as a table, with a row per arm
+        **_columns({}),  # opened from MLflow's list of views, it is a table with one row per arm
         "groupBy": None if sweep == ALL_RUNS else {"aggregateFunction": "average", "groupByKeys": keys},
         "useGroupedValuesInCharts": True,
-        "hideEmptyCharts": True,  # a sweep without AEM has no alpha
+        "hideEmptyCharts": True,  # a sweep without AEM has no metric alpha
         "compareRunCharts": list(_charts()),
         "compareRunSections": [
             _section("curves", display=True),
             *(_section(name, display=False) for name in FOLDED_SECTIONS),
         ],
-        "isAccordionReordered": True,  # or the sections are sorted by name
+        "isAccordionReordered": True,  # otherwise MLflow sorts the sections by name
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
 

@@ -1,4 +1,4 @@
-"""The thread that carries rows to MLflow, in order and in batches, and tries again for as long as the run lives."""
+"""The thread that sends rows to MLflow, in order and in batches, and retries during the whole run."""
 
 import getpass
 import json
@@ -16,35 +16,32 @@ from aem_exp.core import disk, errors
 from aem_exp.rundir.metrics import MetricPoint
 from aem_exp.tracking import store_uri
 from aem_exp.tracking import views as saved
-from aem_exp.tracking.mlflow_store import _check_database, _import_mlflow, create_sqlite
+from aem_exp.tracking.mlflow_store import check_database, create_sqlite, import_mlflow
 from aem_exp.tracking.run_card import RUN_ID_FILE
 
 SEND_INTERVAL = 2.0  # seconds between batches
-URGENT_POINTS = 500  # points that do not wait for the next batch
-LOCKED_TIMEOUT = 60.0  # seconds that a start waits for a sqlite file that other runs keep busy
-MAX_BATCH_POINTS, MAX_BATCH_PARAMS, MAX_PARAM_CHARS, MAX_TAG_CHARS = (
-    1000,
-    100,
-    6000,
-    8000,
-)  # what MLflow takes, per batch and value
-RUN_KEY_TAG = "mlflow.aemRunKey"  # tells this run from all others; MLflow shows no tag that begins with `mlflow.`
+URGENT_POINTS = 500  # with so many points, the next batch is sent at once
+LOCKED_TIMEOUT = 60.0  # seconds to wait at the start for a sqlite file that is locked by other runs
+MAX_BATCH_POINTS, MAX_BATCH_PARAMS = 1000, 100  # MLflow's limits per batch
+MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 8000  # MLflow's limits per value
+RUN_KEY_TAG = "mlflow.aemRunKey"  # unique key of the run; MLflow hides tags that begin with `mlflow.`
 NOTE_TAG = "mlflow.note.content"  # the description of a run or an experiment
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's pages ask what this experiment is
-HEADLINE_METRICS = ("train/success", "train/response_entropy", "train/loss")  # of a run, on one page
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # otherwise MLflow's page asks for the kind
+# A link in a run's description shows these metrics on one page.
+HEADLINE_METRICS = ("train/success", "train/response_entropy", "train/loss")
 
 
-class _RemoteRun:
-    """One run in MLflow: found again or made, appended to, ended. Any call may fail and may be repeated."""
+class RemoteRun:
+    """One run in MLflow. Any method may fail, and may then be called again."""
 
     def __init__(self, run_dir: Path, uri: str, card: dict[str, Any]) -> None:
         self.run_dir, self.uri, self.card = run_dir, uri, card
         self.client: Any = None
         self.id = ""
-        self.stored_points: set[tuple[str, int]] = set()  # (metric, step) that MLflow has
+        self.stored_points: set[tuple[str, int]] = set()  # (metric, step) pairs that MLflow has
 
     def connect(self) -> None:
-        """Reach the store, and this run in it."""
+        """Open the store, and find or create this run in it."""
         if self.id:
             return
         experiment = self.open_experiment()
@@ -57,18 +54,18 @@ class _RemoteRun:
         self.card["experiment_id"], self.card["run_id"], self.id = run.info.experiment_id, name, name
 
     def open_experiment(self) -> str:
-        """Reach the store, made where it is not there yet, and the experiment in it; its id."""
-        mlflow = _import_mlflow()
+        """Open or create the store and the experiment in it; return the experiment's id."""
+        mlflow = import_mlflow()
         if (database := store_uri.sqlite_file(self.uri)) is not None:
             create_sqlite(database)
         if not store_uri.is_remote(self.uri):
-            _check_database(self.uri)
+            check_database(self.uri)
         with self._lock_server():
             self.client = mlflow.MlflowClient(tracking_uri=self.uri)
             return self._ensure_experiment()
 
     def _lock_server(self) -> AbstractContextManager[Any]:
-        """Let one process of ours at a time touch a database server, whose new database MLflow would migrate."""
+        """Return a lock of a database server for our processes: only one of them may migrate a new database."""
         if store_uri.is_remote(self.uri) or store_uri.sqlite_file(self.uri) is not None:
             return nullcontext()
         from filelock import FileLock
@@ -82,7 +79,7 @@ class _RemoteRun:
         if self.client.get_experiment_by_name(name) is None:
             try:
                 self.client.create_experiment(name, self._artifact_location(name), EXPERIMENT_TAGS)
-            except MlflowException as error:  # another process of the sweep was faster
+            except MlflowException as error:  # another process of the sweep created it
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
         known = self.client.get_experiment_by_name(name)
@@ -93,7 +90,7 @@ class _RemoteRun:
         return str(known.experiment_id)
 
     def _artifact_location(self, experiment: str) -> str | None:
-        """Return where artifacts go: near the run dirs; a server knows by itself."""
+        """Return the folder of artifacts, beside the run directories; None for a server, which has its own."""
         if store_uri.is_remote(self.uri):
             return None
         database = store_uri.sqlite_file(self.uri)
@@ -101,14 +98,14 @@ class _RemoteRun:
         return (root / "mlruns" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()
 
     def _find_run(self) -> Any:
-        """Return this run from an earlier attempt, open again; None if the store does not have it."""
+        """Find this run of an earlier start and reopen it; None if the store does not have it."""
         from mlflow.exceptions import MlflowException
 
         written = self.run_dir / RUN_ID_FILE
         try:
             if written.exists():
                 run = self.client.get_run(written.read_text().strip())
-            else:  # killed, perhaps, between making the run and writing down its id
+            else:  # an earlier start may have been killed before it wrote the id
                 experiment = self.client.get_experiment_by_name(self.card["experiment"])
                 query = f"tags.`{RUN_KEY_TAG}` = '{self.card['key']}'"
                 [run] = self.client.search_runs([experiment.experiment_id], query, max_results=1) or [None]
@@ -136,17 +133,17 @@ class _RemoteRun:
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"].rstrip("+")
         run = self.client.create_run(
-            experiment, run_name=self.card["run_name"], tags=_redact_and_truncate(tags, MAX_TAG_CHARS)
+            experiment, run_name=self.card["run_name"], tags=redact_and_truncate(tags, MAX_TAG_CHARS)
         )
         disk.write_atomically(self.run_dir / RUN_ID_FILE, run.info.run_id + "\n")
         note = {
             NOTE_TAG: f"{_curve_links(experiment, run.info.run_id)}\n\n{tags[NOTE_TAG]}"
-        }  # its links name the run itself
-        self.client.set_tag(run.info.run_id, NOTE_TAG, _redact_and_truncate(note, MAX_TAG_CHARS)[NOTE_TAG])
+        }  # its links need the id of the run
+        self.client.set_tag(run.info.run_id, NOTE_TAG, redact_and_truncate(note, MAX_TAG_CHARS)[NOTE_TAG])
         return run
 
     def _send_params(self, run: Any) -> None:
-        """Send the params that MLflow lacks: it lets none change, and a resumed run is the same science."""
+        """Send the params that MLflow lacks. MLflow does not allow changes, and a resumed run has the same experiment."""
         from mlflow.entities import Param
 
         params = [Param(name, value) for name, value in self.card["params"].items() if name not in run.data.params]
@@ -154,7 +151,7 @@ class _RemoteRun:
             self.client.log_batch(run.info.run_id, params=params[start : start + MAX_BATCH_PARAMS])
 
     def send(self, points: list[MetricPoint]) -> int:
-        """Append the points that MLflow does not have; return how many these were."""
+        """Append the points that MLflow does not have; return their number."""
         from mlflow.entities import Metric
 
         fresh = [point for point in points if (point[0], point[3]) not in self.stored_points]
@@ -165,17 +162,17 @@ class _RemoteRun:
         return len(fresh)
 
     def send_file(self, path: Path) -> None:
-        """Copy a file or folder of the run dir to the run's artifacts, under the same relative name."""
+        """Copy a file or folder of the run directory to the run's artifacts, under the same relative path."""
         folder = path.parent.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else Path()
         self.client.log_artifact(self.id, str(path), folder.as_posix() if folder.parts else None)
 
     def end(self, status: str) -> None:
-        if self.client.get_run(self.id).info.status != status:  # or its end would move
+        if self.client.get_run(self.id).info.status != status:  # a second call would change the end time
             self.client.set_terminated(self.id, status)
 
 
 def _curve_links(experiment: str, run: str) -> str:
-    """Return the first line of a run's description: links to what its page, sorted by name, shows late or not at all."""
+    """Return the first line of a run's description: links to charts that its page shows late or not at all."""
     keys = quote(json.dumps(HEADLINE_METRICS, separators=(",", ":")))
     curves = f"#/metric?runs=%5B%22{run}%22%5D&metric=%22{quote(HEADLINE_METRICS[0])}%22&experiments=%5B%22{experiment}%22%5D"
     links = {
@@ -185,16 +182,16 @@ def _curve_links(experiment: str, run: str) -> str:
     return ", ".join(f"[{name}]({link.removeprefix('/')})" for name, link in links.items())
 
 
-def _redact_and_truncate(values: dict[str, str], chars: int) -> dict[str, str]:
-    """Redact values, and cut them to what MLflow stores."""
+def redact_and_truncate(values: dict[str, str], chars: int) -> dict[str, str]:
+    """Redact values, and shorten them to MLflow's limit."""
     safe = {name: errors.redact(value) for name, value in values.items()}
     return {name: value if len(value) <= chars else value[: chars - 1] + "…" for name, value in safe.items()}
 
 
-class _Writer(threading.Thread):
-    """Carries points, files and the end of a run to MLflow, in order; waits longer after each failure."""
+class Writer(threading.Thread):
+    """Sends points, files and the end of a run to MLflow, in order. After each failure it waits longer."""
 
-    def __init__(self, run: _RemoteRun) -> None:
+    def __init__(self, run: RemoteRun) -> None:
         super().__init__(name="aem_exp.tracking", daemon=True)
         self.remote = run
         self.wake = threading.Condition()
@@ -202,11 +199,11 @@ class _Writer(threading.Thread):
         self.files: list[Path] = []
         self.status: str | None = None
         self.urgent = False
-        self.pause = 0.0  # seconds before the next try; 0 while the tracker answers
-        self.deadline: float | None = None  # of the last try
+        self.pause = 0.0  # seconds before the next try; 0 while the store answers
+        self.deadline: float | None = None  # time after which it no longer retries
         self.idle = False  # everything is sent
-        self.tried = threading.Event()  # the first try is over, and was not merely one of too many at once
-        self.error: Exception | None = None  # of the newest try
+        self.tried = threading.Event()  # the first try is over; a locked sqlite file does not count as a try
+        self.error: Exception | None = None  # error of the newest try
 
     def put(self, points: Iterable[MetricPoint] = (), files: Iterable[Path] = (), urgent: bool = False) -> None:
         with self.wake:
@@ -227,10 +224,10 @@ class _Writer(threading.Thread):
             return self.wake.wait_for(lambda: self.idle, timeout)
 
     def run(self) -> None:
-        crowded = time.monotonic() + LOCKED_TIMEOUT
+        lock_deadline = time.monotonic() + LOCKED_TIMEOUT
         while True:
             self._send_pending()
-            if self.error is None or "is locked" not in str(self.error) or time.monotonic() > crowded:
+            if self.error is None or "is locked" not in str(self.error) or time.monotonic() > lock_deadline:
                 self.tried.set()
             with self.wake:
                 if self.deadline is None:
@@ -248,11 +245,11 @@ class _Writer(threading.Thread):
             self.remote.connect()
             self._drain()
             self.error, self.pause = None, 0.0
-        except Exception as error:  # whatever ails it: the run goes on, and the run dir has everything
+        except Exception as error:  # any error of MLflow: the run continues, and its run directory has everything
             self.error, self.pause = error, min(2 * self.pause or 1.0, 60.0)
 
     def _drain(self) -> None:
-        """Send what is there: points, then files; the end is told even when a file is refused."""
+        """Send the waiting points, then the files. The end of the run is sent even if a file fails."""
         with self.wake:
             self.urgent = False
             points, files, status = list(self.points), list(self.files), self.status

@@ -1,9 +1,10 @@
-"""Peak memory of two steps against the number of live episodes, with and without portions.
+"""Peak memory of two steps for 64 and 256 episodes per step, all at once and in portions.
 
     python tests/bench/memory.py
 
-Each line is a process of its own. `device_episodes` bounds what is generated at once, `device_tokens` what is trained at
-once; with both, twice the episodes should not be twice the memory over what the libraries take.
+Each measurement runs in its own process. `device_episodes` limits the episodes that are generated at once, `device_tokens`
+the tokens that are trained at once. With both, twice the episodes should need less than twice the memory, apart from the
+memory of the libraries.
 """
 
 import json
@@ -28,7 +29,7 @@ def peak_gb(tasks: int, words: list[str]) -> float:
 
 
 def main() -> None:
-    print(f"{'episodes a step':<18}{'all at once':>14}{'in portions':>14}")
+    print(f"{'episodes per step':<18}{'all at once':>14}{'in portions':>14}")
     for tasks in TASKS:
         whole, portions = peak_gb(tasks, []), peak_gb(tasks, PORTIONS)
         print(f"{8 * tasks:<18}{whole:>11.2f} GB{portions:>11.2f} GB   x {whole / portions:.2f}", flush=True)

@@ -1,8 +1,8 @@
-"""What a step's tracking costs the training process, against `mlflow.log_metrics` called at each step.
+"""The cost of tracking for the training process, compared with a call of `mlflow.log_metrics` per step.
 
-Both log the same 200 steps of 24 metrics to a sqlite store of their own; a step takes 50 ms of waiting besides, as if it
-trained. The cost is the time that the call holds the training thread; ours also writes the run's own file. The time until all
-is in MLflow, after the last step, is shown beside it.
+Both log the same 200 steps of 24 metrics to their own sqlite store; each step also sleeps 50 ms in place of training. The cost
+is the time for which the call blocks the training thread; our call also writes metrics.jsonl. The time from the last step until
+MLflow has everything is shown too.
 
 .venv/bin/python tests/bench/tracking.py
 """
@@ -26,7 +26,7 @@ NAMES = [f"train/metric_{number}" for number in range(24)]
 
 
 def steps(log: Callable[[int, dict[str, float]], object]) -> list[float]:
-    """Seconds that each step's logging took."""
+    """Return the seconds that logging took in each step."""
     spent = []
     for step in range(1, STEPS + 1):
         time.sleep(TRAINING)
@@ -52,16 +52,16 @@ def per_call(folder: Path) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    told = {}
+    results = {}
     for name, log in (("aem_exp", ours), ("mlflow.log_metrics", per_call)):
         with tempfile.TemporaryDirectory() as place:
-            told[name] = log(Path(place))
-    for name, (spent, end) in told.items():
+            results[name] = log(Path(place))
+    for name, (spent, end) in results.items():
         median, total = 1000 * statistics.median(spent), sum(spent)
-        print(f"{name:20} median {median:7.2f} ms a step, {total:6.2f} s in {STEPS} steps, {end:.2f} s at the end")
-    (one, end), (other, _) = told.values()
-    print(f"ratio                {statistics.median(other) / statistics.median(one):.0f} x a step", end="")
-    print(f", {sum(other) / (sum(one) + end):.0f} x with the end")
+        print(f"{name:20} median {median:7.2f} ms per step, {total:6.2f} s in {STEPS} steps, {end:.2f} s at the end")
+    (one, end), (other, _) = results.values()
+    print(f"ratio                {statistics.median(other) / statistics.median(one):.0f} x per step", end="")
+    print(f", {sum(other) / (sum(one) + end):.0f} x with the time at the end")
 
 
 if __name__ == "__main__":

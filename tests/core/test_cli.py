@@ -25,7 +25,7 @@ from aem_exp.tracking import command as tracking
         (run.main, ["/nowhere", "--inexct"], "--inexct: no such option"),
         (tracking.main, [], "sync=null: must be given"),
         (tracking.main, ["sink", "x"], "invalid choice: 'sink'"),
-        (tracking.main, ["sync", "/nowhere"], "name the folder of a run"),
+        (tracking.main, ["sync", "/nowhere"], "RUN_DIR=/nowhere: "),
         (evaluate.main, ["x", "--repeats", "many"], "--repeats: invalid int value: 'many'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

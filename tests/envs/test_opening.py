@@ -239,7 +239,7 @@ def heed(trajectories, caplog):
 
 
 def test_who_won_must_be_told(caplog):
-    with pytest.raises(RunError, match=r"no turn on the panel dev says metrics\['won'\]"):
+    with pytest.raises(RunError, match=r"panel dev .*metrics\['won'\]"):
         heed(played(won=False), caplog)
 
 
@@ -247,7 +247,7 @@ def test_who_won_must_be_told(caplog):
     ("how", "said"),
     [
         ({}, ""),
-        ({"seen": "the same"}, "all games of the panel dev begin alike"),
+        ({"seen": "the same"}, "panel dev begin"),
         ({"ended": "context"}, "4 of 4 episodes of the panel dev ran out of context; raise env.context_tokens"),
     ],
 )
@@ -283,4 +283,4 @@ def guessed(*numbers):
     ],
 )
 def test_a_game_of_guessing_is_not_taken_for_one_game(games, warned, caplog):
-    assert ("begin alike and answer alike" in heed(games, caplog)) == warned
+    assert ("no task is held out" in heed(games, caplog)) == warned

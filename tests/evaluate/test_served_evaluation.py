@@ -1,4 +1,4 @@
-"""A policy on a panel, played by servers: the same episodes as here, and never those of other weights."""
+"""Evaluation with vLLM servers: the same episodes as with a local sampler, and never with other weights."""
 
 import json
 import shutil
@@ -23,14 +23,13 @@ from aem_exp.rollout.sampling.local import LocalSampler, LocalSession
 from aem_exp.rollout.sampling.vllm import seed_from_key
 
 KEY = "k-7f3a"
-PATIENCE = 8  # seconds, where a server never comes back: more than one of its answers takes on a busy machine
+SERVER_SECONDS = 8  # for a server that never comes back; longer than one of its answers takes on a busy machine
 SMALL = [
     *SCORED_RUN,
     "trainer.learning_rate=0.01",
     "evaluation.tasks=8",
-]  # so that two steps can be seen in what is said
-PROGRESS = ("policy", "untrained", "random")  # what is at work, in a line
-AGAIN = "asking again for up to"  # what is said at once of a server that does not answer
+]  # a high learning rate, so that two steps change the responses
+PROGRESS = ("policy", "untrained", "random")  # progress lines begin with the agent
 MODELS = ["--only", "policy", "--only", "untrained"]
 PANEL = ["--panel", "dev", "--tasks", "6", "--repeats", "2"]
 
@@ -51,13 +50,13 @@ def untrained(trained):
 
 
 @pytest.fixture(autouse=True)
-def brief(monkeypatch):
+def short_pause(monkeypatch):
     monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.05)
 
 
 @pytest.fixture
-def where(tmp_path):
-    """The folder that says where servers are."""
+def servers_folder(tmp_path):
+    """The folder with the URLs and the key of the servers."""
     folder = tmp_path / "servers"
     folder.mkdir()
     (folder / "key").write_text(KEY)
@@ -66,39 +65,40 @@ def where(tmp_path):
 
 
 @pytest.fixture
-def server(untrained, where):
+def server(untrained, servers_folder):
     with CompletionsServer(untrained, KEY) as started:
-        (where / "urls").write_text(started.url)
+        (servers_folder / "urls").write_text(started.url)
         yield started
 
 
-def words(target, where, outputs, *more, seconds=300):
-    served = ["launch.sampler=served", f"launch.servers={where}", f"launch.server_seconds={seconds}"]
+def words(target, servers_folder, outputs, *more, seconds=300):
+    served = ["launch.sampler=served", f"launch.servers={servers_folder}", f"launch.server_seconds={seconds}"]
     return [str(target), *served, f"outputs={outputs}", *map(str, [*PANEL, *more])]
 
 
-def ask(capsys, asked, code=0):
-    """What the door finds, or the sentence that it says."""
+def run_evaluate(capsys, arguments, code=0):
+    """Run the command; return its JSON output, or its error if `code` is not 0."""
     capsys.readouterr()
-    got = evaluate.main([*asked, "--json"])
+    exit_code = evaluate.main([*arguments, "--json"])
     out, err = capsys.readouterr()
-    assert got == code, err
+    assert exit_code == code, err
     if code:
         lines = [line for line in err.splitlines() if line and not line.startswith(PROGRESS)]
-        (sentence,) = [line for line in lines if AGAIN not in line]
+        (error,) = [line for line in lines if line.startswith(("aem_exp: ", "stopped"))]
+        assert all("http://" in line for line in lines if line != error), lines  # warnings about a server
         assert KEY not in err and not out
-        return sentence
+        return error
     return json.loads(out)
 
 
-def said(outputs, player):
-    """What a player said, episode by episode."""
-    (file,) = outputs.rglob(f"*-{player}/episodes.parquet")
+def response_texts(outputs, agent):
+    """Return the texts of an agent's responses, one list per episode."""
+    (file,) = outputs.rglob(f"*-{agent}/episodes.parquet")
     return [[turn["text"] for turn in episode] for episode in pd.read_parquet(file).responses]
 
 
-class Seeded(LocalSampler):
-    """Draws as the small server does, from the seed that a request has."""
+class SeededSampler(LocalSampler):
+    """Draws tokens with the seed of a request, as the test server does."""
 
     def session(self):
         session = LocalSession(self)
@@ -109,66 +109,64 @@ class Seeded(LocalSampler):
         return session
 
 
-def test_servers_play_what_would_be_played_here_and_each_row_by_its_weights(
-    trained, server, where, capsys, tmp_path, monkeypatch
-):
+def test_served_evaluation_equals_a_local_one(trained, server, servers_folder, capsys, tmp_path, monkeypatch):
     loads = []
     load = policy.load
     monkeypatch.setattr(policy, "load", lambda *args: loads.append(args) or load(*args))
-    served = ask(capsys, words(trained, where, tmp_path / "served"))["rows"]
-    assert not loads, "no weights are loaded here"
+    served = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "served"))["rows"]
+    assert not loads, "this process loads no weights"
     assert server.reloads == ["model", policy.Path(served["untrained"]["weights"]).name]
     assert server.most_at_once > 1
-    monkeypatch.setattr(agents, "LocalSampler", Seeded)
-    local = ask(capsys, [str(trained), f"outputs={tmp_path / 'local'}", *PANEL])["rows"]
+    monkeypatch.setattr(agents, "LocalSampler", SeededSampler)
+    local = run_evaluate(capsys, [str(trained), f"outputs={tmp_path / 'local'}", *PANEL])["rows"]
     assert set(served) == set(local) == {"policy", "untrained", "random", "scripted"}
     for name, row in local.items():
         other = served[name]
         if name in ("policy", "untrained"):
-            assert said(tmp_path / "served", name) == said(tmp_path / "local", name)
+            assert response_texts(tmp_path / "served", name) == response_texts(tmp_path / "local", name)
             assert other.pop("identity") == row.pop("identity") | {"sampler": "served"}
             assert other.pop("response_entropy") is None and row.pop("response_entropy") is not None
         assert other == row
-    assert said(tmp_path / "served", "policy") != said(tmp_path / "served", "untrained")
+    assert response_texts(tmp_path / "served", "policy") != response_texts(tmp_path / "served", "untrained")
 
 
-def test_asked_again_it_shows_what_is_there_without_servers(trained, server, where, capsys, tmp_path):
-    asked = words(trained, where, tmp_path, *MODELS)
-    rows = ask(capsys, asked)
-    asked_of, reloads = len(server.asked), len(server.reloads)
-    (where / "urls").unlink()
-    assert ask(capsys, asked) == rows
-    assert (len(server.asked), len(server.reloads)) == (asked_of, reloads)
+def test_results_are_shown_again_without_servers(trained, server, servers_folder, capsys, tmp_path):
+    arguments = words(trained, servers_folder, tmp_path, *MODELS)
+    rows = run_evaluate(capsys, arguments)
+    requests, reloads = len(server.asked), len(server.reloads)
+    (servers_folder / "urls").unlink()
+    assert run_evaluate(capsys, arguments) == rows
+    assert (len(server.asked), len(server.reloads)) == (requests, reloads)
 
 
-def test_where_a_server_ends_it_says_so_and_goes_on_when_asked_again(
-    trained, untrained, server, where, capsys, tmp_path
-):
-    whole = ask(capsys, words(trained, where, tmp_path / "whole", "--only", "policy"))
-    broken = words(trained, where, tmp_path / "broken", "--only", "policy", "--at-once", 4, seconds=PATIENCE)
-    server.ends_at = len(server.asked) * 7 // 4  # in the midst of the second evaluation, by when some have ended
-    told = ask(capsys, broken, code=1)
-    assert "no server has answered" in told and "cannot be reached" in told
+def test_evaluation_resumes_after_a_server_has_ended(trained, untrained, server, servers_folder, capsys, tmp_path):
+    whole = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "whole", "--only", "policy"))
+    broken = words(
+        trained, servers_folder, tmp_path / "broken", "--only", "policy", "--at-once", 4, seconds=SERVER_SECONDS
+    )
+    server.ends_at = len(server.asked) * 7 // 4  # during the second evaluation, after some episodes have ended
+    error = run_evaluate(capsys, broken, code=1)
+    assert server.url in error and "launch.server_seconds" in error
     rows = sum(len(pd.read_parquet(file)) for file in (tmp_path / "broken").rglob("episodes/*.parquet"))
     assert 4 <= rows < 12
     with CompletionsServer(untrained, KEY) as again:
-        (where / "urls").write_text(again.url)
-        assert ask(capsys, broken) == whole
+        (servers_folder / "urls").write_text(again.url)
+        assert run_evaluate(capsys, broken) == whole
         firsts = {request["seed"] for request in again.asked}
         keys = [
             ("panel", "dev[:6]", task.id, k, 0)
             for task in opening.open_world(config.read(trained)).tasks("dev")[:6]
             for k in (0, 1)
         ]
-        assert len(firsts & {seed_from_key(key) for key in keys}) == 12 - rows, "what was played is not played again"
+        assert len(firsts & {seed_from_key(key) for key in keys}) == 12 - rows, (
+            "finished episodes must not be played again"
+        )
         assert again.reloads == ["model"]
-    assert said(tmp_path / "broken", "policy") == said(tmp_path / "whole", "policy")
+    assert response_texts(tmp_path / "broken", "policy") == response_texts(tmp_path / "whole", "policy")
 
 
-def test_a_server_that_is_started_anew_meanwhile_reads_the_weights_first(
-    trained, untrained, server, where, capsys, tmp_path
-):
-    whole = ask(capsys, words(trained, where, tmp_path / "whole", "--only", "policy"))
+def test_restarted_server_loads_the_weights_first(trained, untrained, server, servers_folder, capsys, tmp_path):
+    whole = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "whole", "--only", "policy"))
     server.ends_at = len(server.asked) + 8
 
     def restart():
@@ -176,152 +174,155 @@ def test_a_server_that_is_started_anew_meanwhile_reads_the_weights_first(
         return CompletionsServer(untrained, KEY, server.port).__enter__()
 
     restarting = BackgroundCall(restart)
-    assert ask(capsys, words(trained, where, tmp_path / "again", "--only", "policy")) == whole
+    assert run_evaluate(capsys, words(trained, servers_folder, tmp_path / "again", "--only", "policy")) == whole
     later = restarting.end()
     assert later.reloads == ["model"] and later.asked
     later.__exit__()
 
 
-def test_so_many_are_played_at_once_and_none_waits_for_a_part_to_end(trained, server, where, capsys, tmp_path):
+def test_parallel_episodes_are_limited_and_do_not_wait_for_slow_ones(trained, server, servers_folder, capsys, tmp_path):
     server.seconds = 0.02
-    ask(capsys, words(trained, where, tmp_path, "--only", "policy", "--at-once", 3))
+    run_evaluate(capsys, words(trained, servers_folder, tmp_path, "--only", "policy", "--at-once", 3))
     assert server.most_at_once == 3
-    begun, slow = [], threading.Event()
+    started, slow = [], threading.Event()
 
-    def do(hand, piece):
-        begun.append(piece)
-        if piece == 0:
+    def work(thread, item):
+        started.append(item)
+        if item == 0:
             assert slow.wait(DEADLINE)
-        if piece == 7:
-            slow.set()  # all others were begun while the first was at work
-        return hand, piece
+        if item == 7:
+            slow.set()  # all other items started while item 0 was in progress
+        return thread, item
 
-    assert [piece for _, piece in threads.map_ordered(range(8), 2, do, lambda: None)] == [*range(8)] and begun[-1] == 7
+    assert [item for _, item in threads.map_ordered(range(8), 2, work, lambda: None)] == [*range(8)]
+    assert started[-1] == 7
 
 
-def test_a_line_counts_episodes_that_play_each_by_itself():
+def test_progress_counts_independent_episodes():
     line, shown = ProgressLine(), []
-    line._refresh = shown.append
     line.start_agent("policy", 2, 8, max_turns=4)
-    for slot, turn in ((0, 1), (1, 1), (0, 2), (0, 1)):  # in slot 0 another has begun
+    for slot, turn in ((0, 1), (1, 1), (0, 2), (0, 1)):  # at last, slot 0 has a new episode
         line.slot_turn(slot, turn)
-    assert shown[1:] == [2.25, 2.5, 2.75, 3.5]
+        shown.append(line.bar.tasks[-1].completed)
+    assert shown == [2.25, 2.5, 2.75, 3.5]
 
 
-# What a server holds.
+# The weights of a server.
 
 
-def test_a_server_that_reads_no_weights_plays_what_it_was_started_with_and_nothing_else(
-    trained, where, capsys, tmp_path
-):
-    """As `vllm serve RUN_DIR/model` is, without development mode."""
+def test_server_that_loads_no_weights_plays_only_its_own(trained, servers_folder, capsys, tmp_path):
+    """Such as `vllm serve RUN_DIR/model` without development mode."""
     with CompletionsServer(trained / "model", KEY) as server:
-        (where / "urls").write_text(server.url)
+        (servers_folder / "urls").write_text(server.url)
         server.develops = False
-        found = ask(capsys, words(trained, where, tmp_path / "a"))
+        found = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "a"))
         assert set(found["rows"]) == {"policy", "random", "scripted"} and not server.reloads
-        assert "reads no other weights" in found["left_out"]["untrained"]
         assert "VLLM_SERVER_DEV_MODE=1" in found["left_out"]["untrained"]
-        told = ask(capsys, words(trained, where, tmp_path / "a", "--only", "untrained"), code=1)
-        assert f"has {trained / 'model'}, and reads no other weights" in told
+        error = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "a", "--only", "untrained"), code=1)
+        assert str(trained / "model") in error and "VLLM_SERVER_DEV_MODE=1" in error
         (tmp_path / "link").symlink_to(trained / "model")
         server.root = f"{tmp_path / 'link'}/"
-        assert ask(capsys, words(trained, where, tmp_path / "b", "--only", "policy"))["rows"] == {
+        assert run_evaluate(capsys, words(trained, servers_folder, tmp_path / "b", "--only", "policy"))["rows"] == {
             "policy": found["rows"]["policy"]
         }
         server.root, asked = "Qwen/Qwen3-32B", len(server.asked)
-        told = ask(capsys, words(trained, where, tmp_path / "c"), code=1)
-        assert "has Qwen/Qwen3-32B, and reads no other weights" in told
-        assert len(server.asked) == asked, "nothing is played"
+        error = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "c"), code=1)
+        assert "Qwen/Qwen3-32B" in error and "VLLM_SERVER_DEV_MODE=1" in error
+        assert len(server.asked) == asked, "nothing may be played"
 
 
-def test_a_hub_model_goes_by_its_name_and_whoever_reads_weights_reads_it(trained, where, server, capsys, tmp_path):
+def test_hub_model_is_matched_by_its_name(trained, servers_folder, server, capsys, tmp_path):
     snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc123"
     shutil.copytree(trained / "model", snapshot)
     assert policy.weight_names(str(snapshot))[-1] == "someone/tiny"
     assert policy.weight_names(str(trained / "model"))[1:] == [str(trained / "model")]
-    asked = words(snapshot, where, tmp_path / "out", "--only", "policy")
+    arguments = words(snapshot, servers_folder, tmp_path / "out", "--only", "policy")
     server.root = "someone/tiny"
-    ask(capsys, asked)
-    assert server.reloads == ["abc123"], "it may have been trained with"
+    run_evaluate(capsys, arguments)
+    assert server.reloads == ["abc123"], "a server that can load weights loads them: its own may have changed"
     with CompletionsServer(trained / "model", KEY) as plain:
-        (where / "urls").write_text(plain.url)
+        (servers_folder / "urls").write_text(plain.url)
         plain.develops, plain.root = False, "someone/tiny"
-        assert evaluate.main(words(snapshot, where, tmp_path / "again", "--only", "policy")) == 0
-        assert "and not which revision" in capsys.readouterr().err
+        assert evaluate.main(words(snapshot, servers_folder, tmp_path / "again", "--only", "policy")) == 0
+        assert "revision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("break_server", "facts"),
     [
-        (lambda s, where: setattr(s, "longest", 100), "takes 100 tokens at most, and env.context_tokens="),
-        (lambda s, where: setattr(s, "key", "another"), "answers 401 (Unauthorized); is"),
-        (lambda s, where: setattr(s, "rpc", lambda asked: (500, {"error": "no such shape"})), "no such shape"),
-        (lambda s, where: setattr(s, "rpc", lambda asked: (400, {"error": "no such method"})), "does not read"),
+        (lambda s: setattr(s, "longest", 100), [" 100 ", "env.context_tokens="]),
+        (lambda s: setattr(s, "key", "another"), ["401"]),
+        (lambda s: setattr(s, "rpc", lambda asked: (500, {"error": "no such shape"})), ["no such shape"]),
+        (lambda s: setattr(s, "rpc", lambda asked: (400, {"error": "no such method"})), ["400", "no such method"]),
     ],
-    ids=["short", "key", "broken", "refused"],
+    ids=["short context", "wrong key", "failed load", "no load"],
 )
-def test_what_a_server_cannot_do_is_one_sentence_before_anything_is_played(
-    trained, server, where, capsys, tmp_path, spoil, told
+def test_unusable_server_is_an_error_before_anything_is_played(
+    trained, server, servers_folder, capsys, tmp_path, break_server, facts
 ):
-    spoil(server, where)
-    sentence = ask(capsys, words(trained, where, tmp_path), code=1)
-    assert told in sentence and not server.asked
+    break_server(server)
+    error = run_evaluate(capsys, words(trained, servers_folder, tmp_path), code=1)
+    assert all(fact in error for fact in facts) and not server.asked, error
 
 
-def test_servers_of_a_run_are_not_taken_from_it(trained, server, where, capsys, tmp_path):
-    with FileLock(where / "lock"):
-        assert "another run uses these servers" in ask(capsys, words(trained, where, tmp_path), code=2)
+def test_locked_servers_are_an_error(trained, server, servers_folder, capsys, tmp_path):
+    with FileLock(servers_folder / "lock"):
+        assert f"launch.servers={servers_folder}: " in run_evaluate(
+            capsys, words(trained, servers_folder, tmp_path), code=2
+        )
     assert not server.reloads
-    ask(capsys, words(trained, where, tmp_path, "--only", "policy"))
-    with FileLock(where / "lock", timeout=0):
+    run_evaluate(capsys, words(trained, servers_folder, tmp_path, "--only", "policy"))
+    with FileLock(servers_folder / "lock", timeout=0):
         pass
 
 
-# The launch of an evaluation.
+# Launch settings of an evaluation.
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "error"),
     [
-        (["launch.sampler=served"], "launch.servers=null: the folder of servers that are up, or launch.sampler=local"),
-        (["launch.servers=/s"], "launch.servers=/s: only read with launch.sampler=served"),
-        (["launch.sampler=served", "launch.servers=/nowhere"], "must be a folder with urls"),
-        (["launch.sampler=engine"], "is the trainer's"),
-        (["launch.sampler=serve"], "did you mean served?"),
+        (["launch.sampler=served"], "launch.servers=null: "),
+        (["launch.servers=/s"], "launch.servers=/s: "),
+        (["launch.sampler=served", "launch.servers=/nowhere"], "launch.servers=/nowhere: "),
+        (["launch.sampler=engine"], "launch.sampler=engine: choose from local, served"),
+        (["launch.sampler=serve"], "launch.sampler=serve: did you mean served?"),
         (["launch.worker=3"], "did you mean workers?"),
-        (["launch.server_nodes=2"], "launch.server_nodes=2: decides nothing here"),
-        (["launch.where=slurm"], "launch.where=slurm: decides nothing here"),
-        (["launch.trainer.fsdp=true"], "launch.trainer.fsdp=true: decides nothing here"),
-        (["launch.gpus_per_node=8"], "must be at most 1"),
-        (["launch.sampler=served", "launch.servers=/s", "model.dtype=bfloat16"], "as they were started"),
+        (["launch.server_nodes=2"], "launch.server_nodes=2: "),
+        (["launch.servers_folder=slurm"], "launch.servers_folder=slurm: "),
+        (["launch.trainer.fsdp=true"], "launch.trainer.fsdp=true: "),
+        (["launch.gpus_per_node=8"], "launch.gpus_per_node=8: "),
+        (["launch.sampler=served", "launch.servers=/s", "model.dtype=bfloat16"], "model.dtype=bfloat16: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_not_to_be_had_here_is_refused_by_name(trained, capsys, tmp_path, more, told):
-    assert told in ask(capsys, [str(trained), f"outputs={tmp_path}", *PANEL, "--only", "policy", *more], code=2)
+def test_launch_settings_that_an_evaluation_cannot_use(trained, capsys, tmp_path, more, error):
+    assert error in run_evaluate(
+        capsys, [str(trained), f"outputs={tmp_path}", *PANEL, "--only", "policy", *more], code=2
+    )
 
 
-def test_what_training_took_of_a_cluster_is_left_behind(trained):
-    """And servers of its job are gone, which has to be said."""
-    from aem_exp.evaluate.request import _launch
+def test_launch_settings_of_training_are_reduced(trained):
+    """An evaluation drops the cluster settings. The servers of the training job have ended, so others must be named."""
+    from aem_exp.evaluate.request import evaluation_launch
 
-    took = config.to_dict(config.load(["+experiment=swebench_32b"]))["launch"]
-    with pytest.raises(config.ConfigError, match="servers that are up"):
-        _launch(took, [])
-    ours = _launch(took | {"servers": "/s"}, ["launch.servers=/s"])
-    assert ours == {
-        **{key: took[key] for key in ("name", "threads", "sampler", "server_seconds", "workers", "workers_at")},
+    training = config.to_dict(config.load(["+experiment=swebench_32b"]))["launch"]
+    with pytest.raises(config.ConfigError) as error:
+        evaluation_launch(training, [])
+    assert (error.value.field, error.value.value) == ("launch.servers", None)
+    served = evaluation_launch(training | {"servers": "/s"}, ["launch.servers=/s"])
+    assert served == {
+        **{key: training[key] for key in ("name", "threads", "sampler", "server_seconds", "workers", "workers_at")},
         "env_seconds": 900,
         "gpus_per_node": 1,
         "servers": "/s",
     }
-    local = _launch(took | {"sampler": "local"}, ["launch.sampler=local"])
+    local = evaluation_launch(training | {"sampler": "local"}, ["launch.sampler=local"])
     assert "server_seconds" not in local and local["workers"] == 8
 
 
-def test_what_was_played_stays_whatever_became_of_the_others(trained, server, where, capsys, tmp_path, monkeypatch):
-    """Ctrl-C in the midst of a part: its first episodes are not played again."""
+def test_interrupted_part_keeps_its_finished_episodes(trained, server, servers_folder, capsys, tmp_path, monkeypatch):
+    """After Ctrl-C in the middle of a part, its first episodes are not played again."""
     from aem_exp.rollout.play import Rollout
 
     stream = Rollout.stream
@@ -332,12 +333,12 @@ def test_what_was_played_stays_whatever_became_of_the_others(trained, server, wh
         signal.raise_signal(signal.SIGINT)
         yield from played
 
-    asked = words(trained, where, tmp_path, "--only", "policy")
+    arguments = words(trained, servers_folder, tmp_path, "--only", "policy")
     with monkeypatch.context() as patch:
         patch.setattr(Rollout, "stream", interrupted)
-        assert "to go on: python -m aem_exp.evaluate" in ask(capsys, asked, code=130)
+        assert "python -m aem_exp.evaluate" in run_evaluate(capsys, arguments, code=130)
     (part,) = tmp_path.rglob("episodes/*.parquet")
     assert [*pd.read_parquet(part).draw] == [0, 0, 1, 1, 2]
-    assert ask(capsys, asked)["rows"]["policy"]["episodes"] == 12
+    assert run_evaluate(capsys, arguments)["rows"]["policy"]["episodes"] == 12
     (whole,) = tmp_path.rglob("episodes.parquet")
     assert [*pd.read_parquet(whole).draw] == [task for task in range(6) for _ in (0, 1)]

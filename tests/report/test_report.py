@@ -121,8 +121,9 @@ def test_the_whole_one_is_read(tmp_path):
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_what_is_no_archive_is_one_sentence(data, tmp_path):
     (tmp_path / "x.json.gz").write_bytes(data)
-    with pytest.raises(ConfigError, match="is no archive of a run"):
+    with pytest.raises(ConfigError) as error:
         archive.read(tmp_path / "x.json.gz")
+    assert (error.value.field, error.value.value) == ("archive", str(tmp_path / "x.json.gz"))
 
 
 def changed(kept, **final):

@@ -1,4 +1,4 @@
-"""What a person sees: the line, the summary, the figures, the episodes."""
+"""The terminal output of a run: progress lines, summary, figures, and episodes as Markdown."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from aem_exp.tracking import publish, run_card, store_uri
 from aem_exp.tracking.tracker import Tracker
 
 STEPS = 40
-SAID = {"observation": "You see a box.", "text": "<action>open box</action>", "reward": 0.0, "valid": True}
+RESPONSE = {"observation": "You see a box.", "text": "<action>open box</action>", "reward": 0.0, "valid": True}
 
 
 def row(step: int) -> dict[str, float]:
@@ -39,9 +39,9 @@ def row(step: int) -> dict[str, float]:
 
 
 def episode(**more: Any) -> dict[str, Any]:
-    said = [
-        SAID | {"entropy": 0.5, "alpha": None},
-        SAID | {"entropy": 0.25, "alpha": 1.125, "reward": 1.0, "valid": False},
+    responses = [
+        RESPONSE | {"entropy": 0.5, "alpha": None},
+        RESPONSE | {"entropy": 0.25, "alpha": 1.125, "reward": 1.0, "valid": False},
     ]
     facts = {
         "step": 0,
@@ -53,12 +53,12 @@ def episode(**more: Any) -> dict[str, Any]:
         "ended": "over",
         "error": "",
     }
-    return facts | {"responses": said} | more
+    return facts | {"responses": responses} | more
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run, as `run` leaves it."""
+    """The directory of a finished run."""
     folder = tmp_path / "outputs" / "household-grpo+aem-s0-0123abcd"
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     with Tracker.open(folder, store_uri.OFF, "household", "grpo+aem/s0") as tracker:
@@ -83,7 +83,7 @@ def printed(screen: Console) -> str:
     return screen.file.getvalue()
 
 
-def test_wilson_is_scipys() -> None:
+def test_wilson_interval_equals_scipy() -> None:
     from scipy.stats import binomtest
 
     for wins, tasks in [(0, 10), (1, 7), (60, 120), (119, 120), (5, 5)]:
@@ -95,25 +95,25 @@ def test_wilson_is_scipys() -> None:
 # --------------------------------------------------------------------------------------------------------- live line
 
 
-def test_lines_where_there_is_no_terminal() -> None:
+def test_plain_lines_without_a_terminal() -> None:
     screen = terminal()
     with progress.Progress(console=screen, every=0.0) as line:
-        logging.getLogger("aem_exp").info("playing the dev panel")
+        logging.getLogger("aem_exp").info("evaluating on the dev panel")
         for step in range(4):
             line(step, 3, row(step) | {summary.SUCCESS: 0.5})
-        logging.getLogger("aem_exp").warning("the tracker is gone [0]")
-        logging.getLogger("aem_exp").debug("nobody reads this")
+        logging.getLogger("aem_exp").warning("no connection to the tracker [0]")
+        logging.getLogger("aem_exp").debug("not shown")
     lines = printed(screen).splitlines()
-    assert lines[0] == "playing the dev panel"
+    assert lines[0] == "evaluating on the dev panel"
     assert lines[1] == "step 0/3  success 50%  held-out 0%"
     pace = r"\d\.\d\d s/step  0 s left"
     assert re.match(f"step 2/3  success 50%  entropy 0.79  gated 25%  held-out 0%  {pace}", lines[3])
-    assert lines[5] == "the tracker is gone [0]"
+    assert lines[5] == "no connection to the tracker [0]"
     assert len(lines) == 6
     assert logging.getLogger("aem_exp").propagate
 
 
-def test_few_lines_where_there_is_no_terminal() -> None:
+def test_few_plain_lines_for_many_steps() -> None:
     screen = terminal()
     with progress.Progress(console=screen) as line:
         for step in range(1001):
@@ -122,25 +122,25 @@ def test_few_lines_where_there_is_no_terminal() -> None:
     assert (first.split()[1], last.split()[1]) == ("0/1000", "1000/1000")
 
 
-def test_one_line_on_a_terminal() -> None:
+def test_onerender_in_a_terminal() -> None:
     screen = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
     with progress.Progress(console=screen) as line:
         line.show_stage("loading")
-        assert "loading …  0 s" in str(line._live_line())
+        assert "loading …  0 s" in str(line.render())
         for step in range(1, 11):
             line(step, 20, row(step))
-            shown = str(line._live_line())
+            shown = str(line.render())
             assert len(shown) <= 80
         assert "10/20" in shown
         assert "left" in shown
-        line.show_stage("playing the test panel")
-        assert "10/20  playing the test panel …" in str(line._live_line())
-    assert printed(screen).count("\n") <= 2, "the line is drawn over itself"
+        line.show_stage("evaluating on the test panel")
+        assert "10/20  evaluating on the test panel …" in str(line.render())
+    assert printed(screen).count("\n") <= 2, "each update overwrites the line"
 
 
-def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_rollouts_show_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     def play(line: progress.Progress) -> None:
-        line.show_stage("playing the dev panel")
+        line.show_stage("evaluating on the dev panel")
         line.token(1)
         line.turn(4)
         line.token(7)
@@ -152,26 +152,26 @@ def test_a_slow_play_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> No
         line(0, 3, {})
         line.token(2)
         line(1, 3, {})
-    panel = "playing the dev panel"
-    panels = [panel, f"{panel}: turn 1, 1 tokens", f"{panel}: turn 1 of 4 episodes", f"{panel}: turn 2, 7 tokens"]
-    assert printed(screen).splitlines() == [*panels, "step 0/3", "step 1/3: turn 1, 2 tokens", "step 1/3"]
+    panel = "evaluating on the dev panel"
+    panels = [panel, f"{panel}: turn 1, 1 token", f"{panel}: turn 1, 4 episodes", f"{panel}: turn 2, 7 tokens"]
+    assert printed(screen).splitlines() == [*panels, "step 0/3", "step 1/3 in progress: turn 1, 2 tokens", "step 1/3"]
     few = terminal()
     with progress.Progress(console=few) as line:
         play(line)
-    assert printed(few).splitlines() == [panel]  # it was said a moment ago
+    assert printed(few).splitlines() == [panel]  # a line was printed a moment ago
     monkeypatch.setattr(progress, "SLOW_SECONDS", 0.0)
     with progress.Progress(console=terminal(80, force_terminal=True, color_system=None)) as line:
         play(line)
-        assert str(line._live_line()).endswith("playing the dev panel …  0 s  turn 2, 7 tokens")
+        assert str(line.render()).endswith("evaluating on the dev panel …  0 s  turn 2, 7 tokens")
         line(0, 3, {})
         line.turn(12)
-        assert str(line._live_line()).endswith("0/3  turn 1 of 12 episodes")
+        assert str(line.render()).endswith("0/3  turn 1, 12 episodes")
         line.slot_turn(0, 1)
         line.slot_turn(5, 3)
-        assert str(line._live_line()).endswith("0/3  4 turns of 2 episodes at a time")
+        assert str(line.render()).endswith("0/3  4 turns, 2 episodes at a time")
 
 
-def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_evaluations_show_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     from aem_exp.evaluate import display
 
     monkeypatch.setattr(display, "REFRESH_SECONDS", 0.0)
@@ -182,8 +182,8 @@ def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> 
         line.token(5)
         line.turn(2)
         line.token(120)
-    said = [text.partition("  ")[0] for text in printed(screen).splitlines()]
-    assert said == [
+    lines = [text.partition("  ")[0] for text in printed(screen).splitlines()]
+    assert lines == [
         *["policy 0/2 episodes"] * 2,
         "policy 0/2 episodes, turn 1/8, 5 tokens",
         "policy 0/2 episodes, turn 2/8",
@@ -191,14 +191,14 @@ def test_an_evaluation_is_seen_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.Progress(enabled=False) as line:
         logging.getLogger("aem_exp").warning("x")
         line(1, 1, row(1))
     assert capsys.readouterr() == ("", "")
 
 
-def test_durations() -> None:
+def test_format_duration() -> None:
     assert [console.format_duration(s) for s in (-1, 59.4, 60, 3599, 3600, 7500)] == [
         "0 s",
         "59 s",
@@ -212,7 +212,7 @@ def test_durations() -> None:
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
-def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary_shows_scores_and_links(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
     screen = terminal(100)
     summary.print_summary(run_dir, screen)
@@ -224,7 +224,7 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
     page = publish.run_page(run_dir)
     assert page is not None
     assert f"serve {page.command}" in lines
-    assert f"open {page.link}" in lines, "whole, on one line"
+    assert f"open {page.link}" in lines, "the link is not wrapped"
     assert [name for name, _ in page.more] == ["curves", "table"]
     assert all(f"{name} {link}" in lines for name, link in page.more)
     assert "ssh -N -L" in text
@@ -233,7 +233,7 @@ def test_the_summary_says_what_was_reached_and_where_to_look(run_dir: Path, monk
     assert max(len(line) for line in text.splitlines() if "│" in line) <= 100
 
 
-def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
+def test_summary_without_steps_or_tracker(run_dir: Path) -> None:
     (run_dir / "tracking.json").unlink()
     (run_dir / "metrics.jsonl").write_text("")
     screen = terminal(60)
@@ -241,7 +241,7 @@ def test_a_run_without_steps_or_tracker_has_a_summary(run_dir: Path) -> None:
     assert "62.5%" in printed(screen)
 
 
-def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
+def test_intervals_count_tasks_instead_of_episodes(run_dir: Path) -> None:
     (run_dir / "experiment.json").write_text(json.dumps({"evaluation": {"repeats": 4}}))
     screen = terminal(100)
     summary.print_summary(run_dir, screen)
@@ -250,15 +250,15 @@ def test_intervals_count_tasks_and_not_repeats(run_dir: Path) -> None:
     assert "(4 episodes each)" in printed(screen)
 
 
-def test_a_chart_of_blocks() -> None:
+def test_draw_chart() -> None:
     assert summary.draw_chart([0.0, 0.5, 1.0, math.nan], 4, 1.0, "{:.0%}".format, height=2) == [
         "   100% ┤  █ ",
         "     0% ┤ ██ ",
     ]
     assert summary.draw_chart([1.0], 3, 8.0, str, height=1) == ["    0.0 ┤▁▁▁"], (
-        "fewer values than columns are stretched"
+        "fewer values than columns are repeated"
     )
-    assert summary.draw_chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more are averaged"
+    assert summary.draw_chart([0.0, 1.0], 1, 1.0, str, height=1)[0][-1] == "▄", "more values than columns are averaged"
 
 
 # ----------------------------------------------------------------------------------------------- figures and episodes
@@ -269,25 +269,25 @@ def test_figures(run_dir: Path) -> None:
     files = summary.save_plots(rows, run_dir / "plots")
     assert [file.name for file in files] == ["success_entropy.png", "alpha.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    lost = [{"step": 1} | dict.fromkeys([*row(1), *row(0)], math.nan) | {"eval/episodes": 120}]
-    assert len(summary.save_plots(lost, run_dir / "lost")) == 2, "a run that diverged has figures"
+    diverged = [{"step": 1} | dict.fromkeys([*row(1), *row(0)], math.nan) | {"eval/episodes": 120}]
+    assert len(summary.save_plots(diverged, run_dir / "diverged")) == 2
     assert [file.name for file in summary.save_plots([{"step": 0}], run_dir / "bare")] == ["success_entropy.png"]
 
 
-def test_episodes_to_read() -> None:
+def test_episodes_as_markdown() -> None:
     text = examples.to_markdown([episode(), episode(won=0.0, ended="crashed", error="Boom: ```", responses=None)])
     assert "## dev: heat-7" in text
     assert "**won, return 1, after 0 steps of training**" in text
     assert "### Turn 1: reward 0, entropy 0.500\n\n> You see a box.\n\n```text\n<action>open box</action>\n```" in text
     assert "### Turn 2: reward 1, entropy 0.250, alpha 1.125, invalid" in text
     assert "**not won, crashed, return 1, after 0 steps of training**" in text
-    assert "````text\nBoom: ```\n````" in text, "what a policy says cannot leave its box"
-    long = examples.to_markdown([episode(responses=[SAID | {"text": "x" * 9000, "entropy": 0.0}])])
+    assert "````text\nBoom: ```\n````" in text, "the text of a policy cannot end its code block"
+    long = examples.to_markdown([episode(responses=[RESPONSE | {"text": "x" * 9000, "entropy": 0.0}])])
     assert len(long) < 5000
     assert "(5000 more characters)" in long
 
 
-def test_artifacts_of_a_run(run_dir: Path) -> None:
+def test_write_artifacts(run_dir: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -302,7 +302,7 @@ def test_artifacts_of_a_run(run_dir: Path) -> None:
     assert heads == [f"## dev: t{task}" for task in (0, 0, 1, 1, 2, 2)] + ["## train: t9"] * 3
 
 
-def test_quiet_silences_libraries_and_respects_the_user() -> None:
+def test_silence_libraries_keeps_settings_of_the_user() -> None:
     code = """
 import os, sys, logging, warnings
 from aem_exp.core import console; from aem_exp.run import summary
@@ -316,12 +316,12 @@ warnings.warn_explicit("careful", UserWarning, "x.py", 1, module="transformers.m
 logging.getLogger("mlflow.store").warning("wall")
 warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="aem_exp.run")
 """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRL_", "TOKENIZERS", "MLFLOW"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRL_", "TOKENIZERS", "MLFLOW"))}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**kept, "TRANSFORMERS_VERBOSITY": "info"},
+        env={**environment, "TRANSFORMERS_VERBOSITY": "info"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A checkpoint that is no longer what was written is never resumed from; the older one is."""
+"""A damaged checkpoint is never resumed from: the run resumes from the next older one."""
 
 import json
 import logging
@@ -11,8 +11,8 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import checkpoints
 
 
-def saved(run_dir, number, step=None):
-    """A checkpoint with a file in a folder, as sharded ones have."""
+def save_checkpoint(run_dir, number, step=None):
+    """Write a complete checkpoint; one file is in a subfolder, as in sharded checkpoints."""
     folder = run_dir / f"checkpoint-{number}"
     (folder / "shards").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
@@ -21,13 +21,13 @@ def saved(run_dir, number, step=None):
     return folder
 
 
-def flip(file):
+def flip_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def cut(file):
+def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
@@ -35,49 +35,55 @@ def remove(file):
     file.unlink()
 
 
-DAMAGES = [
-    ("model.safetensors", flip, "the content of model.safetensors has changed"),
-    ("shards/0.distcp", flip, "the content of shards/0.distcp has changed"),
-    ("model.safetensors", cut, "model.safetensors has 10,239 bytes instead of 10,240"),
-    ("shards/0.distcp", remove, "shards/0.distcp is missing"),
-    ("step.json", cut, "step.json cannot be read"),
+DAMAGES = [  # damaged file, damage, words of its description
+    ("model.safetensors", flip_bit, ("content", "changed")),
+    ("shards/0.distcp", flip_bit, ("content", "changed")),
+    ("model.safetensors", truncate, ("10,239", "10,240")),
+    ("shards/0.distcp", remove, ("missing",)),
+    ("step.json", truncate, ("read",)),
 ]
 
 
-@pytest.mark.parametrize(("name", "harm", "said"), DAMAGES, ids=[said for *_, said in DAMAGES])
-def test_the_older_one_counts_where_the_newest_is_damaged(tmp_path, name, harm, said):
-    older, newer = saved(tmp_path, 2), saved(tmp_path, 4)
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
+def test_older_checkpoint_is_used_if_the_newest_is_damaged(tmp_path, name, damage, words):
+    older, newer = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 4)
     assert checkpoints.find_newest(tmp_path) == newer and not checkpoints.set_aside_damaged(tmp_path)
-    harm(newer / name)
-    assert checkpoints.describe_damage(newer).startswith(said) and not checkpoints.describe_damage(older)
+    damage(newer / name)
+    description = checkpoints.describe_damage(newer)
+    assert all(word in description for word in (name, *words)) and not checkpoints.describe_damage(older)
     (sentence,) = checkpoints.set_aside_damaged(tmp_path)
-    assert said in sentence and "damaged-checkpoint-4" in sentence
+    assert description in sentence and "damaged-checkpoint-4" in sentence
     assert checkpoints.find_newest(tmp_path) == older and checkpoints.steps(older) == 2
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # transformers counts these
-    saved(tmp_path, 4)
-    flip(tmp_path / "checkpoint-4" / name if name != "step.json" else tmp_path / "checkpoint-4/model.safetensors")
-    assert len(checkpoints.set_aside_damaged(tmp_path)) == 1  # a second time
+    save_checkpoint(tmp_path, 4)
+    flip_bit(tmp_path / "checkpoint-4" / name if name != "step.json" else tmp_path / "checkpoint-4/model.safetensors")
+    assert len(checkpoints.set_aside_damaged(tmp_path)) == 1  # damaged-checkpoint-4 exists already
 
 
-def test_where_none_is_left_nothing_is_trained_anew(tmp_path):
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
+    """Training must not start from step 0 without notice."""
     for number in (2, 4):
-        cut(saved(tmp_path, number) / "model.safetensors")
-    for _ in range(2):  # also when it is asked again
-        with pytest.raises(ConfigError, match=r"no checkpoint of it is undamaged \(checkpoint-4: .*; checkpoint-2: "):
+        truncate(save_checkpoint(tmp_path, number) / "model.safetensors")
+    for _ in range(2):  # nothing is renamed: the second call raises the same error
+        with pytest.raises(ConfigError) as error:
             checkpoints.set_aside_damaged(tmp_path)
+        assert (error.value.field, error.value.value) == ("RUN_DIR", str(tmp_path))
+        assert "checkpoint-4: model.safetensors" in error.value.remedy
+        assert "checkpoint-2: model.safetensors" in error.value.remedy
 
 
-def test_those_of_older_versions_count(tmp_path):
-    folder = saved(tmp_path, 4)
+def test_checkpoints_of_older_versions_are_valid(tmp_path):
+    """They have no checksums and no number of updates."""
+    folder = save_checkpoint(tmp_path, 4)
     (folder / "step.json").write_text(json.dumps({"step": 3}))
-    flip(folder / "model.safetensors")
+    flip_bit(folder / "model.safetensors")
     assert not checkpoints.set_aside_damaged(tmp_path) and checkpoints.find_newest(tmp_path) == folder
     assert (checkpoints.steps(folder), checkpoints.updates(folder)) == (3, 4)
 
 
 @pytest.fixture
-def begun(unbroken, tmp_path, monkeypatch):
-    """A run as it was before its end: with two checkpoints, the newest of them damaged; and its parent."""
+def unfinished(unbroken, tmp_path, monkeypatch):
+    """A copy of the finished run without its result: two complete checkpoints are left."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
     copy = shutil.copytree(unbroken[0], tmp_path / "out" / unbroken[0].name)
     for name in ("result.json", "model", "tracking.json", "run.lock"):
@@ -86,30 +92,35 @@ def begun(unbroken, tmp_path, monkeypatch):
     return copy
 
 
-def test_a_run_goes_on_from_the_older_one_and_ends_alike(begun, unbroken, cache, caplog):
-    newest = checkpoints.list_complete(begun)[0]
-    flip(newest / "optimizer.pt")
+def test_run_resumes_from_the_older_checkpoint_with_equal_results(unfinished, unbroken, cache, caplog):
+    newest = checkpoints.list_complete(unfinished)[0]
+    flip_bit(newest / "optimizer.pt")
     with caplog.at_level(logging.WARNING):
-        folder = run_here(cache, begun.parent, *SMALL_RUN)
-    assert folder == begun
-    assert f"{newest.name} is damaged (the content of optimizer.pt has changed)" in caplog.text
-    assert len([record for record in caplog.records if "damaged" in record.message]) == 1
+        folder = run_here(cache, unfinished.parent, *SMALL_RUN)
+    assert folder == unfinished
+    (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
+    assert newest.name in warning and "optimizer.pt" in warning
     assert read_metrics(folder) == read_metrics(unbroken[0])
     weights = "model/model.safetensors"
     assert (folder / weights).read_bytes() == (unbroken[0] / weights).read_bytes()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_says_so(begun, cache):
-    for checkpoint in checkpoints.list_complete(begun):
-        flip(checkpoint / "optimizer.pt")
-    with pytest.raises(ConfigError, match="no checkpoint of it is undamaged"):
-        run_here(cache, begun.parent, *SMALL_RUN)
+def test_run_with_only_damaged_checkpoints_is_not_started(unfinished, cache):
+    damaged = checkpoints.list_complete(unfinished)
+    for checkpoint in damaged:
+        flip_bit(checkpoint / "optimizer.pt")
+    with pytest.raises(ConfigError) as error:
+        run_here(cache, unfinished.parent, *SMALL_RUN)
+    assert error.value.field == "RUN_DIR"
+    assert all(checkpoint.name in error.value.remedy for checkpoint in damaged)
 
 
-def test_a_damaged_end_is_not_continued(unbroken, cache, tmp_path, monkeypatch):
+def test_run_is_not_continued_from_a_damaged_last_checkpoint(unbroken, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
     parent = shutil.copytree(unbroken[0], tmp_path / unbroken[0].name)
-    cut(checkpoints.list_complete(parent)[0] / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"its last checkpoint is damaged: model\.safetensors has"):
+    truncate(checkpoints.list_complete(parent)[0] / "model.safetensors")
+    with pytest.raises(ConfigError) as error:
         run_here(cache, tmp_path / "out", f"from={parent}", "trainer.steps=8")
+    assert (error.value.field, error.value.value) == ("from", str(parent))
+    assert "model.safetensors" in error.value.remedy
     assert not list((tmp_path / "out").glob("*/checkpoint-*"))

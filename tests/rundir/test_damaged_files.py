@@ -1,4 +1,4 @@
-"""Files of a run dir that are no longer what was written: one sentence or a named gap, and no other run's affair."""
+"""Damaged files of a run directory: an error of one line or a reported gap, and no effect on other runs."""
 
 import json
 import logging
@@ -20,11 +20,11 @@ def garbage(file):
     file.write_bytes(b"\x00\xff" * 100)
 
 
-def cut(file):
+def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def other(file):
+def wrong_type(file):
     file.write_text("[1, 2]\n")
 
 
@@ -37,17 +37,17 @@ def garbage_line(file):
     file.write_bytes(b"".join([*lines[:2], b'{"step": \xff\x00\n', *lines[2:]]))
 
 
-def scratched(file):
-    """A record of episodes, of whose won tasks some bytes are lost; only checksums show that."""
-    column = next(column for column in columns(file) if column.path_in_schema == "won")
+def corrupt_won_column(file):
+    """Change some bytes of the column `won` of episodes.parquet; only checksums can detect this."""
+    column = next(column for column in iterate_columns(file) if column.path_in_schema == "won")
     content = bytearray(file.read_bytes())
     end = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
     content[end - 4 : end] = bytes(~byte % 256 for byte in content[end - 4 : end])
     file.write_bytes(content)
 
 
-def columns(file):
-    """Of the last group of rows first: there the final panel is."""
+def iterate_columns(file):
+    """Yield the column chunks of the last row group first, because it has the final panel."""
     import pyarrow.parquet
 
     groups = pyarrow.parquet.ParquetFile(file).metadata
@@ -62,8 +62,8 @@ def copy(unbroken, cache, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def begun(copy):
-    """The same run before its end."""
+def unfinished(copy):
+    """A copy of the same run as it was before its end."""
     (copy / "result.json").unlink()
     shutil.rmtree(copy / "model")
     (copy / "episodes").mkdir()
@@ -71,100 +71,101 @@ def begun(copy):
     return copy
 
 
-def ask(monkeypatch, capsys, folder):
-    """`python -m aem_exp.run` in this process: the exit code, and what it said."""
+def run_main(monkeypatch, capsys, folder):
+    """Call `python -m aem_exp.run` in this process; return the exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["run", str(folder)])
     code = run.main()
     return code, *capsys.readouterr()
 
 
-FINISHED = [  # file, harm, exit code of `run`, what `status` says of it
+FINISHED = [  # file, damage, exit code of `run`, state in `status` if it is not done and intact
     ("metrics.jsonl", garbage_line, 0, "failed"),
-    ("episodes.parquet", cut, 0, "done"),
-    ("episodes.parquet", scratched, 0, None),
+    ("episodes.parquet", truncate, 0, "done"),
+    ("episodes.parquet", corrupt_won_column, 0, None),
     ("tracking.json", garbage, 0, None),
     ("tracking.json", empty, 0, None),
-    ("provenance.json", cut, 2, None),
+    ("provenance.json", truncate, 2, None),
     ("provenance.json", empty, 2, None),
-    ("result.json", cut, 2, "failed"),
-    ("experiment.json", cut, 2, "failed"),
+    ("result.json", truncate, 2, "failed"),
+    ("experiment.json", truncate, 2, "failed"),
     ("experiment.json", garbage, 2, "failed"),
-    ("experiment.json", other, 2, "failed"),
+    ("experiment.json", wrong_type, 2, "failed"),
     ("attempts.jsonl", garbage_line, 0, "failed"),
 ]
 
 
-@pytest.mark.parametrize(("name", "harm", "code", "what"), FINISHED, ids=lambda v: getattr(v, "__name__", v))
-def test_of_a_finished_run(copy, monkeypatch, capsys, name, harm, code, what):
+@pytest.mark.parametrize(("name", "damage", "code", "status"), FINISHED, ids=lambda v: getattr(v, "__name__", v))
+def test_damaged_file_of_a_finished_run(copy, monkeypatch, capsys, name, damage, code, status):
     (copy / "tracking.json").exists() or (copy / "tracking.json").write_text("{}")
-    harm(copy / name)
-    found, out, err = ask(monkeypatch, capsys, copy)
-    assert found == code, err
-    if name != "attempts.jsonl":  # a summary does not read it
+    damage(copy / name)
+    actual_code, out, err = run_main(monkeypatch, capsys, copy)
+    assert actual_code == code, err
+    if name != "attempts.jsonl":  # the summary does not read it
         assert f"{name} is damaged" in (err if code else out)
     assert len(err.splitlines()) == bool(code)
-    how = run_state.read([copy])[copy]
-    assert how.what == (what or "done")
-    assert (f"{name} is damaged" in how.sentence) == (what is not None)
-    read = report._read_run_dir(copy, how)
-    if name == "tracking.json" or (name, harm) == ("provenance.json", empty):  # a report does not need it
-        assert read.what == "done"
+    state = run_state.read([copy])[copy]
+    assert state.what == (status or "done")
+    assert (f"{name} is damaged" in state.sentence) == (status is not None)
+    archived = report._read_run_dir(copy, state)
+    if name == "tracking.json" or (name, damage) == ("provenance.json", empty):  # a report does not need it
+        assert archived.what == "done"
     else:
-        assert read.what == ("failed" if name == "result.json" else "unreadable")
-        assert f"{name} is damaged" in read.why[1]
+        assert archived.what == ("failed" if name == "result.json" else "unreadable")
+        assert f"{name} is damaged" in archived.why[1]
 
 
-BEGUN = [
-    ("before.json", cut),
+UNFINISHED = [
+    ("before.json", truncate),
     ("before.json", empty),
     ("provenance.json", garbage),
     ("provenance.json", empty),
     ("metrics.jsonl", garbage_line),
-    ("episodes/0000002.parquet", cut),
-    ("episodes/0000002.parquet", scratched),
+    ("episodes/0000002.parquet", truncate),
+    ("episodes/0000002.parquet", corrupt_won_column),
     ("tracking.json", garbage),
-    ("experiment.json", cut),
+    ("experiment.json", truncate),
 ]
 
 
-@pytest.mark.parametrize(("name", "harm"), BEGUN, ids=lambda v: getattr(v, "__name__", v))
-def test_of_a_run_that_would_go_on(begun, monkeypatch, capsys, name, harm):
-    harm(begun / name)
-    before = {file: file.read_bytes() for file in begun.rglob("*") if file.is_file() and file.suffix == ".safetensors"}
-    code, _, err = ask(monkeypatch, capsys, begun)
+@pytest.mark.parametrize(("name", "damage"), UNFINISHED, ids=lambda v: getattr(v, "__name__", v))
+def test_damaged_file_of_an_unfinished_run(unfinished, monkeypatch, capsys, name, damage):
+    damage(unfinished / name)
+    before = {file: file.read_bytes() for file in unfinished.rglob("*.safetensors")}
+    code, _, err = run_main(monkeypatch, capsys, unfinished)
     assert code == 2, err
-    (sentence,) = [line for line in err.splitlines() if line.startswith("aem_exp: ")]
-    assert f"{name.rpartition('/')[2]} is damaged" in sentence and "put a good copy of it there" in sentence
+    (error,) = [line for line in err.splitlines() if line.startswith("aem_exp: ")]
+    assert error.startswith("aem_exp: RUN_DIR=") and f"{name.rpartition('/')[2]} is damaged" in error
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_one_damaged_run_hides_no_other(copy, unbroken):
+def test_damaged_run_does_not_hide_other_runs(copy, unbroken):
     garbage(copy / "experiment.json")
     (copy / "slurm.json").write_text("{")
     states = run_state.read([copy, unbroken[0]])
-    assert [how.what for how in states.values()] == ["failed", "done"]
+    assert [state.what for state in states.values()] == ["failed", "done"]
 
 
-def test_a_part_that_is_damaged_while_a_run_lives_costs_no_result(tmp_path, caplog):
-    """It is left out, by name. What comes after a damaged part of an evaluation is played again."""
-    record = EpisodeWriter(tmp_path, None)
+def test_damaged_part_is_left_out_with_a_warning(tmp_path, caplog):
+    """The run still gets its result. An evaluation drops the damaged part and all later parts, and plays them again."""
+    writer = EpisodeWriter(tmp_path, None)
     for step in (1, 2, 3):
-        record.add([{"step": step, "split": "train", "task": "t", "habits": [], "turns": 1}])
-        record.write(step)
-    cut(tmp_path / "episodes" / "0000002.parquet")
+        writer.add([{"step": step, "split": "train", "task": "t", "habits": [], "turns": 1}])
+        writer.write(step)
+    truncate(tmp_path / "episodes" / "0000002.parquet")
     with caplog.at_level(logging.WARNING):
-        check_file(record.finish())
-    assert "episodes.parquet lacks the episodes of 0000002.parquet: " in caplog.text
+        check_file(writer.finish())
+    assert "episodes.parquet" in caplog.text and "0000002.parquet" in caplog.text
     import pandas as pd
 
     assert list(pd.read_parquet(tmp_path / "episodes.parquet").step) == [1, 3]
-    lost = record.drop_damaged()
-    assert lost.name == "0000002.parquet"
+    damaged = writer.drop_damaged()
+    assert damaged.name == "0000002.parquet"
     assert [part.name for part in (tmp_path / "episodes").glob("*")] == ["0000001.parquet"]
-    assert record.drop_damaged() is None
+    assert writer.drop_damaged() is None
 
 
-def test_a_last_line_that_a_kill_cut_short_is_no_damage(copy):
+def test_incomplete_last_line_is_not_damage(copy):
+    """A process that is killed while it writes leaves such a line."""
     file = copy / "metrics.jsonl"
     rows = len(file.read_text().splitlines())
     with file.open("a") as more:

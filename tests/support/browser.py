@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over the plain HTTP of WebDriver."""
+"""A headless Chromium for tests, controlled by WebDriver."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ FLAGS += " --disable-component-update --disable-sync --window-size=1500,1100"
 
 
 class Browser:
-    """Headless Chromium, driven over WebDriver's plain HTTP."""
+    """A headless Chromium, controlled by WebDriver's HTTP protocol (no client library)."""
 
     def __init__(self, driver: str, profile: Path) -> None:
         with socket.socket() as free:
@@ -42,11 +42,11 @@ class Browser:
         return self.ask("POST", "/execute/sync", script=f"return {script}", args=[])
 
     def open(self, address: str, until: str, seconds: float = 300) -> str:
-        """Open a page, wait until a script finds what it looks for, and return the page's text."""
+        """Open a page, wait until the script `until` returns a true value, and return the page's text."""
         self.ask("POST", "/url", url=address)
         end = time.monotonic() + seconds
         while not self.read(until):
-            assert time.monotonic() < end, f"{until} is not on {address}: {self.read('document.body.innerText')}"
+            assert time.monotonic() < end, f"{until} is not true on {address}: {self.read('document.body.innerText')}"
             time.sleep(0.2)
         return " ".join(self.read("document.body.innerText").split())
 
@@ -62,7 +62,7 @@ class Browser:
 
 
 def wait_for_answer(address: str, seconds: float) -> None:
-    """Wait until something answers."""
+    """Wait until a server answers at this address."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -74,7 +74,7 @@ def wait_for_answer(address: str, seconds: float) -> None:
 
 
 def find_driver() -> str:
-    found = shutil.which("chromedriver")
-    if found is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
-        skip_or_fail("no Chromium and its driver (apt-get install chromium chromium-driver)")
-    return found
+    driver = shutil.which("chromedriver")
+    if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        skip_or_fail("Chromium and its driver are missing: apt-get install chromium chromium-driver")
+    return driver

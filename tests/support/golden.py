@@ -1,4 +1,4 @@
-"""Recorded texts that tests compare with, and the command that records them again (see `tests/test_identity.py`)."""
+"""Recorded (golden) texts of the tests; `tests/test_identity.py` has the command that records them again."""
 
 import os
 
@@ -11,7 +11,7 @@ RECORD = os.environ.get("AEM_RECORD") == "1"
 
 
 def check_golden(name, text):
-    """Compare a text with its recorded version; `AEM_RECORD=1` records it."""
+    """Compare a text with its golden file; with `AEM_RECORD=1`, write the file first."""
     if RECORD:
         (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
         (GOLDEN / name).write_text(text)

@@ -1,4 +1,4 @@
-"""Runs that log to MLflow, and a real MLflow server."""
+"""Helpers of the tracking tests: small runs that log to MLflow, and a real MLflow server."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def local_store(outputs: Path) -> str:
 
 
 def read_mlflow_run(uri: str, run_dir: Path) -> Any:
-    """The run as MLflow has it, with `steps`: the steps of each metric, in the order logged."""
+    """Return the run from MLflow. Its attribute `steps` has the steps of each metric in the logged order."""
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -45,12 +45,12 @@ def read_mlflow_run(uri: str, run_dir: Path) -> Any:
     return run
 
 
-LOG_TOGETHER = """
+LOG_IN_PARALLEL = """
     import os, sys, time
     from pathlib import Path
     from aem_exp.tracking import mlflow_store, store_uri
     from support.mlflow_runs import open_tracker, step_metrics
-    mlflow_store._import_store("sqlite:///x")
+    mlflow_store.import_store("sqlite:///x")
     outputs, start, children = Path(sys.argv[1]), time.time() + 0.5, []
     count, live = int(sys.argv[2]), sys.argv[3] == "live"
     for index in range(count):
@@ -73,7 +73,7 @@ def run_script(text: str, *words: str, **environment: str) -> subprocess.Complet
 
 
 class MLflowServer:
-    """A real `mlflow server`, by the command that `aem-exp ui` gives."""
+    """A real `mlflow server`, started with the command of `aem-exp ui`."""
 
     def __init__(self, uri: str, folder: Path) -> None:
         port = store_uri.first_free_port(5200 + os.getpid() % 500)
@@ -85,7 +85,7 @@ class MLflowServer:
         )
 
     def wait(self, seconds: float = 600) -> None:
-        """Wait until it answers."""
+        """Wait until the server answers."""
         for _ in range(int(seconds / 0.1)):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=10).read()

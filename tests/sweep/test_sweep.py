@@ -202,7 +202,7 @@ def test_a_cell_that_does_not_end_is_ended_by_further_ctrl_c():
         (sweep.main, ["household_quick", "--submit", "--local"], "not both"),
         (sweep.main, ["household_quick", "--submit"], "such as launch=slurm_cpu"),
         (sweep.main, ["household_quick", "trainer.stps=1"], "did you mean"),
-        (status.main, ["nosuch"], "no sweep of that name"),
+        (status.main, ["nosuch"], "sweep=nosuch: "),
         (status.main, ["--outputs", "/nowhere"], "there is no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

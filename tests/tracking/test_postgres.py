@@ -1,4 +1,4 @@
-"""Fifty runs that log live, at once, to an MLflow server on PostgreSQL: what a group with a cluster would set up."""
+"""Fifty runs that log at the same time to an MLflow server on PostgreSQL, as recommended for a cluster."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.mlflow_runs import LOG_TOGETHER, MLflowServer, all_steps, read_mlflow_run, run_script
+from support.mlflow_runs import LOG_IN_PARALLEL, MLflowServer, all_steps, read_mlflow_run, run_script
 from support.runs import skip_or_fail, wait_until
 
 RUNS = 50
@@ -20,19 +20,21 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 @pytest.fixture
 def database() -> Iterator[str]:
-    """A new PostgreSQL that listens on a socket in its own folder; the URI of its data base."""
+    """Start a new PostgreSQL server that listens on a socket in its own folder; yield the URI of its database."""
     if not shutil.which("initdb", path=BIN):
         skip_or_fail("PostgreSQL is missing: apt-get install -y --no-install-recommends postgresql")
     folder = Path(tempfile.mkdtemp(prefix="aem-postgres-"))
-    other = []  # PostgreSQL refuses to run as root
+    as_user = []  # PostgreSQL refuses to run as root
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
-        other = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     data = ["-D", str(folder / "data")]
-    how = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*other, f"{BIN}/initdb", *data, "-A", "trust", "-U", "postgres", "--no-sync"], check=True, **how)
+    options = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [*as_user, f"{BIN}/initdb", *data, "-A", "trust", "-U", "postgres", "--no-sync"], check=True, **options
+    )
     settings = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
-    process = subprocess.Popen([*other, f"{BIN}/postgres", *data, *settings], **how)
+    process = subprocess.Popen([*as_user, f"{BIN}/postgres", *data, *settings], **options)
 
     def ready():
         assert process.poll() is None
@@ -54,9 +56,11 @@ def server(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     server.close()
 
 
-def test_fifty_at_once_lose_nothing(tmp_path: Path, server: MLflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_parallel_runs_are_complete(
+    tmp_path: Path, server: MLflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    done = run_script(LOG_TOGETHER, str(tmp_path / "outputs"), str(RUNS), "live")
+    done = run_script(LOG_IN_PARALLEL, str(tmp_path / "outputs"), str(RUNS), "live")
     assert done.returncode == 0, done.stderr
     runs = [read_mlflow_run(server.uri, tmp_path / "outputs" / f"run{index}") for index in range(RUNS)]
     assert len({run.info.run_id for run in runs}) == RUNS

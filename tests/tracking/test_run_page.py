@@ -1,6 +1,6 @@
-"""The page that a run's link opens, in a real browser: the run, its charts, its artifacts.
+"""The MLflow page that a run's link opens, in a real browser: the run, its charts and its artifacts.
 
-$AEM_REQUIRE_ALL=1 makes a missing browser a failure; $AEM_SCREENSHOTS names a folder that keeps what the browser saw.
+With $AEM_REQUIRE_ALL=1 a missing browser is a failure. $AEM_SCREENSHOTS names a folder for screenshots.
 """
 
 import shlex
@@ -19,12 +19,12 @@ from aem_exp.tracking.tracker import Tracker
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MLflowPage]:
-    """A finished run, served by `aem-exp ui`, which its terminal shows."""
+    """Log a run and serve it with the `aem-exp ui` command that its summary shows; yield its page."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     find_driver()
     run_dir, uri = tmp_path / "outputs" / "run", store_uri.resolve_uri(None, tmp_path / "outputs")
     mlflow_store.create_sqlite(tmp_path / "outputs" / "mlflow.db")
-    with (tmp_path / "server.log").open("w") as log:  # starts while the run is logged: both take seconds
+    with (tmp_path / "server.log").open("w") as log:  # the server starts in parallel, because both take seconds
         words = shlex.split(store_uri.ui_command(uri, port := store_uri.first_free_port()))
         server = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path)
     monkeypatch.setattr(store_uri, "first_free_port", lambda: port)
@@ -52,15 +52,15 @@ def browser(page: MLflowPage, tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.mark.slow
 @pytest.mark.machine
-def test_the_link_opens_the_runs_charts(page: MLflowPage, browser: Browser) -> None:
+def test_link_opens_the_charts_of_the_run(page: MLflowPage, browser: Browser) -> None:
     wait_for_answer(page.link.split("/#")[0] + "/health", 120)
     text = browser.open(page.link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 3")
     for word in ("household", "grpo+aem/s0", "Model metrics", "aem (3)", "train (3)", "response_entropy", "success"):
         assert word in text, f"{word!r} is not on the page:\n{text}"
-    assert "Evaluation runs" not in text, "the menu is that of trained models"
+    assert "Evaluation runs" not in text, "the menu must be that of trained models"
     png = browser.screenshot("charts.png")
     assert png.startswith(b"\x89PNG")
-    assert len(png) > 20_000, "an empty page"
+    assert len(png) > 20_000, "the page is empty"
 
     overview = page.link.split("/model-metrics")[0]
     text = browser.open(overview, "document.body.innerText.includes('trainer.learning_rate')")
@@ -76,7 +76,7 @@ def test_the_link_opens_the_runs_charts(page: MLflowPage, browser: Browser) -> N
     browser.screenshot("headlines.png")
 
     more = dict(page.more)
-    browser.ask("POST", "/window/rect", width=1900, height=1700)  # a chart out of sight is not on the page
+    browser.ask("POST", "/window/rect", width=1900, height=1700)  # MLflow draws only the charts in sight
     text = browser.open(more["curves"], "document.body.innerText.includes('train/loss')")
     assert text.index("train/success") < text.index("train/response_entropy") < text.index("train/loss")
     browser.screenshot("curves.png")

@@ -1,4 +1,4 @@
-"""A run's numbers: nothing lost, nothing twice, whatever dies. Real sqlite stores, a real server, real kills."""
+"""Metrics in metrics.jsonl and MLflow: nothing is lost or logged twice if a process or server dies. Real stores and kills."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from support.mlflow_runs import (
-    LOG_TOGETHER,
+    LOG_IN_PARALLEL,
     METRIC_NAMES,
     MLflowServer,
     all_steps,
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("no_uri")
 # --------------------------------------------------------------------------------------------------------- one run
 
 
-def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
+def test_run_is_complete_on_disk_and_in_mlflow(tmp_path: Path) -> None:
     outputs, run_dir = tmp_path / "a folder", tmp_path / "a folder" / "run"
     uri = local_store(outputs)
     params = {
@@ -71,7 +71,7 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
     assert first.pop(metrics.LOGGED_AT) <= second.pop(metrics.LOGGED_AT)
     assert first == {"step": 0, "eval/pass_at_1": 0.25}
     assert math.isnan(second.pop("train/loss"))
-    assert second == {"step": 1, "train/success": 0.5, "eval/pass_at_1": 0.5}, "the first value of a metric stands"
+    assert second == {"step": 1, "train/success": 0.5, "eval/pass_at_1": 0.5}, "the first value of a metric is kept"
 
     run = read_mlflow_run(uri, run_dir)
     assert run.steps == {"eval/pass_at_1": [0, 1], "train/success": [1], "train/loss": [1]}
@@ -94,7 +94,7 @@ def test_a_run_is_in_its_folder_and_in_mlflow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "status"), [(None, "FINISHED"), (ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
-def test_a_run_ends_as_it_ended(tmp_path: Path, error: BaseException | None, status: str) -> None:
+def test_status_in_mlflow_is_that_of_the_run(tmp_path: Path, error: BaseException | None, status: str) -> None:
     try:
         with open_tracker(tmp_path / "run", local_store(tmp_path)) as tracker:
             tracker.log(1, step_metrics(1))
@@ -107,7 +107,7 @@ def test_a_run_ends_as_it_ended(tmp_path: Path, error: BaseException | None, sta
     assert run_card.read_card(tmp_path / "run")["status"] == status
 
 
-def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp_path: Path) -> None:
+def test_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
     with open_tracker(run_dir, uri) as tracker:
         for step in range(1, 8):
@@ -120,23 +120,23 @@ def test_resumed_rows_past_the_checkpoint_are_measured_again_and_logged_once(tmp
     run = read_mlflow_run(uri, run_dir)
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 11))
     assert {name: run.steps[name] for name in METRIC_NAMES} == all_steps(list(range(1, 11)))
-    assert run.steps["eval/success"] == [6], "what MLflow lacks of a step it has seen"
+    assert run.steps["eval/success"] == [6], "a new metric of a step that MLflow has already"
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_starts_again_without_a_checkpoint_keeps_its_page(tmp_path: Path) -> None:
+def test_run_that_restarts_without_a_checkpoint_keeps_its_mlflow_run(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
     for _ in range(2):
         with open_tracker(run_dir, uri) as tracker:
             tracker.log(1, step_metrics(1))
     assert read_mlflow_run(uri, run_dir).steps["train/success"] == [1]
-    (run_dir / "mlflow_run_id").unlink()  # as if killed just before it was written
+    (run_dir / "mlflow_run_id").unlink()  # as if the process was killed before it wrote the file
     with open_tracker(run_dir, uri, resume_step=1) as tracker:
         tracker.log(2, step_metrics(2))
     assert read_mlflow_run(uri, run_dir).steps["train/success"] == [1, 2]
 
 
-def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     with open_tracker(tmp_path, store_uri.OFF) as tracker:
         for step in (1, 2):
             tracker.log(step, step_metrics(step))
@@ -150,7 +150,7 @@ def test_a_last_line_that_was_cut_is_not_a_row(tmp_path: Path) -> None:
     assert publish.run_page(tmp_path) is None
 
 
-def test_steps_go_forward(tmp_path: Path) -> None:
+def test_steps_must_increase(tmp_path: Path) -> None:
     with open_tracker(tmp_path, store_uri.OFF) as tracker:
         tracker.log(2, step_metrics(2))
         with pytest.raises(AssertionError, match="step 1 after step 2"):
@@ -158,14 +158,14 @@ def test_steps_go_forward(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_an_error_and_not_a_silence(tmp_path: Path) -> None:
+def test_full_disk_raises_an_error(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path, store_uri.OFF)
-    tracker._mirror.file = Path("/dev/full").open("r+b")  # noqa: SIM115
+    tracker.metrics_file.file = Path("/dev/full").open("r+b")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         tracker.log(1, step_metrics(1))
 
 
-FILLED = """
+FILL_DISK = """
     import sys
     from pathlib import Path
     from aem_exp.core import cli, console; from aem_exp.tracking import store_uri, tracker
@@ -187,33 +187,34 @@ FILLED = """
             for step in range(4, 100_000):
                 tracker.log(step, step_metrics(step))
         return 0
-    sys.exit(cli.run_cli(act, lambda: "to go on: COMMAND"))
+    sys.exit(cli.run_cli(act, lambda: "to continue: COMMAND"))
 """
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of four megabytes."""
-    from support.runs import skip_or_fail  # scripts import this file from elsewhere
+    """A file system of four megabytes."""
+    from support.runs import skip_or_fail  # not at module level, because scripts import this file
 
     folder = tmp_path / "disk"
     folder.mkdir()
     root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     mount = [*root, "mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     if not shutil.which(mount[0]) or subprocess.run(mount, capture_output=True, check=False).returncode:
-        skip_or_fail("no right to mount a small disk (root has it)")
+        skip_or_fail("mounting a small disk needs root")
     yield folder
-    subprocess.run([*root, "umount", "-l", str(folder)], check=True)  # lazily: a store may be open
+    subprocess.run([*root, "umount", "-l", str(folder)], check=True)  # lazy, because a store may be open
 
 
 @pytest.mark.machine
-def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tmp_path: Path, small_disk: Path) -> None:
+def test_full_disk_is_an_error_of_one_line_and_keeps_written_rows(tmp_path: Path, small_disk: Path) -> None:
     run_dir, filler = small_disk / "outputs" / "run", small_disk / "filler"
-    done = run_script(FILLED, str(run_dir), str(filler))
+    done = run_script(FILL_DISK, str(run_dir), str(filler))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "aem_exp: the disk is full; free space, and to go on: COMMAND\n"
-    assert not list(run_dir.glob(".*")), "half of a file takes room"
+    (error,) = done.stderr.splitlines()
+    assert "disk is full" in error and "to continue: COMMAND" in error
+    assert not list(run_dir.glob(".*")), "incomplete files must be removed"
     rows = metrics.read(run_dir)
     assert [row["step"] for row in rows[:3]] == [1, 2, 3]
     last = int(rows[-1]["step"])
@@ -229,24 +230,25 @@ def test_a_full_disk_is_its_sentence_alone_and_costs_nothing_that_was_written(tm
 
 
 @pytest.mark.machine
-@pytest.mark.parametrize("left", [0, 700_000], ids=["none", "some"])
-def test_a_store_that_finds_no_room_at_start_says_so(tmp_path: Path, small_disk: Path, left: int) -> None:
+@pytest.mark.parametrize("free", [0, 700_000])
+def test_store_on_a_full_disk_is_an_error(tmp_path: Path, small_disk: Path, free: int) -> None:
     with open_tracker(tmp_path / "run", store_uri.OFF) as tracker:
         for step in range(2000):
             tracker.log(step, step_metrics(step))
     with (small_disk / "filler").open("wb") as file:
-        file.write(b"x" * (shutil.disk_usage(small_disk).free - left))
-    with pytest.raises(ConfigError) as caught:
-        sync.sync_run(tmp_path / "run", f"sqlite:///{small_disk / 'mlflow.db'}")
-    sentence = str(caught.value)
-    assert "cannot be written (" in sentence and ("free space" in sentence or "make room" in sentence)
-    assert str(disk.cache_dir()) not in sentence and "\n" not in sentence
+        file.write(b"x" * (shutil.disk_usage(small_disk).free - free))
+    uri = f"sqlite:///{small_disk / 'mlflow.db'}"
+    with pytest.raises(ConfigError) as error:
+        sync.sync_run(tmp_path / "run", uri)
+    assert (error.value.field, error.value.value) == ("tracking", uri)
+    assert "cannot be written" in error.value.remedy and "space" in error.value.remedy
+    assert str(disk.cache_dir()) not in error.value.remedy and "\n" not in error.value.remedy
 
 
 # ------------------------------------------------------------------------------------------- many runs, killed runs
 
 
-KILLED = """
+KILL_AFTER_17_STEPS = """
     import os, signal, sys
     from pathlib import Path
     from support.mlflow_runs import open_tracker, step_metrics
@@ -260,9 +262,9 @@ KILLED = """
 """
 
 
-def test_kill_9_then_resume(tmp_path: Path) -> None:
+def test_killed_run_resumes_without_loss(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
-    killed = run_script(KILLED, str(run_dir), uri)
+    killed = run_script(KILL_AFTER_17_STEPS, str(run_dir), uri)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 18))
     left = read_mlflow_run(uri, run_dir)
@@ -278,10 +280,10 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 21))
 
 
-@pytest.mark.parametrize(("count", "how"), [(8, "live"), (50, "later")])
-def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str) -> None:
-    """Jobs send a sqlite store everything at their end, one after another: fifty at a time lose nothing."""
-    done = run_script(LOG_TOGETHER, str(tmp_path / "outputs"), str(count), how, AEM_CACHE=str(tmp_path / "cache"))
+@pytest.mark.parametrize(("count", "mode"), [(8, "live"), (50, "later")])
+def test_many_runs_start_at_once_on_a_new_store(tmp_path: Path, count: int, mode: str) -> None:
+    """Mode `later`: a run sends everything at its end, one process at a time, as jobs do with a sqlite store."""
+    done = run_script(LOG_IN_PARALLEL, str(tmp_path / "outputs"), str(count), mode, AEM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     runs = [
         read_mlflow_run(local_store(tmp_path / "outputs"), tmp_path / "outputs" / f"run{index}")
@@ -297,7 +299,7 @@ def test_many_start_at_once_on_a_new_store(tmp_path: Path, count: int, how: str)
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MLflowServer]:
     uri = local_store(tmp_path)
-    with open_tracker(tmp_path / "earlier", uri) as tracker:  # makes the store
+    with open_tracker(tmp_path / "earlier", uri) as tracker:  # creates the store
         tracker.log(1, step_metrics(1))
     server = MLflowServer(uri, tmp_path)
     yield server
@@ -305,7 +307,7 @@ def server(tmp_path: Path) -> Iterator[MLflowServer]:
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_and_then_dies_loses_nothing(
+def test_nothing_is_lost_if_a_server_hangs_and_dies(
     tmp_path: Path, server: MLflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -324,7 +326,9 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     server.signal(signal.SIGSTOP)
     for step in range(21, 31):
         tracker.log(step, step_metrics(step))
-    assert not tracker.flush(wait=1.5), "requests time out; some will be served when the server wakes, and sent again"
+    assert not tracker.flush(wait=1.5), (
+        "requests time out; the server answers some of them later, and they are sent again"
+    )
     server.signal(signal.SIGCONT)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     assert tracker.flush(wait=600)
@@ -334,7 +338,9 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     start = time.monotonic()
     for step in range(31, 41):
         tracker.log(step, step_metrics(step))
-    assert time.monotonic() - start < 20, "training does not wait for a tracker, ten times as long as it may take"
+    assert time.monotonic() - start < 20, (
+        "training must not wait for the server (a deadline 10 times above the usual time)"
+    )
     sentence = tracker.finish()
     assert sentence is not None
     assert "\n" not in sentence
@@ -342,14 +348,14 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 41))
     assert read_mlflow_run(direct, run_dir).info.status == "RUNNING"
 
-    for _ in range(2):  # the second time there is nothing to send
+    for _ in range(2):  # the second call has nothing to send
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(run_dir), "--uri", direct])
         assert tracking.main() == 0
         run = read_mlflow_run(direct, run_dir)
         assert run.steps == all_steps(list(range(1, 41)))
         assert run.info.status == "FINISHED"
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(" points")[0] for line in said] == ["sent 30 of 120", "sent 0 of 120"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" points")[0] for line in lines] == ["sent 30 of 120", "sent 0 of 120"]
 
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
     sync.sync_run(run_dir, elsewhere)
@@ -359,76 +365,79 @@ def test_a_server_that_hangs_and_then_dies_loses_nothing(
     assert copy.info.run_name == run.info.run_name
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------------------------- unusable stores
 
 
-def refusal(uri: str, run_dir: Path, seconds: float = 60) -> str:
+def open_with_error(uri: str, run_dir: Path, seconds: float = 60) -> ConfigError:
+    """Open a tracker that cannot be used, and return its error."""
     start = time.monotonic()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         open_tracker(run_dir, uri)
     assert time.monotonic() - start < seconds
-    sentence = str(caught.value)
-    assert sentence.startswith("tracking=")
-    assert "choose" in sentence
-    assert "\n" not in sentence
-    return sentence
+    assert error.value.field == "tracking"
+    assert "sqlite:///" in error.value.remedy and "off" in error.value.remedy, "the remedy lists the choices"
+    assert "\n" not in error.value.remedy
+    return error.value
 
 
-def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+def test_server_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for uri in (f"http://me:secret@127.0.0.1:{port}", f"postgresql://me:secret@127.0.0.1:{port}/db"):
-        sentence = refusal(uri, tmp_path / "run")
-        assert "does not answer" in sentence
-        assert "secret" not in sentence
+        error = open_with_error(uri, tmp_path / "run")
+        assert error.value == errors.redact(uri) and "does not answer" in error.remedy
+        assert "secret" not in str(error)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_refuses_or_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_rejects_or_never_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
-    class Door(BaseHTTPRequestHandler):
+    class Unauthorized(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(401)
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = HTTPServer(("127.0.0.1", 0), Door)
+    http = HTTPServer(("127.0.0.1", 0), Unauthorized)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    assert "credentials" in refusal(f"http://127.0.0.1:{http.server_port}", tmp_path / "a")
+    assert "MLFLOW_TRACKING_TOKEN" in open_with_error(f"http://127.0.0.1:{http.server_port}", tmp_path / "a").remedy
     http.shutdown()
     http.server_close()
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        assert "timed out" in refusal(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path / "b")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert "timed out" in open_with_error(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "b").remedy
 
 
-def test_stores_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_store_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database " * 100)
-    assert "not a database" in refusal(f"sqlite:///{tmp_path}/text.db", tmp_path / "a")
-    assert "cannot be written" in refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db", tmp_path / "b")
+    assert "not a database" in open_with_error(f"sqlite:///{tmp_path}/text.db", tmp_path / "a").remedy
+    assert (
+        "cannot be written" in open_with_error(f"sqlite:///{tmp_path}/text.db/below/mlflow.db", tmp_path / "b").remedy
+    )
     for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "gopher://host", "sqlite://"):
-        with pytest.raises(ConfigError, match="not a store"):
+        with pytest.raises(ConfigError) as error:
             store_uri.resolve_uri(uri, tmp_path)
+        assert (error.value.field, error.value.value) == ("tracking", uri)
 
 
-def test_a_store_of_another_mlflow_is_refused_with_the_way_to_upgrade_it(tmp_path: Path) -> None:
+def test_store_of_another_mlflow_version_shows_the_upgrade_command(tmp_path: Path) -> None:
     import sqlite3
 
     database = tmp_path / "mlflow.db"
     mlflow_store.create_sqlite(database)
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
-    assert "db upgrade" in refusal(local_store(tmp_path), tmp_path / "run")
+    assert "db upgrade" in open_with_error(local_store(tmp_path), tmp_path / "run").remedy
 
 
-def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
+def test_local_store_is_created_in_the_background(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database " * 100)
     tracker = open_tracker(tmp_path / "a", f"sqlite:///{tmp_path}/text.db", wait=False)
     tracker.log(0, step_metrics(0))
-    with pytest.raises(ConfigError, match="not a database"):
+    with pytest.raises(ConfigError, match=r"^tracking=.*not a database"):
         tracker.wait_until_ready()
     with open_tracker(tmp_path / "b", local_store(tmp_path), wait=False) as tracker:
         tracker.log(0, step_metrics(0))
@@ -436,22 +445,22 @@ def test_a_local_store_is_made_while_the_caller_goes_on(tmp_path: Path) -> None:
     assert read_mlflow_run(local_store(tmp_path), tmp_path / "b").steps["train/success"] == [0]
 
 
-def test_a_store_that_is_busy_at_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect, busy = writer._RemoteRun.connect, ["(sqlite3.OperationalError) database is locked"]
+def test_locked_store_is_waited_for_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, busy = writer.RemoteRun.connect, ["(sqlite3.OperationalError) database is locked"]
 
-    def crowded(run: writer._RemoteRun) -> None:
+    def connect_when_unlocked(run: writer.RemoteRun) -> None:
         if busy:
             raise RuntimeError(busy.pop())
         connect(run)
 
-    monkeypatch.setattr(writer._RemoteRun, "connect", crowded)
+    monkeypatch.setattr(writer.RemoteRun, "connect", connect_when_unlocked)
     with open_tracker(tmp_path / "run", local_store(tmp_path)) as tracker:
         tracker.log(1, step_metrics(1))
     assert not busy
     assert read_mlflow_run(local_store(tmp_path), tmp_path / "run").steps == all_steps([1])
 
 
-def test_sync_says_what_it_needs(
+def test_sync_of_a_folder_without_a_store_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_tracker(tmp_path / "run", store_uri.OFF):
@@ -460,14 +469,14 @@ def test_sync_says_what_it_needs(
         monkeypatch.setattr(sys, "argv", ["tracking", "sync", str(tmp_path / folder)])
         assert tracking.main() == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "name the folder of a run" in first
-    assert "--uri" in second
+    assert f"RUN_DIR={tmp_path / 'nothing'}: " in first
+    assert "--uri=null: " in second
 
 
 # ----------------------------------------------------------------------------------------------- names and addresses
 
 
-def test_metric_names_are_spelled_as_mlflow_allows() -> None:
+def test_sanitised_names_are_valid_in_mlflow() -> None:
     from mlflow.utils.validation import _validate_metric_name
 
     assert metrics.sanitise_name("eval/pass@1") == "eval/pass_at_1"
@@ -476,7 +485,7 @@ def test_metric_names_are_spelled_as_mlflow_allows() -> None:
         _validate_metric_name(metrics.sanitise_name(name))
 
 
-def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors.redact("see http://me:pw@host:5/x and b") == "see http://***@host:5/x and b"
     assert (
         errors.redact("postgresql+psycopg2://me:p@ss@h/db?password=hm&x=1")
@@ -496,7 +505,7 @@ def test_credentials_are_shown_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert page.command is None
 
 
-def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert store_uri.resolve_uri(None, Path("out")) == f"sqlite:///{tmp_path}/out/mlflow.db"
     assert store_uri.resolve_uri("sqlite:///a.db", Path("out")) == f"sqlite:///{tmp_path}/a.db"
@@ -507,7 +516,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store_uri.resolve_uri(None, Path("out")) == "http://host:1"
 
 
-def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 2222")
     card = {"uri": local_store(tmp_path / "a b"), "run_id": "r", "experiment_id": "1"}
     (tmp_path / "tracking.json").write_text(json.dumps(card))
@@ -523,12 +532,12 @@ def test_where_to_see_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert page.tunnel.endswith("@10.0.0.1")
 
 
-def test_flattened_config() -> None:
+def test_flatten_params() -> None:
     nested = {"a": {"b": 1e-3, "c": {}}, "d": [1, None], "e": True, "f@": "x"}
     assert run_card.flatten_params(nested) == {"a.b": "0.001", "a.c": "{}", "d": "[1, null]", "e": "true", "f_at_": "x"}
 
 
-def test_importing_the_room_does_not_import_mlflow() -> None:
+def test_importing_the_tracker_does_not_import_mlflow() -> None:
     names = "{'mlflow', 'matplotlib', 'rich'}"
     code = f"import sys, aem_exp.tracking.tracker, aem_exp.run.summary; sys.exit(bool({names} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,6 @@
-"""The saved views of a sweep: what is written into MLflow, and what its page shows, in a real browser.
+"""The saved views of a sweep: their content in MLflow, and the page that they open in a real browser.
 
-$AEM_REQUIRE_ALL=1 makes a missing browser a failure; $AEM_SCREENSHOTS names a folder that keeps what the browser saw.
+With $AEM_REQUIRE_ALL=1 a missing browser is a failure. $AEM_SCREENSHOTS names a folder for screenshots.
 """
 
 import json
@@ -22,21 +22,21 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.tracking import mlflow_store, publish, store_uri, views
 from aem_exp.tracking.tracker import Tracker
 
-ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # success at the end, entropy lost
+ARMS = {"grpo": (0.62, 0.45), "grpo+aem": (0.74, 0.28)}  # final success, decrease of entropy
 STEPS = 60
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> Any:
-    """A client of a new sqlite store, as `tracker` makes it."""
+    """A client of a new sqlite store, created as `tracker` does."""
     mlflow_store.create_sqlite(tmp_path / "mlflow.db")
     import mlflow
 
     return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def held(client: Any, experiment: str) -> dict[str, dict[str, Any]]:
-    """The views in the store: key to envelope, its state decoded."""
+def read_views(client: Any, experiment: str) -> dict[str, dict[str, Any]]:
+    """Return the views in the store by key, with decoded states."""
     tags = client.get_experiment(experiment).tags.items()
     envelopes = {
         key.removeprefix(views.VIEW_TAG_PREFIX): json.loads(text)
@@ -46,22 +46,22 @@ def held(client: Any, experiment: str) -> dict[str, dict[str, Any]]:
     return {key: {**envelope, "state": views.decode_state(envelope["state"])} for key, envelope in envelopes.items()}
 
 
-def test_a_state_survives_the_tag() -> None:
+def test_encoded_state_can_be_decoded() -> None:
     state = {"searchFilter": "tags.`aem.sweep.é` != ''", "orderByAsc": False, "groupBy": None, "columnWidths": {"a": 1}}
     assert views.encode_state(state).startswith("deflate;")
     assert views.decode_state(views.encode_state(state)) == state
 
 
-def test_asking_twice_changes_only_the_time_of_the_update(client: Any) -> None:
+def test_second_save_changes_only_the_time_of_the_update(client: Any) -> None:
     experiment = client.create_experiment("household")
     saved = views.save(client, experiment, "main")
-    first = held(client, experiment)
+    first = read_views(client, experiment)
     assert set(saved) == {"main: curves", "main: table"} == {view["name"] for view in first.values()}
     assert set(saved.values()) == set(first)
 
     time.sleep(0.01)
     assert views.save(client, experiment, "main") == saved
-    second = held(client, experiment)
+    second = read_views(client, experiment)
     for key, view in first.items():
         assert second[key]["updatedAt"] > view["updatedAt"]
         assert second[key] | {"updatedAt": 0} == view | {"updatedAt": 0}
@@ -70,10 +70,10 @@ def test_asking_twice_changes_only_the_time_of_the_update(client: Any) -> None:
         for key, text in client.get_experiment(experiment).tags.items()
         if key.startswith(views.VIEW_TAG_PREFIX)
     ]
-    assert max(sizes) < 5000, "MLflow takes tags of 20000, once of 5000"
+    assert max(sizes) < 5000, "MLflow allows tags of 20000 characters, older versions of 5000"
 
 
-def test_the_filter_finds_a_sweeps_runs_and_orders_them(client: Any) -> None:
+def test_table_view_filters_and_orders_the_runs_of_a_sweep(client: Any) -> None:
     experiment = client.create_experiment("household")
     for success, sweeps in (
         (0.3, ("main",)),
@@ -86,22 +86,22 @@ def test_the_filter_finds_a_sweeps_runs_and_orders_them(client: Any) -> None:
         if success is not None:
             client.log_metric(run.info.run_id, "test/success", success)
     views.save(client, experiment, "main")
-    state = held(client, experiment)["aem.main.table"]["state"]
+    state = read_views(client, experiment)["aem.main.table"]["state"]
     assert state["orderByAsc"] is False
     found = client.search_runs([experiment], state["searchFilter"], order_by=[f"{state['orderByKey']} DESC"])
     assert [run.data.metrics.get("test/success") for run in found] == [0.8, 0.3, None]
 
 
-def test_the_arms_may_be_told_apart_by_another_tag(client: Any) -> None:
+def test_runs_can_be_grouped_by_another_tag(client: Any) -> None:
     experiment = client.create_experiment("household")
     views.save(client, experiment, "main", group=views.sweep_tag("main"))
-    states = {key: view["state"] for key, view in held(client, experiment).items()}
+    states = {key: view["state"] for key, view in read_views(client, experiment).items()}
     keys = [{"mode": "tag", "groupByData": "aem.sweep.main"}]
     assert states["aem.main.curves"]["groupBy"] == {"aggregateFunction": "average", "groupByKeys": keys}
     assert states["aem.main.table"]["columnOrder"][0] == "tags.`aem.sweep.main`"
 
 
-def test_many_sweeps_leave_room_for_other_peoples_views(client: Any) -> None:
+def test_old_views_are_removed_and_those_of_users_are_kept(client: Any) -> None:
     experiment = client.create_experiment("household")
     theirs = views.VIEW_TAG_PREFIX + "3fd2"
     client.set_experiment_tag(experiment, theirs, json.dumps({"name": "mine", "createdAt": 1, "state": "{}"}))
@@ -117,7 +117,7 @@ def test_many_sweeps_leave_room_for_other_peoples_views(client: Any) -> None:
     assert kept == {theirs} | expected - {f"{views.OWN_TAG_PREFIX}sweep1.curves", f"{views.OWN_TAG_PREFIX}sweep1.table"}
 
 
-def test_views_of_all_runs_stay_beside_those_of_sweeps(client: Any) -> None:
+def test_views_of_all_runs_are_kept(client: Any) -> None:
     experiment = client.create_experiment("household")
     assert not views.has_views(client.get_experiment(experiment).tags)
     assert (
@@ -128,33 +128,33 @@ def test_views_of_all_runs_stay_beside_those_of_sweeps(client: Any) -> None:
     for index in range(views.MAX_VIEWS):
         views.save(client, experiment, f"sweep{index}")
     assert views.has_views(client.get_experiment(experiment).tags)
-    states = {view["name"]: view["state"] for view in held(client, experiment).values()}
+    states = {view["name"]: view["state"] for view in read_views(client, experiment).values()}
     assert [states[f"all runs: {kind}"]["searchFilter"] for kind in views.VIEW_MODES] == ["", ""]
     assert states["all runs: curves"]["groupBy"] is None
     with pytest.raises(ConfigError):
         views.sweep_tag(views.ALL_RUNS)
 
 
-def test_a_store_that_refuses_costs_nothing_but_the_views(client: Any) -> None:
+def test_store_that_refuses_views_raises_no_error(client: Any) -> None:
     assert views.save(client, "4711", "main") == {}
     experiment = client.create_experiment("household")
     client.delete_experiment(experiment)
     assert views.save(client, experiment, "main") == {}
 
 
-def test_the_installed_mlflow_is_one_whose_page_was_seen() -> None:
+def test_installed_mlflow_version_was_tested() -> None:
     assert views.minor_version() in views.TRIED_VERSIONS, (
         f"MLflow {views.minor_version()} may not show our saved views: run the tests of this file with a browser"
-        " (-m slow), and where they pass, add it to views.TRIED_VERSIONS"
+        " (-m slow). If they pass, add the version to views.TRIED_VERSIONS"
     )
 
 
 def filter_of(link: str) -> str:
-    """The search that a link to an experiment's page asks for."""
+    """Return the search expression of a link to an experiment's page."""
     return parse_qs(link.partition("?")[2])["searchFilter"][0]
 
 
-def test_an_mlflow_that_was_not_tried_has_a_plain_link_to_the_sweeps_runs(
+def test_untested_mlflow_version_gets_a_filtered_link(
     client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "TRIED_VERSIONS", ("2.0",))
@@ -169,18 +169,18 @@ def test_an_mlflow_that_was_not_tried_has_a_plain_link_to_the_sweeps_runs(
     assert list(views.links("", "7").values()) == ["/#/experiments/7/runs?workflowType=machine_learning"]
 
 
-def test_a_store_that_refuses_views_has_a_plain_link(client: Any) -> None:
+def test_store_that_refuses_views_gets_a_filtered_link(client: Any) -> None:
     links = views.links("http://127.0.0.1:5000", "4711", "main", views.save(client, "4711", "main"))
     assert list(links) == ["main: runs"] and filter_of(links["main: runs"]) == "tags.`aem.sweep.main` != ''"
 
 
 @pytest.mark.parametrize("sweep", ["", "a b", "it's", "a`b", "a/b", "x" * 101])
-def test_a_name_that_no_filter_can_hold_is_refused(sweep: str) -> None:
+def test_invalid_name_of_a_sweep_is_an_error(sweep: str) -> None:
     with pytest.raises(ConfigError, match=r"^sweep="):
         views.sweep_tag(sweep)
 
 
-def test_links_name_the_page_of_each_view() -> None:
+def test_links_open_each_view() -> None:
     assert views.links("http://127.0.0.1:5000/", "7", "main") == {
         "main: curves": "http://127.0.0.1:5000/#/experiments/7/runs?viewStateShareKey=aem.main.curves"
         "&compareRunsMode=CHART&workflowType=machine_learning",
@@ -190,9 +190,9 @@ def test_links_name_the_page_of_each_view() -> None:
 
 
 def train(outputs: Path, uri: str, arm: str, seed: int) -> None:
-    """Log a made-up run of the sweeps `main`, `all` (an arm for each run) and `plain` (no AEM); grpo/s1 has no test."""
-    noise, (top, fall) = random.Random(f"{arm}{seed}"), ARMS[arm]
-    luck = noise.gauss(0, 0.03)
+    """Log a synthetic run of the sweeps `main`, `all` (one arm per run) and `plain` (no AEM). grpo/s1 has no test score."""
+    generator, (top, fall) = random.Random(f"{arm}{seed}"), ARMS[arm]
+    offset = generator.gauss(0, 0.03)
     tags = {
         "aem.group": arm,
         "aem.seed": str(seed),
@@ -202,22 +202,22 @@ def train(outputs: Path, uri: str, arm: str, seed: int) -> None:
     tags |= {views.sweep_tag("plain"): "true"} if arm == "grpo" else {}
     with Tracker.open(outputs / f"{arm}-s{seed}", uri, "household", f"{arm}/s{seed}", tags=tags) as tracker:
         for step in range(1, STEPS + 1):
-            success = top / (1 + math.exp((22 - step) / 8)) + luck
-            row = {"train/success": max(0, success + noise.gauss(0, 0.03)), "time/step": 30 + noise.random()}
-            row["train/loss"] = 0.01 + noise.gauss(0, 0.003)
-            row["train/response_entropy"] = 0.9 - fall * step / STEPS + noise.gauss(0, 0.02)
+            success = top / (1 + math.exp((22 - step) / 8)) + offset
+            row = {"train/success": max(0, success + generator.gauss(0, 0.03)), "time/step": 30 + generator.random()}
+            row["train/loss"] = 0.01 + generator.gauss(0, 0.003)
+            row["train/response_entropy"] = 0.9 - fall * step / STEPS + generator.gauss(0, 0.02)
             if step % 5 == 0:
                 row |= {"eval/success": max(0, success), "eval/response_entropy": 0.8 - fall * step / STEPS}
             if arm == "grpo+aem":
                 row["aem/alpha_q50"] = 1 + 0.1 * math.sin(step / 9)
             tracker.log(step, row)
         if (arm, seed) != ("grpo", 1):
-            tracker.log(STEPS, {"test/success": top + luck})
+            tracker.log(STEPS, {"test/success": top + offset})
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Twelve runs, six of them in sweep `main`, and the server that shows them."""
+    """Log twelve runs, six of them in the sweep `main`, and start an MLflow server; yield its address."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     find_driver()
     outputs = tmp_path / "outputs"
@@ -225,14 +225,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     mlflow_store.create_sqlite(outputs / "mlflow.db")
     port = store_uri.first_free_port(5100)
     words, environment = store_uri.serve_command(uri, port)
-    with (tmp_path / "server.log").open("w") as log:  # starts while the runs are logged: both take seconds
+    with (tmp_path / "server.log").open("w") as log:  # the server starts in parallel, because both take seconds
         server = subprocess.Popen(
             words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path
         )
     for arm in ARMS:
         for seed in range(3):
             train(outputs, uri, arm, seed)
-    for seed in range(6):  # newer than those of `main`: what a view that does not filter would draw
+    for seed in range(6):  # newer than the runs of `main`, so a view without a filter would show them
         tags = {"aem.group": "rloo", views.sweep_tag("all"): f"rloo {seed}"}
         with Tracker.open(outputs / f"rloo-s{seed}", uri, "household", f"rloo/s{seed}", tags=tags) as run:
             for step in range(1, 4):
@@ -245,12 +245,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def browser(site: str, tmp_path: Path) -> Iterator[Browser]:
     browser = Browser(find_driver(), tmp_path / "profile")
-    browser.ask("POST", "/window/rect", width=1900, height=1700)  # columns and charts out of sight are not on the page
+    browser.ask("POST", "/window/rect", width=1900, height=1700)  # MLflow draws only what is in sight
     yield browser
     browser.close()
 
 
-# Of each chart: its title, the lines that are drawn (one behind each takes the mouse), the bands that hold something.
+# For each chart: its title, the number of lines (without the invisible ones for the mouse), the number of non-empty bands.
 CHARTS = """[...document.querySelectorAll('.js-plotly-plot')].map(plot => [
     plot.closest('[data-testid="experiment-view-compare-runs-card"]')?.innerText.split('\\n')[0],
     new Set(plot.data.filter(trace => trace.mode).map(trace => JSON.stringify([...trace.y]))).size,
@@ -263,7 +263,7 @@ HEADERS = """[...document.querySelectorAll('.ag-header-cell[col-id]')].filter(ce
 
 @pytest.mark.slow
 @pytest.mark.machine
-def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: str, browser: Browser) -> None:
+def test_page_shows_the_curves_and_tables_of_the_views(site: str, browser: Browser) -> None:
     wait_for_answer(f"{site}/health", 120)
     import mlflow
 
@@ -297,34 +297,34 @@ def test_the_page_shows_a_mean_and_a_band_per_arm_and_the_best_run_first(site: s
 
     link = views.links(site, experiment, "plain", saved=())[
         "plain: runs"
-    ]  # without a view, after a page of another sweep
+    ]  # without a view, after the page of another sweep
     text = browser.open(link, "document.body.innerText.replace(/\\s+/g, ' ').includes('3 matching runs')")
-    assert "grpo/s0" in text and "grpo+aem" not in text, "the link alone filters"
+    assert "grpo/s0" in text and "grpo+aem" not in text, "the link filters without a view"
     browser.screenshot("plain.png")
 
-    links = views.links(site, experiment)  # which every run has saved by then
+    links = views.links(site, experiment)  # each run saves these views
     assert views.has_views(client.get_experiment(experiment).tags)
     text = browser.open(links["all runs: table"], "document.querySelectorAll('[role=gridcell]').length >= 84")
     assert "12 matching runs" in text
     cells = {(row, column): value for row, column, value in browser.read(CELLS)}
-    assert [cells[row, "metrics.`test/success`"] for row in range(6)] == ["0.99"] * 6, "the best first"
+    assert [cells[row, "metrics.`test/success`"] for row in range(6)] == ["0.99"] * 6, "the best run is first"
     assert browser.read(HEADERS)[-6:] == ["aem.group", "aem.seed", *metrics, "Duration"]
     browser.screenshot("all_table.png")
     text = browser.open(links["all runs: curves"], "document.querySelectorAll('.js-plotly-plot .trace').length >= 24")
     drawn = [(title, lines) for title, lines, _ in browser.read(CHARTS)]
     assert [title for title, _ in drawn] == list(views.CURVE_METRICS), "success first, then entropy and loss"
-    assert drawn[0] == ("train/success", 12), "a line for each run"
+    assert drawn[0] == ("train/success", 12), "one line per run"
     browser.screenshot("all_curves.png")
 
     views.save(client, experiment, "all", group=views.sweep_tag("all"))
     link = views.links(site, experiment, "all")["all: curves"]
     browser.open(link, "document.body.innerText.includes('rloo 5 (train/success)')")
     assert {title: lines for title, lines, _ in browser.read(CHARTS)}["train/success"] == 12, (
-        "MLflow draws ten by itself"
+        "by default, MLflow draws only ten"
     )
     browser.screenshot("all.png")
 
     views.save(client, experiment, "plain")
     link = views.links(site, experiment, "plain")["plain: curves"]
     text = browser.open(link, "document.querySelectorAll('.js-plotly-plot .trace').length >= 9")
-    assert "curves (4)" in text, "no alpha, no chart of it"
+    assert "curves (4)" in text, "without the metric alpha there is no chart of it"

@@ -57,7 +57,7 @@ def test_interrupted_and_read_by_one_process_it_ends_the_same(cache, tmp_path, t
     code, said = ended(started)
     assert code != 0 and not (folder / "result.json").exists(), said
     code, said = ended(start(cache, folder))
-    assert code == 0 and "going on from step" in said, said
+    assert code == 0 and "resuming from step" in said, said
     assert read_metrics(folder) == read_metrics(through)
     weights, again = (load_file(path / "model" / "model.safetensors") for path in (through, folder))
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
