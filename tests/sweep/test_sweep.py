@@ -78,7 +78,7 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
 def test_a_report_of_half_a_sweep_says_what_is_missing(desk, carried_out):
     folder, ask = desk
     said = ask("aem_exp.report", "quick.yaml", "--no-tracking")
-    assert "0 of 1" in said and "not compared: no run" in said and "1 runs are not done as planned" in said
+    assert "0 of 1" in said and "not compared: no run" in said and "1 runs are missing, failed or diverged" in said
     page = (folder / "out" / "reports" / "quick" / "report.md").read_text()
     assert "unreadable" in page and "provenance.json is damaged" in page
 
