@@ -262,7 +262,7 @@ class Cluster:
             self.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def revive_node(self, name: str, blind: Path | None = None) -> None:
-        """Start the slurmd of a node again, and wait until the controller uses the node. The node cannot read the folder `blind`."""
+        """Start the slurmd of a node again; wait until the controller uses the node. The node cannot read the folder `blind`."""
         mounts = (
             ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(blind)] if blind else []
         )
