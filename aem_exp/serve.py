@@ -1,6 +1,6 @@
 """`python -m aem_exp.serve` starts a server of a run; see `jobs.serve`.
 
-A job runs the code that was frozen in its folder, which another version may have written: this path stays the same.
+A job runs the code that was frozen in its folder, possibly by another version. Therefore this module path must not change.
 """
 
 import sys

@@ -1,2 +1,2 @@
-# Sourced by every job before it starts: `module load ...`, proxies, NCCL settings. Python is the one that submitted.
+# Every job sources this file before it starts: `module load ...`, proxies, NCCL settings. Jobs use the Python that submitted them.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Starts vLLM on a node that serves a run (launch.server_nodes): MODEL HOST PORT GPUS CONTEXT DTYPE [OPTION ...]. Options
-# are vLLM's, and given for a CONTEXT beyond the positions of MODEL. The environment has VLLM_API_KEY, and VLLM_SERVER_DEV_MODE=1
-# for new weights. vLLM asks for its key under /v1 alone: whoever reaches the port can do the rest, so HOST is an address of the
-# private network.
+# Starts the vLLM server of a node (launch.server_nodes). Arguments: MODEL HOST PORT GPUS CONTEXT DTYPE [OPTION ...].
+# The OPTIONs are vLLM options for a CONTEXT above the position limit of MODEL. The environment contains VLLM_API_KEY, and
+# VLLM_SERVER_DEV_MODE=1, which weight updates need. vLLM checks the key only for paths under /v1; anyone who can reach the port
+# can use the other paths. Therefore HOST is an address of the private network.
 exec vllm serve "$1" --host "$2" --port "$3" --tensor-parallel-size "$4" --max-model-len "$5" --dtype "$6" \
   --generation-config vllm --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "nccl"}' "${@:7}"

@@ -1,6 +1,6 @@
-"""Processes and jobs: SLURM through submitit, the ranks of one job, signals, and where servers can be reached.
+"""SLURM jobs and the processes of one job.
 
-`slurm` submits, requeues and asks for the state of jobs; `distributed` knows the ranks of this job; `signals` turns SIGTERM and
-Ctrl-C into a request to save; `rendezvous` tells where the servers of a job are; `run_state` says where a run stands. It imports
-`core`, `rundir` and `config`.
+`slurm` submits and requeues jobs and reads their states. `distributed` gives the rank and world size of this process. `signals`
+turns SIGTERM and Ctrl-C into a request to save and stop. `rendezvous` stores the addresses of a job's servers. `run_state` reads
+the state of a run. The package imports `core`, `rundir` and `config`.
 """

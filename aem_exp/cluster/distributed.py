@@ -1,4 +1,4 @@
-"""The processes of one distributed run: world size, rank, and results that the main process computes for all."""
+"""Rank, world size and communication of the processes that share one run."""
 
 import os
 import sys
@@ -9,22 +9,22 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes share the run."""
+    """The number of processes that share the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process."""
+    """The rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first, which keeps the records."""
+    """Whether this process has rank 0. Only this process writes records."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def initialize(cpu: bool) -> None:
-    """Connect the processes of a run."""
+    """Initialize the process group of a run with several processes."""
     if world_size() > 1:
         from accelerate import PartialState
 
@@ -32,7 +32,7 @@ def initialize(cpu: bool) -> None:
 
 
 def broadcast_from_main(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in all of them. Where it raises there, the others exit silently."""
+    """Run `work` in the main process and return its result in all processes. If it raises, the other processes exit."""
     if world_size() == 1:
         return work()
     from accelerate.utils import broadcast_object_list
@@ -49,7 +49,7 @@ def broadcast_from_main(work: Callable[[], T]) -> T:
 
 
 def shut_down() -> None:
-    """Disconnect the processes, when all have come this far."""
+    """Wait for all processes, then destroy the process group."""
     if world_size() > 1:
         import torch.distributed
 

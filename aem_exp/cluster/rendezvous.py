@@ -1,7 +1,6 @@
-"""The folder through which a run finds its servers: their addresses (`urls`), the key of every request (`key`), and the
-weights that servers read (`weights/`).
+"""The folder in which a run finds its servers: addresses (`urls`), API key (`key`), and weights to load (`weights/`).
 
-Only this user or root may be able to write it.
+Only this user or root may have write permission.
 """
 
 import hmac
@@ -24,44 +23,46 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
-MAX_CHARACTERS = 1 << 16  # characters of `urls`, and of `key`
+MAX_CHARACTERS = 1 << 16  # of `urls`, and of `key`
 NONCE_BYTES, WELCOME = 32, b"welcome\n"
-NODE_PREFIX, RELEASED = "node-", "over"  # in that of a job: where each server is, and that they are not needed any more
-ENDED_PREFIX = "gone-"  # in that of a job: why the server of a node has ended, which nobody starts again
+NODE_PREFIX, RELEASED = "node-", "over"  # in the folder of a job: address of each server; mark that servers may exit
+ENDED_PREFIX = "gone-"  # in the folder of a job: reason that the server of a node has ended; it is not restarted
 
 
 def read_urls(folder: Path) -> tuple[list[str], str]:
-    """Where the servers are, and the key that they require ("" where there is none).
+    """Read the addresses of the servers and their API key ("" if there is none).
 
     Raises:
-        ConfigError: the folder does not say where they are, others could read its key, or others could write what it says.
+        ConfigError: the folder has no valid addresses, or another user could read the key or write a file.
     """
     _check_owner(folder, folder, "launch.servers")
     try:
         text = _read_private(folder / URLS, "launch.servers")
     except OSError as error:
         raise ConfigError(
-            "launch.servers", str(folder), f"must be a folder with {URLS}, one a line: {error.strerror}"
+            "launch.servers",
+            str(folder),
+            f"must be a folder with a file {URLS}, one address per line: {error.strerror}",
         ) from error
     urls = [line.strip().rstrip("/") for line in text.splitlines() if line.strip()]
     if not urls:
-        raise ConfigError("launch.servers", str(folder / URLS), "names no server: one address a line")
+        raise ConfigError("launch.servers", str(folder / URLS), "is empty; write one address per line")
     for url in urls:
         if (why := _url_error(url)) is not None:
-            raise ConfigError("launch.servers", str(folder / URLS), f"{why}; a line reads http://10.0.0.7:41234")
+            raise ConfigError("launch.servers", str(folder / URLS), f"{why}; example of a line: http://10.0.0.7:41234")
     return urls, _read_key(folder, urls, "launch.servers")
 
 
 def _url_error(url: str) -> str | None:
-    """What is wrong with an address, without repeating it."""
+    """The error in an address, or None. The text does not repeat the address, which may contain a password."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
     except ValueError:
         is_address = False
     if not is_address:
-        return "holds a line that is no address"
-    return f"holds credentials; those belong into {KEY}" if parts.username or parts.password else None
+        return "contains a line that is not an address"
+    return f"contains credentials, which belong in the file {KEY}" if parts.username or parts.password else None
 
 
 def _read_key(folder: Path, urls: list[str], field: str) -> str:
@@ -71,31 +72,33 @@ def _read_key(folder: Path, urls: list[str], field: str) -> str:
     except FileNotFoundError:
         if all(_is_loopback(urlsplit(url).hostname or "") for url in urls):
             return ""
-        raise ConfigError(field, str(folder), f"must have a file {KEY}: anybody could ask without") from None
+        raise ConfigError(
+            field, str(folder), f"must contain a file {KEY}; without a key, anyone could use the servers"
+        ) from None
     except OSError as error:
         raise ConfigError(field, str(file), f"cannot be read: {error.strerror}") from error
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(field, str(file), "must hold a key: printable characters, one line")
+        raise ConfigError(field, str(file), "must contain one line of printable ASCII characters")
     return key
 
 
 def _read_private(file: Path, field: str) -> str:
-    """The text of a file of the folder.
+    """Read a text file of the folder.
 
     Raises:
-        OSError: it cannot be read.
-        ConfigError: others can write it, or read it where it is the key; or it is no text.
+        OSError: the file cannot be read.
+        ConfigError: another user can write the file, another user can read the key, or the content is not ASCII text.
     """
     descriptor = os.open(
         file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    )  # its owner and type are checked before it is read
+    )  # open first: owner and type are then checked on the file that is read
     with os.fdopen(descriptor, "rb") as stream:
         _check_owner(file, descriptor, field)
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise ConfigError(field, str(file), "must be a file")
+            raise ConfigError(field, str(file), "must be a regular file")
         if file.name == KEY and stat.S_IMODE(mode) & 0o077:
-            raise ConfigError(field, str(file), "can be read by others; chmod 600, and better make a new one")
+            raise ConfigError(field, str(file), "can be read by other users; create a new key, with mode 0600")
         data = stream.read(MAX_CHARACTERS + 1)
     if len(data) > MAX_CHARACTERS or not data.isascii():
         raise ConfigError(field, str(file), f"must be plain text of at most {MAX_CHARACTERS:,} characters")
@@ -103,19 +106,26 @@ def _read_private(file: Path, field: str) -> str:
 
 
 def _check_owner(path: Path, opened: Path | int, field: str) -> None:
-    """Refuse what another user could have written. `opened`: the path, or its descriptor. A missing file passes."""
+    """Check that no other user could have written a path. A missing path passes.
+
+    Args:
+        opened: the path, or its open descriptor.
+
+    Raises:
+        ConfigError: it belongs to another user, or its group or anyone has write permission.
+    """
     try:
         status = os.stat(opened)
     except OSError:
         return
     if status.st_uid not in (os.geteuid(), 0):
-        remedy = f"belongs to user {status.st_uid}, and must be yours or root's"
-        raise ConfigError(field, str(path), f"{remedy}: make a folder of your own (mkdir -m 700), and its files anew")
+        remedy = f"belongs to user {status.st_uid}; it must belong to you or root"
+        raise ConfigError(field, str(path), f"{remedy}: create your own folder (mkdir -m 700) and its files")
     if stat.S_IMODE(status.st_mode) & 0o022:
-        writer = "anybody" if stat.S_IMODE(status.st_mode) & 0o002 else "its group"
+        writer = "any user" if stat.S_IMODE(status.st_mode) & 0o002 else "its group"
         folder = path if path.is_dir() else path.parent
-        remedy = f"can be written by {writer}, who could name another server, which would get your key: chmod -R go-w {folder}"
-        raise ConfigError(field, str(path), f"{remedy} (nobody else may write there, not even your group)")
+        remedy = f"{writer} has write permission and could redirect your requests and key to another server"
+        raise ConfigError(field, str(path), f"{remedy}: chmod -R go-w {folder}")
 
 
 def _is_loopback(host: str) -> bool:
@@ -126,10 +136,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def lock_servers(folder: Path) -> "BaseFileLock":
-    """Lock the servers of a folder for this process alone.
+    """Acquire the lock of the servers of a folder.
 
     Raises:
-        ConfigError: another process has them, or the folder does not say where they are.
+        ConfigError: another process holds the lock, or the folder has no valid addresses.
     """
     from filelock import FileLock, Timeout
 
@@ -138,13 +148,13 @@ def lock_servers(folder: Path) -> "BaseFileLock":
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        remedy = "another run uses these servers: each would play with the weights of the other"
+        remedy = "another run uses these servers; two runs would overwrite each other's weights"
         raise ConfigError("launch.servers", str(folder), remedy) from None
     return lock
 
 
 def reread_urls(folder: Path, urls: list[str]) -> list[str]:
-    """The addresses as they are now; `urls`, where that cannot be read."""
+    """Read the addresses again; return `urls` if that fails."""
     try:
         return read_urls(folder)[0]
     except ConfigError:
@@ -152,10 +162,10 @@ def reread_urls(folder: Path, urls: list[str]) -> list[str]:
 
 
 def private_address(interface: str | None) -> str:
-    """The address at which this node listens: that of an interface, or of its name.
+    """The private IP address of this node, from a network interface or from its host name.
 
     Raises:
-        ConfigError: there is none, or it is not private.
+        ConfigError: there is no such interface or address, or the address is not private.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if interface is None:
@@ -172,44 +182,44 @@ def private_address(interface: str | None) -> str:
             raise ConfigError("interface", interface, [key for key in interfaces if key != interface])
     address = ipaddress.ip_address(addresses[0])
     if address.is_unspecified or not address.is_private:
-        remedy = f"must be one of the private network, in site.yaml: here it leads to {addresses[0]}"
+        remedy = f"must name an interface of a private network, in site.yaml; the current address is {addresses[0]}"
         raise ConfigError("interface", interface, remedy)
     return addresses[0]
 
 
 def find_free_port(host: str) -> int:
-    """A port of this machine on which no program listens now."""
+    """A port of this machine that no program uses at the moment."""
     with socket.socket() as free:
         free.bind((host, 0))
         return int(free.getsockname()[1])
 
 
-# Machines that lend their cores.
+# Nodes whose cores run environment workers (`aem_exp.jobs.lend`).
 
 
 def read_lenders(folder: Path) -> tuple[list[str], bytes]:
-    """Where they are (host:port), and the key that they want.
+    """Read the addresses (host:port) of the nodes, and their key.
 
     Raises:
-        ConfigError: the folder does not say.
+        ConfigError: the folder has no addresses or no key.
     """
     _check_owner(folder, folder, "launch.workers_at")
     found = [_read_private(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE_PREFIX}*"))]
     if not found or not (folder / KEY).is_file():
-        remedy = "says of no node that lends its cores: start python -m aem_exp.jobs.lend on some, with this folder"
+        remedy = "contains no node; start python -m aem_exp.jobs.lend FOLDER on the nodes that run environments"
         raise ConfigError("launch.workers_at", str(folder), remedy)
     return found, _read_key(folder, found, "launch.workers_at").encode()
 
 
 def prove_key(connection: socket.socket, key: bytes) -> bool:
-    """Show the key to whoever listens, without saying it."""
+    """Prove to the server that this client knows the key, without sending it (HMAC of a random challenge)."""
     challenge = _receive_exactly(connection, NONCE_BYTES)
     connection.sendall(hmac.digest(key, challenge, "sha256"))
     return _receive_exactly(connection, len(WELCOME)) == WELCOME
 
 
 def verify_key(connection: socket.socket, key: bytes) -> bool:
-    """Whether whoever has connected knows the key."""
+    """Whether the client of a connection knows the key."""
     challenge = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(challenge)
     proven = hmac.compare_digest(_receive_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
@@ -229,42 +239,42 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def job_folder(run_dir: Path) -> Path:
-    """Where the servers of this start of a run's job are: another start has others, on other ports."""
+    """The folder of the servers of this start of the job. Each start of a job has its own servers and ports."""
     job, start = os.environ.get("SLURM_JOB_ID", "here"), os.environ.get("SLURM_RESTART_COUNT", "0")
     return run_dir / "servers" / f"{job}-{start}"
 
 
 def wait_for_servers(folder: Path, count: int, seconds: float) -> None:
-    """Wait until so many servers of a job are up, and write their addresses to `urls`.
+    """Wait until `count` servers of a job answer, and write their addresses to `urls`.
 
     Raises:
-        RunError: they are not, in so many seconds, or one has ended.
+        RunError: a server has ended, or they did not all answer within `seconds`.
     """
     end = time.monotonic() + seconds
     while len(files := sorted(folder.glob(f"{NODE_PREFIX}*"))) < count:
         if why := read_ended(folder):
-            raise RunError(f"{why}; what it says is in the job's log", "node")
+            raise RunError(f"{why}; see the job's log", "node")
         if time.monotonic() > end:
-            up = f"{len(files)} of the {count} servers of this job are up after {seconds:g} s (launch.server_seconds)"
-            raise RunError(f"{up}; what the others say is in the job's log", "node")
+            up = f"{len(files)} of the {count} servers of this job answer after {seconds:g} s (launch.server_seconds)"
+            raise RunError(f"{up}; see the job's log", "node")
         time.sleep(0.2)
     write_private(folder / URLS, "".join(file.read_text() for file in files))
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file of the folder, for its owner alone whatever the umask is."""
+    """Write a file of the folder with mode 0600, whatever the umask is."""
     disk.write_atomically(file, text)
     file.chmod(0o600)
 
 
 def write_ended(folder: Path, node: str, why: str) -> None:
-    """Record that the server of a node of this job has ended for good."""
+    """Record that the server of a node of this job has ended and will not be restarted."""
     (folder / f"{NODE_PREFIX}{node}").unlink(missing_ok=True)
     write_private(folder / f"{ENDED_PREFIX}{node}", f"{why}\n")
 
 
 def read_ended(folder: Path) -> str:
-    """Why a server of this job has ended for good; "" where none has, or that cannot be read."""
+    """The reason that a server of this job has ended; "" if none has ended or the record cannot be read."""
     for file in sorted(folder.glob(f"{ENDED_PREFIX}*")):
         with suppress(OSError):
             return file.read_text().strip()
@@ -272,10 +282,10 @@ def read_ended(folder: Path) -> str:
 
 
 def ensure_key(folder: Path) -> str:
-    """The key of a job's servers; made by the first that asks.
+    """The API key of a job's servers. The first caller creates it.
 
     Raises:
-        ConfigError: others could have written it.
+        ConfigError: another user could have written it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -289,7 +299,7 @@ def ensure_key(folder: Path) -> str:
 
 
 def release_servers(folder: Path) -> None:
-    """End the use of servers: those of the job exit, and the weights that they read are removed."""
+    """Let the servers of the job exit, and remove the weights that they load."""
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
     if any(folder.glob(f"{NODE_PREFIX}*")):
         disk.write_atomically(folder / RELEASED, "")

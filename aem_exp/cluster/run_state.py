@@ -17,23 +17,23 @@ from aem_exp.core import disk
 from aem_exp.rundir import EXPERIMENT, RESULT, attempts, episodes, lock, metrics
 
 SUCCESS_METRICS: Final = ("test/success", "eval/success", "train/success")
-JOB_FAILURES: Final = {  # a job's end, where the run itself could not tell -> class, and what helps
+JOB_FAILURES: Final = {  # state of a job that ended before the run could record a reason -> failure class, sentence
     "OUT_OF_MEMORY": ("oom", "the node ran out of memory: raise mem_gb in site.yaml or lower launch.device_episodes"),
     "NODE_FAIL": ("node", "its node failed"),
-    "BOOT_FAIL": ("node", "its node did not come up"),
-    "TIMEOUT": ("time", "its time limit came before it could save: raise launch.warn_seconds"),
+    "BOOT_FAIL": ("node", "its node did not boot"),
+    "TIMEOUT": ("time", "it reached its time limit before it could save: raise launch.warn_seconds"),
     "CANCELLED": ("user", "its job was cancelled"),
     "PREEMPTED": ("node", "its job was preempted and not requeued"),
     "DEADLINE": ("time", "its job's deadline passed"),
 }
 NEVER_STARTED: Final = (
-    "its job ended before the run began; if there is no log either, the node does not see the run dir"
+    "its job ended before the run began; if there is no log either, the node cannot read the run directory"
 )
-RETRYABLE: Final = ("node", "time", "user", "killed", "unseen")  # they say nothing about the experiment: send it again
+RETRYABLE: Final = ("node", "time", "user", "killed", "unseen")  # the experiment is not the cause: submit it again
 
 
 class RunStatus(StrEnum):
-    """Whether a run is done, on its way, or neither."""
+    """The state of a run."""
 
     DONE = "done"
     RUNNING = "running"
@@ -45,24 +45,24 @@ class RunStatus(StrEnum):
 
 @dataclass(frozen=True)
 class RunState:
-    """How far one run is, and what ails it."""
+    """The progress of one run, and the reason if it does not progress."""
 
     what: RunStatus
-    """Whether it is done, on its way, or neither."""
+    """Its status."""
     step: int = 0
-    """The last step that was measured."""
+    """The last step with metrics."""
     steps: int = 0
-    """The steps that the run shall have; 0 where that is unknown."""
+    """The planned number of steps; 0 if unknown."""
     left: float = math.nan
-    """Seconds to the last step; nan where unknown."""
+    """Estimated seconds to the last step; NaN if unknown."""
     score: tuple[str, float] | None = None
-    """The metric of the newest success, and its value."""
+    """Name and value of the newest success metric."""
     starts: int = 0
-    """How often the run was started."""
+    """The number of times the run was started."""
     kind: str = ""
-    """The class of a failure."""
+    """The class of the failure."""
     sentence: str = ""
-    """Why the run failed or stopped, what it waits for, or who runs it."""
+    """The reason of a failure or stop, the reason a job is pending, or the owner of the run lock."""
     job: str = ""
     """The id of its last job."""
     log: str = ""
@@ -70,35 +70,37 @@ class RunState:
 
     @property
     def missing(self) -> bool:
-        """No process runs it, and nothing about the experiment says that it cannot be finished."""
+        """Whether the run is unfinished, no process runs it, and a new start could finish it."""
         return self.what in (RunStatus.NEW, RunStatus.STOPPED) or (
             self.what == RunStatus.FAILED and self.kind in RETRYABLE
         )
 
 
 def read(folders: Sequence[Path]) -> dict[Path, RunState]:
-    """The state of each run; the scheduler is asked once."""
+    """Read the state of each run, with one query to the scheduler."""
     records = {folder: _read_job_record(folder) for folder in folders}
     jobs = slurm.query_jobs(record["job"] for record in records.values() if "job" in record)
     return {folder: _read_or_damaged(folder, records[folder], jobs) for folder in folders}
 
 
 def _read_job_record(folder: Path) -> dict[str, Any]:
-    """Which job had a run last; nothing where that cannot be read."""
+    """The last job of a run; empty if there is none or the file cannot be read."""
     with suppress(OSError, ValueError):
         return dict(slurm.read_job_record(folder))
     return {}
 
 
 def _read_or_damaged(folder: Path, record: Mapping[str, Any], jobs: Mapping[str, Job]) -> RunState:
-    """The state of a run; where its files are no longer what was written, that is its state, and no other run's affair."""
+    """The state of a run. Damaged files give a failed state, so that they do not affect the table of other runs."""
     try:
         return _read_state(folder, record, jobs)
     except disk.DamagedFileError as error:
         return RunState(RunStatus.FAILED, kind="disk", sentence=error.remedy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return RunState(
-            RunStatus.FAILED, kind="disk", sentence=f"its run dir cannot be read: {attempts.describe_error(error)}"
+            RunStatus.FAILED,
+            kind="disk",
+            sentence=f"its run directory cannot be read: {attempts.describe_error(error)}",
         )
 
 
@@ -134,7 +136,7 @@ def _inactive_state(
     record: Mapping[str, Any],
     facts: dict[str, Any],
 ) -> RunState:
-    """A run that no process runs, and which is not done."""
+    """The state of an unfinished run without a process."""
     began = starts and starts[-1]["at"] >= record.get("at", 0)  # since it was last submitted
     last = events[-1] if events else {}
     if record and not began:
@@ -149,14 +151,14 @@ def _inactive_state(
         if job is not None and job.state == "CANCELLED":
             return RunState(RunStatus.FAILED, kind="user", sentence=JOB_FAILURES[job.state][1], **facts)
         return RunState(RunStatus.STOPPED, sentence=last["sentence"], **facts)
-    if last.get("event") == "start":  # and no end: killed
+    if last.get("event") == "start":  # started, but never ended: killed
         kind, sentence = JOB_FAILURES.get(job.state if job else "", ("killed", "its process was killed"))
         return RunState(RunStatus.FAILED, kind=kind, sentence=sentence, **facts)
     return RunState(RunStatus.NEW, **facts)
 
 
 def _failure_from_log(log: Path) -> tuple[str, str]:
-    """Why a job ended before its run began: it refused, or it crashed; the class, and a sentence."""
+    """Class and sentence of a failure before the run began, from the job's log: a refusal or a traceback."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     for number, line in reversed(list(enumerate(lines))):
         if line.startswith("aem_exp: "):
@@ -174,7 +176,7 @@ def _planned_steps(folder: Path) -> int:
 
 
 def _newest_success(rows: Sequence[metrics.MetricRow]) -> tuple[str, float] | None:
-    """The newest success of the most telling kind."""
+    """The newest value of the first success metric that was logged: test, else eval, else train."""
     for name in SUCCESS_METRICS:
         for row in reversed(rows):
             if name in row:
@@ -183,7 +185,7 @@ def _newest_success(rows: Sequence[metrics.MetricRow]) -> tuple[str, float] | No
 
 
 def _seconds_left(rows: Sequence[metrics.MetricRow], steps: int, recent: int = 10) -> float:
-    """Seconds to the last step, at the pace of the recent ones."""
+    """Estimated seconds to the last step, at the pace of the last `recent` steps."""
     times = [(row["step"], row[metrics.LOGGED_AT] / 1000) for row in rows if "train/success" in row][-recent:]
     if len(times) < 2:
         return math.nan

@@ -1,5 +1,7 @@
-"""How a run ends early: SIGINT, SIGTERM (preemption, `scancel`) and SIGUSR2 (the time limit is near) are recorded at once,
-and raise where nothing is lost: in training at the end of a step, elsewhere immediately.
+"""Signals that stop a run: SIGINT, SIGTERM (preemption, `scancel`) and SIGUSR2 (the time limit is near).
+
+A signal is recorded immediately. During training, `Interrupted` is raised at the end of the step, after everything was saved;
+outside of training, it is raised immediately.
 """
 
 import logging
@@ -16,7 +18,7 @@ PRESS_AGAIN = "press it again to leave at once"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped at a point from which it can go on. `signal`: by which signal."""
+    """A signal stopped the run at a point from which it can resume. `signal` is its number."""
 
     def __init__(self, number: int):
         super().__init__(f"asked to stop ({signal.Signals(number).name})")
@@ -28,7 +30,7 @@ class Pruned(KeyboardInterrupt):
 
 
 class Signals:
-    """Handles signals while the context lives, in the main thread; in another thread it receives none."""
+    """Context manager that handles signals in the main thread. In another thread it does nothing."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -37,7 +39,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # A shell starts a command with `&` so that it ignores Ctrl-C; it still does.
+            # A shell makes a background command (`&`) ignore SIGINT. Keep that.
             handled = [n for n in HANDLED_SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
@@ -47,12 +49,12 @@ class Signals:
             signal.signal(number, handler)
 
     def defer(self) -> AbstractContextManager[None]:
-        """Only note signals in `received`, which the caller reads when it is safe to stop. A second Ctrl-C stops at once."""
+        """Only record signals in `received`, for a caller that stops later. A second Ctrl-C raises immediately."""
         return self._set_deferring(True)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within `defer`, work that may be cut short: the next start does it anew."""
+        """Inside `defer`: raise immediately during this block, whose work the next start repeats."""
         with self._set_deferring(False):
             if self.received is not None:
                 raise Interrupted(self.received)
@@ -73,5 +75,5 @@ class Signals:
             raise Interrupted(number)
         name, press = ("Ctrl-C", f"; {PRESS_AGAIN}") if number == signal.SIGINT else (signal.Signals(number).name, "")
         sentence = f"{name}: saving at the end of this step{press}"
-        # In a thread: the main one may have been interrupted in the middle of a write, and a stream takes no second one.
+        # In a thread, because the signal may have interrupted a write, and a stream rejects a second, nested write.
         threading.Thread(target=log.warning, args=[sentence], daemon=True).start()

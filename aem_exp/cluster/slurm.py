@@ -1,4 +1,4 @@
-"""Submits run directories to SLURM with submitit, asks SLURM about jobs, and requeues a job.
+"""Submits run directories to SLURM with submitit, queries job states, and requeues a job.
 
 The only module that imports submitit.
 """
@@ -24,16 +24,16 @@ from aem_exp.core import disk
 from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.core.typed import AT_LEAST_1, build_from_mapping
 
-SERVER_SCRIPT = "vllm_server.sh"  # of the site: what a node that serves runs
-JOB_FILE = "job.json"  # in a run dir: which job has it
-JOB_VARIABLE = "AEM_JOB"  # in a job's environment: its id, where it was submitted here
+SERVER_SCRIPT = "vllm_server.sh"  # in the site folder: starts the vLLM server of a node
+JOB_FILE = "job.json"  # in a run directory: its last job
+JOB_VARIABLE = "AEM_JOB"  # environment variable with the job id, in jobs that this module submitted
 LOGIN_HINT = "submit from a login node of your cluster, or choose launch=local"
 LIVE_STATES = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED", "COMPLETING", "RESIZING", "REQUEUE_HOLD")
 
 
 @dataclass(frozen=True)
 class Site:
-    """What `slurm/site.yaml` may say. Whatever is left out is the cluster's own default."""
+    """The settings of `slurm/site.yaml`. An omitted setting uses the default of the cluster."""
 
     partition: str | None = None
     """Partition of the jobs."""
@@ -44,26 +44,26 @@ class Site:
     constraint: str | None = None
     """Features that the nodes must have, such as h100."""
     mem_gb: Annotated[int, AT_LEAST_1] | None = None
-    """Memory of a node."""
+    """Memory per node, in GB."""
     at_once: Annotated[int, AT_LEAST_1] = 32
-    """Jobs of one array that run at a time."""
+    """Maximum number of jobs of one array that run at the same time."""
     interface: str | None = None
-    """The network interface that servers of a node listen on, such as ib0; null: that of the node's name."""
+    """Network interface on which servers listen, such as ib0. Null: the interface of the node's host name."""
     sbatch: dict[str, str] = field(default_factory=dict)
-    """Other options of sbatch: `exclude: node[3-4]`."""
+    """Other options of sbatch, such as `exclude: node[3-4]`."""
     srun: list[str] = field(default_factory=list)
     """Other arguments of srun."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the scheduler knows it."""
+    """A job, as reported by the scheduler."""
 
     id: str
     state: str
-    """In SLURM's words: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY ..."""
+    """The SLURM state: PENDING, RUNNING, COMPLETED, OUT_OF_MEMORY, ..."""
     reason: str = ""
-    """Why it waits, or its exit code."""
+    """The reason that it is pending, or its exit code."""
 
     @property
     def is_live(self) -> bool:
@@ -71,7 +71,7 @@ class Job:
 
 
 def read_site() -> tuple[Site, Path]:
-    """The cluster's settings, and the folder that they come from: $AEM_SITE, else `slurm/` beside `conf/`."""
+    """Read the settings of the cluster from $AEM_SITE, or from `slurm/` next to `conf/`; also return that folder."""
     import yaml
 
     folder = Path(os.environ.get("AEM_SITE") or config.conf_root().parent / "slurm").expanduser().absolute()
@@ -94,12 +94,14 @@ def submit(
     at_once: int = 0,
     module: str = "aem_exp.run",
 ) -> list[str]:
-    """Send run dirs, which hold experiments and code, to the queue: one array, `at_once` of it at a time; the ids.
+    """Submit run directories as one job array and return the job ids. Each job runs `python -m MODULE FOLDER`.
 
-    A job is `python -m MODULE FOLDER`.
+    Args:
+        folders: run directories, which hold the experiment and its code.
+        at_once: maximum number of jobs that run at the same time; 0 uses the setting of the site.
 
     Raises:
-        ConfigError: there is no SLURM here, or it refuses the job; in its own words.
+        ConfigError: SLURM is not available on this machine, or it rejects the job (with its message).
     """
     check_available()
     import cloudpickle
@@ -109,16 +111,18 @@ def submit(
     site, site_folder = read_site()
     nodes = launch.nodes if launch.server_nodes else 0
     if nodes and not (site_folder / SERVER_SCRIPT).is_file():
-        raise ConfigError("AEM_SITE", str(site_folder), f"must have {SERVER_SCRIPT}, which starts a server on a node")
+        raise ConfigError(
+            "AEM_SITE", str(site_folder), f"must contain {SERVER_SCRIPT}, which starts a server on a node"
+        )
     if nodes and module != "aem_exp.run":
         raise ConfigError(
-            "launch.server_nodes", launch.server_nodes, "are of one run; a study's trials take launch.servers"
+            "launch.server_nodes", launch.server_nodes, "works for single runs only; for a study, use launch.servers"
         )
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
     executor.update_parameters(**_sbatch_options(site, site_folder, launch, name, at_once))
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # edits made while the job waits do not reach it
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # later edits of this file do not affect queued jobs
     try:
-        with redirect_stderr(io.StringIO()), executor.batch():  # submitit would say what sbatch said, too
+        with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints the message of sbatch, too
             jobs = [executor.submit(_exec_task, str(folder), module, nodes, str(site_folder)) for folder in folders]
     except FailedJobError as error:
         _raise_refusal(error, site, launch)
@@ -131,7 +135,11 @@ def submit(
 
 
 def check_available() -> None:
-    """Refuse to submit where nothing can be submitted, or the site's settings are wrong."""
+    """Check the site settings, and that SLURM answers on this machine.
+
+    Raises:
+        ConfigError: a setting is invalid, or a job cannot be submitted from here.
+    """
     read_site()
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
@@ -141,11 +149,11 @@ def check_available() -> None:
     done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
     if done.returncode:
         why = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")
-        raise ConfigError("launch.where", "slurm", f"SLURM does not answer here ({why.strip()}); {LOGIN_HINT}")
+        raise ConfigError("launch.where", "slurm", f"SLURM does not answer ({why.strip()}); {LOGIN_HINT}")
 
 
 def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at_once: int) -> dict[str, Any]:
-    """The options of sbatch, as submitit calls them."""
+    """The options of sbatch, with submitit's names."""
     tasks = max(1, launch.gpus_per_node)
     setup = site_folder / "setup.sh"
     options = {
@@ -164,7 +172,7 @@ def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at
         "mem": f"{site.mem_gb}GB" if site.mem_gb else None,
         "setup": [f"source {setup}"] if setup.is_file() else None,
         "stderr_to_stdout": True,
-        # One process that fails ends all; and newer SLURMs hand --cpus-per-task to srun only where told.
+        # A failed process must end the job. Since SLURM 22.05, srun does not inherit --cpus-per-task.
         "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *site.srun],
         "additional_parameters": {"requeue": True, **site.sbatch},
     }
@@ -176,14 +184,16 @@ def _cpu_arguments(launch: Launch) -> list[str]:
 
 
 def _distribution_arguments(launch: Launch) -> list[str]:
-    """The nodes that train come first."""
+    """Block distribution gives the lowest ranks to the nodes that train."""
     return ["--distribution=block"] if launch.server_nodes else []
 
 
 def _exec_task(folder: str, module: str, nodes: int, site_folder: str) -> None:
-    """What each task of a job does: become the command that a person would type. Pickled whole.
+    """Replace this task of a job by the command `python -m MODULE FOLDER`. Pickled by value.
 
-    `nodes`: how many train, where the others serve; 0: all of them train. `site_folder`: the cluster's settings.
+    Args:
+        nodes: number of nodes that train, if the other nodes run servers; 0 if all nodes train.
+        site_folder: the folder of the site settings.
     """
     import os
     import sys
@@ -208,20 +218,20 @@ def _exec_task(folder: str, module: str, nodes: int, site_folder: str) -> None:
     code = os.path.join(folder, "code")
     os.environ |= {
         "PYTHONPATH": f"{code}{os.pathsep}{before}" if before else code,
-        # Not the folder that the job was submitted from, before the code (see cli.JOB_SAFE_PATH).
+        # Prevents Python from importing from the submission folder before `code` (see cli.JOB_SAFE_PATH).
         "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH") or "job",
         "AEM_JOB": os.environ["SLURM_JOB_ID"],
-        "HF_HUB_OFFLINE": "1",  # whatever is needed was prepared
+        "HF_HUB_OFFLINE": "1",  # `aem_exp.prepare` has downloaded everything
         "COLUMNS": "120",
     }
     os.execv(sys.executable, [sys.executable, "-u", "-m", module, folder])
 
 
 def requeue_and_wait(number: int) -> None:
-    """Requeue this job, then wait for SLURM to end it: after a signal, with all saved. Outside of a job it returns.
+    """Requeue this job, then wait for SLURM to end it. Called after a signal, when everything is saved.
 
-    Where the time is nearly up (USR2), the first process requeues the job. Where a job is preempted, SLURM does that itself,
-    but only for one that has not ended.
+    On SIGUSR2 (the time limit is near), the main process requeues the job. SLURM itself requeues a preempted job, but only if its
+    processes are still running: therefore this function waits. Outside of a job it returns immediately.
     """
     if JOB_VARIABLE not in os.environ or number == signal.SIGINT:
         return
@@ -234,30 +244,32 @@ def requeue_and_wait(number: int) -> None:
 def _requeue(job: str) -> None:
     done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"its time is up, and scontrol does not requeue job {job}: {done.stderr.strip()}", "time")
+        raise RunError(f"time limit reached, and scontrol cannot requeue job {job}: {done.stderr.strip()}", "time")
 
 
 def read_job_record(folder: Path) -> dict[str, Any]:
-    """Which job had a run dir last; empty where none did."""
+    """The last job of a run directory; empty if there is none."""
     file = folder / JOB_FILE
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def query_jobs(ids: Iterable[str]) -> Mapping[str, Job]:
-    """What the scheduler knows of these jobs; those that it no longer has are left out."""
+    """The states of these jobs. Jobs that the scheduler no longer knows are left out."""
     wanted = sorted(set(ids))
     if not wanted or shutil.which("squeue") is None:
         return {}
     parents = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     queue = _query_queue()
-    jobs = {job.id: job for job in _query_accounting(parents)}  # after the queue: it has the jobs that left it since
-    if queue is not None:  # a job that is not in the queue has ended, though accounting may not know yet
+    jobs = {
+        job.id: job for job in _query_accounting(parents)
+    }  # queried second: includes jobs that left the queue meanwhile
+    if queue is not None:  # a job that is not in the queue has ended, even if accounting does not know yet
         jobs = {name: job for name, job in jobs.items() if not job.is_live} | queue
     return {job: jobs[job] for job in wanted if job in jobs}
 
 
 def _query_queue() -> dict[str, Job] | None:
-    """Jobs in the queue, array tasks one by one; None where the controller does not answer."""
+    """The jobs in the queue, with one entry per array task; None if the controller does not answer."""
     lines = _run_client("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r")
     if lines is None:
         return None
@@ -266,7 +278,7 @@ def _query_queue() -> dict[str, Job] | None:
 
 
 def _query_accounting(parents: str) -> Iterable[Job]:
-    """Jobs as accounting knows them, which lags behind."""
+    """The jobs in the accounting database, which may lag behind the queue."""
     words = ("--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "--jobs", parents)
     for line in _run_client("sacct", *words) or ():
         job, state, code = line.split("|")
@@ -274,13 +286,13 @@ def _query_accounting(parents: str) -> Iterable[Job]:
 
 
 def _run_client(*words: str) -> list[str] | None:
-    """What a client of SLURM prints; None where it fails: a site may keep no accounts."""
+    """The output lines of a SLURM command; None if it fails, for example because the site has no accounting."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
 def _raise_refusal(error: Exception, site: Site, launch: Launch) -> NoReturn:
-    """sbatch's own words, as a sentence."""
+    """Raise a ConfigError with the message of sbatch."""
     lines = [line for line in str(error).splitlines() if "error:" in line]
     refusal = "; ".join(line.partition("error: ")[2] for line in lines) or " ".join(str(error).split())[:300]
     partitions = " ".join(
@@ -288,5 +300,5 @@ def _raise_refusal(error: Exception, site: Site, launch: Launch) -> NoReturn:
     )
     request = f"{launch.nodes} x {launch.gpus_per_node} GPUs, partition {site.partition or 'default'}"
     raise ConfigError(
-        "launch", request, f"sbatch refuses: {refusal}; partitions here: {partitions}; see site.yaml and launch.*"
+        "launch", request, f"sbatch rejected the job: {refusal}; partitions: {partitions}; see site.yaml and launch.*"
     )

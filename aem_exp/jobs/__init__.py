@@ -1,7 +1,7 @@
-"""Before a job and beside it: whether an experiment fits, whether it is prepared, sending it, and how far many of them are.
+"""Checks before a run, submission of jobs, and the status of many runs.
 
-`preflight` opens the world and tries what is a user's own (`dry_run`); `sizes` is the arithmetic of a step and its
-processes, `memory` the bytes that they take (`memory_trace` rehearses the passes), `plan` prints both, `fit` refuses what does
-not fit; `dispatch` sends jobs; `serve` and `lend` are what nodes of a job run beside the trainer;
-`status_table` and `labels` show many runs. It imports everything up to `training`.
+`preflight` opens and checks the world; `dry_run` tries user-defined code. `sizes` computes the sizes of a step, `memory` the
+bytes of each process (`memory_trace` measures passes on fake tensors), `plan` prints both, and `fit` refuses experiments that
+do not fit. `dispatch` submits jobs or runs local processes. `serve` and `lend` run on nodes of a job beside the trainer.
+`status_table` and `labels` show many runs. The package imports everything up to `training`.
 """

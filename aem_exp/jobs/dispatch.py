@@ -1,6 +1,4 @@
-"""From experiments to jobs: checks them, writes their run directories with the code, and submits them to SLURM or runs
-them in local processes.
-"""
+"""Turns experiments into jobs: checks them, writes their run directories with the code, and submits or runs them."""
 
 import json
 import os
@@ -23,15 +21,15 @@ from aem_exp.jobs import fit
 from aem_exp.rundir import EXPERIMENT, RESULT, attempts
 from aem_exp.rundir.lock import describe_owner
 
-LOCAL_LOG = "local.log"  # of a process that is started here
+LOCAL_LOG = "local.log"  # in a run directory: the output of a local process
 PrintLine = Callable[[str], None]
 
 
 def submit_runs(experiments: Sequence[Experiment], name: str, logs: Path, at_once: int = 0) -> list[tuple[Path, str]]:
-    """Submit experiments of one size as one array; the run dirs and their jobs.
+    """Submit experiments with the same launch as one array; return run directories and job ids.
 
     Raises:
-        ConfigError: something is missing that a job could not fetch, or SLURM refuses; nothing was submitted.
+        ConfigError: a world, model or data file is missing or invalid, or SLURM rejects the job. Nothing was submitted.
     """
     _require_training(experiments, submit=True)
     slurm.check_available()
@@ -44,11 +42,10 @@ def submit_runs(experiments: Sequence[Experiment], name: str, logs: Path, at_onc
 
 
 def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Path) -> None:
-    """Refuse what can neither be submitted from here nor, where that is asked, be run here; before anything is written.
+    """Check, before anything is written, that experiments can be submitted from this machine or run on it.
 
     Raises:
-        ConfigError: which launch is wrong, that there is no SLURM, that this Python cannot train, or that the folder of the
-            runs takes no files.
+        ConfigError: the launch does not match, SLURM or the extra `train` is missing, or the outputs folder is not writable.
     """
     _require_training(experiments, submit)
     for experiment in experiments:
@@ -59,7 +56,8 @@ def check_can_start(experiments: Sequence[Experiment], submit: bool, outputs: Pa
 
                 policy.select_device(experiment.launch)
         elif experiment.launch.where != "slurm":
-            remedy = "runs here; to submit, choose one for SLURM, such as launch=slurm_cpu or launch=slurm1; or --local"
+            remedy = "runs on this machine; to submit, choose a SLURM launch such as launch=slurm_cpu or launch=slurm1"
+            remedy += "; to run here, use --local"
             raise ConfigError("launch", experiment.launch.name, remedy)
     if submit and experiments:
         slurm.check_available()
@@ -74,7 +72,7 @@ def _require_training(experiments: Sequence[Experiment], submit: bool) -> None:
 
 
 def run_locally(experiments: Mapping[str, Experiment], at_once: int, print_line: PrintLine) -> int:
-    """Run experiments, by their names, on this machine, with the code as it is now; how many failed. See `run_processes`."""
+    """Run named experiments on this machine with the current code; return the number of failures. See `run_processes`."""
     folders = _write_run_dirs(list(experiments.values()))
     names = dict(zip(folders, experiments, strict=True))
 
@@ -85,9 +83,7 @@ def run_locally(experiments: Mapping[str, Experiment], at_once: int, print_line:
     return run_processes("aem_exp.run", folders, at_once, print_line, explain_failure, names)
 
 
-ExplainFailure = Callable[
-    [Path, int, str], str
-]  # folder, exit code, the last line that was printed -> why it failed, or nothing
+ExplainFailure = Callable[[Path, int, str], str]  # (folder, exit code, last printed line) -> reason of failure, or ""
 
 
 def run_processes(
@@ -98,14 +94,14 @@ def run_processes(
     explain_failure: ExplainFailure,
     names: Mapping[Path, str],
 ) -> int:
-    """`python -m MODULE FOLDER` for each folder, in processes of their own, so many at a time; how many failed.
+    """Run `python -m MODULE FOLDER` for each folder, `at_once` at the same time; return the number of failures.
 
-    Each end is printed, with the time that is left for the others. Interrupted, it asks those that run to save and end, and
+    Prints each result with the estimated remaining time. On an interrupt, it asks the running processes to save and end, and
     waits for them.
     """
     waiting, live = list(folders), dict[subprocess.Popen[bytes], Path]()
     estimate = _TimeEstimate(len(folders), at_once)
-    with Signals():  # TERM ends as Ctrl-C does
+    with Signals():  # SIGTERM raises, as Ctrl-C does
         try:
             while waiting or live:
                 while waiting and len(live) < at_once:
@@ -127,7 +123,7 @@ def run_processes(
 
 
 class _TimeEstimate:
-    """How many processes have ended, how long they took, and how long the others will."""
+    """Counts finished processes and estimates the remaining time."""
 
     def __init__(self, count: int, at_once: int) -> None:
         self.all, self.at_once, self.done, self.failed = count, at_once, 0, 0
@@ -138,7 +134,7 @@ class _TimeEstimate:
         self._begun[folder] = time.monotonic()
 
     def end(self, folder: Path, failed: bool, waiting: int) -> tuple[str, str]:
-        """The time that it took, and the time that is left, in words; the latter is empty where it is not known."""
+        """Texts of the time that the process took and of the remaining time; the latter is empty if unknown."""
         now = time.monotonic()
         seconds = now - self._begun.pop(folder)
         self.done, self.failed = self.done + 1, self.failed + failed
@@ -154,7 +150,7 @@ class _TimeEstimate:
 
 
 def _format_success(folder: Path) -> str:
-    """The success of a finished run before and after its training, where the folder is one."""
+    """The success of a finished run before and after training; "" if the folder has no result."""
     if not (folder / RESULT).exists():
         return ""
     result = json.loads((folder / RESULT).read_text())
@@ -164,9 +160,9 @@ def _format_success(folder: Path) -> str:
 
 
 def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], print_line: PrintLine) -> None:
-    """Ask processes to save and end, and wait for them. Another Ctrl-C asks them to leave at once; a third kills them."""
+    """Ask processes to save and end, and wait for them. A second Ctrl-C ends them immediately; a third kills them."""
     if live:
-        print_line(f"stopping: {len(live)} at work save at the end of their step; {PRESS_AGAIN}")
+        print_line(f"stopping: {len(live)} running, each saves at the end of its step; {PRESS_AGAIN}")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         with suppress(KeyboardInterrupt):
             for process in live:
@@ -177,10 +173,10 @@ def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], print_line: Print
 
 
 def _start_process(module: str, folder: Path) -> "subprocess.Popen[bytes]":
-    """A process with the code that lies in its folder; Ctrl-C is for its parent."""
+    """Start a process with the code in its folder, in its own session, so that Ctrl-C reaches only the parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
-    environment.setdefault("PYTHONSAFEPATH", cli.JOB_SAFE_PATH)  # not this folder before the code
+    environment.setdefault("PYTHONSAFEPATH", cli.JOB_SAFE_PATH)  # do not import from the current folder before the code
     command = [sys.executable, "-u", "-m", module, str(folder)]
     with (folder / LOCAL_LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -191,10 +187,10 @@ def _last_line(log: Path) -> str:
 
 
 def check_worlds(experiments: Sequence[Experiment]) -> None:
-    """Refuse worlds that a job could not open, and functions that would fail in it; what many experiments share is tried once.
+    """Check the worlds and user-defined functions of experiments; what several experiments share is checked once.
 
     Raises:
-        ConfigError: with the command that helps.
+        ConfigError: a world or function would fail in the job; with the command that helps.
     """
     from aem_exp.jobs import dry_run, preflight
 
@@ -211,16 +207,16 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
             continue
         except ConfigError:
             raise
-        except Exception as error:  # a world's own, of any kind
-            problem = f"its world cannot be opened: {attempts.describe_error(error)}"
+        except Exception as error:  # raised by the world, of any type
+            problem = f"the world cannot be opened: {attempts.describe_error(error)}"
             raise ConfigError("env.make", experiment.env.make["_target_"], problem) from error
 
 
 def check_prepared(experiment: Experiment) -> None:
-    """Refuse what a job would refuse, or would have to fetch.
+    """Check that weights, memory, disk, tracking store and outputs folder are ready for a job.
 
     Raises:
-        ConfigError: with the command that helps.
+        ConfigError: something is missing; with the command that helps.
     """
     from aem_exp import policy
     from aem_exp.tracking import store_uri
@@ -235,7 +231,7 @@ def check_prepared(experiment: Experiment) -> None:
 
 
 def describe_active_job(folder: Path) -> str | None:
-    """The live process that runs it, or its job in the queue; None where there is neither."""
+    """The process that holds the run lock, or the queued job of a run; None if there is neither."""
     if owner := describe_owner(folder):
         return owner
     job = slurm.read_job_record(folder).get("job")
@@ -244,7 +240,7 @@ def describe_active_job(folder: Path) -> str | None:
 
 
 def _write_run_dirs(experiments: Sequence[Experiment]) -> list[Path]:
-    """The run dirs, with what the jobs need: the experiment, and the code that runs it."""
+    """Write the run directories with the experiment and its code."""
     runs = {config.run_dir(experiment): experiment for experiment in experiments}
     provenance.freeze_code(runs)
     for folder, experiment in runs.items():

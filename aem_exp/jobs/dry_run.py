@@ -1,6 +1,6 @@
-"""Tries a user's own world, advantage function and schedule before a run, within `CHECK_SECONDS`.
+"""Tries user-defined worlds, advantage functions and schedules before a run, for at most `CHECK_SECONDS`.
 
-Errors are reported with the user's file and line; code that takes longer is skipped with a warning.
+Errors are reported with the user's file and line. Code that takes longer is skipped with a warning.
 """
 
 import logging
@@ -22,19 +22,22 @@ from aem_exp.envs.panel import ENV_TARGET
 T = TypeVar("T")
 log = logging.getLogger("aem_exp")
 CHECK_SECONDS: Final = 3.0
-COMPARE_SECONDS: Final = 0.5  # for seeing whether games of panels are games of training
-COMPARE_TRAIN, COMPARE_PANEL, COMPARE_TURNS = 32, 8, 8  # tasks, and turns of each
-OPENING_LENGTH: Final = 3  # of what was seen: the goal, and the first turn
+COMPARE_SECONDS: Final = 0.5  # time limit for comparing games of the panels with games of the training split
+COMPARE_TRAIN, COMPARE_PANEL, COMPARE_TURNS = 32, 8, 8  # number of tasks, and turns of each task
+OPENING_LENGTH: Final = 3  # entries of a record: goal, first observation, first actions
 THREAD_NAME: Final = "smoke test"
 TINY_POLICY: Final = "aem_exp.tiny.make"
-OWN_ADVANTAGES: Final = "aem_exp.advantages."  # functions that our own tests try
+OWN_ADVANTAGES: Final = "aem_exp.advantages."  # functions of this package, which its tests cover
 
 
 def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T | None:
-    """The result of `work`; None where it takes longer. `work` gets an event that is set when time is up, so that it can stop.
+    """Run `work` in a thread and return its result; None if it takes longer than `seconds`.
+
+    `work` gets an event that is set when the time is up, so that it can stop.
 
     Raises:
-        Exception: what it raised, also when it was tried again in this thread: what only another thread raises is no fault.
+        Exception: `work` raised it in the thread and again in this thread. An error that occurs only in another thread is
+            ignored.
     """
     over, done = threading.Event(), list[tuple[T | None, BaseException | None]]()
 
@@ -54,32 +57,30 @@ def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T 
     return result if error is None else work(threading.Event())
 
 
-# A world.
-
-
+# Worlds.
 def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> bool:
-    """Play two episodes, and one of them again: by the scripted player, or else by random actions. Whether that was possible.
+    """Play two episodes, and one of them again, with the expert or with random actions. Return whether that was possible.
 
     Raises:
-        ConfigError: the world does not do what its contract says.
+        ConfigError: the world violates its contract.
     """
     name = f"env {experiment.env.name}"
     if starts_programs(world):
-        log.info("%s: not tried before the run, as its environments start other programs or processes", name)
+        log.info("%s: not tried before the run, because its environments start other programs", name)
         return False
     player = _WorldPlayer(experiment, world)
     changed = run_with_timeout(lambda over: player.find_changed_task(tasks[:2], over), CHECK_SECONDS)
     if changed is None:
         log.warning(
-            "%s: two episodes were not played in %g s, so it was not tried before the run; "
-            "launch.workers=N and launch.env_seconds=S replace an environment that hangs",
+            "%s: two episodes took more than %g s, so the environment was not tried before the run; "
+            "launch.workers=N and launch.env_seconds=S replace a hung environment",
             name,
             CHECK_SECONDS,
         )
     elif changed:
         log.warning(
-            "%s: task %s was another game when it was played again; "
-            "a group plays one game, so its chance must be the task's",
+            "%s: task %s was a different game when it was played again; "
+            "all episodes of a group must play the same game, so take all randomness from the task's seed",
             name,
             changed,
         )
@@ -89,7 +90,7 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
 def play_games(
     experiment: Experiment, world: World, splits: Mapping[str, Sequence[Task]]
 ) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """How some tasks of each split play under one player: what was seen and said, by id. Nothing where that takes long."""
+    """Records of episodes of some tasks of each split, by task id, played by the same expert. Empty if that takes too long."""
     player = _WorldPlayer(experiment, world)
     player.turns = min(player.turns, COMPARE_TURNS)
     some = {split: tasks[: COMPARE_TRAIN if split == "train" else COMPARE_PANEL] for split, tasks in splits.items()}
@@ -102,7 +103,7 @@ def play_games(
 
     try:
         return run_with_timeout(play, COMPARE_SECONDS) or {}
-    except ConfigError:  # two episodes were played well: one that crashes later costs no more than itself
+    except ConfigError:  # two episodes succeeded before; a later crash affects only its own episode
         return {}
 
 
@@ -111,7 +112,7 @@ def starts_programs(world: World) -> bool:
 
 
 class _WorldPlayer:
-    """A world as a config names it, and how it is played."""
+    """Plays episodes of a world with its expert or with random actions."""
 
     def __init__(self, experiment: Experiment, world: World) -> None:
         self.world, self.turns = world, experiment.env.max_turns
@@ -119,15 +120,17 @@ class _WorldPlayer:
         self.tiny = (experiment.model.make or {}).get("_target_") == TINY_POLICY
 
     def find_changed_task(self, tasks: Sequence[Task], over: threading.Event) -> str:
-        """Play the tasks, the first one twice, each in an environment that has played the other. Its id, where it was not
-        the same game again; else nothing.
+        """Play the tasks, and the first one again in the other environment.
+
+        Returns:
+            The id of the first task if it was a different game the second time, else "".
         """
         if self.tiny:
             self._check_words()
         one, two = self._make_env(), self._make_env()
         if one is two:
             where = definition_location(self.world.env)
-            remedy = f"env() must make an environment each time, and returned the same one twice ({where})"
+            remedy = f"env() must make a new environment for each call, but it returned the same one twice ({where})"
             raise ConfigError(ENV_TARGET, self.path, remedy)
         first = self._play_episode(one, tasks[0], (), over)
         for task in tasks[1:]:
@@ -138,7 +141,7 @@ class _WorldPlayer:
         return "" if over.is_set() or first[:OPENING_LENGTH] == again[:OPENING_LENGTH] else tasks[0].id
 
     def play_tasks(self, tasks: Sequence[Task], over: threading.Event) -> list[tuple[Any, ...]]:
-        """What was seen and said in an episode of each task, until nobody wants more."""
+        """Records of an episode of each task, until `over` is set."""
         env = self._make_env()
         played = [self._play_episode(env, task, self.expert_arguments, over) for task in tasks if not over.is_set()]
         self._close_env(env)
@@ -146,7 +149,7 @@ class _WorldPlayer:
 
     @property
     def expert_arguments(self) -> tuple[float, ...]:
-        """What the making of a small policy also tells the scripted player: noise and shyness."""
+        """The arguments noise and shyness, with which `aem_exp.tiny` calls the expert."""
         return (0.0, 0.0) if self.tiny else ()
 
     def _make_env(self) -> TextEnv:
@@ -154,7 +157,7 @@ class _WorldPlayer:
             env = self.world.env()
         for name in ("parse", "reset", "step", "close"):
             if not callable(getattr(env, name, None)):
-                remedy = f"what its env() returns has no method {name}, which aem_exp.envs.TextEnv asks for"
+                remedy = f"its env() returns an object without the method {name} (see aem_exp.envs.TextEnv)"
                 raise ConfigError(ENV_TARGET, self.path, remedy)
         return env
 
@@ -165,7 +168,7 @@ class _WorldPlayer:
     def _play_episode(
         self, env: TextEnv, task: Task, habits: tuple[float, ...], over: threading.Event
     ) -> tuple[Any, ...]:
-        """The goal, and turn by turn what was seen, offered, answered and earned."""
+        """The record of an episode: goal, first observation and actions, then response, observation, actions, reward, done."""
         random = Random(0)
         turn = self._call_env("reset", env.reset, task)
         with wrap_result_errors(ENV_TARGET, self.path, type(env)):
@@ -181,7 +184,7 @@ class _WorldPlayer:
         with wrap_result_errors(ENV_TARGET, self.path, env.step):
             if turns and turn.done and not won:
                 raise ValueError(
-                    "no turn of a step says metrics['won'], which evaluation reports as success: 0.0 or 1.0"
+                    "no turn has metrics['won'], which evaluation reports as success: set it to 0.0 or 1.0"
                 )
             if strange := [value for value in won if value not in (0.0, 1.0)]:
                 raise ValueError(f"metrics['won'] must be 0.0 or 1.0, not {strange[0]}")
@@ -194,23 +197,23 @@ class _WorldPlayer:
             return check_turn(name, turn)
 
     def _choose_response(self, env: TextEnv, turn: Turn, random: Random, habits: tuple[float, ...]) -> str:
-        """What is said next. The action in it is read too, as later prompts quote it."""
+        """The next response. Also calls `parse`, whose result later prompts quote."""
         response: Any = "look"
         if expert := getattr(self.world, "expert", None):
             with wrap_call_errors(ENV_TARGET, self.path, "expert()", expert):
                 response = expert(env, random, *habits)
             with wrap_result_errors(ENV_TARGET, self.path, expert):
-                check_text("what expert() returns", response)
+                check_text("the result of expert()", response)
         with wrap_call_errors(ENV_TARGET, self.path, "parse()", env.parse):
             if turn.actions and not expert:
                 response = parsing.format_response(env.parse, random.choice(turn.actions))
             action = env.parse(response)
         with wrap_result_errors(ENV_TARGET, self.path, env.parse):
-            check_text("what parse() returns", action)
+            check_text("the result of parse()", action)
         return str(response)
 
     def _check_words(self) -> None:
-        """A small policy has a token for each of the words."""
+        """Check `words()`, from which `aem_exp.tiny` makes a vocabulary."""
         world: Any = self.world
         with wrap_call_errors(ENV_TARGET, self.path, "words()", world.words):
             words = world.words()
@@ -218,28 +221,28 @@ class _WorldPlayer:
                 words = list(words)
         with wrap_result_errors(ENV_TARGET, self.path, world.words):
             if isinstance(words, str):
-                raise TypeError("words() must list words, and returns one text")
+                raise TypeError("words() must return a list of words, not one text")
             if strange := [word for word in words if not isinstance(word, str)]:
-                raise TypeError(f"words() must list words, and lists {strange[0]!r}")
+                raise TypeError(f"words() must return a list of words, but it contains {strange[0]!r}")
 
 
-# What an experiment calls besides.
+# Functions.
 
 
 def check_functions(experiment: Experiment) -> None:
-    """Call the advantage function on a step that is made up, where it is the user's own; and the schedule.
+    """Call the schedule, and a user-defined advantage function on a synthetic step.
 
     Raises:
-        ConfigError: they fail, or return something else.
+        ConfigError: a function fails, or returns an invalid value.
     """
     _check_schedule(experiment)
     block = experiment.baseline.advantage
     if str(block["_target_"]).startswith(OWN_ADVANTAGES):
         return
     if missing := extras.first_missing(["torch"]):
-        log.warning("%s: was not tried, as this needs %s", block["_target_"], missing)
+        log.warning("%s: not tried before the run, because this needs %s", block["_target_"], missing)
         return
-    from aem_exp.training import credit  # before the time runs: it imports torch
+    from aem_exp.training import credit  # before the time limit starts, because it imports torch
 
     field, path = "baseline.advantage._target_", block["_target_"]
     with wrap_call_errors(field, path, "importing it"):
@@ -247,7 +250,7 @@ def check_functions(experiment: Experiment) -> None:
     step = _synthetic_step(experiment.trainer)
     try:
         if run_with_timeout(lambda _: credit.estimate_advantages(estimator, step), CHECK_SECONDS) is None:
-            log.warning("%s: gave no answer in %g s, so it was not tried before the run", path, CHECK_SECONDS)
+            log.warning("%s: took more than %g s, so it was not checked before the run", path, CHECK_SECONDS)
     except RunError as stop:
         raise ConfigError(field, path, str(stop)) from stop
 
@@ -260,7 +263,7 @@ def _check_schedule(experiment: Experiment) -> None:
     with wrap_call_errors(field, path, "making it"):
         schedule = config.instantiate(block)
     if not callable(schedule):
-        raise ConfigError(field, path, "makes no schedule: it must be callable with the progress of a run, from 0 to 1")
+        raise ConfigError(field, path, "must make a schedule, which is a function of the progress of a run from 0 to 1")
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
         with wrap_call_errors(field, path, f"progress {progress:g}", schedule):
             lam = schedule(progress)
@@ -272,9 +275,9 @@ def _check_schedule(experiment: Experiment) -> None:
 
 
 def _synthetic_step(settings: config.Trainer) -> Any:
-    """What was played in a step: as many tasks and trajectories as the experiment has, of one to three turns; half of them win.
+    """A synthetic step with the experiment's number of groups and trajectories, of one to three turns; half of them win.
 
-    Where groups of equal returns are trained on, the first is one.
+    If groups of equal returns are trained, the first group has equal returns.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Refuse what cannot fit into a GPU or onto the disk, before it is submitted, and name the key to change."""
+"""Refuses experiments that do not fit into GPU memory or onto the disk, and names the key to change."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from aem_exp.jobs.memory import (
 )
 from aem_exp.jobs.sizes import GB, ProcessSpec, format_gb, gpu_memory, vllm_share
 
-Change = tuple[str, Any, Any, ProcessSpec]  # a field, its value, another one, and the process with that
+Change = tuple[str, Any, Any, ProcessSpec]  # field, current value, proposed value, process with the proposed value
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Refuse what cannot fit into a GPU of its launch, and name the key to change.
+    """Check that the experiment fits into the GPU memory of its launch. An unknown size is not refused.
 
     Raises:
-        ConfigError: with what is needed, and with a value that would fit where there is one.
+        ConfigError: it does not fit; with the needed memory, and a value that would fit if there is one.
     """
     have = gpu_memory(experiment.launch) * GB
     if experiment.model.path is None or not have:
@@ -35,7 +35,7 @@ def check_memory(experiment: Experiment) -> None:
     try:
         process = ProcessSpec.from_experiment(experiment)
         need = estimate_memory(process)
-    except MissingResource:  # what is not known is not refused
+    except MissingResource:  # the estimate is not possible
         return
     _check_vllm_share(experiment, process, need)
     _check_servers(experiment, need)
@@ -49,15 +49,17 @@ def check_memory(experiment: Experiment) -> None:
         if estimate_memory(lighter).total <= have:
             raise ConfigError(field, old, f"{problem}; {_format_value(new)} would fit")
     field, old = next(iter(tried.items()), ("launch", experiment.launch.name))
-    alone = f"; none of {', '.join(tried)} is enough alone" if tried else ""
-    raise ConfigError(field, old, f"{problem}{alone}: several of them, more or larger GPUs, or another model")
+    alone = f"; changing one of {', '.join(tried)} is not enough" if tried else ""
+    raise ConfigError(
+        field, old, f"{problem}{alone}; combine several changes, or use more GPUs, larger GPUs or another model"
+    )
 
 
 def check_disk(experiment: Experiment) -> None:
-    """Refuse a new run whose checkpoints do not fit where it would be. Not part of a plan, which may be made elsewhere.
+    """Check that the checkpoints of a new run fit on the disk. A plan skips this, as it may be made on another machine.
 
     Raises:
-        ConfigError: with what is needed.
+        ConfigError: the disk has too little free space; with the needed space.
     """
     if experiment.model.path is None or config.run_dir(experiment).exists():
         return
@@ -66,34 +68,38 @@ def check_disk(experiment: Experiment) -> None:
     except MissingResource:
         return
     if free < least:
-        problem = f"has {format_gb(free)} GB free, and the run takes {format_gb(least)}: "
-        problem += f"{CHECKPOINTS_ON_DISK} checkpoints and the weights at the end"
-        raise ConfigError("outputs", config.outputs_root(experiment), f"{problem}; choose a folder with more room")
+        problem = f"has {format_gb(free)} GB of free space, and the run needs {format_gb(least)} GB for "
+        problem += f"{CHECKPOINTS_ON_DISK} checkpoints and the final weights"
+        raise ConfigError(
+            "outputs", config.outputs_root(experiment), f"{problem}; choose a folder with more free space"
+        )
 
 
 def _check_vllm_share(experiment: Experiment, process: ProcessSpec, need: MemoryEstimate) -> None:
-    """vLLM begins only where the weights and the cache of a full context fit into its share (both bf16)."""
+    """vLLM starts only if the weights and the cache of one full context fit into its share (both in bf16)."""
     if process.sampler != "colocate":
         return
     least = 2 * need.weights + context_bytes(process, process.tokens) + VLLM_SLEEP_BYTES
     if least > process.engine_bytes:
-        problem = f"gives vLLM {format_gb(process.engine_bytes)} GB per GPU; with one context of the policy it takes "
-        problem += format_gb(least)
+        problem = f"gives vLLM {format_gb(process.engine_bytes)} GB per GPU; the weights and one full context need "
+        problem += f"{format_gb(least)} GB"
         raise ConfigError("launch.trainer.vllm_gpu_memory_utilization", vllm_share(experiment.launch), problem)
 
 
 def _check_servers(experiment: Experiment, need: MemoryEstimate) -> None:
-    """A node that serves holds the weights and the cache of a full context."""
+    """A server node must hold the weights and the cache of one full context."""
     servers = ServerSpec.from_experiment(experiment, need)
     if servers is None or servers.free_bytes >= servers.context:
         return
-    problem = f"the {servers.gpus} GPUs of a node that serves hold {format_gb(servers.free_bytes + servers.weights)} GB"
-    problem += f", and the policy takes {format_gb(servers.weights)} and one full context {format_gb(servers.context)}"
-    raise ConfigError("launch.server_nodes", servers.nodes, f"{problem}: larger or more GPUs per node")
+    problem = (
+        f"the {servers.gpus} GPUs of a server node hold {format_gb(servers.free_bytes + servers.weights)} GB, but the "
+    )
+    problem += f"policy needs {format_gb(servers.weights)} GB and one full context {format_gb(servers.context)} GB"
+    raise ConfigError("launch.server_nodes", servers.nodes, f"{problem}; use larger GPUs or more GPUs per node")
 
 
 def _propose_changes(experiment: Experiment, process: ProcessSpec, phase: str) -> Iterator[Change]:
-    """Keys that make a process lighter where it needs most."""
+    """Changes that reduce the memory of a process in its largest phase."""
     passes, at = process.passes, "launch.trainer"
     if phase == "play":
         yield from _propose_lighter_play(experiment, process)

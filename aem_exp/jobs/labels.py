@@ -1,11 +1,11 @@
-"""Short labels for the runs of a table: the names and settings in which they differ."""
+"""Short labels of runs in a table, from the names and settings in which the runs differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from aem_exp.core.errors import format_value
 
-NAMED_BLOCKS: Final = ("name", "env", "model", "baseline", "modulation")  # named by people; the first two tell most
+NAMED_BLOCKS: Final = ("name", "env", "model", "baseline", "modulation")  # blocks with a name, most informative first
 IGNORED_KEYS: Final = (
     "seed",
     "launch",
@@ -13,14 +13,14 @@ IGNORED_KEYS: Final = (
     "tracking",
     "parent_dir",
     "resume",
-)  # has its own column, or decides nothing
-MAX_SETTINGS: Final = 3  # settings in a label
+)  # shown in another column, or without effect on results
+MAX_SETTINGS: Final = 3  # maximum number of settings in a label
 
-Data = Mapping[str, Any]  # of an experiment.json
+Data = Mapping[str, Any]  # content of an experiment.json
 
 
 def make_labels(experiments: Sequence[Data]) -> list[str]:
-    """A label for each: the names that are not the same everywhere, and where those leave two alike, the settings that differ."""
+    """A label for each experiment: the names that differ between experiments, then, if needed, the settings that differ."""
     named = [[_block_name(data, block) for block in NAMED_BLOCKS] for data in experiments]
     differs = [len(set(column)) > 1 for column in zip(*named, strict=True)]
     out = [" ".join(word for word, differ in zip(row, differs, strict=True) if differ) for row in named]
@@ -41,7 +41,7 @@ def _block_name(data: Data, block: str) -> str:
 
 
 def _differing_settings(experiments: Sequence[Data]) -> list[list[str]]:
-    """For each, its values of the settings that are not the same in all, as overrides without their block."""
+    """For each experiment, the settings that differ, as overrides without their block."""
     flat = [dict(_flatten(data)) for data in experiments]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     differ = [key for key in keys if len({repr(each.get(key)) for each in flat}) > 1]

@@ -1,7 +1,7 @@
-"""Command: offers the cores of this node to runs, which then step their environments here.
+"""Command `python -m aem_exp.jobs.lend FOLDER`: offers the cores of this node to runs, which step their environments here.
 
-A run must know the key in the folder, which only its owner can read. Messages are not encrypted: the address is one of the
-private network (`interface` in site.yaml).
+A run must know the key in the folder, which only its owner can read. Messages are not encrypted; therefore the address belongs
+to a private network (`interface` in site.yaml).
 """
 
 import argparse
@@ -19,9 +19,9 @@ from aem_exp.cluster import rendezvous, slurm
 from aem_exp.core import cli, disk
 from aem_exp.envs.worker_process import start_worker_process
 
-KEY_SECONDS: Final = 5.0  # seconds for a client to prove that it knows the key
+KEY_SECONDS: Final = 5.0  # time limit for a client to prove that it knows the key
 DESCRIPTION = """\
-Lend the cores of this node to runs that say launch.workers_at=FOLDER, until this is stopped. On a cluster:
+Offer the cores of this node to runs with launch.workers_at=FOLDER, until this command is stopped. On a cluster:
 
   sbatch --nodes=16 --cpus-per-task=32 --wrap "srun python -m aem_exp.jobs.lend /shared/lent"
 """
@@ -36,7 +36,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         "python -m aem_exp.jobs.lend", description=DESCRIPTION, formatter_class=layout, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder on a disk that nodes and runs see")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder that all nodes and runs can read")
     return parser.parse_args(argv)
 
 
@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         address = f"{host}:{server.getsockname()[1]}"
         address_file = folder / f"{rendezvous.NODE_PREFIX}{socket.gethostname()}-{os.getpid()}"
         rendezvous.write_private(address_file, f"{address}\n")
-        print(f"lends    {os.cpu_count()} cores at {address}", flush=True)
+        print(f"offers   {os.cpu_count()} cores at {address}", flush=True)
         try:
             _accept_connections(server, key)
         finally:
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _accept_connections(server: socket.socket, key: bytes) -> NoReturn:
-    """Start a worker for each client that knows the key; kill all workers at the end."""
+    """Start a worker for each client that knows the key, and kill all workers at the end."""
     workers: set[subprocess.Popen[bytes]] = set()
     try:
         while True:
@@ -72,13 +72,13 @@ def _accept_connections(server: socket.socket, key: bytes) -> NoReturn:
 
 
 def _run_worker(connection: socket.socket, key: bytes, workers: "set[subprocess.Popen[bytes]]") -> None:
-    """Run one worker, which ends when its connection does."""
+    """Run one worker, which ends when its connection is closed."""
     with connection:
         connection.settimeout(KEY_SECONDS)
         try:
             if not rendezvous.verify_key(connection, key):
                 return
-        except OSError:  # the client sent nothing, or went away
+        except OSError:  # the client sent nothing or closed the connection
             return
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,8 +1,8 @@
-"""The bytes that an experiment takes: of a process in each phase of a step, of a node that serves, and on disk.
+"""Memory of an experiment: of a process in each phase of a step, of a server node, and on disk.
 
-What is resident follows from the number of weights; what a pass allocates beside them is rehearsed (`memory_trace.py`) on
-the model's own layers. The phases of a step (play, scoring, update) free what they hold, so the largest of them decides,
-not their sum.
+Resident memory follows from the number of weights. What a pass allocates in addition is measured on the model's own layers with
+fake tensors (`memory_trace.py`). Each phase of a step (play, scoring, update) frees its memory, so the largest phase decides, not
+the sum.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ MOMENT_BYTES: Final = {
     "adamw_bnb_8bit": 2.0,
     "paged_adamw_8bit": 2.0,
 }  # bytes per weight
-CHECKPOINTS_ON_DISK: Final = 3  # checkpoints on disk while the newest is written
-VLLM_SLEEP_BYTES: Final = 2e9  # bytes that vLLM keeps in its sleep: graphs, and what NCCL took
-VLLM_SERVER_SHARE: Final = 0.9  # of a GPU, that vLLM takes where it is alone
-BANDWIDTH: Final = 2e12  # bytes a second, at which a GPU reads all weights for each token that it decodes: an A100's
+CHECKPOINTS_ON_DISK: Final = 3  # while the newest checkpoint is written
+VLLM_SLEEP_BYTES: Final = 2e9  # bytes that vLLM keeps in sleep mode: CUDA graphs and NCCL buffers
+VLLM_SERVER_SHARE: Final = 0.9  # share of a GPU that a vLLM server uses
+BANDWIDTH: Final = 2e12  # bytes per second at which a GPU reads all weights for each decoded token (A100)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a process holds, in bytes and by its parts, in each phase of a step."""
+    """The memory of a process in each phase of a step, in bytes, by part."""
 
     weights: int
     """Number of weights."""
     trained: int
-    """Number of weights that are trained."""
+    """Number of trained weights."""
     saved: float
-    """Bytes of a checkpoint, of all processes together."""
+    """Bytes of a checkpoint, over all processes."""
     phases: dict[str, dict[str, float]]
     """Phase -> part -> bytes."""
 
     @property
     def phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
@@ -63,24 +63,24 @@ class MemoryEstimate:
 
 @cache
 def estimate_memory(process: ProcessSpec) -> MemoryEstimate:
-    """What a process holds.
+    """Estimate the memory of a process.
 
     Raises:
-        MissingResource: its model is of a kind that cannot be rehearsed.
+        MissingResource: the passes of its model cannot be traced.
     """
     try:
         return _estimate_memory(process)
     except ConfigError:
         raise
-    except Exception as error:  # transformers has hundreds of models, and some need to see their data
+    except Exception as error:  # of any type: some model classes of transformers branch on the data
         kind, why = json.loads(process.passes.shape)["model_type"], " ".join(str(error).split())[:80]
         raise MissingResource(
-            "model.path", kind, f"what it needs is not known, as its passes cannot be rehearsed ({why})"
+            "model.path", kind, f"its memory is unknown, because its passes cannot be traced ({why})"
         ) from error
 
 
 def _estimate_memory(process: ProcessSpec) -> MemoryEstimate:
-    """Add what is resident to what is rehearsed."""
+    """Add resident memory and traced memory."""
     from aem_exp.jobs.memory_trace import ACTIVATIONS, GRADIENTS
 
     passes, parameters = process.passes, _cached_trace(process.passes).parameters
@@ -99,16 +99,16 @@ def _estimate_memory(process: ProcessSpec) -> MemoryEstimate:
         "vLLM": VLLM_SLEEP_BYTES if process.engine_sleeps and process.engine_bytes else process.engine_bytes,
     }
     phases = {name: resident | parts for name, parts in _allocated_bytes(process, sent * weights).items()}
-    buckets = sum(trained_bytes) if process.ranks > passes.processes else 0.0  # the gradients' copies that DDP sends
+    buckets = sum(trained_bytes) if process.ranks > passes.processes else 0.0  # gradient buckets of DDP
     phases["update"][GRADIENTS] = phases["update"].get(GRADIENTS, 0.0) + buckets
-    if not passes.offload:  # a GPU does all weights at a time
+    if not passes.offload:  # a GPU updates all weights at the same time
         scratch = shard * sum(trained_bytes) if passes.gpu else 2.0 * max(trained_bytes)
         phases["optimizer"] = resident | {GRADIENTS: shard * sum(trained_bytes) + buckets, ACTIVATIONS: scratch}
     return MemoryEstimate(weights, trained, sum(trained_bytes) + moments, phases)
 
 
 def _allocated_bytes(process: ProcessSpec, gathered_bytes: int) -> dict[str, dict[str, float]]:
-    """Phase -> part -> bytes that its passes allocate; `gathered_bytes`: all weights, as FSDP sends them."""
+    """Phase -> part -> bytes that its passes allocate. `gathered_bytes` is the size of all weights as FSDP sends them."""
     from aem_exp.jobs.memory_trace import GATHERED
 
     trace, sharded = _cached_trace(process.passes), process.passes.processes > 1
@@ -117,7 +117,9 @@ def _allocated_bytes(process: ProcessSpec, gathered_bytes: int) -> dict[str, dic
         gathered = float(gathered_bytes) if sharded else 0.0
         play = {GATHERED: gathered, **_trace_play(trace, process.episodes, process.play_tokens, process.prompt)}
     scoring = _trace_scoring(trace, process.rows, process.tokens)
-    if process.reference and sharded:  # TRL makes it one unit: it comes whole, beside the buffer it comes in
+    if (
+        process.reference and sharded
+    ):  # TRL wraps it as one FSDP unit: all its weights, and the buffer of the all-gather
         scoring = scoring | {GATHERED: 2.0 * gathered_bytes}
     update = _trace_update(trace, process.rows, process.tokens, process.accumulates)
     return {"play": play, "scoring": scoring, "update": update}
@@ -129,7 +131,9 @@ def _cached_trace(passes: PassSpec) -> MemoryTrace:
     from aem_exp.jobs.memory_trace import MemoryTrace
 
     dtype = "bfloat16" if passes.processes > 1 and passes.autocast else passes.dtype
-    attention = passes.attention if passes.attention in (None, "eager") else "sdpa"  # no other holds the scores
+    attention = (
+        passes.attention if passes.attention in (None, "eager") else "sdpa"
+    )  # only eager attention stores the scores
     return MemoryTrace(
         lambda: policy.build_from_config(json.loads(passes.shape), dtype, attention, json.loads(passes.lora)),
         autocast=passes.autocast,
@@ -158,20 +162,20 @@ def _trace_update(trace: MemoryTrace, rows: int, tokens: int, accumulates: bool)
 
 
 def attention_shape(process: ProcessSpec) -> tuple[int, int, int, int]:
-    """Heads that are cached, all heads, layers, and the width of a head."""
+    """The number of key-value heads, of all heads and of layers, and the width of a head."""
     c = _cached_trace(process.passes).config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return getattr(c, "num_key_value_heads", c.num_attention_heads), c.num_attention_heads, c.num_hidden_layers, width
 
 
 def context_bytes(process: ProcessSpec, tokens: int) -> int:
-    """Bytes of a context's keys and values, in bf16."""
+    """Bytes of the keys and values of a context in bf16."""
     cached_heads, _, layers, width = attention_shape(process)
     return 4 * layers * cached_heads * width * tokens
 
 
 def disk_space(experiment: Experiment, need: MemoryEstimate) -> tuple[float, float, float]:
-    """Bytes that a run needs on disk, that are free where it would be, and of its weights."""
+    """Bytes that a run needs on disk, free bytes on that disk, and bytes of the weights."""
     weights = need.weights * (4 if experiment.model.dtype == "float32" else 2)
     root = config.outputs_root(experiment)
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
@@ -180,7 +184,7 @@ def disk_space(experiment: Experiment, need: MemoryEstimate) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """The nodes of a job that serve: the GPUs of each hold the policy together, and contexts beside it. All of it is bf16."""
+    """The server nodes of a job. The GPUs of a node share the policy and the contexts, all in bf16."""
 
     nodes: int
     gpus: int
@@ -190,7 +194,7 @@ class ServerSpec:
     context: float
     """Bytes of the cache of a full context."""
     free_bytes: float
-    """Bytes that a node has for contexts; infinite where the cards are not known."""
+    """Bytes of a node for contexts; infinite if the GPU memory is unknown."""
 
     @classmethod
     def from_experiment(cls, experiment: Experiment, need: MemoryEstimate) -> ServerSpec | None:
@@ -205,11 +209,11 @@ class ServerSpec:
 
     @property
     def max_contexts(self) -> float:
-        """Full contexts that all servers hold at once."""
+        """Number of full contexts that all servers together can hold."""
         return self.nodes * (self.free_bytes // self.context)
 
     def play_hours(self, sizes: StepSizes) -> float:
-        """Hours of a round's play, where each token reads the weights and half of the contexts that are decoded with it."""
+        """Hours of generation in a round. Each token reads the weights and, on average, half of the contexts of its batch."""
         at_once = max(1.0, min(sizes.live, self.max_contexts) / self.nodes)
         token = (self.weights + at_once * self.context / 2) / (self.gpus * BANDWIDTH)
         return sizes.sampled / self.nodes / at_once * token / 3600

@@ -1,6 +1,6 @@
-"""Measures what a pass of a model would allocate, on fake tensors (torch's FakeTensorMode) and without the memory.
+"""Measures the memory that passes of a model would allocate, with fake tensors (torch's FakeTensorMode).
 
-A few layers are traced, and the result is extrapolated to all.
+It traces a few layers and extrapolates to all layers.
 """
 
 import contextlib
@@ -22,25 +22,25 @@ from aem_exp.rollout.sampling import base, local
 
 WEIGHTS, GATHERED, ACTIVATIONS, GRADIENTS = "weights", "gathered", "activations", "gradients"
 LOGITS, CACHE = "logits", "KV cache"
-TILE: Final = (4096, 32768)  # tokens and words that TRL's head computes at a time
-FORWARD_TILES, BACKWARD_TILES = 3, 7  # float32 copies of a tile where torch computes it; a GPU's kernel needs none
+TILE: Final = (4096, 32768)  # tokens and vocabulary entries that TRL's head computes at a time
+FORWARD_TILES, BACKWARD_TILES = 3, 7  # float32 copies of a tile in torch's implementation; the GPU kernel needs none
 FSDP_LAYERS: Final = {
     True: 3,
     False: 2,
-}  # layers that FSDP2 holds: one, a buffer of what is sent, and on a GPU the next
-TRACED_LAYERS: Final = 3  # layers that are rehearsed of many
+}  # gathered layers under FSDP2 (key: GPU): the current one, the buffer of the all-gather, and on a GPU the next one
+TRACED_LAYERS: Final = 3
 Bytes = dict[str, int]
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it watches, by kind, until they are gone.
+    """Counts the bytes of all live tensors that are created while it is active, by kind.
 
-    `peaks` has the largest moment of each section of the pass.
+    `peaks` holds the peak of each section of the pass.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kind = ACTIVATIONS  # of what is made now
+        self.kind = ACTIVATIONS  # of new tensors
         self.live: Counter[str] = Counter()
         self.peaks: list[Bytes] = [{}]
         self._known: dict[int, tuple[str, int]] = {}
@@ -54,7 +54,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def count(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Take a tensor into account from now on, or, with `kind`, under another name."""
+        """Count a tensor from now on. With `kind`, move a counted tensor to that kind."""
         storage = tensor.untyped_storage()
         before = self._known.get(id(storage))
         if before is None:
@@ -65,13 +65,13 @@ class Meter(TorchDispatchMode):
             self._change(id(storage), kind, before[1])
 
     def set_bytes(self, kind: str, size: int) -> None:
-        """Let there be so many bytes of a kind, in no tensor."""
+        """Count `size` bytes of a kind without a tensor; replaces the previous call."""
         if 0 in self._known:
             self._release(0)
         self._change(0, kind, size)
 
     def start_section(self) -> None:
-        """Begin another part of the pass."""
+        """Start a new section of the pass."""
         self.peaks.append(dict(self.live))
         self._peak = self._total
 
@@ -89,17 +89,17 @@ class Meter(TorchDispatchMode):
 
 
 class MemoryTrace:
-    """A policy that pretends, and what its passes would allocate beside its weights.
+    """A policy of fake tensors; its methods return the memory that passes allocate in addition to the weights.
 
     Args:
-        make: builds the policy, as it would be loaded.
-        autocast: bf16 mixed precision.
-        gpu: with a GPU's kernels; else those of a CPU.
-        masks: attention is told by a mask what is padding; flash attention's own library leaves padding out.
-        processes: have a part of every weight each, and gather layer by layer (FSDP2); 1: all weights are here.
-        offload: those parts, and the gradients', wait in the machine's memory.
-        checkpointing: a layer's activations are computed again in the backward pass.
-        fp32_head: logits in float32.
+        make: builds the policy.
+        autocast: use bf16 mixed precision.
+        gpu: use the kernels of a GPU, else those of a CPU.
+        masks: attention gets a padding mask. The flash-attention library needs none.
+        processes: number of processes that shard the weights and gather them layer by layer (FSDP2); 1: no sharding.
+        offload: keep the shards of weights and gradients in host memory.
+        checkpointing: recompute the activations of a layer in the backward pass.
+        fp32_head: compute logits in float32.
     """
 
     def __init__(
@@ -132,13 +132,13 @@ class MemoryTrace:
         self._eager = self.config._attn_implementation == "eager"
 
     def update(self, rows: int, tokens: int, completion: int, again: bool = False) -> Bytes:
-        """The peak of a forward and backward pass over a micro-batch; `again`: there are gradients of another already."""
+        """The peak of a forward and backward pass over a micro-batch. `again`: gradients of another micro-batch exist already."""
 
         def act(meter: Meter) -> None:
             left = [[p for p in layer.parameters() if p.requires_grad] for layer in self._active_layers]
             trained = [p for p in self._model.parameters() if p.requires_grad]
-            told = partial(self._on_gradient, meter, left, again)
-            hooks = [p.register_post_accumulate_grad_hook(told) for p in trained]
+            on_gradient = partial(self._on_gradient, meter, left, again)
+            hooks = [p.register_post_accumulate_grad_hook(on_gradient) for p in trained]
             if again and self.processes == 1:
                 for p in trained:
                     p.grad = torch.empty_like(p)
@@ -155,7 +155,7 @@ class MemoryTrace:
         return self._peak(act)
 
     def score(self, rows: int, tokens: int, completion: int) -> Bytes:
-        """The peak of a pass that only reads: log-probs and entropies of a micro-batch."""
+        """The peak of a pass without gradients: log-probabilities and entropies of a micro-batch."""
 
         def act(meter: Meter) -> None:
             self._model.eval()
@@ -165,7 +165,7 @@ class MemoryTrace:
         return self._peak(act)
 
     def play(self, episodes: int, tokens: int, prompt: int) -> Bytes:
-        """The peak of sampling with a KV cache: the first prompts, or the last token of full contexts."""
+        """The peak of sampling with a KV cache: the larger of reading the first prompts and decoding at full context."""
         begun = self._peak(lambda meter: self._append(meter, episodes, 0, prompt))
         full = self._peak(lambda meter: self._append(meter, episodes, tokens - 1, 1))
         return max(begun, full, key=lambda peak: sum(peak.values()))
@@ -174,7 +174,7 @@ class MemoryTrace:
         self._model.eval()
         cache, ids = _CountedCache(meter), torch.zeros(episodes, new, dtype=torch.long)
         with torch.no_grad(), self._autocast():
-            with _count_as(meter, LOGITS):  # of a turn's first token, which a session keeps through the turn
+            with _count_as(meter, LOGITS):  # logits of the first token, which a session keeps during the turn
                 first = torch.empty(episodes, self.config.vocab_size)
             if past:
                 self._base(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
@@ -193,7 +193,7 @@ class MemoryTrace:
 
     def _logps(self, meter: Meter, rows: int, tokens: int, completion: int) -> Tensor:
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        mask = self._mask(rows, tokens, tokens) if rows > 1 else None  # one row has no padding
+        mask = self._mask(rows, tokens, tokens) if rows > 1 else None  # a single row has no padding
         units = FSDP_LAYERS[self.gpu]
         self._gather_layers(meter, units, head=False)
         with self._autocast():
@@ -204,7 +204,7 @@ class MemoryTrace:
             dtype = torch.bfloat16 if self.autocast else hidden.dtype
             if self.fp32_head:
                 scored, dtype = scored.float(), torch.float32
-            after = partial(self._gather_layers, meter, 2 * units)  # layers, and their gradients
+            after = partial(self._gather_layers, meter, 2 * units)  # layers and their gradients
             return _FakeHead.apply(scored.reshape(-1, hidden.shape[-1]), weight, dtype, self.gpu, meter, after)
 
     def _mask(self, rows: int, queries: int, keys: int) -> Tensor | None:
@@ -217,9 +217,9 @@ class MemoryTrace:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
 
     def _on_gradient(self, meter: Meter, left: list[list[nn.Parameter]], again: bool, p: nn.Parameter) -> None:
-        """A weight has its gradient."""
+        """Account for the gradient of a weight, which is now complete."""
         if self.processes > 1:
-            p.grad = None  # summed over the processes, and each keeps its part
+            p.grad = None  # reduce-scatter: each process keeps its shard
             if not again:
                 self._shards.append(self._shard(meter, p))
         else:
@@ -232,27 +232,27 @@ class MemoryTrace:
                     meter.start_section()
 
     def _shard(self, meter: Meter, p: nn.Parameter) -> Tensor:
-        """Of a gradient, what this process keeps."""
+        """The shard of a gradient that this process keeps."""
         size = 0 if self.offload or self.processes == 1 else -(-p.numel() // self.processes)
         with _count_as(meter, GRADIENTS):
             return torch.empty(size, dtype=torch.float32 if self.autocast else p.dtype)
 
     def _gather_layers(self, meter: Meter, layers: int, head: bool = True) -> None:
-        """Hold so many layers, and the head, whole."""
+        """Count `layers` gathered layers and, optionally, the gathered head."""
         if self.processes > 1:
             words = self._model.get_output_embeddings().weight.numel() if head else 0
             largest = max(sum(p.numel() for p in layer.parameters()) for layer in self._all_layers)
             meter.set_bytes(GATHERED, self.parameters[0].element_size() * (layers * largest + words))
 
-    # Few layers in the place of many.
+    # Extrapolation from a few layers.
 
     def _peak(self, act: Callable[[Meter], None]) -> Bytes:
-        """The largest moment of a pass through all layers."""
+        """The peak of a pass through all layers."""
         count = len(self._all_layers)
         if count <= TRACED_LAYERS + 2 or not self._has_equal_layers():
             return max(self._trace_layers(act, count), key=lambda peak: sum(peak.values()))
         few, more = (self._trace_layers(act, n) for n in (TRACED_LAYERS - 1, TRACED_LAYERS))
-        ends = range(min(2, len(few))), range(-min(2, len(few)), 0)  # sections between these are between these in size
+        ends = range(min(2, len(few))), range(-min(2, len(few)), 0)  # the sizes of the other sections lie between these
         longer = [
             {k: more[i].get(k, 0) + (count - TRACED_LAYERS) * (more[i].get(k, 0) - few[i].get(k, 0)) for k in more[i]}
             for i in {i % len(few) - (len(few) if j else 0) for j, end in enumerate(ends) for i in end}
@@ -277,7 +277,7 @@ class MemoryTrace:
 
 
 class _CountedCache(DynamicCache):
-    """The KV cache of a session."""
+    """A KV cache whose tensors are counted as `CACHE`."""
 
     def __init__(self, meter: Meter):
         super().__init__()
@@ -288,7 +288,7 @@ class _CountedCache(DynamicCache):
             return super().update(*args, **kwargs)
 
     def fill(self, tokens: int) -> None:
-        """To have seen so many."""
+        """Resize the cache to this number of tokens."""
         with _count_as(self._meter, CACHE):
             for layer in self.layers:
                 layer.keys, layer.values = (
@@ -297,7 +297,7 @@ class _CountedCache(DynamicCache):
 
 
 class _FakeHead(torch.autograd.Function):
-    """Allocates what TRL's `ChunkedLogProbFunction` does: a tile of logits at a time, gradients summed in float32."""
+    """Allocates what TRL's `ChunkedLogProbFunction` allocates: one tile of logits at a time, and float32 gradients."""
 
     @staticmethod
     def forward(
@@ -323,7 +323,7 @@ class _FakeHead(torch.autograd.Function):
 
 
 def _allocate_tile(hidden: Tensor, weight: Tensor, dtype: torch.dtype, copies: int) -> None:
-    """Make one, and let it go: the next takes its place."""
+    """Allocate a tile and free it; the next tile reuses its memory."""
     tokens, words = min(len(hidden), TILE[0]), min(len(weight), TILE[1])
     made = [hidden.new_empty(tokens, TILE[1], dtype=dtype), hidden[:tokens].to(dtype), weight[:words].to(dtype)]
     made += [hidden.new_empty(tokens, words, dtype=torch.float32) for _ in range(copies)]
@@ -340,7 +340,7 @@ def _count_as(meter: Meter, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replace_kernels(gpu: bool) -> Iterator[None]:
-    """Attention as a GPU computes it, which never holds the scores; and no search for several texts in one row."""
+    """Replace attention by a GPU-like version that never stores the scores, and skip the search for packed sequences."""
     attention, search = functional.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices
     if gpu:
         functional.scaled_dot_product_attention = _fake_attention  # type: ignore[assignment]
@@ -358,7 +358,7 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
 
 
 class _FakeAttention(torch.autograd.Function):
-    """Allocates what torch's flash attention does, and its memory-efficient one where there is a mask."""
+    """Allocates what torch's flash attention allocates, or, with a mask, its memory-efficient attention."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -378,7 +378,7 @@ class _FakeAttention(torch.autograd.Function):
 
 
 def _materialize_fakes(model: nn.Module) -> None:
-    """Put tensors that pretend to be on a CPU in the place of those that admit to be nowhere; shared ones stay shared."""
+    """Replace meta tensors by fake CPU tensors. Shared tensors stay shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -392,7 +392,7 @@ def _materialize_fakes(model: nn.Module) -> None:
 
 
 def _find_layers(base: nn.Module) -> tuple[nn.Module, str]:
-    """Where the layers are: the longest list of modules, as its owner and its name there."""
+    """The owner and the attribute name of the longest module list, which holds the layers."""
     lists = [
         (len(child), parent, name)
         for parent in base.modules()

@@ -1,6 +1,6 @@
-"""The lines that `plan=true` prints: what a step takes, in environments, rows, memory, disk and GPU-hours.
+"""The lines that `plan=true` prints: environments, rows, memory, disk space and GPU-hours of an experiment.
 
-All of it is at most, as the sizes are; nothing is run.
+All sizes are upper bounds. Nothing is run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from aem_exp.jobs.memory import (
 )
 from aem_exp.jobs.sizes import GB, ProcessSpec, StepSizes, format_gb, gpu_memory, process_count, read_shape
 
-UTILISATION: Final = 0.3  # of a GPU's bf16 peak: a common share for training at such lengths
+UTILISATION: Final = 0.3  # share of the bf16 peak of a GPU; a common value for training at such lengths
 
 
 def plan_lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """A plan, as headings and texts. A policy that is made here has the first line alone.
+    """The plan as headings and texts. For a policy that is made on this machine, it has only the first line.
 
     Raises:
-        ConfigError: the shape of the model cannot be known.
-        MissingResource: the same, or torch, which the estimates need, is not installed.
+        ConfigError: the shape of the model is not known.
+        MissingResource: config.json of the model, or torch, which the estimates need, is missing.
     """
     yield "step", _format_step(experiment)
     if experiment.model.path is None:
@@ -47,13 +47,13 @@ def plan_lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield "disk", _format_disk(experiment, need)
     if launch.gpus_per_node:
         if not gpu_memory(launch):
-            yield "note", "launch.gpu_memory_gb=0: not known, so nothing is refused"
+            yield "note", "launch.gpu_memory_gb=0: GPU memory is unknown, so its limit is not checked"
         yield "cost", _format_cost(experiment, need)
 
 
 def _format_step(experiment: Experiment) -> str:
     sizes, launch = StepSizes.from_experiment(experiment), experiment.launch
-    nodes = f", {-(-sizes.live // launch.nodes):,} a node" if launch.nodes > 1 else ""
+    nodes = f", {-(-sizes.live // launch.nodes):,} per node" if launch.nodes > 1 else ""
     tokens = f"{_format_count(sizes.tokens)} tokens, {_format_count(min(sizes.sampled, sizes.tokens))} of them sampled"
     updates = f"{sizes.updates:,} update{'s' if sizes.updates > 1 else ''}"
     return f"{sizes.live:,} environments at once{nodes}; up to {sizes.rows:,} rows, {tokens}; {updates}"
@@ -61,7 +61,7 @@ def _format_step(experiment: Experiment) -> str:
 
 def _format_memory(experiment: Experiment, need: MemoryEstimate) -> str:
     launch = experiment.launch
-    have, unit = gpu_memory(launch), "per GPU" if launch.gpus_per_node else "per process, beside Python's own"
+    have, unit = gpu_memory(launch), "per GPU" if launch.gpus_per_node else "per process, without Python itself"
     parts = ", ".join(
         f"{name} {format_gb(size)}" for name, size in sorted(need.peak.items(), key=lambda p: -p[1]) if size > GB / 20
     )
@@ -75,40 +75,40 @@ def _format_weights(need: MemoryEstimate) -> str:
 
 def _format_disk(experiment: Experiment, need: MemoryEstimate) -> str:
     least, free, weights = disk_space(experiment, need)
-    saved = f"{CHECKPOINTS_ON_DISK} checkpoints of {format_gb(need.saved)} while one is written"
-    each = f"{format_gb(least)} GB, for {saved}, and the weights at the end"
+    saved = f"up to {CHECKPOINTS_ON_DISK} checkpoints of {format_gb(need.saved)} GB"
+    each = f"{format_gb(least)} GB: {saved} and the final weights"
     once = (experiment.launch.trainer.get("fsdp_config") or {}).get("cpu_ram_efficient_loading")
     readers = 1 if once else max(1, experiment.launch.gpus_per_node)
-    loaded = f"{format_gb(readers * weights)} GB of a node's memory while it loads"
-    return f"{each}; {format_gb(free)} GB free here{', too few' if free < least else ''}; {loaded}"
+    loaded = f"{format_gb(readers * weights)} GB of node memory while loading"
+    return f"{each}; {format_gb(free)} GB free on this machine{' (too little)' if free < least else ''}; {loaded}"
 
 
 def _format_cost(experiment: Experiment, need: MemoryEstimate) -> str:
     t, launch = experiment.trainer, experiment.launch
     if not launch.gpu_tflops:
-        return "not known: launch.gpu_tflops=0"
+        return "unknown, because launch.gpu_tflops=0"
     hours, gpus, decoding_bound = _step_hours(experiment, need)
     total = sum(hours.values())
     shares = ", ".join(f"{name} {part / total:.0%}" for name, part in hours.items())
     total *= t.steps
     slow = f" and {BANDWIDTH / 1e12:g} TB/s for decoding" if decoding_bound else ""
-    cost = f"about {total:,.0f} GPU-hours, {total / gpus / 24:,.1f} days, were every context full: {shares}"
+    cost = f"about {total:,.0f} GPU-hours, {total / gpus / 24:,.1f} days, if every context is full: {shares}"
     return f"{cost}; at {UTILISATION:.0%} of {launch.gpu_tflops:g} TFLOP/s{slow}, without evaluation and environments"
 
 
 def _step_hours(experiment: Experiment, need: MemoryEstimate) -> tuple[dict[str, float], int, bool]:
-    """GPU-hours of a step by its parts, the GPUs, and whether decoding is bound by their bandwidth."""
+    """GPU-hours of a step by part, the number of GPUs, and whether memory bandwidth limits decoding."""
     launch, process = experiment.launch, ProcessSpec.from_experiment(experiment)
     sizes, gpus = StepSizes.from_experiment(experiment), process_count(launch)
     rate, decoding_bound = UTILISATION * launch.gpu_tflops * 1e12, False
     hours = {name: count / rate / 3600 for name, count in _step_flops(experiment, process, need).items()}
-    if servers := ServerSpec.from_experiment(experiment, need):  # the trainer waits for them, and they for it
+    if servers := ServerSpec.from_experiment(experiment, need):  # trainer and servers work alternately
         all_gpus = gpus + servers.nodes * servers.gpus
         hours = {name: part * all_gpus / gpus for name, part in hours.items()} | {
             "play": servers.play_hours(sizes) * all_gpus
         }
         gpus, decoding_bound = all_gpus, True
-    if process.sampler == "local":  # a process decodes its episodes in portions, one token of all of them after another
+    if process.sampler == "local":  # a process decodes its episodes in portions, one token of each episode at a time
         portions = -(-sizes.episodes // (gpus * process.episodes))
         decoding = portions * sizes.sampled / sizes.episodes * 2 * need.weights / BANDWIDTH * gpus / 3600
         if decoding > hours["play"]:
@@ -117,7 +117,7 @@ def _step_hours(experiment: Experiment, need: MemoryEstimate) -> tuple[dict[str,
 
 
 def _step_flops(experiment: Experiment, process: ProcessSpec, need: MemoryEstimate) -> dict[str, float]:
-    """2 FLOPs per weight and token forward, twice that backward, and attention to half a context on average."""
+    """FLOPs of a step by part: 2 per weight and token forward, twice that backward, attention to half a context on average."""
     t, sizes = experiment.trainer, StepSizes.from_experiment(experiment)
     _, heads, layers, width = attention_shape(process)
     forward = 2 * need.weights + 2 * process.tokens * heads * width * layers
@@ -130,7 +130,7 @@ def _step_flops(experiment: Experiment, process: ProcessSpec, need: MemoryEstima
 
 
 def context_warnings(experiment: Experiment) -> list[str]:
-    """What is allowed and yet not what it seems, as the shape of the model says."""
+    """Warnings about contexts that exceed the position limit of the model."""
     if experiment.model.path is None:
         return []
     from aem_exp import policy
@@ -144,9 +144,9 @@ def context_warnings(experiment: Experiment) -> list[str]:
     if not 0 < positions < context:
         return []
     field = "env.context_tokens" if context == env.context_tokens else "evaluation.context_tokens"
-    problem = f"{field}={context}: beyond the {positions:,} positions that its config.json has, the model extrapolates"
+    problem = f"{field}={context}: the config.json of the model has {positions:,} positions; beyond them, the model extrapolates"
     remedy = (
-        "no server of vLLM's does that" if scaled else "YaRN is rope_parameters there, for trainer and servers alike"
+        "a vLLM server refuses this" if scaled else "for YaRN, set rope_parameters there; trainer and servers read it"
     )
     return [f"{problem}; {remedy}"]
 

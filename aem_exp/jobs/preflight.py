@@ -1,4 +1,4 @@
-"""Opens the World of an experiment, and checks its interface, its numbers of tasks and its held-out panels before the run."""
+"""Opens the world of an experiment and checks it before the run: interface, number of tasks, held-out panels, user code."""
 
 from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
@@ -11,15 +11,19 @@ from aem_exp.jobs.dry_run import TINY_POLICY
 
 
 def open_checked_world(experiment: Experiment) -> World:
-    """The world, opened; refuses what it cannot give: a player to imitate, so many tasks, panels apart from them.
+    """Open and check the world of an experiment, and try its user-defined functions (see `dry_run`).
 
-    Whatever of the experiment may be a user's own is tried (see `dry_run`).
+    Raises:
+        ConfigError: the world has no expert although the model needs one, has too few tasks, or its panels contain training
+            tasks; or user-defined code fails.
     """
     with wrap_call_errors(ENV_TARGET, experiment.env.make["_target_"], "importing it"):
         kind = config.instantiate(experiment.env.make, partial=True).func
     teachable = not isinstance(kind, type) or (hasattr(kind, "words") and hasattr(kind, "expert"))
     if experiment.model.make and experiment.model.make["_target_"] == TINY_POLICY and not teachable:
-        remedy = f"env {experiment.env.name} has no scripted player to imitate; load a policy: model=NAME, or"
+        remedy = (
+            f"env {experiment.env.name} has no expert for the policy to imitate; load a model instead: model=NAME, or"
+        )
         raise ConfigError("model.make", TINY_POLICY, f"{remedy} model.make=null model.path=FOLDER")
     dry_run.check_functions(experiment)
     world, settings = open_world(experiment), experiment.trainer

@@ -1,6 +1,4 @@
-"""Command of jobs: starts one vLLM server of a run on this node, publishes its address when it answers, and ends it with
-the run.
-"""
+"""Command that jobs run on server nodes: starts a vLLM server, publishes its address, and ends it together with the run."""
 
 import argparse
 import json
@@ -20,7 +18,7 @@ from aem_exp.core import cli
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling import http
 
-GRACE: Final = 20.0  # seconds for a server to end
+GRACE: Final = 20.0  # seconds that a server gets to end
 
 
 def main() -> int:
@@ -28,8 +26,8 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    what = "Serve a run's policy from this node, until the run ends; jobs send this."
-    parser = cli.Parser("python -m aem_exp.serve", description=what, allow_abbrev=False)
+    about = "Serve the policy of a run from this node until the run ends. Jobs run this command."
+    parser = cli.Parser("python -m aem_exp.serve", description=about, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     return parser.parse_args()
 
@@ -39,16 +37,16 @@ def _run(arguments: argparse.Namespace) -> int:
     run_dir = arguments.run_dir.expanduser().absolute()
     experiment, folder = config.read(run_dir), rendezvous.job_folder(run_dir)
     received: list[int] = []
-    signal.signal(
-        signal.SIGUSR2, signal.SIG_IGN
-    )  # time is nearly up: the run ends its step first, and needs servers for it
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # near the time limit, the run still needs servers to end its step
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     child = None
     try:
-        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the node's other tasks have nothing to do
+        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the other tasks of the node only wait
             child = _start_server(experiment, folder)
         while not (folder / rendezvous.RELEASED).exists():
-            if child is not None and child.poll() is not None and not received:  # preempted, all are about to be killed
+            if (
+                child is not None and child.poll() is not None and not received
+            ):  # after a signal, all processes end anyway
                 raise RunError(f"the server on {_node_name()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
     except RunError as stop:
@@ -65,7 +63,11 @@ def _node_name() -> str:
 
 
 def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the node's server, and write down where it is when it answers."""
+    """Start the server of this node, wait until it answers, and publish its address.
+
+    Raises:
+        RunError: the server ended, or did not answer within launch.server_seconds.
+    """
     from aem_exp import policy
     from aem_exp.envs import opening
 
@@ -87,9 +89,9 @@ def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[byte
         dtype,
         *_context_options(weights, context),
     ]
-    secret = {"VLLM_API_KEY": rendezvous.ensure_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # in no command line
+    secret = {"VLLM_API_KEY": rendezvous.ensure_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # not on the command line
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # it is no process of the run
+        os.environ.pop(name, None)  # the server is not a rank of the run
     child = subprocess.Popen(
         ["bash", str(place / slurm.SERVER_SCRIPT), *words], env=os.environ | secret, start_new_session=True
     )
@@ -109,7 +111,7 @@ def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[byte
 
 
 def _context_options(weights: str, context: int) -> list[str]:
-    """Options of vLLM for a context beyond the model's positions: more of them, unscaled, as the trainer has them."""
+    """vLLM options for a context above the position limit of the model: raise the limit without scaling, as the trainer does."""
     from aem_exp import policy
 
     most, scaled = policy.max_positions(json.loads((Path(weights) / "config.json").read_text()))
@@ -119,7 +121,7 @@ def _context_options(weights: str, context: int) -> list[str]:
 
 
 def _end_server(child: subprocess.Popen[bytes]) -> None:
-    """Make sure that a server and all that it started are gone."""
+    """End a server and all processes that it started."""
     child.terminate()
     with suppress(subprocess.TimeoutExpired):
         child.wait(GRACE)

@@ -1,8 +1,8 @@
-"""The sizes of a step, and what each process of a run is given: batch arithmetic, without any model.
+"""Sizes of a step and of each process: batch arithmetic without a model.
 
-Sizes are upper bounds: every episode plays all its turns and fills its context, every group is trained on.
+Sizes are upper bounds: every episode plays all its turns and fills its context, and every group is trained.
 
-GB are 10^9 bytes. A card of "80 GB" has some 85 of those; the rest is left to CUDA, NCCL and fragmentation.
+1 GB is 10^9 bytes. A GPU of "80 GB" has about 85 of these; the difference is left to CUDA, NCCL and fragmentation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from aem_exp.core import extras
 from aem_exp.core.errors import ConfigError, MissingResource
 
 GB: Final = 1e9
-VLLM_SHARE: Final = 0.3  # of a GPU, that TRL gives vLLM where nothing is said
-FIRST_PROMPT_DIVISOR: Final = 4  # a first prompt is taken to fill this part of a full history's context
+VLLM_SHARE: Final = 0.3  # TRL's default for the share of a GPU that vLLM uses
+FIRST_PROMPT_DIVISOR: Final = 4  # with full history, a first prompt is assumed to fill 1/4 of the context
 _SHAPE_KEYS: Final = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
 )
-SHAPES: Final = {  # config.json of what conf/model/ names, so that a plan needs neither weights nor network
+SHAPES: Final = {  # config.json of the models in conf/model/, so that a plan needs neither weights nor a network
     "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, 32768),
     "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, 32768),
     "Qwen/Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False, 40960),
@@ -33,16 +33,16 @@ SHAPES: Final = {  # config.json of what conf/model/ names, so that a plan needs
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The sizes of one step, at most: what is played in a round, and what is trained on."""
+    """Upper bounds of the sizes of one step."""
 
     episodes: int
     """Episodes of a round."""
     live: int
-    """Episodes that are played at once."""
+    """Episodes that are played at the same time."""
     rows: int
-    """Rows that are trained on."""
+    """Rows that are trained."""
     tokens: int
-    """Tokens of those rows, prompts included."""
+    """Tokens of these rows, including prompts."""
     sampled: int
     """Tokens that the policy samples in a round."""
     updates: int
@@ -68,19 +68,19 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class PassSpec:
-    """How the passes of a policy are computed; see `memory_trace.MemoryTrace`."""
+    """The settings of the passes of a policy; see `memory_trace.MemoryTrace`."""
 
     shape: str
     """The model's config.json."""
     dtype: str
     attention: str | None
     lora: str
-    """The adapter's settings, as JSON."""
+    """The settings of the adapter, as JSON."""
     autocast: bool
     fp32_head: bool
     gpu: bool
     processes: int
-    """Processes that the weights are sharded over; 1: each process has all of them."""
+    """Number of processes that shard the weights; 1: each process has all weights."""
     offload: bool
     checkpointing: bool
 
@@ -104,40 +104,40 @@ class PassSpec:
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """All that the memory of a process depends on: a value that can be varied, and cached."""
+    """Everything that the memory of a process depends on. Hashable, so that estimates can be cached."""
 
     passes: PassSpec
     optim: str
     reference: bool
-    """There is a second model, frozen."""
+    """A frozen reference model exists."""
     scoring_pass: bool
-    """All log-probs come from a pass of their own, and not a few of them for comparison."""
+    """A separate pass computes all log-probabilities, not only a sample of them for comparison."""
     ranks: int
     """Processes of the run."""
     sampler: str
     """local | colocate | served"""
     engine_bytes: float
-    """Bytes that vLLM takes beside the trainer while it is awake."""
+    """Bytes that vLLM uses next to the trainer while it is awake."""
     engine_sleeps: bool
     episodes: int
-    """Episodes that are played at once."""
+    """Episodes that are played at the same time."""
     prompt: int
-    """Tokens that are read at once."""
+    """Tokens of a prompt that are processed in one pass."""
     tokens: int
     """Tokens of a row."""
     play_tokens: int
-    """Tokens of an episode in play, which a panel may give more of."""
+    """Tokens of an episode; evaluation may allow more than training."""
     rows: int
     """Rows of a micro-batch."""
     accumulates: bool
-    """An update has several micro-batches."""
+    """Whether an update has several micro-batches."""
 
     @classmethod
     def from_experiment(cls, experiment: Experiment) -> ProcessSpec:
         """The process of an experiment with `model.path`.
 
         Raises:
-            ConfigError: the shape of its model cannot be known.
+            ConfigError: the shape of the model is not known.
         """
         t, env, model, launch = experiment.trainer, experiment.env, experiment.model, experiment.launch
         sizes, ranks = StepSizes.from_experiment(experiment), process_count(launch)
@@ -173,13 +173,13 @@ def process_count(launch: Launch) -> int:
 
 
 def vllm_share(launch: Launch) -> float:
-    """The share of a GPU that vLLM takes beside the trainer."""
+    """The share of a GPU that vLLM uses next to the trainer."""
     share: float = launch.trainer.get("vllm_gpu_memory_utilization", VLLM_SHARE)
     return share
 
 
 def gpu_memory(launch: Launch) -> float:
-    """GB of a GPU: `launch.gpu_memory_gb`, or the memory of the GPU that is here; 0: not known."""
+    """GB of a GPU: `launch.gpu_memory_gb`, or the memory of the GPU of this machine; 0 if unknown."""
     if launch.gpu_memory_gb or launch.where != "local" or not launch.gpus_per_node:
         return launch.gpu_memory_gb
     if extras.first_missing(["torch"]):
@@ -190,15 +190,15 @@ def gpu_memory(launch: Launch) -> float:
 
 
 def read_shape(model: Model) -> str:
-    """The config.json of a model: from its folder, the hub's cache, or SHAPES.
+    """The config.json of a model, from its folder, the Hugging Face cache, or `SHAPES`.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: it is missing or cannot be read.
     """
     path = model.path or ""
     if model.trust_remote_code:
         raise MissingResource(
-            "model.trust_remote_code", True, "what a model of its own code needs is not known before it runs"
+            "model.trust_remote_code", True, "the memory of a model with its own code cannot be estimated"
         )
     file = Path(path).expanduser() / "config.json"
     if path.count("/") == 1 and path[0] not in "./~" and not file.is_file():
@@ -209,7 +209,7 @@ def read_shape(model: Model) -> str:
             if path in SHAPES:
                 return json.dumps(dict(zip(_SHAPE_KEYS, SHAPES[path], strict=True)))
             raise MissingResource(
-                "model.path", path, f"its config.json is not on this machine: hf download {path} config.json"
+                "model.path", path, f"its config.json is not on this machine; run: hf download {path} config.json"
             )
         file = Path(cached)
     try:
@@ -218,7 +218,7 @@ def read_shape(model: Model) -> str:
     except OSError as error:
         raise ConfigError("model.path", path, f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError("model.path", path, f"{file} is no config.json of a model ({error!r})") from error
+        raise ConfigError("model.path", path, f"{file} is not the config.json of a model ({error!r})") from error
     return text
 
 

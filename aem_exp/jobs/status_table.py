@@ -22,20 +22,20 @@ COLOURS: Mapping[str, str] = {
     RunStatus.FAILED: "red",
     RunStatus.NEW: "",
 }
-REFRESH_SECONDS = 5.0  # seconds between two readings
+REFRESH_SECONDS = 5.0
 HEADINGS = ("id", "run", "seed", "state", "step", "left", "success", "starts", "job")
 LEFT_HEADINGS = ("id", "run", "state", "job")
-OPTIONAL_HEADINGS = ("left", "success", "starts", "job")  # left out where they are empty
-MIN_NAME_WIDTH = 10  # columns of a name, which goes on in the next line: so that a table fits into 80
-MAX_ROWS = 60  # rows; of larger sweeps only those that need a look
+OPTIONAL_HEADINGS = ("left", "success", "starts", "job")  # left out if the whole column is empty
+MIN_NAME_WIDTH = 10  # a longer name wraps to the next line, so that the table fits into 80 columns
+MAX_ROWS = 60  # larger tables show only runs that are running, queued, stopped or failed
 
 
 @dataclass(frozen=True)
 class StatusRow:
-    """A run in the table."""
+    """A row of the table."""
 
     id: str
-    """The first digits of its signature."""
+    """The first digits of the signature."""
     name: str
     seed: str
     state: RunState
@@ -47,7 +47,7 @@ def watch_runs(
     console: "Console | None" = None,
     every: float = REFRESH_SECONDS,
 ) -> None:
-    """Show the runs until none of them is live; once where there is no terminal."""
+    """Show the runs until none is running or queued. Without a terminal, print the table once."""
     console = console or make_console()
     rows = read_rows()
     if not console.is_terminal:
@@ -61,7 +61,7 @@ def watch_runs(
 
 
 def status_table(rows: Sequence[StatusRow], title: str) -> "Group":
-    """A row per run, and the sum of them."""
+    """The table with a row per run, the reasons, and the counts."""
     listed = list(rows)
     if len(listed) > MAX_ROWS:
         listed = [row for row in rows if row.state.what not in (RunStatus.DONE, RunStatus.NEW)][:MAX_ROWS]
@@ -80,7 +80,7 @@ def status_table(rows: Sequence[StatusRow], title: str) -> "Group":
 
 
 def _reason_lines(rows: Sequence[StatusRow]) -> "list[Text]":
-    """Why runs wait or have failed, below the table: a sentence needs its width."""
+    """The reasons of pending, stopped and failed runs, below the table, where a sentence has enough width."""
     waiting_or_ended = (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.QUEUED)
     explained = [row for row in rows if row.state.sentence and row.state.what in waiting_or_ended]
     lines = [join_texts((f"{row.id}  ", "bold"), (row.state.sentence, "bright_black")) for row in explained]
@@ -88,7 +88,7 @@ def _reason_lines(rows: Sequence[StatusRow]) -> "list[Text]":
 
 
 def count_states(rows: Sequence[StatusRow]) -> str:
-    """The sum of a table: `4 done, 2 running`."""
+    """The number of runs in each state, such as `4 done, 2 running`."""
     counts = Counter(row.state.what for row in rows)
     return ", ".join(f"{counts[what]} {what}" for what in RunStatus if counts[what]) or "no runs"
 

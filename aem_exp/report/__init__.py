@@ -1,5 +1,6 @@
-"""What a sweep came to: tables, verdicts with their uncertainty, figures, a page.
+"""The report of a sweep: tables, differences with intervals and verdicts, and figures.
 
-`analysis` computes, from archives of runs (`external_runs` reads those of others); `sections` are the parts of the report,
-`figures` draws, `render` makes the page; `command` is `python -m aem_exp.report NAME`.
+`analysis` compares arms from archives of runs. `external_runs` reads runs of other frameworks from CSV files. `sections` builds
+the parts of the report, `figures` draws SVG figures, and `render` writes HTML, Markdown and CSV. `command` is
+`python -m aem_exp.report NAME`.
 """

@@ -1,7 +1,7 @@
-"""Compare the arms of a sweep from archives of runs: which scores are read, which pairs of arms form one family of
-simultaneous intervals, and when a comparison is refused.
+"""Compares the arms of a sweep from archives of runs.
 
-The primary measure is success on the final panel.
+Decides which scores are compared, which pairs of arms form one family of simultaneous intervals, and which comparisons are
+refused. The primary measure is success on the final panel.
 """
 
 import math
@@ -18,13 +18,18 @@ from aem_exp.stats.compare import Interval
 SUCCESS: Final = "success"
 AREA: Final = "area under the training curve"
 SCORE: Final = "score"
-BUDGET_KEYS: Final = ("steps", "tasks_per_step", "group_size", "oversample")  # what a run may play, as planned
-Pair = tuple[str, str]  # an arm, and what it stands against
+BUDGET_KEYS: Final = (
+    "steps",
+    "tasks_per_step",
+    "group_size",
+    "oversample",
+)  # of `trainer`: the planned episodes of a run
+Pair = tuple[str, str]  # an arm, and its reference arm
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One seed of a cell. `archive`: None where there is none yet. `command`: what makes it."""
+    """One seed of a cell. `archive` is None if the run is missing; `command` runs it."""
 
     seed: int
     archive: Archive | None
@@ -37,7 +42,7 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class ArmCell:
-    """An arm at a point of the sweep: the runs that differ by their seed alone. `point`: empty where there is one."""
+    """An arm at a point of the sweep: runs that differ only in their seed. `point` is empty if the sweep has one point."""
 
     arm: str
     point: str
@@ -48,23 +53,24 @@ class ArmCell:
         return [run.archive for run in self.runs if run.archive is not None and run.done]
 
     def scores(self, measure: str) -> list[float]:
-        """One number per run that is done, and has it."""
+        """The value of a measure for each finished run that has it."""
         return [value for archive in self.done if (value := measure_value(archive, measure)) is not None]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against the reference, by one measure.
+    """The difference between an arm and its reference in one measure.
 
     Attributes:
-        one, other: scores of the runs.
-        interval: on this panel; None where nothing can be said, and `refusal` says why.
-        new_tasks: the interval on tasks like these; only of success.
-        p: by permutation; None where so few runs cannot get below the level.
-        diverged: how many of the runs did.
-        detectable: the smallest difference that arms like these would show 4 times in 5.
-        enough: runs per arm that would show the difference that was seen 4 times in 5; None above 200.
-        partial: runs are missing.
+        one, other: scores of the runs of the arm and of the reference.
+        comparisons: number of comparisons in the family; the intervals of a family hold simultaneously.
+        interval: interval of the difference on this panel; None if the comparison is refused, with the reason in `refusal`.
+        new_tasks: interval of the difference on new tasks; only for success.
+        p: permutation p-value; None if the level cannot be reached with this number of runs.
+        detectable: smallest difference that a comparison with this spread detects with a power of 80 %.
+        enough: runs per arm that detect the observed difference with a power of 80 %; None above 200.
+        partial: whether runs are missing.
+        diverged: number of diverged runs.
     """
 
     arm: str
@@ -85,7 +91,7 @@ class Difference:
 
     @property
     def open(self) -> bool:
-        """Whether it is compared, and nothing was shown."""
+        """Whether the arms were compared and no difference was shown."""
         return self.interval is not None and compare.verdict(self.interval) not in ("better", "worse")
 
     @property
@@ -96,7 +102,7 @@ class Difference:
 
 
 def measure_value(archive: Archive, measure: str) -> float | None:
-    """A run's number; None where it has none."""
+    """The value of a measure for a run; None if the run does not have it."""
     if measure == AREA:
         return _area_under_curve(archive)
     if measure == SCORE:
@@ -106,7 +112,7 @@ def measure_value(archive: Archive, measure: str) -> float | None:
 
 
 def _area_under_curve(archive: Archive) -> float | None:
-    """Mean success in training over all steps that were planned; after a run has diverged, it stays where it was."""
+    """Mean training success over all planned steps. After divergence, the last value is repeated."""
     planned, values = archive.experiment.get("trainer", {}).get("steps"), archive.curve("train/success")
     if not planned or not values:
         return None
@@ -114,7 +120,7 @@ def _area_under_curve(archive: Archive) -> float | None:
 
 
 def available_measures(cells: Sequence[ArmCell]) -> list[str]:
-    """Which of them the runs have; the primary one first."""
+    """The measures that any run has, with the primary measure first."""
     done = [archive for cell in cells for archive in cell.done]
     return [m for m in (SUCCESS, SCORE, AREA) if m == SUCCESS or any(measure_value(a, m) is not None for a in done)]
 
@@ -122,7 +128,7 @@ def available_measures(cells: Sequence[ArmCell]) -> list[str]:
 def differences(
     cells: Sequence[ArmCell], families: Sequence[Sequence[Pair]], measure: str = SUCCESS
 ) -> list[Difference]:
-    """Each pair of arms, the second being what the first stands against, point by point; a family's intervals hold at once."""
+    """Compare pairs of (arm, reference) at each point. The intervals of a family hold simultaneously."""
     by_place = {(cell.arm, cell.point): cell for cell in cells}
     points, out = dict.fromkeys(cell.point for cell in cells), list[Difference]()
     for pairs in families:
@@ -167,7 +173,7 @@ def _interval_on_new_tasks(cell: ArmCell, reference: ArmCell, comparisons: int) 
 
 
 def _refusal_reason(cell: ArmCell, reference: ArmCell) -> str | None:
-    """Why two cells must not be compared."""
+    """The reason that two cells cannot be compared, or None."""
     both = [*cell.done, *reference.done]
     for name, read in MUST_MATCH.items():
         if len(values := {read(archive) for archive in both} - {None}) > 1:
@@ -180,7 +186,7 @@ def _hash_tasks(ids: Sequence[str]) -> str:
 
 
 def planned_budget(archive: Archive) -> str | None:
-    """What a run was to play: steps x tasks x group x oversampling; None where that is not known."""
+    """The planned budget of a run: steps x tasks x group x oversampling; None if unknown."""
     trainer = archive.experiment.get("trainer", {})
     return " x ".join(str(trainer.get(key, 1)) for key in BUDGET_KEYS) if trainer else None
 
@@ -195,7 +201,7 @@ MUST_MATCH: Final[Mapping[str, Callable[[Archive], str | None]]] = {
 
 
 def runs_by_revision(done: Iterable[Archive]) -> dict[int, list[str]]:
-    """The names of runs by the revision of the method that trained them; those of other frameworks have none."""
+    """The names of runs for each method revision. Runs of other frameworks have no revision and are left out."""
     out: dict[int, list[str]] = {}
     for run, method in {archive.run: archive.method for archive in done}.items():
         if method is not None:
@@ -204,7 +210,7 @@ def runs_by_revision(done: Iterable[Archive]) -> dict[int, list[str]]:
 
 
 def list_problems(cells: Sequence[ArmCell]) -> list[tuple[str, str, int, str]]:
-    """(arm, point, seed, what is the matter) of each run that is not done as planned."""
+    """(arm, point, seed, problem) of each run that is missing, failed or diverged."""
     out = []
     for cell in cells:
         for run in cell.runs:
@@ -212,7 +218,9 @@ def list_problems(cells: Sequence[ArmCell]) -> list[tuple[str, str, int, str]]:
             if archive is None:
                 out.append((cell.arm, cell.point, run.seed, "missing"))
             elif diverged := archive.result.get("diverged"):
-                out.append((cell.arm, cell.point, run.seed, f"diverged, and is scored as it was then: {diverged}"))
+                out.append(
+                    (cell.arm, cell.point, run.seed, f"diverged, scored after its last finite update: {diverged}")
+                )
             elif not archive.done:
                 why = ": ".join(filter(None, archive.why))
                 out.append((cell.arm, cell.point, run.seed, f"{archive.what}{f' ({why})' if why else ''}"))
@@ -220,7 +228,7 @@ def list_problems(cells: Sequence[ArmCell]) -> list[tuple[str, str, int, str]]:
 
 
 def curve_rows(cells: Sequence[ArmCell]) -> list[tuple[object, ...]]:
-    """What was measured over the steps, a row per number: arm, point, seed, run, step, measured, value."""
+    """All curves as rows of (arm, point, seed, run, step, measured, value), after a header row."""
     rows: list[tuple[object, ...]] = [("arm", "point", "seed", "run", "step", "measured", "value")]
     for cell in cells:
         for archive in cell.done:
@@ -231,26 +239,27 @@ def curve_rows(cells: Sequence[ArmCell]) -> list[tuple[object, ...]]:
     return rows
 
 
-# Over the points of a sweep.
-
-
 @dataclass(frozen=True)
 class OverallComparison:
-    """An arm against another one, over all points."""
+    """The comparison of an arm with another one over all points of a sweep."""
 
     arm: str
     against: str
     points: int
     improvement: compare.Estimate
-    """probability that a run of the arm scores above a run of the other"""
+    """Probability that a run of the arm scores above a run of the other arm."""
     interquartile_mean: compare.Estimate
-    """of the scores of the arm"""
+    """Interquartile mean of the scores of the arm."""
     reference: compare.Estimate
-    """interquartile mean of the other arm"""
+    """Interquartile mean of the scores of the other arm."""
 
 
 def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[OverallComparison]:
-    """Pairs of arms with enough points and runs (see `compare.enough`), none of them refused, and no run in two points."""
+    """Compare pairs of arms over all points.
+
+    A pair is left out if it has too few points or runs (see `compare.has_enough_cells`), if a comparison is refused, or if a run
+    belongs to two points.
+    """
     by_place = {(cell.arm, cell.point): cell for cell in cells}
     out = []
     for arm, against in pairs:
@@ -277,9 +286,6 @@ def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[Ove
     return out
 
 
-# Runs of other frameworks.
-
-
 def mean(values: Sequence[float]) -> float:
-    """NaN of nothing."""
+    """The mean, or NaN for an empty sequence."""
     return fmean(values) if values else math.nan

@@ -1,7 +1,7 @@
 """Command `python -m aem_exp.report SWEEP`: compare the arms of a sweep in one HTML page, Markdown and CSV tables, from
 run directories or archives.
 
-It changes no run and lists the runs that are missing.
+It does not change any run, and it lists the missing runs.
 """
 
 import argparse
@@ -26,39 +26,43 @@ if TYPE_CHECKING:
     from aem_exp.sweep.cells import Sweep
 
 ABOUT = """\
-Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and what each number comes from.
+Compare the arms of a sweep: differences with intervals and verdicts, curves, breakdowns, and the provenance of each number.
 
-  python -m aem_exp.report household_quick                    from the run dirs; partial sweeps say what is missing
+  python -m aem_exp.report household_quick                    from run directories; lists the missing runs
   python -m aem_exp.report household_grpo --from FOLDER       from archives of runs (see --archive)
-  python -m aem_exp.report household_quick --archive FOLDER   and keep an archive of some kilobytes per run
-  python -m aem_exp.report alfworld --csv theirs.csv          beside runs of others: arm, seed, step, task, success
+  python -m aem_exp.report household_quick --archive FOLDER   also write an archive of each run (some kilobytes)
+  python -m aem_exp.report alfworld --csv theirs.csv          include other frameworks: arm, seed, step, task, success
 """
-RESULTS = "results"  # beside the file of a sweep: archives of its runs, a folder each
+RESULTS = "results"  # folder next to the sweep files, with one folder of archives per sweep
 PUBLISHED = "published.csv"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.report", *argv])
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to continue: {again}")
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.report", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("sweep", help="a file, or a name of sweeps/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
-    parser.add_argument("--from", dest="archives", type=Path, help="archives of runs that are not here as run dirs")
-    parser.add_argument("--archive", type=Path, metavar="FOLDER", help="write an archive of every run that is done")
-    parser.add_argument("--csv", type=Path, action="append", default=[], help="runs of others, as further arms")
+    parser.add_argument("sweep", help="a sweep file, or a name in sweeps/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the overrides that the sweep was run with")
     parser.add_argument(
-        "--across-revisions", action="store_true", help="compare runs of different method revisions too"
+        "--from", dest="archives", type=Path, metavar="FOLDER", help="read archives of runs without a run directory"
+    )
+    parser.add_argument("--archive", type=Path, metavar="FOLDER", help="write an archive of each finished run")
+    parser.add_argument(
+        "--csv", type=Path, action="append", default=[], help="runs of other frameworks, as additional arms"
+    )
+    parser.add_argument(
+        "--across-revisions", action="store_true", help="also compare runs of different method revisions"
     )
     parser.add_argument("--out", type=Path, help="folder of the report (default: OUTPUTS/reports/SWEEP)")
-    parser.add_argument("--json", action="store_true", help="print the differences as JSON and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only the differences, as JSON")
     parser.add_argument("--no-tracking", action="store_true", help="do not log the report to MLflow")
-    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    parser.add_argument("--config-dir", help="your own configuration folder, searched before conf/")
     return parser.parse_intermixed_args(argv)
 
 
@@ -69,7 +73,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     sweep = question.load(arguments.sweep, arguments.overrides, arguments.config_dir)
     if sweep.search is not None:
         remedy = (
-            f"is a study, whose trials are no arms; python -m aem_exp.sweep {shlex.quote(arguments.sweep)} shows them"
+            f"is a study, which has trials instead of arms; see python -m aem_exp.sweep {shlex.quote(arguments.sweep)}"
         )
         raise ConfigError("sweep", sweep.name, remedy)
     from aem_exp.report import analysis, render, sections
@@ -77,8 +81,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
     archives, source = _load_archives(sweep, arguments.archives)
     cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, arguments.csv)]
     if not any(cell.done for cell in cells):
-        runs_them = f"python -m aem_exp.sweep {shlex.quote(arguments.sweep)} --local runs them"
-        remedy = f"none of its {len(sweep.cells)} runs is done; {runs_them}"
+        remedy = f"none of its {len(sweep.cells)} runs is finished; "
+        remedy += f"run python -m aem_exp.sweep {shlex.quote(arguments.sweep)} --local"
         raise ConfigError("sweep", sweep.name, remedy)
     _check_revisions(sweep, cells, arguments.across_revisions)
     written = _write_archives(archives.values(), arguments.archive) if arguments.archive else []
@@ -99,8 +103,10 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 
 def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Archive], str]":
-    """What there is of each run, and where: its run dir, or an archive. Those that come with a sweep stand in where there is no
-    run dir at all, and never mix with some."""
+    """Read each run from its run directory or an archive; also describe the sources.
+
+    The archives next to the sweep file are used only if no run directory of the sweep exists, so that the two never mix.
+    """
     from aem_exp.cluster import run_state
     from aem_exp.rundir import archive
 
@@ -115,23 +121,23 @@ def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Arch
         for folder, file in files.items()
         if file.is_file() and not (folder in archives and archives[folder].done)
     }
-    places = {f"run dirs in {sweep.cells[0].folder.parent}": len(archives), f"archives in {place}": len(taken)}
-    return archives | taken, ", ".join(f"{count} {what}" for what, count in places.items() if count)
+    places = {f"run directories in {sweep.cells[0].folder.parent}": len(archives), f"archives in {place}": len(taken)}
+    return archives | taken, ", ".join(f"{count} {source}" for source, count in places.items() if count)
 
 
 def _read_run_dir(folder: Path, how: "RunState") -> "Archive":
-    """The archive of a run dir. One that cannot be read is one run that is not done; the others are compared."""
+    """The archive of a run directory. An unreadable directory counts as an unfinished run; the other runs are compared."""
     from aem_exp.rundir import archive, attempts
 
     try:
         return archive.from_run_dir(folder, how.what, (how.kind, how.sentence))
-    except Exception as error:  # of many kinds: files may be missing, cut short, or another version's
-        why = f"its run dir cannot be read: {attempts.describe_error(error)}"
+    except Exception as error:  # of any type: files may be missing, truncated, or from another version
+        why = f"its run directory cannot be read: {attempts.describe_error(error)}"
         return archive.Archive(folder.name, {}, "unreadable", ("", why))
 
 
 def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCell]":
-    """The cells of the question, the reference first at each point."""
+    """The cells of the sweep, with the reference arm first at each point."""
     from aem_exp.report.analysis import ArmCell, SeedRun
 
     runs: dict[tuple[str, str], list[SeedRun]] = {}
@@ -144,26 +150,30 @@ def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCe
 
 
 def _load_external_arms(sweep: "Sweep", archives: "dict[Path, Archive]", files: Sequence[Path]) -> "list[ArmCell]":
-    """Arms of other frameworks."""
+    """Arms of other frameworks, from CSV files."""
     from aem_exp.report.analysis import ArmCell
     from aem_exp.report.external_runs import read_csv_arms
 
     if files and len(sweep.points) > 1:
         raise ConfigError(
-            "--csv", str(files[0]), f"{sweep.name} has {len(sweep.points)} points: ask one, by an override"
+            "--csv", str(files[0]), f"{sweep.name} has {len(sweep.points)} points; select one of them with an override"
         )
     out: list[ArmCell] = []
     panel = next((a.tasks["id"] for a in archives.values() if a.done), [])
     for file in files:
         for arm, runs in read_csv_arms(file, panel).items():
             if arm in sweep.arms or arm in [cell.arm for cell in out]:
-                raise ConfigError("--csv", f"{file}, {arm}", "is the name of another arm here")
+                raise ConfigError("--csv", f"{file}, {arm}", "another arm has this name; rename it in the file")
             out.append(ArmCell(arm, "", runs))
     return out
 
 
 def _check_revisions(sweep: "Sweep", cells: "Sequence[ArmCell]", across: bool) -> None:
-    """Refuse to pool or compare runs of different revisions of the method, unless that was asked for."""
+    """Check that all runs have the same method revision, unless `across` allows a comparison.
+
+    Raises:
+        ConfigError: the sweep has runs of several revisions.
+    """
     from aem_exp.report import analysis
 
     revisions = analysis.runs_by_revision(archive for cell in cells for archive in cell.done)
@@ -171,8 +181,8 @@ def _check_revisions(sweep: "Sweep", cells: "Sequence[ArmCell]", across: bool) -
         counts = [
             f"{len(runs)} of method revision {number} ({_shorten_list(runs)})" for number, runs in revisions.items()
         ]
-        remedy = "the same experiment trains differently in each; run the older ones again, or compare all the same: "
-        raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(counts)}; {remedy}--across-revisions")
+        remedy = "the same experiment trains differently in each revision; run the older runs again, or add --across-revisions"
+        raise ConfigError("sweep", sweep.name, f"has runs {' and '.join(counts)}; {remedy}")
 
 
 def _shorten_list(runs: Sequence[str], most: int = 3) -> str:
@@ -184,7 +194,7 @@ def _write_archives(archives: "Iterable[Archive]", folder: Path) -> list[tuple[s
 
     done = [each for each in archives if each.done]
     size = sum(archive.write(each, folder).stat().st_size for each in done)
-    return [("kept", f"{len(done)} archives, {size / 1000:,.0f} kB in all, in {folder}")]
+    return [("archive", f"{len(done)} archives, {size / 1000:,.0f} kB in total, in {folder}")]
 
 
 def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> "SweepDescription":
@@ -193,7 +203,7 @@ def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> 
     base = [word for word in sweep.cells[0].overrides if not word.startswith(("seed=", "launch="))]
     common = [word for word in base if all(word in cell.overrides for cell in sweep.cells)]
     arms = {arm: " ".join(words) for arm, words in sweep.arms.items()}
-    arms |= {cell.arm: "from elsewhere, by a CSV" for cell in cells if cell.arm not in arms}
+    arms |= {cell.arm: "another framework (CSV)" for cell in cells if cell.arm not in arms}
     first, *_ = sweep.arms
     others = [(arm, first) for arm in arms if arm not in sweep.arms]
     file = str(sweep.file) if sweep.file else sweep.name
@@ -203,18 +213,18 @@ def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> 
 
 
 def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]") -> None:
-    """Scores and verdicts, for the terminal."""
+    """Print scores and verdicts to the terminal."""
     from aem_exp.core.console import make_console, make_table
     from aem_exp.report import analysis
 
     console = make_console()
     console.print(make_table(("arm", "runs", "success"), _score_rows(cells), left=("arm", "runs")))
     console.print()
-    headings = ("success in points", "", "95 %, all at once", "verdict")
-    left = [heading for heading in headings if heading]
+    headings = ("difference in success", "points", "simultaneous 95 %", "verdict")
+    left = [heading for heading in headings if heading != "points"]
     console.print(make_table(headings, _verdict_rows(differences), left=left))
     if problems := analysis.list_problems(cells):
-        console.print(f"{len(problems)} runs are not done as planned; the report names them", style="yellow")
+        console.print(f"{len(problems)} runs are missing, failed or diverged; the report lists them", style="yellow")
     console.print()
 
 
@@ -249,7 +259,7 @@ def _verdict_rows(differences: "Sequence[Difference]") -> list[tuple[str, ...]]:
 def _log_to_mlflow(
     sweep: "Sweep", folder: Path, files: Sequence[Path], arguments: argparse.Namespace
 ) -> list[tuple[str, str]]:
-    """Log the report as an artifact of the sweep, where its runs are tracked."""
+    """Log the report as an artifact of the sweep in the tracking store of its runs."""
     from aem_exp.tracking import publish, store_uri
 
     outputs = sweep.cells[0].folder.parent

@@ -10,20 +10,20 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.report.analysis import SeedRun, mean
 from aem_exp.rundir.archive import Archive
 
-CSV_COLUMNS: Final = ("arm", "seed", "step", "task", "success")  # of other people's runs
-
-
+CSV_COLUMNS: Final = ("arm", "seed", "step", "task", "success")
 StepScores = dict[int, dict[str, list[float]]]  # step -> task -> success of each episode
 
 
 def read_csv_arms(file: Path, panel: Sequence[str]) -> dict[str, tuple[SeedRun, ...]]:
-    """Arms of a CSV with the columns arm, seed, step, task, success: each seed a run, scored at its last step.
+    """Read arms from a CSV file with one row per episode. Each seed is a run, which is scored at its last step.
 
     Args:
-        panel: ids of the tasks that our runs were scored on; other runs must have all of them, and no other, alike often.
+        file: has the columns arm, seed, step, task and success (0 to 1).
+        panel: ids of the tasks that our runs were scored on. Each run of the file must have exactly these tasks, each
+            with the same number of episodes.
 
     Raises:
-        ConfigError: the file is not that.
+        ConfigError: a column or value is invalid, the tasks differ from the panel, or seeds of an arm end at different steps.
     """
     runs: dict[str, dict[int, StepScores]] = {}
     for row in _read_csv_rows(file):
@@ -33,9 +33,7 @@ def read_csv_arms(file: Path, panel: Sequence[str]) -> dict[str, tuple[SeedRun, 
     for arm, seeds in runs.items():
         ends = {max(steps) for steps in seeds.values()}
         if len(ends) > 1:
-            problem = (
-                f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}): which would be the last?"
-            )
+            problem = f"its seeds end at different steps ({', '.join(map(str, sorted(ends)))}); they must end at the same step"
             raise ConfigError("--csv", f"{file}, {arm}", problem)
         out[arm] = tuple(
             SeedRun(seed, _archive_from_csv(file, arm, seed, seeds[seed], panel)) for seed in sorted(seeds)
@@ -50,7 +48,9 @@ def _read_csv_rows(file: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError("--csv", str(file), f"cannot be read: {error}") from error
     if not rows or not set(CSV_COLUMNS) <= set(rows[0]):
-        raise ConfigError("--csv", str(file), f"must have the columns {', '.join(CSV_COLUMNS)}, and a row per episode")
+        raise ConfigError(
+            "--csv", str(file), f"must have the columns {', '.join(CSV_COLUMNS)}, and one row per episode"
+        )
     for number, row in enumerate(rows, 2):
         try:
             int(row["seed"]), int(row["step"])
@@ -58,7 +58,7 @@ def _read_csv_rows(file: Path) -> list[dict[str, str]]:
         except (TypeError, ValueError):
             good = None
         if not good:
-            problem = "seed and step must be whole numbers, success between 0 and 1, an arm a name of letters, digits, . _ + = -"
+            problem = "seed and step must be integers, success a number from 0 to 1, arm a name of letters, digits and . _ + = -"
             raise ConfigError("--csv", f"{file}, line {number}", problem)
     return rows
 
@@ -70,10 +70,10 @@ def _archive_from_csv(file: Path, arm: str, seed: int, steps: StepScores, panel:
     if set(played) != set(panel):
         lacks, more = len(set(panel) - set(played)), len(set(played) - set(panel))
         raise ConfigError(
-            "--csv", where, f"lacks {lacks} tasks of the panel and has {more} others: scores would not compare"
+            "--csv", where, f"lacks {lacks} tasks of the panel and has {more} other tasks; the tasks must be the same"
         )
     if len({len(repeats) for repeats in played.values()}) > 1:
-        raise ConfigError("--csv", where, "must score every task alike often")
+        raise ConfigError("--csv", where, "must have the same number of episodes for each task")
     means = [mean([x for scores in steps[step].values() for x in scores]) for step in sorted(steps)]
     return Archive(
         run=f"{file.name}: {arm}, seed {seed}",

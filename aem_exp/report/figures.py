@@ -1,5 +1,6 @@
-"""SVG figures of a report: forest plot, dot plot and training curves, deterministic and readable in print and by colour-
-blind readers.
+"""SVG figures of a report: forest plot, dot plot and training curves.
+
+The same numbers give the same bytes. The colours are safe for print and for colour-blind readers.
 """
 
 import io
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ARM_COLOR, REFERENCE_COLOR = ORANGE, BLUE
-MAX_CELLS: Final = 20  # cells whose curves are drawn: a page of more is too long to read, and to load
+MAX_CELLS: Final = 20  # maximum number of cells with curves, to limit the length of the page
 MAX_COLUMNS: Final = 4  # curves side by side
-MIN_RUNS_FOR_QUARTILES: Final = 5  # runs from which on a band holds the middle half of them; below, all of them
-CURVES: Final = {  # measured -> what it is called, and in what
+MIN_RUNS_FOR_QUARTILES: Final = 5  # with fewer runs, a band shows the range of all runs
+CURVES: Final = {  # metric -> title with unit
     "train/success": "success in training (%)",
     "eval/success": "success on the evaluation panel (%)",
     "train/response_entropy": "response entropy (nats)",
@@ -43,7 +44,7 @@ MORE_CURVES: Final = {
 
 
 def forest_plot(differences: Sequence[Difference]) -> str | None:
-    """Each difference with its interval, in points; None where there is none."""
+    """Each difference with its interval, in points; None if there is no difference."""
     shown = [d for d in differences if d.interval is not None]
     if not shown:
         return None
@@ -55,12 +56,12 @@ def forest_plot(differences: Sequence[Difference]) -> str | None:
         axes.plot([low, high], [row, row], color=ARM_COLOR if sure else GREY, linewidth=2)
         axes.plot(middle, row, "D" if sure else "o", color=ARM_COLOR if sure else GREY, markersize=6)
     axes.axvline(0, color=REFERENCE_COLOR, linewidth=1, linestyle="--")
-    axes.set_xlabel(f"difference in {shown[0].measure} (points); all intervals hold at once (95 %)")
+    axes.set_xlabel(f"difference in {shown[0].measure} (points), with simultaneous 95 % intervals")
     return save()
 
 
 def dot_plot(cells: Sequence[ArmCell]) -> str | None:
-    """Every run's success, and the mean of its cell with a 95 % interval of its own."""
+    """The success of each run, and the mean of each cell with its 95 % interval."""
     shown = [cell for cell in cells if cell.done]
     if not shown:
         return None
@@ -71,12 +72,12 @@ def dot_plot(cells: Sequence[ArmCell]) -> str | None:
         axes.plot(scores, [row] * len(scores), "|", color=colour, markersize=11, alpha=0.8)
         half = compare.half_width(scores)
         axes.errorbar(scores.mean(), row, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
-    axes.set_xlabel("success on the final panel (%): every run, and the mean with its 95 % interval")
+    axes.set_xlabel("success on the final panel (%): each run, and the mean with its 95 % interval")
     return save()
 
 
 def curve_plots(cells: Sequence[ArmCell], names: dict[str, str] | None = None) -> list[str]:
-    """Over the steps, arm by arm beside the first one of its point: the median over runs, and a band; some curves to a figure."""
+    """Curves over steps: median and band over the runs of each arm, with the first arm of its point; `MAX_COLUMNS` per figure."""
     known = [(n, t) for n, t in (names or CURVES).items() if any(a.curve(n) for cell in cells for a in cell.done)]
     first = {cell.point: cell for cell in reversed(cells)}
     done = [cell for cell in cells if cell.done]
@@ -121,11 +122,13 @@ def _row_name(arm: str, point: str) -> str:
 
 
 def _row_axes(names: Sequence[str]) -> tuple["Axes", Any]:
-    """A page of a row per name, from the top down."""
+    """Axes with one labelled row per name, from top to bottom."""
     left, rows = 0.25 + 0.08 * max(map(len, names)), len(names)
     axes, save = _make_figure((left + 6.4, 0.34 * rows + 0.9), (left, 0.15, 0.6, 0.15), 1, 1)
     axes = axes[0][0]
-    axes.set_yticks(range(rows), [name.replace("$", r"\$") for name in reversed(names)])  # no formula
+    axes.set_yticks(
+        range(rows), [name.replace("$", r"\$") for name in reversed(names)]
+    )  # `$` starts a formula in matplotlib
     axes.set_ylim(-0.6, rows - 0.4)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -141,10 +144,12 @@ def _grid_axes(rows: int, columns: int) -> tuple[Any, Any]:
 def _make_figure(
     size: tuple[float, float], margins: tuple[float, float, float, float], rows: int, columns: int, **how: Any
 ) -> tuple[Any, Any]:
-    """The axes of a figure that no window shows, and what makes an SVG of it: the same bytes for the same numbers.
+    """Create a figure without a window; return its axes and a function that renders it as SVG.
 
     Args:
-        size, margins: inches; margins left, right, below, above. Found by hand: to have them computed takes longer than all else.
+        size: width and height in inches.
+        margins: left, right, bottom and top margin in inches. They are fixed, because an automatic layout takes longer than the
+            whole figure.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -165,7 +170,7 @@ def _make_figure(
 
 
 def _inline_svg(svg: str) -> str:
-    """The element alone, as a page holds it; ids of several figures on one page must not meet."""
+    """The `<svg>` element, with ids that are unique on a page with several figures."""
     mark = f"f{sha256(svg.encode()).hexdigest()[:8]}-"
     svg = svg[svg.index("<svg") :]
     return re.sub(r'(id="|url\(#|xlink:href="#)', rf"\1{mark}", svg)

@@ -11,13 +11,13 @@ from typing import Final
 from aem_exp.core import disk
 
 TEMPLATE: Final = "report.html"
-MANIFEST: Final = ".written"  # in a folder of tables: which of them a report wrote
-CODE_COLUMNS: Final = ("command",)  # columns that hold what is typed
+MANIFEST: Final = ".written"  # in the folder of tables: the names of the files that the last report wrote
+CODE_COLUMNS: Final = ("command",)  # columns that are shown as code
 
 
 @dataclass(frozen=True)
 class Table:
-    """`note` stands under it; numbers are aligned where all of a column's cells begin like one."""
+    """A table with a note below it. A column is right-aligned if all its cells are numbers."""
 
     title: str
     columns: Sequence[str]
@@ -26,7 +26,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """For each column, whether it holds numbers."""
+        """For each column, whether all its cells are numbers."""
         return [
             bool(self.rows) and all(re.fullmatch(r"[-+]?[\d,.]+( ± \S+)?|-?", row[i]) for row in self.rows)
             for i in range(len(self.columns))
@@ -34,7 +34,7 @@ class Table:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its CSV file, without suffix."""
         return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
 
 
@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `code`: lines as they are typed or printed."""
+    """A paragraph, or preformatted text if `code` is true."""
 
     text: str
     code: bool = False
@@ -88,7 +88,7 @@ def render_html(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """The same without figures."""
+    """The report as Markdown, without figures."""
     lines = [f"# {_escape_markdown(report.title)}", "", _escape_markdown(report.question), ""]
     for section in report.sections:
         lines += [f"## {section.title}", ""]
@@ -124,7 +124,7 @@ def _markdown_lines(block: Block) -> list[str]:
 
 
 def _escape_markdown(text: str) -> str:
-    """A text whose signs mean nothing to Markdown."""
+    """Escape the special characters of Markdown."""
     return re.sub(r"([\\`*_|<>&\[\]])", r"\\\1", text).replace("\n", " ")
 
 
@@ -133,14 +133,14 @@ def _markdown_code(text: str) -> str:
 
 
 def _escape_csv(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    """Escape a cell that a spreadsheet would read as a formula. Numbers are not changed."""
     return f"'{cell}" if re.match(r"[=+@\t\r-](?![\d.]+$)", cell) and cell != "-" else cell
 
 
 def write(report: Report, folder: Path, curves: Sequence[Sequence[object]]) -> list[Path]:
-    """`index.html`, `report.md` and `tables/*.csv`, among them `curves.csv`; the files, the page first.
+    """Write `index.html`, `report.md`, `tables/*.csv` and `tables/curves.csv`; return the files, the page first.
 
-    Tables that an earlier report left, and this one has not, are removed; nothing else is.
+    Tables of an earlier report that this report does not have are removed. No other file is removed.
     """
     tables: dict[str, Sequence[Sequence[object]]] = {f"{t.name}.csv": [t.columns, *t.rows] for t in report.tables()}
     tables["curves.csv"] = curves

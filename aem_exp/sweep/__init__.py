@@ -1,7 +1,7 @@
-"""Many experiments that answer one question: arms and seeds, or the trials of a study.
+"""Sweeps: many experiments that answer one question, either as arms and seeds or as the trials of a study.
 
-`question` makes the `cells` of a `sweep_file` or of a grid; `command` is `python -m aem_exp.sweep NAME`: it shows the `plan`
-and, by `submit`, sends or runs what is missing. A study searches with Optuna: `study_spec` is what its file says,
-`study_space` its parameters, `study` asks for trials and tells how they ended, `study_status` shows it, `study_submit` sends
-its workers, and each of these is a `trial`.
+`question` turns a `sweep_file` or a command-line grid into `cells`. `command` is `python -m aem_exp.sweep NAME`: it shows the
+`plan`, and `submit` submits or runs the missing cells. A study searches parameters with Optuna: `study_spec` holds its file,
+`study_space` its parameters, `study` its storage and trials, `study_status` its progress; `study_submit` submits its workers, and
+each worker runs one `trial`.
 """

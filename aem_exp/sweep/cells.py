@@ -1,4 +1,4 @@
-"""From the arms, points and seeds of a question to its cells: each is resolved to one experiment, and no two are the same."""
+"""Turns the arms, points and seeds of a sweep into cells. Each cell is one resolved experiment; no two cells are the same."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 Overrides = tuple[str, ...]
-SHARED_KEYS: Final = {  # what no arm and no point may set
-    "seed": "seeds stand under seeds:, the same for every arm",
-    "outputs": "one sweep has one folder of runs; set it in base: or on the command line",
-    "tracking": "one sweep has one MLflow store; set it in base: or on the command line",
+SHARED_KEYS: Final = {  # keys that an arm or a point must not set -> remedy
+    "seed": "list seeds under seeds:, the same for every arm",
+    "outputs": "a sweep has one outputs folder; set it in base: or on the command line",
+    "tracking": "a sweep has one MLflow store; set it in base: or on the command line",
 }
 
 
@@ -30,17 +30,17 @@ class Label:
     arm: str
     point: Overrides
     group: str
-    """Both of them, in short."""
+    """Short name of arm and point."""
 
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One experiment of a sweep. Where several arms or products meet in it, it has all of their labels."""
+    """One experiment of a sweep. A cell that belongs to several arms or products has one label for each."""
 
     labels: tuple[Label, ...]
     seed: int
     overrides: tuple[str, ...]
-    """`config.load` makes the same experiment of them."""
+    """Overrides from which `config.load` makes the same experiment."""
     experiment: config.Experiment
     folder: Path
 
@@ -54,7 +54,7 @@ class SweepCell:
 
     @property
     def group(self) -> str:
-        """Arm and point without the seed."""
+        """Short name of arm and point, without the seed."""
         return self.labels[0].group
 
 
@@ -65,23 +65,23 @@ class Sweep:
     name: str
     question: str
     file: Path | None
-    """None: a grid of the command line."""
+    """The sweep file; None for a command-line grid."""
     arms: Mapping[str, Overrides]
-    """Name -> how it differs from the base; the first is the reference."""
+    """Name -> overrides that differ from the base. The first arm is the reference."""
     points: tuple[Overrides, ...]
     seeds: tuple[int, ...]
     cells: tuple[SweepCell, ...]
     pairs: tuple[tuple[str, str], ...]
-    """The comparisons that were declared: an arm, and what it stands against."""
+    """The declared comparisons: (arm, reference arm)."""
     search: Mapping[str, Any] | None = None
-    """The block of a study, which `study_spec` understands."""
+    """The `search:` block of a study; see `study_spec`."""
     config_dir: Path | None = None
-    """The folder over `conf/` that its configs were composed with."""
+    """The configuration folder that was searched before `conf/`."""
 
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A sweep as it is written, before anything is resolved."""
+    """The content of a sweep file or grid, before its cells are resolved."""
 
     name: str
     question: str
@@ -91,7 +91,7 @@ class SweepSpec:
     products: list[list[Overrides]]
     """The points of each product."""
     seeds: list[str]
-    """As overrides."""
+    """One override `seed=N` per seed."""
     overrides: list[str]
     search: Mapping[str, Any] | None = None
     pairs: Sequence[str] = ()
@@ -104,34 +104,38 @@ def check_single_values(at: str, words: Iterable[str], composer: "Composer") -> 
         except ConfigError as error:
             raise _add_location(at, error) from error
         if not single:
-            raise ConfigError(at, word, "one value here; several belong in products:, or in seeds:")
+            raise ConfigError(at, word, "must have one value; write several values in products: or seeds:")
 
 
 def expand_product(at: str, words: Sequence[str], composer: "Composer") -> list[Overrides]:
     """The points of one product."""
     if not words:
-        raise ConfigError(at, None, "an empty product; its overrides are missing")
+        raise ConfigError(at, None, "is an empty product; add its overrides")
     try:
         points = list(product(*map(composer.expand_sweep, words)))
     except ConfigError as error:
         raise _add_location(at, error) from error
     for i, point in enumerate(points):
         if point in points[:i]:
-            raise ConfigError(at, " ".join(point), "stands twice")
+            raise ConfigError(at, " ".join(point), "is listed twice")
     return points
 
 
 def build_sweep(spec: SweepSpec, composer: "Composer") -> Sweep:
-    """Resolve every cell; refuse arms and points that are the same experiments."""
+    """Resolve every cell.
+
+    Raises:
+        ConfigError: a cell is invalid, or two arms or points are the same experiments.
+    """
     _check_shared_keys(spec)
     points = list(dict.fromkeys(point for points in spec.products for point in points))
     for key, values in {"arms": spec.arms, "products": points, "seeds": spec.seeds}.items():
         if spec.search is not None and len(values) > 1:
-            remedy = "a search goes around one experiment: one arm, one point, one seed; vary the rest in search.space"
-            raise ConfigError(f"{spec.name}.{key}", f"{len(values)} of them", remedy)
+            remedy = "a study has one arm, one point and one seed; vary other keys in search.space"
+            raise ConfigError(f"{spec.name}.{key}", f"{len(values)} values", remedy)
     labels = _make_labels(spec.arms, points)
     cells: dict[str, SweepCell] = {}
-    signatures: dict[tuple[str, Overrides], str] = {}  # with the first seed
+    signatures: dict[tuple[str, Overrides], str] = {}  # of the first seed
     for label in labels:
         overrides = composer.drop_replaced_choices([*spec.base, *spec.arms[label.arm], *label.point, *spec.overrides])
         experiments = _resolve_seeds(overrides, spec.seeds, composer)
@@ -141,7 +145,7 @@ def build_sweep(spec: SweepSpec, composer: "Composer") -> Sweep:
             except ConfigError as error:
                 raise _add_location(f"{spec.name}: {' '.join((label.arm, *label.point, seed))}", error) from error
             folder = config.run_dir(experiment)
-            signature = folder.name.rpartition("-")[2]  # with which the name ends; hashed once
+            signature = folder.name.rpartition("-")[2]  # the end of the name, so that it is hashed only once
             new = SweepCell((label,), experiment.seed, (*overrides, seed), experiment, folder)
             old = cells.get(signature)
             cells[signature] = replace(old, labels=(*old.labels, label)) if old else new
@@ -162,24 +166,24 @@ def build_sweep(spec: SweepSpec, composer: "Composer") -> Sweep:
 
 
 def _parse_pairs(spec: SweepSpec) -> tuple[tuple[str, str], ...]:
-    """Which arms are compared: those that are asked for, or each with the first."""
+    """The compared pairs of arms: the declared ones, else each arm with the first."""
     at, arms = f"{spec.name}.pairs", list(spec.arms)
     out: list[tuple[str, str]] = []
     for text in spec.pairs:
         words = text.split() if isinstance(text, str) else []
         if len(words) != 2 or words[0] == words[1]:
-            raise ConfigError(at, text, "must be two arms, the second is what the first stands against: aem none")
+            raise ConfigError(at, text, "must be an arm and its reference arm, such as: aem none")
         for arm in words:
             if arm not in arms:
                 raise ConfigError(at, arm, arms)
         if (words[0], words[1]) in out or (words[1], words[0]) in out:
-            raise ConfigError(at, text, "stands twice")
+            raise ConfigError(at, text, "is listed twice")
         out.append((words[0], words[1]))
     return tuple(out) or tuple((arm, arms[0]) for arm in arms[1:])
 
 
 def _resolve_seeds(overrides: list[str], seeds: list[str], composer: "Composer") -> Iterator[config.Experiment]:
-    """What `config.load` makes of the overrides with each seed. Where only the seed differs, one is resolved for all."""
+    """The experiment of the overrides for each seed. If only the seed can differ, the configuration is resolved once."""
     from aem_exp.config.compose import may_interpolate, override_value
 
     tree = composer.compose([*overrides, seeds[0]])
@@ -195,7 +199,7 @@ def _resolve_seeds(overrides: list[str], seeds: list[str], composer: "Composer")
 
 
 def _check_shared_keys(spec: SweepSpec) -> None:
-    """Refuse what is one for all cells and was set for some."""
+    """Check that no arm or point sets a key that all cells share."""
     from aem_exp.config.compose import override_key
 
     places = {f"arms.{arm}": words for arm, words in spec.arms.items()}
@@ -208,24 +212,24 @@ def _check_shared_keys(spec: SweepSpec) -> None:
 
 
 def _check_distinct(spec: SweepSpec, points: list[Overrides], signatures: Mapping[tuple[str, Overrides], str]) -> None:
-    """Refuse two arms, or two points of a product, that are the same experiments."""
-    decides = "the same experiments (name, launch and outputs decide no result)"
+    """Check that no two arms, and no two points of a product, are the same experiments."""
+    decides = "both are the same experiments (name, launch and outputs do not affect results)"
     for point in points:
         by_arm = {arm: signatures[arm, point] for arm in spec.arms}
         if duplicates := _find_duplicate(by_arm, by_arm.__getitem__):
             at, words = f" at {' '.join(point)}" if point else "", " ".join(spec.arms[duplicates[1]])
-            why = f"changes nothing against {duplicates[0]}{at}: {decides}"
+            why = f"does not differ from {duplicates[0]}{at}: {decides}"
             raise ConfigError(f"{spec.name}.arms.{duplicates[1]}", words, why)
     for product_points in spec.products:
         if duplicates := _find_duplicate(
             product_points, lambda point: tuple(signatures[arm, point] for arm in spec.arms)
         ):
             first, second = (" ".join(point) for point in duplicates)
-            raise ConfigError(f"{spec.name}.products", second, f"changes nothing against {first}: {decides}")
+            raise ConfigError(f"{spec.name}.products", second, f"does not differ from {first}: {decides}")
 
 
 def _find_duplicate(items: Iterable[Any], key: Callable[[Any], Hashable]) -> tuple[Any, Any] | None:
-    """The first two items that are equal in something."""
+    """The first two items with the same key, or None."""
     seen: dict[Hashable, Any] = {}
     for item in items:
         if key(item) in seen:
@@ -235,7 +239,7 @@ def _find_duplicate(items: Iterable[Any], key: Callable[[Any], Hashable]) -> tup
 
 
 def _make_labels(arms: Iterable[str], points: list[Overrides]) -> list[Label]:
-    """Arm by arm, each point; the group is as short as it can be and still says which."""
+    """One label for each arm and point, with the shortest group names that are unique."""
     everywhere = set(points[0]).intersection(*points[1:])
     for spell in (shorten, lambda text: text.lstrip("+")):
         words = {
@@ -248,17 +252,17 @@ def _make_labels(arms: Iterable[str], points: list[Overrides]) -> list[Label]:
 
 
 def _is_in_group_name(text: str) -> bool:
-    """A name is for people, and says what the rest of the point says."""
+    """Whether an override is part of the group name; `name=` only repeats other overrides."""
     return not text.startswith("name=")
 
 
 def shorten(text: str) -> str:
-    """`baseline=rloo` as rloo, `trainer.learning_rate=1e-3` as learning_rate=1e-3."""
+    """Shorten `baseline=rloo` to rloo, and `trainer.learning_rate=1e-3` to learning_rate=1e-3."""
     key, is_set, value = text.lstrip("+").partition("=")
     last = key.rpartition(".")[2]
     return f"{last}={value}" if is_set and "." in key else value or text
 
 
 def _add_location(at: str, error: ConfigError) -> ConfigError:
-    """The same mistake, and where it was made."""
+    """The same error, with its location in the sweep."""
     return ConfigError(f"{at}: {error.field}", error.value, error.choices, error.remedy)

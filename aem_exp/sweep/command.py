@@ -1,7 +1,6 @@
-"""Command `python -m aem_exp.sweep NAME`: plan a sweep of experiments that answers one question, then submit or run
-locally the runs that are missing.
+"""Command `python -m aem_exp.sweep NAME`: show the plan of a sweep, then submit or run its missing cells.
 
-Running it again only submits what is still missing.
+The command can be repeated: it never runs a finished cell again.
 """
 
 import argparse
@@ -29,40 +28,40 @@ if TYPE_CHECKING:
     from aem_exp.sweep.cells import Sweep, SweepCell
 
 ABOUT = """\
-Plan the experiments of a question, and send or run those that are missing.
+Plan the experiments of a sweep, and submit or run the missing ones.
 
-  python -m aem_exp.sweep household_quick                          the plan; nothing is run
-  python -m aem_exp.sweep household_quick --local                  here, one after another
-  python -m aem_exp.sweep household_quick launch=slurm_cpu --submit   to SLURM, as one array
-  python -m aem_exp.sweep household_quick --retry oom --submit     once more, also what failed with `oom`
+  python -m aem_exp.sweep household_quick                          show the plan; run nothing
+  python -m aem_exp.sweep household_quick --local                  run on this machine, one after another
+  python -m aem_exp.sweep household_quick launch=slurm_cpu --submit   submit to SLURM, as one array
+  python -m aem_exp.sweep household_quick --retry oom --submit     also submit the cells that failed with class oom
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.sweep", *argv])
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv), argv), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv), argv), lambda: f"to continue: {again}")
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.sweep", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/; none: list them")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell")
-    parser.add_argument("--submit", action="store_true", help="send what is missing to SLURM, as one array")
-    parser.add_argument("--local", action="store_true", help="run what is missing here")
-    parser.add_argument("--at-once", type=int, help="cells that run at a time")
+    parser.add_argument("sweep", nargs="?", help="a sweep file, or a name in sweeps/; without it, list the sweeps")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of every cell")
+    parser.add_argument("--submit", action="store_true", help="submit the missing cells to SLURM, as one array")
+    parser.add_argument("--local", action="store_true", help="run the missing cells on this machine")
+    parser.add_argument("--at-once", type=int, metavar="N", help="maximum number of cells that run at the same time")
     parser.add_argument(
-        "--retry", metavar="CLASS", action="append", default=[], help="also cells that failed so; or: all"
+        "--retry", metavar="CLASS", action="append", default=[], help="also run cells with this failure class, or: all"
     )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
-    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    parser.add_argument("--json", action="store_true", help="print only the plan, as JSON")
+    parser.add_argument("--config-dir", help="your own configuration folder, searched before conf/")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.submit and arguments.local:
-        raise ConfigError("--submit", True, "or --local, not both")
+        raise ConfigError("--submit", True, "cannot be combined with --local; use one of them")
     if arguments.at_once is not None and arguments.at_once < 1:
-        raise ConfigError("--at-once", arguments.at_once, "must be a whole number of at least 1")
+        raise ConfigError("--at-once", arguments.at_once, "must be an integer of at least 1")
     for kind in arguments.retry:
         if kind not in (ALL, *FAILURE_CLASSES):
             raise ConfigError("--retry", kind, (ALL, *FAILURE_CLASSES))
@@ -84,7 +83,7 @@ def _run_command(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def execute_sweep(sweep: "Sweep", arguments: argparse.Namespace, typed: str) -> int:
-    """Show the plan of a sweep, and do what `arguments` say with it; `typed`: the command line."""
+    """Show the plan of a sweep, then submit or run its missing cells as `arguments` say. `typed` is the command line."""
     from aem_exp.cluster import run_state
     from aem_exp.jobs import dispatch
     from aem_exp.sweep import plan
@@ -107,14 +106,16 @@ def execute_sweep(sweep: "Sweep", arguments: argparse.Namespace, typed: str) -> 
 
 
 def _start_cells(sweep: "Sweep", todo: Sequence["SweepCell"], arguments: argparse.Namespace) -> int:
-    """Submit or run the missing cells; the exit code."""
+    """Submit or run the missing cells; return the exit code."""
     record_membership(sweep)
     if todo and arguments.submit:
         submit_cells(sweep, todo, arguments.at_once, print)
-    save_views(sweep, print)  # after what was asked for, as MLflow takes seconds to import; before what takes minutes
+    save_views(
+        sweep, print
+    )  # after the submission, as importing MLflow takes seconds; before local runs, which take minutes
     code = 0
     if not todo:
-        print("\nnothing is missing")
+        print("\nno cell is missing")
     elif arguments.local:
         code = run_cells(todo, arguments.at_once, partial(print, flush=True))
     complete = sweep.file is not None and (not todo or (arguments.local and not code))
@@ -123,7 +124,7 @@ def _start_cells(sweep: "Sweep", todo: Sequence["SweepCell"], arguments: argpars
 
 
 def _execute_study(sweep: "Sweep", arguments: argparse.Namespace, typed: str) -> int:
-    """The same for a search, whose cells are not known before Optuna is asked for them."""
+    """Show and run a study, whose cells are not known in advance."""
     from aem_exp.jobs import dispatch
     from aem_exp.sweep import study_space, study_submit
 
@@ -135,13 +136,13 @@ def _execute_study(sweep: "Sweep", arguments: argparse.Namespace, typed: str) ->
 
 
 def _report_command(arguments: argparse.Namespace) -> str:
-    """The command that compares what was run."""
+    """The command that compares the runs."""
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     return shlex.join(["python", "-m", "aem_exp.report", arguments.sweep, *arguments.overrides, *own])
 
 
 def _next_command(sweep: "Sweep", todo: Sequence["SweepCell"], typed: str, arguments: argparse.Namespace) -> str:
-    """The command that most likely comes next."""
+    """The command that the user most likely needs next."""
     if not todo:
         return _report_command(arguments) if sweep.file else f"python -m aem_exp.status {sweep.name}"
     return f"{typed} {'--submit' if todo[0].experiment.launch.where == 'slurm' else '--local'}"

@@ -1,4 +1,4 @@
-"""The plan of a sweep, for people and for programs: how far its cells are, what is missing, and what that takes and shows."""
+"""The plan of a sweep, as text or JSON: the state of its cells, the cost of the missing cells, and the statistical power."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
     from aem_exp.sweep.cells import Sweep, SweepCell
 
-    States = Mapping[Path, RunState]  # of each run dir
+    States = Mapping[Path, RunState]  # by run directory
 
-HEADINGS = ("arm", "cells", "done", "on the way", "missing", "failed")
+HEADINGS = ("arm", "cells", "done", "active", "missing", "failed")
 
 
 def show_plan(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> None:
-    """Print how many cells of each group are done, which have failed and why, and what the missing ones take."""
+    """Print the number of cells in each state, the reasons of failures, and the cost of the missing cells."""
     from aem_exp.cluster.run_state import RunStatus
 
     console = make_console()
@@ -37,7 +37,7 @@ def show_plan(sweep: "Sweep", states: "States", todo: Sequence["SweepCell"]) -> 
 
 
 def _count_cells(sweep: "Sweep", states: "States") -> Iterator[tuple[str, ...]]:
-    """For each group: cells, and how many of them are done, on the way, missing, failed."""
+    """For each group: its cells, and how many of them are done, active (running or queued), missing, failed."""
     for group in dict.fromkeys(label.group for cell in sweep.cells for label in cell.labels):
         group_states = [states[c.folder] for c in sweep.cells if any(label.group == group for label in c.labels)]
         done = sum(state.what == "done" for state in group_states)
@@ -48,33 +48,33 @@ def _count_cells(sweep: "Sweep", states: "States") -> Iterator[tuple[str, ...]]:
 
 
 def _estimate_cost(sweep: "Sweep", todo: Sequence["SweepCell"]) -> list[tuple[str, str]]:
-    """What the missing cells will take: at most, and as those took that are done."""
+    """The cost of the missing cells: the maximum by time limits, and an estimate from finished cells."""
     from aem_exp.rundir import attempts
 
     seconds = [took for cell in sweep.cells if (took := attempts.total_seconds(cell.folder)) is not None]
     launches = [cell.experiment.launch for cell in todo]
     gpus = [(launch.nodes + launch.server_nodes) * launch.gpus_per_node for launch in launches]
     most = sum(count * launch.hours for count, launch in zip(gpus, launches, strict=True))
-    budget = [("budget", f"at most {most:,.0f} GPU-hours, by the time limits")] if most else []
+    budget = [("budget", f"at most {most:,.0f} GPU-hours (time limits)")] if most else []
     if not todo:
         return budget
     if not seconds:
-        return [*budget, ("time", "unknown until a cell is done")]
+        return [*budget, ("time", "unknown until the first cell is done")]
     each = sum(seconds) / len(seconds)
     hours = f", {sum(gpus) * each / 3600:,.1f} GPU-hours" if any(gpus) else ""
     total = format_duration(each * len(todo))
-    return [*budget, ("time", f"about {format_duration(each)} a cell, {total} one after another{hours}")]
+    return [*budget, ("time", f"about {format_duration(each)} per cell, {total} one after another{hours}")]
 
 
 def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
-    """What the sweep will be able to show."""
+    """The difference that the sweep can detect with 80 % power."""
     from aem_exp.stats import power
 
     evaluation, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
     if not sweep.pairs:
         return []
     if seeds < 2:
-        return [("power", "one seed an arm shows no difference between arms, whatever it is")]
+        return [("power", "none: one seed per arm cannot show a difference")]
     tasks = evaluation.tasks or _count_final_tasks(sweep.cells[0])
     if tasks is None:
         return []
@@ -86,26 +86,26 @@ def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
     spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
     detectable = " and ".join(f"{value:.0f}" for value in points)
     text = (
-        f"{seeds} seeds x {tasks} tasks find differences of {detectable} points "
-        f"(4 times in 5, where seeds spread by {spread})"
+        f"{seeds} seeds x {tasks} tasks detect differences of {detectable} points "
+        f"(80 % power, if the standard deviation over seeds is {spread} points)"
     )
     return [("power", text)]
 
 
 def _revision_warning(finished: Sequence[Path]) -> list[tuple[str, str]]:
-    """Whether runs that are done were trained by another revision of the method than those to come would be."""
+    """A warning if finished runs have another method revision than this code."""
     from aem_exp import METHOD, provenance
 
     others = [number for folder in finished if (number := provenance.method_revision(folder)) not in (METHOD, None)]
     if not others:
         return []
     numbers = ", ".join(map(str, sorted(set(others))))
-    text = f"{len(others)} of the finished runs are of method revision {numbers}, and this code is {METHOD}: the report refuses"
-    return [("note", f"{text} to compare them with newer ones; to run them again, move their folders away")]
+    text = f"{len(others)} finished runs have method revision {numbers}, this code has {METHOD}. The report does not compare"
+    return [("note", f"{text} different revisions; to run them again, move their folders away")]
 
 
 def _count_final_tasks(cell: "SweepCell") -> int | None:
-    """The size of the panel that is read at the end, where its world is at hand."""
+    """The size of the final panel; None if its world is not available on this machine."""
     from aem_exp.envs import opening
 
     try:

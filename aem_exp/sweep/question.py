@@ -1,23 +1,22 @@
-"""What a sweep asks: a file of `sweeps/`, or a grid of the command line, becomes cells, each one experiment.
+"""Turns a sweep file or a command-line grid into a sweep, whose cells are experiments.
 
-A sweep is one question. Its cells are arms x points x seeds. An *arm* is a named difference against the base, and the
-first one is the reference; a *point* is a choice out of one of the products; overrides are Hydra's, several values too:
+A sweep answers one question. Its cells are arms x points x seeds. An *arm* is a named difference from the base; the first arm
+is the reference. A *point* is one combination of the values of a product. Overrides use Hydra's syntax:
 
     question: Does AEM help GRPO, and RLOO too?
-    base: +experiment=household_window trainer.steps=40  # of every cell, as on the command line
+    base: +experiment=household_window trainer.steps=40  # overrides of every cell
     arms:
       none: modulation=none
       aem: modulation=aem
-    pairs: [aem none]                                    # optional: what is compared; by default each arm with the first
+    pairs: [aem none]                                    # optional: compared arms; default: each arm with the first
     products:                                            # optional
       - baseline=grpo,rloo
     seeds: 0,1,2                                         # or range(0,3)
-    launch: launch=local                                 # optional: how much machine
-    config_dir: ../my_conf                               # optional: a folder over conf/, relative to this file
+    launch: launch=local                                 # optional: machine and processes
+    config_dir: ../my_conf                               # optional: searched before conf/; relative to this file
 
-With `search:` in the place of arms and products it is a study (see `study_spec`), and its one cell what the search goes
-around. What stands later in a cell wins: base, launch, arm, point, what was typed, seed. Everything that is wrong with a
-cell is reported here, before any of them begins.
+A file with `search:` instead of arms and products is a study (see `study_spec`); its only cell is the base of the search. Later
+overrides win: base, launch, arm, point, command line, seed. All errors of all cells are reported before a cell starts.
 """
 
 import shlex
@@ -41,14 +40,14 @@ from aem_exp.sweep.sweep_file import config_folder, parse_overrides, parse_seeds
 
 
 def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Sweep:
-    """The sweep of a file, or of that name in `sweeps/`.
+    """Load the sweep of a file, or of a name in `sweeps/`.
 
     Args:
-        overrides: over every cell, as typed; `seed=0,1` stands in the place of the file's seeds.
-        config_dir: a folder laid over `conf/`, as in `config.load`; in the place of the one that the file names.
+        overrides: overrides of every cell; `seed=0,1` replaces the seeds of the file.
+        config_dir: a folder that is searched before `conf/`, as in `config.load`; replaces the folder named in the file.
 
     Raises:
-        ConfigError: anything that is wrong with it, or with a cell of it, which is named.
+        ConfigError: the file or one of its cells is invalid; the error names the cell.
     """
     from aem_exp.config.compose import Composer, override_key
 
@@ -90,7 +89,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
 
 
 def parse_grid(overrides: Sequence[str], config_dir: str | Path | None = None) -> Sweep:
-    """The sweep of a command line, `-m seed=0,1,2 modulation=none,aem`: the first key of several values names the arms.
+    """The sweep of a command line such as `-m seed=0,1,2 modulation=none,aem`. The first key with several values gives the arms.
 
     Raises:
         ConfigError: as `load`.
@@ -102,14 +101,14 @@ def parse_grid(overrides: Sequence[str], config_dir: str | Path | None = None) -
     single = [text for text, each in spread.items() if each == [text]]
     swept = [each for text, each in spread.items() if each != [text]]
     if not swept:
-        raise ConfigError("-m", " ".join(overrides), "needs an override of several values, such as seed=0,1,2")
+        raise ConfigError("-m", " ".join(overrides), "needs an override with several values, such as seed=0,1,2")
     varied = [each for each in swept if override_key(each[0]) != "seed"]
     seeds = [each for each in spread.values() if override_key(each[0]) == "seed"]
     base = [text for text in single if override_key(text) != "seed"]
     names = [shorten(text) for text in varied[0]] if varied else ["base"]
     for i, arm in enumerate(names):
         if arm in names[:i]:
-            raise ConfigError("-m", varied[0][i], "stands twice")
+            raise ConfigError("-m", varied[0][i], "is listed twice")
     arms: dict[str, Overrides] = (
         dict(zip(names, ((text,) for text in varied[0]), strict=True)) if varied else {"base": ()}
     )

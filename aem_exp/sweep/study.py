@@ -1,4 +1,4 @@
-"""A study in Optuna: its storage, its sampler and pruner, asking for a trial and telling how it ended."""
+"""A study in Optuna: storage, sampler, pruner, and the ask-and-tell interface for trials."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _open_storage(study: Study) -> Any:
-    """The trials' store, made where it is not there."""
+    """Open the storage of the trials; create it if it does not exist."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import SQLAlchemyError
@@ -29,15 +29,17 @@ def _open_storage(study: Study) -> Any:
         return optuna.storages.RDBStorage(study.storage_url)
     except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         why = redact(" ".join(str(error).split()))[:200]
-        remedy = f"cannot be used ({why}); postgresql://host/base, sqlite:////folder/file.db, or null: a journal file"
+        remedy = (
+            f"cannot be used ({why}); use postgresql://host/base, sqlite:////folder/file.db, or null for a journal file"
+        )
         raise ConfigError("search.storage", redact(study.storage_url), remedy) from error
 
 
 def load_trials(study: Study) -> "list[FrozenTrial]":
-    """All trials so far; nothing is made where there are none.
+    """All trials so far. Does not create a storage.
 
     Raises:
-        ConfigError: they belong to another search of that name.
+        ConfigError: the storage holds another study of this name.
     """
     import optuna
 
@@ -52,7 +54,11 @@ def load_trials(study: Study) -> "list[FrozenTrial]":
 
 
 def open_study(study: Study) -> "optuna.Study":
-    """The study in its storage, begun where it was not."""
+    """Open the study in its storage; create it if it does not exist.
+
+    Raises:
+        ConfigError: the storage cannot be used, or holds another study of this name.
+    """
     import optuna
 
     search = study.search
@@ -70,7 +76,7 @@ def open_study(study: Study) -> "optuna.Study":
 
 
 def _identity(study: Study) -> dict[str, Any]:
-    """What all trials have in common; how many there are, who prunes them and where they run may change."""
+    """The settings that all trials share. The number of trials, the pruner and the launch may change during a study."""
     search = study.search
     return {
         "base": config.signature(study.base),
@@ -84,7 +90,9 @@ def _check_identity(study: Study, opened: "optuna.Study") -> None:
     now = _identity(study)
     for key, old in opened.user_attrs.get("asked", now).items():
         if old != now[key]:
-            remedy = f"the study was begun with {old}; give the new one's file another name (runs in common run once)"
+            remedy = (
+                f"the study was started with {old}; give the new study another file name (finished runs are reused)"
+            )
             raise ConfigError(f"{study.name}.{key}", now[key], remedy)
 
 
@@ -101,7 +109,10 @@ def _pruner(study: Study) -> Any:
 
 
 def sampler(study: Study, count: int) -> Any:
-    """TPE, at random for the first third; seeded by what is there, so that workers differ and a study can be repeated."""
+    """TPE with random sampling for the first third of the trials.
+
+    The seed depends on the number of existing trials, so that workers differ and a study can be reproduced.
+    """
     from optuna.samplers import TPESampler
 
     return TPESampler(
@@ -110,7 +121,7 @@ def sampler(study: Study, count: int) -> Any:
 
 
 def ask(study: Study, opened: "optuna.Study") -> "optuna.Trial | None":
-    """A new trial; None where none is missing."""
+    """Ask for a new trial; None if no trial is missing."""
     trials = opened.get_trials(deepcopy=False)
     if not count_missing(study, trials):
         return None
@@ -119,14 +130,14 @@ def ask(study: Study, opened: "optuna.Study") -> "optuna.Trial | None":
 
 
 def reopen_trial(opened: "optuna.Study", trial: "FrozenTrial") -> "optuna.Trial":
-    """A trial that was asked for, perhaps by an earlier process, to report to."""
+    """A trial object for reports on an existing trial, which another process may have asked for."""
     from optuna.trial import Trial
 
     return Trial(opened, trial._trial_id)
 
 
 def find_finished_duplicate(opened: "optuna.Study", trial: "optuna.Trial") -> "FrozenTrial | None":
-    """A trial of the same run whose end is known."""
+    """A finished trial of the same run, or None."""
     name = trial.user_attrs["run"]
     return next(
         (
@@ -141,16 +152,16 @@ def find_finished_duplicate(opened: "optuna.Study", trial: "optuna.Trial") -> "F
 
 
 def tell(opened: "optuna.Study", trial: "optuna.Trial", state: str, value: float | None, print_line: PrintLine) -> int:
-    """Tell the storage how a trial ended; the worker's exit code."""
+    """Record the result of a trial in the storage; return the worker's exit code, 0."""
     from optuna.trial import TrialState
 
     opened.tell(trial, value if state == "COMPLETE" else None, TrialState[state], skip_if_finished=True)
-    print_line(f"told     trial {trial.number}: {state.lower()}" + ("" if value is None else f", {value:.4g}"))
+    print_line(f"result   trial {trial.number}: {state.lower()}" + ("" if value is None else f", {value:.4g}"))
     return 0
 
 
 def tell_failure(opened: "optuna.Study", trial: "FrozenTrial", kind: str, sentence: str) -> None:
-    """Tell the storage that a trial failed, and why."""
+    """Record in the storage that a trial failed, with class and reason."""
     from optuna.trial import TrialState
 
     from aem_exp.core.errors import redact
@@ -162,11 +173,11 @@ def tell_failure(opened: "optuna.Study", trial: "FrozenTrial", kind: str, senten
 
 
 def drop_replaced_trials(trials: "Sequence[FrozenTrial]") -> "list[FrozenTrial]":
-    """The trials without those that another was enqueued in the place of."""
+    """The trials, without those that a retry replaced."""
     replaced = {trial.user_attrs.get("instead_of") for trial in trials}
     return [trial for trial in trials if trial.number not in replaced]
 
 
 def count_missing(study: Study, trials: "Sequence[FrozenTrial]") -> int:
-    """How many trials were never asked for, or are to be asked for again."""
+    """The number of trials that were not asked for yet, or must be asked for again."""
     return max(0, study.search.trials - sum(trial.state.name != "WAITING" for trial in drop_replaced_trials(trials)))

@@ -1,4 +1,4 @@
-"""The space of a study: each parameter's range as Optuna's distribution, and the checks before the first trial."""
+"""The search space of a study: Optuna distributions of its parameters, and checks before the first trial."""
 
 import math
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from aem_exp.sweep.cells import Sweep
 
 
-NOT_SEARCHABLE: Final = {  # what a search must not vary, and why
-    "seed": "a seed is luck; choose it in seeds:",
-    "outputs": "a study has one folder of runs; set it in base:",
+NOT_SEARCHABLE: Final = {  # keys that a study must not vary -> reason
+    "seed": "the best seed is chance; set one seed in seeds:",
+    "outputs": "a study has one outputs folder; set it in base:",
     "tracking": "a study has one MLflow store; set it in base:",
-    "launch": "how much machine decides no result",
-    "evaluation": "trials are compared by one measure; set it in base:",
+    "launch": "launch settings do not affect results",
+    "evaluation": "all trials must have the same evaluation; set it in base:",
 }
 
 
 def from_sweep(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None = None) -> Study:
-    """The study of a sweep with `search:`; `typed`: what was typed over it.
+    """The study of a sweep with a `search:` block. `typed` are the overrides of the command line.
 
     Raises:
-        ConfigError: anything that is wrong with it, before any trial.
+        ConfigError: the study is invalid.
     """
     from aem_exp.config.compose import override_key
     from aem_exp.tracking import views
 
     (cell,) = sweep.cells
     at = f"{sweep.name}.search"
-    views.sweep_tag(sweep.name)  # refuses a name that is none
+    views.sweep_tag(sweep.name)  # raises for an invalid name
     assert sweep.search is not None
     search = parse_search(sweep.search, at)
     folder = cell.folder.parent / FOLDER / sweep.name
@@ -43,7 +43,7 @@ def from_sweep(sweep: "Sweep", typed: Sequence[str] = (), config_dir: str | None
     study = Study(folder, sweep.question, cell.overrides, configs, search)
     for text in typed:
         if override_key(text) in search.space:
-            raise ConfigError("overrides", text, f"is searched; change it in {at}.space")
+            raise ConfigError("overrides", text, f"is a parameter of the search; change it in {at}.space")
     _check_search(study, at)
     return study
 
@@ -53,19 +53,21 @@ def _check_search(study: Study, at: str) -> None:
 
     search, panels = study.search, study.base.evaluation
     if search.metric.startswith("test/"):
-        raise ConfigError(f"{at}.metric", search.metric, "tuning reads the dev panel only: eval/success, for example")
+        raise ConfigError(
+            f"{at}.metric", search.metric, "tuning must not read the test panel; use eval/success, for example"
+        )
     if panels.panel == "test":
         raise ConfigError(
-            "evaluation.panel", panels.panel, "is the final test; tuning reads another panel, such as dev"
+            "evaluation.panel", panels.panel, "tuning must not read the test panel; use another panel, such as dev"
         )
     if search.storage and redact(search.storage) != search.storage:
-        remedy = "holds credentials; those come from the environment: the whole URL in AEM_STUDY"
+        remedy = "contains credentials; set the whole URL in the environment variable AEM_STUDY instead"
         raise ConfigError(f"{at}.storage", redact(search.storage), remedy)
     _check_parameters_matter(study, at)
 
 
 def _check_parameters_matter(study: Study, at: str) -> None:
-    """Refuse a parameter whose values make the same experiment, or one that cannot be."""
+    """Check that the values of each parameter give valid and different experiments."""
     space = {key: representative_values(study, key, f"{at}.space") for key in study.search.space}
     first = {key: values[0] for key, values in space.items()}
     for key, values in space.items():
@@ -77,12 +79,12 @@ def _check_parameters_matter(study: Study, at: str) -> None:
                 where = f"{at}.space.{key}: {error.field}"
                 raise ConfigError(where, error.value, error.choices, error.remedy) from error
         if len(signatures) < len(values):
-            remedy = f"changes nothing between {' and '.join(values[:2])}; does the base use it?"
+            remedy = f"{' and '.join(values[:2])} give the same experiment; does the base use this key?"
             raise ConfigError(f"{at}.space.{key}", study.search.space[key], remedy)
 
 
 def representative_values(study: Study, key: str, at: str) -> list[str]:
-    """Values of a parameter that show whether it is taken: all choices, or both ends."""
+    """Values with which a parameter is checked: all choices, or both ends of its range."""
     values = distribution(study, key, at)
     if hasattr(values, "choices"):
         return [str(choice) for choice in values.choices]
@@ -90,7 +92,11 @@ def representative_values(study: Study, key: str, at: str) -> list[str]:
 
 
 def distribution(study: Study, key: str, at: str = "space") -> Any:
-    """A parameter's range, as optuna calls it. Choices are kept as they are written, so that overrides are made of them."""
+    """The Optuna distribution of a parameter. Choices stay text, from which overrides are made.
+
+    Raises:
+        ConfigError: the text is not a valid range or choice.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     text, where = study.search.space[key], f"{at}.{key}"
@@ -111,21 +117,23 @@ def distribution(study: Study, key: str, at: str = "space") -> Any:
     log = "log" in getattr(swept, "tags", ())
     whole = all(isinstance(number, int) for number in (low, high, step or 0))
     if not low < high or not all(map(math.isfinite, (low, high))) or (log and low <= 0):
-        raise ConfigError(where, text, "must go from a lower to a higher number" + (", both above 0" if log else ""))
+        raise ConfigError(
+            where, text, "must run from a lower to a higher finite number" + (", both above 0" if log else "")
+        )
     if log and step not in (None, 1):
-        raise ConfigError(where, text, "a range with the tag log has steps of 1")
+        raise ConfigError(where, text, "must have a step of 1, because it has the tag log")
     return IntDistribution(low, high, log, step or 1) if whole else FloatDistribution(low, high, log, step)
 
 
 def _parse_swept(key: str, text: str, where: str) -> Any:
-    """What Hydra makes of a range's text."""
+    """Parse the text of a range with Hydra's grammar."""
     from aem_exp.config.compose import override_key, override_value
 
     if why := NOT_SEARCHABLE.get(override_key(f"{key}=0").partition(".")[0]):
         raise ConfigError(where, text, why)
     swept = override_value(f"{key}={text}")
     if unknown := set(getattr(swept, "tags", ())) - {"log"}:
-        raise ConfigError(where, text, f"only read with the tag log, not {', '.join(sorted(unknown))}")
+        raise ConfigError(where, text, f"has an unknown tag ({', '.join(sorted(unknown))}); the only tag is log")
     return swept
 
 
@@ -134,10 +142,10 @@ def _expand_values(study: Study, key: str, where: str) -> list[str]:
     text = study.search.space[key]
     values = [word.partition("=")[2] for word in study.composer.expand_sweep(f"{key}={text}")]
     if len(set(values)) < 2:
-        raise ConfigError(where, text, "one value; it belongs in base:, or write interval(1e-4, 1e-3)")
+        raise ConfigError(where, text, "has one value; set it in base:, or write a range such as interval(1e-4, 1e-3)")
     return values
 
 
 def parameter_values(trial: "FrozenTrial") -> dict[str, str]:
-    """A trial's parameters as overrides have them."""
+    """The parameters of a trial, as texts of overrides."""
     return {key: format_override(value) for key, value in trial.params.items()}

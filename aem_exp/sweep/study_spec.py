@@ -1,18 +1,18 @@
-"""What a study is: the block `search:` of a sweep file, and the folder in which its workers share what they know.
+"""A study: the `search:` block of a sweep file, and the folder that its workers share.
 
-There is no master. `python -m aem_exp.sweep NAME` sends workers, each of which takes one trial (see `trial`). All that is
-chosen is chosen on dev.
+There is no master process. `python -m aem_exp.sweep NAME` submits workers, and each worker runs one trial (see `trial`). Trials
+are selected on the dev panel.
 
     search:
-      space:                     # Hydra's grammar for sweeps, and its ranges
+      space:                     # Hydra's syntax for choices and ranges
         trainer.learning_rate: tag(log, interval(1e-4, 1e-3))
         modulation.lam.value: choice(0.5, 1, 2)
         env.window: range(1, 9)  # or int(interval(1, 8))
       trials: 12
-      metric: eval/success       # its last value is the trial's
+      metric: eval/success       # the value of a trial is the last value of this metric
       direction: maximize        # or minimize
       pruner: median             # or hyperband, none
-      storage: null              # null: $AEM_STUDY, else a journal file beside the workers; or the URL of a data base
+      storage: null              # null: $AEM_STUDY, else a journal file next to the workers; or the URL of a database
 """
 
 import json
@@ -32,17 +32,17 @@ from aem_exp.core.typed import AT_LEAST_1, build_from_mapping
 if TYPE_CHECKING:
     from aem_exp.config.compose import Composer
 
-FOLDER: Final = "studies"  # of the outputs
+FOLDER: Final = "studies"  # in the outputs folder
 STUDY_FILE, TRIAL_FILE, JOURNAL_FILE = "study.json", "trial.json", "journal.log"
 PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What `search:` says."""
+    """The `search:` block of a sweep file."""
 
     space: dict[str, str] = field(default_factory=dict)
-    """Key -> its range, as text."""
+    """Key -> the text of its choices or range."""
     trials: Annotated[int, AT_LEAST_1] = 1
     """Trials of the study."""
     metric: str = "eval/success"
@@ -57,7 +57,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Study:
-    """A search, and where it lives."""
+    """A search and its folder."""
 
     folder: Path
     """OUTPUTS/studies/NAME"""
@@ -65,7 +65,7 @@ class Study:
     overrides: tuple[str, ...]
     """The overrides of every trial."""
     config_dir: Path | None
-    """The folder over `conf/`."""
+    """The configuration folder that is searched before `conf/`."""
     search: Search
 
     @property
@@ -88,11 +88,11 @@ class Study:
 
     @cached_property
     def storage_url(self) -> str | None:
-        """A data base; None: a journal file."""
+        """The URL of a database; None for a journal file."""
         return self.search.storage or os.environ.get("AEM_STUDY") or None
 
     def trial_overrides(self, values: Mapping[str, str]) -> list[str]:
-        """A trial as a command line."""
+        """The overrides of a trial with these parameter values."""
         return self.composer.drop_replaced_choices(
             [*self.overrides, *(f"{key}={value}" for key, value in values.items())]
         )
@@ -103,7 +103,7 @@ class Study:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """No other process asks for a trial, reconciles workers or records runs meanwhile."""
+        """While this lock is held, no other process asks for a trial, reconciles workers or records runs."""
         from filelock import FileLock
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,11 @@ class Study:
 
 
 def parse_search(block: Mapping[str, Any], at: str) -> Search:
-    """The block `search:` of a file, typed."""
+    """Convert the `search:` block of a file.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of the wrong type.
+    """
     space = block.get("space")
     for key, text in space.items() if isinstance(space, Mapping) else ():
         if not isinstance(text, str):
@@ -121,16 +125,16 @@ def parse_search(block: Mapping[str, Any], at: str) -> Search:
     search = build_from_mapping(Search, block, at)
     for key in ("space", "trials"):
         if not block.get(key):
-            raise ConfigError(f"{at}.{key}", block.get(key), "must hold something")
+            raise ConfigError(f"{at}.{key}", block.get(key), "must not be empty")
     return search
 
 
 def format_override(value: Any) -> str:
-    """A parameter as an override has it: six digits of a float say enough, and are what the run's folder is named by."""
+    """The text of a parameter value. Floats have six digits, which also enter the name of the run directory."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def read_card(worker: Path) -> dict[str, Any]:
-    """Which trial a worker has, and what it tells its other processes; empty where it has none yet."""
+    """The trial of a worker, and the message for its other processes; empty if it has no trial yet."""
     file = worker / TRIAL_FILE
     return json.loads(file.read_text()) if file.exists() else {}

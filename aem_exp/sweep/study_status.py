@@ -1,4 +1,4 @@
-"""How far a study is: its trials and workers, what is missing, and the best trial; for people and for programs."""
+"""The state of a study, as text or JSON: its trials and workers, the missing trials, and the best trial."""
 
 import shlex
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """Trials, without those that another stands in for, and workers."""
+    """The trials of a study, without those that a retry replaced, and its workers."""
 
     study: Study
     trials: "list[FrozenTrial]"
     workers_by_trial: Mapping[int, Path]
-    """Number of a trial -> its worker."""
+    """Trial number -> folder of its worker."""
     active_workers: frozenset[Path]
-    """Workers that are at work, or in the queue."""
+    """Workers that are running or queued."""
     idle_workers: tuple[Path, ...]
-    """Workers that are not, and have no trial."""
+    """Workers that are not active and have no trial."""
 
     def trials_in_state(self, *names: str) -> "list[FrozenTrial]":
         return [trial for trial in self.trials if trial.state.name in names]
@@ -40,7 +40,7 @@ class StudyStatus:
 
     @property
     def orphaned_trials(self) -> "list[FrozenTrial]":
-        """Begun, and no active worker has them."""
+        """Trials that were started and have no active worker."""
         return [
             trial
             for trial in self.trials_in_state("RUNNING")
@@ -49,12 +49,12 @@ class StudyStatus:
 
     @property
     def missing_count(self) -> int:
-        """How many were never asked for, or are to be asked for again."""
+        """The number of trials that were not asked for yet, or must be asked for again."""
         return count_missing(self.study, self.trials)
 
     @property
     def pending_count(self) -> int:
-        """How many of those active workers will ask for."""
+        """The number of active workers that have no trial yet and will ask for one."""
         return len(self.active_workers - set(self.workers_by_trial.values()))
 
     @property
@@ -64,7 +64,7 @@ class StudyStatus:
 
 
 def read_status(study: Study) -> StudyStatus:
-    """The study as it is now."""
+    """Read the current state of a study."""
     from aem_exp.cluster import run_state
     from aem_exp.cluster.run_state import RunStatus
 
@@ -78,7 +78,7 @@ def read_status(study: Study) -> StudyStatus:
 
 
 def show_status(status: StudyStatus, print_line: PrintLine) -> None:
-    """Print the space, how many trials are in which state, and the best one."""
+    """Print the search space, the number of trials in each state, and the best trial."""
     study, search = status.study, status.study.search
     print_line(f"{study.name}  {study.question}")
     for i, (key, text) in enumerate(search.space.items()):
@@ -90,7 +90,7 @@ def show_status(status: StudyStatus, print_line: PrintLine) -> None:
     }
     counts |= {"stopped": status.orphaned_trials, "failed": status.trials_in_state("FAIL")}
     counted = ", ".join(f"{len(trials)} {name}" for name, trials in counts.items())
-    waiting = f" ({status.pending_count} on the way)" if status.pending_count else ""
+    waiting = f" ({status.pending_count} with an active worker)" if status.pending_count else ""
     print_line(f"trials   {counted}, {status.missing_count} missing{waiting}, of {search.trials}")
     for trial in status.trials_in_state("FAIL"):
         print_line(
@@ -102,7 +102,7 @@ def show_status(status: StudyStatus, print_line: PrintLine) -> None:
 
 
 def _show_best(status: StudyStatus, best: "FrozenTrial", print_line: PrintLine) -> None:
-    """Print the best trial; where all have ended, also the command that runs it again."""
+    """Print the best trial and, if all trials have ended, the command that runs it again."""
     study, search = status.study, status.study.search
     values = " ".join(f"{key}={value}" for key, value in parameter_values(best).items())
     print_line(f"best     trial {best.number}: {search.metric}={best.value:.4g} with {values}")
@@ -112,7 +112,8 @@ def _show_best(status: StudyStatus, best: "FrozenTrial", print_line: PrintLine) 
         panel = study.base.evaluation.panel
         print_line(f"         {command}")
         print_line(
-            f"         chosen on {panel}, so {panel} flatters it: compare it by {study.base.evaluation.final}, with new seeds"
+            f"         it was selected on {panel}, so its score there is biased: "
+            f"evaluate it on {study.base.evaluation.final} with new seeds"
         )
 
 

@@ -1,4 +1,4 @@
-"""Send the workers of a study: those that were lost again, and one for each trial that is missing."""
+"""Submits the workers of a study: one for each missing trial, and lost workers again."""
 
 import argparse
 import json
@@ -16,13 +16,13 @@ from aem_exp.sweep.study_status import read_status, show_status, status_as_json
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-TRIAL_MODULE: Final = "aem_exp.trial"  # of a worker
-MAX_RETRIES: Final = 2  # of a trial whose worker is lost
-MAX_KILLS: Final = 3  # in a row and at one step, after which a worker counts as lost
+TRIAL_MODULE: Final = "aem_exp.trial"  # what a worker runs
+MAX_RETRIES: Final = 2  # of a trial whose worker was lost
+MAX_KILLS: Final = 3  # a worker that was killed so often in a row at the same step counts as lost
 
 
 def execute_study(study: Study, arguments: argparse.Namespace, typed: str, print_line: PrintLine) -> int:
-    """Show how far the study is, and do what `arguments` say; `typed`: the command line."""
+    """Show the state of the study, then submit or run its missing trials as `arguments` say. `typed` is the command line."""
     status = read_status(study)
     if arguments.json:
         print_line(json.dumps(status_as_json(status), indent=1))
@@ -37,7 +37,7 @@ def execute_study(study: Study, arguments: argparse.Namespace, typed: str, print
 
 
 def _run_missing(study: Study, arguments: argparse.Namespace, print_line: PrintLine) -> int:
-    """Send, or run here, what is missing; the exit code."""
+    """Submit or run the missing trials; return the exit code."""
     from aem_exp.cluster import slurm
     from aem_exp.jobs import dispatch
 
@@ -50,7 +50,7 @@ def _run_missing(study: Study, arguments: argparse.Namespace, print_line: PrintL
             ids = slurm.submit(workers, launch, study.name, logs, arguments.at_once, module=TRIAL_MODULE)
             print_line(f"sent     {len(ids)} workers as job {ids[0].partition('_')[0]}; logs in {logs}")
     if not workers:
-        print_line("\nnothing is missing")
+        print_line("\nno trial is missing")
     failed = 0
     if arguments.local and workers:
         failed = _run_workers(workers, max(1, arguments.at_once), print_line)
@@ -60,7 +60,7 @@ def _run_missing(study: Study, arguments: argparse.Namespace, print_line: PrintL
 
 
 def _run_workers(workers: Sequence[Path], at_once: int, print_line: PrintLine) -> int:
-    """Run workers on this machine; how many failed."""
+    """Run workers on this machine; return the number of failures."""
     from aem_exp.jobs import dispatch
 
     def explain_failure(worker: Path, code: int, last_line: str) -> str:
@@ -73,7 +73,7 @@ def _run_workers(workers: Sequence[Path], at_once: int, print_line: PrintLine) -
 
 
 def _reconcile_workers(study: Study, retry: Sequence[str]) -> list[Path]:
-    """Settle trials whose workers are lost, and enqueue those to be tried again; the workers to send."""
+    """Fail the trials whose workers were lost, and enqueue retries; return the workers to start."""
     restarted = _settle_trials(study, retry)
     status = read_status(study)
     count = max(0, status.missing_count - status.pending_count)
@@ -83,12 +83,12 @@ def _reconcile_workers(study: Study, retry: Sequence[str]) -> list[Path]:
 
 
 def _settle_trials(study: Study, retry: Sequence[str]) -> list[Path]:
-    """Tell which lost trials have failed, and enqueue others in their place; the workers to start again."""
+    """Record lost trials as failed, and enqueue their retries; return the workers to start again."""
     opened, restarted = open_study(study), list[Path]()
     status = read_status(study)
     for trial in status.orphaned_trials:
         worker = status.workers_by_trial.get(trial.number)
-        why = "its worker is gone" if worker is None else _stuck_reason(study, trial)
+        why = "its worker folder does not exist" if worker is None else _stuck_reason(study, trial)
         if worker is not None and why is None:
             restarted.append(worker)
             continue
@@ -102,7 +102,7 @@ def _settle_trials(study: Study, retry: Sequence[str]) -> list[Path]:
 
 
 def _stuck_reason(study: Study, trial: "FrozenTrial") -> str | None:
-    """Why it is no use to start this trial's worker again, if it is not."""
+    """The reason not to start the worker of this trial again, or None."""
     from aem_exp.rundir import attempts
 
     name = trial.user_attrs.get("run")
@@ -115,7 +115,7 @@ def _stuck_reason(study: Study, trial: "FrozenTrial") -> str | None:
 
 
 def _prepare_worker(study: Study, worker: Path) -> Path:
-    """A folder with all that a worker needs; one that has a trial keeps the code that this began with."""
+    """Write the folder of a worker. A worker with a trial keeps the code with which the trial began."""
     from aem_exp import provenance
     from aem_exp.core.errors import redact
 

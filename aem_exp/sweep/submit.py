@@ -1,4 +1,4 @@
-"""Send or run the cells of a sweep that are missing, and record where status, MLflow and the report look for all of them."""
+"""Submits or runs the missing cells of a sweep, and records its members for status, MLflow and the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from aem_exp.sweep.cells import Sweep, SweepCell
     from aem_exp.sweep.study_spec import PrintLine
 
-ALL: Final = "all"  # classes of failures
+ALL: Final = "all"  # failure classes
 
 
 def outputs_folder(sweep: "Sweep") -> Path:
-    """The folder of the sweep's runs."""
+    """The folder that holds the run directories of the sweep."""
     return sweep.cells[0].folder.parent
 
 
 def should_run(state: "RunState", retry: Sequence[str]) -> bool:
-    """Whether a cell is missing, or has failed in a way that is to be tried again."""
+    """Whether a cell is missing, or failed with a class in `retry`."""
     return state.missing or (state.what == "failed" and (state.kind in retry or ALL in retry))
 
 
 def record_membership(sweep: "Sweep") -> None:
-    """Write down which runs belong to the sweep, where status, MLflow and the report look."""
+    """Record which runs belong to the sweep, for status, MLflow and the report."""
     from aem_exp.rundir import membership
     from aem_exp.tracking import publish, views
 
@@ -40,7 +40,7 @@ def record_membership(sweep: "Sweep") -> None:
 
 
 def submit_cells(sweep: "Sweep", todo: Sequence["SweepCell"], at_once: int, print_line: "PrintLine") -> None:
-    """One array for all cells of one size."""
+    """Submit one job array for each launch configuration."""
     from aem_exp.jobs import dispatch
     from aem_exp.rundir import membership
 
@@ -54,18 +54,18 @@ def submit_cells(sweep: "Sweep", todo: Sequence["SweepCell"], at_once: int, prin
 
 
 def run_cells(todo: Sequence["SweepCell"], at_once: int, print_line: "PrintLine") -> int:
-    """Each cell in a process of its own; one that fails stops no other. The exit code: 1 if any failed."""
+    """Run each cell in its own process; a failure does not stop the others. Return 1 if any cell failed, else 0."""
     from aem_exp.jobs import dispatch
 
     experiments = {f"{cell.group} seed {cell.seed}": cell.experiment for cell in todo}
     failed = dispatch.run_locally(experiments, max(1, at_once), print_line)
     if failed:
-        print_line(f"\n{failed} of {len(todo)} cells did not finish; python -m aem_exp.status says why")
+        print_line(f"\n{failed} of {len(todo)} cells did not finish; python -m aem_exp.status shows the reasons")
     return 1 if failed else 0
 
 
 def save_views(sweep: "Sweep", print_line: "PrintLine") -> None:
-    """Save views of the sweep in MLflow, and print their links; a tracker that is down costs nothing but them."""
+    """Save views of the sweep in MLflow and print their links. If MLflow is not available, only the views are missing."""
     from aem_exp.rundir import membership
     from aem_exp.tracking import publish, store_uri
 

@@ -1,4 +1,4 @@
-"""The YAML file of a sweep: where it is found, which keys it has and of which kinds, and its lines of overrides."""
+"""Finds and reads the YAML file of a sweep, and checks its keys and their types."""
 
 import shlex
 from collections import Counter
@@ -14,28 +14,28 @@ from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, unknown_key_error
 
 KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch", "config_dir")
-KINDS: Final[Mapping[str, tuple[type, str]]] = {  # key -> its type, and that in words
+KINDS: Final[Mapping[str, tuple[type, str]]] = {  # key -> its type, and a description of it
     "question": (str, "a sentence"),
-    "products": (list, "a list, one product to an item"),
-    "pairs": (list, "a list, two arms to an item: [aem none, aem shuffled]"),
-    "arms": (dict, "a mapping, name: overrides"),
-    "search": (dict, "a mapping with space, trials, and more"),
-    "config_dir": (str, "a folder, seen from this file"),
+    "products": (list, "a list with one product per item"),
+    "pairs": (list, "a list with two arms per item, such as [aem none, aem shuffled]"),
+    "arms": (dict, "a mapping from name to overrides"),
+    "search": (dict, "a mapping with the keys space and trials"),
+    "config_dir": (str, "a folder, relative to this file"),
 }
 
 
 def list_sweeps() -> dict[str, str]:
-    """The sweeps that come with the package: name -> question."""
+    """The sweeps of the package: name -> question."""
     return {file.stem: read_sweep_file(file)["question"].strip() for file in sorted(_sweeps_folder().glob("*.yaml"))}
 
 
 def _sweeps_folder() -> Path:
-    """The folder of our sweeps, beside that of our configs."""
+    """The folder of the package's sweeps, next to `conf/`."""
     return config.conf_root().parent / "sweeps"
 
 
 def find_file(file_or_name: str | Path) -> Path | None:
-    """The file of a sweep, by its path or by its name in `sweeps/`."""
+    """The file of a sweep, from a path or a name in `sweeps/`; None if there is none."""
     name = Path(file_or_name).expanduser()
     places = [name, _sweeps_folder() / f"{name}.yaml", _sweeps_folder().parent / name]
     found = next((place for place in places if place.is_file()), None)
@@ -43,40 +43,46 @@ def find_file(file_or_name: str | Path) -> Path | None:
 
 
 def config_folder(file: Path, data: Mapping[str, Any]) -> Path | None:
-    """The folder over `conf/` that the file names, relative to its own place; its modules can be named by configs."""
+    """The `config_dir:` of a sweep file, which is relative to the file. Configurations can name modules in this folder."""
     if "config_dir" not in data:
         return None
     folder = file.parent / Path(data["config_dir"]).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"{file.stem}.config_dir", data["config_dir"], f"there is no folder {folder}")
+        raise ConfigError(f"{file.stem}.config_dir", data["config_dir"], f"folder {folder} does not exist")
     cli.add_user_modules(folder)
     return folder
 
 
 def require_file(file_or_name: str | Path) -> Path:
-    """The file of a sweep.
+    """The file of a sweep, from a path or a name in `sweeps/`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file.
     """
     if file := find_file(file_or_name):
         return file
     names = [path.stem for path in sorted(_sweeps_folder().glob("*.yaml"))]
-    raise ConfigError("sweep", file_or_name, names, "or the path of a file of yours")
+    raise ConfigError("sweep", file_or_name, names, "or give the path of a sweep file")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML, in which a key that stands twice is a mistake."""
+    """A YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         count = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := next((key for key, times in count.items() if times > 1), None):
-            raise ConfigError(f"{Path(self.name).stem}.{twice}", None, "stands twice in one block; names differ")
+            raise ConfigError(
+                f"{Path(self.name).stem}.{twice}", None, "is defined twice in one block; remove one of them"
+            )
         return super().construct_mapping(node, deep)
 
 
 def read_sweep_file(file: Path) -> dict[str, Any]:
-    """The file's keys, each of the right kind and none of them empty."""
+    """Read a sweep file.
+
+    Raises:
+        ConfigError: it is not valid YAML, or a key is unknown, empty or of the wrong type.
+    """
     data = _load_yaml(file)
     _check_keys(file.stem, data)
     return data
@@ -87,15 +93,15 @@ def _load_yaml(file: Path) -> dict[str, Any]:
     loader.name = str(file)
     try:
         data = loader.get_single_data()
-    except (yaml.YAMLError, ValueError) as error:  # a number of more digits than Python reads is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # an integer with too many digits is a ValueError
         raise ConfigError("sweep", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise ConfigError("sweep", str(file), f"must hold the keys {', '.join(KEYS)}")
+        raise ConfigError("sweep", str(file), f"must be a mapping with keys of {', '.join(KEYS)}")
     return data
 
 
 def _check_keys(name: str, data: dict[str, Any]) -> None:
-    """Refuse unknown keys, empty ones, and those of another kind; a search without arms has one, the base."""
+    """Check names, emptiness and types of the keys. A study without arms gets one arm, the base."""
     for key, value in data.items():
         if key not in KEYS:
             raise unknown_key_error(f"{name}.{key}", value, KEYS)
@@ -103,28 +109,28 @@ def _check_keys(name: str, data: dict[str, Any]) -> None:
         data.setdefault("arms", {"base": None})
     for key in ("question", "arms", "seeds", *(key for key in ("pairs", "products", "search") if key in data)):
         if data.get(key) in (None, "", [], {}):
-            raise ConfigError(f"{name}.{key}", data.get(key), "must hold something")
+            raise ConfigError(f"{name}.{key}", data.get(key), "must not be empty")
     for key, (kind, words) in KINDS.items():
         if key in data and not isinstance(data[key], kind):
             raise ConfigError(f"{name}.{key}", data[key], f"must be {words}")
     for arm in data["arms"]:
         if not isinstance(arm, str) or not rules.NAME_PATTERN.fullmatch(arm):
-            raise ConfigError(f"{name}.arms", arm, "must be named with letters, digits, and . _ + = -")
+            raise ConfigError(f"{name}.arms", arm, "must be a name of letters, digits and . _ + = -")
 
 
 def parse_overrides(at: str, value: Any) -> list[str]:
-    """Overrides: a line as on the command line, or a list of them."""
+    """Parse overrides: a line as on the command line, or a list of overrides."""
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         for word in value:
             if "=" not in word and not word.startswith("~"):
-                remedy = "must read key=value; within [] a comma ends an item, so write the line without brackets"
+                remedy = "must be key=value; inside [] a comma ends an item, so write the line without brackets"
                 raise ConfigError(at, word, remedy)
         return value
     if value is None or isinstance(value, str):
         try:
             return shlex.split(value or "")
         except ValueError as error:
-            raise ConfigError(at, value, f"is not a command line: {error}") from error
+            raise ConfigError(at, value, f"cannot be parsed as a command line: {error}") from error
     raise ConfigError(at, value, "must be overrides as on the command line, such as baseline=grpo trainer.steps=40")
 
 
@@ -132,5 +138,5 @@ def parse_seeds(name: str, value: Any) -> str:
     """Seeds as the value of an override: `0,1,2` or `range(0,3)`."""
     seeds = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if not seeds.strip():
-        raise ConfigError(f"{name}.seeds", value, "must hold something")
+        raise ConfigError(f"{name}.seeds", value, "must not be empty")
     return seeds

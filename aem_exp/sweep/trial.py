@@ -1,7 +1,7 @@
-"""Command `python -m aem_exp.trial WORKER_DIR`, one worker of a study: ask the storage for one trial, run it, report
-its metric at every evaluation, prune it if it is unpromising, and tell the result.
+"""Command `python -m aem_exp.trial WORKER_DIR`: one worker of a study.
 
-A restarted worker resumes its own trial from the newest checkpoint.
+It asks the storage for a trial, runs it, reports its metric at each evaluation, stops it if the pruner says so, and records the
+result. A restarted worker resumes its own trial from the newest checkpoint.
 """
 
 import argparse
@@ -34,13 +34,15 @@ from aem_exp.sweep.study_spec import STUDY_FILE, TRIAL_FILE, PrintLine, Search, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Be a worker; the exit code."""
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv), print), lambda: "to go on, ask the sweep again")
+    """Run the command and return its exit code."""
+    return cli.run_cli(
+        lambda: _run_command(_parse_arguments(argv), print), lambda: "to continue, run the command of the sweep again"
+    )
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    what = "Take one trial of a study and run it; python -m aem_exp.sweep sends these."
-    parser = cli.Parser("python -m aem_exp.trial", description=what, allow_abbrev=False)
+    about = "Run one trial of a study. python -m aem_exp.sweep submits this command."
+    parser = cli.Parser("python -m aem_exp.trial", description=about, allow_abbrev=False)
     parser.add_argument("worker_dir", type=Path)
     return parser.parse_args(argv)
 
@@ -59,7 +61,7 @@ def _run_command(arguments: argparse.Namespace, print_line: PrintLine) -> int:
     extras.require_training("launch", study.base.launch.name, "a trial")
     if not distributed.is_main_process():
         return _run_other_rank(worker, study)
-    dispatch.check_prepared(study.base)  # a trial is not to blame for a tracker that is away
+    dispatch.check_prepared(study.base)  # before a trial is taken, so that a missing resource does not fail the trial
     try:
         with lock.hold_run_lock(worker):
             return _run_rank_zero(worker, study, print_line)
@@ -69,40 +71,40 @@ def _run_command(arguments: argparse.Namespace, print_line: PrintLine) -> int:
 
 
 def read_study(worker: Path) -> Study:
-    """The study that a worker works for.
+    """Read the study of a worker.
 
     Raises:
-        ConfigError: it is no worker, or the storage is another one here.
+        ConfigError: the folder is not a worker, or the storage differs from the one at submission.
     """
     from aem_exp.core.errors import redact
 
     file = worker / STUDY_FILE
     if not file.is_file():
-        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, with {STUDY_FILE}")
+        raise ConfigError("WORKER_DIR", str(worker), f"must be the folder of a worker, which contains {STUDY_FILE}")
     spec, configs = json.loads(file.read_text()), worker / "config"
-    os.environ.pop("AEM_ROOT", None)  # conf/ is what was frozen with the code
+    os.environ.pop("AEM_ROOT", None)  # use the conf/ that was frozen with the code
     search = build_from_mapping(Search, spec["search"], "search")
     study = Study(
         worker.parent, spec["question"], tuple(spec["overrides"]), configs if configs.is_dir() else None, search
     )
     if redact(study.storage_url or "") != spec["storage"]:
-        remedy = f"was {spec['storage'] or 'not set'} where the worker was sent from; does the job get the environment?"
+        remedy = f"was {spec['storage'] or 'not set'} at submission; check that the job inherits the environment"
         raise ConfigError("AEM_STUDY", redact(study.storage_url or "") or None, remedy)
     return study
 
 
 def _run_rank_zero(worker: Path, study: Study, print_line: PrintLine) -> int:
-    """Take a trial, run it, tell; the first process of a worker does this, and writes down for the others what they need."""
+    """Take a trial, run it and record its result. Only rank 0 does this; it notifies the other ranks through a file."""
     opened = open_study(study)
     number = _take_trial(worker, study, opened)
     if number is None:
         _notify_other_ranks(worker, {"play": False})
-        print_line("nothing is missing")
+        print_line("no trial is missing")
         return 0
     frozen = opened.get_trials(deepcopy=False)[number]
-    if frozen.state.is_finished():  # killed after it had told
+    if frozen.state.is_finished():  # killed after the result was recorded
         _notify_other_ranks(worker, {"play": False})
-        print_line(f"trial {number} is told: {frozen.state.name.lower()}")
+        print_line(f"trial {number} has ended: {frozen.state.name.lower()}")
         return 0
     trial = reopen_trial(opened, frozen)
     try:
@@ -117,7 +119,7 @@ def _run_rank_zero(worker: Path, study: Study, print_line: PrintLine) -> int:
 
 
 def _take_trial(worker: Path, study: Study, opened: Any) -> int | None:
-    """The number of the worker's own trial: the one that it had, or a new one; None where none is missing."""
+    """The number of the worker's trial, existing or new; None if no trial is missing."""
     card = read_card(worker)
     if "number" in card:
         return int(card["number"])
@@ -130,7 +132,7 @@ def _take_trial(worker: Path, study: Study, opened: Any) -> int | None:
 
 
 def _record_membership(study: Study, opened: Any, trial: Any, experiment: Experiment) -> None:
-    """Write down which runs belong to the study, where status, MLflow and the report look."""
+    """Record which runs belong to the study, for status and MLflow."""
     from aem_exp.rundir import membership
     from aem_exp.tracking import publish, views
 
@@ -157,7 +159,7 @@ def _record_membership(study: Study, opened: Any, trial: Any, experiment: Experi
 def _run_trial(
     worker: Path, study: Study, opened: Any, trial: Any, experiment: Experiment, print_line: PrintLine
 ) -> int:
-    """Run the trial and tell how it ended; interrupted, tell nothing, and make way."""
+    """Run the trial and record its result. An interrupted trial stays open, and its job is requeued."""
     from aem_exp.cluster import distributed
     from aem_exp.cluster.signals import Interrupted, Pruned
     from aem_exp.run import execution
@@ -182,7 +184,7 @@ def _run_trial(
             print_line(f"{stop}; the trial stays open")
             slurm.requeue_and_wait(stop.signal)
             raise
-        except lock.RunLocked as locked:  # a trial with the same parameters has it
+        except lock.RunLocked as locked:  # a trial with the same parameters runs in this run directory
             if distributed.world_size() > 1:
                 raise RunError(str(locked)) from locked
             _wait_for_duplicate(print_line)
@@ -197,7 +199,7 @@ def _run_trial(
 
 
 def _run_other_rank(worker: Path, study: Study) -> int:
-    """What the other processes of a worker do: wait for the first to take a trial, and run it too."""
+    """Wait until rank 0 has taken a trial, then take part in its run."""
     from aem_exp.cluster.signals import Interrupted, Pruned
     from aem_exp.run import execution
 
@@ -218,7 +220,7 @@ def _notify_other_ranks(worker: Path, news: dict[str, Any]) -> None:
 
 
 def _start_id() -> str:
-    """Which start of which job this is."""
+    """An id of this start of this job."""
     return f"{os.environ.get('SLURM_JOB_ID', os.getpid())}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
@@ -229,7 +231,7 @@ def _make_progress() -> Any:
 
 
 class _TrialReporter:
-    """Reports a trial's metric to the storage, and says when enough was seen; what the untrained policy scored is no news."""
+    """Callback of a run: reports the metric to the storage and returns whether to prune. Step 0 is not reported."""
 
     def __init__(self, opened: Any, trial: Any, metric: str, line: Any):
         self.trial, self.metric, self.line = trial, metric, line
@@ -243,17 +245,17 @@ class _TrialReporter:
         if step > 0 and step not in self.reported:
             self.trial.report(row[self.metric], step)
             self.reported.add(step)
-        return 0 < step < steps and self.trial.should_prune()  # at the last step nothing is left to save
+        return 0 < step < steps and self.trial.should_prune()  # pruning at the last step would save nothing
 
     def _check_metric(self, row: Mapping[str, float]) -> None:
-        """Say at the first evaluation what would otherwise be found at the end."""
+        """Raise at the first evaluation if the metric does not exist, not only at the end of the run."""
         names = [name for name in row if name.startswith("eval/")]
         if names and self.metric.startswith("eval/"):
             raise ConfigError("search.metric", self.metric, names)
 
 
 def _final_value(study: Study, folder: Path) -> float:
-    """What a finished run gives: the last value of the metric."""
+    """The value of a finished trial: the last value of its metric."""
     from aem_exp.rundir import metrics
 
     name, rows = metrics.sanitise_name(study.search.metric), metrics.read(folder)
@@ -270,6 +272,6 @@ def _final_value(study: Study, folder: Path) -> float:
 def _wait_for_duplicate(print_line: PrintLine, seconds: float = 2.0) -> None:
     from aem_exp.cluster.signals import Signals
 
-    print_line("its parameters are those of a trial that runs; waiting for its end")
+    print_line("another trial with the same parameters is running; waiting for its result")
     with Signals():
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Runs on a real SLURM cluster: submitted, preempted, requeued, killed, cancelled, out of time; and nothing is lost."""
+"""Runs on a real SLURM cluster: submission, preemption, requeue, node failure, cancellation and time limits lose nothing."""
 
 import json
 import os
@@ -52,8 +52,8 @@ def desk(cluster, cache, tmp_path):
     return SlurmSite(cluster, cache, tmp_path)
 
 
-def test_preempted_requeued_and_robbed_of_its_node_it_ends_the_same(cluster, cache, tmp_path):
-    """One run, three blows: preemption (TERM, then KILL), a bare requeue, a node that dies."""
+def test_run_survives_preemption_requeue_and_node_failure(cluster, cache, tmp_path):
+    """One run with three interruptions: preemption (SIGTERM, then SIGKILL), a plain requeue, and a node failure."""
     desk = SlurmSite(cluster, cache, tmp_path, partition="preempt")
     reference = desk.here()
     folder, job = desk.submit(SLOW="0.03")
@@ -84,8 +84,8 @@ def test_preempted_requeued_and_robbed_of_its_node_it_ends_the_same(cluster, cac
     assert "finished" in desk.run_command("aem_exp", *SLOW_RUN)
 
 
-def test_two_nodes_agree_save_and_go_on(desk):
-    """USR2, which comes before a time limit, at one process of two: both stop at the same step, and end as if undisturbed."""
+def test_two_nodes_stop_at_the_same_step(desk):
+    """SIGUSR2, which precedes a time limit, reaches one of two processes. Both stop at the same step."""
     two = ["launch.nodes=2", "seed=2"]
     reference = desk.folder / "reference"
     calm, _ = desk.submit(*two, f"outputs={reference}")
@@ -102,9 +102,9 @@ def test_two_nodes_agree_save_and_go_on(desk):
     assert "finished" in desk.run_command("aem_exp", *SLOW_RUN, *two)
 
 
-def test_a_node_serves_and_another_trains(desk):
-    """One job of two nodes: a server with a key and a port of its own, which follows the weights. It ends with the run, and
-    another is there for the run's next start."""
+def test_one_node_serves_and_another_trains(desk):
+    """A job of two nodes. The server has its own key and port, gets new weights, and ends with the run. The next start of the
+    run has a new server."""
     served = ["launch.sampler=served", "launch.server_nodes=1", "launch.server_seconds=90", "trainer.steps=3"]
     assert "must have vllm_server.sh" in desk.run_command("aem_exp", *SLOW_RUN, *served, code=2)
     server = f'exec {sys.executable} {TESTS / "support" / "completions_server.py"} "$@"\n'
@@ -128,8 +128,8 @@ def test_a_node_serves_and_another_trains(desk):
     assert "interface=lol: did you mean lo?" in log(nowhere)
 
 
-def test_a_time_limit_costs_nothing(desk):
-    """SLURM itself says when time is up: two minutes, with its first word 70 s before the end, give or take half a minute."""
+def test_time_limit_loses_no_step(desk):
+    """SLURM sends its signal about 70 s (plus or minus 30 s) before the time limit of two minutes."""
     folder, job = desk.submit("seed=3", "launch.hours=0.034", "launch.warn_seconds=70", SLOW="0.1")
     wait_until(lambda: begun(folder, 2), lambda: f"a second start: {log(folder)}", 150)
     assert "asked to stop (SIGUSR2)" in log(folder)
@@ -141,7 +141,7 @@ def test_a_time_limit_costs_nothing(desk):
     assert "cancelled" in desk.states(folder)[0].sentence
 
 
-def test_what_is_edited_while_a_job_waits_does_not_reach_it(desk):
+def test_edits_do_not_affect_queued_jobs(desk):
     (desk.folder / "site" / "site.yaml").write_text(json.dumps({"sbatch": {"begin": "now+4"}}))
     folder, _ = desk.submit("seed=4")
     (desk.folder / "slow_household.py").write_text("raise RuntimeError('edited')")
@@ -150,8 +150,8 @@ def test_what_is_edited_while_a_job_waits_does_not_reach_it(desk):
     finished(folder)
 
 
-def test_a_node_that_does_not_see_the_run_dir_is_told(desk):
-    """A disk that is not shared: SLURM cannot even open the log."""
+def test_run_directory_that_the_node_cannot_read(desk):
+    """The disk is not shared, so SLURM cannot open the log."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount (root)")
     (desk.folder / "site" / "site.yaml").write_text(json.dumps({"sbatch": {"nodelist": "node1"}}))
@@ -161,13 +161,13 @@ def test_a_node_that_does_not_see_the_run_dir_is_told(desk):
     folder, _ = desk.submit("seed=6")
     wait_until(lambda: desk.states(folder)[0].what == "failed", "the end of the job")
     found = desk.states(folder)[0]
-    assert (found.kind, found.missing) == ("unseen", True) and "does not see the run dir" in found.sentence
+    assert (found.kind, found.missing) == ("unseen", True) and "run directory" in found.sentence
     desk.cluster.kill_node("node1")
     desk.cluster.revive_node("node1")
 
 
-def test_a_prepared_run_needs_no_network(desk):
-    """What a job gets, by hand, where there is no network at all."""
+def test_prepared_run_needs_no_network(desk):
+    """The command of a job, in a network namespace without any network."""
     if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to make a network namespace (root)")
     (desk.folder / "site" / "site.yaml").write_text(json.dumps({"sbatch": {"begin": "now+1hour"}}))
@@ -183,10 +183,10 @@ def test_a_prepared_run_needs_no_network(desk):
     assert desk.states(folder)[0].what == "done"
 
 
-def test_what_slurm_refuses_is_one_sentence(desk):
+def test_rejected_job_is_one_sentence(desk):
     (desk.folder / "site" / "site.yaml").write_text("partition: nowhere")
     err = desk.run_command("aem_exp", *SLOW_RUN, code=2)
-    assert "invalid partition" in err and "partitions here: gpu preempt" in err
+    assert "invalid partition" in err and "partitions: gpu preempt" in err
     (desk.folder / "site" / "site.yaml").write_text("partitoin: gpu")
     assert "did you mean" in desk.run_command("aem_exp", *SLOW_RUN, code=2)
     (desk.folder / "site" / "site.yaml").write_text("")
@@ -196,7 +196,7 @@ def test_what_slurm_refuses_is_one_sentence(desk):
     assert "sbatch is not on the PATH" in desk.run_command("aem_exp", *SLOW_RUN, code=2, **nowhere)
 
 
-def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
+def test_missing_resources_are_reported_before_submission(desk):
     pytest.importorskip("swebench")
     if why := Bwrap().missing():
         pytest.skip(why)
@@ -216,7 +216,7 @@ def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
     assert "holds no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
 
 
-def test_frozen_code_is_one_copy_that_nobody_writes_to(clean, tmp_path):
+def test_frozen_code_is_shared_and_read_only(clean, tmp_path):
     runs = {tmp_path / f"run{seed}": config.load([f"seed={seed}"]) for seed in (0, 1)}
     provenance.freeze_code(runs)
     one, two = (folder / "code" / "aem_exp" / "aem.py" for folder in runs)

@@ -1,4 +1,4 @@
-"""The throw-away cluster does what the tests of our doors count on: accounts, throttles, preempts, requeues, loses nodes."""
+"""The temporary SLURM cluster of the tests: accounting, array limits, preemption, requeue, node failure."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, waiting a little."""
+    """Whether a process ends within a short time."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         try:
@@ -28,7 +28,7 @@ def gone(pid: int) -> bool:
 
 
 def script(folder: Path, once: str) -> list[str]:
-    """Words for sbatch: a job that writes its start's number and its process, and does something on its first start only."""
+    """Arguments of sbatch for a job that records its start count and pid, and runs a command only on its first start."""
     path = folder / "job.sh"
     number = "${SLURM_RESTART_COUNT:-0}"
     path.write_text(f"#!/bin/bash\necho {number} $$ >> {folder}/starts\n[ {number} -gt 0 ] && exit\n{once}\n")
@@ -41,7 +41,7 @@ def starts(folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def lost(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A job whose node has just died: the controller finds that out while the other tests run."""
+    """A job on a node that has just failed; the controller notices this while the other tests run."""
     folder = tmp_path_factory.mktemp("lost")
     job = cluster.sbatch("--nodelist=node1", *script(folder, "sleep 600"))
     cluster.wait(job, {"RUNNING"})
@@ -51,7 +51,7 @@ def lost(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
     return job, folder
 
 
-def test_a_job_gets_the_gpus_it_asks_for_and_is_accounted(cluster, tmp_path, lost):
+def test_gpus_and_accounting(cluster, tmp_path, lost):
     words = [*HERE, f"--output={tmp_path}/log", "--wrap", "echo $CUDA_VISIBLE_DEVICES; exit 3"]
     job = cluster.sbatch("--gpus-per-node=3", *words)
     assert cluster.wait(job, {"COMPLETED", "FAILED"}) == {job: "FAILED"} == cluster.sacct(job)
@@ -60,7 +60,7 @@ def test_a_job_gets_the_gpus_it_asks_for_and_is_accounted(cluster, tmp_path, los
         cluster.sbatch("--gpus-per-node=9", *words)
 
 
-def test_an_array_runs_as_many_tasks_at_a_time_as_it_says(cluster, tmp_path, lost):
+def test_array_limit(cluster, tmp_path, lost):
     work = f"echo start >> {tmp_path}/turns; sleep 0.5; echo end >> {tmp_path}/turns"
     job = cluster.sbatch(*HERE, "--array=0-3%2", "--output=/dev/null", "--wrap", work)
     assert cluster.wait(job, {"COMPLETED"}) == {f"{job}_{task}": "COMPLETED" for task in range(4)}
@@ -69,7 +69,7 @@ def test_an_array_runs_as_many_tasks_at_a_time_as_it_says(cluster, tmp_path, los
     assert max(sum(steps[:end]) for end in range(9)) == 2
 
 
-def test_a_preempted_step_gets_sigterm_and_its_job_comes_back(cluster, tmp_path, lost):
+def test_preempted_job_gets_sigterm_and_is_requeued(cluster, tmp_path, lost):
     # A step, as srun starts them, hears of it `grace` seconds before the job's shell does.
     trap = f"trap 'date +%s >> {tmp_path}/signals' TERM; touch {tmp_path}/trapped"
     waits = f'srun bash -c "{trap}; while true; do sleep 0.1; done"'
@@ -85,14 +85,14 @@ def test_a_preempted_step_gets_sigterm_and_its_job_comes_back(cluster, tmp_path,
     assert [number for number, _ in starts(tmp_path)] == ["0", "1"]
 
 
-def test_a_requeued_job_starts_again_within_seconds(cluster, tmp_path, lost):
+def test_requeued_job_starts_again_within_seconds(cluster, tmp_path, lost):
     job = cluster.sbatch(*HERE, *script(tmp_path, "scontrol requeue $SLURM_JOB_ID; sleep 600"))
     cluster.wait(job, {"COMPLETED"})
     assert cluster.history(job) == ["REQUEUED", "COMPLETED"]
     assert [number for number, _ in starts(tmp_path)] == ["0", "1"]
 
 
-def test_a_job_outlives_its_node(cluster, lost):
+def test_job_survives_its_node(cluster, lost):
     job, folder = lost
     cluster.scontrol("update", f"JobId={job}", "ReqNodeList=")  # it had asked for the dead node
     cluster.wait(job, {"COMPLETED"})
@@ -103,8 +103,8 @@ def test_a_job_outlives_its_node(cluster, lost):
     cluster.run("srun", "--nodelist=node1", "true")
 
 
-def test_the_daemons_die_with_the_tests(tmp_path):
-    """Here one `daemon` that has detached another process; both die with a process that gets no chance to stop them."""
+def test_daemons_end_with_the_tests(tmp_path):
+    """A daemon and its detached child end when the process that started them is killed."""
     detach = f"setsid sleep 600 & echo $$ $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pids; sleep 600"
     words = f"{sys.executable!r}, {cluster_module.__file__!r}, str(os.getpid()), 'bash', '-c', {detach!r}"
     start = f"import os, subprocess, time; subprocess.Popen([{words}]); time.sleep(600)"

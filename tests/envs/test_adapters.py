@@ -82,7 +82,9 @@ def test_what_an_example_needs_is_one_sentence(tmp_path):
     for words, folder in ((["env=frozen_lake"], None), (["env=taxi"], tmp_path)):
         if folder:
             readme_taxi(folder)
-        with pytest.raises(ConfigError, match=r"has no scripted player to imitate; load a policy: model=NAME"):
+        with pytest.raises(
+            ConfigError, match=r"has no expert for the policy to imitate; load a model instead: model=NAME"
+        ):
             preflight.open_checked_world(load(words, folder))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)

@@ -90,7 +90,7 @@ def test_a_world_that_keeps_the_contract_is_let_in(mine):
         ("NoSplits", [], "env.make._target_=someones.NoSplits: must have a text as its fingerprint"),
         ("Twice", [], "evaluation.panel=dev: two of its tasks have the id 'same'"),
         ("Shared", [], "env Shared=t-0: is a task of train and of the panel dev"),
-        ("Taught", [], "model.make=aem_exp.tiny.make: env Taught has no scripted player"),
+        ("Taught", [], "model.make=aem_exp.tiny.make: env Taught has no expert"),
         ("World", ["evaluation.final=exam"], "evaluation.final=exam: choose from dev, test"),
         ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: env World has 60 training tasks"),
     ],

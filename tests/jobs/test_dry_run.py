@@ -1,4 +1,4 @@
-"""A user's own parts are tried before any policy is made: what they do wrong is one sentence with their file and line."""
+"""User-defined worlds, advantage functions and schedules are tried before a run; errors name file and line."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ import numpy, torch
 from aem_exp.envs import LazyTasks, Task, Turn
 
 class Env:
-    """A number of the task's seed is to be guessed: all games begin alike."""
+    """Guess a number that follows from the seed of the task. All games begin with the same observation."""
     goal = "guess"
     def __init__(self, most): self.most = most
     def parse(self, response): return response.strip()
@@ -195,15 +195,15 @@ def mine(tmp_path_factory):
 
 
 def at(mine, mark):
-    """Where a line of the module stands, as a sentence has it."""
+    """The location of a line of the module, as error messages show it."""
     number = next(i for i, line in enumerate(MODULE.splitlines(), start=1) if line.endswith(f"# here: {mark}"))
     return f"({mine / 'someones_parts.py'}, line {number})"
 
 
 def refused(mine, *words):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         preflight.open_checked_world(load([*words], mine))
-    said = str(told.value)
+    said = str(caught.value)
     assert "\n" not in said
     return said
 
@@ -214,18 +214,18 @@ WRONG = {
     "SaysText": "step must return a Turn, not str",
     "NoGoal": "goal must be a str, not int",
     "Words": "Turn.metrics['won'] must be a finite number, not 'yes'",
-    "Silent": "no turn of a step says metrics['won']",
+    "Silent": "no turn has metrics['won']",
     "Percent": "metrics['won'] must be 0.0 or 1.0, not 100.0",
-    "NoClose": "what its env() returns has no method close, which aem_exp.envs.TextEnv asks for",
-    "OneForAll": "env() must make an environment each time, and returned the same one twice",
+    "NoClose": "without the method close",
+    "OneForAll": "env() must make a new environment for each call",
     "Listed": "its tasks must be a method",
     "Property": "fingerprint failed: KeyError: 'no version'",
     "NumpyFlag": "Turn.terminated must be a bool, not numpy.bool",
     "NoEnv": "env() failed: OSError: no such board",
-    "Mute": "what expert() returns must be a str, not NoneType",
+    "Mute": "the result of expert() must be a str, not NoneType",
     "Narrow": "expert() failed: TypeError",
-    "NumberWords": "words() must list words, and lists 1",
-    "OneText": "words() must list words, and returns one text",
+    "NumberWords": "words() must return a list of words, but it contains 1",
+    "OneText": "words() must return a list of words, not one text",
     "Stream": "tasks('train') must return a list of tasks, or aem_exp.envs.LazyTasks, not a generator",
     "Dicts": "tasks('dev') must hold aem_exp.envs.Task, not dict",
     "NumberIds": "tasks('dev'): the id of a task must be a str, not int",
@@ -237,7 +237,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_world_does_wrong_is_one_sentence(mine, name):
+def test_invalid_world_is_refused(mine, name):
     said = refused(mine, f"env={name}")
     assert said.startswith(f"env.make._target_=someones_parts.{name}: ")
     assert WRONG[name] in said
@@ -245,55 +245,55 @@ def test_what_a_world_does_wrong_is_one_sentence(mine, name):
         assert said.endswith(at(mine, name))
 
 
-def test_a_world_that_its_keywords_break_is_one_sentence(mine):
+def test_invalid_keywords_of_a_world_are_refused(mine):
     said = refused(mine, "env=Broken", "+env.make.most=abc")
     assert said.startswith("env.make._target_=someones_parts.Broken: making it failed: TypeError: ")
     assert said.endswith(at(mine, "Broken"))
-    said = refused(mine, "env=World", "+env.make.most=abc")  # it only notices as it plays
+    said = refused(mine, "env=World", "+env.make.most=abc")  # fails only during an episode
     assert "reset failed: TypeError: " in said
 
 
-def test_a_game_that_is_another_when_played_again_is_said(mine, caplog):
+def test_task_that_changes_when_replayed_gives_a_warning(mine, caplog):
     with caplog.at_level(logging.INFO):
         assert preflight.open_checked_world(load(["env=Dice"], mine))
-    assert "env Dice: task train-0 was another game when it was played again" in caplog.text
+    assert "env Dice: task train-0 was a different game" in caplog.text
 
 
-def test_what_is_no_class_is_one_sentence(mine):
+def test_target_that_is_an_instance_is_refused(mine):
     said = refused(mine, "env=World", "env.make._target_=someones_parts.made")
     assert "someones_parts.made: is a World, and must be a class or a function" in said
 
 
-def test_a_world_of_training_tasks_alone_is_one_sentence(mine):
+def test_world_without_held_out_panels_is_refused(mine):
     assert "splits must name held-out panels beside train, such as dev and test" in refused(mine, "env=NoDev")
 
 
 @pytest.mark.parametrize("name", ["World", "Unicode", "Endless", "Base"])
-def test_a_world_that_keeps_the_contract_passes(mine, name, caplog):
+def test_valid_world_passes(mine, name, caplog):
     with caplog.at_level(logging.INFO):
         assert preflight.open_checked_world(load([f"env={name}"], mine)).fingerprint == "guess-1"
     assert not caplog.records
 
 
-def test_without_a_scripted_player_actions_are_drawn(mine):
+def test_without_an_expert_random_actions_are_played(mine):
     assert preflight.open_checked_world(load(["env=Chooses", *FOLDER], mine))
 
 
-def test_who_hangs_is_not_waited_for(mine, caplog, monkeypatch):
+def test_hung_world_is_skipped(mine, caplog, monkeypatch):
     monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
     with caplog.at_level(logging.INFO):
         world = preflight.open_checked_world(load(["env=Sleeps"], mine))
     assert world.asked.wait(DEADLINE)
-    assert "env Sleeps: two episodes were not played in 0.2 s" in caplog.text
+    assert "env Sleeps: two episodes took more than 0.2 s" in caplog.text
     stuck = [thread for thread in threading.enumerate() if thread.name == dry_run.THREAD_NAME]
     assert stuck and all(thread.daemon for thread in stuck)
     world.gate.set()
 
 
-def test_what_starts_other_programs_is_not_started(mine, caplog):
+def test_worlds_that_start_programs_are_not_tried(mine, caplog):
     with caplog.at_level(logging.INFO):
         assert preflight.open_checked_world(load(["env=Jvm"], mine))
-    assert "env Jvm: not tried before the run, as its environments start other programs" in caplog.text
+    assert "env Jvm: not tried before the run" in caplog.text
 
 
 ADVANTAGES = {
@@ -307,7 +307,7 @@ ADVANTAGES = {
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_what_an_advantage_does_wrong_is_one_sentence(mine, name):
+def test_invalid_advantage_function_is_refused(mine, name):
     said = refused(mine, f"baseline.advantage={{_target_: someones_parts.{name}}}")
     assert said.startswith(f"baseline.advantage._target_=someones_parts.{name}: ")
     assert ADVANTAGES[name] in said
@@ -327,27 +327,27 @@ def test_what_an_advantage_does_wrong_is_one_sentence(mine, name):
         ["modulation.lam={_target_: someones_parts.Steady}"],
     ],
 )
-def test_parts_that_do_as_they_should_pass(mine, words):
+def test_valid_functions_pass(mine, words):
     assert preflight.open_checked_world(load(words, mine))
 
 
-def test_an_advantage_that_does_not_answer_is_not_waited_for(mine, caplog, monkeypatch):
+def test_hung_advantage_function_is_skipped(mine, caplog, monkeypatch):
     monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
     dry_run.check_functions(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
-    assert "someones_parts.stuck: gave no answer in 0.2 s" in caplog.text
+    assert "someones_parts.stuck: took more than 0.2 s" in caplog.text
 
 
 SCHEDULES = {
     "Texts": "must return a finite number, not 'half' at progress 0",
     "Ends": "progress 1 failed: ZeroDivisionError: float division by zero",
     "Infinite": "must return a finite number, not inf at progress 0",
-    "NoSchedule": "makes no schedule: it must be callable with the progress of a run, from 0 to 1",
+    "NoSchedule": "must make a schedule",
     "Nested": "making it failed: ValueError: no such value",
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_what_a_schedule_does_wrong_is_one_sentence(mine, name):
+def test_invalid_schedule_is_refused(mine, name):
     value = ", value: 1" if name.startswith("N") else ""
     said = refused(mine, f"modulation.lam={{_target_: someones_parts.{name}{value}}}")
     assert said.startswith(f"modulation.lam._target_=someones_parts.{name}: ")
@@ -356,15 +356,15 @@ def test_what_a_schedule_does_wrong_is_one_sentence(mine, name):
         assert said.endswith(at(mine, name))
 
 
-def test_a_door_says_one_sentence_and_a_plan_the_same(mine, capsys):
+def test_run_and_plan_report_the_same_error(mine, capsys):
     for words in (["env=Boom"], ["env=Boom", "plan=true"]):
         assert main([*words, "--config-dir", str(mine)]) == 2
         said = capsys.readouterr().err
         assert said == f"aem_exp: env.make._target_=someones_parts.Boom: {WRONG['Boom']} {at(mine, 'Boom')}\n"
-    assert main(["env=Boom", "--config-dir", str(mine), "--cfg", "job"]) == 0  # nothing is played
+    assert main(["env=Boom", "--config-dir", str(mine), "--cfg", "job"]) == 0  # --cfg plays no episode
 
 
-def test_a_submission_tries_every_part_of_its_experiments(mine):
+def test_submission_checks_the_functions_of_every_experiment(mine):
     from aem_exp.jobs import dispatch
 
     first, second = load([], mine), load(["modulation.lam={_target_: someones_parts.Texts}"], mine)

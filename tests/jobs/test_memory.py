@@ -1,4 +1,4 @@
-"""What an experiment needs: counts known from elsewhere, laws, small models weighed, and what a plan says and refuses."""
+"""Memory estimates: published sizes, invariants, measurements of small models, plans, and refusals."""
 
 import json
 from collections import namedtuple
@@ -21,7 +21,7 @@ from aem_exp.jobs.sizes import SHAPES, ProcessSpec, StepSizes
 
 pytestmark = pytest.mark.usefixtures("clean")
 SWE = ["+experiment=swebench_32b"]
-ALL_ALONE = [*SWE, "launch=nodes8", "evaluation.context_tokens=0", "evaluation.max_turns=50"]  # nobody serves
+ALL_ALONE = [*SWE, "launch=nodes8", "evaluation.context_tokens=0", "evaluation.max_turns=50"]  # no server nodes
 NODE = ["+experiment=webshop_1_5b", "model=qwen2_5_7b", "launch=node1"]
 DDP = ["launch.trainer.fsdp=null", "launch.trainer.fsdp_config=null", "+launch.trainer.gradient_checkpointing=true"]
 ALONE = [*NODE, *DDP, "launch.gpus_per_node=1"]
@@ -40,44 +40,44 @@ def part(need, phase, *names):
     return sum(need.phases[phase].get(name, 0) for name in names)
 
 
-# Numbers made by hand.
+# Values computed by hand.
 
 
 @pytest.mark.parametrize("path", SHAPES)
-def test_the_shipped_models_have_as_many_weights_as_published(path):
+def test_weight_counts_agree_with_published_counts(path):
     passes = ProcessSpec.from_experiment(load([f"model.path={path}", "model.make=null"])).passes
     assert sum(p.numel() for p in memory._cached_trace(passes).parameters) == WEIGHTS[path]
 
 
-def test_what_is_resident_follows_from_the_weights():
-    n, whole, pieces = WEIGHTS["Qwen/Qwen2.5-7B-Instruct"], planned(ALONE), planned(NODE)
+def test_resident_memory_follows_from_the_weights():
+    n, whole, sharded = WEIGHTS["Qwen/Qwen2.5-7B-Instruct"], planned(ALONE), planned(NODE)
     for phase in ("update", "scoring"):
         assert part(whole, phase, "weights") == 4 * n and part(whole, phase, "optimizer") == 8 * n
         assert part(whole, phase, "reference") == 4 * n  # beta is above 0
-        assert part(pieces, phase, "weights", "optimizer") == pytest.approx(12 * n / 8)
+        assert part(sharded, phase, "weights", "optimizer") == pytest.approx(12 * n / 8)
     assert part(whole, "optimizer", "gradients") == 4 * n
-    assert part(pieces, "optimizer", "gradients") == pytest.approx(4 * n / 8)
-    assert whole.saved == pieces.saved == 12 * n
+    assert part(sharded, "optimizer", "gradients") == pytest.approx(4 * n / 8)
+    assert whole.saved == sharded.saved == 12 * n
 
 
-def test_a_step_in_numbers():
+def test_step_sizes():
     whole = StepSizes(1024, 1024, 1024, 1024 * 36864, 1024 * 36864, 1)
     assert StepSizes.from_experiment(load(SWE)) == whole
-    assert StepSizes.from_experiment(load(ALL_ALONE)) == replace(whole, live=64)  # one a process
+    assert StepSizes.from_experiment(load(ALL_ALONE)) == replace(whole, live=64)  # one per process
     windows = StepSizes.from_experiment(load(NODE))
     assert windows == StepSizes(128, 128, 128 * 15, 128 * 15 * 4608, 128 * 15 * 512, 30)
 
 
-def test_the_cache_of_32b_is_a_quarter_of_a_megabyte_a_token():
+def test_kv_cache_of_the_32b_model():
     need = planned(ALL_ALONE)
     assert part(need, "play", "KV cache") == pytest.approx(2 * 2 * 64 * 8 * 128 * 36864, rel=0.01)
     assert part(need, "play", "gathered") == 2 * WEIGHTS["Qwen/Qwen3-32B"]
 
 
-# Laws.
+# Invariants.
 
 
-def test_twice_the_processes_hold_half_of_what_is_in_pieces():
+def test_twice_the_processes_hold_half_of_the_shards():
     process_spec = ProcessSpec.from_experiment(load(NODE))
     one, two = (
         estimate_memory(replace(process_spec, ranks=n, passes=replace(process_spec.passes, processes=n)))
@@ -88,31 +88,31 @@ def test_twice_the_processes_hold_half_of_what_is_in_pieces():
     assert part(two, "update", "activations") == part(one, "update", "activations")
 
 
-def test_ddp_holds_all_in_each_process_and_gradients_twice():
+def test_ddp_replicates_memory_and_doubles_gradients():
     ddp, nodes, alone = planned([*NODE, *DDP]), planned([*NODE, *DDP, "launch.nodes=4"]), planned(ALONE)
     for name in ("weights", "optimizer", "reference"):
         assert part(ddp, "update", name) == part(nodes, "update", name) == part(alone, "update", name)
     assert part(ddp, "optimizer", "gradients") == 2 * part(alone, "optimizer", "gradients")
 
 
-def test_of_an_adapter_only_itself_is_trained():
+def test_only_the_adapter_is_trained_with_lora():
     lora = "model.lora={r: 8, target_modules: [q_proj, v_proj]}"
     adapter = planned(["+experiment=webshop_1_5b", "launch=gpu1", lora])
     ours = 28 * 8 * ((1536 + 1536) + (1536 + 256))
     assert adapter.trained == ours and adapter.weights == WEIGHTS["Qwen/Qwen2.5-1.5B-Instruct"] + ours
     assert part(adapter, "update", "optimizer") == 8 * ours and part(adapter, "optimizer", "gradients") == 4 * ours
-    assert part(adapter, "update", "reference") == 0  # the policy without it
+    assert part(adapter, "update", "reference") == 0  # the reference is the policy without the adapter
     assert adapter.saved == 12 * ours
 
 
-def rehearsed(kind="qwen3", checkpointing=False, layers=7):
+def make_trace(kind="qwen3", checkpointing=False, layers=7):
     shape = Setting("deep", kind=kind, layers=layers).shape
     make = lambda: policy.build_from_config(shape, "float32", "sdpa", {})  # noqa: E731
     return MemoryTrace(make, autocast=True, checkpointing=checkpointing)
 
 
-def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
-    whole, again = rehearsed(layers=4), rehearsed(layers=4, checkpointing=True)
+def test_memory_grows_with_rows_and_length_and_shrinks_with_checkpointing():
+    whole, again = make_trace(layers=4), make_trace(layers=4, checkpointing=True)
     sizes = ((1, 64), (2, 64), (2, 128))
     held, less = ([sum(seen.update(rows, t, t - 1).values()) for rows, t in sizes] for seen in (whole, again))
     assert held == sorted(held) and less == sorted(less)
@@ -120,18 +120,18 @@ def test_more_rows_and_longer_ones_need_more_and_checkpointing_less():
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("qwen3", False), ("qwen2", True)])
-def test_a_few_layers_speak_for_all(monkeypatch, kind, checkpointing):
-    """What is said of seven layers, from two of them and three, is what seven allocate."""
-    said, played = rehearsed(kind, checkpointing).update(4, 96, 95, again=True), rehearsed(kind).play(4, 96, 8)
+def test_extrapolation_from_few_layers_is_exact(monkeypatch, kind, checkpointing):
+    """The estimate for seven layers from two and three layers equals a trace of all seven."""
+    update, play = make_trace(kind, checkpointing).update(4, 96, 95, again=True), make_trace(kind).play(4, 96, 8)
     monkeypatch.setattr(memory_trace, "TRACED_LAYERS", 7)
-    assert rehearsed(kind, checkpointing).update(4, 96, 95, again=True) == said
-    assert rehearsed(kind).play(4, 96, 8) == played
+    assert make_trace(kind, checkpointing).update(4, 96, 95, again=True) == update
+    assert make_trace(kind).play(4, 96, 8) == play
 
 
-# Weighed.
+# Measurements.
 
 
-def test_a_meter_counts_what_is_there():
+def test_meter_counts_live_bytes():
     with Meter() as meter:
         a = torch.ones(1000)
         b = a + 1
@@ -144,12 +144,12 @@ def test_a_meter_counts_what_is_there():
 
 
 @pytest.mark.parametrize("setting", peak_memory.SETTINGS[:3], ids=lambda setting: setting.name)
-def test_what_is_said_is_what_training_holds(tmp_path, setting):
+def test_estimate_agrees_with_training(tmp_path, setting):
     held, need = peak_memory.measure_peak(setting, tmp_path)
     assert need.total == pytest.approx(held, rel=0.15)
 
 
-def test_what_is_said_is_what_play_holds(tmp_path):
+def test_estimate_agrees_with_play(tmp_path):
     setting = Setting("play", hidden=256)
     trainer = peak_memory.make_trainer(setting, tmp_path)
     with peak_memory.track_peak(trainer.model, setting.cuda) as held:
@@ -158,10 +158,10 @@ def test_what_is_said_is_what_play_holds(tmp_path):
     assert sum(need.phases["play"].values()) - part(need, "play", "optimizer") == pytest.approx(held[0], rel=0.15)
 
 
-# The plan, and what it refuses.
+# Plans and refusals.
 
 
-def test_the_named_experiment_fits_its_cluster(capsys):
+def test_swebench_32b_fits_its_launch(capsys):
     assert main([*SWE, "plan=true"]) == 0
     said = capsys.readouterr().out
     for heading in ("step", "memory", "serve", "disk", "cost"):
@@ -170,12 +170,12 @@ def test_the_named_experiment_fits_its_cluster(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "start"),
     [
         ([*SWE, "launch.device_rows=4"], "launch.device_rows=4: needs 205 of 80 GB"),
         (
             [*SWE, "launch.gpus_per_node=1", "launch.nodes=64"],
-            "launch.server_nodes=4: the 1 GPUs of a node that serves hold 70",
+            "launch.server_nodes=4: the 1 GPUs of a server node hold 70",
         ),
         ([*ALL_ALONE, "launch.device_episodes=8"], "launch.device_episodes=8: needs"),
         ([*NODE, *DDP], "launch.trainer.fsdp=false: needs"),
@@ -185,29 +185,32 @@ def test_the_named_experiment_fits_its_cluster(capsys):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_key(capsys, words, told):
+def test_experiments_that_do_not_fit_are_refused(capsys, words, start):
     assert main([*words, "plan=true"]) == 2
     said = capsys.readouterr().err
-    assert told in said and said.count("\n") == 1
+    assert start in said and said.count("\n") == 1
 
 
-def test_the_value_that_it_says_would_fit_fits():
+def test_proposed_value_fits():
     experiment = load([*ALL_ALONE, "launch.device_episodes=8"])
-    with pytest.raises(ConfigError, match="1 would fit"):
+    with pytest.raises(ConfigError) as caught:
         check_memory(experiment)
+    assert caught.value.field == "launch.device_episodes" and "; 1 would fit" in caught.value.remedy
     check_memory(load([*ALL_ALONE, "launch.device_episodes=1"]))
 
 
-def test_where_the_card_is_not_known_nothing_is_refused(capsys):
+def test_unknown_gpu_memory_is_not_refused(capsys):
     assert main([*SWE, "launch.gpu_memory_gb=0", "launch.device_rows=64", "plan=true"]) == 0
-    assert "launch.gpu_memory_gb=0: not known" in capsys.readouterr().out
+    assert "launch.gpu_memory_gb=0: " in capsys.readouterr().out
     assert main([*SWE, "launch.gpu_tflops=0", "plan=true"]) == 0
-    assert "cost    not known" in capsys.readouterr().out
+    assert "cost    unknown" in capsys.readouterr().out
 
 
-def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
+def test_context_beyond_the_position_limit_gives_a_warning(tmp_path, capsys):
     assert main([*SWE, "plan=true"]) == 0
-    assert "evaluation.context_tokens=69632: beyond the 40,960 positions" in capsys.readouterr().out
+    assert (
+        "evaluation.context_tokens=69632: the config.json of the model has 40,960 positions" in capsys.readouterr().out
+    )
     assert not plan.context_warnings(load([*SWE, "evaluation.context_tokens=0"]))
     assert not plan.context_warnings(load([]))
     tiny = Setting("tiny").shape | {"max_position_embeddings": 1024}
@@ -220,28 +223,30 @@ def test_a_context_beyond_the_models_positions_is_told(tmp_path, capsys):
         (tmp_path / "config.json").write_text(json.dumps(tiny | rope))
         words = [f"model.path={tmp_path}", "model.make=null", "env.response_tokens=16"]
         assert not plan.context_warnings(load([*words, f"env.context_tokens={most}"]))
-        (told,) = plan.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
-        assert f"env.context_tokens={most + 1}: beyond the {most:,} positions" in told
-        assert ("no server" in told) == bool(rope)
+        (warning,) = plan.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
+        assert f"env.context_tokens={most + 1}: the config.json of the model has {most:,} positions" in warning
+        assert ("vLLM server refuses" in warning) == bool(rope)
         options = serve._context_options(str(tmp_path), most + 1)
         assert options == ([] if rope else ["--hf-overrides", json.dumps({"max_position_embeddings": most + 1})])
         assert serve._context_options(str(tmp_path), most) == []
 
 
-def test_it_is_checked_before_anything_is_submitted(monkeypatch, tmp_path):
+def test_memory_and_disk_are_checked_before_submission(monkeypatch, tmp_path):
     monkeypatch.setattr(policy, "locate", lambda model: "")
     experiment = load(["model=qwen2_5_7b", "launch=slurm1", "tracking=off", f"outputs={tmp_path}"])
-    with pytest.raises(ConfigError, match="of 80 GB per GPU"):
+    with pytest.raises(ConfigError) as caught:
         dispatch.check_prepared(experiment)
+    assert "of 80 GB per GPU" in caught.value.remedy
     free = namedtuple("Usage", "free")(1e9)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: free)
     roomy = replace(experiment, launch=replace(experiment.launch, gpu_memory_gb=1000.0))
-    with pytest.raises(ConfigError, match=f"outputs={tmp_path}: has 1.0 GB free"):
+    with pytest.raises(ConfigError) as caught:
         dispatch.check_prepared(roomy)
+    assert caught.value.field == "outputs" and "1.0 GB" in caught.value.remedy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_not_here_or_not_read(tmp_path, capsys):
+def test_models_without_a_readable_config(tmp_path, capsys):
     assert main(["model.path=someone/nothing", "model.make=null", "plan=true"]) == 0
     assert "hf download someone/nothing config.json" in capsys.readouterr().out
     bad = {"nowhere": None, "broken": "{", "typeless": "{}", "strange": '{"model_type": "starship"}', "no_lm": None}
@@ -254,18 +259,18 @@ def test_a_model_that_is_not_here_or_not_read(tmp_path, capsys):
         assert said.startswith("aem_exp: model.path=") and "config.json" in said and said.count("\n") == 1
 
 
-def test_a_model_that_cannot_be_rehearsed_is_not_refused(tmp_path, capsys):
+def test_model_that_cannot_be_traced_is_not_refused(tmp_path, capsys):
     experts = {"model_type": "mixtral", "num_local_experts": 4}
     (tmp_path / "config.json").write_text(json.dumps(Setting("experts", autocast=True).shape | experts))
     words = [f"model.path={tmp_path}", "model.make=null", "trainer.bf16=true", "launch=slurm1"]
     assert main([*words, "plan=true"]) == 0
-    assert "cannot be rehearsed" in capsys.readouterr().out
+    assert "cannot be traced" in capsys.readouterr().out
     check_memory(load(words))
 
 
-def test_a_folder_of_weights_is_read_for_its_shape(tmp_path, capsys):
+def test_shape_is_read_from_a_local_folder(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(Setting("tiny").shape))
     assert main([f"model.path={tmp_path}", "model.make=null", "plan=true"]) == 0
     said = capsys.readouterr().out
-    assert "per process, beside Python's own" in said and "cost" not in said
+    assert "per process, without Python itself" in said and "cost" not in said
     assert planned([f"model.path={tmp_path}", "model.make=null"]).weights == 846_912

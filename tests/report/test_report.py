@@ -1,4 +1,4 @@
-"""From archives of real runs to a report: what it says follows from them, and where it must say nothing it says why."""
+"""Reports from archives of real runs: numbers, refusals, reasons, and runs of other frameworks."""
 
 import csv
 import gzip
@@ -33,7 +33,7 @@ def cell(arm, archives, point=""):
     return ArmCell(arm, point, tuple(SeedRun(kept.seed, kept) for kept in archives))
 
 
-def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
+def test_numbers_of_the_report_follow_from_the_archives(tmp_path, monkeypatch, capsys, runs):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     assert report.main(["household_grpo", "--out", str(tmp_path / "page")]) == 0
     with (tmp_path / "page" / "tables" / "success_of_each_cell.csv").open() as file:
@@ -44,7 +44,7 @@ def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
     mean = {}
     for arm, kept in runs.items():
         scores = [each.result["final"]["success"] for each in kept]
-        assert table[arm]["every seed"].split() == [f"{100 * score:.1f}" for score in scores]
+        assert table[arm]["each seed"].split() == [f"{100 * score:.1f}" for score in scores]
         mean[arm] = sum(scores) / len(scores)
         assert table[arm]["mean"] == f"{100 * mean[arm]:.1f}"
         assert [each.success for each in kept] and scores == pytest.approx([sum(k.success) / 128 for k in kept])
@@ -58,20 +58,20 @@ def test_its_numbers_are_those_of_the_runs(tmp_path, monkeypatch, capsys, runs):
     assert all(row["verdict"] in text for row in verdicts.values())
 
 
-def test_the_same_numbers_are_the_same_bytes(runs):
+def test_figures_are_deterministic(runs):
     cells = [cell(arm, kept[:3]) for arm, kept in list(runs.items())[:2]]
     for draw in (figures.dot_plot, lambda c: figures.curve_plots(c)[0], lambda c: figures.forest_plot(compared(c))):
         assert draw(cells) == draw(cells) and draw(cells).startswith("<svg")
 
 
-def test_without_the_first_arm_no_other_takes_its_place(runs):
-    """Each arm is drawn in a row of its own, beside nothing."""
+def test_curves_without_the_reference_arm(runs):
+    """If the reference arm has no finished run, each arm is drawn alone."""
     cells = [ArmCell("none", "", (SeedRun(0, None),)), cell("aem", runs["aem"][:2]), cell("batch", runs["batch"][:2])]
     (picture,) = figures.curve_plots(cells)
     assert ">aem<" in picture and ">batch<" in picture and figures.REFERENCE_COLOR.lower() not in picture
 
 
-def test_an_archive_is_small_and_the_same_each_time(runs, tmp_path):
+def test_archives_are_small_and_deterministic(runs, tmp_path):
     for kept in runs["aem"][:2]:
         first = archive.write(kept, tmp_path).read_bytes()
         assert archive.write(archive.read(tmp_path / f"{kept.run}.json.gz"), tmp_path).read_bytes() == first
@@ -113,13 +113,13 @@ BAD = {
 }
 
 
-def test_the_whole_one_is_read(tmp_path):
+def test_valid_archive_is_read(tmp_path):
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(json.dumps(WHOLE).encode()))
     assert archive.read(tmp_path / "x.json.gz").success == [1.0]
 
 
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
-def test_what_is_no_archive_is_one_sentence(data, tmp_path):
+def test_invalid_archive_is_refused(data, tmp_path):
     (tmp_path / "x.json.gz").write_bytes(data)
     with pytest.raises(ConfigError) as error:
         archive.read(tmp_path / "x.json.gz")
@@ -143,8 +143,8 @@ def changed(kept, **final):
         (lambda k: replace(k, tasks={**k.tasks, "id": [*k.tasks["id"][:-1], "another"]}), "tasks of the panels differ"),
     ],
 )
-def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
-    """One odd run of thirty is enough."""
+def test_runs_that_must_not_be_compared_are_refused(spoil, said, runs):
+    """One different run among twenty is enough."""
     cells = [cell("none", runs["none"]), cell("aem", [*runs["aem"][:-1], spoil(runs["aem"][-1])])]
     (found,) = compared(cells)
     assert found.interval is None and found.verdict.startswith(f"not compared: {said}"), found.verdict
@@ -152,7 +152,7 @@ def test_what_does_not_compare_is_refused_by_name(spoil, said, runs):
 
 
 def compared(cells, *measure):
-    """Each arm with the first."""
+    """The differences of each arm to the first arm."""
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     return analysis.differences(cells, [[(arm, arms[0]) for arm in arms[1:]]], *measure)
 
@@ -165,7 +165,7 @@ def made(cells, word="s"):
     return sections.build_report(asked, cells, compared(cells))
 
 
-def test_few_runs_say_little(runs):
+def test_few_runs_limit_the_statements(runs):
     none = cell("none", runs["none"])
     (one,) = compared([none, cell("aem", runs["aem"][:1])])
     assert one.verdict == "not compared: one run: its spread is unknown"
@@ -178,13 +178,13 @@ def test_few_runs_say_little(runs):
     assert nothing.verdict == "not compared: no run"
 
 
-def test_no_spread_is_no_certainty(runs):
+def test_runs_without_spread_are_not_compared(runs):
     same = [replace(kept, tasks=runs["aem"][0].tasks) for kept in runs["aem"][:3]]
     (found,) = compared([cell("none", same), cell("aem", same)])
     assert found.verdict.startswith("not compared: no spread in either arm")
 
 
-def test_what_is_missing_is_named(runs):
+def test_missing_and_failed_runs_are_listed(runs):
     cells = [
         cell("none", runs["none"]),
         ArmCell(
@@ -202,17 +202,17 @@ def test_what_is_missing_is_named(runs):
     assert found.partial and found.verdict.startswith("so far: ")
 
 
-def test_a_run_that_diverged_counts(runs):
+def test_diverged_runs_are_scored(runs):
     lost = changed(replace(runs["aem"][0], what="failed", why=("nan", "...")), diverged="the norm is nan in step 3")
     cells = [cell("none", runs["none"]), cell("aem", [lost, *runs["aem"][1:]])]
     assert len(compared(cells)[0].one) == 10
     assert analysis.list_problems(cells) == [
-        ("aem", "", 0, "diverged, and is scored as it was then: the norm is nan in step 3")
+        ("aem", "", 0, "diverged, scored after its last finite update: the norm is nan in step 3")
     ]
     assert "10 v 10, 1 diverged" in render.render_markdown(made(cells))
 
 
-def test_names_cannot_add_to_the_page(runs):
+def test_names_are_escaped(runs):
     evil = r"\<script>alert(1)</script>|"
     cells = [cell("none", runs["none"][:2]), cell(evil, runs["aem"][:2])]
     page = made(cells, evil)
@@ -223,11 +223,11 @@ def test_names_cannot_add_to_the_page(runs):
         )  # each `<` after an odd number of backslashes
 
 
-def test_over_points(runs):
-    """Four points, five runs: one number for all of them."""
+def test_overall_comparison_over_points(runs):
+    """Four points with five runs per arm give one overall comparison."""
     cells = [cell(arm, runs[arm][:5], f"p{i}") for i in range(4) for arm in ("none", "aem")]
     pairs = [("aem", "none")]
-    assert not analysis.compare_overall(cells, pairs)  # the same runs at every point are no more than they were
+    assert not analysis.compare_overall(cells, pairs)  # the same runs at several points are not independent
     cells = [cell(c.arm, [replace(k, run=f"{k.run}-{c.point}") for k in c.done], c.point) for c in cells]
     (found,) = analysis.compare_overall(cells, pairs)
     assert found.points == 4 and found.improvement.low <= found.improvement.value <= found.improvement.high
@@ -237,8 +237,8 @@ def test_over_points(runs):
     assert not analysis.compare_overall([cells[0], cell("aem", [odd, *cells[1].done[1:]], "p0"), *cells[2:]], pairs)
 
 
-def test_the_area_is_that_of_all_planned_steps(runs):
-    """A run that was cut short is not compared by its first steps alone."""
+def test_area_covers_all_planned_steps(runs):
+    """A run that stopped early is not scored by its first steps alone."""
     kept = runs["none"][0]
     whole = [value for _, value in kept.curve("train/success")]
     assert analysis.measure_value(kept, analysis.AREA) == pytest.approx(sum(whole) / 60, abs=1e-4)
@@ -246,12 +246,12 @@ def test_the_area_is_that_of_all_planned_steps(runs):
     assert analysis.measure_value(cut, analysis.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
 
 
-def test_nothing_of_others_is_removed_and_no_cell_is_a_formula(runs, tmp_path):
+def test_tables_keep_foreign_files_and_escape_formulas(runs, tmp_path):
     page = made([cell("none", runs["none"][:2]), cell("aem", runs["aem"][:2])])
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "mine.csv").write_text("mine")
     files = render.write(page, tmp_path, analysis.curve_rows([]))
-    table = tmp_path / "tables" / "again_and_again.csv"
+    table = tmp_path / "tables" / "success_over_repeats.csv"
     assert table in files and (tmp_path / "tables" / "mine.csv").exists()
     odd = render.Report(
         "t", "q", [render.Section("s", [render.Table("t", ("a",), [("=1+1",), ("-0.5",), ("+2.0",), ("-",)])])]
@@ -261,15 +261,15 @@ def test_nothing_of_others_is_removed_and_no_cell_is_a_formula(runs, tmp_path):
     assert (tmp_path / "tables" / "t.csv").read_text().splitlines() == ["a", "'=1+1", "-0.5", "+2.0", "-"]
 
 
-# Revisions of the method.
+# Method revisions.
 
 
 def revised(kept, method):
     return replace(kept, provenance=kept.provenance | {"method": method})
 
 
-def test_runs_of_two_revisions_are_named_and_not_compared_unless_asked(tmp_path, monkeypatch, capsys, runs):
-    """Seven arms of ten runs, recorded before there were revisions; one arm has moved on in three of its runs."""
+def test_runs_of_two_revisions_are_refused_unless_requested(tmp_path, monkeypatch, capsys, runs):
+    """Seven arms of ten runs of revision 0; three runs of one arm have revision 1."""
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     folder = tmp_path / "archives"
     for arm, kept in runs.items():
@@ -287,7 +287,7 @@ def test_runs_of_two_revisions_are_named_and_not_compared_unless_asked(tmp_path,
     assert "0 (67 runs), 1 (3 runs)" in page and "better" in page + capsys.readouterr().out
 
 
-def test_one_revision_is_no_matter(runs):
+def test_one_revision_is_not_mentioned(runs):
     newer = [cell(arm, [revised(kept, 1) for kept in runs[arm][:3]]) for arm in ("none", "aem")]
     assert analysis.runs_by_revision(newer[0].done).keys() == {1}
     assert "method revisions" not in render.render_markdown(made(newer))
@@ -301,7 +301,7 @@ def theirs(path, rows):
     return path
 
 
-def test_runs_of_others_stand_beside_ours(tmp_path, monkeypatch, capsys, runs):
+def test_runs_of_other_frameworks_are_compared(tmp_path, monkeypatch, capsys, runs):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     tasks = runs["none"][0].tasks["id"]
     rows = [
@@ -317,39 +317,40 @@ def test_runs_of_others_stand_beside_ours(tmp_path, monkeypatch, capsys, runs):
     assert found["theirs"]["interval"]["high"] < 0 and found["theirs"]["verdict"] == "worse"
     assert (
         found["aem"]["comparisons"] == 6 and found["theirs"]["comparisons"] == 1
-    )  # our own verdicts do not change by theirs
+    )  # foreign runs form a family of their own
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "facts"),
     [
-        ([("x", 0, 1, "nowhere", 1)], "lacks 128 tasks of the panel and has 1 others"),
-        ([("x", "zero", 1, "a", 1)], "line 2: seed and step must be whole numbers"),
-        ([("x", 0, 1, "a", 2)], "success between 0 and 1"),
-        ([("=cmd()", 0, 1, "a", 1)], "an arm a name"),
-        ([("x", 0, 1, "a", 1), ("x", 1, 2, "a", 1)], "its seeds end at different steps (1, 2)"),
-        ([], "must have the columns"),
+        ([("x", 0, 1, "nowhere", 1)], ["step 1", "lacks 128 tasks", "1 other"]),
+        ([("x", "zero", 1, "a", 1)], ["line 2", "seed"]),
+        ([("x", 0, 1, "a", 2)], ["line 2", "success"]),
+        ([("=cmd()", 0, 1, "a", 1)], ["line 2", "arm"]),
+        ([("x", 0, 1, "a", 1), ("x", 1, 2, "a", 1)], [", x: ", "steps (1, 2)"]),
+        ([], ["arm, seed, step, task, success"]),
     ],
 )
-def test_a_bad_csv_is_one_sentence(rows, said, tmp_path, monkeypatch, capsys):
+def test_invalid_csv_is_refused(rows, facts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
-    assert report.main(["household_grpo", "--csv", str(theirs(tmp_path / "bad.csv", rows))]) == 2
+    file = theirs(tmp_path / "bad.csv", rows)
+    assert report.main(["household_grpo", "--csv", str(file)]) == 2
     err = capsys.readouterr().err
-    assert said in err and len(err.splitlines()) == 1
+    assert f"--csv={file}" in err and all(fact in err for fact in facts) and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "facts"),
     [
-        (["household_qick"], "did you mean household_quick?"),
-        (["household_search"], "is a study, whose trials are no arms"),
-        (["household_quick"], "none of its 6 runs is done; python -m aem_exp.sweep household_quick --local"),
-        (["household_grpo", "--from", "/nowhere"], "must be a folder with archives"),
-        (["household_grpo", "--csv", "/nowhere.csv"], "cannot be read"),
+        (["household_qick"], ["sweep=household_qick:", "did you mean household_quick?"]),
+        (["household_search"], ["sweep=household_search:", "study"]),
+        (["household_quick"], ["sweep=household_quick:", "6 runs", "python -m aem_exp.sweep household_quick --local"]),
+        (["household_grpo", "--from", "/nowhere"], ["--from=/nowhere:", "archives"]),
+        (["household_grpo", "--csv", "/nowhere.csv"], ["--csv=/nowhere.csv:", "cannot be read"]),
     ],
 )
-def test_a_mistake_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_are_refused(words, facts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     assert report.main(words) == 2
     err = capsys.readouterr().err
-    assert said in err and len(err.splitlines()) == 1
+    assert all(fact in err for fact in facts) and len(err.splitlines()) == 1

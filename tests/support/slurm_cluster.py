@@ -1,7 +1,7 @@
-"""A real SLURM cluster on this machine, thrown away after the tests: all of it lies in one folder and talks on 127.0.0.1.
+"""A real, temporary SLURM cluster on this machine. All its files are in one folder, and it listens on 127.0.0.1.
 
-Debian's daemons with a configuration of our own: munge, MariaDB, slurmdbd, slurmctld, and one slurmd for each virtual node.
-Each daemon has a guard: this file as a small process, which ends with us and then kills all that its daemon ever started.
+It runs Debian's daemons with its own configuration: munge, MariaDB, slurmdbd, slurmctld, and one slurmd per virtual node. Each
+daemon has a guard process (this file), which ends with the tests and then kills everything that the daemon started.
 """
 
 import atexit
@@ -35,7 +35,7 @@ PROGRAMS = [
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING"}
 
-# Nothing in the data base is worth a flush to the disk.
+# The database is temporary, so it never needs to be flushed to the disk.
 UNSAFE = ["--innodb-flush-method=nosync", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]
 UNSAFE += ["--innodb-log-file-size=8M", "--innodb-file-per-table=0", "--sync-frm=0"]
 
@@ -108,7 +108,7 @@ StorageLoc=slurm
 
 
 def missing() -> str | None:
-    """Why no cluster can start here and how to get one, in one sentence; None where one can."""
+    """The reason that no cluster can start on this machine, with the remedy, in one sentence; None if it can start."""
     absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if absent:
         return f"no {', '.join(absent)} to make a SLURM cluster of ({INSTALL})"
@@ -118,12 +118,12 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """The daemons of one cluster by name, and what its users do: run commands, wait for jobs, lose a node."""
+    """The daemons of a cluster, and operations on it: run commands, wait for jobs, stop a node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        # The tests themselves may run inside a job of another cluster.
+        # The tests may themselves run inside a job of another cluster.
         clean = {key: word for key, word in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
         self.env = clean | {"PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
 
@@ -151,7 +151,7 @@ class Cluster:
         self._configure(nodes, ports, gpus if devices(self.folder / "dev", gpus) else 0, grace, node_timeout)
         files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "pid", "seed", "log")]
         self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
-        # A server that starts deletes what it takes for the left-overs of others from the common /tmp.
+        # A starting MariaDB server deletes files of other servers from a shared /tmp.
         own = [f"--datadir={self.folder}/data", f"--tmpdir={self.folder}/tmp"]
         tables = ["--no-defaults", "--user=root", *own, *UNSAFE]
         install = ["mariadb-install-db", *tables, "--auth-root-authentication-method=normal", "--skip-test-db"]
@@ -163,7 +163,7 @@ class Cluster:
         self._daemon("slurmdbd", "-D", MYSQL_UNIX_PORT=str(database))
         self._until(lambda: not free(ports["slurmdbd"]))
         self._daemon("slurmctld", "-D")
-        self._until(lambda: not free(ports["slurmctld"]))  # a slurmd that nobody answers would wait a second
+        self._until(lambda: not free(ports["slurmctld"]))  # a slurmd that gets no answer waits for a second
         for name in nodes:
             self._daemon("slurmd", "-D", "-N", name, name=name)
         self._until(lambda: self.node_states() == dict.fromkeys(nodes, "idle"))
@@ -178,7 +178,7 @@ class Cluster:
         self._write("munge.key", secrets.token_hex(64))
 
     def _write(self, name: str, text: str) -> None:
-        """Write a file that only root reads, as munge and slurmdbd demand."""
+        """Write a file with mode 0600, as munge and slurmdbd require."""
         (self.folder / name).touch(0o600)
         (self.folder / name).write_text(text)
 
@@ -190,7 +190,7 @@ class Cluster:
             )
 
     def _until(self, done: Callable[[], bool], seconds: float = 600) -> None:
-        """Wait; a daemon that ends meanwhile, or too long a wait, is an error that points to the logs."""
+        """Wait for a condition. Raise an error with the path of the logs if a daemon ends or the wait takes too long."""
         end = time.monotonic() + seconds
         while not done():
             ended = [name for name, process in self.daemons.items() if process.poll() is not None]
@@ -199,14 +199,14 @@ class Cluster:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Kill all daemons and all that they started."""
+        """Kill all daemons and everything that they started."""
         for process in self.daemons.values():
             process.terminate()
         for process in self.daemons.values():
             process.wait(120)
 
     def run(self, *words: str) -> str:
-        """Run a command of SLURM and return what it prints."""
+        """Run a SLURM command and return its output."""
         done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr or done.stdout}"
         return done.stdout
@@ -215,26 +215,26 @@ class Cluster:
         return self.run("scontrol", *words)
 
     def sbatch(self, *words: str) -> str:
-        """Submit a job and return its number."""
+        """Submit a job and return its id."""
         return self.run("sbatch", "--parsable", *words).strip()
 
     def squeue(self, job: str = "") -> dict[str, str]:
-        """The state of each job, or of each task of one, for the controller, which forgets a job 5 minutes after its end."""
-        # Asked for a forgotten job by number, squeue would fail.
+        """The state of each job, or of each task of a job, from the controller, which forgets a job 5 minutes after its end."""
+        # squeue --jobs fails for a job that the controller has forgotten.
         return _states(self.run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T"), job)
 
     def sacct(self, job: str = "") -> dict[str, str]:
-        """The state of each job, or of each task of one, for the data base, which learns of a change within 5 seconds."""
-        chosen = f"--jobs={job}" if job else "--starttime=2000-01-01"  # by default since midnight
+        """The state of each job, or of each task of a job, from the database, which is up to 5 seconds behind."""
+        chosen = f"--jobs={job}" if job else "--starttime=2000-01-01"  # the default is midnight
         return _states(self.run("sacct", "-nPXa", "--format=JobID,State", chosen), job)
 
     def history(self, job: str) -> list[str]:
-        """The states in which each start of a job has ended, and its present one."""
+        """The end state of each earlier start of a job, and its current state."""
         lines = self.run("sacct", "-nPXaD", "--format=State", f"--jobs={job}").splitlines()
         return [line.split()[0] for line in lines]
 
     def wait(self, job: str, states: Collection[str], seconds: float = 600, accounted: bool = True) -> dict[str, str]:
-        """Wait until a job, or each of its tasks, is in one of some states; if it has ended, `accounted`, until sacct says so."""
+        """Wait until a job, or each of its tasks, is in one of `states`; with `accounted`, until sacct reports the end."""
         end = time.monotonic() + seconds
         while True:
             seen = self.squeue(job) or self.sacct(job)
@@ -246,13 +246,13 @@ class Cluster:
             time.sleep(0.1)
 
     def node_states(self) -> dict[str, str]:
-        """The state of each node, such as idle, mixed, down or idle* (does not answer); none before the controller answers."""
+        """The state of each node, such as idle, mixed, down or idle* (no answer); empty before the controller answers."""
         words = ["sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T"]
         done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=600)
         return dict(line.split() for line in done.stdout.splitlines())
 
     def kill_node(self, name: str, tell: bool = False) -> None:
-        """Kill a node's slurmd and all that runs on it; the controller finds out by itself, or is told at once.
+        """Kill the slurmd of a node and all processes on it. The controller notices this by itself, or is told immediately.
 
         Until it knows, keep jobs with GPUs off the node: SLURM 22.05 would start them there, and then elsewhere without GPUs.
         """
@@ -262,7 +262,7 @@ class Cluster:
             self.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def revive_node(self, name: str, blind: Path | None = None) -> None:
-        """Start a node's slurmd again, and wait until the controller uses the node. It sees nothing in the folder `blind`."""
+        """Start the slurmd of a node again; wait until the controller uses the node. The node cannot read the folder `blind`."""
         mounts = (
             ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(blind)] if blind else []
         )
@@ -271,13 +271,13 @@ class Cluster:
 
 
 def _states(lines: str, job: str) -> dict[str, str]:
-    """Parse lines `number|state [by someone]`, of all jobs or of one and its tasks."""
+    """Parse lines `id|state [by user]` of all jobs, or of one job and its tasks."""
     pairs = (line.split("|") for line in lines.splitlines())
     return {number: state.split()[0] for number, state in pairs if job in ("", number, number.split("_")[0])}
 
 
 def devices(folder: Path, count: int) -> bool:
-    """Make files that slurmd takes for GPUs: it looks whether they are devices, no more. False where we may not."""
+    """Make device files that slurmd accepts as GPUs. Return False without the permission for mknod."""
     for number in range(count):
         try:
             os.mknod(folder / f"nvidia{number}", 0o666 | stat.S_IFCHR, os.stat("/dev/null").st_rdev)
@@ -287,7 +287,7 @@ def devices(folder: Path, count: int) -> bool:
 
 
 def own_name_is_local() -> bool:
-    """Whether SLURM, told not to listen everywhere, would listen on 127.0.0.1: it takes the address of the machine's name."""
+    """Whether SLURM would listen on 127.0.0.1, which is so if the host name has that address."""
     try:
         return socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
     except socket.gaierror:
@@ -305,16 +305,18 @@ def free(port: int) -> bool:
 
 
 def free_ports(names: list[str]) -> dict[str, int]:
-    """A port for each name, below those that the kernel gives away, so that a revived node finds its own one free."""
-    candidates = random.SystemRandom().sample(range(10_000, 32_000), 1000)  # unseeded: clusters may start side by side
+    """A port for each name, below the kernel's range of ephemeral ports, so that a restarted node finds its port free."""
+    candidates = random.SystemRandom().sample(
+        range(10_000, 32_000), 1000
+    )  # unseeded, as several clusters may start at the same time
     return dict(zip(names, filter(free, candidates), strict=False))
 
 
 def guard(parent: int, words: list[str]) -> None:
-    """Run a daemon; told to end, or when the thread that started us is gone, kill all its offspring, detached or not."""
-    subreaper, death_signal = 36, 1  # the names of prctl's options
+    """Run a daemon. On SIGTERM, or when the parent thread ends, kill all descendants, including detached ones."""
+    subreaper, death_signal = 36, 1  # options of prctl
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    ctypes.CDLL(None).prctl(subreaper, 1)  # orphans among the offspring become our children
+    ctypes.CDLL(None).prctl(subreaper, 1)  # orphaned descendants become children of this process
     ctypes.CDLL(None).prctl(death_signal, signal.SIGTERM)
     try:
         if os.getppid() == parent:
@@ -326,7 +328,7 @@ def guard(parent: int, words: list[str]) -> None:
 
 
 def reap_all(kill: bool = False) -> None:
-    """Wait until no child is left; killed ones leave us their own children, which are then killed in turn."""
+    """Kill children until none is left; children of a killed process become children of this process."""
     while True:
         if kill:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():

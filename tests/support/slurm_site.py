@@ -1,4 +1,4 @@
-"""A user of a SLURM cluster: a folder with a module of their own, their outputs, and the settings of the site."""
+"""A user of a SLURM cluster: a folder with their module, the outputs, and the site settings."""
 
 import json
 import os
@@ -16,19 +16,19 @@ SLOW_RUN += ["env.make._target_=slow_household.SlowHousehold"]
 
 
 class SlurmSite:
-    """A user of a cluster: a folder with a module of their own, the outputs, and the cluster's settings."""
+    """The folder of a user with their module, the outputs, and the site settings."""
 
     def __init__(self, cluster, cache, folder, **site):
         self.cluster, self.folder, self.outputs = cluster, folder, folder / "out"
         folder.mkdir(exist_ok=True)
         shutil.copy(TESTS / "support" / "slow_household.py", folder)
         (folder / "site").mkdir()
-        (folder / "site" / "site.yaml").write_text(json.dumps(site))  # YAML, too
+        (folder / "site" / "site.yaml").write_text(json.dumps(site))  # JSON is valid YAML
         self.env = cluster.env | {
             "AEM_CACHE": str(cache),
             "AEM_OUTPUTS": str(self.outputs),
             "AEM_SITE": str(folder / "site"),
-            "MASTER_ADDR": "127.0.0.1",  # the nodes are virtual, and have no addresses
+            "MASTER_ADDR": "127.0.0.1",  # virtual nodes have no addresses
             "COLUMNS": "160",
         }
 
@@ -41,13 +41,13 @@ class SlurmSite:
         return done.stdout if code == 0 else done.stderr
 
     def submit(self, *words, **env):
-        """Submit one run; its folder and its job."""
+        """Submit one run; return its run directory and job id."""
         out = self.run_command("aem_exp", *SLOW_RUN, *words, **env)
         lines = dict(line.split(maxsplit=1) for line in out.splitlines() if " " in line)
         return Path(lines["run"]), lines["job"]
 
     def here(self, *words):
-        """The same run on this machine, undisturbed."""
+        """Run the same experiment on this machine without interruption; return its run directory."""
         out = self.run_command("aem_exp", *SLOW_RUN, *words, "launch=local", f"outputs={self.folder / 'here'}")
         return Path(out.splitlines()[0].split()[1])
 

@@ -1,7 +1,6 @@
-"""What a sweep asks: every file of sweeps/, the law that a cell is what it would be alone, every refusal, and power."""
+"""Sweep files and grids: every file of sweeps/, resolution of cells, invalid files, and statistical power."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ seeds: 0,1
 """
 
 
-def written(tmp_path, text, name="mine"):
+def write_sweep(tmp_path, text, name="mine"):
     file = tmp_path / f"{name}.yaml"
     file.write_text(text)
     return file
@@ -38,7 +37,7 @@ def written(tmp_path, text, name="mine"):
 
 def refused(tmp_path, text, *overrides):
     with pytest.raises(ConfigError) as caught:
-        load(written(tmp_path, text), overrides)
+        load(write_sweep(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -47,7 +46,7 @@ def refused(tmp_path, text, *overrides):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_resolves_and_each_cell_is_what_it_would_be_alone(file):
+def test_every_sweep_file_resolves_to_the_experiments_of_its_overrides(file):
     sweep = load(file)
     assert sweep.question.endswith("?")
     assert file.read_text().startswith(("# ", "question: "))
@@ -58,7 +57,7 @@ def test_every_file_resolves_and_each_cell_is_what_it_would_be_alone(file):
         assert config.run_dir(cell.experiment) == cell.folder
 
 
-def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
+def test_ablations_and_main_are_complete():
     for name in ("ablations", "household_ablations"):
         causal = load(name.replace("ablations", "causal"), ["seed=0"]).arms
         assert set(causal) - {"aem", "none"} == {"raising", "lowering"}
@@ -77,7 +76,7 @@ def test_the_ablations_are_all_there_and_main_has_both_worlds_sizes_and_arms():
     assert main == {(*row, modulation) for row in rows for modulation in ("none", "aem")}
 
 
-def test_a_name_a_path_and_the_listing_find_the_same_file(monkeypatch):
+def test_names_and_paths_find_the_same_file(monkeypatch):
     assert sweep_file.list_sweeps().keys() == {file.stem for file in FILES}
     monkeypatch.setenv("AEM_OUTPUTS", str(ROOT))
     here = load("household_quick")
@@ -92,13 +91,13 @@ def test_a_name_a_path_and_the_listing_find_the_same_file(monkeypatch):
 # Cells.
 
 
-def test_arms_points_and_seeds_make_the_cells(tmp_path):
+def test_cells_are_arms_times_points_times_seeds(tmp_path):
     products = """
 products:
   - baseline=grpo,rloo trainer.learning_rate=1e-4,1e-3
   - [+experiment=household_dapo]
 """
-    sweep = load(written(tmp_path, SMALL + products), ["trainer.steps=7", "outputs=here"])
+    sweep = load(write_sweep(tmp_path, SMALL + products), ["trainer.steps=7", "outputs=here"])
     assert (sweep.name, list(sweep.arms), sweep.seeds) == ("mine", ["none", "aem"], (0, 1))
     assert [cell.group for cell in sweep.cells[::2]] == [
         f"{arm}/{point}"
@@ -121,18 +120,18 @@ products:
     assert last.folder.parent == tmp_path / "here"
 
 
-def test_what_is_typed_comes_last_and_its_seeds_replace_the_file_s(tmp_path):
-    file = written(tmp_path, SMALL + "launch: launch=local launch.threads=2\n")
+def test_command_line_overrides_the_file(tmp_path):
+    file = write_sweep(tmp_path, SMALL + "launch: launch=local launch.threads=2\n")
     sweep = load(file, ["seed=range(3,5)", "launch=gpu1"])
     assert sweep.seeds == (3, 4)
     assert {(cell.experiment.launch.name, cell.experiment.launch.threads) for cell in sweep.cells} == {("gpu1", 2)}
-    assert load(written(tmp_path, SMALL.replace("0,1", "[4, 2]"))).seeds == (4, 2)
-    assert load(written(tmp_path, SMALL.replace("0,1", "7"))).seeds == (7,)
+    assert load(write_sweep(tmp_path, SMALL.replace("0,1", "[4, 2]"))).seeds == (4, 2)
+    assert load(write_sweep(tmp_path, SMALL.replace("0,1", "7"))).seeds == (7,)
 
 
-def test_one_experiment_that_is_reached_twice_is_one_cell_with_both_labels(tmp_path):
+def test_one_experiment_of_two_products_is_one_cell_with_two_labels(tmp_path):
     products = "products:\n  - baseline=grpo,rloo\n  - baseline=rloo trainer.steps=20,30\n"
-    sweep = load(written(tmp_path, SMALL + products))
+    sweep = load(write_sweep(tmp_path, SMALL + products))
     folders = [cell.folder for cell in sweep.cells]
     assert len(folders) == len(set(folders)) == 2 * (2 * 2 + 2)  # seeds x (arms x first product, and two steps=30)
     labels = {(label.arm, label.point) for cell in sweep.cells for label in cell.labels}
@@ -141,17 +140,17 @@ def test_one_experiment_that_is_reached_twice_is_one_cell_with_both_labels(tmp_p
     assert [(label.arm, label.group) for label in both.labels] == [("aem", "aem/rloo"), ("aem", "aem/rloo/steps=20")]
 
 
-def test_groups_are_told_apart_where_the_last_part_of_a_key_is_not_enough(tmp_path):
+def test_group_names_are_unique(tmp_path):
     products = "products:\n  - trainer.temperature=0.5,1.0 evaluation.temperature=0.5,1.0\n"
-    groups = [cell.group for cell in load(written(tmp_path, SMALL + products), ["seed=0"]).cells]
+    groups = [cell.group for cell in load(write_sweep(tmp_path, SMALL + products), ["seed=0"]).cells]
     assert len(set(groups)) == len(groups) == 8
     assert "none/temperature=0.5/temperature=1.0" in groups
     products = "products:\n  - trainer.temperature=0.5\n  - evaluation.temperature=0.5\n"
-    groups = [cell.group for cell in load(written(tmp_path, SMALL + products), ["seed=0"]).cells]
+    groups = [cell.group for cell in load(write_sweep(tmp_path, SMALL + products), ["seed=0"]).cells]
     assert groups[:2] == ["none/trainer.temperature=0.5", "none/evaluation.temperature=0.5"]
 
 
-def test_a_grid_s_first_key_of_several_values_names_its_arms():
+def test_first_key_of_a_grid_gives_the_arms():
     sweep = parse_grid(
         ["seed=0,1,2", "modulation=none,aem", "baseline=glob(r*)", "trainer.steps=range(10,30,10)", "name=x"]
     )
@@ -170,7 +169,7 @@ def test_a_grid_s_first_key_of_several_values_names_its_arms():
     assert parse_grid(["modulation=none,aem"]).seeds == (config.load([]).seed,)
 
 
-# The law: a cell is what `config.load` makes of its overrides.
+# A cell is the experiment that `config.load` makes of its overrides.
 
 WORDS = [
     *(f"modulation={name}" for name in GROUPS["modulation"]),
@@ -220,7 +219,7 @@ def together(composer, overrides, seeds):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(WORDS), max_size=5))
-def test_resolved_together_is_resolved_alone(shared, words):
+def test_seeds_resolved_together_equal_seeds_resolved_alone(shared, words):
     overrides, seeds = shared.drop_replaced_choices(words), ["seed=2", "seed=5"]
     one = [alone([*overrides, seed]) for seed in seeds]
     many = together(shared, overrides, seeds)
@@ -229,177 +228,179 @@ def test_resolved_together_is_resolved_alone(shared, words):
 
 @pytest.fixture(scope="module")
 def shared():
-    """One for all examples: what it remembers of one must not show in another."""
+    """One composer for all examples: its caches must not affect results."""
     return Composer()
 
 
-def test_a_folder_laid_over_conf_is_seen_by_every_cell(tmp_path):
+def test_config_dir_applies_to_every_cell(tmp_path):
     (tmp_path / "own/baseline").mkdir(parents=True)
     (tmp_path / "own/baseline/grpo.yaml").write_text("""# @package _global_
-# Ours, hidden by a wider clip
+# GRPO with a wider clip
 baseline: {name: grpo, advantage: {_target_: aem_exp.advantages.group_normalised, over: turns, eps: 1.0e-6}}
 trainer: {loss_type: dapo, epsilon: 0.25}
 """)
     main = (ROOT / "conf/config.yaml").read_text()
     main = main.replace("\n\nname:", "\n  - override hydra/job_logging: none\n\nname:", 1)
-    for text in (None, main):  # the second is Hydra's business: the composer leaves it to `compose`
+    for text in (None, main):  # the second needs `hydra.compose`
         if text:
             (tmp_path / "own/config.yaml").write_text(text)
-        sweep = load(written(tmp_path, SMALL), config_dir=tmp_path / "own")
+        sweep = load(write_sweep(tmp_path, SMALL), config_dir=tmp_path / "own")
         for cell in sweep.cells:
             assert cell.experiment == config.load(list(cell.overrides), tmp_path / "own")
             assert cell.experiment.trainer.epsilon == 0.25
 
 
-def test_cells_may_continue_a_run(tmp_path):
+def test_cells_can_continue_a_run(tmp_path):
     parent = config.load(["trainer.steps=10", f"outputs={tmp_path}"])
     folder = config.run_dir(parent)
     folder.mkdir()
     (folder / "experiment.json").write_text(json.dumps(config.to_dict(parent)))
     (folder / "result.json").write_text("{}")
     text = SMALL.replace("base:", f"base: from={folder}")
-    sweep = load(written(tmp_path, text))
+    sweep = load(write_sweep(tmp_path, text))
     assert [cell.experiment for cell in sweep.cells] == [config.load(list(cell.overrides)) for cell in sweep.cells]
     assert {cell.experiment.parent for cell in sweep.cells} == {config.signature(parent)}
     sentence = refused(tmp_path, text.replace("steps=20", "steps=5"))
-    assert sentence.startswith("mine: none seed=0: trainer.steps=5: must be above 10")
+    assert sentence.startswith("mine: none seed=0: trainer.steps=5: ") and "10" in sentence
 
 
-def test_300_cells_of_20_choices_are_several_times_faster_together_than_alone():
+def test_a_grid_of_300_cells():
     words = ["modulation=aem,none,token,linear,shuffled", "baseline=grpo,rloo,dapo,gigpo", "seed=range(15)"]
-    load("household_quick")  # warm
-    start = time.process_time()
     cells = parse_grid(words).cells
-    together = time.process_time() - start
-    start = time.process_time()
+    assert len(cells) == len({cell.folder for cell in cells}) == 300
     for cell in cells[::50]:
         assert config.load(list(cell.overrides)) == cell.experiment
-    each = (time.process_time() - start) / len(cells[::50])
-    assert len(cells) == 300
-    assert 300 * each > 10 * together
 
 
-# Refusals: one sentence that names the place, before anything runs.
+# Invalid sweeps: one sentence with the location, before anything runs.
 
 BAD = [
     (SMALL.replace("arms:", "arm:"), "mine.arm={", "did you mean arms?"),
-    (SMALL + "product: []\n", "mine.product=[]: no such key; did you mean products?"),
-    (SMALL + "search: {}\n", "mine.search={}: must hold something"),
-    (SMALL.replace("seeds: 0,1", "seeds:"), "mine.seeds=null: must hold something"),
-    (SMALL.replace("seeds: 0,1", "seeds: []"), "mine.seeds=[]: must hold something"),
-    (SMALL.replace("seeds: 0,1\n", ""), "mine.seeds=null: must hold something"),
+    (SMALL + "product: []\n", "mine.product=[]:", "did you mean products?"),
+    (SMALL + "search: {}\n", "mine.search={}:"),
+    (SMALL.replace("seeds: 0,1", "seeds:"), "mine.seeds=null:"),
+    (SMALL.replace("seeds: 0,1", "seeds: []"), "mine.seeds=[]:"),
+    (SMALL.replace("seeds: 0,1\n", ""), "mine.seeds=null:"),
     (
         SMALL.replace("seeds: 0,1", "seeds: range(0,1000000000000)"),
-        "mine.seeds: seed=range(0,1000000000000): holds more than 10,000 values",
+        "mine.seeds: seed=range(0,1000000000000):",
+        "10,000",
     ),
-    (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3): holds no value"),
-    (SMALL.replace("seeds: 0,1", "seeds: 0,0"), "mine.seeds=seed=0: stands twice"),
-    (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1: must be a whole number of at least 0"),
-    (SMALL.replace("seeds: 0,1", "seeds: one"), "mine: none seed=one: seed=one: must be a whole number"),
-    (SMALL + "pairs: []\n", "mine.pairs=[]: must hold something"),
-    (SMALL + "pairs: [none]\n", "mine.pairs=none: must be two arms"),
-    (SMALL + "pairs: [aem aem]\n", "mine.pairs=aem aem: must be two arms"),
+    (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3):"),
+    (SMALL.replace("seeds: 0,1", "seeds: 0,0"), "mine.seeds=seed=0:"),
+    (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1:", "at least 0"),
+    (SMALL.replace("seeds: 0,1", "seeds: one"), "mine: none seed=one: seed=one:"),
+    (SMALL + "pairs: []\n", "mine.pairs=[]:"),
+    (SMALL + "pairs: [none]\n", "mine.pairs=none:"),
+    (SMALL + "pairs: [aem aem]\n", "mine.pairs=aem aem:"),
     (SMALL + "pairs: [aem non]\n", "mine.pairs=non: did you mean none?"),
-    (SMALL + "pairs: [aem none, none aem]\n", "mine.pairs=none aem: stands twice"),
-    (SMALL + "pairs: aem none\n", "mine.pairs=aem none: must be a list, two arms to an item"),
-    (SMALL + "products: []\n", "mine.products=[]: must hold something"),
-    (SMALL + "products:\n", "mine.products=null: must hold something"),
-    (SMALL + "products:\n  -\n", "mine.products=null: an empty product"),
-    (SMALL + "products:\n  - []\n", "mine.products=null: an empty product"),
-    (SMALL + "products:\n  - modulation=glob(x*)\n", "mine.products: modulation=glob(x*): holds no value"),
-    (SMALL + "products:\n  - baseline=grpo,grpo\n", "mine.products=baseline=grpo: stands twice"),
+    (SMALL + "pairs: [aem none, none aem]\n", "mine.pairs=none aem:"),
+    (SMALL + "pairs: aem none\n", "mine.pairs=aem none:", "list"),
+    (SMALL + "products: []\n", "mine.products=[]:"),
+    (SMALL + "products:\n", "mine.products=null:"),
+    (SMALL + "products:\n  -\n", "mine.products=null:"),
+    (SMALL + "products:\n  - []\n", "mine.products=null:"),
+    (SMALL + "products:\n  - modulation=glob(x*)\n", "mine.products: modulation=glob(x*):"),
+    (SMALL + "products:\n  - baseline=grpo,grpo\n", "mine.products=baseline=grpo:"),
     (
         SMALL + "products:\n  - [baseline=grpo,rloo]\n",
-        "mine.products=rloo: must read key=value; within [] a comma ends",
+        "mine.products=rloo:",
+        "key=value",
     ),
     (
         SMALL + "products:\n  - baseline: grpo,rloo\n",
-        "mine.products={'baseline': 'grpo,rloo'}: must be overrides as on",
+        "mine.products={'baseline': 'grpo,rloo'}:",
     ),
-    (SMALL + "products: baseline=grpo,rloo\n", "mine.products=baseline=grpo,rloo: must be a list"),
+    (SMALL + "products: baseline=grpo,rloo\n", "mine.products=baseline=grpo,rloo:", "list"),
     (
         SMALL + "products:\n  - trainer.epsilon=interval(0,1)\n",
-        "mine.products: trainer.epsilon=interval(0,1): cannot be c",
+        "mine.products: trainer.epsilon=interval(0,1):",
     ),
     (
         SMALL + "products:\n  - trainer.learning_rate=1e-3,0.0010\n",
-        "mine.products=trainer.learning_rate=0.001: stands",
+        "mine.products=trainer.learning_rate=0.001:",
     ),
     (
         SMALL + "products:\n  - trainer.beta=0,0.0\n",
-        "mine.products=trainer.beta=0.0: changes nothing against trainer.beta=0:",
+        "mine.products=trainer.beta=0.0:",
+        "trainer.beta=0:",
     ),
-    (SMALL + "products:\n  - launch=local,gpu1\n", "mine.products=launch=gpu1: changes nothing against launch=local:"),
-    (SMALL.split("arms:")[0] + "arms: {}\nseeds: 0\n", "mine.arms={}: must hold something"),
+    (SMALL + "products:\n  - launch=local,gpu1\n", "mine.products=launch=gpu1:", "launch=local:"),
+    (SMALL.split("arms:")[0] + "arms: {}\nseeds: 0\n", "mine.arms={}:"),
     (
         SMALL.split("arms:")[0] + "arms: [modulation=aem]\nseeds: 0\n",
-        "mine.arms=['modulation=aem']: must be a mapping",
+        "mine.arms=['modulation=aem']:",
+        "mapping",
     ),
-    (SMALL.replace("aem: modulation", "a/b: modulation"), "mine.arms=a/b: must be named with letters"),
-    (SMALL.replace("aem: modulation", "no: modulation"), "mine.arms=false: must be named with letters"),
-    (SMALL.replace("aem: modulation=aem", "none: modulation=aem"), "mine.none=null: stands twice in one block"),
+    (SMALL.replace("aem: modulation", "a/b: modulation"), "mine.arms=a/b:", "letters"),
+    (SMALL.replace("aem: modulation", "no: modulation"), "mine.arms=false:", "letters"),
+    (SMALL.replace("aem: modulation=aem", "none: modulation=aem"), "mine.none=null:"),
     (
         SMALL + "products:\n  - baseline=rloo modulation=none\n",
-        "mine.arms.aem=modulation=aem: changes nothing against none at",
+        "mine.arms.aem=modulation=aem:",
+        "none at baseline=rloo",
     ),
-    (SMALL + "seeds: 3\n", "mine.seeds=null: stands twice in one block"),
-    (SMALL.replace("=aem", "=none"), "mine.arms.aem=modulation=none: changes nothing against none:"),
+    (SMALL + "seeds: 3\n", "mine.seeds=null:"),
+    (SMALL.replace("=aem", "=none"), "mine.arms.aem=modulation=none:", "none:"),
     (
         SMALL.replace("=aem", "=none launch=gpu1 name=x"),
-        "mine.arms.aem=modulation=none launch=gpu1 name=x: changes nothing",
+        "mine.arms.aem=modulation=none launch=gpu1 name=x:",
+        "none:",
     ),
     (
         SMALL.replace("=aem", "=aem,linear"),
-        "mine.arms.aem=modulation=aem,linear: one value here; several belong in prod",
+        "mine.arms.aem=modulation=aem,linear:",
+        "products:",
     ),
     (
         SMALL.replace("steps=20", "steps=20,30"),
-        "mine.base=trainer.steps=20,30: one value here; several belong in products",
+        "mine.base=trainer.steps=20,30:",
+        "products:",
     ),
-    (SMALL.replace("=aem", "=aem seed=3"), "mine.arms.aem=seed=3: seeds stand under seeds:"),
-    (SMALL.replace("=aem", "=aem outputs=x"), "mine.arms.aem=outputs=x: one sweep has one folder of runs"),
-    (SMALL.replace("=aem", "=aem tracking=x"), "mine.arms.aem=tracking=x: one sweep has one MLflow store"),
-    (SMALL + "products:\n  - seed=0,1\n", "mine.products=seed=0: seeds stand under seeds:"),
-    (SMALL.replace("steps=20", "steps=20 seed=1"), "mine.base=seed=1: seeds stand under seeds:"),
+    (SMALL.replace("=aem", "=aem seed=3"), "mine.arms.aem=seed=3:", "seeds:"),
+    (SMALL.replace("=aem", "=aem outputs=x"), "mine.arms.aem=outputs=x:", "base:"),
+    (SMALL.replace("=aem", "=aem tracking=x"), "mine.arms.aem=tracking=x:", "base:"),
+    (SMALL + "products:\n  - seed=0,1\n", "mine.products=seed=0:", "seeds:"),
+    (SMALL.replace("steps=20", "steps=20 seed=1"), "mine.base=seed=1:", "seeds:"),
     (SMALL.replace("=aem", "=aemm"), "mine: aem seed=0: modulation=aemm: did you mean aem?"),
-    (SMALL.replace("=aem", "='aem"), "mine.arms.aem=modulation='aem: is not a command line: No closing quotation"),
-    (SMALL.replace("=aem", ""), "mine.arms.aem: override=modulation: must read key=value"),
-    (SMALL.replace("steps=20", "stepss=20"), "mine: none seed=0: trainer.stepss=20: no such key", "steps"),
+    (SMALL.replace("=aem", "='aem"), "mine.arms.aem=modulation='aem:", "No closing quotation"),
+    (SMALL.replace("=aem", ""), "mine.arms.aem: override=modulation:", "key=value"),
+    (SMALL.replace("steps=20", "stepss=20"), "mine: none seed=0: trainer.stepss=20:", "steps"),
     (
         SMALL + "products:\n  - baseline=grpo,gspo\n",
         "mine: aem baseline=gspo seed=0: trainer.importance_sampling_level=se",
     ),
-    (SMALL + "products:\n  - env.make.kinds=[[x\n", "mine.products: override=env.make.kinds=[[x: must read key=value"),
-    (SMALL.replace("Does it?", "[1]"), "mine.question=[1]: must be a sentence"),
-    ("- a\n", "sweep=", "must hold the keys question, base"),
+    (SMALL + "products:\n  - env.make.kinds=[[x\n", "mine.products: override=env.make.kinds=[[x:", "key=value"),
+    (SMALL.replace("Does it?", "[1]"), "mine.question=[1]:", "sentence"),
+    ("- a\n", "sweep=", "question, base"),
     ("a: [\n", "sweep=", "is not YAML"),
 ]
 
 
 @pytest.mark.parametrize(("text", "parts"), [(text, parts) for text, *parts in BAD], ids=[case[1][:60] for case in BAD])
-def test_a_bad_sweep_is_one_sentence(tmp_path, text, parts):
+def test_invalid_sweep_is_refused(tmp_path, text, parts):
     sentence = refused(tmp_path, text)
     assert sentence.startswith(parts[0]) and all(part in sentence for part in parts), sentence
 
 
-def test_what_is_typed_is_refused_alike(tmp_path):
-    assert "mine.overrides=trainer.steps=1,2: one value here" in refused(tmp_path, SMALL, "trainer.steps=1,2")
-    assert "arms.aem=modulation=aem: changes nothing against none" in refused(tmp_path, SMALL, "modulation=aem")
-    assert "override=x: must read key=value" in refused(tmp_path, SMALL, "x")
+def test_invalid_command_line_is_refused(tmp_path):
+    assert "mine.overrides=trainer.steps=1,2: " in refused(tmp_path, SMALL, "trainer.steps=1,2")
+    assert "arms.aem=modulation=aem: " in refused(tmp_path, SMALL, "modulation=aem")
+    assert "override=x: " in refused(tmp_path, SMALL, "x")
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["trainer.steps=3"], "-m=trainer.steps=3: needs an override of several values"),
-        ([], "needs an override of several values"),
-        (["modulation=none,none"], "-m=modulation=none: stands twice"),
+        (["trainer.steps=3"], "-m=trainer.steps=3: "),
+        ([], "-m=: "),
+        (["modulation=none,none"], "-m=modulation=none: "),
         (["modulation=none,aemm"], "grid-modulation: aemm seed=0: modulation=aemm: did you mean aem?"),
-        (["outputs=a,b"], "outputs=a: one sweep has one folder"),
-        (["launch=local,gpu1"], "arms.gpu1=launch=gpu1: changes nothing against local"),
+        (["outputs=a,b"], "outputs=a: "),
+        (["launch=local,gpu1"], "arms.gpu1=launch=gpu1: "),
     ],
 )
-def test_a_bad_grid_is_one_sentence(words, part):
+def test_invalid_grid_is_refused(words, part):
     with pytest.raises(ConfigError) as caught:
         parse_grid(words)
     assert part in str(caught.value)
@@ -415,13 +416,13 @@ def test_a_bad_grid_is_one_sentence(words, part):
         *((3, 140, 8, 4, 12.7), (5, 140, 8, 4, 8.3), (10, 140, 8, 4, 5.5), (3, 140, 1, 2, 10.5)),
     ],
 )
-def test_tables_of_power_for_alfworld(seeds, tasks, repeats, seed_sd, points):
+def test_power_table_for_alfworld(seeds, tasks, repeats, seed_sd, points):
     assert round(power.planned_detectable_points(seeds, tasks, repeats, seed_sd, pooled=True), 1) == points
     exact = power.planned_detectable_points(seeds, tasks, repeats, seed_sd)
     assert points - 0.05 < exact < points * (1.16 if seeds == 3 else 1.04)
 
 
-def test_swebench_s_gain_cannot_be_shown_with_3_seeds():
+def test_three_seeds_cannot_detect_the_published_gain_on_swebench():
     assert round(power.planned_detectable_points(3, 500, 8, within=0.19, pooled=True), 1) == 6.5
     assert power.planned_detectable_points(1, 500) == np.inf
 
@@ -429,19 +430,19 @@ def test_swebench_s_gain_cannot_be_shown_with_3_seeds():
 @pytest.mark.parametrize(
     ("seeds", "pooled", "expected"), [(3, False, 0.8), (5, False, 0.8), (10, False, 0.8), (3, True, 0.7)]
 )
-def test_power_is_what_simulated_panels_show(seeds, pooled, expected):
+def test_power_agrees_with_simulations(seeds, pooled, expected):
     rng, tasks, repeats, sd, rounds = np.random.default_rng(0), 140, 2, 3.0, 6000
     p_T = rng.beta(1.6, 1.0, tasks)
     within = float((p_T * (1 - p_T)).mean())
     gain = power.planned_detectable_points(seeds, tasks, repeats, sd, within, pooled=pooled) / 100
     true = p_T.mean() + rng.normal(0, sd / 100, (rounds, 2, seeds)) + np.array([0, gain])[:, None]
-    # A run is shifted as a whole; the luck of its panel is a binomial's, at the tasks' own rates.
-    luck = (rng.binomial(repeats, p_T, (rounds, 2, seeds, tasks)) / repeats - p_T).mean(-1)
-    scores = true + luck
+    # Each run has a random shift; the number of successes of a task is binomial.
+    noise = (rng.binomial(repeats, p_T, (rounds, 2, seeds, tasks)) / repeats - p_T).mean(-1)
+    scores = true + noise
     p = stats.ttest_ind(scores[:, 0], scores[:, 1], axis=-1, equal_var=False).pvalue
     assert (p < 0.05).mean() == pytest.approx(expected, abs=0.025)
     assert scores.std(-1, ddof=1).mean() * 100 == pytest.approx(power.run_sd(tasks, repeats, sd, within), rel=0.15)
 
 
-def test_more_arms_need_a_greater_difference():
+def test_more_comparisons_need_a_larger_difference():
     assert power.planned_detectable_points(5, 140, comparisons=15) > 1.4 * power.planned_detectable_points(5, 140)

@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: planned, carried out here, one cell broken, asked again, and seen in MLflow."""
+"""A sweep as a user runs it: plan, local execution with a broken cell, repetition, report, and MLflow."""
 
 import json
 import os
@@ -39,30 +39,32 @@ def desk(tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="module")
-def carried_out(desk):
-    """The plan before, what the door said, and the sweep when it was first carried out, with one cell that cannot run."""
+def first_execution(desk):
+    """The output of the plan and of the first execution, in which one cell fails, and the rows of the plan."""
     folder, ask = desk
     plan = ask("aem_exp.sweep", "quick.yaml")
     rows = json.loads(ask("aem_exp.sweep", "quick.yaml", "--json"))["cells"]
     broken = next(row for row in rows if row["groups"] == ["aem"] and row["seed"] == 1)
     (folder / "out").mkdir(exist_ok=True)
     (folder / "out" / os.path.basename(broken["run"])).mkdir()
-    (folder / "out" / os.path.basename(broken["run"]) / "before.json").write_text("{}")  # of another, half-written run
+    (folder / "out" / os.path.basename(broken["run"]) / "before.json").write_text(
+        "{}"
+    )  # left by another, incomplete run
     (folder / "out" / os.path.basename(broken["run"]) / "provenance.json").write_text("not JSON")
     said = ask("aem_exp.sweep", "quick.yaml", "--local", "--at-once", "2", code=1)
     return plan, said, rows
 
 
-def test_a_plan_runs_nothing(desk, carried_out):
-    plan, _, rows = carried_out
+def test_plan_runs_nothing(desk, first_execution):
+    plan, _, rows = first_execution
     assert "to run  2 of 2 cells" in plan
     assert "power" in plan and "--local" in plan
     assert {row["state"] for row in rows} == {"new"}
 
 
-def test_a_cell_that_fails_stops_no_other(desk, carried_out):
+def test_failed_cell_does_not_stop_others(desk, first_execution):
     _, ask = desk
-    _, said, _ = carried_out
+    _, said, _ = first_execution
     assert "1 of 2 cells did not finish" in said
     assert re.search(r"/2 +aem seed 1: failed: ", said)
     assert re.search(r"/2 +none seed 1: dev \d+% -> \d+%, test \d+%, [\d:]+ (s|min)", said)
@@ -75,15 +77,15 @@ def test_a_cell_that_fails_stops_no_other(desk, carried_out):
     assert "provenance.json is damaged" in failed["sentence"]
 
 
-def test_a_report_of_half_a_sweep_says_what_is_missing(desk, carried_out):
+def test_report_of_an_incomplete_sweep_lists_missing_runs(desk, first_execution):
     folder, ask = desk
     said = ask("aem_exp.report", "quick.yaml", "--no-tracking")
-    assert "0 of 1" in said and "not compared: no run" in said and "1 runs are not done as planned" in said
+    assert "0 of 1" in said and "not compared: no run" in said and "1 runs are missing, failed or diverged" in said
     page = (folder / "out" / "reports" / "quick" / "report.md").read_text()
     assert "unreadable" in page and "provenance.json is damaged" in page
 
 
-def test_asked_again_only_what_is_missing_runs(desk, carried_out):
+def test_repeated_command_runs_only_missing_cells(desk, first_execution):
     folder, ask = desk
     assert "to run  0 of 2 cells" in ask("aem_exp.sweep", "quick.yaml")
     (broken,) = [path for path in (folder / "out").glob("*/before.json") if path.read_text() == "{}"]
@@ -91,13 +93,13 @@ def test_asked_again_only_what_is_missing_runs(desk, carried_out):
     (broken.parent / "provenance.json").unlink()
     assert "to run  1 of 2 cells" in ask("aem_exp.sweep", "quick.yaml", "--retry", "disk", "--local")
     said = ask("aem_exp.sweep", "quick.yaml", "--local")
-    assert "nothing is missing" in said and said.endswith("next    python -m aem_exp.report quick.yaml\n")
+    assert "no cell is missing" in said and said.endswith("next    python -m aem_exp.report quick.yaml\n")
     assert "2 done" in ask("aem_exp.status", "--once")
 
 
-def test_the_sweep_can_be_found_in_mlflow(desk, carried_out):
+def test_sweep_is_in_mlflow(desk, first_execution):
     folder, _ = desk
-    _, said, _ = carried_out
+    _, said, _ = first_execution
     assert "viewStateShareKey=aem.quick.curves" in said
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
@@ -107,11 +109,11 @@ def test_the_sweep_can_be_found_in_mlflow(desk, carried_out):
     assert any(tag.startswith("mlflow.sharedViewState.aem.quick") for tag in experiment.tags)
 
 
-def test_its_report_stands_in_mlflow_and_is_made_again_from_archives_alone(desk, carried_out, tmp_path):
+def test_report_is_in_mlflow_and_can_be_rebuilt_from_archives(desk, first_execution, tmp_path):
     folder, ask = desk
     said = ask("aem_exp.report", "quick.yaml", "--archive", str(tmp_path))
-    assert "not compared: one run" in said and "kept    2 archives" in said
-    assert ask("aem_exp.report", "quick.yaml").splitlines()[-1] == said.splitlines()[-1]  # no second run in MLflow
+    assert "not compared: one run" in said and "archive 2 archives" in said
+    assert ask("aem_exp.report", "quick.yaml").splitlines()[-1] == said.splitlines()[-1]  # no second MLflow run
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "household-tiny"]
     (run,) = client.search_runs([experiment.experiment_id], "tags.`aem.report` = 'quick'")
@@ -119,12 +121,12 @@ def test_its_report_stands_in_mlflow_and_is_made_again_from_archives_alone(desk,
     assert run.info.run_id in said and run.info.run_id in experiment.tags["mlflow.note.content"]
     ask("aem_exp.report", "quick.yaml", f"outputs={tmp_path / 'none'}", "--from", str(tmp_path))
     one, other = (out / "reports" / "quick" / "tables" for out in (folder / "out", tmp_path / "none"))
-    tables = [table.name for table in one.iterdir() if table.name != "runs.csv" and table.name != "asked.csv"]
+    tables = [table.name for table in one.iterdir() if table.name != "runs.csv" and table.name != "design.csv"]
     assert len(tables) > 5 and all((one / name).read_text() == (other / name).read_text() for name in tables)
 
 
-def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
-    """The second finds it done, and MLflow shows it under both."""
+def test_run_may_belong_to_two_sweeps(desk, first_execution):
+    """The second sweep reuses the run, and MLflow shows it in both sweeps."""
     folder, ask = desk
     (folder / "other.yaml").write_text(
         f"question: Another?\nbase: {' '.join(TINY)}\narms:\n  base: modulation=none\n  half: modulation=lam_half\nseeds: 1\n"
@@ -143,18 +145,18 @@ def test_a_run_may_belong_to_two_sweeps(desk, carried_out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_stopped_it_ends_what_it_began(desk, number):
-    """kill of the door, or Ctrl-C, asks its cells to save and end, and waits for them."""
+def test_interrupted_sweep_stops_its_cells(desk, number):
+    """SIGTERM or Ctrl-C makes the cells save and end, and the command waits for them."""
     folder, ask = desk
     command = [sys.executable, "-m", "aem_exp.sweep", "quick.yaml", "--local", "seed=7", "trainer.steps=50"]
     env = {**os.environ, "AEM_OUTPUTS": str(folder / number.name), "AEM_CACHE": ask.cache}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(folder.glob(f"{number.name}/*/before.json")), "a run in its midst")
+    wait_until(lambda: list(folder.glob(f"{number.name}/*/before.json")), "a running cell")
     process.send_signal(number)
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 128 + number
-    assert "stopping: 1 at work save at the end of their step; press it again to leave at once" in out
-    assert "stopped; to go on: python -m aem_exp.sweep" in err
+    assert "stopping: 1 " in out and "press it again to leave at once" in out
+    assert "python -m aem_exp.sweep quick.yaml --local" in err
     (begun,) = (folder / number.name).glob("*/attempts.jsonl")
     assert json.loads(begun.read_text().splitlines()[-1])["event"] == "stopped"
     assert run_state.read([begun.parent])[begun.parent].what == "stopped"
@@ -181,8 +183,8 @@ print("ended by", -child.returncode, flush=True)
 """
 
 
-def test_a_cell_that_does_not_end_is_ended_by_further_ctrl_c():
-    """First it is asked to save, then to leave at once, then it is killed."""
+def test_repeated_ctrl_c_kills_a_cell_that_does_not_end():
+    """The first signal requests a save, the second an immediate end; then the cell is killed."""
     command = [sys.executable, "-c", STOPS, STUBBORN]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdout.readline() == "up\n"
@@ -196,26 +198,26 @@ def test_a_cell_that_does_not_end_is_ended_by_further_ctrl_c():
 
 
 @pytest.mark.parametrize(
-    ("main", "words", "said"),
+    ("main", "words", "fact"),
     [
         (sweep.main, ["nowhere"], "sweep=nowhere: choose from"),
-        (sweep.main, ["household_quick", "--submit", "--local"], "not both"),
-        (sweep.main, ["household_quick", "--submit"], "such as launch=slurm_cpu"),
+        (sweep.main, ["household_quick", "--submit", "--local"], "--submit=true: "),
+        (sweep.main, ["household_quick", "--submit"], "launch=slurm_cpu"),
         (sweep.main, ["household_quick", "trainer.stps=1"], "did you mean"),
         (status.main, ["nosuch"], "sweep=nosuch: "),
-        (status.main, ["--outputs", "/nowhere"], "there is no such folder"),
+        (status.main, ["--outputs", "/nowhere"], "/nowhere: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, main, words, said):
+def test_invalid_arguments_are_refused(capsys, monkeypatch, tmp_path, main, words, fact):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert said in err and len(err.splitlines()) == 1
+    assert fact in err and len(err.splitlines()) == 1
     assert not list(tmp_path.glob("*/experiment.json"))
 
 
-def test_a_state_is_read_from_what_a_kill_left(tmp_path):
+def test_states_of_killed_and_damaged_runs(tmp_path):
     def run(**files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()

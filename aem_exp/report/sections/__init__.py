@@ -1,7 +1,8 @@
-"""The ten parts of a report: what was asked, what was run, what it came to, and how to make it again.
+"""The ten sections of a report.
 
-Whatever is said follows from tables that stand beside it, and every number in those from a run that is named. `design` has the
-question, provenance and commands; `verdicts` the scores and differences; `breakdowns` the curves, and what explains them.
+Each statement follows from a table of the same section, and each number in a table from runs that the report lists. `design`
+builds the question, provenance, commands and interpretation; `verdicts` the scores and differences; `breakdowns` the curves,
+breakdowns, sanity checks and published numbers.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,12 @@ __all__ = ["SweepDescription", "build_report", "format_interval", "format_points
 def build_report(
     sweep: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference], published: Path | None = None
 ) -> Report:
-    """All of it; where runs are missing, what there is. `primary`: the differences in success, as declared; then others."""
+    """Build the report from the finished runs.
+
+    Args:
+        primary: the declared differences in success, then the differences to runs of other frameworks.
+        published: CSV file of published numbers, if any.
+    """
     parts = [
         design.question_section(sweep, cells),
         design.provenance_section(cells),

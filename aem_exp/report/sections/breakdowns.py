@@ -1,4 +1,4 @@
-"""The sections on what lies behind the scores: curves, breakdowns by task and episode, sanity rows, published numbers."""
+"""Sections that explain the scores: curves, breakdowns by task and episode, sanity checks, published numbers."""
 
 import csv
 import math
@@ -16,27 +16,27 @@ from aem_exp.rundir.archive import Archive
 from aem_exp.stats import scores
 
 PUBLISHED_CAVEAT: Final = (
-    "published elsewhere, with other code, hardware and panels: to be read beside, never counted in"
+    "published with other code, hardware and panels; for orientation only, not part of any comparison"
 )
 PUBLISHED_KEYS: Final = ("env", "model", "baseline", "modulation")
-DoneCell = tuple[ArmCell, Sequence[Archive]]  # a cell, and its runs that are done
+DoneCell = tuple[ArmCell, Sequence[Archive]]  # a cell, and its finished runs
 
 
 def curves_section(cells: Sequence[ArmCell]) -> Section:
     band = (
-        f"Median over runs, and the middle half of them ({figures.MIN_RUNS_FOR_QUARTILES} runs or more; below that, all); "
-        "of those that got so far. Raw, not smoothed; every number is in tables/curves.csv. "
+        f"Line: median over the runs that reached the step. Band: middle half of the runs (all runs, if fewer than "
+        f"{figures.MIN_RUNS_FOR_QUARTILES}). Not smoothed; every number is in tables/curves.csv. "
     )
-    note = band + "Orange: the arm; blue, dashed: the first arm of the same point."
+    note = band + "Orange: the arm. Blue, dashed: the first arm of the same point."
     blocks: list[Block] = [
         Figure("Success and response entropy", picture, note) for picture in figures.curve_plots(cells)
     ]
     if sum(bool(cell.done) for cell in cells) > figures.MAX_CELLS:
-        blocks.append(Text(f"The first {figures.MAX_CELLS} cells are drawn; tables/curves.csv has all."))
+        blocks.append(Text(f"The figure shows the first {figures.MAX_CELLS} cells; tables/curves.csv has all cells."))
     blocks += [
-        Figure("What else was measured", picture, note) for picture in figures.curve_plots(cells, figures.MORE_CURVES)
+        Figure("Other measurements", picture, note) for picture in figures.curve_plots(cells, figures.MORE_CURVES)
     ]
-    return Section("Curves", blocks or [Text("No run has left a curve yet.")])
+    return Section("Curves", blocks or [Text("No run has logged a curve yet.")])
 
 
 def breakdown_section(cells: Sequence[ArmCell]) -> Section:
@@ -61,8 +61,8 @@ def _repeats_table(done: Sequence[DoneCell]) -> Table | None:
         return None
     heads = [f"{name}{k}" for name in ("pass@", "pass^") for k in range(1, repeats + 1)]
     rows = [(c.point, c.arm, *map(format_points, _pass_rates(runs, repeats))) for c, runs in done]
-    note = "pass@k: at least one of k episodes of a task is won; pass^k: all of them (unbiased, means over tasks and runs)."
-    return drop_empty_column(Table("Again and again", ("point", "arm", *heads), rows, note))
+    note = "pass@k: at least one of k episodes of a task succeeds; pass^k: all of them do (unbiased, mean over tasks and runs)."
+    return drop_empty_column(Table("Success over repeats", ("point", "arm", *heads), rows, note))
 
 
 def _endings_table(done: Sequence[DoneCell]) -> Table | None:
@@ -70,7 +70,7 @@ def _endings_table(done: Sequence[DoneCell]) -> Table | None:
     if not endings:
         return None
     rows = [(c.point, c.arm, *(format_points(_ending_share(runs, ending)) for ending in endings)) for c, runs in done]
-    return drop_empty_column(Table("How episodes ended (% of them)", ("point", "arm", *endings), rows))
+    return drop_empty_column(Table("How episodes ended (%)", ("point", "arm", *endings), rows))
 
 
 def _habits_table(done: Sequence[DoneCell]) -> Table:
@@ -84,7 +84,7 @@ def _habits_table(done: Sequence[DoneCell]) -> Table:
         "response_entropy": "entropy (nats)",
     }
     rows = [(c.point, c.arm, *(_format_final_mean(runs, name) for name in (*columns, *habits))) for c, runs in done]
-    note = "Means over runs, on the final panel; turns and tokens per episode."
+    note = "Means over runs on the final panel. Turns and tokens are per episode."
     return drop_empty_column(Table("Episodes", ("point", "arm", *columns.values(), *habits), rows, note))
 
 
@@ -104,7 +104,7 @@ def _ending_share(runs: Sequence[Archive], ending: str) -> float:
 
 
 def _final_score(archive: Archive) -> Mapping[str, Any]:
-    """A run's score on the final panel, with the world's own numbers."""
+    """The score of a run on the final panel, with the metrics of its environment."""
     final = archive.result.get("final") or {}
     return (final.get("habits") or {}) | final
 
@@ -117,23 +117,23 @@ def _format_final_mean(runs: Sequence[Archive], name: str) -> str:
 def sanity_section(cells: Sequence[ArmCell]) -> Section:
     done = [archive for cell in cells for archive in cell.done]
     rows = [*_reference_rows(done), *_untrained_rows(done), *_control_rows(cells)]
-    note = "lambda = 0 is no modulation, bit for bit: a law that the tests hold."
-    blocks: list[Block] = [Table("What must be told apart from luck", ("row", "panel", "success", ""), rows, note)]
+    note = "lambda = 0 equals no modulation bit for bit; a test verifies this."
+    blocks: list[Block] = [Table("Reference policies and controls", ("row", "panel", "success", "is"), rows, note)]
     if done and not any("random" in a.players for a in done):
         command = f"python -m aem_exp.evaluate {shlex.quote(f'outputs/{done[0].run}')} --only untrained --only random"
         blocks += [
-            Text("The untrained and a random policy on the final panel join this table after:"),
+            Text("To add the untrained and a random policy on the final panel to this table, run:"),
             Text(command, code=True),
         ]
-    return Section("Sanity rows", blocks)
+    return Section("Sanity checks", blocks)
 
 
 def _reference_rows(done: Sequence[Archive]) -> Iterator[tuple[str, ...]]:
-    """Other policies on the final panel, as `aem_exp.evaluate` has played them."""
+    """Scores of other policies on the final panel, from `aem_exp.evaluate`."""
     for name in dict.fromkeys(name for a in done for name in a.players):
         played = {(a.players[name]["success"], a.players[name]["repeats"]) for a in done if name in a.players}
         for success, repeats in sorted(played):
-            yield name, "final", format_points(success), f"{repeats} episodes a task, one policy"
+            yield name, "final", format_points(success), f"{repeats} episodes per task, one policy"
 
 
 def _untrained_rows(done: Sequence[Archive]) -> Iterator[tuple[str, ...]]:
@@ -142,21 +142,21 @@ def _untrained_rows(done: Sequence[Archive]) -> Iterator[tuple[str, ...]]:
         (a.result["before"]["panel"], round(a.result["before"]["success"], 6)) for a in done if a.result.get("before")
     }
     for panel, success in sorted(before):
-        yield "before the first step", panel, format_points(success), "the same policy for all runs with this number"
+        yield "before the first step", panel, format_points(success), "the initial policy of the runs"
 
 
 def _control_rows(cells: Sequence[ArmCell]) -> Iterator[tuple[str, ...]]:
-    """The arms that are controls."""
+    """Scores of the arms that are controls."""
     for cell in cells:
         if cell.done and (control := _describe_control(cell.done[0].experiment.get("modulation") or {})):
             yield f"{cell.arm} {cell.point}".strip(), "final", format_points(mean(cell.scores(SUCCESS))), control
 
 
 def _describe_control(modulation: Mapping[str, Any]) -> str:
-    """What an arm is a control for, if it is one."""
+    """A description of the control that an arm is; "" if it is none."""
     lam = modulation.get("lam")
     if modulation.get("shuffle"):
-        return "the placebo: the same coefficients, dealt at random"
+        return "placebo: the same coefficients, permuted at random"
     constant = isinstance(lam, Mapping) and lam.get("value") == 0
     return "no modulation" if modulation and (lam is None or constant) else ""
 
@@ -165,13 +165,13 @@ def published_section(cells: Sequence[ArmCell], published: Path | None) -> Secti
     title, known = "Published numbers", _read_published(published)
     rows = [row for cell in cells for row in _published_rows(cell, known)]
     if not rows:
-        return Section(title, [Text("None are known for these worlds, models and arms.")])
-    columns = ("arm", "measure", "ours", "published", "by")
-    return Section(title, [Table("Beside ours", columns, rows, f"{PUBLISHED_CAVEAT.capitalize()}.")])
+        return Section(title, [Text("No published numbers are known for these environments, models and arms.")])
+    columns = ("arm", "measure", "ours", "published", "source")
+    return Section(title, [Table("Our and published numbers", columns, rows, f"{PUBLISHED_CAVEAT.capitalize()}.")])
 
 
 def _published_rows(cell: ArmCell, known: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, ...]]:
-    """The numbers that are known for the world, model and method of a cell."""
+    """Published numbers for the environment, model and method of a cell."""
     if not (done := cell.done) or not done[0].experiment.get("env"):
         return
     names = tuple(done[0].experiment[key]["name"] for key in PUBLISHED_KEYS)

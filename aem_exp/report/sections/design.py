@@ -1,4 +1,4 @@
-"""The sections on how a sweep was made and how to read it: question, provenance, commands, and the meaning of a verdict."""
+"""Sections on the design of a sweep: question, provenance, commands, and the interpretation of verdicts."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,15 @@ from aem_exp.rundir.archive import Archive
 from aem_exp.stats import power
 
 COVERAGE: Final = """\
-How often intervals like these hold the truth, in 20,000 simulated comparisons each, without a difference and with one of 6
-points (the nominal level is 95 %; the simulation error is 0.2 points). Command: python tests/bench/interval_coverage.py 20000.
-Each run plays 140 tasks 4 times. Both arms have the same number of runs and the same spread. With 3 runs against 10, up to 7 of
-100 intervals miss the truth. If one run in ten diverges, the t distribution does not apply and none of these numbers holds.
+Coverage of these intervals in 20,000 simulated comparisons each: without a difference (first number) and with a difference of 6
+points (second number). The nominal level is 95 %; the simulation error is 0.2 points. Each run plays 140 tasks 4 times. Both arms
+have the same number of runs and the same spread. With 3 runs against 10, up to 7 of 100 intervals miss the true difference. If
+one run in ten diverges, the t distribution does not apply and these numbers do not hold.
+Command: python tests/bench/interval_coverage.py 20000
 runs per arm            3             5            10
 this panel      96.5   96.3   95.4   95.5   94.9   95.1 %
 new tasks       95.7   95.4   95.1   95.1   95.1   95.1 %
-bootstrap       79.9   79.5   87.1   87.4   91.4   91.5 %   (over runs, on this panel: not used)"""
+bootstrap       79.9   79.5   87.1   87.4   91.4   91.5 %   (over runs, on this panel; not used)"""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class SweepDescription:
     question: str
     file: str
     source: str
-    """Where its runs were read from."""
+    """The places from which its runs were read."""
     base: str
     arms: Mapping[str, str]
-    """Name -> how it differs from the base, in words."""
+    """Name -> overrides that differ from the base."""
     families: Sequence[Sequence[Pair]]
-    """What is compared: what was declared, then runs from elsewhere."""
+    """Families of compared pairs: the declared pairs, then pairs with runs of other frameworks."""
     seeds: Sequence[int]
 
 
@@ -44,14 +45,16 @@ def question_section(sweep: SweepDescription, cells: Sequence[ArmCell]) -> Secti
     done = [archive for cell in cells for archive in cell.done]
     facts = [*_design_facts(sweep, cells, done), *_run_facts(done)]
     facts += [("planned power", text) for text in _planned_power(sweep, cells)]
-    arms = [(arm, words or "as the base") for arm, words in sweep.arms.items()]
-    return Section("The question", [Table("Asked", ("", "is"), facts), Table("Arms", ("arm", "differs by"), arms)])
+    arms = [(arm, words or "none: the base") for arm, words in sweep.arms.items()]
+    return Section(
+        "The question", [Table("Design", ("item", "value"), facts), Table("Arms", ("arm", "overrides"), arms)]
+    )
 
 
 def _design_facts(sweep: SweepDescription, cells: Sequence[ArmCell], done: Sequence[Archive]) -> list[tuple[str, str]]:
-    """Which runs there are, what is compared, and by which measures."""
+    """The runs, the compared pairs and the measures."""
     distinct, declared = {archive.run for archive in done}, sweep.families[0]
-    shared = [("shared", f"these are {len(distinct)} runs: some stand in several cells")]
+    shared = [("shared", f"{len(distinct)} different runs; some belong to several cells")]
     return [
         ("sweep", sweep.file),
         ("read from", sweep.source),
@@ -60,28 +63,28 @@ def _design_facts(sweep: SweepDescription, cells: Sequence[ArmCell], done: Seque
         ("runs", f"{len(done)} of {sum(len(cell.runs) for cell in cells)} done"),
         *(shared if len(distinct) < len(done) else []),
         ("compared", "; ".join(f"{one} against {other}" for one, other in declared) or "nothing"),
-        ("not compared", "other pairs of arms: they were not declared (`pairs:` of a sweep's file)"),
+        ("not compared", "all other pairs of arms, because they were not declared (`pairs:` in the sweep file)"),
         ("primary measure", "success on the final panel, mean over its tasks and repeats"),
         (
-            "secondary",
-            "the world's own score, where it has one; the area under the curve of success in training; new tasks",
+            "secondary measures",
+            "the score of the environment, if it has one; area under the training curve; success on new tasks",
         ),
     ]
 
 
 def _run_facts(done: Sequence[Archive]) -> list[tuple[str, str]]:
-    """What the runs were scored on, by which checkpoint, and the revisions of the method that trained them."""
+    """The panels, the checkpoint rule and the method revisions of the runs."""
     facts = []
     for name, title in (("final", "final panel"), ("after", "panel of the curves")):
         for panel, count in Counter(_describe_panel(a, name) for a in done if a.result.get(name)).items():
             facts.append((title, f"{panel}{'' if count == len(done) else f' ({count} runs)'}"))
-    rules = Counter(a.result.get("checkpoint_rule") or "not known: by a CSV" for a in done)
-    only = "; the same for every run, never the best on the panel it is scored on" if len(rules) == 1 else ""
+    rules = Counter(a.result.get("checkpoint_rule") or "unknown (CSV)" for a in done)
+    only = "; the same rule for every run, never the best checkpoint on the scored panel" if len(rules) == 1 else ""
     facts += [("checkpoint", f"{rule}{only or f' ({count} runs)'}") for rule, count in rules.items()]
     if len(revisions := analysis.runs_by_revision(done)) > 1:
         counts = ", ".join(f"{number} ({len(runs)} runs)" for number, runs in revisions.items())
         facts.append(
-            ("method revisions", f"{counts}: the same experiment trains differently in each; compared as asked")
+            ("method revisions", f"{counts}; the same experiment trains differently in each (--across-revisions)")
         )
     return facts
 
@@ -92,10 +95,10 @@ def _describe_panel(archive: Archive, which: str) -> str:
 
 
 def _planned_power(sweep: SweepDescription, cells: Sequence[ArmCell]) -> list[str]:
-    """What the design could show, before it was run; for each size of panel."""
+    """The difference that the design can detect, for each panel size, computed without its results."""
     seeds, comparisons = len(sweep.seeds), len(sweep.families[0]) * len({cell.point for cell in cells})
     if seeds < 2 or not comparisons:
-        return ["one seed an arm shows no difference between arms"] if seeds < 2 else []
+        return ["none: one seed per arm cannot show a difference"] if seeds < 2 else []
     sizes = {(len(a.tasks["id"]), len(a.tasks["success"][0])) for cell in cells for a in cell.done}
     spread, out = " and ".join(f"{sd:g}" for sd in power.SEED_SDS), []
     for tasks, repeats in sorted(sizes):
@@ -104,7 +107,8 @@ def _planned_power(sweep: SweepDescription, cells: Sequence[ArmCell]) -> list[st
         ]
         detectable = " and ".join(f"{value:.1f}" for value in points)
         out.append(
-            f"{tasks} tasks x {repeats}: {detectable} points, found 4 times in 5, where seeds spread by {spread}"
+            f"{tasks} tasks x {repeats} repeats: detects {detectable} points with 80 % power, "
+            f"if the standard deviation over seeds is {spread} points"
         )
     return out
 
@@ -116,10 +120,10 @@ def provenance_section(cells: Sequence[ArmCell]) -> Section:
     )
     rows = [[cell.point, cell.arm, *_provenance_row(cell.done)] for cell in cells if cell.done]
     note = (
-        "Budgets match as planned: steps x tasks x group x oversampling. Realised episodes, tokens and updates are means per "
-        "run; dynamic sampling and the policy itself decide them."
+        "Planned budget: steps x tasks x group x oversampling; compared arms have the same. Realised steps, episodes, tokens and "
+        "updates are means per run; they depend on dynamic sampling and on the policy."
     )
-    time_columns = ("point", "arm", "minutes a run", "GPU-hours a run", "starts with changes")
+    time_columns = ("point", "arm", "minutes per run", "GPU-hours per run", "runs resumed with changes")
     times = [[cell.point, cell.arm, *_time_row(cell.done)] for cell in cells if cell.done]
     packages = Counter(
         ", ".join(f"{name} {number}" for name, number in a.result.get("packages", {}).items())
@@ -127,9 +131,9 @@ def provenance_section(cells: Sequence[ArmCell]) -> Section:
         for a in cell.done
     )
     return Section(
-        "Where the runs come from",
+        "Provenance",
         [
-            drop_empty_column(Table("Provenance", columns, rows, note)),
+            drop_empty_column(Table("Code, machine and budget", columns, rows, note)),
             drop_empty_column(Table("Time", time_columns, times)),
             *(Text(f"{count} runs with {text}.") for text, count in packages.items() if text),
         ],
@@ -159,14 +163,14 @@ def _join_distinct(values: Iterable[Any]) -> str:
 
 
 def _shorten_commit(commit: str) -> str:
-    """In short; a `+` says that there were edits on top of it."""
+    """The first 10 digits. A `+` marks uncommitted changes."""
     return commit[:10] + ("+" if commit.endswith("+") and len(commit) > 10 else "")
 
 
 def _describe_policy(archive: Archive) -> str:
-    """What training began with: a model and its weights, or how it was made."""
+    """The initial policy: the model and its weights, or "generated"."""
     model = archive.experiment.get("model") or {}
-    revision = archive.provenance.get("weights") or model.get("revision") or ("made here" if model.get("make") else "")
+    revision = archive.provenance.get("weights") or model.get("revision") or ("generated" if model.get("make") else "")
     return " ".join(filter(None, [model.get("path") or model.get("name"), revision]))
 
 
@@ -184,33 +188,33 @@ def commands_section(cells: Sequence[ArmCell]) -> Section:
         for run in cell.runs
     ]
     note = (
-        "With the code as it is now; a run dir holds the code that it ran: python -m aem_exp.run RUN_DIR. Of an archive, the "
-        "commit is among the provenance above."
+        "These commands use the current code. A run directory holds its own code: python -m aem_exp.run RUN_DIR. For an archive, "
+        "see the commit under Provenance."
     )
     columns = ("run", "arm", "point", "seed", "command")
-    return Section("Every run, and the command that makes it", [Table("Runs", columns, rows, note)])
+    return Section("Runs and their commands", [Table("Runs", columns, rows, note)])
 
 
 def interpretation_section(cells: Sequence[ArmCell]) -> Section:
     few = min((len(cell.done) for cell in cells if cell.done), default=0)
     texts: list[Block] = [
         Text(
-            "A verdict is read from its interval alone. `better` and `worse` hold for new training runs with other seeds on "
-            "this panel; all intervals of the primary table hold at once in 95 of 100 sweeps. `no difference shown` is not `no "
-            "difference`: the interval says which effects are ruled out."
+            "A verdict follows from its interval alone. `better` and `worse` hold for new training runs with other seeds on this "
+            "panel. In 95 of 100 sweeps, all intervals of the primary table contain the true difference. `no difference shown` "
+            "does not mean `no difference`: the interval shows which effects are ruled out."
         ),
         Text(COVERAGE, code=True),
     ]
     if 0 < few < 5:
         texts.insert(
-            1, Text(f"There are {few} runs in the smallest cell: intervals are wide, and one odd run moves them.")
+            1, Text(f"The smallest cell has {few} runs. Its intervals are wide, and a single run can change them much.")
         )
     if any(
         run.archive is not None and not run.archive.experiment.get("trainer") for cell in cells for run in cell.runs
     ):
         texts.append(
             Text(
-                "Runs of other frameworks came by a CSV: their budgets, worlds and checkpoint rules are not known here."
+                "Runs of other frameworks were read from a CSV file: their budgets, worlds and checkpoint rules are unknown."
             )
         )
-    return Section("How to read this", texts)
+    return Section("How to read this report", texts)

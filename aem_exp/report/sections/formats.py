@@ -1,4 +1,4 @@
-"""How a report writes numbers, and tables whose first column is empty."""
+"""Formats of numbers and tables in a report."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from aem_exp.report.render import Table
 
 
 def format_points(value: float, sign: bool = False) -> str:
-    """A share of 1 as points of 100."""
+    """Format a share (0 to 1) in points (0 to 100)."""
     return "-" if math.isnan(value) else f"{100 * value:{'+' if sign else ''}.1f}"
 
 
@@ -20,7 +20,7 @@ def format_interval(interval: Any, sign: bool = True) -> str:
 
 
 def drop_empty_column(table: Table) -> Table:
-    """The table without a first column that says nothing."""
+    """The table without its first column, if that column is empty."""
     if any(row[0] for row in table.rows):
         return table
     return Table(table.title, table.columns[1:], [row[1:] for row in table.rows], table.note)

@@ -1,4 +1,4 @@
-"""The sections on what a sweep came to: the scores of every cell, and the differences between arms with their verdicts."""
+"""Sections on the results of a sweep: the scores of every cell, and the differences between arms with their verdicts."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from aem_exp.stats import compare
 
 
 def verdict_table(differences: Sequence[Difference]) -> Table:
-    """The table that a sweep is run for."""
+    """The table of differences with intervals and verdicts."""
     columns = (
         *("point", "arm", "against", "runs", "difference", "95 % interval", "verdict", "p", "detectable"),
-        "runs to settle",
+        "runs needed",
     )
     rows = [
         (
@@ -38,18 +38,18 @@ def verdict_table(differences: Sequence[Difference]) -> Table:
 
 
 def _verdict_note(differences: Sequence[Difference], measure: str) -> str:
-    """How the columns are computed, and what weakens them."""
+    """How the columns are computed, and their limits."""
     note = (
-        f"Points of {measure}; Welch's t over runs, not paired by seed; all intervals of this table hold at once (Bonferroni)"
-        f"{'' if measure == SUCCESS else ', but not together with those of other tables'}. "
-        f"p: by permutation, to be held against {_format_level(differences)}; it takes the arms to spread alike, so that it may "
-        "say something else, and the verdict is the interval's. detectable: what arms that spread like these would show 4 times "
-        "in 5; runs to settle: per arm, to show the difference seen, if it is real."
+        f"Points of {measure}. Intervals: Welch's t over runs, not paired by seed, simultaneous over this table (Bonferroni)"
+        f"{'' if measure == SUCCESS else ' but not over several tables'}. "
+        f"p: permutation test, to be compared with {_format_level(differences)}; it assumes equal spread in both arms and may "
+        "disagree with the interval, which decides the verdict. detectable: the difference that runs with this spread detect "
+        "with 80 % power. runs needed: runs per arm that detect the observed difference with 80 % power, if it is the true one."
     )
     if any(d.partial for d in differences):
-        note += " So far: the sweep is not done; who looks before it is, and stops when it suits, has not 95 %."
+        note += " So far: runs are missing. If you stop a sweep early because of its result, the intervals do not hold."
     if any(d.diverged for d in differences):
-        note += " Where runs diverged, the intervals do not hold what they promise; look at every seed."
+        note += " Some runs diverged, so the intervals are not reliable; compare the seeds one by one."
     return note
 
 
@@ -80,11 +80,11 @@ def cells_section(cells: Sequence[ArmCell]) -> Section:
     blocks += [_score_table(cells, measure) for measure in analysis.available_measures(cells)]
     if problems := analysis.list_problems(cells):
         blocks.append(_problem_table(problems))
-    return Section("Every cell", blocks)
+    return Section("Scores", blocks)
 
 
 def _score_table(cells: Sequence[ArmCell], measure: str) -> Table:
-    columns = ("point", "arm", "runs", "mean", "95 % interval", "every seed")
+    columns = ("point", "arm", "runs", "mean", "95 % interval", "each seed")
     rows = []
     for cell in cells:
         values = cell.scores(measure)
@@ -94,23 +94,23 @@ def _score_table(cells: Sequence[ArmCell], measure: str) -> Table:
         seeds = " ".join(format_points(value) for value in values)
         runs = f"{len(values)} of {len(cell.runs)}"
         rows.append((cell.point, cell.arm, runs, format_points(middle), interval, seeds))
-    note = "In points of 100; each interval is one arm's own (Student's t over runs): to compare arms, see the differences."
+    note = "Points (0 to 100). Each interval describes one arm (Student's t over runs); to compare arms, use the differences."
     return drop_empty_column(Table(f"{measure.capitalize()} of each cell", columns, rows, note))
 
 
 def _problem_table(problems: Sequence[tuple[str, str, int, str]]) -> Table:
     seeds_by_problem: dict[tuple[str, str, str], list[str]] = {}
-    for arm, point, seed, what in problems:
-        seeds_by_problem.setdefault((point, arm, what), []).append(str(seed))
-    rows = [(point, arm, " ".join(seeds), what) for (point, arm, what), seeds in seeds_by_problem.items()]
-    note = "Runs that failed by a node, by memory or by their world are to be run again, and are not scored."
-    title = "Runs that are not done as planned"
-    return drop_empty_column(Table(title, ("point", "arm", "seeds", "what"), rows, note))
+    for arm, point, seed, problem in problems:
+        seeds_by_problem.setdefault((point, arm, problem), []).append(str(seed))
+    rows = [(point, arm, " ".join(seeds), problem) for (point, arm, problem), seeds in seeds_by_problem.items()]
+    note = "Runs that failed because of a node, of memory or of their environment are not scored; run them again."
+    title = "Missing, failed and diverged runs"
+    return drop_empty_column(Table(title, ("point", "arm", "seeds", "problem"), rows, note))
 
 
 def differences_section(sweep: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference]) -> Section:
     if not primary:
-        return Section("Differences and verdicts", [Text("There is one arm: nothing to compare.")])
+        return Section("Differences and verdicts", [Text("The sweep has one arm, so there is no comparison.")])
     blocks: list[Block] = []
     if picture := figures.forest_plot(primary):
         blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
@@ -128,7 +128,7 @@ def differences_section(sweep: SweepDescription, cells: Sequence[ArmCell], prima
 
 
 def _new_tasks_table(primary: Sequence[Difference]) -> list[Block]:
-    columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "says")
+    columns = ("point", "arm", "against", "difference", "95 % interval on new tasks", "verdict")
     rows = [
         (
             d.point,
@@ -141,14 +141,14 @@ def _new_tasks_table(primary: Sequence[Difference]) -> list[Block]:
         for d in primary
         if d.interval is not None and d.new_tasks is not None
     ]
-    note = "What would hold for new runs on new tasks like those of the panel (runs and tasks crossed)."
+    note = "Intervals for new runs on new tasks from the same distribution as the panel (runs and tasks crossed)."
     if not rows:
         return []
     return [drop_empty_column(Table("Secondary: generalisation to new tasks", columns, rows, note))]
 
 
 def _cheapest_comparison(cells: Sequence[ArmCell], differences: Sequence[Difference]) -> str | None:
-    """Which open comparison would cost least to settle, and how."""
+    """The open comparison that is cheapest to decide, and its cost; None if there is none."""
     seconds_by_cell = {(c.arm, c.point): [a.spent["seconds"] for a in c.done if "seconds" in a.spent] for c in cells}
     costs = []
     for d in differences:
@@ -160,9 +160,9 @@ def _cheapest_comparison(cells: Sequence[ArmCell], differences: Sequence[Differe
     seconds, d = min(costs, key=lambda pair: pair[0])
     named = f"{d.arm} {d.point}".strip()
     return (
-        f"The open comparison that would cost least to settle is {named} against {d.reference}: {d.enough} runs each, some "
-        f"{seconds / 3600:.1f} hours of runs, if the difference is as it was seen. Ask that in a file of its own, with new "
-        "seeds and before they are run: to add seeds here until something shows would find differences where none are."
+        f"The cheapest open comparison is {named} against {d.reference}: {d.enough} runs per arm, about "
+        f"{seconds / 3600:.1f} hours of runs, if the observed difference is the true one. Declare it in a new sweep file with "
+        "new seeds before you run it. Adding seeds to this sweep until a difference appears would produce false positives."
     )
 
 
@@ -187,5 +187,7 @@ def _overall_table(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[Bloc
         )
         for o in comparisons
     ]
-    note = "Over all points of the sweep; bootstrap of runs within points, which is too sure of itself with few runs."
+    note = (
+        "Over all points of the sweep. Intervals: bootstrap of runs within points, which are too narrow with few runs."
+    )
     return [Table("Over all points", columns, rows, note)]
