@@ -285,7 +285,7 @@ def test_servers_of_a_run_are_not_taken_from_it(trained, server, where, capsys, 
     ("more", "told"),
     [
         (["launch.sampler=served"], "launch.servers=null: the folder of servers that are up, or launch.sampler=local"),
-        (["launch.servers=/s"], "launch.servers=/s: only read with launch.sampler=served"),
+        (["launch.servers=/s"], "launch.servers=/s: has no effect without launch.sampler=served"),
         (["launch.sampler=served", "launch.servers=/nowhere"], "must be a folder with urls"),
         (["launch.sampler=engine"], "is the trainer's"),
         (["launch.sampler=serve"], "did you mean served?"),

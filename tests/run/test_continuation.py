@@ -100,7 +100,7 @@ def test_a_run_at_work_is_branched_when_it_has_stopped(stopped):
 
     with (
         hold_run_lock(stopped),
-        pytest.raises(ConfigError, match=rf"is at work, at step 4; stop it, .*process {os.getpid()}"),
+        pytest.raises(ConfigError, match=rf"step 4; .*process {os.getpid()}"),
     ):
         load([f"from={stopped}", "modulation=none"])
 
@@ -112,7 +112,7 @@ def test_a_parent_that_went_on_meanwhile_is_told(stopped, cache, tmp_path, monke
 
     monkeypatch.setenv("AEM_CACHE", str(cache))
     branch = load([f"from={stopped}", "modulation=none", f"outputs={tmp_path}"])
-    with pytest.raises(ConfigError, match="has gone on to step 4, and step 1 is no longer there"):
+    with pytest.raises(ConfigError, match=r"step 4 .* step 1;"):
         execution.run(replace(branch, parent_steps=1))
     with pytest.raises(ConfigError, match="has no checkpoint of step 5"):
         execution.run(replace(branch, parent_steps=5))
@@ -134,8 +134,8 @@ def test_continued_its_schedules_are_its_own(unbroken, cache, tmp_path):
     words = [f"from={unbroken[0]}", f"trainer.steps={6 + steps}", "modulation=linear", "launch.save_every=1"]
     words += ["trainer.lr_scheduler_type=linear", "trainer.learning_rate=1e-4"]
     plan = run_command(cache, tmp_path, *words, "plan=true")
-    anew = "modulation.lam=aem_exp.schedules.Linear and trainer.lr_scheduler_type=linear: a new schedule over steps 7 to 46"
-    assert anew in plan.stdout
+    anew = "modulation.lam=aem_exp.schedules.Linear and trainer.lr_scheduler_type=linear: "
+    assert anew in plan.stdout and "steps 7 to 46" in plan.stdout
     first = run_command(cache, tmp_path, *words, wait=False)
     wait_for_run(first, lambda: True, lambda: any(mark["step"] > 7 for mark in saved(tmp_path)))
     first.send_signal(signal.SIGKILL)
@@ -175,14 +175,14 @@ def test_what_a_continued_run_could_not_honour_is_refused(unbroken, words, said)
 def test_a_run_dir_that_is_none_or_was_edited_is_refused(unbroken, tmp_path):
     from aem_exp.config import ConfigError, load, read
 
-    with pytest.raises(ConfigError, match="must be the folder of a run"):
+    with pytest.raises(ConfigError, match=r"experiment\.json"):
         load([f"from={tmp_path}"])
     copy = tmp_path / unbroken[0].name
     copy.mkdir()
     text = (unbroken[0] / "experiment.json").read_text()
     (copy / "experiment.json").write_text(text)
     assert read(copy).trainer.steps == 6
-    with pytest.raises(ConfigError, match=f"stands at step 0 and has no checkpoint.*: python -m aem_exp.run {copy}"):
+    with pytest.raises(ConfigError, match=f"no checkpoint.*: python -m aem_exp.run {copy}"):
         load([f"from={copy}", "trainer.steps=9"])
     (copy / "experiment.json").write_text(text.replace('"steps": 6', '"steps": 7'))
     with pytest.raises(ConfigError, match="it was edited"):

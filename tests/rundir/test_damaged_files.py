@@ -134,7 +134,7 @@ def test_of_a_run_that_would_go_on(begun, monkeypatch, capsys, name, harm):
     code, _, err = ask(monkeypatch, capsys, begun)
     assert code == 2, err
     (sentence,) = [line for line in err.splitlines() if line.startswith("aem_exp: ")]
-    assert f"{name.rpartition('/')[2]} is damaged" in sentence and "put a good copy of it there" in sentence
+    assert f"{name.rpartition('/')[2]} is damaged" in sentence and "restore it" in sentence
     assert {file: file.read_bytes() for file in before} == before
 
 

@@ -290,9 +290,9 @@ BAD = [
     (SMALL.replace("seeds: 0,1\n", ""), "mine.seeds=null: must hold something"),
     (
         SMALL.replace("seeds: 0,1", "seeds: range(0,1000000000000)"),
-        "mine.seeds: seed=range(0,1000000000000): holds more than 10,000 values",
+        "mine.seeds: seed=range(0,1000000000000): has more than 10,000 values",
     ),
-    (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3): holds no value"),
+    (SMALL.replace("seeds: 0,1", "seeds: range(3,3)"), "mine.seeds: seed=range(3,3): has no value"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,0"), "mine.seeds=seed=0: stands twice"),
     (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1: must be a whole number of at least 0"),
     (SMALL.replace("seeds: 0,1", "seeds: one"), "mine: none seed=one: seed=one: must be a whole number"),
@@ -306,7 +306,7 @@ BAD = [
     (SMALL + "products:\n", "mine.products=null: must hold something"),
     (SMALL + "products:\n  -\n", "mine.products=null: an empty product"),
     (SMALL + "products:\n  - []\n", "mine.products=null: an empty product"),
-    (SMALL + "products:\n  - modulation=glob(x*)\n", "mine.products: modulation=glob(x*): holds no value"),
+    (SMALL + "products:\n  - modulation=glob(x*)\n", "mine.products: modulation=glob(x*): has no value"),
     (SMALL + "products:\n  - baseline=grpo,grpo\n", "mine.products=baseline=grpo: stands twice"),
     (
         SMALL + "products:\n  - [baseline=grpo,rloo]\n",
@@ -319,7 +319,7 @@ BAD = [
     (SMALL + "products: baseline=grpo,rloo\n", "mine.products=baseline=grpo,rloo: must be a list"),
     (
         SMALL + "products:\n  - trainer.epsilon=interval(0,1)\n",
-        "mine.products: trainer.epsilon=interval(0,1): cannot be c",
+        "mine.products: trainer.epsilon=interval(0,1): has no c",
     ),
     (
         SMALL + "products:\n  - trainer.learning_rate=1e-3,0.0010\n",
