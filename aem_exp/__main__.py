@@ -119,9 +119,7 @@ def _run_command(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.multirun:
         for option in ("cfg", "resolve", "trust"):
             if getattr(arguments, option):
-                raise ConfigError(
-                    f"--{option}", getattr(arguments, option), "has no effect with -m, only for one experiment"
-                )
+                raise ConfigError(f"--{option}", getattr(arguments, option), "has no effect with -m")
         return _run_grid(arguments, argv)
     for option in ("submit", "local"):
         if getattr(arguments, option):

@@ -83,7 +83,7 @@ def _check_templates(tree: DictConfig, overrides: Sequence[str]) -> None:
         head, _, name = key.rpartition(".")
         readers = [other for other, templates in TEMPLATE_FIELDS.items() if name in templates]
         if head == "env.prompt" and readers and history in TEMPLATE_FIELDS and history not in readers:
-            raise ConfigError(key, value, f"has no effect; it needs env.history={readers[0]}")
+            raise ConfigError(key, value, f"has no effect without env.history={readers[0]}")
 
 
 def _parent_config(parent: str, overrides: list[str], trust: bool) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def check_fsdp(e: Experiment) -> None:
         )
         raise ConfigError("launch.trainer.fsdp_config.cpu_ram_efficient_loading", True, remedy)
     if t.get("gradient_checkpointing"):
-        remedy = "has no effect on a sharded policy; set launch.trainer.fsdp_config.activation_checkpointing"
+        remedy = "for a sharded policy, set launch.trainer.fsdp_config.activation_checkpointing instead"
         raise ConfigError("launch.trainer.gradient_checkpointing", True, remedy)
     if launch.sampler == "engine" and not t.get("use_vllm"):
         remedy = "with a sharded policy, HF generate would deadlock; set local, or launch.trainer.use_vllm=true (vLLM)"

@@ -147,7 +147,7 @@ def _check_loss(e: Experiment) -> None:
     if t.count_masked and not t.mask_truncated_completions:
         raise ConfigError("trainer.count_masked", True, "has no effect without trainer.mask_truncated_completions=true")
     if t.count_masked and t.loss_type not in ROW_MEAN_LOSSES:
-        remedy = f"has no effect on a mean over tokens; it needs trainer.loss_type={', '.join(ROW_MEAN_LOSSES)} (means over rows)"
+        remedy = f"has no effect without trainer.loss_type={' or '.join(ROW_MEAN_LOSSES)}, which are means over rows"
         raise ConfigError("trainer.count_masked", True, remedy)
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t.loss_type == loss and t.importance_sampling_level != level:

@@ -24,7 +24,7 @@ class Model:
     path: str | None = None
     """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`."""
     revision: str | None = None
-    """Commit of the weights on the hub. null: the newest one; `prepare` prints the commit to pin. Needs `path`."""
+    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`."""
     make: dict[str, Any] | None = None
     """`_target_` of a function that makes a policy, and its arguments. null: weights are loaded from `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"

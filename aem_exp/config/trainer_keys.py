@@ -81,7 +81,7 @@ def resolve_trainer(block: Mapping[str, Any]) -> Trainer:
                 raise ConfigError(
                     f"trainer.{key}",
                     given[key],
-                    f"has no effect with trainer.loss_type={loss}; it needs trainer.loss_type={other}",
+                    f"has no effect without trainer.loss_type={other}; it is {loss}",
                 )
     return Trainer(**given)
 

@@ -73,7 +73,7 @@ def unknown_key_error(field: str, value: Any, keys: Iterable[str]) -> ConfigErro
     """The error for a key that does not exist; `keys` are the existing keys of its block."""
     keys = sorted(keys)
     close = closest_match(field.rpartition(".")[2], keys)
-    siblings = f"the keys of this block are {', '.join(keys)}" if keys else "this block has no keys"
+    siblings = f"available keys: {', '.join(keys)}" if keys else "no keys are available"
     return ConfigError(field, value, "no such key; " + (f"did you mean {close}?" if close else siblings))
 
 
