@@ -104,7 +104,7 @@ def _short_signature(folder: Path) -> str:
 
 def _check_folder(outputs: Path) -> Path:
     if not outputs.is_dir():
-        raise ConfigError("--outputs", str(outputs), "this folder does not exist")
+        raise ConfigError("--outputs", str(outputs), "there is no such folder")
     return outputs
 
 

@@ -49,7 +49,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     database = store_uri.sqlite_file(uri)
     if database is not None and not database.is_file():
         raise ConfigError(
-            "--uri", str(database), "this file does not exist; the first run creates it in the outputs folder"
+            "--uri", str(database), "there is no such file; the first run creates it in the outputs folder"
         )
     store_uri.probe(uri)
     mlflow_store.require_mlflow()

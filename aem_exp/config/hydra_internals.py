@@ -76,7 +76,7 @@ def check_files(roots: Sequence[Path]) -> Iterator[None]:
             try:
                 return super().load_config(config_path)
             except (ValueError, YAMLError) as error:
-                raise ConfigError("config", str(file), f"is not YAML: {format_error(error)}") from error
+                raise ConfigError("config", str(file), f"is not valid YAML: {format_error(error)}") from error
 
     kinds = SourcesRegistry.instance().types
     original, kinds["file"] = kinds["file"], CheckedConfigSource

@@ -23,7 +23,7 @@ def config_roots(config_dir: str | Path | None = None) -> list[Path]:
     if config_dir is not None:
         user = Path(config_dir).expanduser().absolute()
         if not user.is_dir():
-            raise ConfigError("--config-dir", config_dir, "this folder does not exist")
+            raise ConfigError("--config-dir", config_dir, "there is no such folder")
         roots.insert(0, user)
     return roots
 
