@@ -114,7 +114,7 @@ def run_cli(act: Callable[[], int], continue_hint: Callable[[], str] = str) -> i
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _print_error(
-            1, "aem_exp: the disk is full; " + ", then ".join(filter(None, ("free some space", continue_hint())))
+            1, "aem_exp: the disk is full; " + "; ".join(filter(None, ("free some space", continue_hint())))
         )
 
 
