@@ -1,27 +1,28 @@
 """Declarative experiments in multi-turn agentic reinforcement learning, with Adaptive Entropy Modulation.
 
-From an experiment to a verdict, package by package; each imports those above it, and its `__init__` says what it holds:
+The packages, from the lowest layer to the highest. A package imports only packages above it in this list; its `__init__`
+describes its content.
 
     core         errors, typed values, files, the terminal and the command line
-    stats        what an evaluation counts, intervals and power: pure numbers
-    aem          the paper: entropies -> coefficients -> modulated advantages (pure)
-    schedules    schedules of its strength lambda; the learning rate follows TRL (`training.lr_schedule`)
+    stats        statistics of evaluations, intervals, power analysis (pure)
+    aem          the method of the paper: entropies -> coefficients -> modulated advantages (pure)
+    schedules    schedules of the strength lambda; that of the learning rate is in `training.lr_schedule`
     advantages   credit assignment of the baselines: GRPO, Dr. GRPO, RLOO, REINFORCE++, GiGPO (pure)
-    rundir       what a run leaves on disk: metrics, episodes, checkpoints, attempts, the lock
-    sandboxes    where commands of a policy run: bubblewrap, Apptainer, Docker
-    config       a command line -> one frozen `Experiment`, whose hash names the run dir
+    rundir       the files of a run: metrics, episodes, checkpoints, attempts, the lock
+    sandboxes    isolated execution of commands of a policy: bubblewrap, Apptainer, Docker
+    config       command line -> one frozen `Experiment`, whose hash names the run dir
     cluster      SLURM, the processes of a job, signals, addresses of servers
-    envs         the contract of environments, the worlds, and the processes that step them
-    rollout      policy and environments -> trajectories of exact tokens; `sampling`: who generates
+    envs         the contract of environments, the environments, and the processes that step them
+    rollout      policy and environments -> trajectories of exact tokens; `sampling` generates responses
     policy       load, save and locate a causal language model; `tiny` makes a small one
-    provenance   what a run was executed with: code, packages, weights, machine
+    provenance   the record of what a run was executed with: code, packages, weights, machine
     training     trajectories -> updates: credit, modulation, and TRL's trainer and losses
-    tracking     sends metrics to MLflow, which can be rebuilt from run dirs; `training.step_metrics` computes them
-    evaluate     a policy, scored on held-out tasks beside other agents
-    jobs         does it fit, is it prepared, send it
-    run          one experiment on this machine, to a result; where a resumed run begins
-    sweep        many experiments that answer one question; studies with Optuna
-    report       what a sweep came to: verdicts, tables, figures
+    tracking     sends metrics to MLflow, which can be rebuilt from run dirs
+    evaluate     scores a policy, or another agent, on held-out tasks
+    jobs         checks memory and prepared files, and submits runs
+    run          runs one experiment on this machine, from its start or a checkpoint to its result
+    sweep        many experiments that answer one question; hyperparameter studies with Optuna
+    report       the result of a sweep: verdicts, tables, figures
 
 A *step* is one rollout batch: schedules, evaluations, saves and x-axes count steps. An *update* is one optimizer step.
 
@@ -32,9 +33,9 @@ from typing import Final
 
 __version__ = "0.1.0"
 
-# The revision of the method: raise it when the same experiment would train differently, though its signature is the same.
-# Runs of different revisions are not pooled or compared unless that is asked for. What each one changed is said here.
-#   0: runs that record none.
-#   1: equal values have no advantage (statistics in float64), nor has a trajectory that is alone in its group; a step whose
-#      loss is zero has no update; schedules of a continued run span the steps that it adds.
+# The revision of the method. Increase it when an experiment with the same signature would train differently.
+# Runs of different revisions are neither pooled nor compared unless the user asks for it. The changes of each revision:
+#   0: runs that record no revision.
+#   1: equal values have no advantage (statistics in float64), and neither has a trajectory that is alone in its group; a step
+#      with a loss of zero has no update; schedules of a continued run span the steps that it adds.
 METHOD: Final = 1

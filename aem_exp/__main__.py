@@ -1,6 +1,6 @@
 """Command `aem-exp`: composes, resolves and runs one experiment, or calls a subcommand (see `commands`).
 
-Nothing heavy is imported before the experiment is valid.
+Heavy libraries are imported only after the experiment has been checked.
 """
 
 import argparse
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: aem-exp [run] [+experiment=NAME] [GROUP=CHOICE ...] [KEY=VALUE ...] [options]
        aem-exp run RUN_DIR [--inexact] [--trust]
-       aem-exp COMMAND ...            (COMMAND --help says more; python -m aem_exp does all this as well)
+       aem-exp COMMAND ...            (see COMMAND --help; python -m aem_exp is the same command)
 
-Trains one policy in one world by multi-turn RL, evaluates it on tasks it has not seen, and keeps everything in one
-folder. Asked again, it resumes, or shows what is there. Without arguments:
+Trains one policy in one environment by multi-turn RL, evaluates it on held-out tasks, and saves everything in one folder.
+The same command again resumes the run, or shows its result. Without arguments:
 {default}.
 
   aem-exp modulation=none seed=1
@@ -31,23 +31,23 @@ folder. Asked again, it resumes, or shows what is there. Without arguments:
 
 Commands
 {commands}
-  After `run`, a word without `=` is a run dir (so is one with `=` that begins with / or .): what it holds is run, or gone
-  on with, as it was. All other words describe an experiment.
+  After `run`, a word without `=` is a run dir, and so is a word that begins with / or . : its experiment is run or continued
+  unchanged. All other words describe an experiment.
 """
 OPTIONS = """\
 Options
-  from=RUN_DIR      begin where a run ended or was stopped, with its settings: from=RUN_DIR trainer.steps=200
-  resume=inexact    go on with a run although code, libraries or machine have changed; the run is marked
-  plan=true         show the run's folder, its size, what it needs and what is odd about it; run nothing
-  -m                several values (seed=0,1,2 modulation=none,aem): a sweep; --submit or --local carries it out
-  --cfg job         print the composed config and stop; --resolve fills in interpolations
-  --config-dir DIR  lay a folder of your own over conf/: its files add to the groups below
-  --trust           continue a run of somebody else's; its config can call any function
-  --hydra-help      help of the library that composes the config
-  --version         the version, and nothing else
-  --completion bash (or zsh) print what completes commands, groups and choices: eval "$(aem-exp --completion bash)"
+  from=RUN_DIR      a new run that starts where RUN_DIR ended or was stopped, with its settings: from=RUN_DIR trainer.steps=200
+  resume=inexact    continue a run although the code, the libraries or the machine have changed; the run is marked
+  plan=true         show the run dir, the size, the requirements and notes on unusual settings; run nothing
+  -m                plan a sweep over several values (seed=0,1,2 modulation=none,aem); --submit or --local starts it
+  --cfg job         print the composed config and exit; --resolve fills in interpolations
+  --config-dir DIR  a config folder of your own; its files add to the groups above, and hide files of the same name
+  --trust           continue a run of another user, whose config can call any function
+  --hydra-help      the help of Hydra, which composes the config
+  --version         print the version
+  --completion bash (or zsh) print a script for completion: eval "$(aem-exp --completion bash)"
 
-Folders: $AEM_OUTPUTS or outputs=DIR holds the runs (default ./outputs), $AEM_CACHE the policies that are made here
+Folders: $AEM_OUTPUTS or outputs=DIR for runs (default ./outputs), $AEM_CACHE for generated policies
 (default ~/.cache/aem_exp)."""
 
 FLAGS = (
@@ -61,18 +61,18 @@ FLAGS = (
     ("--version",),
 )
 VALUE_OPTIONS = (("-c", "--cfg"), ("--config-dir",), ("--completion",))
-MAX_DIFFERENCES = 8  # of a run that is worth comparing with
+MAX_DIFFERENCES = 8  # from the nearest run; with more, the comparison is not shown
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command, and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
     return cli.run_cli(lambda: _dispatch(words))
 
 
 def _dispatch(words: list[str]) -> int:
-    """Carry out a subcommand, or one experiment; `run` is a subcommand where it is followed by a run dir."""
-    if words[:1] == ["--complete"]:  # a shell asks, see `completion`
+    """Run a subcommand or one experiment; `run` is a subcommand only if a run dir follows."""
+    if words[:1] == ["--complete"]:  # called by a shell, see `completion`
         from aem_exp.completion import candidates
 
         print(*candidates(" ".join(words[1:])), sep="\n")
@@ -90,72 +90,74 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(*switch, action="store_true")
     for option in VALUE_OPTIONS:
         parser.add_argument(*option)
-    asked, strange = parser.parse_known_intermixed_args(argv)
-    if strange:
-        raise ConfigError("option", strange[0], [name for names in (*FLAGS, *VALUE_OPTIONS) for name in names])
-    plans = [text for text in asked.overrides if text.startswith("plan=")]
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise ConfigError("option", unknown[0], [name for names in (*FLAGS, *VALUE_OPTIONS) for name in names])
+    plans = [text for text in arguments.overrides if text.startswith("plan=")]
     for text in plans:
         if text not in ("plan=true", "plan=false"):
             raise ConfigError("plan", text.removeprefix("plan="), ["true", "false"])
-    asked.overrides = [text for text in asked.overrides if text not in plans]
-    asked.plan = plans[-1:] == ["plan=true"]
-    return asked
+    arguments.overrides = [text for text in arguments.overrides if text not in plans]
+    arguments.plan = plans[-1:] == ["plan=true"]
+    return arguments
 
 
-def _run_command(asked: argparse.Namespace, argv: list[str]) -> int:
-    if asked.help:
-        print(_help_page(asked.config_dir))
+def _run_command(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.help:
+        print(_help_page(arguments.config_dir))
         return 0
-    if asked.version:
+    if arguments.version:
         print(f"aem-exp {__version__}")
         return 0
-    if asked.completion:
+    if arguments.completion:
         from aem_exp.completion import script
 
-        print(script(asked.completion), end="")
+        print(script(arguments.completion), end="")
         return 0
-    if asked.hydra_help:
+    if arguments.hydra_help:
         return _print_hydra_help()
-    if asked.multirun:
+    if arguments.multirun:
         for option in ("cfg", "resolve", "trust"):
-            if getattr(asked, option):
-                raise ConfigError(f"--{option}", getattr(asked, option), "only read for one experiment, without -m")
-        return _run_grid(asked, argv)
+            if getattr(arguments, option):
+                raise ConfigError(f"--{option}", getattr(arguments, option), "has no effect with -m")
+        return _run_grid(arguments, argv)
     for option in ("submit", "local"):
-        if getattr(asked, option):
-            raise ConfigError(f"--{option}", True, "only read with -m; one experiment runs where its launch says")
-    if asked.cfg not in (None, "job"):
-        raise ConfigError("--cfg", asked.cfg, ["job"])
-    if asked.resolve and not asked.cfg:
-        raise ConfigError("--resolve", True, "only read with --cfg job")
-    parents = [text.removeprefix("from=") for text in asked.overrides if text.startswith("from=")]
-    cli.add_user_modules(asked.config_dir, parents, asked.trust)
+        if getattr(arguments, option):
+            raise ConfigError(
+                f"--{option}", True, "has no effect without -m; for one experiment, launch decides where it runs"
+            )
+    if arguments.cfg not in (None, "job"):
+        raise ConfigError("--cfg", arguments.cfg, ["job"])
+    if arguments.resolve and not arguments.cfg:
+        raise ConfigError("--resolve", True, "has no effect without --cfg job")
+    parents = [text.removeprefix("from=") for text in arguments.overrides if text.startswith("from=")]
+    cli.add_user_modules(arguments.config_dir, parents, arguments.trust)
     from aem_exp.config import resolve
     from aem_exp.config.compose import compose, to_yaml
 
-    tree = compose(asked.overrides, asked.config_dir, asked.trust)
+    tree = compose(arguments.overrides, arguments.config_dir, arguments.trust)
     experiment = resolve(tree)
-    if asked.cfg:
-        print(to_yaml(tree, asked.resolve), end="")
+    if arguments.cfg:
+        print(to_yaml(tree, arguments.resolve), end="")
         return 0
-    return _print_plan(experiment) if asked.plan else _run_experiment(experiment)
+    return _print_plan(experiment) if arguments.plan else _run_experiment(experiment)
 
 
-def _run_grid(asked: argparse.Namespace, argv: list[str]) -> int:
-    """A grid of the command line is a sweep without a file."""
+def _run_grid(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Run a grid from the command line, which is a sweep without a file."""
     import shlex
 
     from aem_exp.sweep import command as sweep
     from aem_exp.sweep import question
 
-    cli.add_user_modules(asked.config_dir)
-    how = argparse.Namespace(submit=asked.submit, local=asked.local, at_once=0, retry=[], json=False)
-    typed = shlex.join(["python", "-m", "aem_exp", *argv])
-    return sweep.execute_sweep(question.parse_grid(asked.overrides, asked.config_dir), how, typed)
+    cli.add_user_modules(arguments.config_dir)
+    options = argparse.Namespace(submit=arguments.submit, local=arguments.local, at_once=0, retry=[], json=False)
+    command = shlex.join(["python", "-m", "aem_exp", *argv])
+    return sweep.execute_sweep(question.parse_grid(arguments.overrides, arguments.config_dir), options, command)
 
 
 def _run_experiment(experiment: "Experiment") -> int:
-    """Run the experiment, or leave it alone where it is finished, and show what its folder holds."""
+    """Run the experiment unless it is finished, and show its result."""
     from aem_exp.config import run_dir
 
     _check_machine(experiment)
@@ -172,7 +174,7 @@ def _run_experiment(experiment: "Experiment") -> int:
 
 
 def _check_machine(experiment: "Experiment") -> None:
-    """Refuse what cannot run here, where it would."""
+    """Refuse an experiment that this machine cannot run, unless it is a job."""
     from aem_exp.config import check_machine
 
     if experiment.launch.where != "slurm":
@@ -180,13 +182,13 @@ def _check_machine(experiment: "Experiment") -> None:
 
 
 def _submit(experiment: "Experiment", folder: Path, header: list[str]) -> int:
-    """Send the run to the cluster and return; asked twice, it is not sent again."""
+    """Submit the run to the cluster and return; an active job is not submitted again."""
     from aem_exp.cluster import slurm
     from aem_exp.jobs import dispatch
     from aem_exp.tracking import store_uri
 
     if by := dispatch.describe_active_job(folder):
-        print(*header, f"state   already on its way: {by}; python -m aem_exp.status shows it", sep="\n")
+        print(*header, f"state   already active: {by}; python -m aem_exp.status shows it", sep="\n")
         return 0
     ((_, job),) = dispatch.submit_runs([experiment], experiment.name, folder / "slurm")
     print(*header, sep="\n")
@@ -208,12 +210,12 @@ def _format_size(experiment: "Experiment") -> str:
 def _format_launch(experiment: "Experiment") -> str:
     launch = experiment.launch
     hours = f", at most {launch.hours:g} h" if launch.hours else ""
-    serve = f" and {launch.server_nodes} that serve" if launch.server_nodes else ""
+    serve = f" plus {launch.server_nodes} for servers" if launch.server_nodes else ""
     return f"{launch.where}, nodes {launch.nodes}{serve}, GPUs per node {launch.gpus_per_node}{hours}"
 
 
 def _print_plan(experiment: "Experiment") -> int:
-    """Say what would happen."""
+    """Print what running the experiment would do."""
     from aem_exp.config import run_dir
 
     folder = run_dir(experiment)
@@ -223,16 +225,16 @@ def _print_plan(experiment: "Experiment") -> int:
     print(f"launch  {_format_launch(experiment)}")
     for line in _describe_experiment(experiment):
         print(line)
-    for ask in (_check_fit, _check_world):
+    for check in (_check_fit, _check_world):
         try:
-            ask(experiment)
+            check(experiment)
         except MissingResource as error:
-            print(f"note    not here: {error}")
+            print(f"note    missing on this machine: {error}")
     return 0
 
 
 def _check_fit(experiment: "Experiment") -> None:
-    """Say what a step takes, and refuse what does not fit."""
+    """Print the cost of a step, and refuse an experiment that does not fit in memory."""
     from aem_exp.jobs import fit, plan
 
     for heading, text in plan.plan_lines(experiment):
@@ -251,36 +253,36 @@ def _format_state(folder: Path) -> str:
     from aem_exp.jobs.dispatch import describe_active_job
 
     if (folder / RESULT).exists():
-        return "finished: asking shows it"
+        return "finished; running it shows the result"
     if by := describe_active_job(folder):
-        return f"on its way: {by}"
-    return "begun: asking resumes it" if (folder / EXPERIMENT).exists() else "new"
+        return f"active: {by}"
+    return "started; running it again resumes it" if (folder / EXPERIMENT).exists() else "new"
 
 
 def _describe_experiment(experiment: "Experiment") -> list[str]:
-    """What is odd about the experiment, and, where it is new, how it differs from the nearest run there is."""
+    """Notes on the experiment and, if it is new, its differences from its parent or from the nearest existing run."""
     from aem_exp.config import diff, nearest_run, notes, read, run_dir
     from aem_exp.jobs import plan
 
-    odd = [f"note    {note}" for note in (*notes(experiment), *plan.context_warnings(experiment))]
+    lines = [f"note    {note}" for note in (*notes(experiment), *plan.context_warnings(experiment))]
     if experiment.parent_dir and not run_dir(experiment).exists():
         parent = read(experiment.parent_dir, trust=True)
-        begun = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"
-        return [*odd, begun, *(f"        {x}" for x in diff(parent, experiment))]
+        start = f"from    {Path(experiment.parent_dir).name}, at step {experiment.parent_steps}"
+        return [*lines, start, *(f"        {x}" for x in diff(parent, experiment))]
     near = None if run_dir(experiment).exists() else nearest_run(experiment)
     if near and 0 < len(near[1]) <= MAX_DIFFERENCES:
-        odd += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
-    return odd
+        lines += [f"unlike  {near[0].name}", *(f"        {line}" for line in near[1])]
+    return lines
 
 
 def _help_page(config_dir: str | None) -> str:
-    """The page: every group of `conf/`, every choice, and the first comment of its file."""
+    """The help page: every group of configs, its choices, and the first comment line of each file."""
     from aem_exp.config import config_roots, list_choices
 
     roots = config_roots(config_dir)
     default = _first_comment(next(root / "config.yaml" for root in roots if (root / "config.yaml").is_file()))
-    known = "\n".join(f"  {name:<9} {command.about}" for name, command in commands.COMMANDS.items())
-    lines = [USAGE.format(default=default.rpartition(": ")[2], commands=known)]
+    subcommands = "\n".join(f"  {name:<9} {command.about}" for name, command in commands.COMMANDS.items())
+    lines = [USAGE.format(default=default.rpartition(": ")[2], commands=subcommands)]
     for group, files in list_choices(roots).items():
         lines.append(f"+{group}=" if group == "experiment" else f"{group}=")
         width = max(22, *map(len, files))

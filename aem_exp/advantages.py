@@ -1,7 +1,7 @@
-"""Credit assignment: from what was played to one advantage per response.
+"""Credit assignment: the estimators that compute one advantage per response from the returns of a step.
 
-Every estimator has the same shape, whatever the history, so that a row of many turns and a row of one turn take the same
-path: `estimator(batch, *, over, ...) -> advantage_R`. Shapes: M trajectories, R responses (turns), G groups.
+All estimators have the signature `estimator(batch, *, over, ...) -> advantage_R`, independent of the history: rows with many
+turns and rows with one turn use the same code. Shapes: M trajectories, R responses (turns), G groups.
 
 | function | baseline |
 |---|---|
@@ -11,13 +11,14 @@ path: `estimator(batch, *, over, ...) -> advantage_R`. Shapes: M trajectories, R
 | `batch_whitened` | REINFORCE++, with or without its group baseline |
 | `step_compared` | GiGPO |
 
-`over` names the population that a response's score is compared with: `trajectories` of the group (each counts once), or
-`turns` of the group (each trajectory counts as often as it has turns: the verl-agent reference).
+`over` is the population with which the score of a response is compared. `trajectories`: each trajectory of the group counts
+once. `turns`: each trajectory counts once per turn, as in verl-agent.
 
-Two rules hold for every estimator. A trajectory that is the only one in its group has nothing to compare with: its
-advantages are 0, however many turns it has. And equal values have no excess over each other: statistics are computed in
-float64, and where the largest value of a population is its smallest, it is also its mean, with a standard deviation of 0.
-Rounding would otherwise give equal returns advantages of the order of 1, as it is divided by a spread of its own size.
+Two rules apply to all estimators. First, a trajectory that is alone in its group has nothing to compare with, so its advantages
+are 0, for any number of turns. Second, equal values have an advantage of exactly 0. To ensure this, statistics are computed in
+float64, and a population whose largest and smallest values are equal has this value as its mean and a standard deviation of 0.
+Without this rule, a rounding error would be divided by a standard deviation of the same size, and equal returns would get
+advantages of the order of 1.
 """
 
 from dataclasses import dataclass
@@ -34,20 +35,20 @@ Over = Literal["trajectories", "turns"]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What an estimator gets of a step. The responses of a trajectory follow each other in the order of its turns."""
+    """The input of an estimator: one step. The responses of a trajectory are adjacent and in the order of its turns."""
 
     return_M: Tensor
-    """episode return, without penalties; 0 for a trajectory that leaves the loss and still counts in the mean"""
+    """episode return, without penalties; 0 for a trajectory that is excluded from the loss but counts in the mean"""
     group_M: Tensor
     """group of each trajectory, 0..G-1"""
     trajectory_R: Tensor
-    """index into M of the trajectory that owns each response"""
+    """index into M: the trajectory of each response"""
     reward_R: Tensor
     """reward of the turn"""
     penalty_R: Tensor
-    """what this very response loses (an invalid action); it enters the response's own score only"""
+    """penalty of this response (for an invalid action); it changes only the score of this response"""
     state_R: Tensor
-    """id of the observation that the response answers; equal where the same group met the same observation"""
+    """id of the observation before the response; equal for equal observations in the same group"""
 
     def __post_init__(self) -> None:
         shapes_M = self.return_M.shape, self.group_M.shape
@@ -57,30 +58,32 @@ class StepBatch:
 
     @property
     def group_R(self) -> Tensor:
+        """Group of each response."""
         return self.group_M[self.trajectory_R]
 
     @property
     def score_R(self) -> Tensor:
+        """Score of each response: the return of its trajectory minus its own penalty."""
         return self.return_M[self.trajectory_R] - self.penalty_R
 
     @property
     def alone_R(self) -> Tensor:
-        """Which responses belong to a trajectory that is the only one in its group."""
+        """Whether a response belongs to a trajectory that is alone in its group."""
         return (torch.bincount(self.group_M) < 2)[self.group_R]
 
     def population(self, over: Over) -> tuple[Tensor, Tensor]:
-        """The values that statistics are taken over, and their groups."""
+        """The values over which statistics are computed, and their groups."""
         return (self.score_R, self.group_R) if over == "turns" else (self.return_M, self.group_M)
 
 
 def group_normalised(batch: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6) -> Tensor:
     """GRPO (arXiv 2402.03300): (score - mean of the group) / (sample standard deviation of the group + eps).
 
-    A group without spread has no scale to divide by: there, what remains of a score (a penalty) stays as it is.
+    In a group without spread, the difference (which comes from a penalty) is not divided.
 
     Args:
-        over: the population that a score is compared with: `trajectories` or `turns` of the group.
-        eps: added to the standard deviation.
+        over: the population with which a score is compared: `trajectories` or `turns` of the group.
+        eps: term that is added to the standard deviation.
     """
     group = _Statistics(*batch.population(over))
     return _advantage(batch, group.scaled(group.excess(batch.score_R, batch.group_R), batch.group_R, eps))
@@ -90,19 +93,19 @@ def group_centred(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
     """Dr. GRPO (arXiv 2503.20783): score - mean of the group.
 
     Args:
-        over: the population that a score is compared with: `trajectories` or `turns` of the group.
+        over: the population with which a score is compared: `trajectories` or `turns` of the group.
     """
     group = _Statistics(*batch.population(over))
     return _advantage(batch, group.excess(batch.score_R, batch.group_R))
 
 
 def leave_one_out(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
-    """RLOO (arXiv 2402.14740): score - mean of the others; what is left out is the trajectory, or the one turn.
+    """RLOO (arXiv 2402.14740): score - mean of the others. The own trajectory is left out, or only the own turn.
 
-    Of n values, own - mean of the others = n / (n - 1) * (own - mean of all).
+    For n values, own - mean of the others = n / (n - 1) * (own - mean of all).
 
     Args:
-        over: the population that a score is compared with: `trajectories` or `turns` of the group.
+        over: the population with which a score is compared: `trajectories` or `turns` of the group.
     """
     group, group_R = _Statistics(*batch.population(over)), batch.group_R
     own_R = batch.score_R if over == "turns" else batch.return_M[batch.trajectory_R]
@@ -114,12 +117,12 @@ def leave_one_out(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
 def batch_whitened(
     batch: StepBatch, *, over: Over = "trajectories", eps: Eps = 1e-6, group_baseline: bool = False
 ) -> Tensor:
-    """REINFORCE++ (arXiv 2501.03262): scores whitened over the whole batch.
+    """REINFORCE++ (arXiv 2501.03262): scores, whitened over the whole batch.
 
     Args:
         over: the population that is whitened: trajectories or turns.
-        eps: added to the standard deviation.
-        group_baseline: first subtract the mean of its group from each score (the paper's REINFORCE++-baseline).
+        eps: term that is added to the standard deviation.
+        group_baseline: first subtract the mean of its group from each score (REINFORCE++-baseline in the paper).
     """
     value, group = batch.population(over)
     whole, whole_R = torch.zeros_like(group), torch.zeros_like(batch.trajectory_R)
@@ -129,7 +132,9 @@ def batch_whitened(
         scaled_R = all_scores.scaled(all_scores.excess(batch.score_R, whole_R), whole_R, eps)
         return _advantage(batch, scaled_R, alone_R)
     groups = _Statistics(value, group)
-    centred = _Statistics(groups.excess(value, group), whole)  # their mean is 0: subtracting it would add its rounding
+    centred = _Statistics(
+        groups.excess(value, group), whole
+    )  # the mean is 0; subtracting it would add a rounding error
     return _advantage(batch, centred.scaled(groups.excess(batch.score_R, batch.group_R), whole_R, eps))
 
 
@@ -142,17 +147,16 @@ def step_compared(
     gamma: Annotated[float, FRACTION] = 0.95,
     omega: Annotated[float, NOT_NEGATIVE] = 1.0,
 ) -> Tensor:
-    """GiGPO (arXiv 2505.10978): the episode's advantage, plus omega times that of the step among steps at the same state.
+    """GiGPO (arXiv 2505.10978): the advantage of the episode plus omega times the advantage of the turn at its state.
 
-    Steps of a group that answered to the same observation are compared by discounted return; a state that was met once
-    adds nothing.
+    Turns of a group with the same observation are compared by their discounted return; a state that occurs once adds 0.
 
     Args:
-        over: the population that a score is compared with: `trajectories` or `turns` of the group.
-        eps: added to the standard deviation.
-        norm: `std` divides both by their standard deviations (ALFWorld), `mean` by nothing (WebShop).
-        gamma: discount per turn of the step's return.
-        omega: weight of the step's advantage.
+        over: the population with which a score is compared: `trajectories` or `turns` of the group.
+        eps: term that is added to the standard deviation.
+        norm: `std` divides both advantages by their standard deviations (ALFWorld); `mean` does not divide (WebShop).
+        gamma: discount factor per turn.
+        omega: weight of the advantage of the turn.
     """
     episode_R = group_normalised(batch, over=over, eps=eps) if norm == "std" else group_centred(batch, over=over)
     value_R = discounted(batch.reward_R, batch.trajectory_R, gamma) - batch.penalty_R
@@ -164,7 +168,7 @@ def step_compared(
 
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
-    """Return from each turn to the end of its trajectory, later rewards weighing gamma less per turn."""
+    """Discounted return of each turn until the end of its trajectory; each later turn has a factor of gamma."""
     assert reward_R.ndim == 1 and reward_R.shape == trajectory_R.shape, (reward_R.shape, trajectory_R.shape)
     out, later, owner = reward_R.tolist(), 0.0, -1
     owners = trajectory_R.tolist()
@@ -175,7 +179,7 @@ def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:
 
 
 class _Statistics:
-    """Mean, sample standard deviation and count of each group of a population, in float64."""
+    """Count, mean and sample standard deviation of each group of a population, in float64."""
 
     def __init__(self, value: Tensor, group: Tensor):
         assert value.ndim == 1 and value.shape == group.shape, (value.shape, group.shape)
@@ -185,7 +189,9 @@ class _Statistics:
         zero_G = value.new_zeros(groups)
         low_G, high_G = (zero_G.scatter_reduce(0, group, value, how, include_self=False) for how in ("amin", "amax"))
         self.mean_G = zero_G.index_add(0, group, value) / self.count_G.clamp(min=1)
-        self.mean_G = torch.where(low_G == high_G, low_G, self.mean_G)  # exactly: a mean of equal values is rounded
+        self.mean_G = torch.where(
+            low_G == high_G, low_G, self.mean_G
+        )  # exact: a computed mean of equal values can be rounded
         squares_G = zero_G.index_add(0, group, (value - self.mean_G[group]) ** 2)
         self.std_G = (squares_G / (self.count_G - 1).clamp(min=1)).sqrt()
 
@@ -194,11 +200,11 @@ class _Statistics:
         return value - self.mean_G[group]
 
     def scaled(self, excess: Tensor, group: Tensor, eps: float) -> Tensor:
-        """Such differences in standard deviations of their group; unchanged in a group without spread."""
+        """The differences in units of the standard deviation of their group; unchanged in a group without spread."""
         return excess / torch.where(self.std_G > 0, self.std_G + eps, 1.0)[group]
 
 
 def _advantage(batch: StepBatch, excess_R: Tensor, alone_R: Tensor | None = None) -> Tensor:
-    """The advantages, in the precision of what was played; 0 for a response that has nothing to be compared with."""
+    """The advantages in the precision of the returns; 0 for a response that has nothing to compare with."""
     alone_R = batch.alone_R if alone_R is None else alone_R
     return torch.where(alone_R, 0.0, excess_R).to(batch.return_M.dtype)

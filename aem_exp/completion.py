@@ -1,6 +1,6 @@
 """Shell completion for bash and zsh: commands, options, groups, choices, sweeps and run dirs.
 
-The shell scripts call `aem-exp --complete`, so both shells give the same candidates.
+The shell scripts call `aem-exp --complete`, so both shells offer the same candidates.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from aem_exp.commands import COMMANDS
 from aem_exp.core.errors import ConfigError
 from aem_exp.rundir import EXPERIMENT
 
-# In bash, a word ends at `=` and `:`; what stands before the last of them is not replaced, so it is cut from each answer.
+# In bash, `=` and `:` end a word. Bash does not replace the text before the last of them, so it is cut from each candidate.
 BASH: Final = """\
 _aem_exp() {
     local line="${COMP_LINE:0:COMP_POINT}" answer word head
@@ -45,21 +45,21 @@ compdef _aem_exp aem-exp
 """
 SHELLS: Final = {"bash": BASH, "zsh": ZSH}
 TAKE_OVERRIDES: Final = (None, "run", "sweep", "report", "evaluate", "proxy", "prepare")  # commands that take overrides
-TAKE_SWEEP: Final = ("sweep", "report", "prepare", "status")  # ... the name of a sweep first
-TAKE_RUN_DIR: Final = ("run", "evaluate", "proxy", "sync")  # ... a run dir
+TAKE_SWEEP: Final = ("sweep", "report", "prepare", "status")  # ... whose first word can be a sweep
+TAKE_RUN_DIR: Final = ("run", "evaluate", "proxy", "sync")  # ... that take a run dir
 KEY_VALUES: Final = {"plan": ("true", "false"), "resume": ("exact", "inexact")}
 OPTION_VALUES: Final = {"--cfg": ("job",), "-c": ("job",), "--completion": tuple(SHELLS)}
 
 
 def script(shell: str) -> str:
-    """Return what a shell evaluates once to complete `aem-exp`."""
+    """Return the script that a shell evaluates once to get completion of `aem-exp`."""
     if shell not in SHELLS:
         raise ConfigError("--completion", shell, SHELLS)
     return SHELLS[shell]
 
 
 def candidates(line: str) -> list[str]:
-    """Return what the last word of a command line may become, the whole word each; an empty last word follows a space."""
+    """Return the complete candidates for the last word of a command line; after a space, the last word is empty."""
     try:
         words = shlex.split(line)[1:]
     except ValueError:  # an open quote
@@ -72,7 +72,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _word_candidates(command: str | None, words: list[str], last: str) -> Iterable[str]:
-    """All words that could stand at the end."""
+    """All words that are possible at the end."""
     if words and words[-1] in OPTION_VALUES:
         return OPTION_VALUES[words[-1]]
     if last.startswith("-"):
@@ -94,22 +94,22 @@ def _config_dir(words: list[str]) -> str | None:
 
 
 def _value_candidates(last: str, groups: dict[str, dict[str, Path]]) -> list[str]:
-    """Complete `GROUP=CHOICE`, also the last of `GROUP=CHOICE,CHOICE`, and the few keys whose values are known."""
+    """Complete `GROUP=CHOICE`, the last choice of `GROUP=CHOICE,CHOICE`, and the keys with known values."""
     key, _, value = last.partition("=")
     if key == "from":
         return [f"from={folder}" for folder in _run_dir_candidates(value)]
-    done = value[: value.rfind(",") + 1]
-    return [f"{key}={done}{choice}" for choice in KEY_VALUES.get(key) or groups.get(key.lstrip("+"), {})]
+    complete = value[: value.rfind(",") + 1]
+    return [f"{key}={complete}{choice}" for choice in KEY_VALUES.get(key) or groups.get(key.lstrip("+"), {})]
 
 
-def _run_dir_candidates(begun: str) -> list[str]:
-    """Return the run dirs beside what was begun to be typed; at first, those of the folder of all runs."""
-    folder = Path(begun).parent if "/" in begun else Path(os.environ.get("AEM_OUTPUTS") or "outputs")
+def _run_dir_candidates(prefix: str) -> list[str]:
+    """Return the run dirs in the folder of an incomplete path; without a slash, those in the outputs folder."""
+    folder = Path(prefix).parent if "/" in prefix else Path(os.environ.get("AEM_OUTPUTS") or "outputs")
     return sorted(str(file.parent) for file in folder.expanduser().glob(f"*/{EXPERIMENT}"))
 
 
 def _options(command: str | None) -> list[str]:
-    """Return the options of a command, as its own help names them."""
+    """Return the options in the help of a command."""
     module = f"aem_exp.{COMMANDS[command].module}" if command not in (None, "run") else "aem_exp.__main__"
     first = COMMANDS[command].leading_arguments if command else ()
     page = io.StringIO()

@@ -1,7 +1,6 @@
-"""Command `aem-exp prepare`: fetches weights and data and builds small policies on a machine with network access, for jobs
-on compute nodes without it.
+"""Command `aem-exp prepare`: downloads weights and data and builds small policies on a machine with network access.
 
-What is already there is only checked.
+Jobs on compute nodes without network then find everything on disk. Existing files are only checked.
 """
 
 import argparse
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from aem_exp.config import Experiment
 
 ABOUT = """\
-Fetch weights and data, make small policies, open worlds: whatever a job needs and could not get on a compute node.
+Download weights and data, make small policies, and open environments: everything that a job needs on a node without network.
 
   python -m aem_exp.prepare +experiment=alfworld_1_5b
   python -m aem_exp.prepare household_quick            all cells of a sweep
@@ -25,18 +24,20 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tikt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command, and return its exit code."""
     return cli.run_cli(
         lambda: _run_command(_parse_arguments(sys.argv[1:] if argv is None else argv)),
-        lambda: "asked again, it goes on",
+        lambda: "the same command continues",
     )
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.prepare", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("words", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or an experiment's overrides")
-    parser.add_argument("--config-dir", help="a folder of your own over conf/")
+    parser.add_argument(
+        "words", nargs="*", metavar="SWEEP|KEY=VALUE", help="a sweep, or the overrides of an experiment"
+    )
+    parser.add_argument("--config-dir", help="a config folder of your own, which adds to conf/")
     return parser.parse_intermixed_args(argv)
 
 
@@ -44,7 +45,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     cli.add_user_modules(arguments.config_dir)
     for experiment in _drop_duplicates(_load_experiments(arguments)):
         _prepare_experiment(experiment)
-    print("next    the same words after python -m aem_exp (an experiment), or aem_exp.sweep (a sweep)")
+    print("next    run python -m aem_exp (for an experiment) or aem_exp.sweep (for a sweep) with the same arguments")
     return 0
 
 
@@ -59,7 +60,7 @@ def _load_experiments(arguments: argparse.Namespace) -> list["Experiment"]:
 
 
 def _drop_duplicates(experiments: Sequence["Experiment"]) -> list["Experiment"]:
-    """One of each model and world."""
+    """One experiment per combination of model and env."""
     return list({repr((e.model, e.env)): e for e in experiments}.values())
 
 
@@ -88,7 +89,7 @@ def _prepare_experiment(experiment: "Experiment") -> None:
 
 
 def _fetch_model(experiment: "Experiment") -> None:
-    """Fetch the model's files from the hub, at the configured revision; resumable, and checked by its hashes."""
+    """Download the files of a model from the hub, at the configured revision. Resumable; hashes are checked."""
     import os
 
     from huggingface_hub import snapshot_download
@@ -97,18 +98,20 @@ def _fetch_model(experiment: "Experiment") -> None:
     model = experiment.model
     assert model.path
     if (os.path.sep in model.path and model.path.count("/") != 1) or model.path.startswith((".", "/")):
-        raise ConfigError("model.path", model.path, "there is no such folder, and it is no hub id")
+        raise ConfigError("model.path", model.path, "is neither an existing folder nor a hub id")
     print(f"fetch   {model.path}{f' at {model.revision}' if model.revision else ''}", flush=True)
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     try:
         folder = snapshot_download(model.path, revision=model.revision, allow_patterns=MODEL_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        why = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            "model.path", model.path, f"the hub does not give it ({why}); is there a network here?"
+            "model.path", model.path, f"download failed ({reason}); check the network connection and the hub id"
         ) from error
     if not model.revision:
-        print(f"pin     model.revision={os.path.basename(folder)}   (or a later fetch may be of other weights)")
+        print(
+            f"pin     model.revision={os.path.basename(folder)}   (without this, a later download may get other weights)"
+        )
 
 
 if __name__ == "__main__":

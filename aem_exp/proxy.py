@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     again = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to go on: {again}")
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to continue: {again}")
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,8 +1,8 @@
-"""The strength lambda as a function of progress.
+"""Schedules of the strength lambda, as functions of the progress of a run.
 
-The paper uses a constant 1; every other shape is this project's extension. A schedule is a frozen callable of progress in
-[0, 1] (0 at the first step of a run, 1 at its last), so it has no state to lose when a run resumes. A run that continues
-another (`from=`) has a schedule of its own, over the steps that it adds.
+The paper uses a constant 1; all other shapes are extensions of this project. A schedule is a frozen callable of the progress in
+[0, 1]: 0 at the first step of a run, 1 at its last. It has no state, so a resumed run continues it exactly. A run that
+continues another run (`from=`) has its own schedule over the steps that it adds.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constant:
-    """The same lambda in every step."""
+    """The same lambda at every step."""
 
     value: float = 1.0
     """Lambda."""
@@ -35,7 +35,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from `start` to `end`: flat at both ends."""
+    """Half a cosine wave from `start` to `end`, flat at both ends."""
 
     start: float
     """Lambda at the first step."""

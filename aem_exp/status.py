@@ -1,6 +1,6 @@
-"""Command `aem-exp status`: shows the state of runs, and why they failed.
+"""Command `aem-exp status`: shows the progress of runs, and why runs failed.
 
-It reads run dirs and the scheduler, and changes nothing.
+It reads run dirs and asks the scheduler; it changes nothing.
 """
 
 import argparse
@@ -23,31 +23,33 @@ if TYPE_CHECKING:
     from aem_exp.jobs.status_table import StatusRow
 
 ABOUT = """\
-Show how far runs are, what failed, and why; nothing is changed.
+Show the progress of runs, and why runs failed. Nothing is changed.
 
   python -m aem_exp.status                  all runs in ./outputs, or $AEM_OUTPUTS
-  python -m aem_exp.status household_quick  the runs of a sweep: its name or its file, as for sweep and report
+  python -m aem_exp.status household_quick  the runs of a sweep, by its name or its file, as for sweep and report
   python -m aem_exp.status --json | jq      for programs
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command, and return its exit code."""
     return cli.run_cli(lambda: _run_command(_parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.status", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("sweep", nargs="?", help="a file, or a name of sweeps/, or of a sweep that was begun")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over every cell, as the sweep was run with")
-    parser.add_argument("--config-dir", help="a folder of your own over conf/, as the sweep was run with")
+    parser.add_argument("sweep", nargs="?", help="a sweep: a file, a name in sweeps/, or the name of a started sweep")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="the overrides with which the sweep was started"
+    )
+    parser.add_argument("--config-dir", help="the config folder with which the sweep was started")
     parser.add_argument("--outputs", help="the folder of the runs (default: $AEM_OUTPUTS, or ./outputs)")
-    parser.add_argument("--once", action="store_true", help="show them once, also on a terminal")
+    parser.add_argument("--once", action="store_true", help="print once, also on a terminal")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.config_dir and not arguments.sweep:
-        raise ConfigError("--config-dir", arguments.config_dir, "only read with a sweep")
+        raise ConfigError("--config-dir", arguments.config_dir, "has no effect without a sweep")
     return arguments
 
 
@@ -76,18 +78,18 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run as it is listed."""
+    """A run in the list."""
 
     folder: Path
     group: str
-    """What programs read."""
+    """The name of its group in the JSON output."""
     seed: str
     label: str
-    """The same as the group, for people: as short as the table allows."""
+    """The short name of its group in the table."""
 
 
 def read_rows(runs: Sequence[ListedRun]) -> list["StatusRow"]:
-    """The runs as they are now."""
+    """The rows of the table, with the present state of each run."""
     from aem_exp.cluster import run_state
     from aem_exp.jobs.status_table import StatusRow
 
@@ -96,18 +98,18 @@ def read_rows(runs: Sequence[ListedRun]) -> list["StatusRow"]:
 
 
 def _short_signature(folder: Path) -> str:
-    """The first digits of the signature that a run dir's name ends with."""
+    """The first digits of the signature at the end of the name of a run dir."""
     return folder.name.rpartition("-")[2][:6]
 
 
 def _check_folder(outputs: Path) -> Path:
     if not outputs.is_dir():
-        raise ConfigError("--outputs", str(outputs), "there is no such folder, so no run")
+        raise ConfigError("--outputs", str(outputs), "there is no such folder")
     return outputs
 
 
 def _all_runs(outputs: Path) -> list[ListedRun]:
-    """Every run of a folder; one whose files cannot be read has its folder for a name."""
+    """All runs in a folder. A run with an unreadable experiment is listed with the name of its folder."""
     folders = [file.parent for file in sorted(outputs.glob(f"*/{EXPERIMENT}"))]
     readable: dict[Path, tuple[dict[str, Any], str]] = {}
     for folder in folders:
@@ -125,16 +127,18 @@ def _all_runs(outputs: Path) -> list[ListedRun]:
 
 
 def _sweep_runs(outputs: Path, arguments: argparse.Namespace) -> tuple[str, list[ListedRun]]:
-    """The name of a sweep, and its runs: as they were recorded when it was begun, or as its file has them."""
+    """The name and the runs of a sweep, as recorded at its last start, or else from its file."""
     from aem_exp.sweep import question, sweep_file
 
-    typed = bool(arguments.overrides or arguments.config_dir)
-    if not sweep_file.find_file(arguments.sweep) or (not typed and arguments.sweep in membership.list_sweeps(outputs)):
+    has_options = bool(arguments.overrides or arguments.config_dir)
+    if not sweep_file.find_file(arguments.sweep) or (
+        not has_options and arguments.sweep in membership.list_sweeps(outputs)
+    ):
         return arguments.sweep, _recorded_runs(_check_folder(outputs), arguments.sweep)
     cli.add_user_modules(arguments.config_dir)
     own = [f"outputs='{outputs}'"] if arguments.outputs else []
     sweep = question.load(arguments.sweep, [*arguments.overrides, *own], arguments.config_dir)
-    if sweep.search is not None:  # its runs are those that the search has chosen
+    if sweep.search is not None:  # its runs are chosen by the search
         return sweep.name, _recorded_runs(_check_folder(sweep.cells[0].folder.parent), sweep.name)
     return sweep.name, [ListedRun(cell.folder, cell.group, str(cell.seed), cell.group) for cell in sweep.cells]
 

@@ -1,4 +1,4 @@
-"""Command `aem-exp ui`: starts MLflow's server for the store of these runs on 127.0.0.1 and prints its link, until Ctrl-C."""
+"""Command `aem-exp ui`: runs the MLflow server for the store of these runs on 127.0.0.1 until Ctrl-C, and prints its link."""
 
 import argparse
 import os
@@ -20,35 +20,37 @@ ABOUT = """\
 Serve the MLflow store of these runs on 127.0.0.1, until Ctrl-C.
 
   aem-exp ui                          the store of ./outputs, of $AEM_OUTPUTS, or $MLFLOW_TRACKING_URI
-  aem-exp ui --uri runs/mlflow.db     another one
+  aem-exp ui --uri runs/mlflow.db     another store
 """
-START_SECONDS: Final = 300.0  # seconds that MLflow may take to start; on an idle machine it takes 5
-STOP_SECONDS: Final = 10.0  # ... and to end by itself
+START_SECONDS: Final = 300.0  # time limit for the start of MLflow, which takes 5 s on an idle machine
+STOP_SECONDS: Final = 10.0  # time limit for its end, before it is killed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command, and return its exit code."""
     return cli.run_cli(lambda: _run_command(_parse_arguments(argv)))
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("aem-exp ui", description=ABOUT, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--uri", help="the store: a file that ends in .db, or a URI as MLflow writes it")
-    parser.add_argument("--port", type=int, help="default: the first free one from 5000")
+    parser.add_argument("--uri", help="the store: a .db file, or a URI in the form of MLflow")
+    parser.add_argument("--port", type=int, help="default: the first free port from 5000")
     return parser.parse_args(argv)
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
     uri = store_uri.resolve_uri(arguments.uri, store_uri.default_outputs())
     if uri == store_uri.OFF or store_uri.is_databricks(uri):
-        raise ConfigError("--uri", uri, "has no pages that could be served here; name a .db file or a database")
+        raise ConfigError("--uri", uri, "has no pages to serve; name a .db file or a database")
     if store_uri.is_remote(uri):
-        print(f"open    {store_uri.store_page(uri).link}   (a server serves this store already)")
+        print(f"open    {store_uri.store_page(uri).link}   (this store already has a server)")
         return 0
     database = store_uri.sqlite_file(uri)
     if database is not None and not database.is_file():
-        raise ConfigError("--uri", str(database), "there is no such file; a run makes it, in the folder of its outputs")
+        raise ConfigError(
+            "--uri", str(database), "there is no such file; the first run creates it in the outputs folder"
+        )
     store_uri.probe(uri)
     mlflow_store.require_mlflow()
     port = _choose_port(arguments.port)
@@ -58,8 +60,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
         for heading, text in [("tunnel", store_uri.ssh_tunnel_command(port)), ("open", store_uri.local_address(port))]:
             if text:
                 print(f"{heading:<7} {text}", flush=True)
-        print("        Ctrl-C ends it", flush=True)
-        raise RunError(f"MLflow's server has ended, with exit code {server.wait()}")
+        print("        Ctrl-C stops it", flush=True)
+        raise RunError(f"the MLflow server has ended with exit code {server.wait()}")
 
 
 def _choose_port(port: int | None) -> int:
@@ -68,13 +70,17 @@ def _choose_port(port: int | None) -> int:
     if not 0 < port < 65536:
         raise ConfigError("--port", port, "must be a whole number from 1 to 65535")
     if store_uri.first_free_port(port) != port:
-        raise ConfigError("--port", port, "another program listens there; without --port, a free one is found")
+        raise ConfigError("--port", port, "this port is in use; without --port, a free one is chosen")
     return port
 
 
 @contextmanager
 def _run_server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """A server in a process group of its own, all of which ends with this block; its output goes to a file."""
+    """Run a server in its own process group, which ends with this block. Its output goes to a file.
+
+    Yields:
+        The server process and the file.
+    """
     command, environment = store_uri.serve_command(uri, port)
     for name in ("SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), _exit_on_signal)
@@ -105,21 +111,23 @@ def _wait_until_ready(server: subprocess.Popen[bytes], log: IO[bytes], uri: str,
     """Wait until the server answers.
 
     Raises:
-        ConfigError: it ended before, as its store cannot be used.
-        RunError: it does not answer.
+        ConfigError: the server has ended, because it cannot use the store.
+        RunError: the server does not answer in time.
     """
     opener, deadline = build_opener(ProxyHandler({})), time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            mlflow_store.raise_store_error(uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server ended"))
+            mlflow_store.raise_store_error(
+                uri, RuntimeError("\n".join(reversed(lines[-50:])) or "its server has ended")
+            )
         try:
             opener.open(f"{store_uri.local_address(port)}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)
-    raise RunError(f"MLflow's server did not answer within {START_SECONDS:.0f} s")
+    raise RunError(f"the MLflow server did not answer within {START_SECONDS:.0f} s")
 
 
 if __name__ == "__main__":

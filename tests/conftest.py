@@ -1,4 +1,4 @@
-"""One thread (two are up to 15 times slower on a busy machine), no network, and a toy world whose returns always differ."""
+"""Settings of all tests: one thread (two are up to 15 times slower on a busy machine), no network; and shared fixtures."""
 
 import gc
 import json
@@ -15,7 +15,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell with `&`; what tests start must hear Ctrl-C
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell with `&` sets this; processes of the tests must receive Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
@@ -24,20 +26,20 @@ from support.runs import SMALL_RUN, find_run_dir, run_command, skip_or_fail, wei
 
 
 def pytest_collection_finish():
-    """accelerate collects garbage after each training: a third of a second if it looks through all of torch and TRL."""
+    """Keep the imported libraries out of garbage collection: accelerate collects after each training, which would take 0.3 s."""
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Files that wait for clusters begin first, or the last of them would wait alone."""
+    """Start files with slow tests first, so that they run in parallel with the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def common(tmp_path_factory):
-    """A folder of all workers: what is dear is made there once, by the first of them that wants it."""
+    """A folder that all workers share: the first worker that needs an expensive result makes it there."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -46,12 +48,13 @@ def common(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache(common):
+    """The cache of policies ($AEM_CACHE) of all workers."""
     return common / "cache"
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """A real SLURM, for the tests of one worker; $AEM_REQUIRE_ALL=1 makes a missing one a failure."""
+    """A real SLURM cluster for the tests of one worker; with $AEM_REQUIRE_ALL=1, a missing one is a failure."""
     from support.slurm_cluster import Cluster, missing
 
     if why := missing():
@@ -63,26 +66,26 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unbroken(cache, common):
-    """A small run from its beginning to its end, and what it said; to be read, not changed."""
-    outputs, said = common / "unbroken", common / "said.json"
+    """A small run without interruptions, and its finished process; tests read it and do not change it."""
+    outputs, record = common / "unbroken", common / "process.json"
     with FileLock(common / "lock"):
-        if not said.exists():
+        if not record.exists():
             done = run_command(cache, outputs, *SMALL_RUN)
             assert done.returncode == 0, done.stderr
             assert weights_moved(find_run_dir(outputs))
-            said.write_text(json.dumps({"args": [], "returncode": 0, "stdout": done.stdout, "stderr": done.stderr}))
-    return find_run_dir(outputs), subprocess.CompletedProcess(**json.loads(said.read_text()))
+            record.write_text(json.dumps({"args": [], "returncode": 0, "stdout": done.stdout, "stderr": done.stderr}))
+    return find_run_dir(outputs), subprocess.CompletedProcess(**json.loads(record.read_text()))
 
 
 @pytest.fixture
 def no_mlflow(unbroken, monkeypatch):
-    """For tests that are not about MLflow: its import takes 4 s a start. The unbroken run has it all the same."""
+    """No MLflow, whose import takes 4 s per process. The run of `unbroken` is made with it in any case."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
 
 
 @pytest.fixture
 def clean(monkeypatch, tmp_path):
-    """No folder of the machine takes part; sys.path is left as it was."""
+    """An empty current folder, no folders from the environment, and sys.path restored afterwards."""
     for name in ("AEM_OUTPUTS", "AEM_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -1,4 +1,4 @@
-"""Laws of the paper's one pure file: every exact property, over random batches and over two real processes."""
+"""Exact properties of the paper's functions, over random batches and in two real processes."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ def one_group(values):
     return torch.tensor(values), torch.zeros(len(values), dtype=torch.long)
 
 
-def spread(values, least=1e-2):
+def one_spread_group(values, least=1e-2):
     assume(max(values) - min(values) >= least)
     return one_group(values)
 
@@ -40,12 +40,12 @@ def test_worked_numbers(entropies, lam, alpha):
 
 @given(ENTROPIES, LAMBDAS)
 def test_the_mean_over_a_group_is_one(values, lam):
-    assert aem.coefficients(*spread(values), lam, 0).mean().item() == pytest.approx(1, abs=1e-5)
+    assert aem.coefficients(*one_spread_group(values), lam, 0).mean().item() == pytest.approx(1, abs=1e-5)
 
 
 @given(ENTROPIES, LAMBDAS)
 def test_higher_entropy_means_a_smaller_coefficient(values, lam):
-    entropy_R, group_R = spread(values)
+    entropy_R, group_R = one_spread_group(values)
     order = entropy_R.argsort()
     steps = aem.coefficients(entropy_R, group_R, lam, 0)[order].diff()
     apart = entropy_R[order].diff() > 1e-4 * (max(values) - min(values))
@@ -54,15 +54,15 @@ def test_higher_entropy_means_a_smaller_coefficient(values, lam):
 
 
 @given(ENTROPIES, LAMBDAS)
-def test_the_extremes_are_e_to_the_lambda_apart(values, lam):
-    alpha_R = aem.coefficients(*spread(values), lam, 0)
+def test_the_ratio_of_the_extremes_is_e_to_the_lambda(values, lam):
+    alpha_R = aem.coefficients(*one_spread_group(values), lam, 0)
     assert (alpha_R.max() / alpha_R.min()).item() == pytest.approx(math.exp(lam), rel=1e-5)
 
 
 @given(
     st.lists(st.integers(0, 1000), min_size=2, max_size=16, unique=True), LAMBDAS, st.floats(0.1, 5), st.floats(0, 10)
 )
-def test_an_increasing_affine_change_changes_nothing(values, lam, scale, shift):
+def test_an_increasing_affine_change_has_no_effect(values, lam, scale, shift):
     entropy_R, group_R = one_group([v / 100 for v in values])
     moved = aem.coefficients(entropy_R * scale + shift, group_R, lam, 0)
     torch.testing.assert_close(moved, aem.coefficients(entropy_R, group_R, lam, 0), atol=3e-3, rtol=1e-3)
@@ -87,14 +87,14 @@ def test_lambda_zero_is_the_identity_bit_for_bit(values):
 
 
 @given(ENTROPIES)
-def test_signs_stay_and_nothing_comes_from_nothing(values):
+def test_signs_and_zeros_are_kept(values):
     advantage = torch.tensor([[-1.0, 0.0, 2.0] * len(values)])[:, : len(values)]
     alpha_R = aem.coefficients(*one_group(values), 1, 0)
     modulated = aem.modulate(advantage, alpha_R, torch.arange(len(values))[None])
     assert torch.equal(modulated.sign(), advantage.sign())
 
 
-def test_groups_do_not_see_each_other():
+def test_groups_are_independent():
     entropy_R = torch.tensor([0.2, 0.5, 0.8, 1.1, 3.0, 9.0])
     group_R = torch.tensor([7, 7, 7, 7, 2, 2])
     alone = aem.coefficients(entropy_R[:4], group_R[:4])
@@ -117,7 +117,7 @@ def test_the_gate(values, gate, flat):
     assert aem.gated(*one_group(values), gate).tolist() == [flat]
 
 
-def test_one_outlier_flattens_everyone_else():
+def test_one_outlier_brings_all_others_close_to_one():
     alpha_R = aem.coefficients(*one_group([0.5] * 200 + [3.0]), 1.0)
     assert alpha_R[0].item() == pytest.approx(1.003, abs=5e-4)
 
@@ -139,7 +139,7 @@ def test_responses_are_numbered_in_row_major_order():
 
 @given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 2**32 - 1))
 @settings(max_examples=50)
-def test_padding_rows_and_columns_changes_nothing(rows, columns, seed):
+def test_padding_has_no_effect(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     mask_NT = (torch.rand(4, 7, generator=generator) < 0.6).long()
     entropy_NT = torch.rand(4, 7, generator=generator)
@@ -185,7 +185,7 @@ def test_shapes_that_would_broadcast_are_refused(call):
         call()
 
 
-def test_groups_may_straddle_ranks(tmp_path: Path):
-    """Two gloo processes hold interleaved halves of each group; gathered, they compute what one process does."""
+def test_groups_may_be_split_over_ranks(tmp_path: Path):
+    """Two gloo processes have interleaved halves of each group; after gathering they compute the result of one process."""
     done = torchrun(torchrun_coefficients)
     assert done.returncode == 0, done.stderr[-2000:]

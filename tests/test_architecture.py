@@ -1,14 +1,17 @@
-"""The architecture: which package imports which, and style and types everywhere."""
+"""The architecture: the imports between packages, plain names and words, style and types."""
 
 import ast
+import io
+import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 from support import ROOT
 
 PACKAGE = ROOT / "aem_exp"
-# What the package consists of, bottom up: a module imports its own package and lower lines, nothing else of ours.
+# All packages and modules, from the lowest layer up. A module imports its own package and packages of lower lines only.
 LAYERS = """
     core stats aem schedules
     advantages rundir sandboxes
@@ -29,7 +32,7 @@ LAYERS = """
     __main__
 """
 LAYER = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
-# A library that is not ours is imported by one package, or by one module.
+# Each third-party library is imported only by these packages or modules.
 IMPORTED_BY = {
     "hydra": "config.compose config.hydra_internals __main__",
     "omegaconf": "config",
@@ -49,15 +52,20 @@ IMPORTED_BY = {
     "gymnasium": "envs.gymnasium",
     "openenv": "envs.openenv",
 }
-
-
-# Words that only this project used: no module, class or function is named by one of them again.
+# Private words of this project: no module, class or function has one of them as its name.
 RETIRED = set(
     "again asked at begun being board boxed chapters crew door exam findings found greeted hands heard heed held here kept known"
     " lenders lent made members of ownership pages parts player players reach room rulers shown sift sit stage stores told"
     " twin voice well".split()
 )
-TARGETS = {"Made"}  # stands in configs, and so in signatures
+# Most of them must not be a part of a compound name or of a parameter name either; these have an ordinary meaning there.
+ORDINARY = set(
+    "again at begun found known made members of pages part parts player players room shown stage stages".split()
+)
+EXCEPTIONS = {"Made", "read_lenders"}  # `Made` is a target in configs, and so part of signatures
+# Private words that must not occur in docstrings, comments and documentation.
+PRIVATE_WORDS = "crew crews exam exams greeted hands sift twin twins".split()
+PROSE = ("aem_exp", "conf", "docs", "tests")
 
 
 def modules():
@@ -68,7 +76,7 @@ def modules():
 
 
 def imported(node):
-    """What runs of the imports below a node: not those of `if TYPE_CHECKING:`, which no process makes."""
+    """The names that a node imports at run time, which excludes `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Import):
@@ -90,11 +98,45 @@ def test_imports_point_down(module, tree):
             assert library not in {name.split(".")[0] for name in names}, f"{module} must not import {library}"
 
 
+def words_of(name):
+    """The words of a name in snake or camel case, in lower case."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+
+
 @pytest.mark.parametrize(("module", "tree"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_names_are_the_fields_own(module, tree):
+def test_names_have_no_private_words(module, tree):
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    names = {*module.split("."), *(node.name for node in ast.walk(tree) if isinstance(node, defined))} - TARGETS
+    names = {*module.split("."), *(node.name for node in ast.walk(tree) if isinstance(node, defined))} - EXCEPTIONS
     assert not {name for name in names if name.strip("_").lower() in RETIRED}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    assert not {name for name in names if words_of(name) & (RETIRED - ORDINARY)}
+
+
+def prose(path):
+    """The line number and text of each docstring and comment of a Python file, comment of a YAML file, or line of a page."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                yield node.lineno, node.value.value
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            yield number, line if path.suffix == ".md" else line.partition("# ")[2]
+
+
+@pytest.mark.parametrize("folder", PROSE)
+def test_prose_has_no_private_words(folder):
+    pattern = re.compile(rf"\b({'|'.join(PRIVATE_WORDS)})\b", re.IGNORECASE)
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".md")]
+    uses = [f"{path}:{number}: {text}" for path in files for number, text in prose(path) if pattern.search(text)]
+    assert not uses, "\n".join(uses)
 
 
 @pytest.mark.parametrize(

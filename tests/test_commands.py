@@ -1,4 +1,4 @@
-"""The one command: its subcommands, its help, and what a shell completes, asked of real shells."""
+"""The command `aem-exp`: its subcommands, their help, completion in real shells, and `aem-exp ui`."""
 
 import os
 import shutil
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 
 @pytest.fixture(autouse=True)
-def own_words(monkeypatch):
-    """A command hands its words on in sys.argv."""
+def restored_argv(monkeypatch):
+    """A subcommand replaces sys.argv; restore it after the test."""
     monkeypatch.setattr(sys, "argv", ["aem-exp"])
 
 
 def refused(capsys, *words):
-    """The one sentence of a mistake."""
+    """Run a command that is refused; the sentence that it prints."""
     assert main(list(words)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -47,7 +47,7 @@ def test_every_command_has_help(name, capsys):
     assert code == 0 and out.startswith("usage: ") and err == ""
 
 
-def test_the_page_names_every_command(capsys):
+def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     page = capsys.readouterr().out
     for name, command in commands.COMMANDS.items():
@@ -60,17 +60,17 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"aem-exp {__version__}\n"
 
 
-def test_an_unknown_command_is_one_sentence_with_a_suggestion(capsys):
+def test_an_unknown_command_gets_a_suggestion(capsys):
     assert "command=statsu: did you mean status? choose from run, sweep," in refused(capsys, "statsu")
     assert "choose from run, sweep," in refused(capsys, "outputs/household-x")
     assert "--completion=fish: choose from bash, zsh" in refused(capsys, "--completion", "fish")
 
 
-def test_a_mistake_behind_a_command_is_that_of_its_module(capsys):
+def test_mistakes_of_a_subcommand_are_reported(capsys):
     assert "no-such-sweep" in refused(capsys, "sweep", "no-such-sweep")
-    assert "there is no such folder" in refused(capsys, "status", "--outputs", "/nowhere")
-    assert "RUN_DIR=/nowhere: " in refused(capsys, "sync", "/nowhere")
-    assert "--onec: no such option" in refused(capsys, "status", "--onec")
+    assert "--outputs=/nowhere: " in refused(capsys, "status", "--outputs", "/nowhere")
+    assert "=/nowhere: " in refused(capsys, "sync", "/nowhere")
+    assert "option=--onec: " in refused(capsys, "status", "--onec")
 
 
 def test_run_takes_an_experiment_or_a_run_dir(capsys, tmp_path):
@@ -81,7 +81,7 @@ def test_run_takes_an_experiment_or_a_run_dir(capsys, tmp_path):
     for words in (["/nowhere"], ["--trust", "/nowhere"], ["/no=where", "--inexact"], ["./no=where"]):
         assert "RUN_DIR=" in refused(capsys, "run", *words)
     for override in ("seed=1", "+experiment=household_rloo", "~tracking"):
-        assert "a run dir, or overrides, not both" in refused(capsys, "run", "/nowhere", override)
+        assert "run=/nowhere: " in refused(capsys, "run", "/nowhere", override)
 
 
 def test_nothing_heavy_is_imported_for_help_and_completion(tmp_path):
@@ -98,7 +98,7 @@ assert not heavy, heavy
     )
 
 
-# What a shell completes.
+# Completion.
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def outputs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "expected"),
     [
         ("aem-exp st", ["status"]),
         ("aem-exp modulation=ae", ["modulation=aem"]),
@@ -138,17 +138,17 @@ def outputs(tmp_path, monkeypatch):
         ("/venv/bin/aem-exp repo", ["report"]),
     ],
 )
-def test_candidates(outputs, line, found):
-    assert completion.candidates(line) == found
+def test_candidates(outputs, line, expected):
+    assert completion.candidates(line) == expected
 
 
-def test_an_empty_line_offers_commands_and_groups_and_no_options():
+def test_an_empty_word_offers_commands_and_groups_but_no_options():
     found = completion.candidates("aem-exp ")
     assert {"run", "sweep", "ui", "modulation=", "+experiment="} <= set(found)
     assert not any(word.startswith("-") for word in found)
 
 
-def test_a_folder_of_ones_own_adds_choices(tmp_path):
+def test_a_config_dir_adds_choices(tmp_path):
     (tmp_path / "modulation").mkdir()
     (tmp_path / "modulation" / "mine.yaml").write_text("# mine\n")
     assert completion.candidates(f"aem-exp --config-dir {tmp_path} modulation=mi") == ["modulation=mine"]
@@ -159,7 +159,8 @@ def test_candidates_are_printed_for_a_shell(capsys):
     assert capsys.readouterr().out.split() == ["modulation=lam_2", "modulation=lam_4", "modulation=lam_half"]
 
 
-def path_of_the_script():
+def script_environment():
+    """The environment in which a shell finds the script `aem-exp`."""
     if not SCRIPT.exists():
         skip_or_fail("the package is not installed: no script aem-exp")
     return {**os.environ, "PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
@@ -184,7 +185,7 @@ ask "aem-exp run nothing-like-it"
 def test_bash_completes(outputs):
     done = subprocess.run(
         ["bash", "--norc", "-c", BASH],
-        env=path_of_the_script(),
+        env=script_environment(),
         cwd=outputs,
         capture_output=True,
         text=True,
@@ -195,8 +196,8 @@ def test_bash_completes(outputs):
     assert answers == [["status"], ["aem"], ["none,aem"], ["outputs/household-aem-s0"], [], []]
 
 
-def typed(shell, prepare, outputs):
-    """What a shell on a real terminal makes of `echo aem-exp modulation=ae<TAB>` and of a command's name."""
+def type_into(shell, prepare, outputs):
+    """Type lines with a TAB into a shell on a real terminal; everything that it shows."""
     import pty
 
     lines = [
@@ -211,24 +212,24 @@ def typed(shell, prepare, outputs):
         stdin=follower,
         stdout=follower,
         stderr=follower,
-        env=path_of_the_script(),
+        env=script_environment(),
         cwd=outputs,
         start_new_session=True,
     )
     os.close(follower)
-    seen = b""
+    output = b""
     try:
         for line in lines:
             os.write(leader, line.encode())
         while chunk := os.read(leader, 4096):
-            seen += chunk
-    except OSError:  # the terminal's end, once the shell has gone
+            output += chunk
+    except OSError:  # the terminal closes when the shell ends
         pass
     finally:
         process.kill()
         process.wait()
         os.close(leader)
-    return seen.decode()
+    return output.decode()
 
 
 @pytest.mark.timeout(DEADLINE)
@@ -236,38 +237,38 @@ def typed(shell, prepare, outputs):
 def test_a_terminal_completes(shell, outputs):
     if not shutil.which(shell):
         skip_or_fail(f"{shell} is missing (apt-get install {shell})")
-    how = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
+    command = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
     prepare = {"bash": [], "zsh": ["autoload -U compinit && compinit -u -D\n"]}[shell]
-    seen = typed(how, [*prepare, f'eval "$(aem-exp --completion {shell})"\n'], outputs)
-    assert "--outputs=/nowhere: there is no such folder" in seen, seen
-    assert "seed=x: must be a whole number" in seen, seen
-    assert "modulation=aem" in seen, seen
+    shown = type_into(command, [*prepare, f'eval "$(aem-exp --completion {shell})"\n'], outputs)
+    assert "SAID:aem_exp: --outputs=/nowhere: " in shown, shown
+    assert "aem_exp: seed=x: " in shown, shown
+    assert "modulation=aem" in shown, shown
 
 
-# The pages of MLflow.
+# `aem-exp ui`.
 
 
 @pytest.fixture
-def made(tmp_path_factory):
-    """A folder of outputs with an empty store."""
+def store_folder(tmp_path_factory):
+    """An outputs folder with an empty MLflow store."""
     from aem_exp.tracking import mlflow_store
 
-    folder = tmp_path_factory.mktemp("made") / "outputs"
+    folder = tmp_path_factory.mktemp("store") / "outputs"
     mlflow_store.create_sqlite(folder / "mlflow.db")
     return folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
+def test_ui_serves_on_loopback_and_stops_its_server(store_folder, number):
     command = [sys.executable, "-m", "aem_exp", "ui"]
-    environment = {**os.environ, "AEM_OUTPUTS": str(made), "PYTHONPATH": str(ROOT), "MLFLOW_HOST": "0.0.0.0"}
+    environment = {**os.environ, "AEM_OUTPUTS": str(store_folder), "PYTHONPATH": str(ROOT), "MLFLOW_HOST": "0.0.0.0"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = BackgroundCall(lambda: [started.stdout.readline() for _ in range(3)]).end()
-        assert said[0] == f"store   sqlite:///{made}/mlflow.db\n" and "Ctrl-C" in said[2], said
-        link = said[1].split()[1]
-        assert link.startswith("http://127.0.0.1:") and said[1].startswith("open ")
+        lines = BackgroundCall(lambda: [started.stdout.readline() for _ in range(3)]).end()
+        assert lines[0] == f"store   sqlite:///{store_folder}/mlflow.db\n" and "Ctrl-C" in lines[2], lines
+        link = lines[1].split()[1]
+        assert link.startswith("http://127.0.0.1:") and lines[1].startswith("open ")
         assert urllib.request.urlopen(f"{link}/health", timeout=DEADLINE).read() == b"OK"
         tree = psutil.Process(started.pid).children(recursive=True)
         listening = [c.laddr for child in tree for c in child.net_connections("inet") if c.status == psutil.CONN_LISTEN]
@@ -284,48 +285,47 @@ def test_ui_serves_on_loopback_and_leaves_nothing(made, number):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "fact"),
     [
-        (["--uri", "nowhere.db"], "there is no such file; a run makes it"),
-        (["--uri", "off"], "has no pages that could be served here"),
-        (["--uri", "gopher://x"], "tracking=gopher://x: "),
-        (["--uri", "postgresql://me:pw@127.0.0.1:1/x"], "does not answer"),
-        (["--port", "0"], "must be a whole number from 1"),
-        (["--port", "x"], "invalid int value"),
+        (["--uri", "nowhere.db"], "nowhere.db: "),
+        (["--uri", "off"], "--uri=off: "),
+        (["--uri", "gopher://x"], "gopher://x: "),
+        (["--uri", "postgresql://me:pw@127.0.0.1:1/x"], "postgresql://***@127.0.0.1:1/x: "),
+        (["--port", "0"], "65535"),
+        (["--port", "x"], "option=--port: "),
     ],
 )
-def test_ui_refuses_what_it_cannot_serve(capsys, made, monkeypatch, words, said):
-    monkeypatch.setenv("AEM_OUTPUTS", str(made))
+def test_ui_refuses_stores_and_ports_that_it_cannot_use(capsys, store_folder, monkeypatch, words, fact):
+    monkeypatch.setenv("AEM_OUTPUTS", str(store_folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     err = refused(capsys, "ui", *words)
-    assert said in err and ":pw@" not in err
+    assert fact in err and ":pw@" not in err
 
 
-def test_ui_refuses_a_port_that_is_taken(capsys, made):
+def test_ui_refuses_a_port_that_is_taken(capsys, store_folder):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert "another program listens there" in refused(
-            capsys, "ui", "--uri", str(made / "mlflow.db"), "--port", str(port)
-        )
+        err = refused(capsys, "ui", "--uri", str(store_folder / "mlflow.db"), "--port", str(port))
+        assert f"--port={port}: " in err
 
 
-def test_ui_says_what_is_wrong_with_a_store(capsys, tmp_path):
+def test_ui_reports_a_damaged_store(capsys, tmp_path):
     (tmp_path / "mlflow.db").write_text("no database at all" * 100)
     assert main(["ui", "--uri", "mlflow.db"]) == 2
     err = capsys.readouterr().err
     assert "file is not a database" in err and err.count("\n") == 1
 
 
-def test_ui_names_the_server_that_there_is(capsys):
+def test_ui_shows_the_address_of_a_remote_store(capsys):
     assert main(["ui", "--uri", "http://user:pw@host:80"]) == 0
-    assert capsys.readouterr().out == "open    http://host:80/   (a server serves this store already)\n"
+    assert capsys.readouterr().out.startswith("open    http://host:80/ ")
 
 
-def test_the_command_of_a_run_is_short(made, monkeypatch):
+def test_the_ui_command_that_a_run_prints_is_short(store_folder, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("AEM_OUTPUTS", str(made))
+    monkeypatch.setenv("AEM_OUTPUTS", str(store_folder))
     monkeypatch.setenv("PATH", str(SCRIPT.parent))
-    uri = store_uri.resolve_uri(None, made)
+    uri = store_uri.resolve_uri(None, store_folder)
     if SCRIPT.exists():
         assert store_uri.ui_command(uri, 5000) == "aem-exp ui"
     monkeypatch.setenv("PATH", "/nowhere")
@@ -333,5 +333,5 @@ def test_the_command_of_a_run_is_short(made, monkeypatch):
         patch.setattr(sys, "executable", "/somewhere/bin/python")
         assert store_uri.ui_command(uri, 5001) == "/somewhere/bin/python -m aem_exp ui --port 5001"
     monkeypatch.setenv("AEM_OUTPUTS", "elsewhere")
-    assert store_uri.ui_command(uri, 5000).endswith(f" ui --uri {made}/mlflow.db")
+    assert store_uri.ui_command(uri, 5000).endswith(f" ui --uri {store_folder}/mlflow.db")
     assert store_uri.ui_command("mysql://me:pw@host/x", 5000).endswith(" ui --uri 'mysql://***@host/x'")

@@ -1,4 +1,4 @@
-"""The wheel: configs travel inside it, and it works from any folder. The sdist: the documentation is in it."""
+"""The wheel contains the configs and works from any folder; the sdist contains the documentation."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_sdist_has_what_builds_the_documentation(tmp_path):
+def test_the_sdist_contains_the_documentation(tmp_path):
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
@@ -32,15 +32,15 @@ def test_the_sdist_has_what_builds_the_documentation(tmp_path):
     assert not any(name.startswith("site/") for name in names)
 
 
-def test_configs_travel_inside(wheel):
+def test_the_wheel_contains_the_configs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (ROOT / "conf").rglob("*.yaml"):
         assert f"aem_exp/_bundled/conf/{file.relative_to(ROOT / 'conf')}" in names
     assert not any(name.split("/")[0] in ("conf", "tests", "sweeps") for name in names)
-    assert "aem_exp/py.typed" in names  # type checkers read our annotations
+    assert "aem_exp/py.typed" in names  # without it, type checkers ignore the annotations
 
 
-def test_the_wheel_works_from_anywhere_under_the_users_configs(wheel, tmp_path):
+def test_the_wheel_works_from_any_folder_with_a_config_dir(wheel, tmp_path):
     site, mine = tmp_path / "site", tmp_path / "mine"
     zipfile.ZipFile(wheel).extractall(site)
     (mine / "baseline").mkdir(parents=True)

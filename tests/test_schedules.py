@@ -1,4 +1,4 @@
-"""Schedules are frozen functions of progress."""
+"""Schedules: frozen functions of progress."""
 
 import pickle
 
@@ -18,7 +18,7 @@ def test_cosine_is_flat_at_both_ends():
     assert schedule(0.99) < Linear(1.0, 0.0)(0.99)
 
 
-def test_a_schedule_is_a_value():
+def test_a_schedule_is_a_plain_value():
     assert Constant(1.0) == pickle.loads(pickle.dumps(Constant(1.0)))
     assert repr(Linear(1.0, 0.0)) == "Linear(start=1.0, end=0.0)"
     assert Constant(2.0)(0.3) == 2.0

@@ -1,4 +1,4 @@
-"""The table of many runs: short names that tell them apart, 80 columns, and sweeps named as for `sweep` and `report`."""
+"""The table of `status`: short labels that differ, at most 80 columns, and the same names of sweeps as `sweep` and `report`."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def data(*words):
     return to_dict(load([*BASE, *words]))
 
 
-def test_a_label_says_what_differs_and_no_more():
+def test_a_label_contains_only_the_differences():
     assert labels.make_labels([data("seed=0"), data("seed=1")]) == ["grpo+aem", "grpo+aem"]
     assert labels.make_labels([data(), data("modulation=none")]) == ["aem", "none"]
     assert labels.make_labels([data("baseline=rloo"), data("modulation=none")]) == ["rloo aem", "grpo none"]
@@ -48,8 +48,8 @@ def test_a_label_says_what_differs_and_no_more():
     assert labels.make_labels([]) == []
 
 
-def test_eighty_columns_hold_a_table_and_its_reasons():
-    why = "a sentence that says at length why this run could not be carried out to its end, and what helps " * 2
+def test_the_table_and_its_reasons_fit_in_80_columns():
+    why = "a sentence that says at length why this run could not be carried out to its end, and a remedy " * 2
     score = ("train/success", 0.123)
     running = RunState("running", 120, 2000, 4000.0, score, 3, job="123456_17")
     lines = [
@@ -74,27 +74,27 @@ def test_eighty_columns_hold_a_table_and_its_reasons():
         "a3056e  pending",
     ):
         assert whole in shown, shown
-    assert " ".join(shown.split()).count("what helps") == 2  # no sentence is cut
+    assert " ".join(shown.split()).count("a remedy") == 2  # no reason is cut
     assert "…" not in shown
 
 
 @pytest.fixture
-def there(tmp_path, monkeypatch, clean):
-    """Two runs that were begun, one whose files are garbage, and a sweep's file with a folder of configs beside it."""
+def workspace(tmp_path, monkeypatch, clean):
+    """Two started runs, two unreadable ones, and a sweep file with a folder of configs next to it."""
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "out"))
     for word in ("modulation=none", "modulation=aem"):
         experiment = load([*BASE, word])
         run_dir(experiment).mkdir(parents=True)
         (run_dir(experiment) / "experiment.json").write_text(json.dumps(to_dict(experiment)))
-    ruin(tmp_path / "out", {"garbage": "{", "other": '{"name": "x"}'})
+    write_unreadable_runs(tmp_path / "out", {"garbage": "{", "other": '{"name": "x"}'})
     (tmp_path / "own" / "baseline").mkdir(parents=True)
     (tmp_path / "own" / "baseline" / "wide.yaml").write_text(WIDE)
     (tmp_path / "own" / "mine.py").write_text("def advantage(played): return played.return_M\n")
-    (tmp_path / "asked.yaml").write_text(FILE)
+    (tmp_path / "clip.yaml").write_text(FILE)
     return tmp_path
 
 
-def ruin(outputs, texts):
+def write_unreadable_runs(outputs, texts):
     for name, text in texts.items():
         (outputs / f"x-{name}").mkdir()
         (outputs / f"x-{name}" / "experiment.json").write_text(text)
@@ -105,54 +105,58 @@ def shown(capsys, *words):
     return capsys.readouterr().out
 
 
-def test_runs_that_cannot_be_read_take_no_other_from_the_table(there, capsys):
-    said = " ".join(shown(capsys).split())
-    assert " none 0 new " in said and " aem 0 new " in said
-    assert all(f"x-{name}" in said for name in ("garbage", "other"))
+def test_unreadable_runs_do_not_hide_others(workspace, capsys):
+    page = " ".join(shown(capsys).split())
+    assert " none 0 new " in page and " aem 0 new " in page
+    assert all(f"x-{name}" in page for name in ("garbage", "other"))
     assert status.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["group"].endswith("/grpo+aem")
-    ruin(there / "out", {"deep": "[" * 100_000, "list": "[]", "flat": '{"name": 1, "baseline": 2}'})
-    assert len(status._all_runs(there / "out")) == 7
+    write_unreadable_runs(
+        workspace / "out", {"deep": "[" * 100_000, "list": "[]", "flat": '{"name": 1, "baseline": 2}'}
+    )
+    assert status.main(["--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 7
 
 
-def test_a_sweep_is_asked_for_as_it_is_run(there, capsys):
-    """By file and by name, with and without what was typed; the file knows its folder of configs."""
-    whole = question.load(there / "asked.yaml")
-    assert whole.config_dir == there / "own"
-    for words in (["asked.yaml"], [there / "asked.yaml"], ["asked.yaml", "--config-dir", "own"]):
-        said = shown(capsys, *words)
-        assert said.count(" new ") == 4 and all(cell.folder.name[-12:-6] in said for cell in whole.cells)
-    assert shown(capsys, "asked.yaml", "seed=7").count(" new ") == 2
-    assert f"asked in {there / 'b'}" in " ".join(shown(capsys, "asked.yaml", "--outputs", there / "b").split())
-    assert sweep.main(["asked.yaml", "--json"]) == 0
+def test_a_sweep_is_named_as_for_running_it(workspace, capsys):
+    """By file or by name, with or without overrides; the file states its folder of configs."""
+    whole = question.load(workspace / "clip.yaml")
+    assert whole.config_dir == workspace / "own"
+    for words in (["clip.yaml"], [workspace / "clip.yaml"], ["clip.yaml", "--config-dir", "own"]):
+        page = shown(capsys, *words)
+        assert page.count(" new ") == 4 and all(cell.folder.name[-12:-6] in page for cell in whole.cells)
+    assert shown(capsys, "clip.yaml", "seed=7").count(" new ") == 2
+    assert f"clip in {workspace / 'b'}" in " ".join(shown(capsys, "clip.yaml", "--outputs", workspace / "b").split())
+    assert sweep.main(["clip.yaml", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["cells"]) == 4
-    assert report.main(["asked.yaml"]) == 2
-    assert "none of its 4 runs is done" in capsys.readouterr().err
+    assert report.main(["clip.yaml"]) == 2
+    assert " 4 runs " in capsys.readouterr().err
 
 
-def test_a_sweep_that_was_begun_is_known_by_its_name(there, capsys):
-    """Where there is no file any more, and with the cells that it was last begun with."""
-    whole = question.load(there / "asked.yaml", ["seed=3"])
+def test_a_started_sweep_is_known_by_its_name(workspace, capsys):
+    """Without its file, with the cells of its last start."""
+    whole = question.load(workspace / "clip.yaml", ["seed=3"])
     rows = [{"run": c.folder.name, "arm": c.arm, "group": c.group, "seed": c.seed} for c in whole.cells]
-    membership.write(there / "out", "asked", whole.question, rows)
-    os.remove(there / "asked.yaml")
-    assert shown(capsys, "asked").count(" new ") == 2
+    membership.write(workspace / "out", "clip", whole.question, rows)
+    os.remove(workspace / "clip.yaml")
+    assert shown(capsys, "clip").count(" new ") == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "facts"),
     [
-        (FILE.replace("own", "nowhere"), "asked.config_dir=nowhere: there is no folder"),
-        (FILE.replace("own", "3"), "asked.config_dir=3: must be a folder, seen from this file"),
-        (FILE.replace("config_dir", "config-dir"), "did you mean config_dir"),
+        (FILE.replace("own", "nowhere"), ["clip.config_dir=nowhere: "]),
+        (FILE.replace("own", "3"), ["clip.config_dir=3: "]),
+        (FILE.replace("config_dir", "config-dir"), ["config-dir", "did you mean config_dir"]),
     ],
 )
-def test_a_folder_of_configs_is_there(there, capsys, text, said):
-    (there / "asked.yaml").write_text(text)
-    assert status.main(["asked.yaml"]) == 2
-    assert said in capsys.readouterr().err
+def test_the_config_dir_of_a_sweep_must_exist(workspace, capsys, text, facts):
+    (workspace / "clip.yaml").write_text(text)
+    assert status.main(["clip.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert all(fact in err for fact in facts)
 
 
-def test_what_belongs_to_a_sweep_is_only_read_with_one(there, capsys):
+def test_config_dir_needs_a_sweep(workspace, capsys):
     assert status.main(["--config-dir", "own"]) == 2
-    assert "only read with a sweep" in capsys.readouterr().err
+    assert "--config-dir=own: " in capsys.readouterr().err

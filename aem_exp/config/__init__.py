@@ -1,8 +1,8 @@
-"""From a command line to one frozen, typed `Experiment`, whose hash names its run dir.
+"""Turns a command line into one frozen, typed `Experiment`, whose hash names its run dir.
 
-Everything that can be wrong with an experiment is found here, before anything heavy is imported: `compose` (Hydra) makes one
-tree of YAML files and overrides, `schema` and `saved` make it typed, `targets` checks the functions that it names, `rules`
-refuses contradictions, `identity` hashes it. It imports `core` and `rundir`. Others use the names below.
+All mistakes in an experiment are found here, before anything heavy is imported. `compose` (Hydra) merges YAML files and
+overrides to one tree. `schema` and `saved` give it types. `targets` checks the functions that it names. `rules` refuses
+contradictions. `identity` computes the hash. The package imports `core` and `rundir`; other packages use the names below.
 """
 
 from aem_exp.config.identity import arm_signature, diff, outputs_root, run_dir, signature

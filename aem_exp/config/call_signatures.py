@@ -1,4 +1,4 @@
-"""Reads from source code what a function or class takes, without importing its module."""
+"""Reads the signature of a function or class from its source code, without importing its module."""
 
 import ast
 import functools
@@ -18,16 +18,16 @@ _MAX_IMPORT_HOPS: Final = 8  # imports to follow from a package to where a name 
 
 @dataclass
 class CallSignature:
-    """What a callable takes."""
+    """The parameters of a callable."""
 
     positional: list[str] = field(default_factory=list)
-    """names of its positional parameters, in order"""
+    """names of the positional parameters, in order"""
     hints: dict[str, Any] = field(default_factory=dict)
-    """keyword -> type, in order"""
+    """parameter -> type, in order"""
     required: set[str] = field(default_factory=set)
-    """names without a default"""
+    """parameters without a default"""
     accepts_any: bool = False
-    """whether it also takes what its source does not show"""
+    """whether it may accept other parameters, which its source does not show"""
 
     def add(self, name: str, hint: Any, has_default: bool) -> None:
         self.hints[name] = hint
@@ -35,10 +35,10 @@ class CallSignature:
 
 
 def find_module(module: str) -> ModuleSpec | None:
-    """Where a module is, without importing it or its parents."""
+    """Find a module without importing it or its parents."""
     head, *rest = module.split(".")
     try:
-        spec = PathFinder.find_spec(head) or find_spec(head)  # on disk first: a lazy module in memory hides its source
+        spec = PathFinder.find_spec(head) or find_spec(head)  # first on disk: a lazy module in memory hides its source
     except ValueError:  # __main__
         return None
     for part in rest:
@@ -49,15 +49,15 @@ def find_module(module: str) -> ModuleSpec | None:
 
 
 def list_sibling_modules(module: str) -> list[str]:
-    """The modules of the package that a module is in, or would be."""
+    """The modules in the package of a module; the module itself need not exist."""
     parent = module.rpartition(".")[0]
     spec = find_module(parent) if parent else None
-    places = spec.submodule_search_locations if spec else None
-    return [f"{parent}.{info.name}" for info in iter_modules(places)] if places else []
+    folders = spec.submodule_search_locations if spec else None
+    return [f"{parent}.{info.name}" for info in iter_modules(folders)] if folders else []
 
 
 def parse_module(module: str) -> ast.Module | None:
-    """The source of a module, parsed; None where there is none (compiled, or missing)."""
+    """Parse the source of a module; None if it has no source (compiled or missing)."""
     spec = find_module(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
@@ -69,11 +69,11 @@ def _parse_file(file: str, changed: int) -> ast.Module:
     try:
         return ast.parse(Path(file).read_text(encoding="utf-8"))
     except SyntaxError as error:
-        raise ConfigError("_target_", file, f"is not Python: {error.msg}, line {error.lineno}") from error
+        raise ConfigError("_target_", file, f"has a syntax error: {error.msg}, line {error.lineno}") from error
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Top-level statements, those under `if` and `try` included."""
+    """Top-level statements, including those under `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -81,20 +81,20 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def list_public_names(module: str) -> list[str]:
-    """The functions and classes that a module defines, and what a package re-exports in its `__all__`."""
+    """The public functions and classes of a module, and the names in its `__all__`."""
     tree = parse_module(module)
     names: list[str] = []
     for node in _statements(tree.body) if tree else ():
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
             names.append(node.name)
         if isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets):
-            constants = [one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)]
+            constants = [item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
             names += [name for name in constants if isinstance(name, str)]
     return names
 
 
 def find_definition(module: str, name: str, hops: int = _MAX_IMPORT_HOPS) -> tuple[str, ast.stmt] | None:
-    """The statement that defines a name, and its module; imports are followed."""
+    """The module and the statement that define a name; imports are followed."""
     tree = parse_module(module)
     for node in _statements(tree.body) if tree and hops else ():
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and node.name == name:
@@ -109,7 +109,7 @@ def find_definition(module: str, name: str, hops: int = _MAX_IMPORT_HOPS) -> tup
 
 
 def _import_source(module: str, node: ast.ImportFrom) -> str:
-    """The absolute name of the module that `from ... import` reads."""
+    """The absolute name of the module in a `from ... import`."""
     if not node.level:
         return node.module or ""
     spec = find_module(module)
@@ -120,7 +120,7 @@ def _import_source(module: str, node: ast.ImportFrom) -> str:
 
 
 def read_definition(module: str, node: ast.stmt) -> CallSignature:
-    """The signature of a function or class; of anything else, one that takes everything."""
+    """The signature of a function or class; for any other object, one that accepts everything."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return _function_signature(module, node.args)
     return _class_signature(module, node) if isinstance(node, ast.ClassDef) else CallSignature(accepts_any=True)
@@ -140,7 +140,7 @@ def _function_signature(module: str, args: ast.arguments, bound: bool = False) -
 
 
 def _class_signature(module: str, node: ast.ClassDef) -> CallSignature:
-    """Of `__init__`, or of the fields of a dataclass; inherited where the class has neither."""
+    """The signature of `__init__`, or of the fields of a dataclass; inherited if the class has neither."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _function_signature(module, item.args, bound=True)
@@ -167,7 +167,7 @@ def _base_signature(module: str, base: ast.expr) -> CallSignature:
 
 
 def _add_field(module: str, signature: CallSignature, name: str, item: ast.AnnAssign) -> None:
-    """A dataclass field. `field(...)` has a default where a keyword says so."""
+    """Add a dataclass field. `field(...)` has a default if it has the keyword `default` or `default_factory`."""
     if "ClassVar" in ast.unparse(item.annotation):
         return
     options: dict[str | None, ast.expr] = {}
@@ -181,7 +181,7 @@ def _add_field(module: str, signature: CallSignature, name: str, item: ast.AnnAs
 
 
 def _annotation_type(module: str, annotation: ast.expr | None) -> Any:
-    """The type that an annotation spells, where it is plain enough to check; else Any."""
+    """The type of an annotation if it is simple enough to check; else Any."""
     match annotation:
         case ast.Constant(value=None):
             return type(None)
@@ -203,11 +203,11 @@ def _annotation_type(module: str, annotation: ast.expr | None) -> Any:
 
 
 def parse_hint(text: str) -> Any:
-    """The type that a text spells, as an annotation would."""
+    """The type of an annotation that is given as text."""
     return _annotation_type("", ast.parse(text, mode="eval").body)
 
 
 def _alias_type(module: str, name: str) -> Any:
-    """What a name stands for that a module gives to a type: `Over = Literal["trajectories", "turns"]`."""
+    """The type behind an alias, such as `Over = Literal["trajectories", "turns"]`."""
     found = find_definition(module, name)
     return _annotation_type(found[0], found[1].value) if found and isinstance(found[1], ast.Assign) else Any

@@ -1,7 +1,7 @@
-"""Holds everything of Hydra that is private: which class reads a file, and how a choice of groups is composed quickly.
+"""The only module that uses private names of Hydra: to check each file that Hydra reads, and to compose groups fast.
 
-With a version of Hydra that it was not tested with, or that lacks one of these names, `is_supported` is false. Then nothing
-private is called: `check_files` checks all files beforehand, and `compose.Composer` calls Hydra's public `compose`.
+With an untested version of Hydra, or one that lacks such a name, `is_supported` is false, and no private name is used.
+`check_files` then checks all files beforehand, and `compose.Composer` calls Hydra's public `compose`.
 """
 
 import pickle
@@ -35,7 +35,7 @@ PRIVATE_NAMES: Final = (
 
 
 def hydra_version() -> str:
-    """The installed major and minor version."""
+    """The installed version of Hydra, as `major.minor`."""
     return ".".join(hydra.__version__.split(".")[:2])
 
 
@@ -53,9 +53,9 @@ def is_supported() -> bool:
 
 @contextmanager
 def check_files(roots: Sequence[Path]) -> Iterator[None]:
-    """Let Hydra read only files that are safe to read. Those that it opens here are also checked when it reads them later.
+    """Let Hydra read only files that are safe. Sources that are created in this block check files also after it.
 
-    Without the private names all files are checked first, whether Hydra is going to read them or not.
+    Without the private names, all files are checked first, including files that Hydra does not read.
     """
     if not is_supported():
         for root in roots:
@@ -67,7 +67,7 @@ def check_files(roots: Sequence[Path]) -> Iterator[None]:
     from hydra._internal.sources_registry import SourcesRegistry
 
     class CheckedConfigSource(FileConfigSource):
-        """A folder of configs; an error has the name of the file."""
+        """A folder of configs whose errors name the file."""
 
         def load_config(self, config_path: str) -> ConfigResult:
             file = Path(self.path, self._normalize_file_name(config_path))
@@ -76,20 +76,20 @@ def check_files(roots: Sequence[Path]) -> Iterator[None]:
             try:
                 return super().load_config(config_path)
             except (ValueError, YAMLError) as error:
-                raise ConfigError("config", str(file), f"is not YAML: {format_error(error)}") from error
+                raise ConfigError("config", str(file), f"is not valid YAML: {format_error(error)}") from error
 
     kinds = SourcesRegistry.instance().types
-    usual, kinds["file"] = kinds["file"], CheckedConfigSource
+    original, kinds["file"] = kinds["file"], CheckedConfigSource
     try:
         yield
     finally:
-        kinds["file"] = usual
+        kinds["file"] = original
 
 
 class GroupComposer:
     """Composes choices of groups, and reads each file once.
 
-    The order of Hydra's parts is Hydra's own, without what it composes for itself (its launchers, its logging).
+    Hydra's own config (launchers, logging) is left out; the order of the other parts is Hydra's.
     """
 
     def __init__(self, loader: ConfigLoader, search_path: str):
@@ -99,7 +99,7 @@ class GroupComposer:
         assert isinstance(loader, ConfigLoaderImpl)
 
         class CachedFiles(CachingConfigRepository):
-            """Hydra's files. It returns copies, since Hydra changes what it is given."""
+            """Hydra's cache of files; it returns copies, because Hydra modifies what it gets."""
 
             def __deepcopy__(self, memo: Any) -> "CachedFiles":
                 return self
@@ -112,7 +112,7 @@ class GroupComposer:
         self._files = CachedFiles(loader._parse_overrides_and_create_caching_repo("config", [search_path])[1])
 
     def compose(self, choices: list[Override]) -> DictConfig:
-        """What Hydra makes of a choice of groups, before values are set."""
+        """Compose a choice of groups, before values are set."""
         from hydra._internal.config_repository import CachingConfigRepository
         from hydra._internal.defaults_list import create_defaults_list
 
@@ -133,5 +133,5 @@ def apply_overrides(overrides: list[Override], tree: DictConfig) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """What Hydra or OmegaConf says, in one line."""
+    """An error of Hydra or OmegaConf in one line."""
     return " ".join(str(error).partition("\n    full_key")[0].split())

@@ -1,7 +1,7 @@
 """The keywords of TRL's GRPOConfig and peft's LoraConfig, read from the source of these libraries.
 
-Where a library is not installed, they come from the snapshot `library_keywords.json`, so that a config resolves to the same
-experiment, or is refused with the same sentence. One command writes the snapshot from the libraries that are installed:
+If a library is not installed, its keywords come from the snapshot `library_keywords.json`, so that a config gives the same
+experiment or the same error. This command writes the snapshot from the installed libraries:
 
   AEM_RECORD=1 python -m pytest -n0 tests/config/test_library_keywords.py
 """
@@ -18,7 +18,7 @@ from aem_exp.config.call_signatures import CallSignature, parse_hint
 
 SNAPSHOT: Final = Path(__file__).with_suffix(".json")
 GRPO_CONFIG, LORA_CONFIG = "trl.GRPOConfig", "peft.LoraConfig"
-_GRPO_SOURCES: Final = (  # of GRPOConfig and the classes that it inherits from
+_GRPO_SOURCES: Final = (  # GRPOConfig and its base classes
     ("trl", "trainer/grpo_config.py"),
     ("trl", "trainer/base_config.py"),
     ("transformers", "training_args.py"),
@@ -33,7 +33,7 @@ def grpo_keywords() -> frozenset[str]:
 
 
 def read_grpo_keywords() -> frozenset[str] | None:
-    """The field names of the installed GRPOConfig; None where TRL or transformers is missing. Importing it takes seconds."""
+    """The field names of the installed GRPOConfig, from its source, because importing it takes seconds. None if it is missing."""
     names = set[str]()
     for package, file in _GRPO_SOURCES:
         spec = find_spec(package)
@@ -52,7 +52,7 @@ def _field_names(file: Path) -> Iterable[str]:
 
 @cache
 def lora_signature() -> CallSignature:
-    """What LoraConfig takes, by the snapshot: every keyword has a default."""
+    """The signature of LoraConfig from the snapshot; every keyword has a default."""
     hints = {name: parse_hint(text) for name, text in _read_snapshot(LORA_CONFIG).items()}
     return CallSignature(positional=list(hints), hints=hints)
 

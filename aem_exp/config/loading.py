@@ -1,4 +1,4 @@
-"""From a command line to one frozen, typed experiment: composed, typed, bound to its functions, and checked."""
+"""Loads an experiment from a command line: compose, convert to types, bind the targets, check the rules."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def load(overrides: list[str], config_dir: str | Path | None = None, trust: bool = False) -> Experiment:
-    """What a command line resolves to.
+    """The experiment of a command line.
 
     Args:
-        overrides: as typed: `+experiment=alfworld_1_5b`, `modulation=none`, `trainer.steps=10`, `from=RUN_DIR`.
-        config_dir: a folder laid over `conf/`: its groups add to ours, its files hide ours of the same name.
-        trust: continue a run of somebody else's; its config names functions that are called.
+        overrides: such as `+experiment=alfworld_1_5b`, `modulation=none`, `trainer.steps=10`, `from=RUN_DIR`.
+        config_dir: a folder of configs. Its files are added to those of `conf/`, and hide files of the same name.
+        trust: allow `from=` a run of another user, whose config names functions that are called.
 
     Raises:
-        ConfigError: anything that is wrong with it.
+        ConfigError: the first mistake in the experiment.
     """
     from aem_exp.config.compose import compose
 
@@ -30,7 +30,7 @@ def load(overrides: list[str], config_dir: str | Path | None = None, trust: bool
 
 
 def resolve(cfg: "DictConfig | Mapping[str, Any]") -> Experiment:
-    """The typed value of a composed config, with every `_target_` bound and every contradiction refused."""
+    """Convert a composed config to an experiment, bind every `_target_`, and refuse contradictions."""
     from aem_exp.config.compose import to_container
 
     experiment = bind_targets(build_experiment(to_container(cfg)))

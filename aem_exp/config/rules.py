@@ -1,4 +1,4 @@
-"""Checks that settings of an experiment do not contradict each other."""
+"""Refuses settings of an experiment that contradict each other or have no effect."""
 
 import re
 from collections.abc import Callable
@@ -13,59 +13,66 @@ from aem_exp.core.errors import ConfigError, format_value, redact
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 OPTIMIZER_KEYS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
-MAX_EPISODES: Final = 1_000_000  # of a step: more is a slip of the finger
+MAX_EPISODES: Final = 1_000_000  # of a step; more is probably a typo
 UNFILTERED_SAMPLING: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def check(e: Experiment) -> None:
-    """Refuse the first contradiction, by name.
+    """Apply all rules.
 
     Raises:
-        ConfigError: field, value, and what they collide with.
+        ConfigError: the first contradiction, with its field, its value and the other setting.
     """
     for rule in RULES:
         rule(e)
 
 
 def check_against_parent(e: Experiment, parent: Experiment) -> None:
-    """Refuse what a run that begins at another's last checkpoint could not honour: weights and moments are as they are."""
+    """Refuse changes that a run from a parent's checkpoint cannot make, because weights and optimizer state are given."""
     kept = {f"trainer.{key}": (getattr(parent.trainer, key), getattr(e.trainer, key)) for key in OPTIMIZER_KEYS}
     kept |= {f"model.{key}": (value, getattr(e.model, key)) for key, value in vars(parent.model).items()}
     for field, (old, new) in kept.items():
         if old != new:
             raise ConfigError(
-                field, new, f"must stay {format_value(old)}: weights and optimizer are those of {e.parent_dir}"
+                field,
+                new,
+                f"must stay {format_value(old)}, because the run starts from the checkpoint of {e.parent_dir}",
             )
     if e.trainer.steps <= e.parent_steps:
-        remedy = f"must be above {e.parent_steps}, the steps of {e.parent_dir}: steps are counted from its start"
+        remedy = f"must be above {e.parent_steps}, because the steps of the parent {e.parent_dir} count"
         raise ConfigError("trainer.steps", e.trainer.steps, remedy)
 
 
 def _check_name(e: Experiment) -> None:
     if not NAME_PATTERN.fullmatch(e.name):
-        raise ConfigError("name", e.name, "must be a file name: letters, digits, and . _ + = - (at most 100)")
+        raise ConfigError(
+            "name", e.name, "must be a file name: letters, digits, and . _ + = - (at most 100 characters)"
+        )
 
 
 def _check_tracking(e: Experiment) -> None:
     if not e.tracking:
         return
     if (safe := redact(e.tracking)) != e.tracking:
-        remedy = "holds credentials; those come from the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or _TOKEN,"
-        raise ConfigError("tracking", safe, f"{remedy} or the URI in MLFLOW_TRACKING_URI")
+        remedy = "must not contain credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"
+        remedy += " MLFLOW_TRACKING_TOKEN, or the whole URI in MLFLOW_TRACKING_URI"
+        raise ConfigError("tracking", safe, remedy)
 
 
 def _check_model(e: Experiment) -> None:
     model = e.model
     if (model.path is None) == (model.make is None):
         given = "neither is set" if model.path is None else "both are set"
-        raise ConfigError("model.path", model.path, f"a model is loaded (model.path) or made (model.make): {given}")
+        raise ConfigError(
+            "model.path", model.path, f"set either model.path (load weights) or model.make (make a model); {given}"
+        )
     if model.path is None and model.revision is not None:
-        raise ConfigError("model.revision", model.revision, "only read with model.path")
+        raise ConfigError("model.revision", model.revision, "has no effect without model.path")
     if model.trust_remote_code and not model.code_sha256:
-        remedy = "running code from the hub needs model.code_sha256: the hash of the code that you reviewed"
+        remedy = "needs model.code_sha256, the hash of the remote code that you have reviewed"
         raise ConfigError("model.trust_remote_code", True, remedy)
     if model.code_sha256 and not model.trust_remote_code:
-        raise ConfigError("model.code_sha256", model.code_sha256, "only read with model.trust_remote_code=true")
+        raise ConfigError("model.code_sha256", model.code_sha256, "has no effect without model.trust_remote_code=true")
     if model.lora and model.lora.get("r", 1) < 1:
         raise ConfigError("model.lora.r", model.lora["r"], "must be a whole number of at least 1")
 
@@ -75,25 +82,29 @@ def _check_modulation(e: Experiment) -> None:
     for key, value in vars(m).items():
         if m.lam is None and key not in ("name", "lam") and value != getattr(neutral, key):
             raise ConfigError(
-                f"modulation.{key}", value, "only read with modulation.lam; to switch off: modulation=none"
+                f"modulation.{key}",
+                value,
+                "has no effect without modulation.lam; to switch modulation off, use modulation=none",
             )
     if m.bonus_lam != neutral.bonus_lam and not m.bonus:
-        raise ConfigError("modulation.bonus_lam", m.bonus_lam, "only read with modulation.bonus above 0")
+        raise ConfigError("modulation.bonus_lam", m.bonus_lam, "has no effect without modulation.bonus above 0")
     if m.keep != neutral.keep and (m.bonus or m.centred):
         field = "bonus" if m.bonus else "centred"
-        remedy = f"would train what modulation.keep={m.keep} leaves out; only read with modulation.keep=all"
+        remedy = f"needs modulation.keep=all; with it, responses that modulation.keep={m.keep} leaves out would be trained on"
         raise ConfigError(f"modulation.{field}", getattr(m, field), remedy)
     if m.bonus and m.unit == "token":
-        raise ConfigError("modulation.bonus", m.bonus, "is paid for the next response; needs modulation.unit=response")
+        raise ConfigError(
+            "modulation.bonus", m.bonus, "needs modulation.unit=response, because it rewards the next response"
+        )
 
 
 def _check_budgets(e: Experiment) -> None:
     env = e.env
     if env.response_tokens >= env.context_tokens:
-        remedy = f"must be below env.context_tokens={env.context_tokens}, which also holds the prompt"
+        remedy = f"must be below env.context_tokens={env.context_tokens}, which includes the prompt"
         raise ConfigError("env.response_tokens", env.response_tokens, remedy)
     if env.history == "full" and env.window:
-        raise ConfigError("env.window", env.window, "only read with env.history=window")
+        raise ConfigError("env.window", env.window, "has no effect without env.history=window")
 
 
 def _check_world(e: Experiment) -> None:
@@ -101,7 +112,7 @@ def _check_world(e: Experiment) -> None:
     if str(e.env.make.get("_target_", "")).startswith("aem_exp.envs.") and not (
         isinstance(reward, int | float) and reward > 0
     ):
-        raise ConfigError("env.make.reward", reward, "must be above 0: it is what success is paid")
+        raise ConfigError("env.make.reward", reward, "must be above 0, because it is the reward of a success")
 
 
 def _check_sizes(e: Experiment) -> None:
@@ -109,20 +120,20 @@ def _check_sizes(e: Experiment) -> None:
     sizes: dict[str, int] = {key: getattr(t, key) for key in ("group_size", "tasks_per_step", "oversample")}
     if (played := prod(sizes.values())) > MAX_EPISODES:
         key = max(sizes, key=sizes.__getitem__)
-        remedy = f"makes {played:,} episodes a step, and {MAX_EPISODES:,} is the most"
+        remedy = f"makes {played:,} episodes per step; the limit is {MAX_EPISODES:,}"
         raise ConfigError(f"trainer.{key}", sizes[key], remedy)
     episodes = t.tasks_per_step * t.group_size
-    asked = f"trainer.tasks_per_step={t.tasks_per_step} x trainer.group_size={t.group_size} = {episodes}"
+    batch = f"trainer.tasks_per_step={t.tasks_per_step} x trainer.group_size={t.group_size} = {episodes}"
     if e.env.history == "full" and rows_per_update(e) > episodes:
-        raise ConfigError("trainer.mini_batch", t.mini_batch, f"must be at most the rows of a step: {asked}")
+        raise ConfigError("trainer.mini_batch", t.mini_batch, f"must be at most the number of rows of a step: {batch}")
     if episodes % world:
-        raise ConfigError("launch", f"{world} processes", f"must divide the trajectories of a step: {asked}")
+        raise ConfigError("launch", f"{world} processes", f"must divide the number of trajectories of a step: {batch}")
 
 
 def _check_resampling(e: Experiment) -> None:
     for key, count in (("rounds", e.trainer.rounds), ("oversample", e.trainer.oversample)):
         if count > 1 and not e.trainer.drop_equal:
-            raise ConfigError(f"trainer.{key}", count, "only read with trainer.drop_equal=true")
+            raise ConfigError(f"trainer.{key}", count, "has no effect without trainer.drop_equal=true")
 
 
 def _check_loss(e: Experiment) -> None:
@@ -130,13 +141,13 @@ def _check_loss(e: Experiment) -> None:
     averaged = e.env.history == "full" or e.modulation.unit == "token"
     if t.importance_sampling_level == "sequence" and averaged and e.modulation.lam is not None:
         remedy = "a sequence ratio averages the advantages of a row, which cancels the modulation; "
-        remedy += "use env.history=window and env.window=N"
+        remedy += "set env.history=window and env.window=N"
         remedy += " and modulation.unit=response" if e.modulation.unit == "token" else ""
         raise ConfigError("trainer.importance_sampling_level", "sequence", f"{remedy} or modulation=none")
     if t.count_masked and not t.mask_truncated_completions:
-        raise ConfigError("trainer.count_masked", True, "only read with trainer.mask_truncated_completions=true")
+        raise ConfigError("trainer.count_masked", True, "has no effect without trainer.mask_truncated_completions=true")
     if t.count_masked and t.loss_type not in ROW_MEAN_LOSSES:
-        remedy = f"only read with a loss that is a mean over rows (trainer.loss_type={', '.join(ROW_MEAN_LOSSES)})"
+        remedy = f"has no effect without trainer.loss_type={' or '.join(ROW_MEAN_LOSSES)}, which are means over rows"
         raise ConfigError("trainer.count_masked", True, remedy)
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t.loss_type == loss and t.importance_sampling_level != level:
@@ -149,11 +160,13 @@ def _check_sampling(e: Experiment) -> None:
         value = getattr(t, key)
         if value not in (None, off) and e.modulation.lam is not None:
             raise ConfigError(
-                f"trainer.{key}", value, f"modulation needs the unfiltered distribution: {off:g}, or modulation=none"
+                f"trainer.{key}",
+                value,
+                f"must be {off:g}, because modulation needs the unfiltered distribution; or set modulation=none",
             )
     if t.repetition_penalty != 1 and not e.launch.trainer.get("use_vllm"):
         raise ConfigError(
-            "trainer.repetition_penalty", t.repetition_penalty, "only read with launch.trainer.use_vllm=true"
+            "trainer.repetition_penalty", t.repetition_penalty, "has no effect without launch.trainer.use_vllm=true"
         )
 
 
@@ -161,15 +174,17 @@ def _check_evaluation(e: Experiment) -> None:
     panels = {"evaluation.panel": e.evaluation.panel, "evaluation.final": e.evaluation.final}
     for field, panel in panels.items():
         if not NAME_PATTERN.fullmatch(panel) or panel == "train":
-            raise ConfigError(field, panel, "must name a panel of held-out tasks, such as dev or test")
+            raise ConfigError(field, panel, "must be a panel of held-out tasks, such as dev or test")
     if e.evaluation.panel == e.evaluation.final:
         raise ConfigError(
-            "evaluation.final", e.evaluation.final, "must differ from evaluation.panel: it is opened once, at the end"
+            "evaluation.final",
+            e.evaluation.final,
+            "must differ from evaluation.panel, because it is played only once, at the end",
         )
 
 
 def rows_per_update(e: Experiment) -> int:
-    """Rows per update; with `mini_batch: all`, the trajectories of a step."""
+    """Rows per update; with `mini_batch: all`, the number of trajectories of a step."""
     t = e.trainer
     return t.tasks_per_step * t.group_size if t.mini_batch == "all" else t.mini_batch
 

@@ -1,4 +1,7 @@
-"""The types of an experiment: a frozen dataclass per config group. Defaults are neutral and never change."""
+"""The types of an experiment: a frozen dataclass per config group.
+
+Defaults are neutral (a feature is off) and never change, because signatures depend on them.
+"""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -14,220 +17,232 @@ from aem_exp.core.typed import (
 
 @dataclass(frozen=True)
 class Model:
-    """The policy: loaded from weights (`path`), or made here (`make`)."""
+    """The policy: loaded from weights (`path`) or made from scratch (`make`)."""
 
     name: str = ""
-    """The file of conf/model; not hashed."""
+    """Name of the file in conf/model. Not hashed."""
     path: str | None = None
-    """Hub id or local folder, in Hugging Face format."""
+    """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`."""
     revision: str | None = None
-    """Hub commit; resolved and pinned by `prepare`."""
+    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`."""
     make: dict[str, Any] | None = None
-    """`_target_` of a policy that is made here instead of loaded (then `path` is null)."""
+    """`_target_` of a function that makes a policy, and its arguments. null: weights are loaded from `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights."""
     attention: str | None = None
-    """transformers' `attn_implementation`; null: its own choice."""
+    """Attention implementation (`attn_implementation` of transformers). null: the default of transformers."""
     lora: dict[str, Any] | None = None
-    """Keywords of `peft.LoraConfig`; null: all weights are trained."""
+    """Keywords of `peft.LoraConfig`, to train a LoRA adapter. null: all weights are trained."""
     system: str | None = None
-    """System message; null: none."""
+    """System message at the start of each conversation. null: none."""
     thinking: Literal["on", "off", "template"] = "template"
-    """Whether responses begin with reasoning; `template`: as the chat template decides."""
+    """Whether responses begin with reasoning. `template`: the default of the chat template."""
     trust_remote_code: bool = False
-    """Run the code that comes with the weights."""
+    """Run the Python code that comes with the weights. Needs `code_sha256`."""
     code_sha256: str | None = None
-    """Hash of the remote code that was reviewed; required with `trust_remote_code`."""
+    """SHA-256 of the remote code that you have reviewed. Required with `trust_remote_code`; else it must be null."""
 
 
 @dataclass(frozen=True)
 class Env:
-    """The world, and how its episodes become rows of tokens."""
+    """The environment, and how its episodes become rows of tokens."""
 
     name: str = ""
-    """The file of conf/env; not hashed."""
+    """Name of the file in conf/env. Not hashed."""
     make: dict[str, Any] = field(default_factory=dict)
-    """`_target_` of a world (see `aem_exp.envs.World`), and its arguments."""
+    """`_target_` of an environment (see `aem_exp.envs.World`), and its arguments."""
     history: Literal["full", "window"] = "full"
-    """`full`: one row per trajectory; `window`: every turn is its own row."""
+    """The past turns that the policy sees. `full`: all turns, and a trajectory is one row. `window`: the last `window` turns, and
+    each turn is one row."""
     window: NonNegativeInt = 0
-    """Past turns in each prompt (`history: window`)."""
+    """Number of past turns in each prompt. Only with `history: window`; must be 0 otherwise."""
     max_turns: PositiveInt = 1
-    """Most turns of an episode."""
+    """Maximum number of turns of an episode."""
     response_tokens: PositiveInt = 1
-    """Most tokens of one response."""
+    """Maximum number of tokens of a response. Must be below `context_tokens`."""
     context_tokens: PositiveInt = 1
-    """Most tokens of a row: prompt and responses."""
+    """Maximum number of tokens of a row: prompt and responses together."""
     invalid_penalty: NonNegativeFloat = 0.0
-    """What an invalid turn subtracts from its own score."""
+    """Penalty that an invalid turn subtracts from its own score. 0: none."""
     prompt: dict[str, str] = field(default_factory=dict)
-    """Prompt templates for `str.format`; `aem_exp.config.prompts` lists their fields."""
+    """Templates in the format of `str.format`. `history: full` needs `first` and `next`. `history: window` needs `first`,
+    `window` and `pair` (for one past turn). Fields: task, observation, actions, step, turn, left. `window` also has history and
+    length; `pair` has n, observation and action."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The advantage estimator; its file also sets the loss and clips of `trainer`."""
+    """The advantage estimator. Its file also sets the loss and the clipping of `trainer`."""
 
     name: str = ""
-    """The file of conf/baseline; not hashed."""
+    """Name of the file in conf/baseline. Not hashed."""
     advantage: dict[str, Any] = field(default_factory=dict)
-    """`_target_` of an advantage estimator, such as a function of `aem_exp.advantages`, and its arguments."""
+    """`_target_` of an estimator, such as a function of `aem_exp.advantages`, and its arguments."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Adaptive Entropy Modulation, and where it departs from the paper; see `training.modulation`."""
+    """Adaptive Entropy Modulation and its variants; see `training.modulation`. Without `lam`, no other key may be set."""
 
     name: str = ""
-    """The file of conf/modulation; not hashed."""
+    """Name of the file in conf/modulation. Not hashed."""
     lam: dict[str, Any] | None = None
-    """`_target_` of a schedule of lambda; null: no modulation."""
+    """`_target_` of a schedule of the strength lambda, and its arguments. null: no modulation."""
     gate: NonNegativeFloat = 0.0
-    """Range of entropies (nats) below which a group is left as it is; 0: every group is modulated."""
+    """Groups whose entropies span less than this (in nats) are not modulated. 0: all groups are modulated."""
     scope: Literal["group", "trajectory", "batch"] = "group"
-    """Which units share one range of entropies, and a mean coefficient of 1."""
+    """The set of units over which entropies are compared and the mean coefficient is 1."""
     signal: Literal["entropy", "surprisal"] = "entropy"
-    """Mean token entropy, or mean -log p of the sampled tokens."""
+    """`entropy`: mean token entropy of a unit. `surprisal`: mean -log p of its sampled tokens."""
     unit: Literal["response", "token"] = "response"
-    """What gets a coefficient."""
+    """The unit that gets a coefficient: a response, or each token by its own signal."""
     shuffle: bool = False
-    """Permute the coefficients within their scope: a placebo."""
+    """Permute the coefficients within their scope, as a placebo."""
     keep: Literal["all", "raising", "lowering"] = "all"
-    """Train all units, or those alone whose training raises, or lowers, the policy's entropy."""
+    """`all`: train on all units. `raising`, `lowering`: only on units whose training raises or lowers the policy's entropy."""
     bonus: NonNegativeFloat = 0.0
-    """zeta of EMPG: what the clarity of the next response adds to the advantage."""
+    """zeta of EMPG: weight of the clarity of the next response, which is added to the advantage. 0: none. Needs
+    `unit: response` and `keep: all`."""
     bonus_lam: float = 1.0
-    """k' of EMPG: strength of the clarity in the bonus."""
+    """k' of EMPG: scale of the entropy in that clarity. No effect without `bonus`."""
     centred: bool = False
-    """Subtract the batch mean from the modulated advantages, as EMPG does."""
+    """Subtract the mean over the batch from the modulated advantages, as EMPG does. Needs `keep: all`."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which held-out tasks a policy plays, when, and how."""
+    """Evaluation on panels of held-out tasks: which, when, and with which limits."""
 
     panel: str = "dev"
-    """The panel that is played while training; tuning reads no other."""
+    """Panel that is evaluated before, during and after training. Tuning uses only this panel."""
     final: str = "test"
-    """The panel that is played once, at the end."""
+    """Panel that is evaluated once, at the end. Must differ from `panel`."""
     every: NonNegativeInt = 0
-    """Steps between evaluations on `panel`; 0: only before and after training."""
+    """Steps between evaluations on `panel`. 0: only before and after training."""
     repeats: PositiveInt = 1
-    """Episodes per task."""
+    """Number of episodes per task of a panel."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature."""
+    """Sampling temperature in evaluation."""
     tasks: NonNegativeInt = 0
-    """Tasks of a panel; 0: all of them."""
+    """Number of tasks of each panel, from its start. 0: all tasks."""
     max_turns: NonNegativeInt = 0
-    """Most turns of an episode; 0: `env.max_turns`."""
+    """Maximum number of turns of an episode. 0: the same as `env.max_turns`."""
     context_tokens: NonNegativeInt = 0
-    """Most tokens of a row; 0: `env.context_tokens`."""
+    """Maximum number of tokens of a row. 0: the same as `env.context_tokens`."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which machine, how much of it, and for how long. Recorded and never hashed: execution decides no result."""
+    """Execution: the machine, its size, and limits of time. Recorded but never hashed."""
 
     name: str = ""
-    """The file of conf/launch."""
+    """Name of the file in conf/launch."""
     where: Literal["local", "slurm"] = "local"
-    """This machine, or a job."""
+    """`local`: run on this machine. `slurm`: submit a job."""
     nodes: PositiveInt = 1
-    """Nodes that train."""
+    """Number of nodes that train. More than 1 needs `where: slurm`."""
     gpus_per_node: NonNegativeInt = 0
-    """GPUs of each node, one process per GPU; 0: one process on the CPU."""
+    """GPUs per node, with one process per GPU. 0: one process on the CPU."""
     cpus_per_task: NonNegativeInt = 0
-    """CPU cores per process; 0: the site's default."""
+    """CPU cores per process of a SLURM job. 0: the default of the cluster. No effect with `where: local`."""
     gpu_memory_gb: NonNegativeFloat = 0.0
-    """Memory of each GPU, as its name states it; 0: not known."""
+    """Nominal memory of a GPU in GB, such as 80, for the memory check before a run. 0: read from the local GPU, or unknown (then
+    nothing is refused)."""
     gpu_tflops: NonNegativeFloat = 0.0
-    """Peak dense bfloat16 rate of each GPU; 0: not known."""
+    """Peak dense bfloat16 rate of a GPU in TFLOP/s, for the time estimate of the plan. 0: unknown (no estimate)."""
     hours: NonNegativeFloat = 0.0
-    """Time limit of a job."""
+    """Time limit of a job in hours. Required with `where: slurm`; no effect otherwise."""
     threads: NonNegativeInt = 0
-    """torch threads; 0: torch's own choice."""
+    """Number of CPU threads of torch. 0: the default of torch."""
     device_rows: NonNegativeInt = 0
-    """Rows per micro-batch and device; 0: all rows of an update at once."""
+    """Maximum number of rows per micro-batch and device. 0: no limit, all rows of an update."""
     device_tokens: NonNegativeInt = 0
-    """Tokens per micro-batch and device, padding included; 0: no limit."""
+    """Maximum number of tokens per micro-batch and device, including padding; a longer row is trained alone. 0: no limit."""
     device_episodes: NonNegativeInt = 0
-    """Episodes played at once per device; 0: all of a round."""
+    """Maximum number of episodes that a device plays at the same time. 0: all episodes of a round."""
     sampler: Literal["local", "engine", "served"] = "local"
-    """What generates: the policy itself, TRL's engine in its process (HF generate, vLLM), or servers in other processes."""
+    """What generates responses. `local`: the policy itself. `engine`: TRL's engine in the same process (HF generate or vLLM).
+    `served`: vLLM servers in other processes."""
     servers: str | None = None
-    """Folder with the `urls` and the `key` of servers (`sampler: served`); see `cluster.rendezvous`."""
+    """Folder with the addresses (`urls`) and the `key` of running servers; see `cluster.rendezvous`. null: the job starts
+    `server_nodes`. Only with `sampler: served`."""
     server_nodes: NonNegativeInt = 0
-    """Nodes of the job that serve, besides `nodes`; their addresses are then in the run dir."""
+    """Additional nodes of the job that run servers; their addresses are in the run dir. 0: none. Only with `sampler: served`
+    and `where: slurm`, and without `servers`."""
     server_weights: Literal["files", "nccl"] = "files"
-    """How servers get the newest weights; see `rollout.sampling.weight_sync`."""
+    """How servers receive new weights: through files, or from GPU to GPU (`nccl`). Only with `sampler: served`; see
+    `rollout.sampling.weight_sync`."""
     server_seconds: PositiveFloat = 600.0
-    """Time limit of one response, and of a time without any."""
+    """Seconds that servers may take to start, and a server for one response. The run also ends after this time without a
+    response from any server. Only with `sampler: served`."""
     workers: NonNegativeInt = 0
-    """Processes that step environments; 0: the trainer's own."""
+    """Number of processes that step environments, per training process. 0: none; the training process steps them, except for
+    environments that require one process of their own."""
     workers_at: str | None = None
-    """Folder of the nodes that run those processes (see `jobs.lend`); null: this machine."""
+    """Folder of the nodes that run these processes (see `jobs.lend`). null: this machine. Needs `workers`."""
     env_seconds: PositiveFloat = 120.0
-    """An environment that answers later than this has hung (`workers` above 0)."""
+    """Seconds after which an environment that does not answer counts as hung and is replaced. Needs `workers`."""
     save_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints. 0: only at the end."""
     warn_seconds: NonNegativeInt = 0
-    """How long before its time limit a job saves and is requeued; longer than a step and a save."""
+    """Seconds before its time limit at which a job saves and is requeued; must exceed the time of a step plus a save. No effect
+    with `where: local`."""
     requeues: NonNegativeInt = 0
-    """The most starts of a job after its first; 0: no limit."""
+    """Maximum number of restarts of a job after its first start. 0: no limit. No effect with `where: local`."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """GRPOConfig keywords of execution; see `trainer_schema.LaunchTrainer`."""
+    """Keywords of GRPOConfig that concern execution; see `trainer_schema.LaunchTrainer`."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run, complete: what `experiment.json` holds."""
+    """The complete description of one run, as in `experiment.json`."""
 
     name: str = ""
-    """First part of the run dir's name; not hashed."""
+    """First part of the name of the run dir. Not hashed."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     model: Model = field(default_factory=Model)
     """The policy."""
     env: Env = field(default_factory=Env)
-    """The world."""
+    """The environment."""
     baseline: Baseline = field(default_factory=Baseline)
     """The advantage estimator."""
     modulation: Modulation = field(default_factory=Modulation)
-    """What modulates the advantages."""
+    """The modulation of the advantages."""
     trainer: Trainer = field(kw_only=True)
     """Optimizer, loss, and the size of a step."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    """The held-out panels."""
+    """Evaluation on held-out tasks."""
     launch: Launch = field(default_factory=Launch)
-    """Execution; not hashed."""
+    """Execution. Not hashed."""
     outputs: str | None = None
-    """Folder of run dirs; null: $AEM_OUTPUTS, else ./outputs. Not hashed."""
+    """Folder of the run dirs. null: $AEM_OUTPUTS, else ./outputs. Not hashed."""
     tracking: str | None = None
-    """MLflow URI; null: sqlite beside the runs. Not hashed."""
+    """MLflow tracking URI; `off`: no tracking. null: $MLFLOW_TRACKING_URI, else a SQLite file next to the runs. Not hashed."""
     parent: str | None = None
-    """The run that this one continues, by `from=RUN_DIR`: its signature, and @STEP where it was stopped."""
+    """Signature of the run that this run continues, and @STEP if that run was stopped. Set by `from=RUN_DIR`. null: none."""
     parent_dir: str | None = None
-    """The run dir of the parent; not hashed."""
+    """Run dir of the parent. Set by `from=RUN_DIR`. Not hashed."""
     parent_steps: NonNegativeInt = 0
-    """Steps of the parent: the first step of this run is the next one."""
+    """Number of steps of the parent; this run begins with the next step. Set by `from=RUN_DIR`. Not hashed."""
     resume: Literal["exact", "inexact"] = "exact"
-    """`inexact`: resume although code, libraries or machine changed."""
+    """`inexact`: resume the run even if code, libraries or the machine have changed; the run is marked. Not hashed."""
 
 
 def apply_evaluation_limits(experiment: Experiment) -> Experiment:
-    """The same under the rules that its panels are played by, which may give an episode more room than training does."""
-    env, how = experiment.env, experiment.evaluation
-    turns, tokens = how.max_turns or env.max_turns, how.context_tokens or env.context_tokens
+    """The experiment with the limits of evaluation in `env`; they may be larger than in training."""
+    env, limits = experiment.env, experiment.evaluation
+    turns, tokens = limits.max_turns or env.max_turns, limits.context_tokens or env.context_tokens
     return replace(experiment, env=replace(env, max_turns=turns, context_tokens=tokens))
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """What `experiment.json` holds."""
+    """The content of `experiment.json`."""
     return asdict(experiment) | {"trainer": trainer_keywords(experiment.trainer)}
 
 
 def neutral_values(block: Any) -> dict[str, Any]:
-    """The defaults of a block and of the blocks in it; what has no default is left out."""
+    """The defaults of a block and its sub-blocks, without fields that have no default."""
     values: dict[str, Any] = {}
     for item in fields(block):
         if is_dataclass(item.type):

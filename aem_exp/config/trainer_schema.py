@@ -1,6 +1,6 @@
-"""The types of the `trainer` block (how a policy is optimised) and of the `launch.trainer` block (how TRL executes that).
+"""The types of two blocks: `trainer` (how the policy is optimised) and `launch.trainer` (how TRL executes this).
 
-Every field of `trainer` is part of a run's signature; no key of `launch.trainer` is.
+Every field of `trainer` is part of the signature of a run; no key of `launch.trainer` is.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,149 +25,156 @@ Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What TRL's batch arithmetic hides: how much is played in a step, and what of it is trained on."""
+    """The size of a step: how many episodes are played, and which of them are trained on. TRL's batch sizes follow from it."""
 
     steps: NonNegativeInt
-    """Steps of the run; a step is one rollout batch."""
+    """Number of steps. A step is one rollout batch."""
     tasks_per_step: PositiveInt
-    """Groups that a step trains on."""
+    """Number of groups that a step trains on."""
     group_size: Annotated[int, AT_LEAST_2]
-    """Trajectories per drawn task."""
+    """Number of trajectories per group, that is per drawn task."""
     mini_batch: Literal["all"] | PositiveInt = "all"
-    """Rows per update."""
+    """Rows per update. `all`: one update per step. With one update per step and `num_iterations` 1, clipping has no effect."""
     oversample: PositiveInt = 1
-    """Tasks drawn per round, as a multiple of `tasks_per_step`."""
+    """Factor of tasks to draw per round: `oversample` x `tasks_per_step`. 1: no more than needed. Above 1 needs `drop_equal`."""
     rounds: PositiveInt = 1
-    """Rounds of play until `tasks_per_step` groups have unequal returns (DAPO's dynamic sampling)."""
+    """Maximum number of rounds of play, until `tasks_per_step` groups have unequal returns (DAPO's dynamic sampling). 1: no
+    further round. Above 1 needs `drop_equal`."""
     drop_equal: bool = False
-    """Groups of equal returns leave the step."""
+    """Drop groups with equal returns, which have no advantage, from the step."""
     count_masked: bool = False
-    """Masked trajectories count among the rows that a loss is the mean of."""
+    """Count masked trajectories in the denominator of a loss that is a mean over rows. Needs `mask_truncated_completions` and a
+    `loss_type` of grpo, sapo, luspo or dr_grpo."""
     loss_constant: PositiveInt | None = None
-    """What `dr_grpo` divides a trajectory's token sum by; null: its token budget; 1: a sum."""
+    """Divisor of the token sum of a trajectory. null: the maximum number of tokens of an episode. 1: a plain sum. Only with
+    `loss_type: dr_grpo`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer(StepSettings):
-    """GRPOConfig's keywords that decide results. What has no default must be set; what is None is left to TRL."""
+    """The keywords of GRPOConfig that decide results. Fields without a default must be set. None is not passed to TRL."""
 
     learning_rate: PositiveFloat
-    """The highest learning rate that `lr_scheduler_type` reaches."""
+    """Peak learning rate of `lr_scheduler_type`."""
     lr_scheduler_type: SchedulerType
-    """How the learning rate follows the progress of the run."""
+    """Schedule of the learning rate over the steps of the run."""
     lr_scheduler_kwargs: dict[str, Any] | None = None
-    """Further keywords of that schedule."""
+    """Additional keywords of this schedule. null: none."""
     warmup_steps: NonNegativeFloat = 0.0
-    """Steps of warm-up; below 1: that fraction of all steps."""
+    """Number of warm-up steps; a value below 1 is a fraction of all steps. No effect with `lr_scheduler_type: constant`."""
     optim: Optimizer
-    """The optimizer, by transformers' name."""
+    """Optimizer, with its name in transformers."""
     optim_args: str | None = None
-    """Further keywords of the optimizer, as `key=value,key=value`."""
+    """Additional keywords of the optimizer, as `key=value,key=value`. null: none."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of the optimizer."""
+    """Weight decay of the optimizer. 0: none."""
     adam_beta1: Annotated[float, BELOW_1]
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment. No effect with adafactor or sgd."""
     adam_beta2: Annotated[float, BELOW_1]
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment. No effect with adafactor or sgd."""
     adam_epsilon: PositiveFloat
-    """Added to the root of the second moment."""
+    """Term that Adam adds to the root of the second moment. No effect with adafactor or sgd."""
     max_grad_norm: NonNegativeFloat
-    """Gradients of a larger norm are scaled down to it."""
+    """Maximum norm of the gradient; a larger gradient is scaled down. 0: no clipping."""
     bf16: bool = False
-    """Forward and backward passes run under bfloat16 autocast."""
+    """Run forward and backward passes under bfloat16 autocast."""
     cast_lm_head_to_fp32: bool = False
-    """The language modelling head computes in float32."""
+    """Compute the language modelling head in float32."""
     loss_type: LossType
-    """How token losses become one loss."""
+    """How the losses of tokens are combined to one loss. `dapo`: mean over tokens. `grpo`: mean over rows. `dr_grpo`: token sum
+    over a constant, mean over trajectories. See TRL for the others."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratios of each token, or of a whole row (GSPO)."""
+    """`token`: one importance ratio per token. `sequence`: one ratio per row (GSPO)."""
     epsilon: PositiveFloat
-    """The ratio is clipped below 1 - epsilon."""
+    """The importance ratio is clipped from below at 1 - epsilon."""
     epsilon_high: PositiveFloat | None = None
-    """The ratio is clipped above 1 + epsilon_high; null: `epsilon`."""
+    """The importance ratio is clipped from above at 1 + epsilon_high. null: the same as `epsilon`."""
     delta: PositiveFloat | None = None
-    """Upper clip of the ratio where the advantage is negative (two-sided clipping); null: none."""
+    """Upper bound of the ratio for negative advantages (two-sided clipping). null: none."""
     mask_truncated_completions: bool = False
-    """Episodes cut by turns or context leave the loss, and count as 0 in their group."""
+    """Exclude episodes from the loss that were cut by a limit (of turns, of context, or of the environment). Their return counts
+    as 0 in their group."""
     beta: NonNegativeFloat = 0.0
-    """Coefficient of the KL divergence from the reference policy; 0: no reference policy is loaded."""
+    """Coefficient of the KL divergence from the reference policy. 0: none, and no reference policy is loaded."""
     use_bias_correction_kl: bool = False
-    """The KL term is multiplied by the ratio, which makes its gradient unbiased (DeepSeek-V3.2)."""
+    """Multiply the KL term by the importance ratio: an unbiased gradient (DeepSeek-V3.2). No effect if `beta` is 0."""
     entropy_coef: NonNegativeFloat = 0.0
-    """Coefficient of an entropy bonus in the loss."""
+    """Coefficient of an entropy bonus in the loss. 0: none."""
     top_entropy_quantile: Annotated[float, FRACTION] = 1.0
-    """Share of tokens, those of the highest entropy, that the policy loss keeps."""
+    """Share of tokens with the highest entropy that the policy loss uses. 1: all tokens."""
     off_policy_mask_threshold: PositiveFloat | None = None
-    """Rows of negative advantage and a larger KL divergence from the sampler leave the loss; null: none."""
+    """Exclude rows with a negative advantage and a KL divergence from the sampler above this from the loss. null: none."""
     num_iterations: PositiveInt = 1
-    """Passes over the rows of a step."""
+    """Number of passes over the rows of a step."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature while training."""
+    """Sampling temperature in training. Evaluation has its own."""
     top_p: Annotated[float, FRACTION] = 1.0
-    """Sampling keeps the most probable tokens that sum to this."""
+    """Sample only from the most probable tokens with this total probability. 1: all tokens. Modulation needs 1."""
     top_k: NonNegativeInt = 0
-    """Sampling keeps this many of the most probable tokens; 0: all."""
+    """Sample only from this number of most probable tokens. 0: all tokens. Modulation needs 0."""
     min_p: Annotated[float, BELOW_1] | None = None
-    """Sampling keeps tokens of at least this share of the highest probability; null: all."""
+    """Sample only from tokens with at least this fraction of the highest probability. null: all tokens. Modulation needs null
+    or 0."""
     repetition_penalty: PositiveFloat = 1.0
-    """Penalty of tokens that have occurred; above 1 makes them less probable (vLLM)."""
+    """Penalty of tokens that have occurred before; above 1 makes them less probable. 1: none. Modulation needs 1. Other
+    values need `launch.trainer.use_vllm`."""
     sapo_temperature_neg: PositiveFloat | None = None
-    """Temperature of SAPO's soft gate, for negative advantages."""
+    """Temperature of SAPO's soft gate for negative advantages. Required with `loss_type: sapo`, and only allowed then."""
     sapo_temperature_pos: PositiveFloat | None = None
-    """Temperature of SAPO's soft gate, for positive advantages."""
+    """Temperature of SAPO's soft gate for positive advantages. Required with `loss_type: sapo`, and only allowed then."""
     vespo_k_pos: PositiveFloat | None = None
-    """VESPO's exponent of small ratios, for positive advantages."""
+    """VESPO's exponent of small ratios, for positive advantages. Required with `loss_type: vespo`, and only allowed then."""
     vespo_lambda_pos: PositiveFloat | None = None
-    """VESPO's decay of large ratios, for positive advantages."""
+    """VESPO's decay of large ratios, for positive advantages. Required with `loss_type: vespo`, and only allowed then."""
     vespo_k_neg: PositiveFloat | None = None
-    """VESPO's exponent of small ratios, for negative advantages."""
+    """VESPO's exponent of small ratios, for negative advantages. Required with `loss_type: vespo`, and only allowed then."""
     vespo_lambda_neg: PositiveFloat | None = None
-    """VESPO's decay of large ratios, for negative advantages."""
+    """VESPO's decay of large ratios, for negative advantages. Required with `loss_type: vespo`, and only allowed then."""
 
 
 def trainer_keywords(trainer: Trainer) -> dict[str, Any]:
-    """The keywords that are set."""
+    """The keywords that are not None."""
     return {key: value for key, value in asdict(trainer).items() if value is not None}
 
 
 class FSDPKeywords(TypedDict, total=False):
-    """The keys that `launch.trainer.fsdp_config` takes; transformers would ignore any other."""
+    """The keys of `launch.trainer.fsdp_config`; transformers would silently ignore other keys."""
 
     version: int | None
-    """Version of PyTorch's FSDP; must be 2."""
+    """Version of FSDP in PyTorch. Must be 2."""
     reshard_after_forward: bool | None
     """Free the gathered weights of a layer after its forward pass, and gather them again for the backward pass."""
     cpu_offload: bool | None
-    """Keep weights, gradients and optimizer state in the memory of the node."""
+    """Keep weights, gradients and optimizer state in the CPU memory of the node."""
     cpu_ram_efficient_loading: bool | None
-    """Only one process of a node reads the weights."""
+    """Only one process per node reads the weights. Must be false with `trainer.beta` above 0."""
     activation_checkpointing: bool | None
     """Recompute activations in the backward pass instead of storing them."""
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None
-    """Whether a checkpoint holds whole tensors, or the shards of each process."""
+    """Whether a checkpoint contains whole tensors, or the shards of each process. Must be `FULL_STATE_DICT` with `model.lora`."""
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None
-    """How the model is split into units that are sharded and gathered together."""
+    """How the model is split into units. A unit is sharded and gathered as a whole."""
     transformer_layer_cls_to_wrap: list[str] | None
-    """Class names of the layers that are such units (`TRANSFORMER_BASED_WRAP`)."""
+    """Class names of the layers that become units. Only with `TRANSFORMER_BASED_WRAP`."""
     min_num_params: int | None
-    """The smallest number of parameters of such a unit (`SIZE_BASED_WRAP`)."""
+    """Minimum number of parameters of a unit. Only with `SIZE_BASED_WRAP`."""
 
 
 class LaunchTrainer(TypedDict, total=False):
-    """GRPOConfig's keywords of execution. What is not set keeps TRL's default."""
+    """The keywords of GRPOConfig that concern execution. A key that is not set keeps TRL's default."""
 
     use_cpu: bool | None
-    """Train on the CPU, also where there is a GPU."""
+    """Train on the CPU, even if the machine has a GPU."""
     tf32: bool | None
     """Compute float32 matrix products in TF32 on the GPU."""
     gradient_checkpointing: bool | None
-    """Recompute activations in the backward pass instead of storing them."""
+    """Recompute activations in the backward pass instead of storing them. With `fsdp`, use `activation_checkpointing` instead."""
     gradient_checkpointing_kwargs: dict[str, Any] | None
-    """Further keywords of gradient checkpointing."""
+    """Additional keywords of gradient checkpointing."""
     fsdp: bool | None
-    """Shard weights, gradients and optimizer state over the processes (FSDP)."""
+    """Shard weights, gradients and optimizer state over the processes (FSDP). Needs at least 2 processes."""
     fsdp_config: FSDPKeywords | None
-    """Settings of FSDP."""
+    """Settings of FSDP. Needs `fsdp`."""
     torch_compile: bool | None
     """Compile the model with `torch.compile`."""
     torch_compile_backend: str | None
@@ -177,7 +184,7 @@ class LaunchTrainer(TypedDict, total=False):
     torch_empty_cache_steps: PositiveInt | None
     """Optimizer steps between two calls of `torch.cuda.empty_cache`."""
     full_determinism: bool | None
-    """Use deterministic kernels only; slower."""
+    """Use only deterministic kernels, which are slower."""
     ddp_find_unused_parameters: bool | None
     """`find_unused_parameters` of DistributedDataParallel."""
     ddp_bucket_cap_mb: PositiveInt | None
@@ -189,26 +196,28 @@ class LaunchTrainer(TypedDict, total=False):
     ddp_backend: str | None
     """Backend of torch.distributed, such as nccl or gloo."""
     ddp_timeout: PositiveInt | None
-    """Time limit of a collective operation, in seconds."""
+    """Time limit of a collective operation in seconds."""
     use_vllm: bool | None
-    """Generate with vLLM (`launch.sampler: engine`)."""
+    """Generate with vLLM in the training process. Needs `launch.sampler: engine` and GPUs. The keys `vllm_*` have no effect
+    without it."""
     vllm_mode: Literal["colocate", "server"] | None
-    """Where TRL's vLLM runs: in the trainer's process, or in a server."""
+    """Must be `colocate`: vLLM in the training process. For vLLM in other processes, use `launch.sampler: served`."""
     vllm_model_impl: Literal["vllm", "transformers"] | None
-    """Which implementation of the model vLLM uses."""
+    """The implementation of the model that vLLM uses."""
     vllm_enable_sleep_mode: bool | None
-    """vLLM frees the memory of the GPU while the policy is updated."""
+    """Let vLLM free its GPU memory while the policy is updated."""
     vllm_gpu_memory_utilization: Annotated[float, FRACTION] | None
-    """Share of the GPU's memory that vLLM takes."""
+    """Fraction of the GPU memory that vLLM uses."""
     vllm_max_model_length: PositiveInt | None
-    """The longest context of vLLM, in tokens."""
+    """Maximum context length of vLLM in tokens."""
     vllm_tensor_parallel_size: PositiveInt | None
-    """GPUs that share one copy of the weights in vLLM."""
+    """Number of GPUs that share one copy of the weights in vLLM. Must be 1; for larger models, use `launch.sampler: served`."""
     vllm_importance_sampling_correction: bool | None
-    """Correct for the difference between the log-probs of vLLM and those of the trainer."""
-    vllm_importance_sampling_mode: Literal["token_truncate"] | None  # a sum over an agent's tokens masks whole episodes
-    """How the correction treats ratios out of bounds: `token_truncate` clips the ratio of each token."""
+    """Correct the difference between the log-probs of vLLM and those of the trainer. Also with `launch.sampler: served`, like the
+    other keys of this correction."""
+    vllm_importance_sampling_mode: Literal["token_truncate"] | None  # other modes can mask whole episodes of an agent
+    """How the correction treats ratios out of bounds. `token_truncate`: it clips the ratio of each token."""
     vllm_importance_sampling_clip_max: PositiveFloat | None
-    """Upper bound of these ratios."""
+    """Upper bound of the ratios of the correction."""
     vllm_importance_sampling_clip_min: PositiveFloat | None
-    """Lower bound of these ratios."""
+    """Lower bound of the ratios of the correction."""

@@ -1,5 +1,5 @@
-"""What every package uses, and what imports none of them: errors, typed values, files, the terminal, the command line.
+"""Shared basics: errors, typed values, files, the terminal and the command line. It imports no other package of ours.
 
-`errors` holds the exceptions that a user reads; `typed` turns plain data into typed values; `disk` writes files that are
-whole or absent; `console` shows progress; `cli` is what all commands share; `trust` and `user_code` guard what is not ours.
+`errors` has the exceptions that users read. `typed` converts plain data to typed values. `disk` writes files atomically.
+`console` prints to the terminal. `cli` has the parts that all commands share. `trust` and `user_code` deal with code of users.
 """

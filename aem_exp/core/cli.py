@@ -1,6 +1,6 @@
-"""What all commands share: the argument parser, access to a user's own modules, and exit codes.
+"""Shared parts of all commands: the argument parser, the user's own modules on `sys.path`, and exit codes.
 
-A user's mistake is printed as one sentence and exits with code 2.
+A mistake of the user is printed as one sentence, and the exit code is 2.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 from aem_exp.core import trust
 from aem_exp.core.errors import ConfigError, RunError, redact
 
-JOB_SAFE_PATH = "job"  # PYTHONSAFEPATH as our jobs have it: frozen code comes first, and the current folder may follow
+JOB_SAFE_PATH = "job"  # PYTHONSAFEPATH in our jobs: the frozen code comes first, and the current folder may follow
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are ours: one sentence instead of a usage page.
+    """An argparse parser that raises `ConfigError` instead of printing its usage page.
 
-    Under the command `aem-exp`, its usage line names that.
+    When started by the command `aem-exp`, the usage line shows that command.
     """
 
     def __init__(self, prog: str | None = None, **rest: Any) -> None:
@@ -39,11 +39,12 @@ class Parser(argparse.ArgumentParser):
 def add_user_modules(
     config_dir: str | Path | None = None, runs: Sequence[str | Path] = (), trusted: bool = False
 ) -> None:
-    """Add the user's own modules to `sys.path`, after the standard library: those of the current folder, of `config_dir`,
-    and, for modules that are in neither, the copies that are frozen in `runs`.
+    """Append the folders of the user's own modules to `sys.path`.
+
+    They come after the standard library, in this order: the current folder, `config_dir`, and the code copies in `runs`.
 
     Raises:
-        ConfigError: a run dir is somebody else's, and not trusted; then nothing is reached.
+        ConfigError: a run dir belongs to another user and is not trusted. `sys.path` is then unchanged.
     """
     for run_dir in runs:
         trust.check_run_dir(run_dir, trusted)
@@ -56,15 +57,14 @@ def add_user_modules(
 
 
 def add_frozen_modules(run_dir: Path, trusted: bool = False) -> None:
-    """Add the copies of the user's own modules that are frozen in a run to `sys.path`: after the standard library, and before
-    the current ones.
+    """Add the code copy of a run to `sys.path`: after the standard library, before the user's current modules.
 
     Raises:
-        ConfigError: the run dir is somebody else's, and not trusted; then nothing is reached.
+        ConfigError: the run dir belongs to another user and is not trusted. `sys.path` is then unchanged.
     """
     trust.check_run_dir(run_dir, trusted)
     code = os.path.abspath(_code_folder(run_dir))
-    others = [place for place in sys.path if not _is_standard_library(place) and place != code]
+    others = [path for path in sys.path if not _is_standard_library(path) and path != code]
     sys.path[:] = [*filter(_is_standard_library, sys.path), code, *others]
     sys.path.extend(path for path in _current_folder() if path not in sys.path)
 
@@ -74,17 +74,21 @@ def _code_folder(run_dir: str | Path) -> Path:
 
 
 def _current_folder() -> list[str]:
-    """The current folder, unless Python was told (-P) to find no modules there."""
+    """The current folder, unless the option -P of Python excludes it."""
     job = os.environ.get("PYTHONSAFEPATH") == JOB_SAFE_PATH
     return [] if sys.flags.safe_path and not job else [os.getcwd()]
 
 
-def _is_standard_library(place: str) -> bool:
-    return place in trust.standard_library_paths()
+def _is_standard_library(path: str) -> bool:
+    return path in trust.standard_library_paths()
 
 
-def run_cli(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
-    """Act; the exit code. `onward`: how to go on with what was stopped, such as `to go on: COMMAND`."""
+def run_cli(act: Callable[[], int], continue_hint: Callable[[], str] = str) -> int:
+    """Call `act`, print its expected errors as one sentence, and return the exit code.
+
+    Args:
+        continue_hint: returns how the user continues after a stop, such as `to continue: COMMAND`.
+    """
     try:
         code = act()
         sys.stdout.flush()
@@ -101,15 +105,17 @@ def run_cli(act: Callable[[], int], onward: Callable[[], str] = str) -> int:
         return _print_error(2, f"aem_exp: {why}")
     except KeyboardInterrupt as stop:
         return _print_error(
-            128 + getattr(stop, "signal", signal.SIGINT), "\n" + "; ".join(filter(None, ("stopped", onward())))
+            128 + getattr(stop, "signal", signal.SIGINT), "\n" + "; ".join(filter(None, ("stopped", continue_hint())))
         )
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # the reader has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _print_error(1, "aem_exp: the disk is full; " + ", and ".join(filter(None, ("free space", onward()))))
+        return _print_error(
+            1, "aem_exp: the disk is full; " + "; ".join(filter(None, ("free some space", continue_hint())))
+        )
 
 
 def _print_error(code: int, sentence: str) -> int:

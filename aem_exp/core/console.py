@@ -1,6 +1,6 @@
-"""Terminal output, the only module that imports rich: tables, texts, live lines, progress bars; and silenced libraries.
+"""Terminal output: tables, texts, live lines, progress bars, log lines; and settings that silence other libraries.
 
-rich is imported when something is shown, so that `--help` is instant. `forward_log` shows what the logger `aem_exp` logs.
+It is the only module that imports rich. The import is delayed until something is shown, so that `--help` is fast.
 """
 
 import logging
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-PRINT_SECONDS = 10.0  # seconds between lines where there is no terminal
+PRINT_SECONDS = 10.0  # seconds between progress lines when the output is not a terminal
 
 _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DISABLE_MLFLOW_INTEGRATION": "TRUE",  # of transformers, which TRL would import MLflow for; the package `tracking` imports it
+    "DISABLE_MLFLOW_INTEGRATION": "TRUE",  # of transformers: TRL would import MLflow for it; `tracking` imports MLflow itself
 }
 _NOISY_LIBRARIES = (
     *("transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "torch", "mlflow", "alembic"),
@@ -39,7 +39,7 @@ _NOISY_LIBRARIES = (
 
 
 def silence_libraries() -> None:
-    """Silence the libraries; call it before they are imported. What a user has set in the environment stands."""
+    """Silence the log and warnings of libraries. Call it before they are imported. Variables that the user has set are kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in _NOISY_LIBRARIES:
@@ -51,7 +51,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def forward_log(show: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
-    """Show what `aem_exp` logs, and nowhere else: INFO, which is being waited for, by `show`; warnings by `warn`."""
+    """Send the log of `aem_exp` only to `show` (INFO: what the program waits for) and `warn` (warnings)."""
     log, handler = logging.getLogger("aem_exp"), logging.Handler(logging.INFO)
     handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else show)(record.getMessage())  # type: ignore[method-assign]
     before = log.level, log.propagate
@@ -67,7 +67,7 @@ def forward_log(show: Callable[[str], None], warn: Callable[[str], None]) -> Ite
 
 
 def format_duration(seconds: float) -> str:
-    """Spell a duration as a person would: `45 s`, `3:20 min`, `2:05 h`."""
+    """Format a duration: `45 s`, `3:20 min`, `2:05 h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -75,7 +75,7 @@ def format_duration(seconds: float) -> str:
 
 
 def make_console(stderr: bool = False, quiet: bool = False) -> "Console":
-    """A console that colours nothing by itself."""
+    """A console without automatic highlighting."""
     from rich.console import Console
 
     return Console(stderr=stderr, quiet=quiet, highlight=False)
@@ -90,14 +90,14 @@ def make_table(
     no_wrap: bool = False,
     fold: Mapping[str, int] | None = None,
 ) -> "Table":
-    """A table without lines, its headings bold, its columns aligned right.
+    """A table without lines, with bold headings and right-aligned columns.
 
     Args:
-        left: the columns that are aligned left.
-        gap: spaces after a column.
-        indent: spaces before a column.
-        no_wrap: no cell goes on in the next line.
-        fold: the columns whose cells do all the same, and their least width.
+        left: columns that are aligned left.
+        gap: spaces after each column.
+        indent: spaces before each column.
+        no_wrap: cut long cells instead of wrapping them.
+        fold: columns that are wrapped in any case, and their minimum width.
     """
     from rich.table import Table
 
@@ -118,62 +118,63 @@ def make_table(
 
 
 def style_text(text: str, style: str = "") -> "Text":
+    """A text in one style."""
     from rich.text import Text
 
     return Text(text, style)
 
 
 def join_texts(*parts: str | tuple[str, str]) -> "Text":
-    """Texts in one line, those of a pair in its style."""
+    """Join texts in one line; a pair is a text and its style."""
     from rich.text import Text
 
     return Text.assemble(*parts)
 
 
 def stack_lines(*lines: str | tuple[str, str]) -> "Text":
-    """Texts in lines, those of a pair in its style."""
+    """Put each text on its own line; a pair is a text and its style."""
     from rich.text import Text
 
     return Text("\n").join([Text(line) if isinstance(line, str) else Text(*line) for line in lines])
 
 
 def cut_line() -> "Text":
-    """An empty line to append to, which is cut where the terminal ends."""
+    """An empty line to append to; it is cut at the width of the terminal."""
     from rich.text import Text
 
     return Text(no_wrap=True, overflow="ellipsis")
 
 
 def stack(*parts: "RenderableType") -> "Group":
-    """One under another."""
+    """Put parts below each other."""
     from rich.console import Group
 
     return Group(*parts)
 
 
 def side_by_side(parts: "Sequence[RenderableType]") -> "Columns":
-    """One beside another, as far as the width goes."""
+    """Put parts next to each other, as many as fit in the width."""
     from rich.columns import Columns
 
     return Columns(parts, padding=(1, 3))
 
 
 def live_line(console: "Console", render: "Callable[[], RenderableType]") -> "Live":
-    """A line that is rendered 4 times a second, from its start to its stop."""
+    """A line that is rendered 4 times a second while it is live."""
     from rich.live import Live
 
     return Live(console=console, get_renderable=render, refresh_per_second=4)
 
 
 def live_table(console: "Console", first: "RenderableType") -> "Live":
-    """A table that is updated by its caller."""
+    """A table that the caller updates."""
     from rich.live import Live
 
     return Live(first, console=console, auto_refresh=False)
 
 
 def counting_bar(console: "Console") -> "Progress":
-    """A bar with its task's field `count` and the time that is left, gone when it stops."""
+    """A progress bar with the task field `count` and the remaining time; it disappears at the end."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     description = TextColumn("{task.description}", markup=False)
@@ -182,20 +183,24 @@ def counting_bar(console: "Console") -> "Progress":
 
 
 @contextmanager
-def progress_bar(what: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
-    """Show how far something long has got, `advance(done, of)`: a bar with the time left, or a line now and then."""
+def progress_bar(name: str, console: "Console | None" = None) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of a long task: a bar on a terminal, otherwise a line every 10 s.
+
+    Yields:
+        advance(done, total): the function that updates the progress.
+    """
     from rich.progress import Progress
 
     console = console or make_console(stderr=True)
     printed = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(name, total=None)
 
-        def advance(done: int, of: int) -> None:
+        def advance(done: int, total: int) -> None:
             nonlocal printed
-            bar.update(task, completed=done, total=of)
+            bar.update(task, completed=done, total=total)
             if not console.is_terminal and time.monotonic() - printed >= PRINT_SECONDS:
                 printed = time.monotonic()
-                console.print(f"{what}: {done / max(1, of):.0%}", soft_wrap=True)
+                console.print(f"{name}: {done / max(1, total):.0%}", soft_wrap=True)
 
         yield advance

@@ -1,6 +1,6 @@
 """Atomic writes, checked JSON reads, and the cache folder.
 
-A file of a run dir is complete or absent, and a damaged one is reported with a remedy.
+A file of a run dir is complete or absent. A damaged file is reported with a remedy.
 """
 
 import json
@@ -19,16 +19,16 @@ PACKAGE = Path(__file__).absolute().parents[1]  # the folder of aem_exp
 
 
 class DamagedFileError(ConfigError):
-    """A file of a run dir is not what was written."""
+    """A file of a run dir does not have the content that a run writes."""
 
 
 def cache_dir() -> Path:
-    """Where what is made once lies: $AEM_CACHE, else ~/.cache/aem_exp."""
+    """The cache folder: $AEM_CACHE, else ~/.cache/aem_exp."""
     return Path(os.environ.get("AEM_CACHE") or Path.home() / ".cache" / "aem_exp")
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file under a second name; a copy where both do not lie on one disk."""
+    """Make `target` a hard link to `source`, or a copy if they are on different disks."""
     try:
         os.link(source, target)
     except OSError:
@@ -36,41 +36,41 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file at once, or leave it as it was."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file atomically: on an error it keeps its old content."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with half.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        half.replace(path)
-    except OSError:  # a full disk: what could not be written takes no room
-        half.unlink(missing_ok=True)
+        partial.replace(path)
+    except OSError:  # on a full disk, the partial file must not take space
+        partial.unlink(missing_ok=True)
         raise
 
 
 def read_json(file: Path, *keys: str) -> dict[str, Any]:
-    """The mapping that a file of a run dir holds as JSON; `keys`: what it has at least.
+    """Read a JSON file of a run dir that contains a mapping with at least these keys.
 
     Raises:
-        Damaged: the file cannot be read, or is not what a run writes.
+        DamagedFileError: the file cannot be read, or a run would not write it like this.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("no mapping")
+            raise ValueError("it is not a mapping")
         if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"it has no {missing[0]}")
+            raise ValueError(f"the key {missing[0]} is missing")
     except (OSError, ValueError, RecursionError) as error:
         raise damaged_file_error(file, error) from error
     return content
 
 
 def read_json_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """The mappings that a file of a run dir holds as JSON, one per line; a last line that a kill cut short is left out.
+    """Read a JSON Lines file of a run dir, one mapping per line. An incomplete last line, left by a kill, is ignored.
 
     Raises:
-        Damaged: the file cannot be read, or a line of it is not what a run writes.
+        DamagedFileError: the file cannot be read, or a run would not write one of its lines.
     """
     rows = list[dict[str, Any]]()
     try:
@@ -78,17 +78,19 @@ def read_json_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
         for line in lines:
             row = json.loads(line.decode())
             if not (isinstance(row, dict) and all(key in row for key in keys)):
-                raise ValueError(f"no mapping with {' and '.join(keys)}")
+                raise ValueError(f"it is not a mapping with {' and '.join(keys)}")
             rows.append(row)
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged_file_error(file, f"line {len(rows) + 1}: {_error_text(error)}", ", or remove the line") from error
+        raise damaged_file_error(
+            file, f"line {len(rows) + 1}: {_error_text(error)}", ", or remove this line"
+        ) from error
     return rows
 
 
-def damaged_file_error(file: Path, why: Exception | str, further: str = "") -> DamagedFileError:
-    """The error for a file of a run dir that is not what was written; `further`: what else helps than a good copy."""
-    remedy = f"put a good copy of it there{further}, or move the run dir away and run again"
-    return DamagedFileError("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_error_text(why)}); {remedy}")
+def damaged_file_error(file: Path, cause: Exception | str, other_remedy: str = "") -> DamagedFileError:
+    """The error for a damaged file of a run dir; `other_remedy`: an alternative to restoring the file."""
+    remedy = f"restore it from a backup{other_remedy}, or move the run dir away and run again"
+    return DamagedFileError("RUN_DIR", str(file.parent), f"{file.name} is damaged ({_error_text(cause)}); {remedy}")
 
 
 def _error_text(error: Exception | str) -> str:
@@ -98,9 +100,12 @@ def _error_text(error: Exception | str) -> str:
 
 @contextmanager
 def create_folder_once(folder: Path) -> Iterator[Path | None]:
-    """Make a folder of the cache once: yields an empty one, which becomes it at the end; None where it is there already.
+    """Create a folder of the cache exactly once, also with several processes.
 
-    One process makes it while others wait. What a killed one left half done is removed; one that is there is only read.
+    One process creates it while the others wait. The remains of a killed process are removed.
+
+    Yields:
+        An empty folder to fill, which is renamed to `folder` at the end; None if `folder` exists.
     """
     from filelock import FileLock
 
@@ -123,7 +128,7 @@ def create_folder_once(folder: Path) -> Iterator[Path | None]:
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """Make the folder, and refuse one that takes no files; `field` is the setting that named it."""
+    """Make the folder, and raise `ConfigError` if no file can be written in it; `field` is the setting that names it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -134,7 +139,7 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def nonfinite_to_none(value: Any) -> Any:
-    """A value for JSON, which has no NaN: null, where a number is not known."""
+    """Replace NaN and infinity by None, because JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

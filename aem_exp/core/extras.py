@@ -1,4 +1,4 @@
-"""Optional dependencies: which of them are missing, and the pip command that installs them."""
+"""Optional dependencies: finds missing modules, and builds the pip command that installs them."""
 
 import json
 from collections.abc import Sequence
@@ -12,34 +12,34 @@ from aem_exp.core.errors import MissingResource
 
 PACKAGE = "aem-exp"
 TRAINING_EXTRA: Final = "train"
-TRAINING_MODULES: Final = (  # modules that the extra installs; without them, commands plan and read
+TRAINING_MODULES: Final = (  # modules of the extra; planning and reading work without them
     *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "safetensors"),
     *("mlflow", "submitit", "httpx", "psutil"),
 )
 
 
 def require_training(field: str, value: Any, purpose: str, modules: Sequence[str] = TRAINING_MODULES) -> None:
-    """Refuse what only the extra `train` can do, where one of its modules is not installed.
+    """Refuse an action that needs modules of the extra `train` if one of them is not installed.
 
     Args:
-        field, value: of the error.
-        purpose: what needs the modules, as the subject of a sentence.
-        modules: those of `TRAINING_MODULES` that it needs.
+        field, value: field and value of the error.
+        purpose: the action, as the subject of a sentence.
+        modules: the modules that it needs.
 
     Raises:
-        MissingResource: such as `launch=local: a run needs torch: pip install 'aem-exp[train]'`.
+        MissingResource: for example `launch=local: a run needs torch: pip install 'aem-exp[train]'`.
     """
     if missing := first_missing(modules):
         raise MissingResource(field, value, f"{purpose} needs {missing}: {install_command(TRAINING_EXTRA)}")
 
 
 def first_missing(modules: Sequence[str] = TRAINING_MODULES) -> str | None:
-    """The first of these modules that is not installed; None where all are."""
+    """The first of these modules that is not installed; None if all are installed."""
     return next((name for name in modules if find_spec(name) is None), None)
 
 
 def explain_missing(error: BaseException) -> str | None:
-    """A sentence for an import that failed because the extra `train` is not installed; None for any other error."""
+    """A sentence for an import error of a module of the extra `train`; None for any other error."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name not in TRAINING_MODULES or first_missing([name]) is None:
         return None
@@ -47,13 +47,13 @@ def explain_missing(error: BaseException) -> str | None:
 
 
 def install_command(extra: str) -> str:
-    """The command that adds an extra: to a checkout where the package comes from one, else to the package of the index."""
+    """The pip command that adds an extra, to the checkout if the package was installed from one, else from the index."""
     try:
         told = distribution(PACKAGE).read_text("direct_url.json")
     except PackageNotFoundError:
         told = None
     origin = json.loads(told) if told else {}
-    if "dir_info" not in origin:  # from an index, or a file
+    if "dir_info" not in origin:  # installed from an index or a file
         return f"pip install '{PACKAGE}[{extra}]'"
     place = Path(unquote(urlparse(origin["url"]).path))
     where = "." if place == Path.cwd() else str(place)

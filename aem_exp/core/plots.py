@@ -1,13 +1,17 @@
-"""Colours and plots that more than one command draws."""
+"""Colours and plots that several commands share."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito: told apart by every eye, and in grey print
+BLUE, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#595959",
+)  # Okabe and Ito: distinct for colour-blind readers and in grey print
 
 
 def draw_scatter(clear: Sequence[float], relative: Sequence[float], file: Path) -> None:
-    """Draw 1 - alpha against relative surprisal, a mark for each response; those whose signs differ look different."""
+    """Draw relative surprisal against 1 - alpha, one mark per response; the marks show whether the two signs agree."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,9 +24,11 @@ def draw_scatter(clear: Sequence[float], relative: Sequence[float], file: Path) 
         "neither": ([p for p in points if p[0] * p[1] == 0], GREY, "+"),
     }
     figure, axes = pyplot.subplots(figsize=(5.2, 4.4), constrained_layout=True)
-    for name, (some, colour, marker) in kinds.items():
-        if some:
-            axes.scatter(*zip(*some, strict=True), s=16, c=colour, marker=marker, alpha=0.6, linewidths=1, label=name)
+    for name, (members, colour, marker) in kinds.items():
+        if members:
+            axes.scatter(
+                *zip(*members, strict=True), s=16, c=colour, marker=marker, alpha=0.6, linewidths=1, label=name
+            )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set(xlabel="1 - alpha", ylabel="relative surprisal S - H(s) (nats)")

@@ -1,6 +1,6 @@
-"""Plain data (YAML, JSON) becomes typed values, or one sentence names the field, the value, the choices and the remedy.
+"""Converts plain data (YAML, JSON) to typed values; an error names the field, the value, the choices and the remedy.
 
-Types are ordinary annotations; a number with a range is annotated as `Annotated[float, POSITIVE]`.
+Types are ordinary annotations. A number with a range is annotated as `Annotated[float, POSITIVE]`.
 """
 
 import dataclasses
@@ -13,15 +13,13 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from aem_exp.core.errors import ConfigError, unknown_key_error
 
 T = TypeVar("T")
-LARGEST_INT, LARGEST_SIZE = (
-    2**63 - 1,
-    2**32 - 1,
-)  # the largest of whole numbers (JSON's, MLflow's), and of sizes and seeds (numpy's)
+LARGEST_INT = 2**63 - 1  # the largest whole number in JSON readers and MLflow
+LARGEST_SIZE = 2**32 - 1  # the largest size or seed; numpy's limit for seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes, and how to say so."""
+    """A range of allowed numbers, and its description for error messages."""
 
     description: str
     contains: Callable[[float], bool]
@@ -47,19 +45,19 @@ _TYPE_NAMES = {
 
 
 def convert(hint: Any, value: Any, field: str) -> Any:
-    """`value` as `hint` says.
+    """Convert a value to the type `hint`; `field` names it in errors.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: the value does not have this type, or is out of range.
     """
     origin, args = get_origin(hint), get_args(hint)
-    most = LARGEST_SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST_INT
-    if hint is not Any and isinstance(value, int) and abs(value) > most:
-        raise ConfigError(field, value, f"must be at most {most:,}")
+    limit = LARGEST_SIZE if any(get_origin(part) is Annotated for part in (hint, *args)) else LARGEST_INT
+    if hint is not Any and isinstance(value, int) and abs(value) > limit:
+        raise ConfigError(field, value, f"must be at most {limit:,}")
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or is_typeddict(hint)):
         return build_from_mapping(hint, value, field)
     if origin is Annotated:
-        if not _is_number(value) or not all(rule.contains(value) for rule in args[1:]):
+        if not _is_number(value) or not all(allowed.contains(value) for allowed in args[1:]):
             raise ConfigError(field, value, f"must be {describe_type(hint)}")
         return convert(args[0], value, field)
     if origin in (Union, types.UnionType):
@@ -82,12 +80,12 @@ def convert(hint: Any, value: Any, field: str) -> Any:
 
 
 def build_from_mapping(cls: type[T], data: Any, field: str = "") -> T:
-    """A dataclass of ours, or a typed dict of the keys that are given, from a mapping of its fields."""
+    """Build a dataclass, or a typed dict of the given keys, from a mapping of its fields."""
     return cls(**convert_fields(cls, data, field))
 
 
 def convert_fields(cls: type, data: Any, field: str = "") -> dict[str, Any]:
-    """The given fields of a dataclass or typed dict, each converted to its type."""
+    """Convert the given fields of a dataclass or typed dict to their types; unknown keys are refused."""
     hints = type_hints(cls)
     if not isinstance(data, Mapping):
         raise ConfigError(field, data, f"must be a mapping with the keys {', '.join(hints)}")
@@ -99,10 +97,10 @@ def convert_fields(cls: type, data: Any, field: str = "") -> dict[str, Any]:
 
 
 def describe_type(hint: Any) -> str:
-    """A hint in words: what a value must be."""
+    """Describe a type in words, as the end of `must be ...`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{describe_type(args[0])} {' and '.join(rule.description for rule in args[1:])}"
+        return f"{describe_type(args[0])} {' and '.join(allowed.description for allowed in args[1:])}"
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(arg) for arg in args)
     if origin is Literal:
@@ -114,7 +112,7 @@ def describe_type(hint: Any) -> str:
 
 @cache
 def type_hints(cls: Any) -> dict[str, Any]:
-    """Field name -> type of a dataclass or typed dict, with its ranges."""
+    """Field name -> type of a dataclass or typed dict, including the ranges."""
     return get_type_hints(cls, include_extras=True)
 
 
@@ -145,7 +143,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _convert_untyped(value: Any, field: str) -> Any:
-    """Lists, mappings and scalars only, so that JSON brings back the same value."""
+    """Convert to lists, dicts and scalars only, so that a JSON round trip returns the same value."""
     if isinstance(value, Mapping):
         return {str(key): convert(Any, item, f"{field}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):

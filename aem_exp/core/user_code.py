@@ -1,4 +1,4 @@
-"""Reports errors in code that a config names as one sentence with file and line, of the user's own code where possible."""
+"""Reports errors in code that a config names: one sentence with file and line, in the user's own code if possible."""
 
 import os
 import sysconfig
@@ -17,16 +17,17 @@ _LIBRARY_PREFIXES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdli
 
 @contextmanager
 def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> Iterator[None]:
-    """Turn what a call raises into a ConfigError.
+    """Convert an error inside this block to a ConfigError.
 
     Args:
-        field, path: the key of the config, and the dotted name that stands there.
-        call: what is called, as the sentence has it.
-        function: what is called, for an error that no line of its own raised, such as a wrong number of arguments.
+        field, path: the config key, and its value: the dotted name of the function.
+        call: name of the call for the message.
+        function: the called object; its location is used if no line of its own code raised the error (such as for a wrong
+            number of arguments).
 
     Raises:
-        ConfigError: with the error, its file and its line.
-        MissingResource: it imports what the extra `train` installs, and that is not installed.
+        ConfigError: with the original error, its file and its line.
+        MissingResource: the code imports a module of the extra `train`, which is not installed.
     """
     try:
         yield
@@ -42,16 +43,16 @@ def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> 
 
 @contextmanager
 def wrap_result_errors(field: str, path: str, function: Any, prefix: str = "") -> Iterator[None]:
-    """Turn a TypeError or ValueError about what a function returned into a ConfigError that says where the function is.
+    """Convert a TypeError or ValueError about the result of a function to a ConfigError.
 
     Raises:
-        ConfigError: with the error, and the file and line of the function.
+        ConfigError: with the original error, and the file and line where the function is defined.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
-        where = definition_location(function)
-        raise ConfigError(field, path, f"{prefix}{error}" + (f" ({where})" if where else "")) from error
+        location = definition_location(function)
+        raise ConfigError(field, path, f"{prefix}{error}" + (f" ({location})" if location else "")) from error
 
 
 def format_error(error: BaseException) -> str:
@@ -61,9 +62,9 @@ def format_error(error: BaseException) -> str:
 
 
 def error_location(error: BaseException, function: Any = None) -> str:
-    """FILE, line N: the innermost line of an error's traceback that is the user's own, else a library's.
+    """`FILE, line N` of an error: the innermost line of the user's own code in the traceback, else of a library.
 
-    Where none is (a wrong number of arguments, say), it is where `function` is defined, which was called.
+    If the traceback has neither (such as for a wrong number of arguments), it is the definition of `function`.
     """
     frames = traceback.extract_tb(error.__traceback__)
     foreign = [frame for frame in frames if not frame.filename.startswith(_PACKAGE_PREFIX)]
@@ -75,7 +76,7 @@ def error_location(error: BaseException, function: Any = None) -> str:
 
 
 def definition_location(function: Any) -> str:
-    """FILE, line N where a function, a method, a class or a callable object is defined; empty where it has no source."""
+    """`FILE, line N` where a function, method, class or callable object is defined; empty if it has no source."""
     while hasattr(function, "func"):  # a partial
         function = function.func
     for candidate in (function, vars(type(function)).get("__call__"), getattr(function, "__init__", None)):

@@ -1,4 +1,5 @@
-"""What scores of runs allow to be said: pure numbers, which import nothing of ours.
+"""Statistics of evaluations. Pure functions of numbers, which import no other package of ours.
 
-`scores` makes the score of a panel from its episodes; `compare` compares arms; `power` says how many runs a difference takes.
+`scores` computes the score of a panel from its episodes. `compare` compares arms. `power` computes how many runs are needed
+to find a difference.
 """

@@ -1,19 +1,20 @@
-"""What a comparison of two arms can show, before it is run: pure numbers.
+"""Power analysis: which difference a comparison of two arms can find, computed before it is run.
 
-A run's score is the mean over a panel of T tasks, each played k times. Over the training seeds of an arm its variance is
+The score of a run is the mean over a panel of T tasks, each played k times. Over the training seeds of an arm its variance is
 
     s^2 = seed_sd^2 + w / (T k)
 
-where w is the mean over tasks of p (1 - p), p being how often one policy solves the task: 0.25 if every task is a coin
-toss, 0 if each is always or never solved. The tasks themselves are fixed and add nothing. Two arms of n runs each,
-normal, of equal variance, are compared by a two-sided t-test over runs, not paired by seed. A difference d is found with
+where w is the mean over tasks of p (1 - p), and p is the probability that a policy solves the task. w is 0.25 if every task
+is a coin toss, and 0 if each task is always or never solved. The tasks are fixed and add no variance. Two arms have n runs
+each, with normal scores of equal variance. They are compared by a two-sided t-test over runs, not paired by seed. A difference
+d is found with probability
 
     P(|t| > c) = E[Phi(d / (s sqrt(2 / n)) - c q)],    q^2 the arms' mean sample variance over s^2,
 
-and c the quantile of t at Welch's degrees of freedom, (n - 1) (v1 + v2)^2 / (v1^2 + v2^2) for sample variances v1, v2; the
-expectation is over v1 and v2 (chi-squared), and a difference found with the wrong sign, rarer than 1 in 10,000 at this
-power, is left out. `pooled` takes 2 n - 2 degrees of freedom in their place, as tables of power do: for Welch's test that
-is too good, by 14 % at 3 seeds (where the difference it names is found 70 times in 100), 3 % at 5, below 1 % at 10.
+where c is the quantile of t at Welch's degrees of freedom, (n - 1) (v1 + v2)^2 / (v1^2 + v2^2) for sample variances v1, v2.
+The expectation is over v1 and v2 (chi-squared). Differences found with the wrong sign are neglected; at this power they are
+rarer than 1 in 10,000. `pooled` uses 2 n - 2 degrees of freedom instead, as tables of power do. This is too optimistic for
+Welch's test: by 14 % at 3 seeds (where the computed difference is found with 70 % power), 3 % at 5, below 1 % at 10.
 """
 
 import math
@@ -25,10 +26,9 @@ from scipy.special import chdtri, ndtr, stdtrit
 
 POWER: Final = 0.8
 LEVEL: Final = 0.05  # two-sided
-SEED_SDS: Final = (2.0, 4.0)  # points; what peers' seeds spread without evaluation noise
-WITHIN_TASK_VARIANCE: Final = (
-    0.109  # fitted to published tables of power, ALFWorld's; those of SWE-bench-Verified want about 0.19
-)
+SEED_SDS: Final = (2.0, 4.0)  # points: the spread of seeds in published results, without evaluation noise
+# Fitted to published tables of power for ALFWorld; those for SWE-bench-Verified correspond to about 0.19.
+WITHIN_TASK_VARIANCE: Final = 0.109
 _QUANTILES: Final = 240  # quantiles of each sample variance
 
 
@@ -41,12 +41,13 @@ def planned_detectable_points(
     comparisons: int = 1,
     pooled: bool = False,
 ) -> float:
-    """The smallest difference, in points of 100, that is found with 80 % power; infinite below 2 seeds.
+    """The smallest difference, in points of 100, that is found with 80 % power; infinite for fewer than 2 seeds.
 
     Args:
         seeds: runs per arm.
-        within: w above.
-        comparisons: arms against the reference; the level is divided by them.
+        within: w of the module docstring.
+        comparisons: number of arms that are compared with the reference; the level is divided by it.
+        pooled: see the module docstring.
     """
     if seeds < 2:
         return math.inf
@@ -54,13 +55,13 @@ def planned_detectable_points(
 
 
 def run_sd(tasks: int, repeats: int, seed_sd: float, within: float = WITHIN_TASK_VARIANCE) -> float:
-    """s above, in points: how far the scores of one arm's runs lie apart."""
+    """s of the module docstring in points: the standard deviation of the scores of an arm's runs."""
     return math.hypot(seed_sd, 100 * math.sqrt(within / (tasks * repeats)))
 
 
 @cache
 def detectable_effect(seeds: int, comparisons: int = 1, pooled: bool = False) -> float:
-    """The difference that arms of so many runs show with 80 % power, in units of s."""
+    """The difference that arms with this number of runs find with 80 % power, in units of s."""
     share = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     v1 = chdtri(seeds - 1, 1 - share)[:, None] / (seeds - 1)
     v2 = v1.T

@@ -1,7 +1,6 @@
-"""Statistics of evaluation episodes: success with its standard error, pass@k and pass^k, means per kind of task and counts
-of endings.
+"""Statistics of evaluation episodes: success and its standard error, pass@k and pass^k, means per kind of task, endings.
 
-Pure functions; an unknown value is None, never 0.
+Pure functions. An unknown value is None, never 0.
 """
 
 import math
@@ -13,29 +12,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode went."""
+    """The outcome of one episode."""
 
     task: int
-    """its place in the panel"""
+    """position of its task in the panel"""
     kind: str
     """kind of its task"""
     won: float
-    """1 for a success, 0 for a failure, a share where the world says one"""
+    """1 for a success, 0 for a failure; a fraction if the environment reports one"""
     ret: float
     """sum of its rewards"""
     ended: str
     """why it ended; see `rollout.types.Ending`"""
     crashed: bool
     valid: Sequence[bool]
-    """per response, whether the world could read it"""
+    """whether the environment could parse the response, per response"""
     entropies: Sequence[float]
-    """mean token entropy per response, in nats; empty where it is not known"""
+    """mean token entropy in nats, per response; empty if unknown"""
     tokens: int | None
-    """generated tokens; None where no model played"""
+    """generated tokens; None if no model played"""
     score: float | None = None
-    """the world's own score, where it has one"""
+    """the score of the environment, if it has one"""
     habits: Mapping[str, float] = field(default_factory=dict)
-    """the world's other metrics, means over the turns"""
+    """other metrics of the environment, as means over the turns"""
 
     @property
     def success(self) -> float:
@@ -44,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """What a policy reached on a panel. Crashed episodes count as failures, and are counted."""
+    """The score of a policy on a panel. Crashed episodes count as failures; `crashed` is their number."""
 
     panel: str
     panel_hash: str
@@ -61,14 +60,14 @@ class Score:
     habits: dict[str, float] = field(default_factory=dict)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Flat numbers for the log: `eval/...`."""
+        """Flat numbers for the log, such as `eval/...`."""
         numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, int | float)}
         kinds = {f"success_{kind}": value for kind, value in self.by_kind.items() if kind}
         return {f"{prefix}{name}": value for name, value in (self.habits | numbers | kinds).items()}
 
 
 def summarize_outcomes(panel: str, panel_hash: str, outcomes: Sequence[Outcome]) -> Score:
-    """Means over the episodes of whole passes over a panel; invalid share and entropy are means over responses."""
+    """Means over the episodes of complete passes over a panel; invalid share and entropy are means over responses."""
     assert outcomes, "the panel was not played"
     return Score(
         panel=panel,
@@ -93,16 +92,16 @@ def summarize_outcomes(panel: str, panel_hash: str, outcomes: Sequence[Outcome])
 
 
 def _mean_habit(name: str, outcomes: Sequence[Outcome]) -> float:
-    """The mean of a number over all turns; over all episodes, where it speaks of how they ended."""
+    """The mean of a metric over all turns; for metrics of endings (`end_...`), over all episodes."""
     turns = [(o.habits[name], 1 if name.startswith("end_") else len(o.valid)) for o in outcomes if name in o.habits]
     return sum(value * count for value, count in turns) / sum(count for _, count in turns)
 
 
 def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:
-    """What `repeats` episodes per task say beyond a mean.
+    """Statistics beyond the mean, from `repeats` episodes per task.
 
-    `standard_error` is the cluster-robust one: the tasks are the sample, the repeats of a task are not independent.
-    `pass_at[j]`: at least one of j episodes of a task is won; `pass_hat[j]`: all of them are; both unbiased.
+    `standard_error` is cluster-robust: the tasks are the sample, since repeats of a task are not independent.
+    `pass_at[j]`: at least one of j episodes of a task is won. `pass_hat[j]`: all j are won. Both are unbiased.
     """
     by_task: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
@@ -125,7 +124,7 @@ def statistics(outcomes: Sequence[Outcome], repeats: int) -> dict[str, Any]:
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's interval (95 %) of a share of n tasks."""
+    """Wilson's 95 % interval of a share of n tasks."""
     if n == 0 or math.isnan(share):
         return 0.0, 1.0
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -134,17 +133,17 @@ def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple
 
 
 def pass_at(n: int, c: int, j: int) -> float:
-    """Chance that at least one of j episodes is won, from c won of n: 1 - C(n-c, j) / C(n, j) (arXiv 2107.03374)."""
+    """Probability that at least one of j episodes is won, from c wins in n: 1 - C(n-c, j) / C(n, j) (arXiv 2107.03374)."""
     return 1 - math.comb(n - c, j) / math.comb(n, j)
 
 
 def pass_hat(n: int, c: int, j: int) -> float:
-    """Chance that all of j episodes are won, from c won of n: C(c, j) / C(n, j) (arXiv 2406.12045)."""
+    """Probability that all of j episodes are won, from c wins in n: C(c, j) / C(n, j) (arXiv 2406.12045)."""
     return math.comb(c, j) / math.comb(n, j)
 
 
 def standard_error(task_means: Sequence[float]) -> float | None:
-    """Standard error of the mean over tasks; None for a single one."""
+    """Standard error of the mean over tasks; None for a single task."""
     n = len(task_means)
     if n < 2:
         return None
@@ -153,9 +152,9 @@ def standard_error(task_means: Sequence[float]) -> float | None:
 
 
 def effective_episodes(task_means: Sequence[float], repeats: int) -> int:
-    """How many independent episodes would be as sure: p (1 - p) / SE^2, from the number of tasks to that of episodes.
+    """The number of independent episodes with the same precision: p (1 - p) / SE^2, at least the tasks, at most the episodes.
 
-    With it, Wilson's interval holds for repeated tasks too, stays within [0, 1], and never shrinks to a point.
+    Wilson's interval with this number is valid for repeated tasks, stays within [0, 1], and never has zero width.
     """
     n, error = len(task_means), standard_error(task_means)
     share = sum(task_means) / n

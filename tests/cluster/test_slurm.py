@@ -57,7 +57,7 @@ def test_run_survives_preemption_requeue_and_node_failure(cluster, cache, tmp_pa
     desk = SlurmSite(cluster, cache, tmp_path, partition="preempt")
     reference = desk.here()
     folder, job = desk.submit(SLOW="0.03")
-    assert "already on its way" in desk.run_command("aem_exp", *SLOW_RUN)
+    assert "already active" in desk.run_command("aem_exp", *SLOW_RUN)
 
     wait_until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
     saved = list(folder.glob("checkpoint-*"))

@@ -1,4 +1,4 @@
-"""What cannot be done is refused before any work: one sentence, nothing printed before it, nothing written."""
+"""Impossible settings are refused before any work: with one sentence, no output before it, and no files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from aem_exp import __main__ as single
 from aem_exp.core.errors import ConfigError
 from aem_exp.sweep import command as sweep
 
-NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
 HUGE = str(10**30)
 SLURM = ["household_quick", "launch=slurm_cpu", "--submit"]
 SPACE = """
@@ -25,57 +25,58 @@ seeds: 0
 
 @pytest.fixture
 def refused(capsys, monkeypatch, tmp_path):
-    """The sentence of a command that is refused; nothing else is printed, and no folder is made."""
+    """Run a command that is refused; the sentence that it prints. Nothing else is printed, and no folder is made."""
     outputs = tmp_path / "outputs"
     monkeypatch.setenv("AEM_OUTPUTS", str(outputs))
 
-    def ask(main, *words):
+    def run(main, *words):
         assert main([*map(str, words)]) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and not outputs.exists()
-        assert len(said.err.splitlines()) == 1
-        return said.err
+        out, err = capsys.readouterr()
+        assert out == "" and not outputs.exists()
+        assert len(err.splitlines()) == 1
+        return err
 
-    return ask
+    return run
 
 
 @pytest.mark.parametrize("also", [[], ["plan=true"]], ids=["run", "plan"])
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "limit"),
     [
-        ("trainer.group_size=1000000000", "makes 8,000,000,000 episodes a step, and 1,000,000 is the most"),
-        ("trainer.oversample=1000000", "makes 64,000,000 episodes a step"),
-        (f"trainer.steps={HUGE}", "must be at most 4,294,967,295"),
-        (f"trainer.mini_batch={10**10}", "must be at most 4,294,967,295"),
-        (f"seed={HUGE}", "must be at most 4,294,967,295"),
-        (f"env.max_turns={HUGE}", "must be at most 4,294,967,295"),
-        (f"env.make.receptacles={HUGE}", "must be at most 9,223,372,036,854,775,807"),
+        ("trainer.group_size=1000000000", "1,000,000"),
+        ("trainer.oversample=1000000", "64,000,000"),
+        (f"trainer.steps={HUGE}", "4,294,967,295"),
+        (f"trainer.mini_batch={10**10}", "4,294,967,295"),
+        (f"seed={HUGE}", "4,294,967,295"),
+        (f"env.max_turns={HUGE}", "4,294,967,295"),
+        (f"env.make.receptacles={HUGE}", "9,223,372,036,854,775,807"),
     ],
 )
-def test_no_size_is_absurd(refused, word, said, also):
+def test_absurd_sizes_are_refused(refused, word, limit, also):
     also = [*also, "trainer.drop_equal=true"]
     err = refused(single.main, word, *also)
-    assert word.partition("=")[0] in err and said in err
+    assert word.partition("=")[0] in err and limit in err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "field", "fact"),
     [
-        (["--retry", "foo"], "choose from all, config, crash, "),
-        (["--retry", "ooom"], "did you mean oom?"),
-        (["--at-once", "0"], "--at-once=0: must be a whole number of at least 1"),
-        (["--at-once", "-3"], "--at-once=-3: must be a whole number of at least 1"),
-        (["--submit"], "such as launch=slurm_cpu"),
-        pytest.param(["launch=gpu1", "--local"], "launch.gpus_per_node=1: this machine has no GPU", marks=NO_GPU),
-        (["launch=node1", "--local"], "is a run of 8 processes, and here are 1"),
+        (["--retry", "foo"], "--retry=foo", "all, config, crash, "),
+        (["--retry", "ooom"], "--retry=ooom", "did you mean oom?"),
+        (["--at-once", "0"], "--at-once=0", "at least 1"),
+        (["--at-once", "-3"], "--at-once=-3", "at least 1"),
+        (["--submit"], "launch=local", "launch=slurm_cpu"),
+        pytest.param(["launch=gpu1", "--local"], "launch.gpus_per_node=1", "GPU", marks=NO_GPU),
+        (["launch=node1", "--local"], "launch=1 nodes x 8 GPUs", "launch.where=slurm"),
     ],
 )
-def test_a_sweep_is_asked_for_what_there_is(refused, words, said):
-    assert said in refused(sweep.main, "household_quick", *words)
+def test_a_sweep_refuses_impossible_options(refused, words, field, fact):
+    err = refused(sweep.main, "household_quick", *words)
+    assert f"{field}: " in err and fact in err
 
 
-def test_the_classes_of_failures_are_all_there_are():
-    """Each class that a run dir or a scheduler gives can be retried."""
+def test_every_failure_class_can_be_retried():
+    """A class from a run dir or from the scheduler is a choice of `--retry`."""
     from aem_exp.cluster import run_state
     from aem_exp.rundir import attempts
 
@@ -91,29 +92,29 @@ def test_the_classes_of_failures_are_all_there_are():
 
 
 @pytest.mark.parametrize("words", [SLURM, ["household_search", "launch=slurm_cpu", "--submit"]], ids=["sweep", "study"])
-def test_to_submit_there_must_be_a_slurm(refused, monkeypatch, tmp_path, words):
+def test_submitting_needs_slurm(refused, monkeypatch, tmp_path, words):
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", str(programs))
-    assert "sbatch is not on the PATH; submit from a login node" in refused(sweep.main, *words)
+    assert "launch.where=slurm: sbatch " in refused(sweep.main, *words)
     for name in ("sbatch", "srun", "sinfo"):
         (programs / name).write_text(f"#!/bin/sh\necho '{name}: error: no controller' >&2\nexit 1\n")
         (programs / name).chmod(0o755)
-    said = refused(sweep.main, *words)
-    assert "launch.where=slurm: SLURM does not answer here (sinfo: error: no controller)" in said
+    err = refused(sweep.main, *words)
+    assert "launch.where=slurm: " in err and "(sinfo: error: no controller)" in err
 
 
 @pytest.mark.parametrize("space", ["{low: 1e-4, high: 1e-3}", "[1e-4, 1e-3]", "0.0001"])
-def test_a_search_space_is_written_in_text(refused, tmp_path, space):
+def test_a_search_space_is_text(refused, tmp_path, space):
     (tmp_path / "asked.yaml").write_text(SPACE % space)
-    said = refused(sweep.main, tmp_path / "asked.yaml", "--local")
-    assert "asked.search.space.trainer.learning_rate=" in said
-    assert "must be text such as interval(1e-4, 1e-3), range(1, 9) or choice(a, b)" in said
+    err = refused(sweep.main, tmp_path / "asked.yaml", "--local")
+    assert "asked.search.space.trainer.learning_rate=" in err
+    assert "interval(1e-4, 1e-3), range(1, 9) or choice(a, b)" in err
 
 
 @pytest.fixture(params=["file", "no permission", "read-only"])
 def impossible(request, tmp_path):
-    """A folder that takes no runs."""
+    """A folder that cannot be written."""
     folder = tmp_path / "place"
     if request.param == "file":
         folder.touch()
@@ -143,12 +144,12 @@ def impossible(request, tmp_path):
     ],
     ids=["run", "grid", "sweep", "study"],
 )
-def test_a_folder_that_takes_no_runs(refused, impossible, main, words):
-    said = refused(main, *words, f"outputs={impossible}")
-    assert said.startswith(f"aem_exp: outputs={impossible}") and "cannot be written: " in said
+def test_outputs_that_cannot_be_written_are_refused(refused, impossible, main, words):
+    err = refused(main, *words, f"outputs={impossible}")
+    assert err.startswith(f"aem_exp: outputs={impossible}") and "written" in err
 
 
-def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
+def test_an_extra_is_installed_like_the_package(monkeypatch, tmp_path):
     """`pip install aem-exp[swe]` would replace a checkout by a wheel."""
     import importlib.metadata
 
@@ -176,5 +177,6 @@ def test_an_extra_is_installed_as_the_package_was(monkeypatch, tmp_path):
 def test_a_search_space_names_its_key():
     from aem_exp.sweep import study_spec
 
-    with pytest.raises(ConfigError, match="must be a mapping"):
+    with pytest.raises(ConfigError) as caught:
         study_spec.parse_search({"space": ["trainer.learning_rate"], "trials": 2}, "asked.search")
+    assert caught.value.field == "asked.search.space" and "mapping" in caught.value.remedy

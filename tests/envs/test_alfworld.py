@@ -254,7 +254,7 @@ def test_panels_are_the_papers_and_dev_is_held_out(tmp_path, monkeypatch):
     assert len(drawn) == len({task.id for task in drawn}) == 128
     assert {task.payload["file"] for task in drawn} == set(ids["test_seen"])
     assert theirs.fingerprint != world.fingerprint
-    assert any("published numbers alone" in note for note in config_notes("alfworld_1_5b_verl_agent"))
+    assert any("env.make.split=verl_agent" in note for note in config_notes("alfworld_1_5b_verl_agent"))
 
 
 def config_notes(name):

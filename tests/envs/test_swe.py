@@ -428,9 +428,7 @@ def test_a_sandbox_that_is_lost_costs_one_episode(world):
 def test_who_would_take_grading_for_hanging_is_told():
     asked = ["env=swe", "env.make.tests_seconds=90"]
     assert load(asked).launch.workers == 0
-    with pytest.raises(
-        ConfigError, match=r"launch.env_seconds=120.0: must be at least 330, env.make.tests_seconds and 240"
-    ):
+    with pytest.raises(ConfigError, match=r"launch.env_seconds=120.0: .* 330 .*env.make.tests_seconds"):
         load([*asked, "launch.workers=2"])
 
 

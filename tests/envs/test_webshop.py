@@ -237,8 +237,10 @@ def test_verl_agents_split_shuffles_anew_and_says_so():
     trained = {(asin, str(options)) for w in range(4) for asin, _, _, _, options in world._goals(w, w)[500:]}
     again = [(task.payload["asin"], str(task.payload["options"])) in trained for task in dev]
     assert sum(again) > 100  # its validation is on training goals: why this split is not the default
-    assert any("published numbers alone" in note for note in notes(load(["+experiment=webshop_1_5b_verl_agent"])))
-    assert any("approximate" in note for note in notes(load(["+experiment=webshop_1_5b", "env.make.nouns=words"])))
+    assert any("env.make.split=verl_agent" in note for note in notes(load(["+experiment=webshop_1_5b_verl_agent"])))
+    assert any(
+        "env.make.nouns=words" in note for note in notes(load(["+experiment=webshop_1_5b", "env.make.nouns=words"]))
+    )
     seeded = WebShop(str(folder), nouns="words", split="verl_agent", seed=3)
     assert seeded.tasks("train")[0].payload["text"] == world._goals(3, 3)[500].text
     original = WebShop(str(folder), nouns="words")

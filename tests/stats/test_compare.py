@@ -1,4 +1,4 @@
-"""Statistics of arms: golden values by hand, scipy's own, and how often intervals hold what they promise."""
+"""Statistics of arms: values calculated by hand, scipy's results, and the measured coverage of the intervals."""
 
 import math
 
@@ -15,7 +15,7 @@ scores = st.lists(st.floats(0, 1), min_size=2, max_size=12)
 
 
 def test_welch_by_hand():
-    """Both variances 0.01 over 3 runs: error sqrt(0.02 / 3), 4 degrees of freedom, whose 97.5 % quantile is 2.776445."""
+    """Both variances are 0.01 over 3 runs: error sqrt(0.02 / 3), and 4 degrees of freedom with a 97.5 % quantile of 2.776445."""
     found = compare.welch_interval([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
     assert found.difference == pytest.approx(0.2)
     assert found.error == pytest.approx(math.sqrt(0.02 / 3))
@@ -24,7 +24,7 @@ def test_welch_by_hand():
 
 
 @given(scores, scores)
-def test_welch_is_scipys(one, other):
+def test_welch_equals_scipy(one, other):
     if compare.no_interval_reason(one, other) or np.var(one) + np.var(other) < 1e-12:
         return
     found, theirs = compare.welch_interval(one, other), stats.ttest_ind(one, other, equal_var=False)
@@ -35,14 +35,14 @@ def test_welch_is_scipys(one, other):
 
 
 @given(scores, scores)
-def test_the_other_way_round_it_says_the_opposite(one, other):
-    there, back = compare.welch_interval(one, other), compare.welch_interval(other, one)
-    assert there.difference == pytest.approx(-back.difference)
-    assert there.low == pytest.approx(-back.high, nan_ok=True)
+def test_swapping_the_arms_changes_the_sign(one, other):
+    forward, backward = compare.welch_interval(one, other), compare.welch_interval(other, one)
+    assert forward.difference == pytest.approx(-backward.difference)
+    assert forward.low == pytest.approx(-backward.high, nan_ok=True)
 
 
-def test_across_tasks_by_hand():
-    """Two runs, two tasks. One arm: runs 0.5 and 0.9, tasks 0.9 and 0.5, nothing left over; the other is all 0.5."""
+def test_new_tasks_by_hand():
+    """Two runs, two tasks. One arm has run means 0.5 and 0.9, task means 0.9 and 0.5, and no residual; the other is 0.5."""
     found = compare.new_tasks_interval([[0.7, 0.3], [1.1, 0.7]], [[0.5, 0.5], [0.5, 0.5]])
     runs, tasks = 0.08 / 2, 0.08 / 2  # variances of (0.5, 0.9) and (0.4, 0.0), over 2
     assert found.difference == pytest.approx(0.2)
@@ -50,7 +50,7 @@ def test_across_tasks_by_hand():
     assert found.freedom == pytest.approx((runs + tasks) ** 2 / (runs**2 + tasks**2))
 
 
-def test_across_tasks_is_never_surer_than_on_this_panel():
+def test_the_interval_for_new_tasks_is_never_narrower():
     rng = np.random.default_rng(0)
     one, other = rng.random((2, 200, 3, 40)) + rng.normal(0, 0.2, (2, 200, 3, 1))
     for comparisons in (1, 6):
@@ -70,13 +70,13 @@ def test_across_tasks_is_never_surer_than_on_this_panel():
         ([0.5, 0.5], [0.7, 0.8], None),
     ],
 )
-def test_what_has_no_interval(one, other, why):
+def test_arms_without_an_interval_have_a_reason(one, other, why):
     found = compare.no_interval_reason(one, other)
     assert found is None if why is None else found.startswith(why)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
+    ("low", "high", "expected"),
     [
         (0.01, 0.05, "better"),
         (-0.05, -0.01, "worse"),
@@ -85,38 +85,38 @@ def test_what_has_no_interval(one, other, why):
         (-1.2, 1.4, "nothing can be said: the interval is wider than the scale"),
     ],
 )
-def test_verdicts(low, high, said):
-    assert compare.verdict(compare.Interval(0, low, high, 0, 0)) == said
+def test_verdicts(low, high, expected):
+    assert compare.verdict(compare.Interval(0, low, high, 0, 0)) == expected
 
 
 def test_permutation_by_hand():
-    """All of one arm above all of the other: the most extreme of C(8, 4) = 70 ways, and its mirror."""
+    """All runs of one arm are above those of the other: the most extreme of C(8, 4) = 70 splits, and its mirror image."""
     assert compare.permutation_test([5, 6, 7, 8], [1, 2, 3, 4]) == compare.PermutationResult(pytest.approx(2 / 70), 0.0)
 
 
 @pytest.mark.parametrize("sizes", [(5, 5), (6, 5), (4, 9)])
-def test_permutation_is_scipys(sizes):
+def test_permutation_equals_scipy(sizes):
     rng = np.random.default_rng(3)
     one, other = (rng.integers(0, 12, size) / 12 + 0.1 * shift for size, shift in zip(sizes, (1, 0), strict=True))
     theirs = stats.permutation_test((one, other), lambda x, y: x.mean() - y.mean(), n_resamples=np.inf)
     assert compare.permutation_test(one, other).p == pytest.approx(theirs.pvalue)
 
 
-def test_too_many_permutations_are_sampled_and_say_so():
+def test_many_permutations_are_sampled_with_an_error():
     rng = np.random.default_rng(4)
     found = compare.permutation_test(rng.normal(0.3, 1, 20), rng.normal(0, 1, 20))
     assert 0 < found.error < 0.005 and 0 < found.p <= 1
 
 
 @pytest.mark.parametrize(("seeds", "floor"), [(3, 0.10), (5, 2 / 252)])
-def test_the_floor_of_a_permutation(seeds, floor):
+def test_the_smallest_p_value_of_a_permutation_test(seeds, floor):
     assert compare.smallest_p_value(seeds, seeds) == pytest.approx(floor)
     apart = compare.permutation_test([*range(10, 10 + seeds)], [*range(seeds)])
     assert apart is None if floor > 0.05 else apart.p == pytest.approx(floor)
     assert compare.permutation_test([*range(10, 15)], [*range(5)], comparisons=7) is None  # 0.0079 > 0.05 / 7
 
 
-def test_detectable_is_what_the_plan_said():
+def test_the_detectable_difference_agrees_with_the_plan():
     rng = np.random.default_rng(1)
     one, other = rng.normal(0.7, 0.03, (2, 5))
     assert compare.observed_detectable_difference(one, other, 3) == pytest.approx(
@@ -143,10 +143,10 @@ def test_over_cells_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", interval_coverage.SEEDS)
 @pytest.mark.parametrize("effect", interval_coverage.EFFECTS)
-def test_an_interval_holds_the_truth_19_times_in_20(seeds, effect):
+def test_intervals_contain_the_true_difference_in_95_percent(seeds, effect):
     for row in interval_coverage.rows(seeds, effect):
         assert row.simulations >= 4000
         if row.method != interval_coverage.BOOTSTRAP:
             assert row.coverage == pytest.approx(0.95, abs=0.02 + row.error), row
         elif seeds <= 5:
-            assert row.coverage < 0.90, row  # why it is not what we use
+            assert row.coverage < 0.90, row  # the reason why it is not used

@@ -1,4 +1,4 @@
-"""Runs through the door in processes of their own, and what they leave behind."""
+"""Small runs, in their own processes or in this one, and helpers that wait for them and read their files."""
 
 import json
 import os
@@ -21,17 +21,15 @@ SMALL_RUN = [
     "trainer.tasks_per_step=3",
     "trainer.group_size=4",
     "trainer.mini_batch=6",
-    "env.invalid_penalty=0.1",  # so weak a policy solves nothing: without this every return would be 0, and so every gradient
+    "env.invalid_penalty=0.1",  # the policy is too weak to solve a task: without penalties all returns and gradients would be 0
     "evaluation.tasks=8",
     "evaluation.every=3",
     "launch.save_every=2",
 ]
 
-DEADLINE = (
-    600  # seconds, for what takes a few: the suite must pass on a machine that is ten times as slow as it could be
-)
+DEADLINE = 600  # seconds, for work that takes a few: the suite must also pass on a machine that is ten times slower
 
-SCORED_RUN = [  # a policy that wins now and then, hardly trained: to be scored
+SCORED_RUN = [  # a hardly trained policy that wins sometimes, for tests of evaluation
     "model.make.steps=120",
     "model.make.habit_steps=10",
     "model.make.episodes=512",
@@ -44,7 +42,7 @@ SCORED_RUN = [  # a policy that wins now and then, hardly trained: to be scored
 
 
 def run_command(cache, outputs, *words, wait=True):
-    """`python -m aem_exp` in a process of its own."""
+    """`python -m aem_exp` in its own process: the finished process, or with `wait=False` the running one."""
     env = {**os.environ, "AEM_CACHE": str(cache), "AEM_OUTPUTS": str(outputs), "COLUMNS": "120"}
     command = [sys.executable, "-m", "aem_exp", *words]
     started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -55,7 +53,7 @@ def run_command(cache, outputs, *words, wait=True):
 
 
 def torchrun(module, *words):
-    """A module of `support` in two processes, which talk over gloo."""
+    """Run a module of `support` in two processes, connected by gloo."""
     command = [
         sys.executable,
         "-m",
@@ -70,12 +68,12 @@ def torchrun(module, *words):
 
 
 def skip_or_fail(why) -> NoReturn:
-    """Skip what this machine cannot do; where all must be tested (CI), it is a failure."""
+    """Skip a test that this machine cannot run; with $AEM_REQUIRE_ALL=1 (CI), fail instead."""
     (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
 
 
 def run_here(cache, outputs, *words) -> Path:
-    """The same run in this process, where nothing is imported anew; its folder."""
+    """Run an experiment in this process, which saves the imports; its run dir."""
     from aem_exp.config import load
     from aem_exp.run.execution import run
 
@@ -95,33 +93,33 @@ def read_metrics(folder):
 
 
 def weights_moved(folder):
-    """Every step of a run moved the policy: what says that two runs end alike must not hold of runs that do nothing."""
+    """Whether every step changed the policy. Comparing two runs is meaningless if neither changes anything."""
     norms = [row["train/grad_norm"] for row in read_metrics(folder) if "train/grad_norm" in row]
     return bool(norms) and min(norms) > 0
 
 
-def wait_for_run(started, folder_found, reached, timeout=DEADLINE):
-    """Wait until a live run has reached something."""
+def wait_for_run(started, folder_exists, reached, timeout=DEADLINE):
+    """Wait until a running process has made its folder and fulfils `reached`."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         assert started.poll() is None, started.stderr.read()
-        if folder_found() and reached():
+        if folder_exists() and reached():
             return
         time.sleep(0.02)
-    raise AssertionError("the run never got there")
+    raise AssertionError("the run did not fulfil the condition in time")
 
 
-def wait_until(seen, what, seconds=DEADLINE):
-    """Wait until something is seen; what it is. `what`: its name, or a function that has more to say where it did not come."""
+def wait_until(condition, description, seconds=DEADLINE):
+    """Wait until `condition()` is true; its value. `description`: a text, or a function that makes one after a timeout."""
     end = time.monotonic() + seconds
-    while not (value := seen()):
-        assert time.monotonic() < end, f"{what() if callable(what) else what} did not come"
+    while not (value := condition()):
+        assert time.monotonic() < end, f"timeout: {description() if callable(description) else description}"
         time.sleep(0.1)
     return value
 
 
 class BackgroundCall:
-    """Runs something in a thread beside the test; `end` waits for it, and raises what it raised."""
+    """A call in a thread of its own; `end` waits for it, and returns its result or raises its error."""
 
     def __init__(self, work, *args):
         self._work, self._args, self._result, self._error = work, args, None, None
