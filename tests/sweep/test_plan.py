@@ -373,7 +373,7 @@ BAD = [
     (SMALL + "products:\n  - env.make.kinds=[[x\n", "mine.products: override=env.make.kinds=[[x:", "key=value"),
     (SMALL.replace("Does it?", "[1]"), "mine.question=[1]:", "sentence"),
     ("- a\n", "sweep=", "question, base"),
-    ("a: [\n", "sweep=", "is not YAML"),
+    ("a: [\n", "sweep=", "YAML"),
 ]
 
 
