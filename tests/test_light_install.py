@@ -128,7 +128,7 @@ def test_a_plan_of_weights_lacks_the_estimates_alone(aem):
     lines = aem(*QWEN, "launch=slurm1", "plan=true").splitlines()
     missing = [line for line in lines if "needs torch" in line]
     why = "model.path=Qwen/Qwen2.5-1.5B-Instruct: the estimate of memory, disk and cost needs torch"
-    assert missing == [f"note    not here: {why}: {REMEDY}"]
+    assert missing == [f"note    missing on this machine: {why}: {REMEDY}"]
     assert {line.split()[0] for line in lines} >= {"run", "state", "size", "launch", "step"}
 
 
@@ -141,7 +141,7 @@ def test_a_plan_says_what_of_the_users_own_needs_torch(run, tmp_path):
     assert "64 environments at once" in done.stdout
     done = run("-m", "aem_exp", "env.make={_target_: mine.world}", "plan=true", "--config-dir", str(tmp_path))
     why = "env.make._target_=mine.world: importing it failed: this needs torch"
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"note    not here: {why}: {REMEDY}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"note    missing on this machine: {why}: {REMEDY}")
 
 
 def test_a_report_of_archives_is_the_same(aem, tmp_path):

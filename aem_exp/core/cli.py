@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(sys.argv[0] if sys.argv[0].startswith("aem-exp ") else prog, **rest)
 
     def error(self, message: str) -> NoReturn:
-        subject, _, why = message.partition(": ")
+        subject, _, detail = message.partition(": ")
         if subject == "unrecognized arguments":
-            raise ConfigError("option", why, "no such option; see --help")
+            raise ConfigError("option", detail, "no such option; see --help")
         if subject == "the following arguments are required":
-            raise ConfigError(why, None, "must be given; see --help")
-        raise ConfigError("option", subject.removeprefix("argument "), why or "see --help")
+            raise ConfigError(detail, None, "must be given; see --help")
+        raise ConfigError("option", subject.removeprefix("argument "), detail or "see --help")
 
 
 def add_user_modules(
@@ -98,11 +98,11 @@ def run_cli(act: Callable[[], int], continue_hint: Callable[[], str] = str) -> i
     except RunError as stop:
         return _print_error(1, f"aem_exp: {stop}")
     except ModuleNotFoundError as error:
-        from aem_exp.core import extras  # here, as `--help` needs none of it
+        from aem_exp.core import extras  # a late import: `--help` does not need it
 
-        if (why := extras.explain_missing(error)) is None:
+        if (explanation := extras.explain_missing(error)) is None:
             raise
-        return _print_error(2, f"aem_exp: {why}")
+        return _print_error(2, f"aem_exp: {explanation}")
     except KeyboardInterrupt as stop:
         return _print_error(
             128 + getattr(stop, "signal", signal.SIGINT), "\n" + "; ".join(filter(None, ("stopped", continue_hint())))

@@ -34,8 +34,8 @@ def wrap_call_errors(field: str, path: str, call: str, function: Any = None) -> 
     except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as error:
-        if why := extras.explain_missing(error):
-            raise MissingResource(field, path, f"{call} failed: {why}") from error
+        if explanation := extras.explain_missing(error):
+            raise MissingResource(field, path, f"{call} failed: {explanation}") from error
         raise ConfigError(
             field, path, f"{call} failed: {format_error(error)} ({error_location(error, function)})"
         ) from error
