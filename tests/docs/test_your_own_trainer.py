@@ -6,18 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import page_reader
+from support import page_reader, torchrun_trl
+from support.runs import torchrun
 
 from aem_exp import aem
 
 PAGE = "your-own-trainer.md"
-WORDS = 12
-MULTI_TURN = [  # two groups of two rows: completion, mask of the policy's own tokens, reward
-    ([3, 4, 8, 5, 6, 7], [1, 1, 0, 1, 1, 1], 1.0),
-    ([5, 9, 4, 4], [1, 0, 1, 1], 0.0),
-    ([6, 3, 8, 3, 8, 10], [1, 1, 0, 1, 0, 1], 0.5),
-    ([10, 11], [1, 1], 0.25),
-]
 
 
 @pytest.fixture(scope="module")
@@ -38,47 +32,6 @@ def test_the_commands_of_the_page_train(tmp_path):
     assert (tmp_path / "0.txt").read_text().count("aem/gated_share") == 2
 
 
-def make_trainer(kind, folder):
-    """A trainer of a random tiny model, whose completions have several turns."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
-    from trl import GRPOConfig
-
-    set_seed(0)
-    vocabulary = Tokenizer(models.WordLevel({str(i): i for i in range(WORDS)}, unk_token="0"))
-    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="0", eos_token="1")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.5}
-    config = Qwen3Config(vocab_size=WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
-    args = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=8,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
-
-    def play(prompts, trainer):
-        completion_ids, env_mask, score = map(list, zip(*MULTI_TURN, strict=True))
-        prompt_ids = [[2]] * len(MULTI_TURN)
-        fields = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "env_mask": env_mask, "score": score}
-        return fields | {"logprobs": None}
-
-    def reward(prompts, score, **_):
-        return score
-
-    data = Dataset.from_dict({"prompt": ["2"] * 4})
-    return kind(Qwen3ForCausalLM(config), reward, args, data, processing_class=tokenizer, rollout_func=play)
-
-
 def record_batches(trainer):
     """Keep a copy of every batch that the trainer makes."""
     batches, make = [], trainer._generate_and_score_completions
@@ -94,7 +47,7 @@ def record_batches(trainer):
 
 def train(kind, folder):
     """The batches of two steps and the weights after them."""
-    trainer = make_trainer(kind, folder)
+    trainer = torchrun_trl.make_trainer(kind, folder)
     batches = record_batches(trainer)
     trainer.train()
     return batches, {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -122,7 +75,7 @@ def test_advantages_are_multiplied_by_the_coefficients(page, tmp_path):
     from trl import GRPOTrainer
 
     ours = importlib.import_module("aem_grpo").AEMGRPOTrainer
-    before = make_trainer(GRPOTrainer, tmp_path / "model").model.eval()
+    before = torchrun_trl.make_trainer(GRPOTrainer, tmp_path / "model").model.eval()
     plain, plain_weights = train(GRPOTrainer, tmp_path / "plain")
     batches, weights = train(with_strength(ours, 1.0), tmp_path / "aem")
     batch = batches[0]
@@ -131,12 +84,10 @@ def test_advantages_are_multiplied_by_the_coefficients(page, tmp_path):
     with torch.no_grad():
         log_p = before(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     entropy_NT = -(log_p.exp() * log_p).sum(-1)[:, :-1][:, -batch["completion_ids"].shape[1] :]
-    response_NT = torch.tensor(
-        [[0, 0, -1, 1, 1, 1], [2, -1, 3, 3, -1, -1], [4, 4, -1, 5, -1, 6], [7, 7, -1, -1, -1, -1]]
-    )
-    entropy_R = torch.stack([entropy_NT[response_NT == r].mean() for r in range(8)])
-    alpha_R = aem.coefficients(entropy_R, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 1.0, 0.0)
-    assert alpha_R.max() / alpha_R.min() > 1.5
+    response_NT = torch.tensor(torchrun_trl.RESPONSES)
+    entropy_R = torch.stack([entropy_NT[response_NT == r].mean() for r in range(12)])
+    alpha_R = aem.coefficients(entropy_R, torch.tensor(torchrun_trl.GROUPS), 1.0, 0.0)
+    assert plain[0]["advantages"].abs().min() > 0.5 and alpha_R.max() / alpha_R.min() > 1.5
     own_NT = response_NT >= 0
     expected_NT = plain[0]["advantages"][:, None] * alpha_R[response_NT]
     torch.testing.assert_close(batch["advantages"][own_NT], expected_NT[own_NT], atol=1e-5, rtol=1e-5)
@@ -149,6 +100,21 @@ def test_the_gate_leaves_groups_unchanged(page, tmp_path):
     zero, _ = train(with_strength(ours, 0.0), tmp_path / "zero")
     for a, b in zip(gated, zero, strict=True):
         assert torch.equal(a["advantages"], b["advantages"])
+
+
+def test_a_group_may_lie_on_two_processes(page, tmp_path):
+    """Two processes, each with three rows of groups of two, compute what one process does."""
+    ours = importlib.import_module("aem_grpo").AEMGRPOTrainer
+    trainer = torchrun_trl.make_trainer(with_strength(ours, 1.0), tmp_path / "one")
+    trainer.model.train()
+    alone = trainer._generate_and_score_completions([{"prompt": "2"} for _ in torchrun_trl.EPISODES])["advantages"]
+    done = torchrun(torchrun_trl, page, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    rows = [row for half in halves for row in half["advantages"]]
+    for row, (ids, mask, _), expected in zip(rows, torchrun_trl.EPISODES, alone, strict=True):
+        own = torch.tensor(mask).bool()
+        torch.testing.assert_close(torch.tensor(row)[: len(ids)][own], expected[: len(ids)][own], atol=1e-5, rtol=1e-5)
 
 
 # A verl-style batch.
