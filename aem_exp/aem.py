@@ -38,6 +38,14 @@ def responses(mask_NT: Tensor) -> Tensor:
     return (first_NT.flatten().cumsum(0).view_as(own_NT) - 1).masked_fill(~own_NT, -1)
 
 
+def response_rows(response_NT: Tensor) -> Tensor:
+    """The row of each response: row_R (int64). With the group of each row, `group_N[row_R]` is the group of each response."""
+    assert response_NT.ndim == 2, response_NT.shape
+    own_NT = response_NT >= 0
+    row_K = own_NT.nonzero()[:, 0]
+    return row_K.new_zeros(int(response_NT.max()) + 1 if len(row_K) else 0).index_copy_(0, response_NT[own_NT], row_K)
+
+
 def response_entropy(entropy_NT: Tensor, response_NT: Tensor) -> Tensor:
     """Mean token entropy Hbar of each response, in nats.
 

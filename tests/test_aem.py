@@ -150,6 +150,12 @@ def test_padding_has_no_effect(rows, columns, seed):
     assert torch.equal(aem.response_entropy(noise, aem.responses(padded)), plain)
 
 
+def test_each_response_has_a_row():
+    response_NT = aem.responses(torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1]]))
+    assert aem.response_rows(response_NT).tolist() == [0, 0, 2, 2]
+    assert aem.response_rows(aem.responses(torch.zeros(2, 3))).tolist() == []
+
+
 def test_response_entropy_is_the_mean_over_own_tokens():
     mask_NT = torch.tensor([[0, 1, 1, 0, 1]])
     entropy_NT = torch.tensor([[9.0, 1.0, 2.0, 9.0, 4.0]])
@@ -174,6 +180,7 @@ def test_a_batch_without_responses():
     "call",
     [
         lambda: aem.responses(torch.ones(3)),
+        lambda: aem.response_rows(torch.zeros(3).long()),
         lambda: aem.response_entropy(torch.rand(2, 1), torch.zeros(2, 3).long()),
         lambda: aem.coefficients(torch.rand(3), torch.zeros(1).long()),
         lambda: aem.gated(torch.rand(3), torch.zeros(3, 1).long()),

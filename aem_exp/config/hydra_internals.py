@@ -55,6 +55,7 @@ def is_supported() -> bool:
 def check_files(roots: Sequence[Path]) -> Iterator[None]:
     """Let Hydra read only files that are safe. Sources that are created in this block check files also after it.
 
+    A group is a folder of `conf/`, the last root. Other folders in the user's folder, such as `outputs/`, are not groups.
     Without the private names, all files are checked first, including files that Hydra does not read.
     """
     if not is_supported():
@@ -68,6 +69,10 @@ def check_files(roots: Sequence[Path]) -> Iterator[None]:
 
     class CheckedConfigSource(FileConfigSource):
         """A folder of configs whose errors name the file."""
+
+        def is_group(self, config_path: str) -> bool:
+            head = config_path.partition("/")[0]
+            return (not head or (roots[-1] / head).is_dir()) and super().is_group(config_path)
 
         def load_config(self, config_path: str) -> ConfigResult:
             file = Path(self.path, self._normalize_file_name(config_path))

@@ -37,6 +37,15 @@ def test_a_config_dir_hides_and_adds_files(user_package, tmp_path):
     assert caught.value.value == str(overlay / "baseline/own.yaml") and "YAML" in caught.value.remedy
 
 
+def test_other_folders_of_a_config_dir_are_not_groups(tmp_path):
+    """With `--config-dir .` and runs in ./outputs, `outputs` is still a key."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "own.yaml").write_text((ROOT / "conf/env/household.yaml").read_text())
+    experiment = load(["env=own", "outputs=elsewhere"], tmp_path)
+    assert (experiment.outputs, experiment.env.name) == ("elsewhere", "household")
+
+
 def test_conf_comes_from_the_environment_the_wheel_or_the_checkout(monkeypatch, tmp_path):
     assert config.conf_root() == ROOT / "conf"
     monkeypatch.setenv("AEM_ROOT", str(tmp_path))
