@@ -25,6 +25,18 @@ from filelock import FileLock
 from support.runs import SMALL_RUN, find_run_dir, run_command, skip_or_fail, weights_moved
 
 
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite runs in three processes, as tests of clusters and servers mostly wait; anything less runs in this one."""
+    whole = config.args_source == config.ArgsSource.TESTPATHS and config.option.markexpr != "fast"
+    return 3 if whole else 0
+
+
+def pytest_itemcollected(item):
+    """Every test without another lane is in the fast lane."""
+    if not any(item.get_closest_marker(name) for name in ("slow", "machine", "real")):
+        item.add_marker("fast")
+
+
 def pytest_collection_finish():
     """Keep the imported libraries out of garbage collection: accelerate collects after each training, which would take 0.3 s."""
     gc.freeze()
