@@ -1,7 +1,6 @@
-"""Generates ALFWorld games of all six kinds from a kind and a seed, with the domain and the grammar of the installed
-package.
+"""Generates ALFWorld games of all six kinds from a kind and a seed, with the domain and grammar of the installed package.
 
-A generated game has the same fields as a downloaded one; sliced objects and receptacles that share a place are left out.
+A generated game has the same fields as an official one. There are no sliced objects, and no two receptacles share a location.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from aem_exp.envs.alfworld.facts import display_names
 from aem_exp.envs.alfworld.library import check_installed
 
 RULES_VERSION: Final = 1  # raise when the same kind and seed would give another game
-ROOMS: Final = {  # what a room has, as often as it has it
+ROOMS: Final = {  # room -> its receptacles, with their numbers
     "Kitchen": "Fridge Microwave SinkBasin CounterTop*3 Cabinet*10 Drawer*6 DiningTable GarbageCan CoffeeMachine Toaster "
     "StoveBurner*4 Shelf*3",
     "Bedroom": "Desk*2 Bed Dresser GarbageCan Safe LaundryHamper ArmChair Drawer*8 Shelf*6 SideTable*2 Cabinet*6",
@@ -30,7 +29,7 @@ ROOMS: Final = {  # what a room has, as often as it has it
     "ToiletPaperHanger SideTable",
 }
 APPLIANCES: Final = {"Clean": "SinkBasin", "Heat": "Microwave", "Cool": "Fridge"}
-KINDS: Final = {  # kind -> rooms, and what must be done to the object first
+KINDS: Final = {  # kind -> rooms, and the treatment of the object
     "pick_and_place_simple": (tuple(ROOMS), None),
     "look_at_obj_in_light": (("Bedroom", "LivingRoom"), None),
     "pick_clean_then_place_in_recep": (("Kitchen", "Bathroom"), "Clean"),
@@ -39,14 +38,14 @@ KINDS: Final = {  # kind -> rooms, and what must be done to the object first
     "pick_two_obj_and_place": (tuple(ROOMS), None),
 }
 LAMP: Final = "DeskLamp"
-LAMP_PLACES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # where a lamp may stand
+LAMP_PLACES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # receptacles that may have a lamp
 MAX_RECEPTACLES: Final = min(
     len([0 for word in text.split() for _ in range(int(word.partition("*")[2] or 1))]) for text in ROOMS.values()
 )
 
 
 class GameErrand(NamedTuple):
-    """The goal of a game; `target` is the lamp's type if the object must be looked at."""
+    """The goal of a game. If the object must be examined in light, `target` is the type of the lamp."""
 
     kind: str
     object: str
@@ -55,22 +54,22 @@ class GameErrand(NamedTuple):
 
 @dataclass(frozen=True)
 class HouseFacts:
-    """ALFWorld's facts about the things in a house, read from its package without importing it."""
+    """ALFWorld's facts about the things in a house, read from the files of its package."""
 
     domain: str
-    """In PDDL."""
+    """The domain, in PDDL."""
     grammar: str
-    """In TextWorld's format."""
+    """The grammar, in TextWorld's format."""
     goals: Mapping[str, Mapping[str, Any]]
-    """Kind of task -> its goal in PDDL, and sentences for it."""
+    """Kind of task -> its goal in PDDL, and sentence templates for it."""
     holds: Mapping[str, Sequence[str]]
     """Receptacle -> objects that fit into it."""
     takes: Mapping[str, Sequence[str]]
-    """Cleanable, Heatable, ... -> objects."""
+    """Property (Cleanable, Heatable, ...) -> objects that have it."""
     openable: Sequence[str]
-    """Receptacles."""
+    """Receptacles that can be opened."""
     movable: Sequence[str]
-    """Objects that are receptacles."""
+    """Objects that are also receptacles."""
 
     @property
     def fingerprint(self) -> str:
@@ -107,7 +106,7 @@ def load_facts() -> HouseFacts:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Import one file of the package: importing the package itself would make folders in the user's home."""
+    """Import one file of the package. Importing the package itself would create folders in the user's home."""
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -116,12 +115,15 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def generate_game(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
-    """A game of a kind, and its goal; the same ones for the same arguments.
+    """A game of a kind, and its goal. The same arguments give the same game.
 
     Args:
-        receptacles, objects: how many there are; an official game has up to 28 and 45.
+        receptacles, objects: their numbers; an official game has up to 28 and 45.
+
+    Raises:
+        ConfigError: there are too few receptacles.
     """
-    random = Random(f"{kind} {seed}")  # a string seeds alike on every machine and version
+    random = Random(f"{kind} {seed}")  # a string is the same seed on every machine and Python version
     for _ in range(1000):
         house = _GameBuilder(kind, random, receptacles, objects)
         if house.is_possible:
@@ -130,7 +132,7 @@ def generate_game(kind: str, seed: str, receptacles: int, objects: int) -> tuple
 
 
 class _GameBuilder:
-    """One room, its errand, and what lies where."""
+    """Draws one room, its errand and its objects; `is_possible` says whether this draw has a solution."""
 
     def __init__(self, kind: str, random: Random, receptacles: int, objects: int):
         self.random, self.facts = random, load_facts()
@@ -214,7 +216,7 @@ class _GameBuilder:
         facts_text = "\n".join(f"({fact})" for fact in init)
         goal = self.facts.goals[self.errand.kind]["pddl"].replace("#", "-")
         goal = goal.format(obj=self.errand.object, recep=self.errand.target, toggle=LAMP).rstrip()
-        assert goal.endswith(")")  # the problem's own, before which the metric must stand
+        assert goal.endswith(")")  # closes the problem; the metric goes before it
         metric = "(:metric minimize (total-cost))"
         return f"(define (problem made)\n(:domain alfred)\n(:objects\n{objects})\n(:init\n{facts_text})\n{goal[:-1]}{metric})"
 
@@ -223,27 +225,27 @@ class _GameBuilder:
         names = display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()
-        here, opened = -1, set[int]()
+        location, opened = -1, set[int]()
 
-        def go(where: int, look_in: bool = True) -> None:
-            nonlocal here
-            steps.extend([f"go to {place[where]}"] if where != here else [])
-            here = where
-            if look_in and self.places[where] in self.facts.openable and where not in opened:
-                steps.append(f"open {place[where]}")
-                opened.add(where)
+        def go(target: int, look_in: bool = True) -> None:
+            nonlocal location
+            steps.extend([f"go to {place[target]}"] if target != location else [])
+            location = target
+            if look_in and self.places[target] in self.facts.openable and target not in opened:
+                steps.append(f"open {place[target]}")
+                opened.add(target)
 
         for i in range(2 if self.errand.kind == "pick_two_obj_and_place" else 1):
             go(self.things[i][1])
-            steps.append(f"take {thing[i]} from {place[here]}")
+            steps.append(f"take {thing[i]} from {place[location]}")
             if self.errand.target == LAMP:
                 go(self.things[1][1], look_in=False)
                 return [*steps, f"use {thing[1]}"]
             if verb:
                 go(self.places.index(APPLIANCES[verb]), look_in=False)
-                steps.append(f"{verb.lower()} {thing[i]} with {place[here]}")
+                steps.append(f"{verb.lower()} {thing[i]} with {place[location]}")
             go(self.places.index(self.errand.target))
-            steps.append(f"move {thing[i]} to {place[here]}")
+            steps.append(f"move {thing[i]} to {place[location]}")
         return steps
 
 
@@ -253,7 +255,7 @@ def _repeat_place(word: str) -> list[str]:
 
 
 def _make_id(kind: str, random: Random) -> str:
-    """An id as ALFRED's houses have them: a type, and where it stands."""
+    """An id as in ALFRED: a type and a position."""
     where = "_bar_".join(
         f"{random.choice(('_plus_', '_minus_'))}{random.randrange(10):02d}_dot_{random.randrange(100):02d}"
         for _ in range(3)
