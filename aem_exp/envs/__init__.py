@@ -161,20 +161,22 @@ class World(Protocol):
         """A new environment."""
 
 
-def split_sizes(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
-    """The number of tasks of each split: the given sizes over the default ones.
+def split_sizes(
+    default: Mapping[str, int], sizes: Mapping[str, int] | None, limit: int | None = None
+) -> dict[str, int]:
+    """The number of tasks of each split: the default, replaced by `sizes`.
 
     Raises:
-        ConfigError: a given split does not exist, or its size is below 1 or above `most`.
+        ConfigError: a split of `sizes` does not exist, or its size is below 1 or above `limit`.
     """
-    chosen = {**default, **(given or {})}
-    for split, size in chosen.items():
-        if split not in default or size < 1 or (most is not None and size > most):
-            bounds = "at least 1 task" if most is None else f"1 to {most} tasks"
+    merged = {**default, **(sizes or {})}
+    for split, size in merged.items():
+        if split not in default or size < 1 or (limit is not None and size > limit):
+            bounds = "at least 1 task" if limit is None else f"1 to {limit} tasks"
             raise ConfigError(
                 f"env.make.sizes.{split}", size, f"the splits are {', '.join(default)}; each has {bounds}"
             )
-    return chosen
+    return merged
 
 
 class LazyTasks(Sequence[Task]):

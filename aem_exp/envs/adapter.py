@@ -9,7 +9,7 @@ from typing import Any, Final
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
 
-MAX_ACTION_CHARACTERS: Final = 2000  # characters of an action that are read
+MAX_ACTION_CHARACTERS: Final = 2000  # longest action
 FIRST_SEEDS: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
 
 

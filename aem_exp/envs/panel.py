@@ -47,9 +47,9 @@ def build_panel(
     if tasks > len(full) or not len(full):
         raise ConfigError(fields[1], tasks, f"the panel {name!r} has {len(full)} tasks")
     chosen = select_tasks(world, name, full, range(tasks or len(full)))
-    twice = next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None)
-    if twice is not None:
-        raise ConfigError(fields[0], name, f"two tasks have the id {twice!r}; give each task its own id")
+    duplicate = next((i for i, count in Counter(task.id for task in chosen).items() if count > 1), None)
+    if duplicate is not None:
+        raise ConfigError(fields[0], name, f"two tasks have the id {duplicate!r}; give each task its own id")
     text = json.dumps([asdict(task) for task in chosen], sort_keys=True)
     return Panel(f"{name}[:{tasks}]" if tasks else name, chosen, sha256(text.encode()).hexdigest()[:12])
 

@@ -81,7 +81,7 @@ class _ApptainerSandbox(Sandbox):
             "TMPDIR",
             *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))),
         )
-        self.outer_env = {name: os.environ[name] for name in passed_on if name in os.environ}  # no tokens
+        self.outer_env = {name: os.environ[name] for name in passed_on if name in os.environ}  # passes on no tokens
 
     def start(self) -> None:
         self.layer = Path(tempfile.mkdtemp(prefix="aem-exp-layer-", dir=self._scratch))

@@ -279,7 +279,7 @@ class _BwrapSandbox(Sandbox):
 
     def _enter_command(self, holder: int, folder: str) -> list[str]:
         """The program and arguments that run the command after them inside, in a folder."""
-        limits, at = self.limits, self._mount_folder
+        limits, mounts = self.limits, self._mount_folder
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
             *(_nobody_command() if os.geteuid() == 0 else []),
@@ -292,8 +292,8 @@ class _BwrapSandbox(Sandbox):
             ),
             # A process inside could trace bwrap's process 1 and keep it alive. `unshare` is outside and kills all of them.
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--"),
-            *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host_mounts())),
-            *("--proc", "/proc", "--dev", "/dev", "--bind", f"{at}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
+            *("bwrap", *(["--bind", f"{mounts}/rw/root", "/"] if self._folder else self._host_mounts())),
+            *("--proc", "/proc", "--dev", "/dev", "--bind", f"{mounts}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
             *([] if self._folder else ["--remount-ro", "/"]),
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
             *("--cap-drop", "ALL", "--uid", "0", "--gid", "0", "--hostname", "sandbox", "--clearenv"),
@@ -306,7 +306,7 @@ class _BwrapSandbox(Sandbox):
 
         Each command gets a new root, so that an earlier command cannot redirect the mounts with a link.
         """
-        at, words = self._mount_folder, ["--ro-bind", "/usr", "/usr"]
+        mounts, words = self._mount_folder, ["--ro-bind", "/usr", "/usr"]
         for name in SYSTEM_FOLDERS:
             path = Path("/", name)
             if path.is_symlink():
@@ -314,15 +314,15 @@ class _BwrapSandbox(Sandbox):
             elif path.is_dir():
                 words += ["--ro-bind", str(path), str(path)]
         for name in ("passwd", "group", "hosts", "nsswitch.conf"):
-            words += ["--ro-bind", f"{at}/etc/{name}", f"/etc/{name}"]
+            words += ["--ro-bind", f"{mounts}/etc/{name}", f"/etc/{name}"]
         for name in ETC_FILES:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         for number, inside in enumerate((*WRITABLE_FOLDERS, self.workdir)):
-            words += ["--bind", f"{at}/rw/folder/{number}", inside]
+            words += ["--bind", f"{mounts}/rw/folder/{number}", inside]
         for number, inside in enumerate(self._image.visible_paths):
-            words += ["--ro-bind", f"{at}/{number}", inside]
+            words += ["--ro-bind", f"{mounts}/{number}", inside]
         for inside in self._image.hidden_paths:
-            words += ["--ro-bind", f"{at}/none", inside]
+            words += ["--ro-bind", f"{mounts}/none", inside]
         return words
 
 

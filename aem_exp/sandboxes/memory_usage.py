@@ -15,17 +15,17 @@ MAPPING_OVERHEAD_BYTES: Final = 200  # kernel memory for a mapping
 SHARED_MAPPINGS: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # their names in `maps`
 
 
-def used_bytes(pid: int, most: int) -> int:
+def used_bytes(pid: int, limit: int) -> int:
     """Bytes of a process and all its descendants; 0 if it has ended.
 
     Args:
-        most: if the address space has at most this many bytes, pages that are not resident are not searched for.
+        limit: if the address space has at most this many bytes, pages that are not resident are not searched for.
     """
     processes = [place for one in _process_tree(pid) if (place := _find_live_folder(one))]
     sizes = [_read_numbers(place / "statm")[:3] for place in processes]
     total, resident, shared = (PAGE_BYTES * sum(size[n] for size in sizes if len(size) == 3) for n in range(3))
-    if total > most:
-        resident += _unmapped_bytes(processes, shared, most) + sum(map(_page_table_bytes, processes))
+    if total > limit:
+        resident += _unmapped_bytes(processes, shared, limit) + sum(map(_page_table_bytes, processes))
     return resident + _socket_bytes(processes)
 
 
@@ -52,10 +52,10 @@ def _find_live_folder(pid: int) -> Path | None:
     return None
 
 
-def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
+def _unmapped_bytes(processes: Iterable[Path], resident: int, limit: int) -> int:
     """Bytes of shared anonymous memory that is not resident, each mapping once, and of the kernel's mapping structures.
 
-    Stops when the result exceeds `most`, because reading all mappings may take long.
+    Stops when the result exceeds `limit`, because reading all mappings may take long.
     """
     shared_sizes: dict[str, int] = {}
     mappings = hidden = 0
@@ -68,7 +68,7 @@ def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
                 begin, end = (int(word, 16) for word in words[0].split("-"))
                 shared_sizes[words[4]] = max(shared_sizes.get(words[4], 0), int(words[2], 16) + end - begin)
         hidden = max(0, sum(shared_sizes.values()) - resident) + MAPPING_OVERHEAD_BYTES * mappings
-        if hidden > most:
+        if hidden > limit:
             break
     return hidden
 

@@ -113,7 +113,7 @@ def test_a_game_depends_only_on_its_seed():
     assert set(kinds) == set(KINDS)
 
 
-def test_names_are_alfworlds_own(tmp_path, monkeypatch):
+def test_display_names_equal_alfworlds(tmp_path, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     from alfworld.agents.utils.misc import Demangler
     from textworld.generator.game import EntityInfo
@@ -121,8 +121,8 @@ def test_names_are_alfworlds_own(tmp_path, monkeypatch):
     started = Engine()
     started.start(games.generate_game(KINDS[2], "names", *FULL)[0])
     ids = list(started.game.entities)
-    theirs = Demangler(game_infos={one: EntityInfo(one, "") for one in ids})
-    assert facts.display_names(ids) == {one: theirs.demangle_alfred_name(one) for one in ids}
+    reference = Demangler(game_infos={one: EntityInfo(one, "") for one in ids})
+    assert facts.display_names(ids) == {one: reference.demangle_alfred_name(one) for one in ids}
 
 
 def test_old_games_keep_their_own_verbs():

@@ -315,7 +315,7 @@ TAGGED = [
 
 
 @pytest.mark.parametrize(("response", "action", "valid"), TAGGED)
-def test_tags(response, action, valid):
+def test_tagged_responses(response, action, valid):
     made = Household(tags=True)
     env = made.env()
     env.reset(made.tasks("dev")[0])

@@ -64,7 +64,7 @@ prompt: {{first: "{{observation}}", next: "{{observation}}"}}
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
+def user_folder(tmp_path, monkeypatch):
     (tmp_path / "env").mkdir()
     (tmp_path / "someones.py").write_text(MODULE)
     for name in ("World", "Bare", "NoSplits", "Twice", "Shared", "OneText", "NoExpert"):
@@ -75,12 +75,12 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def open_world(mine, name, *more):
-    return preflight.open_checked_world(load([f"env={name}", *more], mine))
+def open_world(user_folder, name, *more):
+    return preflight.open_checked_world(load([f"env={name}", *more], user_folder))
 
 
-def test_a_world_that_keeps_the_contract_is_accepted(mine):
-    assert open_world(mine, "World").fingerprint == "echo-1"
+def test_a_world_that_keeps_the_contract_is_accepted(user_folder):
+    assert open_world(user_folder, "World").fingerprint == "echo-1"
 
 
 @pytest.mark.parametrize(
@@ -95,36 +95,36 @@ def test_a_world_that_keeps_the_contract_is_accepted(mine):
         ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: ", "60"),
     ],
 )
-def test_a_world_that_breaks_the_contract_is_refused(mine, name, more, prefix, fact):
+def test_a_world_that_breaks_the_contract_is_refused(user_folder, name, more, prefix, fact):
     with pytest.raises(ConfigError) as caught:
-        open_world(mine, name, *more)
+        open_world(user_folder, name, *more)
     assert str(caught.value).startswith(prefix) and fact in str(caught.value)
 
 
-def test_words_must_be_a_list(mine):
+def test_words_must_be_a_list(user_folder):
     from aem_exp import policy
 
-    experiment = load(["env=OneText", "model.make.episodes=1"], mine)
+    experiment = load(["env=OneText", "model.make.episodes=1"], user_folder)
     with pytest.raises(ConfigError, match=r"words\(\)") as caught:
         policy.make_cached(experiment, opening.open_world(experiment))
     assert (caught.value.field, caught.value.value) == ("env.make", "OneText")
 
 
-def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
-    """Its own code is frozen in the run dir; the printed commands keep --config-dir."""
+def test_a_run_can_be_continued_and_evaluated_without_the_users_module(user_folder, capsys, monkeypatch):
+    """The run directory contains a copy of the code. Printed commands keep --config-dir."""
     import sys
 
     small = ["trainer.steps=1", "trainer.tasks_per_step=2", "trainer.group_size=2", "trainer.mini_batch=4"]
     small += ["evaluation.tasks=4", "model.make.episodes=32", "model.make.steps=2", "model.make.habit_steps=1"]
-    assert main(["env=World", *small, "--config-dir", str(mine)]) == 0
-    run_dir = config.run_dir(load(["env=World", *small], mine))
-    (mine / "someones.py").unlink()
+    assert main(["env=World", *small, "--config-dir", str(user_folder)]) == 0
+    run_dir = config.run_dir(load(["env=World", *small], user_folder))
+    (user_folder / "someones.py").unlink()
     monkeypatch.delitem(sys.modules, "someones")
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(mine)])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(user_folder)])
     capsys.readouterr()
-    asked = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(mine)]
-    assert evaluate.main(asked) == 0
-    assert f"--config-dir {mine}" in capsys.readouterr().out
+    arguments = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(user_folder)]
+    assert evaluate.main(arguments) == 0
+    assert f"--config-dir {user_folder}" in capsys.readouterr().out
     assert main([f"from={run_dir}", "trainer.steps=2"]) == 0
 
 
@@ -203,13 +203,13 @@ LEAKS = {  # world -> the leaked task, and facts of the error
 
 
 @pytest.fixture
-def games(mine, monkeypatch):
-    (mine / "guessed.py").write_text(GAMES)
+def games(user_folder, monkeypatch):
+    (user_folder / "guessed.py").write_text(GAMES)
     monkeypatch.setattr(dry_run, "CHECK_SECONDS", DEADLINE)
     monkeypatch.setattr(dry_run, "COMPARE_SECONDS", DEADLINE)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
-        (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
-    return mine
+        (user_folder / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
+    return user_folder
 
 
 @pytest.mark.parametrize("name", LEAKS)

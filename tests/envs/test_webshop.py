@@ -134,17 +134,17 @@ def test_pages_goals_and_rewards_equal_those_of_the_original(official, goals):
     recorded = json.loads((GOLDEN / f"webshop_{goals}.json").read_text())
     files = [official / name for name in FILES]
     products = load_catalogue(files[0], files[1], files[2] if goals == "human" else None)
-    mine, prices = Goals(products, seed=7), draw_prices(products, 7)
-    assert len(mine) == recorded["count"]
+    all_goals, prices = Goals(products, seed=7), draw_prices(products, 7)
+    assert len(all_goals) == recorded["count"]
     for place, (asin, text, attributes, bound, options) in recorded["goals"].items():
-        assert mine[int(place)] == (asin, text, attributes, bound, options)
+        assert all_goals[int(place)] == (asin, text, attributes, bound, options)
 
     def score_purchase(*arguments):
         return score(*arguments, load_noun_tagger("words"))
 
     bought = 0
     for episode in recorded["episodes"]:
-        shop = Shop(products, mine[episode["goal"]], prices, score_purchase)
+        shop = Shop(products, all_goals[episode["goal"]], prices, score_purchase)
         for action, page, clickable, reward in episode["steps"]:
             if action is not None:
                 shop.execute(action)

@@ -24,7 +24,7 @@ from aem_exp.envs.workers import WorkerPool
 SECONDS = 120.0  # more than any request needs, even on a busy machine
 HANG_SECONDS = 6.0  # limit for a request that never returns, and more than the other requests need
 MISCHIEF = '''
-"""An environment whose responses say what it shall do. Each turn counts the calls since the reset."""
+"""An environment that does what a response says. Each turn counts the calls since the reset."""
 
 import ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -693,7 +693,7 @@ def test_closing_ends_the_steps_of_other_threads(open_workers, tmp_path):
 
 
 @pytest.fixture
-def lent(tmp_path, monkeypatch):
+def lending_nodes(tmp_path, monkeypatch):
     """A folder in which two lenders, processes on this machine, are registered; and their processes."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "site.yaml").write_text("interface: lo\n")
@@ -709,13 +709,13 @@ def lent(tmp_path, monkeypatch):
     assert not list(folder.glob("node-*"))
 
 
-def test_lent_workers_give_the_replies_of_a_serial_executor(household, lent):
+def test_lent_workers_give_the_replies_of_a_serial_executor(household, lending_nodes):
     make, play, expected = household
-    assert play(WorkerPool(make, 3, SECONDS, RemoteNodes(lent[0], 0))) == expected
+    assert play(WorkerPool(make, 3, SECONDS, RemoteNodes(lending_nodes[0], 0))) == expected
 
 
-def test_a_lent_worker_that_dies_is_replaced(mischief, lent):
-    folder, lenders = lent
+def test_a_lent_worker_that_dies_is_replaced(mischief, lending_nodes):
+    folder, lenders = lending_nodes
     executor = WorkerPool(mischief, 2, SECONDS, RemoteNodes(folder, 1))
     before = pids(executor, [0, 1])
     assert {psutil.Process(pid).ppid() for pid in before.values()} == {lender.pid for lender in lenders}
@@ -725,8 +725,8 @@ def test_a_lent_worker_that_dies_is_replaced(mischief, lent):
     assert wait_for(lambda: gone(before[1]), SECONDS)
 
 
-def test_a_lent_worker_that_hangs_is_replaced(mischief, lent):
-    executor = WorkerPool(mischief, 1, HANG_SECONDS, RemoteNodes(lent[0], 0))
+def test_a_lent_worker_that_hangs_is_replaced(mischief, lending_nodes):
+    executor = WorkerPool(mischief, 1, HANG_SECONDS, RemoteNodes(lending_nodes[0], 0))
     executor.reset(tasks(0))
     error = executor.step({0: "hang"})[0].error
     assert "hung" in error and "127.0.0.1:" in error
@@ -734,8 +734,8 @@ def test_a_lent_worker_that_hangs_is_replaced(mischief, lent):
     executor.close()
 
 
-def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, lent):
-    folder, lenders = lent
+def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, lending_nodes):
+    folder, lenders = lending_nodes
     executor = WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0))
     executor.reset(tasks(0))
     for lender in lenders:
@@ -746,8 +746,8 @@ def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, l
     assert stopped.value.kind == "node"
 
 
-def test_a_wrong_key_is_refused(mischief, lent):
-    folder, _ = lent
+def test_a_wrong_key_is_refused(mischief, lending_nodes):
+    folder, _ = lending_nodes
     assert (folder / "key").stat().st_mode & 0o077 == 0
     (folder / "key").write_text("another")
     with pytest.raises(ConfigError, match=r"aem_exp\.jobs\.lend") as caught:

@@ -89,7 +89,7 @@ def load_facts() -> HouseFacts:
     folder = Path(spec.submodule_search_locations[0])
     constants = _import_file(folder / "gen" / "constants.py")
     goals = _import_file(folder / "gen" / "goal_library.py").gdict
-    whole = {
+    unsliced = {
         place: sorted(o for o in things if "Sliced" not in o)
         for place, things in constants.VAL_RECEPTACLE_OBJECTS.items()
     }
@@ -98,7 +98,7 @@ def load_facts() -> HouseFacts:
         domain=(folder / "data" / "alfred.pddl").read_text(),
         grammar=(folder / "data" / "alfred.twl2").read_text(),
         goals={kind: goals[kind] for kind in KINDS},
-        holds={place: things for place, things in sorted(whole.items()) if place not in movable},
+        holds={place: things for place, things in sorted(unsliced.items()) if place not in movable},
         takes={verb: sorted(things) for verb, things in sorted(constants.VAL_ACTION_OBJECTS.items())},
         openable=sorted(constants.OPENABLE_CLASS_LIST),
         movable=movable,
@@ -139,26 +139,28 @@ class _GameBuilder:
         rooms, verb = KINDS[kind]
         stock = [place for word in ROOMS[random.choice(rooms)].split() for place in _repeat_place(word)]
         needed = [APPLIANCES[verb]] if verb else []
-        lit = kind == "look_at_obj_in_light"
-        able = (
+        needs_lamp = kind == "look_at_obj_in_light"
+        treatable = (
             self.facts.takes[f"{verb}able"]
             if verb
-            else sorted({o for found in self.facts.holds.values() for o in found})
+            else sorted({thing for things in self.facts.holds.values() for thing in things})
         )
-        target = random.choice(sorted(set(stock) & set(LAMP_PLACES) if lit else set(stock) - set(needed)))
-        fitting = [one for one in able if one != LAMP and (lit or one in self.facts.holds.get(target, ()))]
+        target = random.choice(sorted(set(stock) & set(LAMP_PLACES) if needs_lamp else set(stock) - set(needed)))
+        fitting = [
+            thing for thing in treatable if thing != LAMP and (needs_lamp or thing in self.facts.holds.get(target, ()))
+        ]
         wanted = random.choice(fitting or [""])
         needed.append(target)
         for place in needed:
             stock.remove(place)
         self.places = needed + random.sample(stock, max(0, receptacles - len(needed)))
         random.shuffle(self.places)
-        self.errand = GameErrand(kind, wanted, LAMP if lit else target)
+        self.errand = GameErrand(kind, wanted, LAMP if needs_lamp else target)
         self.things: list[tuple[str, int]] = []
-        own = self._find_places(wanted, avoid=None if lit else target)
-        self.is_possible = bool(wanted and own)
+        starts = self._find_places(wanted, avoid=None if needs_lamp else target)
+        self.is_possible = bool(wanted and starts)
         if self.is_possible:
-            self._place_objects(wanted, own, objects, target if lit else None)
+            self._place_objects(wanted, starts, objects, target if needs_lamp else None)
         self.sentence = random.choice(self.facts.goals[kind]["templates"]).format(
             obj=wanted.lower(), recep=target.lower(), toggle=LAMP.lower()
         )
@@ -166,9 +168,9 @@ class _GameBuilder:
     def _find_places(self, thing: str, avoid: str | None = None) -> list[int]:
         return [i for i, p in enumerate(self.places) if thing in self.facts.holds.get(p, ()) and p != avoid]
 
-    def _place_objects(self, wanted: str, own: list[int], objects: int, lamp_on: str | None) -> None:
+    def _place_objects(self, wanted: str, starts: list[int], objects: int, lamp_on: str | None) -> None:
         copies = 2 if self.errand.kind == "pick_two_obj_and_place" else 1
-        self.things = [(wanted, self.random.choice(own)) for _ in range(copies)]
+        self.things = [(wanted, self.random.choice(starts)) for _ in range(copies)]
         if lamp_on:
             self.things.append((LAMP, self.places.index(lamp_on)))
         others = sorted({o for place in self.places for o in self.facts.holds.get(place, ())} - {wanted, LAMP})
@@ -209,10 +211,10 @@ class _GameBuilder:
             init += [f"{'toggleable' if kind == LAMP else 'pickupable'} {thing}"]
             init += [f"isReceptacleObject {thing}"] if kind in self.facts.movable else []
             init += [
-                f"{verb.lower()} {thing}" for verb, able in self.facts.takes.items() if kind in able and kind != LAMP
+                f"{verb.lower()} {thing}" for verb, types in self.facts.takes.items() if kind in types and kind != LAMP
             ]
         init += [f"canContain {r}Type {o}Type" for r in rtypes for o in otypes if o in self.facts.holds[r]]
-        objects = "\n".join(f"{one} - {kind}" for kind, found in declared.items() for one in found)
+        objects = "\n".join(f"{one} - {kind}" for kind, ids in declared.items() for one in ids)
         facts_text = "\n".join(f"({fact})" for fact in init)
         goal = self.facts.goals[self.errand.kind]["pddl"].replace("#", "-")
         goal = goal.format(obj=self.errand.object, recep=self.errand.target, toggle=LAMP).rstrip()

@@ -40,7 +40,7 @@ def words(receptacles: int) -> tuple[str, ...]:
     """All words, and the phrases that may be one token each. Names are numbered up to the number of receptacles."""
     facts = games.load_facts()
     places = [place.lower() for place in facts.holds]
-    things = [thing.lower() for thing in sorted({thing for held in facts.holds.values() for thing in held})]
+    things = [thing.lower() for thing in sorted({thing for fitting in facts.holds.values() for thing in fitting})]
     numbers = [str(n) for n in range(receptacles + 1)]
     names = [f"{kind} {number}" for kind in (*places, *things, games.LAMP.lower()) for number in numbers[1:]]
     return (*PHRASES, *household.PHRASES, *household.WORDS, *places, *things, *names, *numbers)

@@ -110,7 +110,7 @@ class HouseholdEnv:
         return done >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
 
     def is_done(self, thing: str, place: str, errand: Errand) -> bool:
-        """Whether this object lies where the errand wants it, in the state it wants."""
+        """Whether this object is at the target of the errand, in the required state."""
         if kind_of(place) != errand.target or kind_of(thing) != errand.object:
             return False
         return errand.verb is None or STATE_AFTER[errand.verb] in self.state.get(thing, ())

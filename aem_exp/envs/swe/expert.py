@@ -25,9 +25,9 @@ def next_response(issue: str, observation: str, turns_taken: int, random: Random
 
 def _find_path(issue: str) -> str:
     """The file that an issue names."""
-    found = re.search(r"\w+/\w+\.py", issue)
-    assert found, issue
-    return found[0]
+    match = re.search(r"\w+/\w+\.py", issue)
+    assert match, issue
+    return match[0]
 
 
 def _find_wrong_line(text: str) -> tuple[str, str] | None:

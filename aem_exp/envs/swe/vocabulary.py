@@ -14,12 +14,12 @@ def words() -> list[str]:
     """All words, and the lines and paths that are one token each."""
     lines = [line for _, f, bug in list_bugs() for line in (bug.line, f.right)]
     paths = [f"{package}/{module}.py" for package in PACKAGES for module in MODULES]
-    loose = [
+    single_words = [
         word
         for text in (*_texts(), *ISSUES, OBSERVATION_WORDS, *MODULES, *PACKAGES)
         for word in re.findall(r"[^\W\d_]+|\d+|[^\w\s]", text)
     ]
-    return [*_call_lines(lines, paths), *dict.fromkeys(lines), *paths, *loose, *(str(n) for n in range(200))]
+    return [*_call_lines(lines, paths), *dict.fromkeys(lines), *paths, *single_words, *(str(n) for n in range(200))]
 
 
 def format_call(call: ToolCall) -> str:

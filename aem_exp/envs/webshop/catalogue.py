@@ -25,7 +25,7 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop import search
 
 log = logging.getLogger("aem_exp")
-BUILD_VERSION: Final = 1  # raise when the same files would give another folder
+BUILD_VERSION: Final = 1  # raise when the same files would give another catalogue
 DEFAULT_PRICE: Final = 100.0  # in dollars, for a product without a price
 PIECE: Final = 1 << 20  # characters read at a time
 CACHED_PRODUCTS: Final = 4096  # products in the cache of a process
@@ -51,7 +51,7 @@ class Product:
     query: str
     product_category: str
     asked: list[dict[str, Any]]
-    """The instructions of its goals (see `goals`)."""
+    """The instructions of the product's goals (see `goals`)."""
 
 
 class Catalogue:
@@ -114,10 +114,10 @@ def load_catalogue(
 def _build(
     folder: Path, products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None]
 ) -> None:
-    # entries stay text: a tenth of the memory
+    # entries stay JSON text, which needs a tenth of the memory
     entries = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}
     instructions = dict(_read_elements(human, dict)) if human else None
-    starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
+    starts, asins, with_instructions, prices, seen = [0], list[str](), [], [], set[str]()
     with (folder / "rows.bin").open("wb") as rows:
         for number, (_, raw) in enumerate(_read_elements(products, list)):
             product = _parse_product(raw, entries, instructions, f"{products}: product {number}")
@@ -126,7 +126,7 @@ def _build(
             seen.add(product.asin)
             rows.write(json.dumps(asdict(product)).encode())
             starts.append(rows.tell())
-            instructed += [len(asins)] if product.asked else []
+            with_instructions += [len(asins)] if product.asked else []
             prices.append([*product.prices, *([float("nan")] * (2 - len(product.prices)))])
             asins.append(product.asin)
     if not asins:
@@ -134,7 +134,7 @@ def _build(
     np.save(folder / "starts.npy", np.array(starts))
     np.save(folder / "asins.npy", names := np.array([asin.encode() for asin in asins]))
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
-    np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
+    np.save(folder / "instructed.npy", np.array(with_instructions, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
     search.build_index(folder, _read_search_texts(folder, starts), asins, report_progress)
     digests = [_digest(file) for file in (products, attributes, human) if file]

@@ -163,8 +163,8 @@ def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Coun
     try:
         # unlike multiprocessing.Pool, this raises if a process is killed
         with ProcessPoolExecutor(processors, get_context("spawn")) as pool:
-            for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # limits the texts in memory
-                for counted in pool.map(_count_terms_of_all, some):
+            for batch in iter(lambda: list(islice(parts, 4 * processors)), []):  # limits the texts in memory
+                for counted in pool.map(_count_terms_of_all, batch):
                     yield from counted
     except BrokenProcessPool as error:
         raise OSError(f"one of {processors} indexing processes was killed, perhaps because memory ran out") from error

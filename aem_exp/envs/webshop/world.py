@@ -141,8 +141,8 @@ class WebShop:
             )
         first = self.seed + 1000  # verl-agent's validation seed; it draws again at each validation
         draws = np.random.RandomState(first)
-        drawn = [draws.choice(range(TEST_GOALS), VERL_AGENT_VALIDATION, replace=False) for _ in ("dev", "test")]
-        positions = drawn[0 if split == "dev" else 1]
+        panels = [draws.choice(range(TEST_GOALS), VERL_AGENT_VALIDATION, replace=False) for _ in ("dev", "test")]
+        positions = panels[0 if split == "dev" else 1]
         return [(first + worker, first + worker, int(position)) for worker, position in enumerate(positions)]
 
     def _too_few_goals(self, goals: int) -> ConfigError:
