@@ -98,14 +98,15 @@ class Turn:
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers to log.
 
-    - `won` (0 or 1) is the success that evaluation reports; `score` (0 to 1) is a finer measure of it. The value of the last
-      turn counts for the episode.
+    - `won` (0 or 1) is the success that evaluation reports; set it in every turn of a step. `score` (0 to 1) is a finer measure
+      of success. For both, the value of the last turn counts for the episode.
     - Names that begin with `end_` are metrics of the episode, too. Only the last turn has them.
     - All other metrics belong to their turn and are averaged over turns.
     """
 
     @property
     def done(self) -> bool:
+        """Whether the episode has ended."""
         return self.terminated or self.truncated
 
 
@@ -119,7 +120,7 @@ class TextEnv(Protocol):
     """The goal of the current episode, in the environment's own words. `reset` sets it if it depends on the task."""
 
     def parse(self, response: str) -> str:
-        """The action in a response, without thinking and tags, as later prompts quote it. Must accept any text."""
+        """The action in a response, without thinking and tags, as later prompts quote it. Must not raise for any text."""
 
     def reset(self, task: Task) -> Turn:
         """Start an episode of a task and return its first observation."""
@@ -142,8 +143,9 @@ class World(Protocol):
     - `prepare(say, **keywords)`: a class method that downloads or builds data; `keywords` are those of `make`, and `say`
       prints a line. `python -m aem_exp.prepare` calls it.
     - `words() -> Iterable[str]`: the vocabulary of a small policy (see `aem_exp.tiny`).
-    - `expert(env, random, noise, shyness) -> str`: the response of a scripted expert, which a small policy learns to imitate.
-      With probability `noise` it acts at random; with probability `shyness` it replaces a decisive action by a worse one.
+    - `expert(env, random: Random, noise: float, shyness: float) -> str`: the response of a scripted expert, which a small
+      policy learns to imitate. With probability `noise` it acts at random; with probability `shyness` it replaces a decisive
+      action by a worse one.
     - `oracle(env) -> str`: the response of an expert that knows the solution.
     - `rehearse() -> TextEnv`: an environment for demonstrations, which need no reward. Useful if scoring is slow.
     """
@@ -155,7 +157,7 @@ class World(Protocol):
     """`train`, and the names of the panels (held-out splits)."""
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of a split; the same ones at every call and in every process."""
+        """The tasks of a split, as a list or another sequence such as `LazyTasks`; the same ones in every process."""
 
     def env(self) -> TextEnv:
         """A new environment."""
