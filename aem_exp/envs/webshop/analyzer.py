@@ -202,7 +202,7 @@ def _step_1(word: str) -> str:
 
 
 def _repair_stem(word: str) -> str:
-    """Complete the stem of a participle: `hop(p)`, `fil(e)`."""
+    """Restore the word that a participle ending was removed from: hopp -> hop, fil -> file."""
     if word.endswith(("at", "bl", "iz")):
         return word + "e"
     if len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c":
