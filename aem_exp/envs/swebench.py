@@ -21,10 +21,9 @@ DEV_ROWS: Final = 100
 
 
 class SWEBench(Repositories):
-    """Rows of two data sets.
+    """Rows of two data sets: the panel `test` has all rows of one, and the panel `dev` has rows held out of the other one.
 
-    The panel `test` has all rows of the test data set. The panel `dev` has rows held out of the training data set, chosen by the
-    hash of their ids.
+    The hash of their ids decides which rows are held out.
 
     Args:
         train: hub id or file (.jsonl, .parquet) of the training rows, in the format of SWE-bench (version 5) or R2E-Gym.

@@ -31,9 +31,10 @@ class WebShop:
     Args:
         data: the folder of the official files; null: $WEBSHOP_DATA, else webshop/ in the cache.
         catalogue: `small`: 1,000 products. `full`: 1.18 million products.
-        goals: `synthetic`: built from products and their options. `human`: 12,087 goals that people wrote, for the full catalogue.
-        split: `original`: in one order, goals 0-499 are test, 500-1499 dev, and the rest train. `verl_agent`: each worker shuffles
-            the goals again, so that most validation goals are also training goals; only to compare with published numbers.
+        goals: `synthetic`: built from products and their options. `human`: 12,087 that people wrote, for the full catalogue.
+        split: `original`: in one order, goals 0-499 are test, 500-1499 dev, and the rest train. `verl_agent`: each worker
+            shuffles the goals again, so that most validation goals are also training goals; only to compare with published
+            numbers.
         nouns: `spacy`: the original's tagger, which needs en_core_web_sm. `words`: an approximation without it.
         tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the action.
         reward: paid on a purchase, see `pays`.
