@@ -193,7 +193,7 @@ def fetch(source: str, split: str, revision: str | None, field: str, say: Callab
     file = _cached_file(source, split, revision)
     if _is_file(source) or file.is_file():
         return
-    extras.require_training(field, source, "fetching it", ["datasets"])
+    extras.require_training(field, source, "downloading it", ["datasets"])
     import datasets
 
     say(f"fetch   {source} ({split})")
