@@ -1,8 +1,61 @@
-"""The contract of environments.
+"""The contract between the framework and an environment.
 
-A `World` lists the tasks of each split and makes text environments; an environment parses the model's responses, applies its
-own rules and pays its own rewards, and takes all randomness from the task, so that all members of a group play the same
-game.
+A `World` lists the tasks of each split and makes environments. A `TextEnv` plays one episode at a time: it parses the policy's
+responses, applies its own rules and pays its own rewards. It takes all randomness from the task, so that all members of a
+group play the same game.
+
+A minimal world, in a file `guess.py`:
+
+    from collections.abc import Sequence
+    from random import Random
+
+    from aem_exp.envs import LazyTasks, Task, Turn
+
+
+    class GuessEnv:
+        goal = "guess a number from 1 to 8"
+
+        def parse(self, response: str) -> str:
+            return response.strip()
+
+        def reset(self, task: Task) -> Turn:
+            self.number = Random(task.seed).randint(1, 8)
+            return Turn("Guess a number from 1 to 8.", metrics={"won": 0.0})
+
+        def step(self, response: str) -> Turn:
+            guess = self.parse(response)
+            if not guess.isdecimal():
+                return Turn("Answer with a number.", valid=False, metrics={"won": 0.0})
+            won = int(guess) == self.number
+            hint = "higher" if int(guess) < self.number else "lower"
+            return Turn("right" if won else hint, reward=float(won), terminated=won, metrics={"won": float(won)})
+
+        def close(self) -> None:
+            pass
+
+
+    class GuessWorld:
+        fingerprint = "guess-1"  # raise the number when the rules change
+        splits = ("train", "dev", "test")
+
+        def tasks(self, split: str) -> Sequence[Task]:
+            first_seed = 10**6 * self.splits.index(split)  # no seed is in two splits
+            return LazyTasks(500, lambda index: Task(f"{split}-{index}", seed=first_seed + index))
+
+        def env(self) -> GuessEnv:
+            return GuessEnv()
+
+Its config, `env/guess.yaml` in a folder that `--config-dir` names:
+
+    name: guess
+    make: {_target_: guess.GuessWorld}
+    history: full
+    max_turns: 4
+    response_tokens: 8
+    context_tokens: 256
+    prompt: {first: "{observation}", next: "{observation}"}
+
+Before a run, the framework checks the world against this contract and plays two episodes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +70,13 @@ class Task:
     """One task of a split."""
 
     id: str
+    """A name that no other task of the world has."""
     seed: int = 0
     """The environment's only source of randomness."""
     kind: str = ""
-    """Its type, by which evaluation breaks results down."""
+    """The type of the task. Evaluation also reports results for each kind."""
     payload: dict[str, Any] = field(default_factory=dict)
-    """What else the environment needs, as JSON can hold it."""
+    """Further data for the environment. JSON must preserve it: dicts with string keys, lists, strings, numbers, bools, None."""
 
 
 @dataclass(frozen=True)
@@ -30,85 +84,110 @@ class Turn:
     """The state of an episode after a reset or a step."""
 
     observation: str
-    """The text that the policy is shown."""
+    """The text that the policy reads."""
     reward: float = 0.0
-    """The reward of the step (0.0 after a reset)."""
+    """The reward of this step; 0.0 after a reset."""
     terminated: bool = False
     """The episode ended by the environment's own rules (won or lost)."""
     truncated: bool = False
-    """The environment cut the episode short."""
+    """The environment stopped the episode early, for example at a time limit."""
     valid: bool = True
     """The response had the form of an action."""
     actions: tuple[str, ...] | None = None
-    """The admissible actions, if the environment lists them."""
+    """The admissible actions; None if the environment does not list them."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers to log. `won` (0 or 1) is the success that evaluation reports and `score` (0 to 1) a finer one; both are of the
-    episode, as its last turn has them, and so are those whose names begin with `end_`, which only the last turn has. All
-    others are of the turn, and averaged over turns."""
+    """Numbers to log.
+
+    - `won` (0 or 1) is the success that evaluation reports; set it in every turn of a step. `score` (0 to 1) is a finer measure
+      of success. For both, the value of the last turn counts for the episode.
+    - Names that begin with `end_` are metrics of the episode, too. Only the last turn has them.
+    - All other metrics belong to their turn and are averaged over turns.
+    """
 
     @property
     def done(self) -> bool:
+        """Whether the episode has ended."""
         return self.terminated or self.truncated
 
 
 class TextEnv(Protocol):
-    """One environment, which has one episode at a time and is reused by `reset`.
+    """One environment. It plays one episode at a time; `reset` starts the next episode.
 
-    `goal` is the goal of this episode in the environment's own words (set by `reset`). `parse` returns the action of a response
-    as later prompts quote it, without thinking and tags; it never raises.
+    `reset` and `step` may raise: the trajectory is then excluded from the loss, and a new environment replaces this one.
     """
 
     goal: str
+    """The goal of the current episode, in the environment's own words. `reset` sets it if it depends on the task."""
 
-    def parse(self, response: str) -> str: ...
+    def parse(self, response: str) -> str:
+        """The action in a response, without thinking and tags, as later prompts quote it. Must not raise for any text."""
 
-    def reset(self, task: Task) -> Turn: ...
+    def reset(self, task: Task) -> Turn:
+        """Start an episode of a task and return its first observation."""
 
-    def step(self, response: str) -> Turn: ...
+    def step(self, response: str) -> Turn:
+        """Carry out the action in a response."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release resources."""
 
 
 class World(Protocol):
-    """The tasks of each split, and environments for them: what a `conf/env/*.yaml` names with `make._target_`.
+    """The tasks of each split, and environments for them. A `conf/env/*.yaml` names the class as `make._target_`.
 
-    `fingerprint` changes whenever the same task id could play differently (rules, grammar, data); runs with different
-    fingerprints are never compared. Optional attributes:
+    Optional attributes and methods:
 
-    - `own_process = True`: its environments are stepped in a worker process even if `launch.workers` is 0;
-    - `external = True`: an environment starts a program (a JVM, a container, a sandbox) or connects to a server; none is
-      then made to try the world before a run (see `dry_run`);
-    - `prepare(say, **keywords of make)`: a class method that fetches what it needs;
-    - `words() -> Iterable[str]`: the vocabulary of a small policy (see `tiny`);
-    - `expert(env, random: Random, noise: float, shyness: float) -> str`: the response of its scripted expert;
-    - `oracle(env) -> str`: the response of an expert that knows the solution;
-    - `rehearse()`: an environment for demonstrations, which need no reward, if scoring is slow.
+    - `own_process = True`: step the environments in a worker process even if `launch.workers` is 0.
+    - `external = True`: an environment starts a program (a JVM, a container, a sandbox) or connects to a server. The check
+      before a run then plays no episode (see `aem_exp.jobs.dry_run`).
+    - `prepare(say, **keywords)`: a class method that downloads or builds data; `keywords` are those of `make`, and `say`
+      prints a line. `python -m aem_exp.prepare` calls it.
+    - `words() -> Iterable[str]`: the vocabulary of a small policy (see `aem_exp.tiny`).
+    - `expert(env, random: Random, noise: float, shyness: float) -> str`: the response of a scripted expert, which a small
+      policy learns to imitate. With probability `noise` it acts at random; with probability `shyness` it replaces a decisive
+      action by a worse one.
+    - `oracle(env) -> str`: the response of an expert that knows the solution.
+    - `rehearse() -> TextEnv`: an environment for demonstrations, which need no reward. Useful if scoring is slow.
     """
 
     fingerprint: str
-    splits: tuple[str, ...]  # train, and the panels
+    """Must change whenever the same task id could play differently (rules, grammar, data). Runs with different fingerprints
+    are never compared."""
+    splits: tuple[str, ...]
+    """`train`, and the names of the panels (held-out splits)."""
 
-    def tasks(self, split: str) -> Sequence[Task]: ...
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of a split, as a list or another sequence such as `LazyTasks`; the same ones in every process."""
 
-    def env(self) -> TextEnv: ...
+    def env(self) -> TextEnv:
+        """A new environment."""
 
 
-def split_sizes(default: Mapping[str, int], given: Mapping[str, int] | None, most: int | None = None) -> dict[str, int]:
-    """Tasks per split: the default's, replaced by those that are given.
+def split_sizes(
+    default: Mapping[str, int], sizes: Mapping[str, int] | None, limit: int | None = None
+) -> dict[str, int]:
+    """The number of tasks of each split: the default, replaced by `sizes`.
 
     Raises:
-        ConfigError: there is no such split, or it would have no task, or more than `most`.
+        ConfigError: a split of `sizes` does not exist, or its size is below 1 or above `limit`.
     """
-    chosen = {**default, **(given or {})}
-    for split, size in chosen.items():
-        if split not in default or size < 1 or (most is not None and size > most):
-            bounds = "at least 1 each" if most is None else f"1 to {most}"
-            raise ConfigError(f"env.make.sizes.{split}", size, f"give {', '.join(default)} {bounds}")
-    return chosen
+    merged = {**default, **(sizes or {})}
+    for split, size in merged.items():
+        if split not in default or size < 1 or (limit is not None and size > limit):
+            bounds = "at least 1 task" if limit is None else f"1 to {limit} tasks"
+            raise ConfigError(
+                f"env.make.sizes.{split}", size, f"the splits are {', '.join(default)}; each has {bounds}"
+            )
+    return merged
 
 
 class LazyTasks(Sequence[Task]):
-    """Tasks that are made on access, the same ones every time."""
+    """A sequence of tasks that are built on access.
+
+    Args:
+        count: the number of tasks.
+        draw: builds the task of an index. It must return the same task every time.
+    """
 
     def __init__(self, count: int, draw: Callable[[int], Task]) -> None:
         self._size, self._draw = count, draw

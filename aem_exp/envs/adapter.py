@@ -1,5 +1,6 @@
-"""Base classes of adapters to other libraries' environments: one task per seed, actions chosen by name, success decided by
-the total reward.
+"""Base classes of adapters to environments of other libraries.
+
+Each task is a seed, the policy names its actions, and the total reward of an episode decides success.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,14 +9,15 @@ from typing import Any, Final
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
 
-MAX_ACTION_CHARACTERS: Final = 2000  # characters of an action that are read
+MAX_ACTION_CHARACTERS: Final = 2000  # longest action
 FIRST_SEEDS: Final = {"train": 0, "dev": 10**6, "test": 2 * 10**6}  # the first seed of each split
 
 
 class AdapterEnv:
-    """One environment of another library, spoken to in text.
+    """One environment of another library, with text as observations and actions.
 
-    A response that names none of `actions` changes nothing and is invalid; without `actions`, any text is an action.
+    A response that names none of the world's `actions` is invalid and changes nothing. If `actions` is None, any text is an
+    action.
     """
 
     def __init__(self, world: "AdapterWorld"):
@@ -47,11 +49,11 @@ class AdapterEnv:
         return self._turn(self._world.reward * reward, terminated, truncated, admissible, metrics)
 
     def start_game(self, seed: int) -> str:
-        """Start a game; what is seen."""
+        """Start a game and return its first observation."""
         raise NotImplementedError
 
     def apply_action(self, action: Any) -> tuple[str, float, bool, bool]:
-        """Do something: what is seen, what it earns, whether the game ended, whether it was cut short."""
+        """Take an action. Returns observation, reward, terminated, truncated."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -77,7 +79,16 @@ class AdapterEnv:
 
 
 class AdapterWorld:
-    """Games of one environment, each a seed."""
+    """Games of one environment; each task is a seed.
+
+    Args:
+        actions: name -> action; None: the environment takes text.
+        goal: the goal of a game. Prompts quote it.
+        wins: an episode is a success if its total reward is at least this.
+        tags: responses must be `<think>..</think><action>..</action>`.
+        reward: factor for the environment's rewards.
+        sizes: tasks per split.
+    """
 
     splits = tuple(FIRST_SEEDS)
 
@@ -94,7 +105,7 @@ class AdapterWorld:
         self.goal, self.wins, self.tags, self.reward = goal, wins, tags, reward
         self.sizes = split_sizes({"train": 4096, "dev": 128, "test": 128}, sizes, FIRST_SEEDS["dev"])
         if not goal.strip():
-            raise ConfigError("env.make.goal", goal, "must say what a game asks for; prompts quote it")
+            raise ConfigError("env.make.goal", goal, "must describe the goal of a game; prompts quote it")
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in FIRST_SEEDS:

@@ -1,6 +1,6 @@
-"""Downloads of large files, which resume, and safe unpacking of zip archives.
+"""Downloads large files, with resume, and unpacks zip archives safely.
 
-No public function of a library does this for any URL: huggingface_hub's `http_get` is internal, datasets and pooch do not resume.
+No library has a public function for this: `http_get` of huggingface_hub is internal, and datasets and pooch do not resume.
 """
 
 import errno
@@ -19,20 +19,26 @@ from aem_exp.core.console import progress_bar
 from aem_exp.core.errors import ConfigError
 
 CHUNK_BYTES: Final = 1 << 20
-TIMEOUT_SECONDS: Final = 30.0  # seconds without a byte
+TIMEOUT_SECONDS: Final = 30.0  # without receiving a byte
 
 
 def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
-    """Download a file of a known size in bytes, unless it is there already.
+    """Download a file, unless it already exists with the right size.
+
+    Args:
+        size: the expected size in bytes.
+        say: prints a line.
 
     Raises:
-        ConfigError: the download failed, or it is another file.
+        ConfigError: the download failed, or the file has another size.
     """
     disk.check_writable(file.parent, "data")
     if file.exists() and file.stat().st_size == size:
         return file
     if shutil.disk_usage(file.parent).free < 4 * size:
-        raise ConfigError("data", str(file.parent), f"has no room for {size / 1e6:.0f} MB and what is in them")
+        raise ConfigError(
+            "data", str(file.parent), f"has too little free space for {size / 1e6:.0f} MB and its content"
+        )
     say(f"fetch   {url}")
     part = file.with_name(f"{file.name}.part")
     try:
@@ -43,46 +49,46 @@ def fetch(url: str, file: Path, size: int, say: Callable[[str], None]) -> Path:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         reason = getattr(error, "reason", None) or repr(error)
-        remedy = f"download failed ({reason}); run this again, or download it elsewhere and save it as {file}"
+        remedy = f"download failed ({reason}); run the command again, or download it elsewhere and save it as {file}"
         raise ConfigError("data", url, remedy) from error
     return file
 
 
 def _download(url: str, part: Path, size: int, report_progress: Callable[[int, int], None]) -> None:
-    """Continue a partial file until it has its size.
+    """Continue a partial file until it is complete.
 
     Raises:
-        OSError: the connection failed; the partial file stays.
-        ValueError: it is another file; the partial file is removed.
+        OSError: the connection failed. The partial file is kept.
+        ValueError: the file on the server has another size. The partial file is removed.
     """
     done = part.stat().st_size if part.exists() else 0
     if done >= size:
         done = 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        done = done if response.status == 206 else 0  # the server may ignore the range
+        done = done if response.status == 206 else 0  # a server may ignore the range and send the whole file
         remaining = int(response.headers.get("Content-Length") or size - done)
         if done + remaining != size:
             part.unlink(missing_ok=True)
-            raise ValueError(f"it has {done + remaining:,} bytes, and should have {size:,}: another file")
+            raise ValueError(f"wrong file: it has {done + remaining:,} bytes instead of {size:,}")
         with part.open("r+b" if done else "wb") as file:
             file.seek(done)
             while chunk := response.read(CHUNK_BYTES):
                 done += len(chunk)
                 if done > size:
                     part.unlink()
-                    raise ValueError(f"it has more than the {size:,} bytes that it should have: another file")
+                    raise ValueError(f"wrong file: it has more than {size:,} bytes")
                 file.write(chunk)
                 report_progress(done, size)
     if done < size:
-        raise OSError(f"the connection broke off after {done:,} of {size:,} bytes")
+        raise OSError(f"the connection was lost after {done:,} of {size:,} bytes")
 
 
 def unzip(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Unpack an archive. Each member is checked by its CRC, and one that would be written outside the folder is refused.
+    """Unpack an archive and check the CRC of each member.
 
     Raises:
-        ConfigError: the archive is damaged, or has such a member.
+        ConfigError: the archive is damaged, or a member would be written outside the folder.
     """
     say(f"unpack  {archive.name}")
     root = os.path.realpath(folder)
@@ -91,10 +97,11 @@ def unzip(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
             names = members.namelist()
             for number, name in enumerate(names, start=1):
                 if os.path.commonpath([os.path.realpath(folder / name), root]) != root:
-                    raise ConfigError("data", str(archive), f"holds {name!r}, which lies elsewhere: not unpacked")
+                    raise ConfigError("data", str(archive), f"its member {name!r} would be written outside {folder}")
                 members.extract(name, folder)
                 report_progress(number, len(names))
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        raise ConfigError("data", str(archive), f"cannot be unpacked ({error}); remove it, and ask again") from error
+        remedy = f"cannot be unpacked ({error}); remove it and run the command again"
+        raise ConfigError("data", str(archive), remedy) from error

@@ -1,7 +1,4 @@
-"""Where environments are stepped (`EnvExecutor`), and which return values of an environment are accepted.
-
-An error of one environment fails its own slot only.
-"""
+"""Steps environments (`EnvExecutor`) and checks what they return. An error of one environment affects only its own slot."""
 
 import json
 import math
@@ -16,8 +13,8 @@ from typing import Any, Final, Protocol
 from aem_exp.envs import Task, TextEnv, Turn, World
 
 MAX_TEXT_BYTES: Final = 1 << 24  # bytes of one text that an environment may return
-ERROR_CHARACTERS: Final = 300  # characters of an error
-TRACE_CHARACTERS: Final = 10_000  # characters of its trace
+ERROR_CHARACTERS: Final = 300  # longest error
+TRACE_CHARACTERS: Final = 10_000  # longest trace
 
 
 @dataclass(frozen=True)
@@ -27,37 +24,45 @@ class Reply:
     turn: Turn | None
     """None if the environment failed."""
     goal: str = ""
-    """The environment's goal, after the call."""
+    """The environment's goal after the call."""
     action: str = ""
-    """The action that it parsed from the response, after a step."""
+    """After a step: the action that the environment parsed from the response."""
     error: str = ""
-    """How it failed, in one line."""
+    """The error in one line; empty if the call succeeded."""
     trace: str = ""
-    """The traceback, or what a process that died last wrote to stderr."""
+    """The traceback, or the end of stderr if a worker process died or hung."""
 
 
 class EnvExecutor(Protocol):
-    """Steps environments in slots, which are small numbers and are reused.
+    """Resets and steps environments, each in a numbered slot.
 
-    A slot that got an error must be reset before its next step, and then works again. `close` may be called twice. Several
-    threads may reset and step, each its own slots.
+    After an error, a slot must be reset before its next step. Several threads may call `reset` and `step`, each for its own
+    slots.
     """
 
-    def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]: ...
+    def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
+        """Start an episode in each slot: slot -> task. Returns the replies in the same order."""
 
-    def step(self, responses: Mapping[int, str]) -> dict[int, Reply]: ...
+    def step(self, responses: Mapping[int, str]) -> dict[int, Reply]:
+        """Step each slot: slot -> response. Returns the replies in the same order."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close all environments. May be called twice."""
 
 
 class SerialExecutor:
-    """Environments in this process, one after another. The one of a slot, `envs[slot]`, is made once (by `make`, or the world's
-    `env`) and reused until it fails."""
+    """Steps environments in this process, one after another.
+
+    The environment of a slot is reused until it fails.
+
+    Args:
+        make: makes an environment; None: `world.env`.
+    """
 
     def __init__(self, world: World, make: Callable[[], TextEnv] | None = None):
         self._make = make or world.env
         self._lock = threading.Lock()  # one call at a time: environments may share data of their world
-        self.envs: dict[int, TextEnv] = {}
+        self.envs: dict[int, TextEnv] = {}  # by slot
 
     def reset(self, tasks: Mapping[int, Task]) -> dict[int, Reply]:
         return {slot: self._call_locked(slot, task) for slot, task in tasks.items()}
@@ -67,7 +72,7 @@ class SerialExecutor:
         return {slot: self._call_locked(slot, response) for slot, response in responses.items()}
 
     def close(self) -> None:
-        with ExitStack() as closing:  # closes all of them even if one raises
+        with ExitStack() as closing:  # closes all environments even if one raises
             while self.envs:
                 closing.callback(self.envs.popitem()[1].close)
 
@@ -89,16 +94,16 @@ class SerialExecutor:
                 turn, action = check_turn("reset", env.reset(task_or_response)), ""
             return Reply(turn, check_text("goal", env.goal), action)
         except Exception as error:
-            with suppress(Exception):  # KeyError: it was not made
+            with suppress(Exception):  # KeyError if the environment was never made
                 self.envs.pop(slot).close()
             return error_reply(error)
 
 
 def check_turn(call: str, turn: Any) -> Turn:
-    """The Turn that an environment returned, with plain values.
+    """The Turn that an environment returned, converted to plain Python values.
 
     Raises:
-        TypeError, ValueError: it returned something else.
+        TypeError, ValueError: it is not a Turn, or a field has a wrong value.
     """
     if not isinstance(turn, Turn):
         raise TypeError(f"{call} must return a Turn, not {type_name(turn)}")
@@ -118,24 +123,24 @@ def check_turn(call: str, turn: Any) -> Turn:
 
 
 def check_text(name: str, value: Any) -> str:
-    """A text that any tokenizer and any file accept.
+    """The value, if it is a text that any tokenizer and any file accept.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        TypeError, ValueError: it is not a str, not valid Unicode, or too long.
     """
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, not {type_name(value)}")
     try:
         size = len(value.encode())
-    except UnicodeEncodeError as error:  # no tokenizer and no file would accept it
-        raise ValueError(f"{name} is not Unicode text: {error.reason} at character {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error.reason} at character {error.start}") from None
     if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{name} has {size:,} bytes, more than the {MAX_TEXT_BYTES:,} that are allowed")
+        raise ValueError(f"{name} has {size:,} bytes; at most {MAX_TEXT_BYTES:,} are allowed")
     return str(value)
 
 
 def type_name(value: Any) -> str:
-    """The type of a value, with its module unless it is built in."""
+    """The name of a value's type, with its module unless the type is built in."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
@@ -147,18 +152,20 @@ def _check_number(name: str, value: Any) -> float:
 
 
 def serialize_task(task: Task) -> dict[str, Any]:
-    """The task as JSON holds it, so that it is the same here and in a worker.
+    """The task as a JSON object, so that a worker process gets the same task.
 
     Raises:
-        TypeError, ValueError: JSON would change its payload.
+        TypeError, ValueError: JSON does not preserve its payload.
     """
     if json.loads(json.dumps(task.payload, allow_nan=False)) != task.payload:
-        raise TypeError("Task.payload must be plain: dicts with str keys, lists (no tuples), str, numbers, bools, None")
+        raise TypeError(
+            "Task.payload may contain only dicts with str keys, lists (no tuples), str, finite numbers, bools and None"
+        )
     return asdict(task)
 
 
 def error_reply(error: str | Exception, trace: str = "") -> Reply:
-    """A reply with an error in one line, of characters that any file can hold."""
+    """A failed reply. Error and trace are cut to their limits, and contain only characters that any file can hold."""
     if isinstance(error, Exception):
         trace = "".join(traceback.format_exception(error))
         error = "".join(traceback.format_exception_only(error))

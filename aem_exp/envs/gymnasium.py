@@ -1,4 +1,4 @@
-"""Adapter to Gymnasium: any environment whose observations, or whose rendering, are text."""
+"""Adapter to Gymnasium, for any environment whose observations or renderings are text."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _COLOUR_NAMES: Final = {
     5: "purple",
     6: "cyan",
     7: "white",
-}  # last digit of a code
+}  # by the last digit of a code
 
 
 class GymnasiumEnv(AdapterEnv):
@@ -50,19 +50,19 @@ class GymnasiumEnv(AdapterEnv):
         if not isinstance(text, str):
             kind = type(observation).__name__
             raise TypeError(
-                f"its observations are {kind}, and it renders no text: kwargs: {{render_mode: ansi}}, where it can"
+                f"its observations are {kind} and it renders no text; set kwargs: {{render_mode: ansi}} if it supports that"
             )
         return describe_colours(text).strip()
 
 
 def describe_colours(text: str) -> str:
-    """A text for a terminal in plain words: what is coloured stands in brackets, with its colour where there are several."""
+    """A terminal text without colour codes: coloured parts are in brackets, with the colour if there are several colours."""
     before, *rest = _COLOUR_CODE.split(text)
     pieces: list[tuple[list[str], str]] = []
     names: list[str] = []
     for codes, piece in zip(rest[::2], rest[1::2], strict=True):
         colours = [_COLOUR_NAMES.get(int(code) % 10, "") for code in codes.split(";") if len(code) > 1]
-        names = [*names, *filter(None, colours)] if colours else []  # no colour: all of them end
+        names = [*names, *filter(None, colours)] if colours else []  # a code without colour is a reset
         pieces.append((names, piece))
     several = len({name for names, piece in pieces for name in names if piece}) > 1
     return before + "".join(
@@ -75,14 +75,14 @@ class Gymnasium(AdapterWorld):
     """Games of a registered environment.
 
     Args:
-        id: as `gymnasium.make` takes it; `module:Name-v0` imports the module first.
-        kwargs: the environment's own.
-        actions: name -> action; null: it takes text.
-        goal: what a game asks for.
-        wins: an episode that earned so much is a success.
-        tags: responses are `<think>..</think><action>..</action>`.
-        reward: multiplies the environment's.
-        sizes: games per split.
+        id: the id for `gymnasium.make`; `module:Name-v0` imports the module first.
+        kwargs: further keywords for `gymnasium.make`.
+        actions: name -> action; null: the environment takes text.
+        goal: the goal of a game. Prompts quote it.
+        wins: an episode is a success if its total reward is at least this.
+        tags: responses must be `<think>..</think><action>..</action>`.
+        reward: factor for the environment's rewards.
+        sizes: tasks per split.
     """
 
     def __init__(
@@ -103,22 +103,21 @@ class Gymnasium(AdapterWorld):
 
         self.id, self.kwargs = id, dict(kwargs or {})
         try:
-            with warnings.catch_warnings(action="ignore"):  # errors are reported below
+            with warnings.catch_warnings(action="ignore"):  # the error below is enough
                 env = gymnasium.make(id, **self.kwargs)
                 space, mode = env.action_space, env.render_mode
                 env.close()
-        except Exception as error:  # its own errors, and whatever the environment raises
-            why = " ".join(str(error).split())
-            raise ConfigError("env.make.id", id, f"Gymnasium does not make it: {why}") from error
+        except Exception as error:  # Gymnasium's own errors, and any error of the environment
+            reason = " ".join(str(error).split())
+            raise ConfigError("env.make.id", id, f"Gymnasium cannot make this environment: {reason}") from error
         if actions is None and not isinstance(space, gymnasium.spaces.Text):
-            raise ConfigError("env.make.actions", None, f"must name this environment's actions, which are {space}")
+            raise ConfigError("env.make.actions", None, f"must name the actions of this environment: {space}")
         for name, action in (actions or {}).items():
             if not space.contains(action):
-                raise ConfigError(f"env.make.actions.{name}", action, f"is no action of this environment: {space}")
+                raise ConfigError(f"env.make.actions.{name}", action, f"is not an action of this environment: {space}")
         if mode not in (None, "ansi"):
-            raise ConfigError(
-                "env.make.kwargs.render_mode", mode, "renders no text: ansi, or none where it returns text"
-            )
+            remedy = "renders no text; use ansi, or leave it out if the observations are text"
+            raise ConfigError("env.make.kwargs.render_mode", mode, remedy)
         settings = [RULES_VERSION, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
         self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
 

@@ -12,7 +12,7 @@ from aem_exp.core.errors import ConfigError, MissingOnThisMachine, MissingResour
 from aem_exp.core.extras import install_command
 from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
-METADATA_SECONDS: Final = 10.0  # seconds for a server to tell what it is
+METADATA_SECONDS: Final = 10.0  # for a server to describe itself
 
 
 class OpenEnvEnv(AdapterEnv):
@@ -36,28 +36,28 @@ class OpenEnvEnv(AdapterEnv):
     def _text(self, observation: dict[str, Any]) -> str:
         if self._fields[1] not in observation:
             raise KeyError(
-                f"the server's observations have no {self._fields[1]!r}, but {', '.join(sorted(observation))}"
+                f"the server's observations have no field {self._fields[1]!r}; they have {', '.join(sorted(observation))}"
             )
         return str(observation[self._fields[1]])
 
 
 class OpenEnv(AdapterWorld):
-    """Games of a server, each a seed, which the server must honour.
+    """Games of a server. Each task is a seed, and the server must use it.
 
     Args:
         base_url: address of the server.
-        action_field: field of the server's actions that holds the text.
-        observation_field: field of the server's observations that holds the text.
-        actions: name -> value of the action field; null: it takes text.
-        goal: what a game asks for.
-        wins: an episode that earned so much is a success.
-        tags: responses are `<think>..</think><action>..</action>`.
-        reward: multiplies the server's.
-        seconds: time limit of an answer.
-        sizes: games per split.
+        action_field: the field of the server's actions that contains the text.
+        observation_field: the field of the server's observations that contains the text.
+        actions: name -> value of the action field; null: the server takes text.
+        goal: the goal of a game. Prompts quote it.
+        wins: an episode is a success if its total reward is at least this.
+        tags: responses must be `<think>..</think><action>..</action>`.
+        reward: factor for the server's rewards.
+        seconds: time limit of a request.
+        sizes: tasks per split.
     """
 
-    external = True  # a session of the server for each environment
+    external = True  # each environment opens a session of the server
 
     def __init__(
         self,
@@ -91,14 +91,14 @@ class OpenEnv(AdapterWorld):
         return OpenEnvEnv(self)
 
     def _request_json(self, path: str) -> Any:
-        """A description that the server gives of itself; None from an old server, which has none."""
+        """A description of the server; None if the server is too old to have it."""
         try:
             with urllib.request.urlopen(self.base_url + path, timeout=METADATA_SECONDS) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
                 return None
-            why = getattr(error, "reason", None) or repr(error)
+            reason = getattr(error, "reason", None) or repr(error)
             raise MissingOnThisMachine(
-                "env.make.base_url", self.base_url, f"no OpenEnv server answers there ({why}); start it"
+                "env.make.base_url", self.base_url, f"no OpenEnv server answers at this address ({reason}); start it"
             ) from error

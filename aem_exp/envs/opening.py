@@ -1,4 +1,4 @@
-"""From the config of an environment to its world, which is refused unless it has what a world promises."""
+"""Makes the world that a config names, and refuses it if it does not have the attributes of `aem_exp.envs.World`."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ def open_world(experiment: Experiment) -> World:
     """The world that the config names.
 
     Raises:
-        ConfigError: it cannot be opened, or is no world.
+        ConfigError: the world cannot be made, or an attribute is missing or has the wrong type.
     """
     make = experiment.env.make
     path = make["_target_"]
@@ -22,15 +22,17 @@ def open_world(experiment: Experiment) -> World:
         world: World = instantiate(make)
     for name in ("fingerprint", "splits", "tasks", "env"):
         with wrap_call_errors(ENV_TARGET, path, name):
-            there = hasattr(world, name)
-        if not there:
-            raise ConfigError(ENV_TARGET, path, f"has no {name}, which aem_exp.envs.World asks for")
+            exists = hasattr(world, name)
+        if not exists:
+            raise ConfigError(
+                ENV_TARGET, path, f"has no attribute {name}; every world needs it (see aem_exp.envs.World)"
+            )
         if name in ("tasks", "env") and not callable(getattr(world, name)):
-            raise ConfigError(ENV_TARGET, path, f"its {name} must be a method")
+            raise ConfigError(ENV_TARGET, path, f"{name} must be a method")
     names = [] if isinstance(world.splits, str) or not isinstance(world.splits, Iterable) else list(world.splits)
     if not isinstance(world.fingerprint, str) or "train" not in names:
-        remedy = "must have a text as its fingerprint, and a tuple of names, train among them, as its splits"
+        remedy = "fingerprint must be a str, and splits a tuple of names that includes train"
         raise ConfigError(ENV_TARGET, path, remedy)
     if names == ["train"]:
-        raise ConfigError(ENV_TARGET, path, "its splits must name held-out panels beside train, such as dev and test")
+        raise ConfigError(ENV_TARGET, path, "splits must also name held-out panels, such as dev and test")
     return world

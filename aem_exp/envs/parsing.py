@@ -1,6 +1,4 @@
-"""How environments parse a response into an action: in tags, as verl-agent does (`<think>..</think><action>..</action>`),
-or as the whole response.
-"""
+"""Parses a response into an action: in tags as in verl-agent (`<think>..</think><action>..</action>`), or the whole response."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +8,13 @@ _CHINESE: Final = re.compile(r"[\u4e00-\u9fff]")
 
 
 def parse_tagged(response: str, longest: int, tail: int = 30) -> tuple[str, bool]:
-    """The action that a response asks for, and whether it has the form.
+    """The action in a response, and whether the response is valid.
 
-    Of several actions the first counts; without tags it is the end of the response, `tail` characters of it, and invalid.
-    Invalid too: no thinking, or Chinese.
+    The first action counts. Without action tags, the action is the last `tail` characters, and the response is invalid. A
+    response without thinking tags, or with Chinese characters, is invalid too.
+
+    Args:
+        longest: the action is cut to this many characters.
     """
     text = response.lower()
     _, opened, rest = text.partition("<action>")
@@ -25,11 +26,15 @@ def parse_tagged(response: str, longest: int, tail: int = 30) -> tuple[str, bool
 
 
 def parse_bare(response: str, longest: int) -> tuple[str, bool]:
-    """The whole response as the action, and whether it is short enough for one."""
+    """The whole response as the action, and whether it has at most `4 * longest` characters.
+
+    Args:
+        longest: the action is cut to this many characters.
+    """
     return " ".join(response[: 4 * longest].lower().split())[:longest], len(response) <= 4 * longest
 
 
 def format_response(parse: Callable[[str], str], action: str) -> str:
-    """A response that a world reads as the action, by its `parse`: in tags where it looks for those, else bare."""
+    """A response that `parse` reads as this action: in tags if `parse` expects them, else the bare action."""
     tags = f"<think></think><action>{action}</action>"
     return tags if parse(tags).casefold() == action.casefold() else action

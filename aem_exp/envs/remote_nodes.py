@@ -1,4 +1,4 @@
-"""Workers on other nodes, which lend their cores (see `aem_exp.jobs.lend`)."""
+"""Starts workers on other nodes that lend their CPU cores (see `aem_exp.jobs.lend`)."""
 
 import select
 import socket
@@ -11,11 +11,11 @@ from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs.executor import error_reply
 from aem_exp.envs.worker_client import WorkerClient, WorkerFailure
 
-CONNECT_SECONDS: Final = 10.0  # seconds to reach a node
+CONNECT_SECONDS: Final = 10.0  # to connect to a node
 
 
 class RemoteWorker(WorkerClient):
-    """A worker on another node, reached by a TCP connection. Its stderr stays on that node."""
+    """A worker on another node, over a TCP connection. Its stderr stays on that node."""
 
     def __init__(self, connection: socket.socket, address: str) -> None:
         super().__init__(connection)
@@ -31,35 +31,35 @@ class RemoteWorker(WorkerClient):
         return WorkerFailure(error_reply(f"hung: no answer from {self._address} within {self._seconds:g} s"))
 
     def _on_death(self) -> WorkerFailure:
-        return WorkerFailure(error_reply(f"its process at {self._address} ended, or the connection broke off"))
+        return WorkerFailure(error_reply(f"the worker process at {self._address} ended, or the connection was lost"))
 
     def end(self, grace: float = 0.0) -> None:
-        self.socket.close()  # at which the worker ends
+        self.socket.close()  # the worker then ends
 
 
 class RemoteNodes:
-    """The nodes that a folder lists, with the key that they require.
+    """The nodes that are registered in a folder, with the key that they require.
 
     Args:
-        first: the node of the first worker. Different ranks choose different ones, so that no node gets all the work.
+        first: index of the node of the first worker. It differs between ranks, so that the work is spread over all nodes.
     """
 
     def __init__(self, folder: Path, first: int):
         self.folder, self.first = folder, first
-        self._has_connected = False  # whether any node has ever answered
+        self._has_connected = False  # whether a node ever answered
 
     def start_worker(self, index: int) -> RemoteWorker:
-        """Start the worker of an index on the node whose turn it is, or on the next one that answers.
+        """Start the worker of an index on its node, or on the next node that answers.
 
         Raises:
-            ConfigError: none answers.
-            RunError: none answers any more.
+            ConfigError: no node has answered yet.
+            RunError: nodes have answered before, but now none answers.
         """
         try:
             worker = self._connect(index)
         except ConfigError as error:
             if self._has_connected:
-                raise RunError(f"no node that lends its cores is left: {error}", "node") from error
+                raise RunError(f"none of the nodes that lend their cores answers any more: {error}", "node") from error
             raise
         self._has_connected = True
         return worker
@@ -75,5 +75,5 @@ class RemoteNodes:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                     return RemoteWorker(connection, address)
                 connection.close()
-        remedy = "no node there answers; start python -m aem_exp.jobs.lend on nodes, with this folder"
+        remedy = "none of its nodes answers; start python -m aem_exp.jobs.lend with this folder on the nodes"
         raise ConfigError("launch.workers_at", str(self.folder), remedy)

@@ -1,6 +1,6 @@
 """SWE-bench Verified for evaluation, R2E-Gym for training.
 
-Decided here: which rows are train, dev and test; everything else is in `swe`.
+This module decides which rows are train, dev and test. Everything else is in `swe`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +21,17 @@ DEV_ROWS: Final = 100
 
 
 class SWEBench(Repositories):
-    """Rows of two data sets. Panels: `test`, all of one; `dev`, rows held out of the other by the hash of their names.
+    """Rows of two data sets: the panel `test` has all rows of one, and the panel `dev` has rows held out of the other one.
+
+    The hash of their ids decides which rows are held out.
 
     Args:
         train: hub id or file (.jsonl, .parquet) of the training rows, in the format of SWE-bench (version 5) or R2E-Gym.
         test: hub id or file of the test rows, in the same formats.
         train_revision: commit of the training rows on the hub.
         test_revision: commit of the test rows on the hub.
-        dev: rows held out of train.
-        sizes: only so many tasks of a split, chosen by the same hash; for a machine that cannot hold all images.
+        dev: number of rows held out of train.
+        sizes: use only this many tasks of a split, chosen by the same hash. For machines without space for all images.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class SWEBench(Repositories):
         self._rows, self._indices = _choose_rows(train, test, train_revision, test_revision, dev, sizes)
         for split, indices in self._indices.items():
             (first,) = self._rows[split].images(indices[:1])
-            if why := sandbox.lacks(first):
-                raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
+            if reason := sandbox.lacks(first):
+                raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), reason)
         names = {split: [self._rows[split].ids[i] for i in indices] for split, indices in self._indices.items()}
         self.fingerprint = f"swebench-{self._digest(names, train_revision, test_revision)}"
 
@@ -80,16 +82,17 @@ class SWEBench(Repositories):
         sizes: dict[str, int] | None = None,
         **_: Any,
     ) -> None:
-        """Fetch the rows, then the images of all tasks; called again, it resumes."""
-        if why := sandbox.missing():
-            raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        """Download the rows, then the images of all tasks. Resumes after an interruption."""
+        if reason := sandbox.missing():
+            raise MissingResource("env.make.sandbox", type(sandbox).__name__.lower(), reason)
         rows.fetch(train, "train", train_revision, "env.make.train", say)
         rows.fetch(test, "test", test_revision, "env.make.test", say)
         tables, chosen = _choose_rows(train, test, train_revision, test_revision, dev, sizes)
         images = dict.fromkeys(name for split, indices in chosen.items() for name in tables[split].images(indices))
         missing = [image for image in images if sandbox.lacks(image)]
         say(
-            f"images  {len(images)} of {sum(map(len, chosen.values()))} tasks, {len(images) - len(missing)} of them here"
+            f"images  {len(images)} for {sum(map(len, chosen.values()))} tasks; "
+            f"{len(images) - len(missing)} already on this machine"
         )
         sandbox.prepare(missing, say)
 
@@ -106,12 +109,12 @@ def _choose_rows(
     dev: int,
     sizes: Mapping[str, int] | None,
 ) -> tuple[dict[str, Rows], dict[str, list[int]]]:
-    """The data set of each split, and which of its rows are tasks; `dev` comes out of train."""
+    """The data set of each split, and the rows that are its tasks; `dev` is held out of train."""
     training = Rows(train, "train", train_revision, "env.make.train")
     final = Rows(test, "test", test_revision, "env.make.test")
     order, tests = _order_by_hash(training.ids), _order_by_hash(final.ids)
     if not 1 <= dev < len(order):
-        raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: hold out 1 to {len(order) - 1}")
+        raise ConfigError("env.make.dev", dev, f"{train} has {len(order)} rows: choose 1 to {len(order) - 1}")
     chosen = {"train": order[dev:], "dev": order[:dev], "test": tests}
     for split, size in (sizes or {}).items():
         if split not in chosen:
@@ -123,5 +126,5 @@ def _choose_rows(
 
 
 def _order_by_hash(ids: Sequence[str]) -> list[int]:
-    """Rows in an order that depends on nothing but their names."""
+    """Row numbers in an order that depends only on the ids."""
     return sorted(range(len(ids)), key=lambda row: sha256(ids[row].encode()).digest())

@@ -1,4 +1,4 @@
-"""The parent's side of a worker process: send a request, read its reply, notice that it hangs or died."""
+"""The parent's side of a worker process: sends requests, reads replies, and detects a worker that hangs or died."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from aem_exp.envs import Turn
 from aem_exp.envs.executor import TRACE_CHARACTERS, Reply, error_reply
 from aem_exp.envs.worker_process import GRACE_SECONDS, encode_message, start_worker_process, take_message
 
-MAX_LOG_BYTES: Final = 1 << 20  # bytes of stderr that are kept between requests
-DUMP_SECONDS: Final = 0.1  # seconds for faulthandler to write the stacks of a worker that hangs
+MAX_LOG_BYTES: Final = 1 << 20  # the log of stderr is emptied before a request if it is longer
+DUMP_SECONDS: Final = 0.1  # for faulthandler to write the stacks of a worker that hangs
 
 
 class WorkerFailure(Exception):
-    """A worker hung or died during a request; `reply` is the reply of the slot that had asked."""
+    """A worker hung or died during a request. `reply` is the failed reply for the slot of that request."""
 
     def __init__(self, reply: Reply):
         super().__init__(reply.error)
@@ -39,14 +39,14 @@ class WorkerClient(ABC):
     def is_alive(self) -> bool: ...
 
     def send(self, message: Mapping[str, Any], seconds: float) -> None:
-        """Send a request that must be answered within so many seconds."""
+        """Send a request with a time limit in seconds."""
         self._seconds, self.deadline = seconds, time.monotonic() + seconds
         self.socket.settimeout(seconds)
-        with suppress(OSError):  # dead or stuck: `read_reply` or `on_timeout` reports which
+        with suppress(OSError):  # `read_reply` or `on_timeout` reports the failure
             self.socket.sendall(encode_message(message))
 
     def read_reply(self) -> Reply | WorkerFailure | None:
-        """Read what the socket holds: the reply, once it is complete, or the failure, if the worker died."""
+        """Read from the socket. Returns the reply once it is complete, the failure if the worker died, else None."""
         try:
             chunk = self.socket.recv(1 << 20)
         except OSError:
@@ -72,17 +72,17 @@ class WorkerClient(ABC):
 
     @abstractmethod
     def end(self, grace: float = 0.0) -> None:
-        """Wait so many seconds for the worker to end, then kill it with its children."""
+        """Wait `grace` seconds for the worker to end, then kill it with its children."""
 
 
 class LocalWorker(WorkerClient):
-    """A worker on this machine, started here."""
+    """A worker on this machine. The constructor starts it."""
 
     def __init__(self) -> None:
         parent_socket, child_socket = socket.socketpair()
         super().__init__(parent_socket)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`; it has no name and cannot be left behind)
-        self._log_start = 0  # where in the log this request began
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (`end` closes it; a file without a name is never left behind)
+        self._log_start = 0  # position in the log at which the current request began
         with child_socket:
             self.child = start_worker_process(child_socket, self._log)
 
@@ -93,12 +93,12 @@ class LocalWorker(WorkerClient):
         self._log_start = os.fstat(self._log.fileno()).st_size
         if self._log_start > MAX_LOG_BYTES:
             os.ftruncate(self._log.fileno(), 0)
-            self._log_start = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the child's too: the offset is shared
+            self._log_start = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # also moves the child: it shares the offset
         super().send(message, seconds)
 
     def on_timeout(self) -> WorkerFailure:
-        """The failure of a worker that did not answer in time; its trace shows the stacks of its threads."""
-        if self.child.poll() is not None:  # dead, but a child of its own holds the socket
+        """The failure of a worker that did not answer in time. The trace shows the stacks of its threads."""
+        if self.child.poll() is not None:  # it died, but one of its own children keeps the socket open
             return self._on_death()
         self.child.send_signal(signal.SIGUSR1)
         time.sleep(DUMP_SECONDS)
@@ -109,15 +109,15 @@ class LocalWorker(WorkerClient):
             self.child.wait(GRACE_SECONDS)
         code, tail = self.child.returncode, self._read_log_tail()
         if code is None:
-            return WorkerFailure(error_reply("its process closed its connection", tail))
+            return WorkerFailure(error_reply("the worker process closed its connection", tail))
         if code < 0:
-            return WorkerFailure(error_reply(f"its process died (signal {-code})", tail))
+            return WorkerFailure(error_reply(f"the worker process died (signal {-code})", tail))
         last_line = (tail.splitlines() or [""])[-1]
-        return WorkerFailure(error_reply(f"its process died (exit code {code}) {last_line}", tail))
+        return WorkerFailure(error_reply(f"the worker process died (exit code {code}) {last_line}", tail))
 
     def _read_log_tail(self) -> str:
         """The end of what the worker wrote to stderr during this request."""
-        if self._log.closed:  # another thread has closed the pool
+        if self._log.closed:  # another thread closed the pool
             return ""
         size = os.fstat(self._log.fileno()).st_size
         start = max(self._log_start, size - TRACE_CHARACTERS)
@@ -128,9 +128,7 @@ class LocalWorker(WorkerClient):
             self.child.wait(grace)
         with suppress(OSError):
             os.killpg(self.child.pid, signal.SIGKILL)
-        with suppress(
-            subprocess.TimeoutExpired
-        ):  # a process that is stuck in the kernel (a dead disk) cannot be killed
+        with suppress(subprocess.TimeoutExpired):  # a process blocked in the kernel (a failed disk) cannot be killed
             self.child.wait(GRACE_SECONDS)
         self.socket.close()
         self._log.close()

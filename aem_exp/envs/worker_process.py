@@ -1,7 +1,7 @@
-"""A worker process: one world and its environments, driven by messages on a socket.
+"""A worker process: one world and its environments, controlled by messages on a socket.
 
-Here are the child's program (`python -m aem_exp.envs.worker_process DESCRIPTOR`), the function that starts it, and the format of
-its messages: JSON behind a header that holds its length. The child ends when its socket closes, even if its parent was killed.
+Contains the child's program (`python -m aem_exp.envs.worker_process DESCRIPTOR`), the function that starts it, and the message
+format: a header with the length, then JSON. The child ends when its socket closes, even if its parent was killed.
 """
 
 import faulthandler
@@ -24,21 +24,21 @@ from aem_exp.core import disk
 from aem_exp.envs import Task
 from aem_exp.envs.executor import Reply, SerialExecutor, error_reply
 
-GRACE_SECONDS: Final = 10.0  # seconds for environments to close before their process is killed
-HEADER_BYTES: Final = 8  # bytes in front of a message that hold its length
+GRACE_SECONDS: Final = 10.0  # for environments to close before their process is killed
+HEADER_BYTES: Final = 8  # size of the header, which holds the length of the message
 THREAD_LIBRARIES: Final = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
 
 
 def start_worker_process(connection: socket.socket, log: Any) -> "subprocess.Popen[bytes]":
-    """Start a worker that reads and writes messages on a socket, and writes its stderr to a log."""
+    """Start a worker that communicates on a socket and writes its stderr to a log."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "aem_exp.envs.worker_process", str(connection.fileno())],
         pass_fds=[connection.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=log,
-        start_new_session=True,  # only the parent handles Ctrl-C, and a worker is killed together with its children
-        env={"PYTHONHASHSEED": "0"}  # a replay is the same even if a world depends on the order of a set
+        start_new_session=True,  # Ctrl-C reaches only the parent, and a worker is killed together with its children
+        env={"PYTHONHASHSEED": "0"}  # a replay is then the same even if a world depends on the order of a set
         | os.environ
         | {f"{library}_NUM_THREADS": "1" for library in THREAD_LIBRARIES}
         | {"PYTHONPATH": str(disk.PACKAGE.parent)},
@@ -46,7 +46,7 @@ def start_worker_process(connection: socket.socket, log: Any) -> "subprocess.Pop
 
 
 def encode_message(message: Mapping[str, Any]) -> bytes:
-    """A message with its header."""
+    """The bytes of a message, with its header."""
     body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return len(body).to_bytes(HEADER_BYTES) + body
 
@@ -62,14 +62,14 @@ def take_message(buffer: bytearray) -> dict[str, Any] | None:
 
 
 def _read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None when the socket has closed."""
+    """The next message; None if the socket is closed."""
     header = stream.read(HEADER_BYTES)
     body = stream.read(int.from_bytes(header)) if len(header) == HEADER_BYTES else b""
     return json.loads(body) if body else None
 
 
 def main(descriptor: int) -> None:
-    """Make the world of the first message, answer each further message, and end when the socket closes."""
+    """Make the world that the first message describes, and answer all further messages until the socket closes."""
     _ignore_signals()
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
@@ -91,9 +91,9 @@ def main(descriptor: int) -> None:
 
 
 def _make_executor(setup: Mapping[str, Any]) -> SerialExecutor:
-    """An executor of the parent's world, with the parent's module path."""
+    """An executor of the parent's world. Modules are found as in the parent."""
     sys.path[:] = setup["path"]
-    del os.environ["PYTHONPATH"]  # it led to this package; programs that the environment starts get the user's
+    del os.environ["PYTHONPATH"]  # it pointed to this package; child programs of an environment get the user's value
     os.environ |= {"PYTHONPATH": setup["PYTHONPATH"]} if setup["PYTHONPATH"] else {}
     return SerialExecutor(instantiate(setup["make"]))
 
@@ -107,21 +107,24 @@ def _answer(executor: SerialExecutor, message: Mapping[str, Any]) -> Reply:
 
 
 def _kill_on_disconnect(connection: socket.socket) -> None:
-    """Wait until the socket closes. If an environment then takes too long to end, kill this process and its children."""
+    """Wait until the socket closes. If this process does not end in time after that, kill it with its children."""
     poll = select.poll()
-    poll.register(connection, 0)  # no event is asked for: a closed connection is reported anyway
+    poll.register(connection, 0)  # no events: a closed connection is always reported
     poll.poll()
     time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
 
 
 def _ignore_signals() -> None:
-    """A scheduler signals every process of a job, but only the parent decides when to end. (SIGUSR1 prints the stacks.)"""
+    """Ignore a scheduler's signals: it signals every process of a job, but the parent decides when a worker ends.
+
+    SIGUSR1 prints the stacks of all threads.
+    """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that the environment starts would inherit
-    os.register_at_fork(  # forks of the environment can be ended as usual, from their first moment
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: child programs of an environment would inherit it
+    os.register_at_fork(  # SIGTERM ends a fork of the environment as usual, from the start of the fork
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]),
         after_in_child=lambda: (

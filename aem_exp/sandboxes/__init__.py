@@ -1,7 +1,6 @@
-"""Sandboxes in which the policy's commands and test suites run isolated: no network, and no writes outside a disposable
-root.
+"""Sandboxes run the policy's commands and test suites in isolation: without network, and with a disposable file system.
 
-A backend, named in `conf/env/*.yaml` as `make.sandbox._target_`, opens a sandbox on an image; the sandbox runs commands.
+A `Backend`, which `conf/env/*.yaml` names as `make.sandbox._target_`, opens a `Sandbox` on an image. The sandbox runs commands.
 """
 
 import re
@@ -27,26 +26,26 @@ __all__ = [
     "image_file_name",
 ]
 
-HOST: Final = ""  # the name of the image that is this machine's own system, read-only
-PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a usual system
-SHELL_SECONDS: Final = 30.0  # seconds for our own small commands (put, get)
+HOST: Final = ""  # name of the image that is this machine's own system, read-only
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # the default of most systems
+SHELL_SECONDS: Final = 30.0  # for the commands of `put` and `get`
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one sandbox may use. A command that needs more fails, or is stopped for `CommandResult.stop_reason`."""
+    """The limits of one sandbox. A command that exceeds a limit fails, or is stopped (see `CommandResult.stop_reason`)."""
 
     processes: int = 256
-    """Processes and threads at once."""
+    """Processes and threads at the same time."""
     memory_mb: int = 4096
-    """Of all processes together, measured ten times a second; and of each process, enforced by the kernel. The measurement counts
-    shared memory, page tables and socket buffers (see `memory`); `bwrap` documents what it does not count."""
+    """Memory of all processes together, measured ten times a second, and of each process, enforced by the kernel. The measurement
+    includes shared memory, page tables and socket buffers (see `memory_usage`). `bwrap` lists what it does not include."""
     disk_mb: int = 2048
-    """Of all files written. They are in memory, in addition to `memory_mb`."""
+    """Size of all written files. They are in memory, in addition to `memory_mb`."""
     output_mb: int = 8
-    """Of one command."""
+    """Output of one command."""
     cpu_seconds: int = 3600
-    """Of one process; the caller's `timeout` limits the wall clock."""
+    """CPU time of one process. The `timeout` of a call limits the wall-clock time."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,26 @@ class Image:
     name: str = HOST
     """A container image (`swebench/sweb.eval.x86_64.astropy...`), or `HOST`: the machine's own /usr, read-only."""
     visible_paths: tuple[str, ...] = ()
-    """Files and folders of the machine that are visible too, read-only, at their own paths."""
+    """Further files and folders of the machine that are visible inside, read-only, at the same paths."""
     hidden_paths: tuple[str, ...] = ()
-    """Folders of the machine's system that are empty inside."""
+    """Folders of the machine's system that appear empty inside."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables."""
 
 
 def image_file_name(image: str) -> str:
-    """The name of an image's file or folder, different for each image."""
+    """A file name for an image. Different images have different names."""
     return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', image)[-100:]}-{sha256(image.encode()).hexdigest()[:8]}"
 
 
 class Sandbox(ABC):
-    """One disposable machine. Files that a command writes stay for the next command; its processes are killed."""
+    """One disposable machine. Files of a command stay for the next command, but all its processes are killed when it ends."""
 
     limits: Limits
     workdir: str = "/testbed"
-    outer_env: Mapping[str, str] | None = (
-        None  # variables of the programs that lead inside, which see them; None: our own
-    )
+    """The folder in which commands run."""
+    outer_env: Mapping[str, str] | None = None
+    """Environment of the programs that enter the sandbox, which may be visible inside. None: the environment of this process."""
 
     def __enter__(self) -> "Sandbox":
         self.start()
@@ -86,26 +85,26 @@ class Sandbox(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Make it. Raises `SandboxLost` if the machine does not allow it."""
+        """Start the sandbox. Raises `SandboxLost` if the machine does not allow it."""
 
     @abstractmethod
     def close(self) -> None:
-        """Kill its processes and discard its files. May be called twice, and while another thread runs a command."""
+        """Kill all processes and discard all files. May be called twice, and while another thread runs a command."""
 
     @abstractmethod
     def is_alive(self) -> bool:
-        """Whether a command can run in it."""
+        """Whether commands can run."""
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
-        """The argument vector that runs this bash script in `workdir` inside. Raises `SandboxLost` if it is not alive."""
+        """The arguments of a program that runs a bash script inside, in `workdir`. Raises `SandboxLost` if it is not alive."""
 
     def run(self, script: str, timeout: float, stdin: bytes = b"") -> CommandResult:
-        """Run a bash script with these bytes as its stdin, for at most `timeout` seconds.
+        """Run a bash script for at most `timeout` seconds.
 
         Raises:
-            SandboxLost: the machine is at fault, or the sandbox is closed meanwhile.
-            SandboxBroken: an earlier command is at fault.
+            SandboxLost: the machine failed, or the sandbox was closed during the command.
+            SandboxBroken: an earlier command made the sandbox unusable.
         """
         return self._execute(self.command(script), timeout, stdin)
 
@@ -125,7 +124,11 @@ class Sandbox(ABC):
         )
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file from inside, so that no link leads outside. Raises OSError, also if the path is a pipe, say."""
+        """Write a file from inside the sandbox, so that no link leads outside.
+
+        Raises:
+            OSError: the file cannot be written, or the path is not a regular file.
+        """
         name = shlex.quote(path)
         refuse = f'if [ -e {name} ] && [ ! -f {name} ]; then echo "is a directory, a pipe or a device, and no file"; exit 1; fi'
         result = self.run(f'{refuse}; mkdir -p -- "$(dirname -- {name})" && cat > {name}', SHELL_SECONDS, data)
@@ -133,7 +136,7 @@ class Sandbox(ABC):
             raise OSError(f"{path}: {result.text.strip() or result.stop_reason}")
 
     def get(self, path: str) -> bytes:
-        """Read a file from inside. Raises OSError."""
+        """Read a file from inside the sandbox. Raises OSError."""
         result = self.run(f"exec 2>/dev/null; test -f {shlex.quote(path)} && cat -- {shlex.quote(path)}", SHELL_SECONDS)
         if result.code:
             raise OSError(f"{path}: cannot be read in the sandbox")
@@ -141,16 +144,16 @@ class Sandbox(ABC):
 
 
 class Backend(Protocol):
-    """A way of making sandboxes."""
+    """A kind of sandbox, such as bubblewrap or Docker."""
 
     def missing(self) -> str | None:
-        """Why it cannot be used on this machine, with the remedy, in one sentence; None if it can."""
+        """Why this backend cannot run on this machine, with the remedy, in one sentence; None if it can."""
 
     def lacks(self, image: str) -> str | None:
         """Why this image cannot be opened yet, with the remedy; None if it can."""
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Fetch images, which compute nodes cannot do; resumes after an interruption."""
+        """Download images, because compute nodes have no internet. Resumes after an interruption."""
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
-        """A sandbox, not started."""
+        """A new sandbox on an image. It is not started yet."""

@@ -1,6 +1,4 @@
-"""Sandboxes in Apptainer (or Singularity): one image file each, which suits a cluster's shared disk, with a writable
-overlay beside it.
-"""
+"""Sandboxes with Apptainer or Singularity: one file per image, which suits a shared disk, and a writable overlay."""
 
 import os
 import shutil
@@ -19,30 +17,30 @@ PROGRAMS: Final = ("apptainer", "singularity")
 
 @dataclass(frozen=True)
 class Apptainer:
-    """Sandboxes by Apptainer.
+    """Sandboxes with Apptainer.
 
     Args:
-        images: folder of `NAME.sif`, on a disk that all nodes see; by default in the cache.
-        scratch: folder for what sandboxes write, on a disk of the node; by default $SLURM_TMPDIR or $TMPDIR.
+        images: folder of the image files, on a disk that all nodes see; by default in the cache.
+        scratch: folder for the files that sandboxes write, on a local disk; by default $SLURM_TMPDIR or $TMPDIR.
     """
 
     images: str | None = None
     scratch: str | None = None
 
     def missing(self) -> str | None:
-        return None if self._program() else "apptainer not found: load its module, or take bwrap"
+        return None if self._program() else "apptainer not found: load its module, or use bwrap"
 
     def lacks(self, image: str) -> str | None:
         if image == HOST:
-            return "apptainer needs an image: take bwrap"
+            return "apptainer needs an image; use bwrap"
         return (
             None
             if self._image_file(image).is_file()
-            else f"image {image} is not in {self._images_folder()}: run aem_exp.prepare"
+            else f"image {image} is not in {self._images_folder()}; run aem_exp.prepare"
         )
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Build what is not there; layers are fetched once, by digest, and interrupted builds leave no image."""
+        """Build missing images. Layers are downloaded once, by digest; an interrupted build leaves no image."""
         self._images_folder().mkdir(parents=True, exist_ok=True)
         for image in images:
             if self._image_file(image).is_file():
@@ -69,7 +67,7 @@ class Apptainer:
 
 
 def build_arguments(image: str, to: Path) -> list[str]:
-    """The words after the program's name that make an image file."""
+    """The arguments of Apptainer that build an image file."""
     return ["build", "--force", str(to), image if "://" in image else f"docker://{image}"]
 
 
@@ -83,7 +81,7 @@ class _ApptainerSandbox(Sandbox):
             "TMPDIR",
             *(name for name in os.environ if name.startswith(("APPTAINER_", "SINGULARITY_"))),
         )
-        self.outer_env = {name: os.environ[name] for name in passed_on if name in os.environ}  # no tokens
+        self.outer_env = {name: os.environ[name] for name in passed_on if name in os.environ}  # passes on no tokens
 
     def start(self) -> None:
         self.layer = Path(tempfile.mkdtemp(prefix="aem-exp-layer-", dir=self._scratch))

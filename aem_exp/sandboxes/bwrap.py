@@ -1,15 +1,18 @@
-"""Sandboxes with bubblewrap over an overlay: an unpacked image, or the machine's own system read-only, with a writable
-layer in memory that is discarded.
+"""Sandboxes with bubblewrap: an unpacked image or the machine's own system, read-only, with a writable layer in memory.
 
-It works as root, which first drops to an unused user id, and as a user where the kernel allows user namespaces. A process of
-a few kilobytes holds the sandbox's mounts while it lives; it ends when ours does, however that ends, and everything with it.
+It works as root, which first changes to an unused user id, and as a user if the kernel allows user namespaces. A holder process
+of a few kilobytes keeps the mounts of a sandbox. If its parent process ends for any reason, the whole sandbox ends, too.
 
-Memory: a watch looks ten times a second, so a command may take more than `memory_mb` for a moment (0.3 GB more, measured on two
-cores). Beside that, and `disk_mb`, it can have the kernel hold some that is not counted. Measured on a machine of 24 GB (Linux
-6.18): 0.2 GB in attributes of files, or in empty files, of each sandbox; and 0.06 GB in pipes of all sandboxes of a user.
-Computed from the kernel's limits, for all sandboxes of a user: 1.1 GB in watches of epoll (`fs.epoll.max_user_watches`: 5 % of
-the machine's memory) and 0.3 GB in pseudo-terminals (`kernel.pty.max`). For a hard limit, run inside a memory cgroup: a job's, a
-container's, or that of `systemd-run --user --scope -p MemoryMax=64G COMMAND`.
+Memory is measured ten times a second, so a command may exceed `memory_mb` for a moment (by 0.3 GB, measured on two cores). In
+addition to `memory_mb` and `disk_mb`, a command can make the kernel use memory that is not measured:
+
+- 0.2 GB in attributes of files, or in empty files, for each sandbox (measured on a machine with 24 GB, Linux 6.18);
+- 0.06 GB in pipes, for all sandboxes of a user (measured on the same machine);
+- 1.1 GB in watches of epoll, for all sandboxes of a user (computed from `fs.epoll.max_user_watches`: 5 % of the memory);
+- 0.3 GB in pseudo-terminals, for all sandboxes of a user (computed from `kernel.pty.max`).
+
+For a hard limit, run inside a memory cgroup: that of a job, of a container, or of
+`systemd-run --user --scope -p MemoryMax=64G COMMAND`.
 """
 
 import json
@@ -43,21 +46,21 @@ from aem_exp.sandboxes import (
 )
 from aem_exp.sandboxes.process import ARGUMENTS_TOO_LONG, create_sealed_file, start_holder, stop_holder
 
-NOBODY_UID: Final = 61999  # the user that root becomes: one that no system we know of has
+NOBODY_UID: Final = 61999  # root changes to this user id; no system that we know of uses it
 PROGRAMS: Final = ("bwrap", "unshare", "nsenter", "prlimit", "setpriv", "mount", "sh")
 NAMESPACES_REMEDY: Final = (
-    "where users may not have namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+    "if users may not create namespaces: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 )
-PROBE_SECONDS: Final = 20.0  # seconds
-SETTLE_SECONDS: Final = 0.5  # seconds
-START_SECONDS: Final = 60.0  # seconds for a sandbox to be mounted
-MAX_OPEN_FILES: Final = 512  # open at once, of a process: what hides in their buffers is no process's memory
-# Of a sandbox, where the machine lets us: its user has 128 instances and groups in all, and the watches are kernel memory.
+PROBE_SECONDS: Final = 20.0  # for `true` to run in a fresh sandbox
+SETTLE_SECONDS: Final = 0.5  # for processes of the last command to end
+START_SECONDS: Final = 60.0  # for a sandbox to be mounted
+MAX_OPEN_FILES: Final = 512  # open files of a process; their buffers are not measured as memory of a process
+# Set for each sandbox if the machine allows it: a user has 128 instances and groups in total, and watches use kernel memory.
 WATCH_LIMITS: Final = "inotify_instances=8 inotify_watches=8192 fanotify_groups=8 fanotify_marks=8192"
 SPARE_PROCESSES: Final = (
-    64  # beside the limit: those that enter the sandbox, and those of a command that is just ending
+    64  # in addition to the limit, for programs that enter a sandbox and for a command that is ending
 )
-_TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # of skopeo: oci:/folder:tag, docker-archive:/file
+_TRANSPORT: Final = re.compile(r"[a-z-]+:/")  # a transport of skopeo: oci:/folder:tag, docker-archive:/file
 SYSTEM_FOLDERS: Final = (
     "bin",
     "sbin",
@@ -65,14 +68,14 @@ SYSTEM_FOLDERS: Final = (
     "lib32",
     "lib64",
     "libx32",
-)  # beside /usr, where they are not links into it
+)  # in addition to /usr; may be links into /usr
 ETC_FILES: Final = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
 HOME: Final = "/home/agent"
-# Beside the working directory; of the machine's own system nothing else is.
+# On the machine's own system, only these and the working directory are writable.
 WRITABLE_FOLDERS: Final = (HOME, "/tmp", "/var/tmp")
 
-# Two steps, as root gives up its rights between them. "$@": what is shown; each is bound to a mount point with its number.
-# The overlay's folders are named from where they lie: a folder above with `:` or `,` in its name would be two options.
+# There are two scripts because root gives up its rights between them. "$@" are the visible paths; path number i is bound to the
+# mount point i. The folders of the overlay are relative paths: `:` or `,` in an absolute path would separate options.
 OUTER_SCRIPT: Final = """set -e
 at=$1 drop=$2 inner=$3 disk=$4 layers=$5 watches=$6; shift 6
 mount -t tmpfs -o size=1m,mode=755 none "$at"
@@ -108,19 +111,21 @@ exec cat
 
 @dataclass(frozen=True)
 class Bwrap:
-    """Sandboxes by bubblewrap.
+    """Sandboxes with bubblewrap.
 
     Args:
-        images: folder of unpacked images; by default in the cache. Each takes its full size there, and many small files.
+        images: folder of unpacked images; by default in the cache. Each image has its full size and many small files.
     """
 
     images: str | None = None
 
     def missing(self) -> str | None:
         if missing := [name for name in PROGRAMS if not shutil.which(name, path=_search_path())]:
-            return f"{', '.join(missing)} not found: apt install bubblewrap util-linux git (or as your system has it)"
-        if why := seccomp.missing(platform.machine()):
-            return why
+            return (
+                f"{', '.join(missing)} not found: apt install bubblewrap util-linux git (or your system's equivalent)"
+            )
+        if reason := seccomp.missing(platform.machine()):
+            return reason
         try:
             with self.open(Image(), Limits()) as sandbox:
                 result = sandbox.run("true", PROBE_SECONDS)
@@ -131,18 +136,21 @@ class Bwrap:
     def lacks(self, image: str) -> str | None:
         if image == HOST or (self._folder(image) / "config.json").is_file():
             return None
-        return f"image {image} is not unpacked in {self._images_folder()}: run aem_exp.prepare"
+        return f"image {image} is not unpacked in {self._images_folder()}; run aem_exp.prepare"
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Fetch and unpack missing images (skopeo, umoci). Layers are fetched once, checked by their digest, and kept in `oci`
-        beside the images, so that an interrupted call resumes; an image that was unpacked in part is unpacked again."""
+        """Download and unpack missing images with skopeo and umoci.
+
+        Layers are downloaded once, checked by their digest, and kept in `oci` in the images folder. An interrupted call therefore
+        resumes; an image that was only partly unpacked is unpacked again.
+        """
         self._images_folder().mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, 1):
             if self.lacks(image) is None:
                 continue
             if missing := [name for name in ("skopeo", "umoci") if not shutil.which(name)]:
                 raise MissingResource(
-                    "env.make.sandbox", self._images_folder(), f"needs {' and '.join(missing)}, to unpack images"
+                    "env.make.sandbox", self._images_folder(), f"needs {' and '.join(missing)} to unpack images"
                 )
             say(f"unpack  {image} ({number} of {len(images)})")
             _unpack(image, self._images_folder(), self._folder(image))
@@ -152,7 +160,7 @@ class Bwrap:
             return _BwrapSandbox(image, limits, None)
         folder = self._folder(image.name)
         variables = (json.loads((folder / "config.json").read_text()).get("config") or {}).get("Env") or ()
-        # As Docker does, what has no `=` is left out; what has no name could not be set.
+        # As in Docker, an entry without `=` is ignored. An entry without a name cannot be set.
         env = dict(word.split("=", 1) for word in variables if "=" in word[1:])
         return _BwrapSandbox(replace(image, env=env | dict(image.env)), limits, folder / "rootfs")
 
@@ -164,7 +172,7 @@ class Bwrap:
 
 
 def _unpack(image: str, home: Path, folder: Path) -> None:
-    """Unpack an image into a folder that belongs to the user as which its sandboxes run."""
+    """Unpack an image into a folder. It belongs to the user that runs the sandboxes."""
     tag = f"{home / 'oci'}:{image_file_name(image)}"
     source = image if _TRANSPORT.match(image) else f"docker://{image}"
     _run_program(image, "skopeo", "copy", source, f"oci:{tag}")
@@ -184,11 +192,9 @@ def _unpack(image: str, home: Path, folder: Path) -> None:
 
 
 def _run_program(image: str, *words: str, out: Any = None) -> None:
-    """Run a program, which shows its own progress. Raises MissingResource if it fails."""
+    """Run a program that shows its own progress. Raises MissingResource if it fails."""
     if code := subprocess.run(words, stdout=out).returncode:
-        raise MissingResource(
-            "image", image, f"{words[0]} could not get it (it says why above, and exited with {code})"
-        )
+        raise MissingResource("image", image, f"{words[0]} failed with exit code {code}; see its output above")
 
 
 class _BwrapSandbox(Sandbox):
@@ -196,9 +202,9 @@ class _BwrapSandbox(Sandbox):
         self.limits, self._image, self._folder = limits, image, folder
         self._holder: subprocess.Popen[bytes] | None = None
         self._mount_folder = ""
-        self._has_run = False  # whether any command has run in it
+        self._has_run = False  # whether any command has run
         self._filter = seccomp.build_filter(platform.machine())
-        self.outer_env = {"PATH": _search_path()}  # bwrap is process 1 inside: whatever it was given can be read there
+        self.outer_env = {"PATH": _search_path()}  # bwrap is process 1 inside, so its environment can be read there
 
     def start(self) -> None:
         self._mount_folder = _mount_point()
@@ -224,19 +230,24 @@ class _BwrapSandbox(Sandbox):
         return holder is not None and holder.poll() is None
 
     def command(self, script: str, *more: str) -> list[str]:
-        """`more`: arguments of bwrap for this run only."""
+        """As in the base class; `more` are further arguments of bwrap."""
         holder = self._holder
         if holder is None or not self.is_alive():
             raise SandboxLost("the sandbox is gone")
-        # Linux counts processes per user and namespace: this limit is for those of the innermost one, which are this command's.
+        # Linux counts processes per user and namespace. This limit applies to the innermost namespace, that of this command.
         shell = ["bash", "-c", f"ulimit -u {self.limits.processes}\n{script}"]
         return [*self._enter_command(holder.pid, self.workdir), *more, *shell]
 
     def run(self, script: str, timeout: float, stdin: bytes = b"") -> CommandResult:
-        """Run a script. If it did not begin, raise `SandboxLost`, or `SandboxBroken` if an earlier command is at fault."""
+        """Run a script.
+
+        Raises:
+            SandboxLost: the script could not start because the machine failed.
+            SandboxBroken: the script could not start because an earlier command made the sandbox unusable.
+        """
         result, began = self._try_run(script, timeout, stdin)
         if not began and not result.stop_reason:
-            time.sleep(SETTLE_SECONDS)  # processes of the last command may still be ending, and count
+            time.sleep(SETTLE_SECONDS)  # processes of the last command that are still ending count towards the limit
             result, began = self._try_run(script, timeout, stdin)
         if not began and self._has_run:
             self._check_machine()
@@ -244,31 +255,31 @@ class _BwrapSandbox(Sandbox):
             if not began and not result.stop_reason:
                 raise SandboxBroken(result.text.strip()[-300:])
         elif not began:
-            raise SandboxLost(f"the command did not begin: {result.text.strip()[-300:]}")
+            raise SandboxLost(f"the command did not start: {result.text.strip()[-300:]}")
         self._has_run = True
         return result
 
     def _check_machine(self) -> None:
-        """Raise `SandboxLost` if no command begins in a fresh sandbox either."""
+        """Raise `SandboxLost` if a command cannot start in a fresh sandbox either."""
         fresh = _BwrapSandbox(self._image, self.limits, self._folder)
         fresh.outer_env, fresh.workdir = self.outer_env, self.workdir
         with fresh:
             fresh.run("true", PROBE_SECONDS)
 
     def _try_run(self, script: str, timeout: float, stdin_data: bytes) -> tuple[CommandResult, bool]:
-        """The result, and whether the command began: bwrap writes that to a file of which no process inside has a descriptor."""
+        """The result, and whether the command started. No process inside can access the status file that bwrap writes."""
         with create_sealed_file(self._filter) as rules, open(os.memfd_create("status"), "rb", buffering=0) as status:
             pass_fds = rules.fileno(), status.fileno()
             more = ("--seccomp", str(pass_fds[0]), "--json-status-fd", str(pass_fds[1]))
             result = self._execute(self.command(script, *more), timeout, stdin_data, pass_fds)
             status_text = os.pread(pass_fds[1], 1 << 12, 0)
-        # bwrap reports an exit code only of a command that began; one that was stopped has none, but it had a process.
+        # bwrap reports an exit code only if the command started. A stopped command has no exit code, but it has a child-pid.
         mark = b"child-pid" if result.stop_reason else b"exit-code"
         return result, result is ARGUMENTS_TOO_LONG or mark in status_text
 
     def _enter_command(self, holder: int, folder: str) -> list[str]:
-        """The arguments before a command that runs inside, in that folder."""
-        limits, at = self.limits, self._mount_folder
+        """The program and arguments that run the command after them inside, in a folder."""
+        limits, mounts = self.limits, self._mount_folder
         env = {"PATH": PATH, "HOME": "/root" if self._folder else HOME, "LANG": "C.UTF-8"} | dict(self._image.env)
         return [
             *(_nobody_command() if os.geteuid() == 0 else []),
@@ -279,10 +290,10 @@ class _BwrapSandbox(Sandbox):
                 f"--fsize={limits.disk_mb << 20}",
                 f"--nproc={limits.processes + SPARE_PROCESSES}",
             ),
-            # Whoever is inside may trace bwrap's own process 1, and make it outlive us; one above it, unseen, ends them all.
+            # A process inside could trace bwrap's process 1 and keep it alive. `unshare` is outside and kills all of them.
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--"),
-            *("bwrap", *(["--bind", f"{at}/rw/root", "/"] if self._folder else self._host_mounts())),
-            *("--proc", "/proc", "--dev", "/dev", "--bind", f"{at}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
+            *("bwrap", *(["--bind", f"{mounts}/rw/root", "/"] if self._folder else self._host_mounts())),
+            *("--proc", "/proc", "--dev", "/dev", "--bind", f"{mounts}/rw/shm", "/dev/shm", "--remount-ro", "/dev"),
             *([] if self._folder else ["--remount-ro", "/"]),
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
             *("--cap-drop", "ALL", "--uid", "0", "--gid", "0", "--hostname", "sandbox", "--clearenv"),
@@ -291,11 +302,11 @@ class _BwrapSandbox(Sandbox):
         ]
 
     def _host_mounts(self) -> list[str]:
-        """The machine's own programs and libraries, read-only; of /etc what they cannot start without; some folders to write.
+        """Arguments of bwrap: the machine's programs and libraries, read-only, the needed files of /etc, and writable folders.
 
-        The root is made anew for each command, so that nothing that ran inside can lead our mounts elsewhere by a link.
+        Each command gets a new root, so that an earlier command cannot redirect the mounts with a link.
         """
-        at, words = self._mount_folder, ["--ro-bind", "/usr", "/usr"]
+        mounts, words = self._mount_folder, ["--ro-bind", "/usr", "/usr"]
         for name in SYSTEM_FOLDERS:
             path = Path("/", name)
             if path.is_symlink():
@@ -303,15 +314,15 @@ class _BwrapSandbox(Sandbox):
             elif path.is_dir():
                 words += ["--ro-bind", str(path), str(path)]
         for name in ("passwd", "group", "hosts", "nsswitch.conf"):
-            words += ["--ro-bind", f"{at}/etc/{name}", f"/etc/{name}"]
+            words += ["--ro-bind", f"{mounts}/etc/{name}", f"/etc/{name}"]
         for name in ETC_FILES:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         for number, inside in enumerate((*WRITABLE_FOLDERS, self.workdir)):
-            words += ["--bind", f"{at}/rw/folder/{number}", inside]
+            words += ["--bind", f"{mounts}/rw/folder/{number}", inside]
         for number, inside in enumerate(self._image.visible_paths):
-            words += ["--ro-bind", f"{at}/{number}", inside]
+            words += ["--ro-bind", f"{mounts}/{number}", inside]
         for inside in self._image.hidden_paths:
-            words += ["--ro-bind", f"{at}/none", inside]
+            words += ["--ro-bind", f"{mounts}/none", inside]
         return words
 
 
@@ -324,12 +335,12 @@ def _search_path() -> str:
 
 
 def _mount_point() -> str:
-    """The folder to mount on. All sandboxes of a user share it, each with its own mounts, so that no folder is left behind."""
+    """The folder to mount on. All sandboxes of a user share it, each with its own mounts, so no folders accumulate."""
     path = Path(tempfile.gettempdir(), f"aem-exp-sandboxes-{os.geteuid()}")
     with suppress(FileExistsError):
         path.mkdir(mode=0o711)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise SandboxLost(f"{path} is not a folder of yours: remove it, or set TMPDIR")
-    path.chmod(0o711)  # the user that root becomes must be able to pass through
+        raise SandboxLost(f"{path} is not a folder that you own: remove it, or set TMPDIR")
+    path.chmod(0o711)  # NOBODY_UID must be able to enter it
     return str(path)

@@ -1,4 +1,4 @@
-"""Sandboxes in Docker or Podman: a container that lives as long as our pipe to it is open, and commands executed in it."""
+"""Sandboxes with Docker or Podman: a container that runs as long as its stdin is open, and commands executed in it."""
 
 import shutil
 import subprocess
@@ -10,23 +10,23 @@ from typing import Final
 from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost
 from aem_exp.sandboxes.process import STOPPED_EXIT_CODE, CommandResult, execute, start_holder, stop_holder
 
-DAEMON_SECONDS: Final = 20.0  # seconds for the daemon to answer
-START_SECONDS: Final = 120.0  # seconds for a container to start
-GRACE_SECONDS: Final = 10.0  # seconds that a command may need to begin and to end
-WAIT_SCRIPT: Final = (
-    "echo ready; read -r _"  # bash as process 1: it buries orphans, cannot be killed from inside, ends with our pipe
-)
-KILLED_EXIT_CODE: Final = 137  # what `timeout -s KILL` exits with
-# Whatever a command leaves behind is killed: a signal to -1 reaches all but process 1 and this shell.
+DAEMON_SECONDS: Final = 20.0  # for the daemon to answer
+START_SECONDS: Final = 120.0  # for a container to start
+GRACE_SECONDS: Final = 10.0  # in addition to the timeout of a command, for its start and end
+# bash is process 1: it reaps orphans, cannot be killed from inside, and ends when its stdin closes.
+WAIT_SCRIPT: Final = "echo ready; read -r _"
+KILLED_EXIT_CODE: Final = 137  # the exit code of `timeout -s KILL`
+# Kills all remaining processes of a command: a signal to -1 reaches all processes except process 1 and this shell.
 RUN_SCRIPT: Final = 'timeout -s KILL "$1" bash -c "$2"; code=$?; kill -9 -1; exit $code'
 
 
 @dataclass(frozen=True)
 class Docker:
-    """Sandboxes by `program` (docker, podman).
+    """Sandboxes with `program` (docker or podman).
 
-    What ends a command runs inside, as that command's user and from an image that it can write: one that means to can outlive
-    its end, and meet the next one. It stays in its container, which ends when we do; grading has one of its own.
+    The script that stops a command runs inside the container, as the same user and from files that the command can change. A
+    malicious command can therefore survive and affect the next command. It stays in its container, which ends when this process
+    ends, and grading has a container of its own.
 
     Args:
         program: docker or podman.
@@ -36,18 +36,18 @@ class Docker:
 
     def missing(self) -> str | None:
         if not shutil.which(self.program):
-            return f"{self.program} not found: install it, or take bwrap or apptainer"
+            return f"{self.program} not found: install it, or use bwrap or apptainer"
         ran = execute([self.program, "info"], DAEMON_SECONDS)
         return f"{self.program} does not answer: {_last_line(ran)}" if ran.code else None
 
     def lacks(self, image: str) -> str | None:
         if image == HOST:
-            return f"{self.program} needs an image: take bwrap"
+            return f"{self.program} needs an image; use bwrap"
         ran = execute([self.program, "image", "inspect", image], DAEMON_SECONDS)
-        return f"image {image} is not here: run aem_exp.prepare" if ran.code else None
+        return f"image {image} is not on this machine; run aem_exp.prepare" if ran.code else None
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Pull what is not here; the program itself shows progress, checks sums, and goes on where it was interrupted."""
+        """Pull images. The program itself shows progress, verifies checksums, and resumes after an interruption."""
         for image in images:
             say(f"pull    {image}")
             subprocess.run([self.program, "pull", image], check=True)
@@ -64,7 +64,7 @@ class _DockerSandbox(Sandbox):
         self._holder: subprocess.Popen[bytes] | None = None
 
     def create_command(self) -> list[str]:
-        """The argument vector that makes the container."""
+        """The command line that starts the container."""
         limits = self.limits
         env = [word for name, value in self._image.env.items() for word in ("--env", f"{name}={value}")]
         return [
@@ -86,7 +86,7 @@ class _DockerSandbox(Sandbox):
         try:
             self._holder = start_holder(self.create_command(), START_SECONDS)
         except SandboxLost as error:
-            execute([self._program, "kill", self.name], DAEMON_SECONDS)  # it may have begun, unheard
+            execute([self._program, "kill", self.name], DAEMON_SECONDS)  # it may have started without an answer
             raise SandboxLost(f"the container did not start: {error}") from None
 
     def close(self) -> None:

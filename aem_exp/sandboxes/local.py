@@ -1,7 +1,4 @@
-"""No isolation: commands run as you, in a temporary folder.
-
-Only for environments whose commands you wrote yourself.
-"""
+"""Runs commands as the current user in a temporary folder, without isolation. Only for commands that you wrote yourself."""
 
 import shutil
 import tempfile
@@ -14,22 +11,24 @@ from aem_exp.sandboxes import HOST, Image, Limits, Sandbox, SandboxLost
 
 @dataclass(frozen=True)
 class Local:
-    """Refuses unless `allow_unsafe`: whatever a policy writes, or a test suite does, it does as you, network included."""
+    """No isolation: commands of a policy or a test suite run as you, with network.
+
+    Args:
+        allow_unsafe: must be true; otherwise this backend refuses to run.
+    """
 
     allow_unsafe: bool = False
 
     def missing(self) -> str | None:
         if self.allow_unsafe:
             return None
-        return (
-            "protects nothing, commands of the policy run as you: say allow_unsafe=true if you mean it, or take bwrap"
-        )
+        return "no isolation: commands of the policy run as you; set allow_unsafe=true if you want this, or use bwrap"
 
     def lacks(self, image: str) -> str | None:
-        return None if image == HOST else f"image {image} cannot be opened without a container: take bwrap or apptainer"
+        return None if image == HOST else f"image {image} cannot be opened without a container; use bwrap or apptainer"
 
     def prepare(self, images: list[str], say: Callable[[str], None]) -> None:
-        """Nothing is to be fetched."""
+        """Does nothing: there are no images to download."""
 
     def open(self, image: Image, limits: Limits) -> Sandbox:
         return _LocalSandbox(image, limits)

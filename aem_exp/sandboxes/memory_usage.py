@@ -1,5 +1,6 @@
-"""Measures the memory of a command and all its descendants from /proc: resident memory, and what is not resident but
-counts too (shared mappings, page tables, mapping structures, socket buffers).
+"""Measures the memory of a command and all its descendants from /proc.
+
+It counts resident memory, shared mappings that are not resident, page tables, mapping structures and socket buffers.
 """
 
 import os
@@ -9,27 +10,27 @@ from pathlib import Path
 from typing import Final
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
-SOCKET_OVERHEAD_BYTES: Final = 1 << 16  # bytes that a socket may hold beyond its buffer
-MAPPING_OVERHEAD_BYTES: Final = 200  # bytes that the kernel notes of a mapping
-SHARED_MAPPINGS: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # how `maps` names it
+SOCKET_OVERHEAD_BYTES: Final = 1 << 16  # most memory of a socket in addition to its buffers
+MAPPING_OVERHEAD_BYTES: Final = 200  # kernel memory for a mapping
+SHARED_MAPPINGS: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # their names in `maps`
 
 
-def used_bytes(pid: int, most: int) -> int:
-    """Bytes of a process and all below it; 0 where it has ended.
+def used_bytes(pid: int, limit: int) -> int:
+    """Bytes of a process and all its descendants; 0 if it has ended.
 
     Args:
-        most: bytes of address space up to which pages that are not resident are not looked for, since they cannot be many.
+        limit: if the address space has at most this many bytes, pages that are not resident are not searched for.
     """
     processes = [place for one in _process_tree(pid) if (place := _find_live_folder(one))]
     sizes = [_read_numbers(place / "statm")[:3] for place in processes]
     total, resident, shared = (PAGE_BYTES * sum(size[n] for size in sizes if len(size) == 3) for n in range(3))
-    if total > most:
-        resident += _unmapped_bytes(processes, shared, most) + sum(map(_page_table_bytes, processes))
+    if total > limit:
+        resident += _unmapped_bytes(processes, shared, limit) + sum(map(_page_table_bytes, processes))
     return resident + _socket_bytes(processes)
 
 
 def _process_tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """The ids of a process and all its descendants."""
     pids, pending = [], [pid]
     while pending:
         pids.append(one := pending.pop())
@@ -40,7 +41,7 @@ def _process_tree(pid: int) -> list[int]:
 
 
 def _find_live_folder(pid: int) -> Path | None:
-    """The folder in /proc with a process's memory: that of a thread that lives, as the first may have ended; None without one."""
+    """The folder in /proc of a live thread of a process, because its first thread may have ended; None if there is none."""
     first = Path(f"/proc/{pid}")
     if any(_read_numbers(first / "statm")[:1]):
         return first
@@ -51,10 +52,10 @@ def _find_live_folder(pid: int) -> Path | None:
     return None
 
 
-def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
-    """Bytes of anonymous memory that processes share, each piece once, beyond what is resident; and of notes on mappings.
+def _unmapped_bytes(processes: Iterable[Path], resident: int, limit: int) -> int:
+    """Bytes of shared anonymous memory that is not resident, each mapping once, and of the kernel's mapping structures.
 
-    Up to `most`: beyond that it does not matter how many, and to read on may take long.
+    Stops when the result exceeds `limit`, because reading all mappings may take long.
     """
     shared_sizes: dict[str, int] = {}
     mappings = hidden = 0
@@ -67,7 +68,7 @@ def _unmapped_bytes(processes: Iterable[Path], resident: int, most: int) -> int:
                 begin, end = (int(word, 16) for word in words[0].split("-"))
                 shared_sizes[words[4]] = max(shared_sizes.get(words[4], 0), int(words[2], 16) + end - begin)
         hidden = max(0, sum(shared_sizes.values()) - resident) + MAPPING_OVERHEAD_BYTES * mappings
-        if hidden > most:
+        if hidden > limit:
             break
     return hidden
 
@@ -79,11 +80,11 @@ def _page_table_bytes(place: Path) -> int:
 
 
 def _socket_bytes(processes: Iterable[Path]) -> int:
-    """Bytes that sockets of the sandbox's network may hold at most; TCP's, whose buffers grow, what they hold."""
+    """Most bytes that the sockets in the sandbox's network can hold. TCP buffers grow, so their current content is added."""
     for place in processes:
         with suppress(OSError, IndexError, ValueError):
             if (place / "ns" / "net").stat().st_ino == os.stat("/proc/self/ns/net").st_ino:
-                continue  # it leads inside, or there is no inside
+                continue  # a process in our own network: one that enters the sandbox, or there is no sandbox
             if not (count := int(_read_text(place / "net" / "sockstat").split()[2])):
                 return 0
             return count * _socket_limit_bytes() + sum(_queued_bytes(place / "net" / name) for name in ("tcp", "tcp6"))
@@ -91,16 +92,16 @@ def _socket_bytes(processes: Iterable[Path]) -> int:
 
 
 def _socket_limit_bytes() -> int:
-    """Bytes that one socket may hold: what was sent or came in, and beside that its options and filters."""
-    sent, came, options = (
-        next(iter(_read_numbers(Path("/proc/sys/net/core", name))), usual)
-        for name, usual in (("wmem_default", 212_992), ("rmem_default", 212_992), ("optmem_max", 131_072))
+    """Most bytes that one socket can hold: its send or receive buffer, and its options and filters."""
+    send, receive, options = (
+        next(iter(_read_numbers(Path("/proc/sys/net/core", name))), default)
+        for name, default in (("wmem_default", 212_992), ("rmem_default", 212_992), ("optmem_max", 131_072))
     )
-    return max(sent, came) + options + SOCKET_OVERHEAD_BYTES
+    return max(send, receive) + options + SOCKET_OVERHEAD_BYTES
 
 
 def _queued_bytes(table: Path) -> int:
-    """Bytes that wait in a table of sockets, to be sent or to be read."""
+    """Bytes in the send and receive queues of a table of sockets."""
     rows = (line.split(maxsplit=5)[4] for line in _read_text(table).splitlines()[1:])
     return sum(int(part, 16) for row in rows for part in row.split(":"))
 
@@ -110,7 +111,7 @@ def _read_numbers(file: Path) -> list[int]:
 
 
 def _read_text(file: Path) -> str:
-    """The text of a file; "" if its process has ended meanwhile, or may not be read."""
+    """The text of a file; "" if its process has ended or may not be read."""
     try:
         return file.read_text(errors="replace")
     except OSError:

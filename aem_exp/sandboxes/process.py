@@ -1,5 +1,6 @@
-"""Runs a command with limits on time, output and memory and kills all its processes at the end; starts and stops the
-holder process that keeps a sandbox open.
+"""Runs a command with limits on time, output and memory, and kills all its processes at the end.
+
+It also starts and stops the holder process, which keeps a sandbox open.
 """
 
 import errno
@@ -17,39 +18,39 @@ from typing import BinaryIO, Final, Literal
 
 from aem_exp.sandboxes.memory_usage import used_bytes
 
-POLL_SECONDS: Final = 0.1  # seconds between two looks at the memory, and at the sandbox
-KILL_SECONDS: Final = 5.0  # seconds for the kernel to end what is killed
-STOPPED_EXIT_CODE: Final = 124  # the exit code of what was stopped, as coreutils' `timeout` has it
+POLL_SECONDS: Final = 0.1  # between two checks of the memory and of the sandbox
+KILL_SECONDS: Final = 5.0  # for the kernel to end killed processes
+STOPPED_EXIT_CODE: Final = 124  # the exit code of a stopped command, as in coreutils' `timeout`
 StopReason = Literal["", "time", "output", "memory"]
 
 
 class SandboxLost(RuntimeError):
-    """The sandbox is gone or cannot be entered. This is the machine's fault, and never counts as a result of what ran in it."""
+    """The sandbox is gone or cannot be entered. This is a failure of the machine, never a result of a command."""
 
 
 class SandboxBroken(RuntimeError):
-    """No command can start any more, because an earlier one has locked, removed or replaced what each one needs."""
+    """No command can start any more, because an earlier command locked, removed or replaced a file that all commands need."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """The result of a command."""
 
     output: bytes
-    """Its stdout and stderr, interleaved."""
+    """Stdout and stderr, interleaved."""
     code: int
-    """Its exit code."""
+    """The exit code; `STOPPED_EXIT_CODE` if the command was stopped."""
     stop_reason: StopReason = ""
-    """The limit for which it was stopped, if it was."""
+    """The limit that the command exceeded; empty if it was not stopped."""
     seconds: float = 0.0
-    """Its duration."""
+    """The duration."""
 
     @property
     def text(self) -> str:
         return self.output.decode(errors="replace")
 
 
-ARGUMENTS_TOO_LONG: Final = CommandResult(b"Argument list too long\n", 126)  # what shells say of it
+ARGUMENTS_TOO_LONG: Final = CommandResult(b"Argument list too long\n", 126)  # as in shells
 
 
 def execute(
@@ -63,11 +64,14 @@ def execute(
     pass_fds: Sequence[int] = (),
     is_gone: Callable[[], bool] = lambda: False,
 ) -> CommandResult:
-    """Run a command within limits on seconds, bytes of output, and bytes of memory of all its processes.
+    """Run a command with limits.
 
     Args:
-        pass_fds: descriptors that it inherits under their own numbers.
-        is_gone: whether the sandbox that it runs in has ended, which ends the command.
+        timeout: in seconds.
+        max_output: in bytes.
+        max_memory: of all processes together, in bytes.
+        pass_fds: descriptors that the command inherits under the same numbers.
+        is_gone: whether the sandbox of the command has ended. This stops the command.
 
     Raises:
         SandboxLost: the sandbox is gone, or no process can be started.
@@ -85,14 +89,14 @@ def execute(
                 pass_fds=pass_fds,
             )
     except OSError as error:
-        if error.errno == errno.E2BIG:  # whoever wrote the command is at fault, not the machine
+        if error.errno == errno.E2BIG:  # an error of the command, not of the machine
             return ARGUMENTS_TOO_LONG
-        raise SandboxLost(f"no process could be begun: {error}") from error
+        raise SandboxLost(f"no process could be started: {error}") from error
     try:
         output, stop_reason = _watch_output(child, started_at + timeout, max_output, max_memory, is_gone)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # also what a shell that has ended left in its session
+            os.killpg(child.pid, signal.SIGKILL)  # also kills processes that a shell left in its session
         code = child.wait()
         assert child.stdout is not None
         child.stdout.close()
@@ -103,7 +107,7 @@ def start_holder(argv: Sequence[str], seconds: float, env: Mapping[str, str] | N
     """Start a process that prints `ready` and runs until `stop_holder`.
 
     Raises:
-        SandboxLost: it printed something else, or nothing within so many seconds.
+        SandboxLost: it printed something else, or it did not print `ready` within `seconds`.
     """
     try:
         child = subprocess.Popen(
@@ -115,18 +119,18 @@ def start_holder(argv: Sequence[str], seconds: float, env: Mapping[str, str] | N
             env=env,
         )
     except OSError as error:
-        raise SandboxLost(f"no process could be begun: {error}") from error
+        raise SandboxLost(f"no process could be started: {error}") from error
     if (first_line := _read_first_line(child, seconds)) != b"ready\n":
         stop_holder(child)
         message = first_line.decode(errors="replace").strip()
         raise SandboxLost(
-            message if first_line.endswith(b"\n") else f"{message} (no more within {seconds:g} s)".strip()
+            message if first_line.endswith(b"\n") else f"{message} (not ready within {seconds:g} s)".strip()
         )
     return child
 
 
 def stop_holder(child: subprocess.Popen[bytes]) -> None:
-    """Kill a holder with all of its session; a process that hangs in the kernel is left to it."""
+    """Kill a holder and all processes of its session. A process that is blocked in the kernel is not waited for."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -138,7 +142,7 @@ def stop_holder(child: subprocess.Popen[bytes]) -> None:
 
 
 def _read_first_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The first line of its output, or the part of it that came in time."""
+    """The first line of a process's output, or the part of it that arrived in time."""
     assert child.stdout is not None
     descriptor, deadline, line = child.stdout.fileno(), time.monotonic() + seconds, b""
     while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
@@ -150,7 +154,7 @@ def _read_first_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
 
 
 def create_sealed_file(data: bytes) -> BinaryIO:
-    """A file in memory that cannot be changed any more, as an untrusted process may read it."""
+    """A file in memory that nobody can change, so that an untrusted process may read it."""
     file = os.fdopen(os.memfd_create("given", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
     file.seek(0)
@@ -163,7 +167,7 @@ def create_sealed_file(data: bytes) -> BinaryIO:
 def _watch_output(
     child: subprocess.Popen[bytes], deadline: float, max_output: int, max_memory: int, is_gone: Callable[[], bool]
 ) -> tuple[bytes, StopReason]:
-    """Read its output until it ends or exceeds a limit."""
+    """Read the output of a command until it ends or exceeds a limit."""
     assert child.stdout is not None
     descriptor = child.stdout.fileno()
     os.set_blocking(descriptor, False)
@@ -186,7 +190,7 @@ def _watch_output(
                 checked_at = now
                 if _exceeds_memory(child, max_memory, is_gone):
                     return bytes(output), "memory"
-    # it closed its output, which is its end, or very nearly
+    # the output is closed: usually the command ends now
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             child.wait(min(POLL_SECONDS, left))
@@ -197,7 +201,7 @@ def _watch_output(
 
 
 def _exceeds_memory(child: subprocess.Popen[bytes], max_memory: int, is_gone: Callable[[], bool]) -> bool:
-    """Whether it exceeds its memory. Raises SandboxLost if its sandbox is gone."""
+    """Whether a command exceeds its memory. Raises SandboxLost if its sandbox is gone."""
     if is_gone():
         raise SandboxLost("the sandbox is gone")
     return used_bytes(child.pid, max_memory) > max_memory

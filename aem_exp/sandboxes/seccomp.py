@@ -1,6 +1,7 @@
-"""Builds the seccomp filter (classic BPF) of bubblewrap sandboxes: refuses, with ENOSYS, system calls that no namespace
-isolates, that enlarge the kernel's attack surface, or that hold memory outside any process; ignores requests for larger
-socket buffers.
+"""Builds the seccomp filter (classic BPF) of bubblewrap sandboxes.
+
+It refuses, with ENOSYS, system calls that no namespace isolates, that enlarge the kernel's attack surface, or that hold memory
+outside any process. It ignores requests for larger socket buffers.
 """
 
 import struct
@@ -13,18 +14,15 @@ SOCKET_FAMILIES: Final = (
     2,
     10,
     16,
-)  # of sockets: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; each ends at its own namespace
-AUDIT_ARCHITECTURES: Final[Mapping[str, int]] = {
-    "x86_64": 0xC000003E,
-    "aarch64": 0xC00000B7,
-}  # how the kernel names machines
+)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: allowed, since namespaces isolate them
+AUDIT_ARCHITECTURES: Final[Mapping[str, int]] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's numbers
 SOCKET_CALLS: Final[Mapping[str, Sequence[int]]] = {"x86_64": (41, 53), "aarch64": (198, 199)}  # socket, socketpair
-REFUSED_CALLS: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x86_64 and aarch64
+REFUSED_CALLS: Final[Mapping[str, tuple[int, int]]] = {  # name -> numbers on x86_64 and aarch64
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "syslog": (103, 116),
-    "io_uring_setup": (425, 425),  # its rings open sockets without the calls that are looked at here
+    "io_uring_setup": (425, 425),  # io_uring can open sockets without the calls that this filter checks
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "bpf": (321, 280),
@@ -37,34 +35,31 @@ REFUSED_CALLS: Final[Mapping[str, tuple[int, int]]] = {  # by their numbers on x
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
-    "landlock_create_ruleset": (444, 444),  # its rules are without number
+    "landlock_create_ruleset": (444, 444),  # the number of its rules is unlimited
 }
 SETSOCKOPT: Final[Mapping[str, int]] = {"x86_64": 54, "aarch64": 208}
 SOL_SOCKET: Final = 1
-BUFFER_OPTIONS: Final = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and both with FORCE
-X32_FIRST_CALL: Final = 0x40000000  # from here on x86_64 numbers the same calls once more; elsewhere there are none
-# Of the kernel's `struct seccomp_data`: number, architecture, low half of each argument (both machines: little end first).
+BUFFER_OPTIONS: Final = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and the FORCE variants of both
+X32_FIRST_CALL: Final = (
+    0x40000000  # on x86_64, the same calls have second numbers from here on; no other machine has them
+)
+# Offsets in the kernel's `struct seccomp_data`: number, architecture, lower half of each argument (both are little-endian).
 CALL_OFFSET, MACHINE_OFFSET, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = 0, 4, 16, 24, 32
-_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = (
-    0x20,
-    0x15,
-    0x35,
-    0x06,
-)  # load a word, jump if equal, jump if at least, return
+_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
 
 def missing(machine: str) -> str | None:
-    """Why there is no filter for a machine, as `platform` names it; None if there is one."""
+    """Why there is no filter for this machine (a name from `platform.machine()`); None if there is one."""
     return (
         None
         if machine in AUDIT_ARCHITECTURES
-        else f"no filter of system calls is known for {machine}: take docker or apptainer"
+        else f"there is no system call filter for {machine}; use docker or apptainer"
     )
 
 
 def build_filter(machine: str) -> bytes:
-    """The filter, as `bwrap --seccomp` reads it."""
+    """The filter in the format of `bwrap --seccomp`."""
     column = list(AUDIT_ARCHITECTURES).index(machine)
     families = [*_return_for_any(SOCKET_FAMILIES, _ALLOW), _instruction(_RETURN, _ERROR | EAFNOSUPPORT)]
     options = [
@@ -72,7 +67,7 @@ def build_filter(machine: str) -> bytes:
         _instruction(_JUMP_IF_EQUAL, SOL_SOCKET, 1, 0),
         _instruction(_RETURN, _ALLOW),
         _instruction(_LOAD, THIRD_ARGUMENT),
-        *_return_for_any(BUFFER_OPTIONS, _ERROR),  # no error: as if it were done
+        *_return_for_any(BUFFER_OPTIONS, _ERROR),  # error number 0: the call does nothing and reports success
         _instruction(_RETURN, _ALLOW),
     ]
     return b"".join(
@@ -96,7 +91,7 @@ def build_filter(machine: str) -> bytes:
 
 
 def _return_for_any(numbers: Sequence[int], verdict: int) -> list[bytes]:
-    """The same verdict for each of them, where what is loaded is it."""
+    """Instructions that return the verdict if the loaded word is one of the numbers."""
     return [
         step
         for number in numbers
@@ -105,5 +100,5 @@ def _return_for_any(numbers: Sequence[int], verdict: int) -> list[bytes]:
 
 
 def _instruction(code: int, operand: int, jump_if_true: int = 0, jump_if_false: int = 0) -> bytes:
-    """An instruction; `then`, `otherwise`: how many of the next ones a jump leaves out."""
+    """The bytes of an instruction. A jump skips `jump_if_true` or `jump_if_false` of the next instructions."""
     return struct.pack("<HBBI", code, jump_if_true, jump_if_false, operand)

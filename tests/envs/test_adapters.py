@@ -1,4 +1,4 @@
-"""Worlds of other libraries: Gymnasium's in this process, one behind a real OpenEnv server."""
+"""Adapters to other libraries: Gymnasium in this process, and a real OpenEnv server."""
 
 import re
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ def lake(**changes):
     return instantiate(load(["env=frozen_lake"]).env.make | changes)
 
 
-def test_a_lake_is_walked_over_in_words():
+def test_frozen_lake_is_played_in_text():
     world = lake()
     env = world.env()
     first = env.reset(world.tasks("dev")[0])
@@ -49,7 +49,7 @@ def test_a_lake_is_walked_over_in_words():
 
 
 def readme_taxi(folder):
-    """The example of README.md, as printed."""
+    """Load the example of README.md as printed."""
     text = (ROOT / "README.md").read_text()
     found = re.search(r"```yaml\n# conf/env/taxi\.yaml[^\n]*\n(.*?)```", text, re.DOTALL)
     (folder / "env").mkdir()
@@ -57,8 +57,8 @@ def readme_taxi(folder):
     return load(["env=taxi", "model.make=null", "model.path=a/b"], folder)
 
 
-def test_the_taxi_of_the_readme_is_driven(tmp_path):
-    """All that the goal speaks of can be read: where the taxi is, the passenger, and where they want to go."""
+def test_the_taxi_example_of_the_readme_can_be_won(tmp_path):
+    """Observations show everything that the goal mentions: the taxi, the passenger and the destination."""
     needs("gymnasium")
     experiment = readme_taxi(tmp_path)
     world = instantiate(experiment.env.make)
@@ -76,34 +76,33 @@ def test_the_taxi_of_the_readme_is_driven(tmp_path):
     assert (turns[-1].terminated, turns[-1].metrics["won"]) == (True, 1.0)
 
 
-def test_what_an_example_needs_is_one_sentence(tmp_path):
-    """Its library, and a policy: there is no scripted player."""
+def test_an_example_without_its_library_or_a_policy_is_refused(tmp_path):
+    """The error names the extra, or asks for a model, because these worlds have no expert."""
     needs("gymnasium")
     for words, folder in ((["env=frozen_lake"], None), (["env=taxi"], tmp_path)):
         if folder:
             readme_taxi(folder)
-        with pytest.raises(
-            ConfigError, match=r"has no expert for the policy to imitate; load a model instead: model=NAME"
-        ):
+        with pytest.raises(ConfigError, match=r"model=NAME") as caught:
             preflight.open_checked_world(load(words, folder))
+        assert caught.value.field == "model.make"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("aem_exp.envs.gymnasium.find_spec", lambda name: None)
-            with pytest.raises(MissingResource, match=r"needs Gymnasium: pip install .*\[gymnasium\]'"):
+            with pytest.raises(MissingResource, match=r"pip install .*\[gymnasium\]'"):
                 preflight.open_checked_world(load([*words, "model.make=null", "model.path=a/b"], folder))
 
 
-def test_what_is_no_action_changes_nothing():
+def test_an_unknown_action_changes_nothing():
     world = lake()
     env = world.env()
     before = env.reset(world.tasks("dev")[0])
     after = env.step("fly away")
     assert not after.valid and after.observation == before.observation
     assert (after.metrics["format_valid"], after.metrics["admissible"]) == (1, 0)
-    drowned = [env.step(word) for word in ("right", "down")][-1]
-    assert drowned.terminated and drowned.metrics["won"] == 0
+    lost = [env.step(word) for word in ("right", "down")][-1]
+    assert lost.terminated and lost.metrics["won"] == 0
 
 
-def test_a_seed_is_all_of_the_chance():
+def test_the_seed_decides_all_random_events():
     world = lake(kwargs={"render_mode": "ansi", "is_slippery": True})
     walks = []
     for task in (Task("a", seed=5), Task("b", seed=5), Task("c", seed=6)):
@@ -114,37 +113,37 @@ def test_a_seed_is_all_of_the_chance():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"id": "Taxi-v3"}, "env.make.id=Taxi-v3: Gymnasium does not make it: .*deprecated"),
-        ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: Gymnasium does not make it: .*NoLake"),
-        ({"kwargs": {"depth": 3}}, "Gymnasium does not make it: .*depth"),
-        ({"actions": {"left": 0, "up": 4}}, r"env.make.actions.up=4: is no action of this environment: Discrete\(4\)"),
-        ({"actions": None}, r"env.make.actions=null: must name this environment's actions, which are Discrete\(4\)"),
-        ({"kwargs": {"render_mode": "rgb_array"}}, "env.make.kwargs.render_mode=rgb_array: renders no text"),
+        ({"id": "Taxi-v3"}, "env.make.id=Taxi-v3: .*deprecated"),
+        ({"id": "NoLake-v1"}, "env.make.id=NoLake-v1: .*NoLake"),
+        ({"kwargs": {"depth": 3}}, "env.make.id=FrozenLake-v1: .*depth"),
+        ({"actions": {"left": 0, "up": 4}}, r"env.make.actions.up=4: .*Discrete\(4\)"),
+        ({"actions": None}, r"env.make.actions=null: .*Discrete\(4\)"),
+        ({"kwargs": {"render_mode": "rgb_array"}}, "env.make.kwargs.render_mode=rgb_array: .*ansi"),
         ({"goal": " "}, "env.make.goal"),
         ({"sizes": {"train": 0}}, "env.make.sizes.train"),
     ],
 )
-def test_what_gymnasium_does_not_make_is_one_sentence(changes, said, recwarn):
+def test_a_wrong_keyword_of_gymnasium_is_refused(changes, message, recwarn):
     needs("gymnasium")
     recwarn.clear()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         lake(**changes)
-    assert not recwarn.list  # no line before it
+    assert not recwarn.list  # the error is the only message
 
 
-def test_an_environment_that_renders_no_text_says_so():
+def test_an_environment_without_text_names_the_render_mode():
     world = lake(kwargs={"render_mode": None})
     reply = SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0]
-    assert "renders no text" in reply.error
+    assert "render_mode: ansi" in reply.error
 
 
 def open_env(server, **changes):
     return instantiate(load(["env=openenv"]).env.make | {"base_url": server.url} | changes)
 
 
-def test_a_house_behind_a_server(server):
+def test_the_household_is_played_on_a_server(server):
     world = open_env(server, goal="tidy up")
     env = world.env()
     first = env.reset(world.tasks("dev")[0])
@@ -152,27 +151,27 @@ def test_a_house_behind_a_server(server):
     place = re.search(r"you see a (\w+ \d)", first.observation)[1]
     assert env.step(f"go to {place}").observation.startswith(f"You arrive at {place}")
     named = open_env(server, actions=ACTIONS).env()
-    assert named.reset(world.tasks("dev")[0]).observation == first.observation  # of the seed alone
+    assert named.reset(world.tasks("dev")[0]).observation == first.observation  # it depends only on the seed
     assert named.step("INVENTORY").observation == "You are not carrying anything."
     assert not named.step("sing").valid
     for one in (env, named):
         one.close()
 
 
-def test_a_session_that_fails_costs_one_episode(server):
+def test_a_failed_session_ends_only_its_own_episode(server):
     make = load(["env=openenv"]).env.make | {"base_url": server.url}
-    stage, tasks = WorkerPool(make, 2, 30.0), open_env(server).tasks("train")
-    assert all(reply.turn for reply in stage.reset({0: tasks[0], 1: tasks[1]}).values())
-    replies = stage.step({0: "break", 1: "look"})
+    executor, tasks = WorkerPool(make, 2, 30.0), open_env(server).tasks("train")
+    assert all(reply.turn for reply in executor.reset({0: tasks[0], 1: tasks[1]}).values())
+    replies = executor.step({0: "break", 1: "look"})
     assert "the house burnt down" in replies[0].error and replies[1].turn
-    assert stage.reset({0: tasks[2]})[0].turn
-    stage.close()
+    assert executor.reset({0: tasks[2]})[0].turn
+    executor.close()
 
 
-def test_a_server_that_is_not_there_is_one_sentence(server):
-    with pytest.raises(
-        ConfigError, match=r"env\.make\.base_url=http://127\.0\.0\.1:9: no OpenEnv server answers there"
-    ):
+def test_a_missing_server_or_field_is_named(server):
+    with pytest.raises(MissingResource) as caught:
         open_env(server, base_url="http://127.0.0.1:9")
+    assert (caught.value.field, caught.value.value) == ("env.make.base_url", "http://127.0.0.1:9")
     world = open_env(server, observation_field="words")
-    assert "no 'words', but actions, text" in SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0].error
+    error = SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0].error
+    assert "'words'" in error and "actions, text" in error

@@ -1,9 +1,11 @@
-"""The contract of `aem_exp.envs`, held by every world in `conf/env/` that this version can run."""
+"""Every world in `conf/env/` keeps the contract of `aem_exp.envs`, and so does the example in its docstring."""
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from importlib.util import find_spec
 from random import Random
@@ -18,19 +20,21 @@ from support.alfworld_files import write_official_files
 from support.openenv_service import ACTIONS, OpenEnvServer
 from support.runs import skip_or_fail
 
+from aem_exp import envs
 from aem_exp.config import conf_root, instantiate, load, targets
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Turn
 from aem_exp.envs.alfworld.library import PACKAGES as ALFWORLD
 from aem_exp.envs.webshop import generated
+from aem_exp.jobs import preflight
 
 NAMES = sorted(path.stem for path in (conf_root() / "env").glob("*.yaml"))
 SMALL = {
     "alfworld": {"games": None},
     "webshop": {"nouns": "words"},
-    "swe": {"turns": 100},  # or nonsense would be graded, again and again
-}  # official layout, small sets made here: see `data`
-TURNS = 60  # more than any scripted player needs
+    "swe": {"turns": 100},  # with fewer turns, nonsense responses would be graded again and again
+}  # changed keywords of `make`; the fixture `data` generates small data sets in the official layout
+TURNS = 60  # more than any expert needs
 NONSENSE = (
     "",
     " \n\t",
@@ -61,7 +65,7 @@ def make(name, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def data(common):
-    """Official data in small, where this machine can make and play it."""
+    """Small data sets in the official layout, if this machine can make and play them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(common / "cache"))
         patch.setenv("ALFWORLD_DATA", str(common / "alfworld"))
@@ -74,7 +78,7 @@ def data(common):
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """What env=openenv talks to."""
+    """The server for env=openenv."""
     if not find_spec("openenv"):
         yield
         return
@@ -86,8 +90,8 @@ def server():
 
 @cache
 def world(name):
-    """The world as configured, made once; or why this machine cannot make it."""
-    experiment(name)  # which must load, whatever is missing here
+    """The configured world, made once; or the error, if this machine cannot make it."""
+    experiment(name)  # must load even if this machine lacks something
     try:
         return make(name)
     except ConfigError as error:
@@ -97,33 +101,33 @@ def world(name):
 @pytest.fixture
 def ready(name):
     if name == "swebench":
-        pytest.skip("its images are other people's; test_swe.py plays it on one that is made there")
+        pytest.skip("needs downloaded images; test_swe.py plays it on a generated image")
     made = world(name)
     if isinstance(made, str):
         skip_or_fail(made)
     return made
 
 
-def some(made, tasks):
-    """How many tasks to play: fewer, where scoring an episode is slow."""
+def task_count(made, tasks):
+    """The number of tasks to play: fewer if scoring an episode is slow."""
     return max(2, tasks // 5) if hasattr(made, "rehearse") else tasks
 
 
-def moves(made, env, turn, random):
-    """A response that goes somewhere: the scripted player's, else any admissible action."""
+def sensible_response(made, env, turn, random):
+    """The expert's response, else any admissible action."""
     if hasattr(made, "expert"):
         return made.expert(env, random)
     return random.choice(turn.actions or ("",))
 
 
 def play(made, env, task, wandering=0.0):
-    """An episode of (response, turn) pairs, the first without a response."""
+    """An episode as (response, turn) pairs; the first response is empty. `wandering` is the share of random actions."""
     random = Random(task.id)
     turns = [("", env.reset(task))]
     while not turns[-1][1].done and len(turns) <= TURNS:
         last = turns[-1][1]
         wander = last.actions and random.random() < wandering
-        response = random.choice(last.actions) if wander else moves(made, env, last, random)
+        response = random.choice(last.actions) if wander else sensible_response(made, env, last, random)
         turns.append((response, env.step(response)))
     return turns
 
@@ -147,20 +151,20 @@ def test_two_instances_have_the_same_tasks(name, ready):
         assert len(tasks) == len(others) > 0
         count = min(len(tasks), 200)
         assert [tasks[i] for i in range(count)] == [others[i] for i in range(count)]
-        assert tasks[0] == others[0]  # asked for again
+        assert tasks[0] == others[0]  # a second access gives the same task
 
 
 def record(made):
-    """The dev tasks and a few episodes, as a hash."""
+    """The fingerprint, and a hash of the dev tasks and a few episodes."""
     tasks = [*made.tasks("dev")]
-    played = [play(made, made.env(), task, wandering=0.3) for task in tasks[: some(made, 8)]]
+    played = [play(made, made.env(), task, wandering=0.3) for task in tasks[: task_count(made, 8)]]
     return [made.fingerprint, hashlib.sha256(repr([tasks, played]).encode()).hexdigest()]
 
 
 @every_world
 def test_another_process_plays_the_same(name, ready):
-    """Neither tasks nor turns, nor a scripted player's choices, follow from the salt of Python's hashes."""
-    code = f"import test_worlds as t; t.SMALL = {SMALL!r}; print(*t.record(t.world({name!r})))"
+    """Tasks, turns and the expert's choices do not depend on the seed of Python's hashes."""
+    code = f"import envs.test_contract as t; t.SMALL = {SMALL!r}; print(*t.record(t.world({name!r})))"
     others = [
         subprocess.run(
             [sys.executable, "-c", code],
@@ -177,17 +181,15 @@ def test_another_process_plays_the_same(name, ready):
 @every_world
 def test_every_task_has_its_own_id(name, ready):
     ids = {split: [task.id for task in ready.tasks(split)] for split in ready.splits}
-    assert all(
-        len(ids[split]) == len(ready.tasks(split)) for split in ready.splits
-    )  # iteration ends no sooner than len says
-    everything = [one for split in ready.splits for one in ids[split]]
-    assert len(set(everything)) == len(everything)
+    assert all(len(ids[split]) == len(ready.tasks(split)) for split in ready.splits)  # iteration gives all tasks
+    all_ids = [one for split in ready.splits for one in ids[split]]
+    assert len(set(all_ids)) == len(all_ids)
 
 
 @every_world
-def test_turns_are_what_the_contract_says(name, ready):
+def test_turns_keep_the_contract(name, ready):
     env = ready.env()
-    for task in ready.tasks("dev")[: some(ready, 10)]:
+    for task in ready.tasks("dev")[: task_count(ready, 10)]:
         turns = [turn for _, turn in play(ready, env, task, wandering=0.5)]
         assert isinstance(env.goal, str)
         assert env.goal.strip()
@@ -203,11 +205,11 @@ def test_turns_are_what_the_contract_says(name, ready):
 
 
 @every_world
-def test_the_same_actions_meet_the_same_turns(name, ready):
-    """In another environment, and in one that has played something else: members of a group play the very same game."""
+def test_the_same_actions_give_the_same_turns(name, ready):
+    """Members of a group play the same game, also in an environment that has played another task before."""
     tasks = ready.tasks("train")
     used = ready.env()
-    for task, before in zip(tasks[: some(ready, 5)], tasks[5:10], strict=False):
+    for task, before in zip(tasks[: task_count(ready, 5)], tasks[5:10], strict=False):
         env = ready.env()
         played = play(ready, env, task, wandering=0.5)
         play(ready, used, before)
@@ -218,7 +220,7 @@ def test_the_same_actions_meet_the_same_turns(name, ready):
 
 
 @every_world
-def test_environments_do_not_share_anything(name, ready):
+def test_environments_share_no_state(name, ready):
     one, two = ready.env(), ready.env()
     first, second = ready.tasks("dev")[:2]
     alone = play(ready, ready.env(), first)
@@ -231,8 +233,8 @@ def test_environments_do_not_share_anything(name, ready):
 
 
 @cache
-def standing(name):
-    """An environment to be talked to, and what it last said."""
+def open_episode(name):
+    """An environment with an open episode, and its last turn in a list."""
     env = world(name).env()
     return env, [env.reset(world(name).tasks("dev")[0])]
 
@@ -240,21 +242,21 @@ def standing(name):
 @every_world
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(response=st.one_of(st.text(max_size=300), st.from_regex(r"(</?(think|action|tool_call)>|[a-z \d]|\n){0,40}")))
-def test_nonsense_is_answered(name, response):
+def test_random_text_is_invalid_or_not_admissible(name, response):
     if isinstance(world(name), str):
         pytest.skip(world(name))
-    answer_nonsense(name, response)
+    check_nonsense(name, response)
 
 
 @every_world
-def test_notorious_nonsense_is_answered(name, ready):
+def test_malformed_responses_are_invalid_or_not_admissible(name, ready):
     for response in NONSENSE:
-        answer_nonsense(name, response)
+        check_nonsense(name, response)
 
 
-def answer_nonsense(name, response):
-    """It has a reading, wins nothing, ends nothing by winning, and is invalid or nothing that one could do here."""
-    env, turns = standing(name)
+def check_nonsense(name, response):
+    """A nonsense response can be parsed, is invalid or not admissible, and earns nothing."""
+    env, turns = open_episode(name)
     action = env.parse(response)
     assert isinstance(action, str)
     assert env.parse(response) == action
@@ -271,10 +273,10 @@ def answer_nonsense(name, response):
 
 
 @every_world
-def test_a_fingerprint_tells_worlds_apart(name, ready):
-    """Every number, switch and choice, and every list made shorter, is part of how the world plays."""
+def test_the_fingerprint_depends_on_every_keyword(name, ready):
+    """A changed number, switch or choice, and a shorter list, each give another fingerprint."""
     seen = {ready.fingerprint}
-    told = 1
+    count = 1
     block = experiment(name).env.make | SMALL.get(name, {})
     hints = targets._read_signature("env.make", block["_target_"]).hints
     for key, value in block.items():
@@ -290,19 +292,19 @@ def test_a_fingerprint_tells_worlds_apart(name, ready):
             continue
         try:
             seen.add(make(name, **{key: changed}).fingerprint)
-        except ConfigError:  # this one cannot be changed alone
+        except ConfigError:  # this keyword cannot be changed alone
             continue
-        told += 1
-    assert told > 1
-    assert len(seen) == told
+        count += 1
+    assert count > 1
+    assert len(seen) == count
 
 
 @every_world
-def test_who_knows_the_answer_wins(name, ready):
+def test_the_oracle_or_the_expert_wins(name, ready):
     if not hasattr(ready, "expert"):
-        pytest.skip("no player who would get there")
+        pytest.skip("this world has no expert")
     env = ready.env()
-    for task in ready.tasks(ready.splits[-1])[: some(ready, 20)]:
+    for task in ready.tasks(ready.splits[-1])[: task_count(ready, 20)]:
         turns, random = [env.reset(task)], Random(task.id)
         while not turns[-1].done and len(turns) <= TURNS:
             answer = ready.oracle(env) if hasattr(ready, "oracle") else ready.expert(env, random)
@@ -312,3 +314,22 @@ def test_who_knows_the_answer_wins(name, ready):
         assert last.metrics["won"] == 1
         assert last.reward > 0
     env.close()
+
+
+def test_the_example_in_the_docstring_runs(tmp_path, monkeypatch):
+    """Its module and its YAML, as printed."""
+    code, yaml = re.search(
+        r"guess\.py`:\n\n(.*?)\n\nIts config[^\n]*:\n\n(.*?)\n\nBefore", envs.__doc__, re.DOTALL
+    ).groups()
+    (tmp_path / "guess.py").write_text(textwrap.dedent(code))
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "guess.yaml").write_text(textwrap.dedent(yaml))
+    monkeypatch.syspath_prepend(tmp_path)
+    made = preflight.open_checked_world(load(["env=guess", "model.make=null", "model.path=a/b"], tmp_path))
+    env = made.env()
+    env.reset(made.tasks("dev")[0])
+    assert not env.step("no idea").valid
+    turns = [env.step(f" {number} ") for number in range(1, 9)]
+    assert [turn.metrics["won"] for turn in turns].count(1.0) == 1
+    first_win = next(i for i, turn in enumerate(turns) if turn.done)
+    assert [turn.observation for turn in turns] == ["higher"] * first_win + ["right"] + ["lower"] * (7 - first_win)

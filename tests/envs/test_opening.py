@@ -1,4 +1,4 @@
-"""A world of somebody else's, held to the contract before anything is played in it."""
+"""A user's world is checked against the contract, and its panels against its training tasks, before a run."""
 
 import logging
 
@@ -49,7 +49,7 @@ class Shared(World):
     def tasks(self, split): return [Task(f"t-{i}", seed=i, payload={"word": "yes"}) for i in range(60)]
 class OneText(World):
     def words(self): return "yes no"
-class Taught:
+class NoExpert:
     fingerprint, splits, tasks, env = World.fingerprint, World.splits, World.tasks, World.env
 """
 YAML = """
@@ -64,10 +64,10 @@ prompt: {{first: "{{observation}}", next: "{{observation}}"}}
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
+def user_folder(tmp_path, monkeypatch):
     (tmp_path / "env").mkdir()
     (tmp_path / "someones.py").write_text(MODULE)
-    for name in ("World", "Bare", "NoSplits", "Twice", "Shared", "OneText", "Taught"):
+    for name in ("World", "Bare", "NoSplits", "Twice", "Shared", "OneText", "NoExpert"):
         (tmp_path / "env" / f"{name}.yaml").write_text(YAML.format(name=name))
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path / "outputs"))
@@ -75,59 +75,60 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def fitting(mine, name, *more):
-    return preflight.open_checked_world(load([f"env={name}", *more], mine))
+def open_world(user_folder, name, *more):
+    return preflight.open_checked_world(load([f"env={name}", *more], user_folder))
 
 
-def test_a_world_that_keeps_the_contract_is_let_in(mine):
-    assert fitting(mine, "World").fingerprint == "echo-1"
+def test_a_world_that_keeps_the_contract_is_accepted(user_folder):
+    assert open_world(user_folder, "World").fingerprint == "echo-1"
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "prefix", "fact"),
     [
-        ("Bare", ["model.make=null", "model.path=a/b"], "env.make._target_=someones.Bare: has no fingerprint"),
-        ("NoSplits", [], "env.make._target_=someones.NoSplits: must have a text as its fingerprint"),
-        ("Twice", [], "evaluation.panel=dev: two of its tasks have the id 'same'"),
-        ("Shared", [], "env Shared=t-0: is a task of train and of the panel dev"),
-        ("Taught", [], "model.make=aem_exp.tiny.make: env Taught has no expert"),
-        ("World", ["evaluation.final=exam"], "evaluation.final=exam: choose from dev, test"),
-        ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: env World has 60 training tasks"),
+        ("Bare", ["model.make=null", "model.path=a/b"], "env.make._target_=someones.Bare: ", "fingerprint"),
+        ("NoSplits", [], "env.make._target_=someones.NoSplits: ", "splits"),
+        ("Twice", [], "evaluation.panel=dev: ", "'same'"),
+        ("Shared", [], "env Shared=t-0: ", "in train and in the panel dev"),
+        ("NoExpert", [], "model.make=aem_exp.tiny.make: ", "env NoExpert"),
+        ("World", ["evaluation.final=exam"], "evaluation.final=exam: ", "dev, test"),
+        ("World", ["trainer.tasks_per_step=61"], "trainer.tasks_per_step=61: ", "60"),
     ],
 )
-def test_one_that_does_not_is_one_sentence(mine, name, more, said):
-    with pytest.raises(ConfigError) as told:
-        fitting(mine, name, *more)
-    assert str(told.value).startswith(said)
+def test_a_world_that_breaks_the_contract_is_refused(user_folder, name, more, prefix, fact):
+    with pytest.raises(ConfigError) as caught:
+        open_world(user_folder, name, *more)
+    assert str(caught.value).startswith(prefix) and fact in str(caught.value)
 
 
-def test_words_in_one_text_are_refused(mine):
+def test_words_must_be_a_list(user_folder):
     from aem_exp import policy
 
-    experiment = load(["env=OneText", "model.make.episodes=1"], mine)
-    with pytest.raises(ConfigError, match=r"env.make=OneText: its words\(\) must list words"):
+    experiment = load(["env=OneText", "model.make.episodes=1"], user_folder)
+    with pytest.raises(ConfigError, match=r"words\(\)") as caught:
         policy.make_cached(experiment, opening.open_world(experiment))
+    assert (caught.value.field, caught.value.value) == ("env.make", "OneText")
 
 
-def test_a_run_is_continued_and_evaluated_where_its_module_no_longer_lies(mine, capsys, monkeypatch):
-    """Its own code is frozen in the run dir; the printed commands keep --config-dir."""
+def test_a_run_can_be_continued_and_evaluated_without_the_users_module(user_folder, capsys, monkeypatch):
+    """The run directory contains a copy of the code. Printed commands keep --config-dir."""
     import sys
 
     small = ["trainer.steps=1", "trainer.tasks_per_step=2", "trainer.group_size=2", "trainer.mini_batch=4"]
     small += ["evaluation.tasks=4", "model.make.episodes=32", "model.make.steps=2", "model.make.habit_steps=1"]
-    assert main(["env=World", *small, "--config-dir", str(mine)]) == 0
-    run_dir = config.run_dir(load(["env=World", *small], mine))
-    (mine / "someones.py").unlink()
+    assert main(["env=World", *small, "--config-dir", str(user_folder)]) == 0
+    run_dir = config.run_dir(load(["env=World", *small], user_folder))
+    (user_folder / "someones.py").unlink()
     monkeypatch.delitem(sys.modules, "someones")
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(mine)])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(user_folder)])
     capsys.readouterr()
-    asked = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(mine)]
-    assert evaluate.main(asked) == 0
-    assert f"--config-dir {mine}" in capsys.readouterr().out
+    arguments = [str(run_dir), "--tasks", "4", "--repeats", "1", "--only", "policy", "--config-dir", str(user_folder)]
+    assert evaluate.main(arguments) == 0
+    assert f"--config-dir {user_folder}" in capsys.readouterr().out
     assert main([f"from={run_dir}", "trainer.steps=2"]) == 0
 
 
-# Held-out games that are games of training.
+# Held-out tasks that are also training tasks.
 
 GAMES = """
 from random import Random
@@ -146,7 +147,7 @@ class Guess:
     def close(self): pass
 
 class Guessing:
-    "All games begin alike; a hidden number is all that tells them apart."
+    "All games begin alike; only a hidden number differs."
     fingerprint, splits, game = "g", ("train", "dev", "test"), Guess
     first = {"train": 0, "dev": 10**6, "test": 2 * 10**6}
     size = 4096
@@ -157,11 +158,11 @@ class Guessing:
     def expert(self, env, random, noise=0.0, shyness=0.0): return str(env.number)
 
 class Few(Guessing):
-    "Two numbers: a coincidence is no leak."
+    "Only two numbers: equal games are a coincidence, not a leak."
     class game(Guess):
         def secret(self, task): return Random(task.seed).randint(0, 1)
 class ByName(Guessing):
-    "Its games are told apart by their ids, and all seeds are 0."
+    "Games depend on their ids, and all seeds are 0."
     class game(Guess):
         def secret(self, task): return task.id
     def draw(self, split, i): return Task(f"{split}-{i}")
@@ -177,7 +178,7 @@ class LastIds(Guessing):
 class SameSeeds(Guessing):
     def draw(self, split, i): return Task(f"{split}-{i}", seed=i)
 class SeedsAmong(Guessing):
-    "Where nobody would look who looks at random."
+    "The panel's seeds are in the middle of a large training split."
     size = 10**6
     first = {"train": 0, "dev": 123_457, "test": 2 * 10**6}
 class SameGames(Guessing):
@@ -190,77 +191,81 @@ class ListedSeeds(Guessing):
 class SameIdOtherGame(Guessing):
     def draw(self, split, i): return Task(f"{i}", seed=self.first[split] + i)
 """
-LEAKS = {
-    "SameObject": "env SameObject=t-0: is a task of train and of the panel dev",
-    "SameIds": "env SameIds=t-0: is a task of train and of the panel dev",
-    "LastIds": "env LastIds=t-99960: is a task of train and of the panel dev",
-    "SameSeeds": "env SameSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-0",
-    "SeedsAmong": "env SeedsAmong=dev-0: of the panel dev: seed, kind and payload are those of train-123457",
-    "ListedSeeds": "env ListedSeeds=dev-0: of the panel dev: seed, kind and payload are those of train-",
-    "SameGames": "env SameGames=dev-0: plays exactly as train-0 of train does",
+LEAKS = {  # world -> the leaked task, and facts of the error
+    "SameObject": ("t-0", "in train", "panel dev"),
+    "SameIds": ("t-0", "in train", "panel dev"),
+    "LastIds": ("t-99960", "in train", "panel dev"),
+    "SameSeeds": ("dev-0", "seed, kind and payload", "panel dev", "train-0:"),
+    "SeedsAmong": ("dev-0", "seed, kind and payload", "panel dev", "train-123457:"),
+    "ListedSeeds": ("dev-0", "seed, kind and payload", "panel dev", "train-"),
+    "SameGames": ("dev-0", "observations and rewards", "panel dev", "train-0 "),
 }
 
 
 @pytest.fixture
-def games(mine, monkeypatch):
-    (mine / "guessed.py").write_text(GAMES)
+def games(user_folder, monkeypatch):
+    (user_folder / "guessed.py").write_text(GAMES)
     monkeypatch.setattr(dry_run, "CHECK_SECONDS", DEADLINE)
     monkeypatch.setattr(dry_run, "COMPARE_SECONDS", DEADLINE)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
-        (mine / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
-    return mine
+        (user_folder / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
+    return user_folder
 
 
 @pytest.mark.parametrize("name", LEAKS)
-def test_a_held_out_game_that_is_one_of_training_is_refused(games, name):
-    with pytest.raises(ConfigError) as told:
-        fitting(games, name)
-    assert str(told.value).startswith(LEAKS[name])
+def test_a_held_out_task_that_is_a_training_task_is_refused(games, name):
+    task, *facts = LEAKS[name]
+    with pytest.raises(ConfigError) as caught:
+        open_world(games, name)
+    assert (caught.value.field, caught.value.value) == (f"env {name}", task)
+    assert all(fact in caught.value.remedy for fact in facts)
 
 
 @pytest.mark.parametrize("name", ["Guessing", "Few", "ByName", "SameIdOtherGame"])
-def test_games_that_only_begin_alike_are_not(games, name):
-    assert fitting(games, name).fingerprint == "g"
+def test_games_that_only_begin_alike_are_accepted(games, name):
+    assert open_world(games, name).fingerprint == "g"
 
 
-# What is heard when a panel was played.
+# Checks of the results on a panel.
 
 
-def played(ended="over", won=True, seen="a {}"):
+def play_panel(ended="over", won=True, observation="a {}"):
     metrics = {"won": 0.0} if won else {}
-    said = [Response([], Sample([1], [0.0], [0.0]), seen.format(i), "x", metrics=metrics) for i in range(4)]
-    return [Trajectory(Task(f"t{i}"), i, 0, [response], ended=ended) for i, response in enumerate(said)]
+    responses = [Response([], Sample([1], [0.0], [0.0]), observation.format(i), "x", metrics=metrics) for i in range(4)]
+    return [Trajectory(Task(f"t{i}"), i, 0, [response], ended=ended) for i, response in enumerate(responses)]
 
 
-def heed(trajectories, caplog):
+def check_results(trajectories, caplog):
+    """The warnings about the results."""
     with caplog.at_level(logging.WARNING):
         panels.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
 
 
-def test_who_won_must_be_told(caplog):
-    with pytest.raises(RunError, match=r"panel dev .*metrics\['won'\]"):
-        heed(played(won=False), caplog)
+def test_a_world_must_report_success(caplog):
+    with pytest.raises(RunError, match=r"metrics\['won'\]") as caught:
+        check_results(play_panel(won=False), caplog)
+    assert caught.value.kind == "env"
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("changes", "facts"),
     [
-        ({}, ""),
-        ({"seen": "the same"}, "panel dev begin"),
-        ({"ended": "context"}, "4 of 4 episodes of the panel dev ran out of context; raise env.context_tokens"),
+        ({}, ()),
+        ({"observation": "the same"}, ("panel dev", "no task is held out")),
+        ({"ended": "context"}, ("4 of 4", "panel dev", "env.context_tokens")),
     ],
 )
-def test_what_makes_a_score_say_little_is_said(how, said, caplog):
-    text = heed(played(**how), caplog)
-    assert said in text and bool(said) == bool(text)
+def test_results_of_little_meaning_are_warned_about(changes, facts, caplog):
+    text = check_results(play_panel(**changes), caplog)
+    assert all(fact in text for fact in facts) and bool(facts) == bool(text)
 
 
-def guessed(*numbers):
-    """Games of guessing: they begin alike, and answer as the hidden number, that of the task, wants it."""
+def play_guesses(*numbers):
+    """Guessing games, one for each list of guesses. They begin alike; the hidden number is the number of the task."""
     games = []
     for number, guesses in enumerate(numbers):
-        said = [
+        responses = [
             Response(
                 [],
                 Sample([1], [0.0], [0.0]),
@@ -270,17 +275,17 @@ def guessed(*numbers):
             )
             for i, text in enumerate(guesses)
         ]
-        games.append(Trajectory(Task(f"t{number}", number), number, 0, said, ended="over"))
+        games.append(Trajectory(Task(f"t{number}", number), number, 0, responses, ended="over"))
     return games
 
 
 @pytest.mark.parametrize(
     ("games", "warned"),
     [
-        (guessed(["0"], ["0", "1"]), False),  # the same was said, and one of them had won
-        (guessed(["7"], ["8"]), False),  # nobody said the same: nothing is known
-        (guessed(["7", "8"], ["7", "8"]), True),  # the same was said, and the same was answered
+        (play_guesses(["0"], ["0", "1"]), False),  # equal responses, but only one of them won
+        (play_guesses(["7"], ["8"]), False),  # no equal responses: nothing is known
+        (play_guesses(["7", "8"], ["7", "8"]), True),  # equal responses and equal answers
     ],
 )
-def test_a_game_of_guessing_is_not_taken_for_one_game(games, warned, caplog):
-    assert ("no task is held out" in heed(games, caplog)) == warned
+def test_different_guessing_games_are_not_reported_as_one_game(games, warned, caplog):
+    assert bool(check_results(games, caplog)) == warned

@@ -1,4 +1,4 @@
-"""Repositories to repair: made here, read from other people's rows, played in sandboxes, graded in fresh ones."""
+"""Repositories: generated or read from rows of data sets, played in sandboxes, graded in fresh sandboxes."""
 
 import json
 import subprocess
@@ -38,8 +38,8 @@ def world():
         grading.check_installed()
     except MissingResource as missing:
         skip_or_fail(str(missing))
-    if why := Bwrap().missing():
-        skip_or_fail(why)
+    if reason := Bwrap().missing():
+        skip_or_fail(reason)
     return Made(Bwrap(), limits=LIMITS, modules=2, functions=2, turns=4, command_seconds=5, tests_seconds=20)
 
 
@@ -50,10 +50,10 @@ def env(world):
     made.close()
 
 
-# What is made.
+# Generated repositories.
 
 
-def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
+def test_each_bug_changes_the_first_case_and_right_lines_pass_all_cases():
     for module, function, bug in list_bugs():
         for number, (call, value) in enumerate(function.cases):
             assert eval(evaluate_call(function, function.right, call), {"date": date}) == eval(value), (
@@ -64,11 +64,11 @@ def test_each_bug_is_seen_by_the_first_case_and_by_no_right_line():
                 assert evaluate_call(function, bug.line, call) != value, (module, bug.line)
         assert function.code.format(line=bug.line).count(bug.line) == 1
     lines = Counter(line for _, f, bug in list_bugs() for line in (bug.line, *([f.right] if bug == f.bugs[0] else [])))
-    assert set(lines.values()) == {1}  # a line is wrong in one way, and repaired in one
+    assert set(lines.values()) == {1}  # every wrong line has exactly one right line
     assert len(generated.families()) >= 6
 
 
-def test_all_follows_from_the_name_and_splits_share_nothing(world):
+def test_a_repository_depends_only_on_its_name_and_splits_share_none(world):
     seen = {}
     for split in world.splits:
         for task in world.tasks(split)[:150]:
@@ -91,9 +91,10 @@ def test_all_follows_from_the_name_and_splits_share_nothing(world):
         ({"tests_seconds": 0}, "tests_seconds"),
     ],
 )
-def test_knobs_that_make_no_world_are_refused(changes, field):
-    with pytest.raises(ConfigError, match=f"env.make.{field}"):
+def test_impossible_settings_are_refused(changes, field):
+    with pytest.raises(ConfigError) as caught:
         instantiate(load(["env=swe"]).env.make | changes)
+    assert caught.value.field == f"env.make.{field}"
 
 
 # Grading.
@@ -104,7 +105,7 @@ def graded(world, task, patch, seconds=300.0):
         return grading.grade(sandbox, world.instance(task), patch, seconds)[0]
 
 
-def test_gold_resolves_each_family_and_nothing_does_not(world):
+def test_the_gold_patch_resolves_each_family_and_an_empty_patch_does_not(world):
     tasks = {task.kind: task for task in world.tasks("train")[:200]}
     assert set(tasks) == set(generated.families())
     for task in tasks.values():
@@ -122,8 +123,8 @@ new file mode 100644
 """
 
 
-def amok(gold, code):
-    """The repair, and code that its package runs when it is imported."""
+def add_code(gold, code):
+    """The gold patch, and code that the package runs when it is imported."""
     file = f"{gold.split(b'/')[1].decode()}/__init__.py"
     head = f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n"
     return gold + f'{head}@@ -3 +3,2 @@\n __version__ = "0.2"\n+{code}\n'.encode()
@@ -146,31 +147,30 @@ def wrong(made):
 @pytest.mark.parametrize(
     ("patch", "verdict"),
     [
-        (lambda gold: gold.replace(b"\n", b"\r\n"), None),  # SWE-bench's last way, `patch`, takes it
-        (lambda gold: gold.replace(b"@@ -", b"@@ -9"), None),  # lines elsewhere: git may find them
+        (lambda gold: gold.replace(b"\n", b"\r\n"), None),  # SWE-bench's last command, `patch`, accepts it
+        (lambda gold: gold.replace(b"@@ -", b"@@ -9"), None),  # wrong line numbers: git may still find the lines
         (lambda gold: gold[:60], "not_applied"),
         (lambda gold: bytes(range(256)) * 50, "not_applied"),
         (lambda gold: b"GIT binary patch\nliteral 5\nzzzz\n", "not_applied"),
         (lambda gold: gold.replace(b"a/", b"a/../../../etc/").replace(b"b/", b"b/../../../etc/"), "not_applied"),
-        (lambda gold: gold + LINK.encode(), "resolved"),  # a link of its own harms nobody
+        (lambda gold: gold + LINK.encode(), "resolved"),  # an additional link is harmless
         (lambda gold: b"x" * (5 << 20), "not_applied"),
         (lambda gold: CONFTEST.format("print('x')").encode(), "tests_fail"),
         (
             lambda gold: CONFTEST.format("import os; print('PASSED tests/x.py::test_x'); os._exit(0)").encode(),
             "tests_fail",
         ),
-        (lambda gold: amok(gold, "while True: pass"), "tests_timeout"),
-        (lambda gold: amok(gold, "while True: print('x' * 10000)"), "tests_fail"),
-        (lambda gold: amok(gold, "x = bytearray(10**10)"), "tests_fail"),
-        (lambda gold: amok(gold, "open('/tmp/big', 'wb').write(bytes(10**9))"), "tests_fail"),
+        (lambda gold: add_code(gold, "while True: pass"), "tests_timeout"),
+        (lambda gold: add_code(gold, "while True: print('x' * 10000)"), "tests_fail"),
+        (lambda gold: add_code(gold, "x = bytearray(10**10)"), "tests_fail"),
+        (lambda gold: add_code(gold, "open('/tmp/big', 'wb').write(bytes(10**9))"), "tests_fail"),
     ],
 )
-def test_a_patch_that_is_not_right_is_a_verdict_and_no_crash(world, patch, verdict):
+def test_a_bad_patch_gets_a_verdict_and_does_not_crash(world, patch, verdict):
     task = world.tasks("dev")[0]
-    found = graded(
-        world, task, patch(world.instance(task).gold_patch.encode()), 6.0 if verdict == "tests_timeout" else 300.0
-    )
-    assert found in grading.VERDICTS and (verdict is None or found == verdict)
+    seconds = 6.0 if verdict == "tests_timeout" else 300.0
+    result = graded(world, task, patch(world.instance(task).gold_patch.encode()), seconds)
+    assert result in grading.VERDICTS and (verdict is None or result == verdict)
 
 
 def new_file(name, text):
@@ -195,7 +195,7 @@ print("1 passed in 0.1s")
 
 
 def forgeries(row):
-    """Patches that repair nothing, each of which would have the tests seem to pass."""
+    """Patches that repair nothing, but try to make the tests appear to pass."""
     names = json.loads(row["FAIL_TO_PASS"]) + json.loads(row["PASS_TO_PASS"])
     lies, ini = LIES.format(names=names), "[pytest]\naddopts = -p cheat\npythonpath = .\n"
     package, files = row["repo"].split("/")[1], sorted({name.partition("::")[0] for name in names})
@@ -227,8 +227,8 @@ def forgeries(row):
     yield "a test's folder", f"rm {new[0]}; mkdir {new[0]}; cat > {new[0]}/test_x.py <<'X'\n{cases}X"
 
 
-def test_what_is_no_repair_is_none_however_it_looks(world):
-    """A patch may bring files that pytest, Python and the shell would heed: tests are graded by ours, and by them alone."""
+def test_a_patch_cannot_forge_test_results(world):
+    """A patch may add files that pytest, Python or the shell would read. Only the hidden tests decide the verdict."""
     task = next(task for task in world.tasks("train") if not task.id.endswith("0"))
     instance = world.instance(task)
     for name, forgery in forgeries(instance.row):
@@ -241,12 +241,12 @@ def test_what_is_no_repair_is_none_however_it_looks(world):
                 assert not ran.code and ran.output.startswith(b"diff"), ran.text
                 patch = ran.output
         assert graded(world, task, patch) == "tests_fail", name
-        if name in ("conftest.py", "os.py", "pytest.ini", "tests elsewhere"):  # nor is a repair less of one for it
+        if name in ("conftest.py", "os.py", "pytest.ini", "tests elsewhere"):  # with the gold patch, it still resolves
             assert graded(world, task, instance.gold_patch.encode() + patch) == "resolved", name
 
 
-def test_a_hook_that_a_patch_brings_forges_nothing(world):
-    """SWE-bench's last way to apply a patch, `patch`, writes into .git too; what lies there runs when git does."""
+def test_a_git_hook_in_a_patch_cannot_forge_results(world):
+    """SWE-bench's last command to apply a patch, `patch`, also writes into .git, and git runs hooks from there."""
     task = world.tasks("dev")[0]
     row = world.instance(task).row
     names = json.loads(row["FAIL_TO_PASS"]) + json.loads(row["PASS_TO_PASS"])
@@ -256,8 +256,8 @@ def test_a_hook_that_a_patch_brings_forges_nothing(world):
     assert graded(world, task, patch.encode()) == "tests_fail"
 
 
-def test_a_link_of_the_agents_leads_no_grader_outside(world, tmp_path):
-    """A patch makes a folder a link, then writes through it."""
+def test_a_link_in_a_patch_cannot_write_outside(world, tmp_path):
+    """The patch replaces a folder by a link and writes through it."""
     task = world.tasks("dev")[0]
     target = tmp_path / "target"
     through = LINK.replace("/etc/passwd", str(tmp_path)) + CONFTEST.format("x = 1").replace(
@@ -278,7 +278,7 @@ def play(env, task, *responses):
     return turns
 
 
-def test_who_knows_wins_and_who_reads_does(world, env):
+def test_the_expert_and_the_oracle_win(world, env):
     for number in range(2):
         task = world.tasks("dev")[number]
         turn = env.reset(task)
@@ -288,18 +288,18 @@ def test_who_knows_wins_and_who_reads_does(world, env):
         assert (turn.reward, turn.metrics["won"], turn.metrics["end_resolved"]) == (1, 1, 1) and turn.terminated
 
 
-def test_what_lies_there_at_the_end_is_graded(world, env):
-    """Committed or not, new files too; and the last turn ends it, finished or not."""
+def test_the_final_state_of_the_repository_is_graded(world, env):
+    """Committed changes and new files count, and the episode is graded after the last turn even without `finish`."""
     task = world.tasks("dev")[1]
     commit = bash(
         f"git apply - <<'X'\n{world.instance(task).gold_patch}X\ngit commit -qam done; echo x > new; git stash list"
     )
     last = play(env, task, bash("ls"), "no call", commit, bash("ls"))[-1]
-    assert not last.done and last.metrics["won"] == 1  # that it was the last one is not the world's to say
+    assert not last.done and last.metrics["won"] == 1  # the rollout counts turns and ends the episode
     assert env.step(FINISH).terminated
 
 
-def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
+def test_the_agent_cannot_find_the_hidden_tests_or_the_gold_patch(world, env):
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     (hidden,) = [name.rpartition("::")[2] for name in json.loads(instance.row["FAIL_TO_PASS"])[:1]]
@@ -309,7 +309,7 @@ def test_the_agent_cannot_find_what_it_is_graded_by(world, env):
     assert turns[1].observation == "end\n[exit code 0]" and "diff" not in turns[2].observation
 
 
-def test_what_is_no_call_is_an_error_that_it_reads(env, world):
+def test_a_response_without_a_call_is_answered_with_an_error(env, world):
     turn = play(env, world.tasks("dev")[0], "I think")[-1]
     assert (
         not turn.valid and turn.observation.startswith("ERROR: there is no call") and turn.metrics["format_valid"] == 0
@@ -327,14 +327,14 @@ def test_what_is_no_call_is_an_error_that_it_reads(env, world):
         "mkfifo /tmp/.index",
     ],
 )
-def test_what_it_leaves_in_the_way_costs_nothing(env, world, also):
+def test_obstacles_in_the_repository_do_not_affect_grading(env, world, also):
     task = world.tasks("dev")[1]
     last = play(env, task, bash(f"git apply - <<'X'\n{world.instance(task).gold_patch}X\n{also}"), FINISH)[-1]
     assert last.metrics["end_resolved"] == 1
 
 
 def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
-    """git tells changed files by size and second, unless its index is as old as they are: ours must not look younger."""
+    """git compares size and time of files, unless its index is as old as the file. The copied index must keep its time."""
     pairs = [(generated.generate_repository(task.id, 2, 2), task) for task in world.tasks("train")[:200]]
     made, task = next((made, task) for made, task in pairs if len(made.wrong) == len(made.right))
     path = made.path
@@ -345,7 +345,7 @@ def test_an_edit_of_the_same_length_in_the_same_second_is_seen(env, world):
     assert last.metrics["end_resolved"] == 1
 
 
-def test_a_repository_that_it_destroyed_is_no_patch(env, world):
+def test_a_destroyed_repository_gives_no_patch(env, world):
     last = play(env, world.tasks("dev")[0], bash("rm -rf .git"), FINISH)[-1]
     assert last.metrics["end_no_patch"] == 1 and last.reward == 0
 
@@ -362,45 +362,45 @@ CREATE = str(ToolCall("file_editor", {"command": "create", "path": "x", "file_te
         ("cd /; rm -rf /testbed; ln -s /nowhere /testbed; touch /testbed", FINISH),
     ],
 )
-def test_who_locks_or_ruins_its_own_folder_has_failed(world, ruin, then):
-    """And is no crash, which would leave it out of its group: whatever it says next, and if that is that it has finished."""
-    stage = SerialExecutor(world)
-    stage.reset({0: world.tasks("dev")[0]})
-    assert not stage.step({0: bash(ruin)})[0].error
-    reply = stage.step({0: then})[0]
-    stage.close()
+def test_an_agent_that_makes_its_folder_unusable_fails(world, ruin, then):
+    """This is a failure, not a crash: a crash would exclude the trajectory from its group."""
+    executor = SerialExecutor(world)
+    executor.reset({0: world.tasks("dev")[0]})
+    assert not executor.step({0: bash(ruin)})[0].error
+    reply = executor.step({0: then})[0]
+    executor.close()
     assert not reply.error, reply.trace
     assert reply.turn.terminated and reply.turn.reward == 0
     assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
 
 
-def test_a_patch_whose_hook_locks_the_folder_is_no_crash_of_its_grading(world):
+def test_a_hook_that_locks_the_folder_does_not_crash_grading(world):
     hook = "#!/bin/sh\nchmod 000 /testbed\n"
     patch = new_file(".git/hooks/post-checkout", hook).replace("100644", "100755")
     assert graded(world, world.tasks("dev")[0], patch.encode()) in ("not_applied", "tests_fail")
 
 
 @pytest.mark.parametrize(
-    ("parser", "said"),
+    ("parser", "output"),
     [("parse_log_django", "'ERROR:'"), ("", "'>>>>> Test Exit Code: ' + '9' * 5000")],
     ids=["line", "number"],
 )
-def test_a_line_that_the_parser_of_logs_cannot_read_is_no_crash(world, parser, said):
-    """Django's takes what follows `ERROR:` for granted; whatever an agent's code prints is its own failure."""
+def test_output_that_the_log_parser_cannot_read_does_not_crash_grading(world, parser, output):
+    """Django's parser expects text after `ERROR:`. Output of the agent's code that breaks a parser is a failure."""
     task = world.tasks("dev")[0]
     instance = world.instance(task)
     instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
-    patch = amok(instance.gold_patch.encode(), f"import atexit; atexit.register(print, '\\n' + {said})")
+    patch = add_code(instance.gold_patch.encode(), f"import atexit; atexit.register(print, '\\n' + {output})")
     with world.open(host_image()) as sandbox:
         assert grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
 
 
-def test_a_disk_that_it_filled_is_its_own_failure(env, world):
+def test_an_agent_that_fills_its_disk_fails(env, world):
     last = play(env, world.tasks("dev")[0], bash("head -c 200000000 /dev/zero > big"), bash("echo x > y"), FINISH)[-1]
     assert last.metrics["won"] == 0 and last.terminated
 
 
-def test_when_the_time_is_up_it_is_stopped(world):
+def test_an_episode_is_stopped_at_its_time_limit(world):
     env = replace_seconds(world, episode_seconds=0.0).env()
     last = play(env, world.tasks("dev")[0], bash("ls"))[-1]
     env.close()
@@ -413,23 +413,24 @@ def replace_seconds(world, **changes):
     return other
 
 
-def test_a_sandbox_that_is_lost_costs_one_episode(world):
-    stage = SerialExecutor(world)
+def test_a_lost_sandbox_affects_only_one_episode(world):
+    executor = SerialExecutor(world)
     tasks = world.tasks("dev")
-    stage.reset({0: tasks[0], 1: tasks[1]})
-    stage.envs[0]._sandbox._holder.kill()
-    stage.envs[0]._sandbox._holder.wait()
-    replies = stage.step({0: FINISH, 1: FINISH})
+    executor.reset({0: tasks[0], 1: tasks[1]})
+    executor.envs[0]._sandbox._holder.kill()
+    executor.envs[0]._sandbox._holder.wait()
+    replies = executor.step({0: FINISH, 1: FINISH})
     assert "gone" in replies[0].error and replies[1].turn.terminated
-    assert stage.reset({0: tasks[2]})[0].turn is not None
-    stage.close()
+    assert executor.reset({0: tasks[2]})[0].turn is not None
+    executor.close()
 
 
-def test_who_would_take_grading_for_hanging_is_told():
-    asked = ["env=swe", "env.make.tests_seconds=90"]
-    assert load(asked).launch.workers == 0
-    with pytest.raises(ConfigError, match=r"launch.env_seconds=120.0: .* 330 .*env.make.tests_seconds"):
-        load([*asked, "launch.workers=2"])
+def test_the_time_limit_of_a_step_must_allow_grading():
+    words = ["env=swe", "env.make.tests_seconds=90"]
+    assert load(words).launch.workers == 0
+    with pytest.raises(ConfigError, match=r" 330.*env\.make\.tests_seconds") as caught:
+        load([*words, "launch.workers=2"])
+    assert (caught.value.field, caught.value.value) == ("launch.env_seconds", 120.0)
 
 
 def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
@@ -445,12 +446,12 @@ def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
     assert "<function=" in text and "testbed" in text
 
 
-# Rows of others.
+# Rows of data sets.
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, world):
-    """Rows in both formats, in files, on one image that has git, Python and pytest; it is what SWE-bench's and R2E-Gym's are."""
+    """Files of rows in both formats. Their image has git, Python and pytest, like those of SWE-bench and R2E-Gym."""
     sandbox_images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
     made = generated.generate_repository("dev-1", 2, 2)
@@ -494,12 +495,13 @@ def bench(folder, **changes):
 
 def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
     folder, made = hub
-    with pytest.raises(MissingResource, match=r"is not unpacked .* run aem_exp.prepare"):
+    with pytest.raises(MissingResource, match=r"aem_exp.prepare") as caught:
         bench(folder)
-    said = []
+    assert (caught.value.field, caught.value.value) == ("env.make.sandbox", "bwrap")
+    lines = []
     files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
-    SWEBench.prepare(said.append, Bwrap(str(folder / "unpacked")), **files, dev=2)
-    assert said[0] == "images  1 of 6 tasks, 0 of them here"
+    SWEBench.prepare(lines.append, Bwrap(str(folder / "unpacked")), **files, dev=2)
+    assert lines[0].startswith("images  1 for 6 tasks; 0 ")
     world = bench(folder)
     assert [len(world.tasks(split)) for split in world.splits] == [3, 2, 1]
     env = world.env()
@@ -524,54 +526,54 @@ def test_dev_is_held_out_by_hash_and_sizes_choose(hub):
     try:
         world = bench(folder, sizes={"train": 1})
     except MissingResource:
-        pytest.skip("another worker has the images")
+        pytest.skip("the images were unpacked by another worker of the test run")
     ids = {split: [task.id for task in world.tasks(split)] for split in world.splits}
     assert not set(ids["train"]) & set(ids["dev"]) and len(ids["train"]) == 1
     assert bench(folder).fingerprint != world.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "kind", "message"),
     [
-        (
-            [{"instance_id": "a", "repo": "b"}],
-            "has the columns instance_id, repo; rows must be SWE-bench's of version 5",
-        ),
-        ("{not json\n", "cannot be read"),
-        (None, "there is no such file"),
+        ([{"instance_id": "a", "repo": "b"}], ConfigError, "instance_id, repo.*version 5.*R2E-Gym"),
+        ("{not json\n", ConfigError, "cannot be read"),
+        (None, MissingResource, "does not exist"),
     ],
 )
-def test_a_file_that_holds_no_rows_is_one_sentence(tmp_path, table, said):
+def test_a_file_without_valid_rows_is_refused(tmp_path, table, kind, message):
     file = tmp_path / "rows.jsonl"
     if table is not None:
         file.write_text(table if isinstance(table, str) else "".join(json.dumps(row) + "\n" for row in table))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(kind, match=message) as caught:
         rows.Rows(str(file), "train", None, "env.make.train")
+    assert (caught.value.field, caught.value.value) == ("env.make.train", str(file))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "fact"),
     [
-        ({"eval_script": None}, "has no eval_script"),
-        ({"image": ""}, "has no image"),
-        ({"FAIL_TO_PASS": "{"}, "its FAIL_TO_PASS is no JSON list"),
-        ({"problem_statement": "x" * 5_000_000}, "longer than 4,000,000 characters"),
+        ({"eval_script": None}, "no eval_script;"),
+        ({"image": ""}, "no image;"),
+        ({"FAIL_TO_PASS": "{"}, "FAIL_TO_PASS is not a JSON list"),
+        ({"problem_statement": "x" * 5_000_000}, "4,000,000 characters"),
     ],
 )
-def test_a_row_that_is_not_whole_is_one_sentence(changes, said):
+def test_an_incomplete_row_is_refused(changes, fact):
     row = {**generated.generate_repository("dev-1", 2, 2).row, **changes}
-    with pytest.raises(ConfigError, match=f"env.make=here: .*{said}"):
-        rows.parse_instance(row, "here")
+    with pytest.raises(ConfigError) as caught:
+        rows.parse_instance(row, "a row")
+    assert (caught.value.field, caught.value.value) == ("env.make", "a row") and fact in caught.value.remedy
 
 
-def test_rows_of_the_hub_that_are_not_here_say_what_to_do(tmp_path, monkeypatch):
+def test_missing_rows_of_the_hub_name_the_command_that_downloads_them(tmp_path, monkeypatch):
     monkeypatch.setenv("AEM_CACHE", str(tmp_path))
-    with pytest.raises(MissingResource, match=r"env.make.train=some/rows: .* python -m aem_exp.prepare"):
+    with pytest.raises(MissingResource, match=r"python -m aem_exp.prepare") as caught:
         rows.Rows("some/rows", "train", None, "env.make.train")
+    assert (caught.value.field, caught.value.value) == ("env.make.train", "some/rows")
 
 
-def test_a_lost_image_is_named(world):
+def test_a_missing_image_is_named(world):
     instance = world.instance(world.tasks("dev")[0])
-    with pytest.raises(SandboxLost, match="is not unpacked"):
+    with pytest.raises(SandboxLost, match=r"image no/such:1 "):
         world.open(replace(instance.image, name="no/such:1"))
     assert Limits().memory_mb == 4096

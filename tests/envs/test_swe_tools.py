@@ -1,4 +1,4 @@
-"""The agent's tools: how a response is read as a call, and what each does to a repository."""
+"""The agent's tools: the parsing of responses, and the effect of each tool on a repository."""
 
 import contextlib
 
@@ -16,30 +16,33 @@ EDIT = "<function=file_editor><parameter=command>{}</parameter><parameter=path>f
 
 
 @pytest.mark.parametrize(
-    "said",
+    "response",
     [
         BASH,
         f"I look.\n\n{BASH}\nand then I will see",
         f"<think>maybe <function=finish></function></think>{BASH}",
-        BASH.removesuffix("</function>"),  # the end token came first
+        BASH.removesuffix("</function>"),  # the response ended before the closing tag
         BASH.replace("=execute_bash", " = execute_bash ").replace("=command", " = command "),
         BASH.replace("\n", " ").replace(" ls -l ", "ls -l"),
-        f"{BASH}\n<function=finish></function>",  # one call a turn: the first
+        f"{BASH}\n<function=finish></function>",  # only the first call of a response counts
     ],
 )
-def test_what_can_only_mean_one_thing_is_read(said):
-    assert parse_call(said) == ToolCall("execute_bash", {"command": "ls -l"})
+def test_unambiguous_calls_are_parsed(response):
+    assert parse_call(response) == ToolCall("execute_bash", {"command": "ls -l"})
 
 
-def test_a_value_is_what_stands_between_its_tags():
+def test_a_value_is_the_text_between_its_tags():
     code = "\n    if a < b:\n\n        return '</p>'\n"
-    told = EDIT.format("create", f"<parameter=file_text>\n{code}\n</parameter>")
-    assert parse_call(told).arguments["file_text"] == code
-    assert parse_call(str(parse_call(told))) == parse_call(told)
+    response = EDIT.format("create", f"<parameter=file_text>\n{code}\n</parameter>")
+    assert parse_call(response).arguments["file_text"] == code
+    assert parse_call(str(parse_call(response))) == parse_call(response)
+
+
+# The texts of InvalidCall and of the tools are observations of the agent. If they change, raise `swe.world.RULES_VERSION`.
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("response", "message"),
     [
         ("", "there is no call"),
         (BASH.replace("ls", "l\0s"), "a call is text"),
@@ -62,24 +65,24 @@ def test_a_value_is_what_stands_between_its_tags():
         (EDIT.format("undo_edit", "").replace("<parameter=path>f.py</parameter>", ""), "file_editor needs path"),
     ],
 )
-def test_what_could_do_harm_is_no_call(said, why):
-    with pytest.raises(InvalidCall) as told:
-        parse_call(said)
-    assert why in str(told.value)
+def test_incomplete_and_unknown_calls_are_refused(response, message):
+    with pytest.raises(InvalidCall) as caught:
+        parse_call(response)
+    assert message in str(caught.value)
 
 
 @given(st.text(max_size=300), st.sampled_from([*TOOLS, "", "x"]))
-def test_no_response_breaks_it(text, tool):
-    for said in (
+def test_any_response_is_a_call_or_an_invalid_call(text, tool):
+    for response in (
         text,
         f"<function={tool}>{text}",
         f"<function={tool}><parameter=command>{text}</parameter>{text}</function>",
     ):
         with contextlib.suppress(InvalidCall):
-            assert parse_call(said).tool in TOOLS
+            assert parse_call(response).tool in TOOLS
 
 
-def test_a_long_response_is_read_quickly():
+def test_a_long_malformed_response_is_parsed():
     for part in ("<function=execute_bash>", "<parameter=command>", "<think>", "</think>", "<", "</parameter>"):
         with contextlib.suppress(InvalidCall):
             parse_call(part * (200_000 // len(part)))
@@ -97,21 +100,23 @@ def test_output_is_cut_in_the_middle():
 
 
 @pytest.fixture(scope="module")
-def place():
-    if why := Bwrap().missing():
-        skip_or_fail(why)
-    with Bwrap().open(Image(), Limits(memory_mb=300, disk_mb=50, output_mb=1)) as sandbox:
-        yield sandbox
+def sandbox():
+    if reason := Bwrap().missing():
+        skip_or_fail(reason)
+    with Bwrap().open(Image(), Limits(memory_mb=300, disk_mb=50, output_mb=1)) as opened:
+        yield opened
 
 
 @pytest.fixture
-def tools(place):
-    place.run("rm -rf -- * && mkdir pkg && printf 'a = 1\\nb = 2\\nb = 2\\n' > pkg/f.py && printf '\\377' > binary", 10)
-    return Tools(place, 2.0)
+def tools(sandbox):
+    sandbox.run(
+        "rm -rf -- * && mkdir pkg && printf 'a = 1\\nb = 2\\nb = 2\\n' > pkg/f.py && printf '\\377' > binary", 10
+    )
+    return Tools(sandbox, 2.0)
 
 
-def edit(tools, command, path="pkg/f.py", **given):
-    return tools.execute(ToolCall("file_editor", {"command": command, "path": path, **given}), 60)
+def edit(tools, command, path="pkg/f.py", **parameters):
+    return tools.execute(ToolCall("file_editor", {"command": command, "path": path, **parameters}), 60)
 
 
 def test_a_folder_and_a_file_are_viewed(tools):
@@ -120,29 +125,29 @@ def test_a_folder_and_a_file_are_viewed(tools):
     assert edit(tools, "view", "/testbed/pkg/f.py", view_range="[2, -1]") == "     2\tb = 2\n     3\tb = 2"
 
 
-def test_edits_are_made_and_undone(tools, place):
+def test_edits_can_be_undone(tools, sandbox):
     assert "     1\ta = 5" in edit(tools, "str_replace", old_str="a = 1", new_str="a = 5")
     edit(tools, "insert", insert_line="1", new_str="c = 3\nd = 4")
-    assert place.get("pkg/f.py") == b"a = 5\nc = 3\nd = 4\nb = 2\nb = 2\n"
+    assert sandbox.get("pkg/f.py") == b"a = 5\nc = 3\nd = 4\nb = 2\nb = 2\n"
     for _ in range(2):
         assert "is undone" in edit(tools, "undo_edit")
-    assert place.get("pkg/f.py") == b"a = 1\nb = 2\nb = 2\n"
+    assert sandbox.get("pkg/f.py") == b"a = 1\nb = 2\nb = 2\n"
     assert "no edit" in edit(tools, "undo_edit")
     assert edit(tools, "create", "new/g.py", file_text="x") == "/testbed/new/g.py is written"
-    assert place.get("new/g.py") == b"x\n"
+    assert sandbox.get("new/g.py") == b"x\n"
     edit(tools, "undo_edit", "new/g.py")
     with pytest.raises(OSError):
-        place.get("new/g.py")
+        sandbox.get("new/g.py")
 
 
-def test_line_ends_of_windows_stay(tools, place):
-    place.put("pkg/f.py", b"a = 1\r\nb = 2\r\n")
+def test_an_edit_keeps_windows_line_endings(tools, sandbox):
+    sandbox.put("pkg/f.py", b"a = 1\r\nb = 2\r\n")
     edit(tools, "str_replace", old_str="a = 1\nb = 2", new_str="a = 1\nb = 3")
-    assert place.get("pkg/f.py") == b"a = 1\r\nb = 3\r\n"
+    assert sandbox.get("pkg/f.py") == b"a = 1\r\nb = 3\r\n"
 
 
 @pytest.mark.parametrize(
-    ("command", "path", "given", "said"),
+    ("command", "path", "parameters", "message"),
     [
         (
             "str_replace",
@@ -162,12 +167,12 @@ def test_line_ends_of_windows_stay(tools, place):
         ("create", "pkg", {"file_text": "x"}, "irectory"),
     ],
 )
-def test_what_cannot_be_edited_says_why(tools, command, path, given, said):
-    told = edit(tools, command, path, **given)
-    assert told.startswith("ERROR: ") and said in told
+def test_an_impossible_edit_is_answered_with_an_error(tools, command, path, parameters, message):
+    observation = edit(tools, command, path, **parameters)
+    assert observation.startswith("ERROR: ") and message in observation
 
 
-def test_commands_say_how_they_ended(tools):
+def test_the_answer_of_a_command_says_how_it_ended(tools):
     def bash(command):
         return tools.execute(ToolCall("execute_bash", {"command": command}), 60)
 
@@ -176,9 +181,8 @@ def test_commands_say_how_they_ended(tools):
     assert bash("sleep 50").endswith("[stopped after 2 s]")
     assert bash("yes | head -c 3000000").endswith("[stopped after 1 MB of output]")
     assert len(bash("yes | head -n 5000").split("\n")) < 90
-    assert tools.execute(ToolCall("execute_bash", {"command": "sleep 50"}), 0.2).endswith(
-        "[stopped after 0.2 s]"
-    )  # all that is left
+    limited = tools.execute(ToolCall("execute_bash", {"command": "sleep 50"}), 0.2)  # the rest of the episode
+    assert limited.endswith("[stopped after 0.2 s]")
 
 
 def test_a_search_finds_lines_and_files(tools):

@@ -1,4 +1,4 @@
-"""A small data set in ALFWorld's official layout, of games that are made here."""
+"""Writes a small data set in ALFWorld's official layout, with generated games."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ GAMES = dict(zip(COUNTS, (24, 6, 6), strict=True))
 
 
 def write_official_files(folder: Path, counts: dict[str, int] = GAMES) -> Path:
-    """Write it; the folder, as $ALFWORLD_DATA would name it."""
+    """Write the data set. Returns the folder for $ALFWORLD_DATA."""
     kinds = list(games.KINDS)
     for split, count in counts.items():
         for number in range(count):
@@ -20,7 +20,7 @@ def write_official_files(folder: Path, counts: dict[str, int] = GAMES) -> Path:
 
 
 def write_game(folder: Path, split: str, kind: str, number: int, **changes: Any) -> Path:
-    """A game, and what ALFRED says of it; the folder of the trial."""
+    """Write a game and ALFRED's data about it. Returns the folder of the trial."""
     game, errand = games.generate_game(kind, f"{split}-{number}", 11, 8)
     name = f"{kind}-{errand.object}-None-{errand.target}-{number}"
     trial = folder / "json_2.1.1" / split / name / f"trial_T2019_{number:04d}"

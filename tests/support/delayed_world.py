@@ -1,15 +1,15 @@
-"""A world whose environments take their time over a step, as containers and browsers do. Light: worker processes import it."""
+"""A world with slow steps, as in containers and browsers. It imports little, because worker processes import it."""
 
 import time
 from random import Random
 
 from aem_exp.envs import Task, Turn
 
-WORDS = [chr(ord("a") + i) for i in range(12)]  # the toy's
+WORDS = [chr(ord("a") + i) for i in range(12)]  # as in `toy`
 
 
 class DelayedWorld:
-    """Plays `turns` turns, each of them between `low` and `high` seconds long, as the task and the turn decide."""
+    """Plays `turns` turns. Each takes between `low` and `high` seconds, which depends on the task and the turn."""
 
     fingerprint = "patient"
 

@@ -1,4 +1,4 @@
-"""An OpenEnv server that serves the household environment."""
+"""Starts and stops an OpenEnv server that serves the household environment."""
 
 import socket
 import subprocess
@@ -11,7 +11,7 @@ ACTIONS = {"look": "look", "Inventory": "inventory"}
 
 
 class OpenEnvServer:
-    """OpenEnv's own server, with our household behind it."""
+    """OpenEnv's own server in a process of its own."""
 
     def __init__(self):
         with socket.socket() as free:
@@ -24,8 +24,8 @@ class OpenEnvServer:
 
     def _answers(self):
         assert self.process.poll() is None
-        with socket.socket() as door:
-            return door.connect_ex(("127.0.0.1", self.port)) == 0
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", self.port)) == 0
 
     def stop(self):
         self.process.kill()

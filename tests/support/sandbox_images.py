@@ -1,4 +1,4 @@
-"""Small images, made here of this machine's own programs: what a registry would give."""
+"""Builds small container images from this machine's own programs, in place of images from a registry."""
 
 import importlib.metadata
 import shutil
@@ -30,7 +30,7 @@ def needs_skopeo():
 
 
 def oci(folder, root):
-    """An image in OCI layout of what lies in `root`; its name. Whom root becomes can get at the folder."""
+    """Make an image in OCI layout from the files in `root`, and return its name. All users may enter the folder."""
     for parent in (folder, *folder.parents[:3]):
         if parent != Path("/") and parent.owner() == folder.owner():
             parent.chmod(parent.stat().st_mode | 0o011)
@@ -46,7 +46,7 @@ def oci(folder, root):
 
 
 def tree(root, programs=TOOLS):
-    """A system of some programs, with the libraries that they load."""
+    """Copy programs, with the libraries that they load, into a root folder."""
     for name in programs:
         place = shutil.which(name)
         program(root, Path(place).resolve(), f"bin/{name}")
@@ -63,7 +63,7 @@ def program(root, source, target):
 
 
 def python(root):
-    """Git, and this Python with pytest, where a repository's tests can run."""
+    """Copy git, this Python and pytest into a root folder, so that the tests of a repository can run."""
     tree(root, [*TOOLS, *GIT])
     base = Path(sys.base_prefix)
     name = f"python3.{sys.version_info.minor}"

@@ -1,4 +1,4 @@
-"""The household at leisure, so that things can happen to a run: $SLOW seconds a step."""
+"""A household whose steps take $SLOW seconds, so that tests can interrupt a run. Responses that begin with $BREAKS_AT raise."""
 
 import os
 import time

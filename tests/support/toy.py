@@ -1,4 +1,4 @@
-"""A toy world for laws: short chatter whose rewards differ whatever a random policy says."""
+"""A toy world for tests of training: short episodes in which different responses of a random policy earn different rewards."""
 
 import itertools
 import os
@@ -29,13 +29,11 @@ from aem_exp.training.updates import UpdateSettings
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
 
-_NUMBERS = (
-    itertools.count()
-)  # no trainer writes where another has; processes of one run, started together, where each does
+_NUMBERS = itertools.count()  # each trainer gets its own folder; the processes of one distributed run share theirs
 
 
 class Chatter:
-    """Plays 1 to 4 turns; the reward of a turn follows from the words. A turn that starts with `a` is invalid."""
+    """Plays 1 to 4 turns. The response decides the reward, and a response that starts with `a` is invalid."""
 
     goal = "talk"
 
@@ -116,7 +114,7 @@ def experiment(history: str = "full", **trainer: Any) -> Experiment:
 
 
 def policy(folder: Path, history: str = "full", seed: int = 0) -> tuple[Any, Any]:
-    """A random tiny Qwen3, saved once per test session and loaded afresh, and its tokenizer."""
+    """A random tiny Qwen3 and its tokenizer. The model is saved once per test session and loaded again at each call."""
     from transformers import AutoModelForCausalLM
 
     rules = env(history)
@@ -142,7 +140,7 @@ def draw(step: int, number: int = 0, seed: int = 0, tasks: int = 4, group: int =
 def trainer(
     folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any
 ) -> AEMTrainer:
-    """An AEMTrainer on the toy world; `changes` are its keywords, or fields of its parts."""
+    """An AEMTrainer on the toy world. `changes` are its keywords, or fields of the parts in its keywords."""
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)
     chat = Chat(tokenizer)

@@ -1,7 +1,7 @@
-"""TextWorld's PDDL engine, contained and quick: its texts are those of the stock class, byte for byte.
+"""Plays TextWorld's PDDL games faster than TextWorld's own class, with the same texts byte for byte.
 
-Fast Downward translates a game (`translation`) and plays it (`library`); texts come from the game's own `grammar`
-(`text_generation`). Measured against the stock class, all of it is the same but the time it takes.
+Fast Downward translates a game (`translation`) and plays it (`library`). The texts come from the game's own `grammar`
+(`text_generation`). Measured against TextWorld's class, only the time differs. Global state of the libraries stays isolated.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ NOTHING: Final = "Nothing happens."
 
 
 class GameState(NamedTuple):
-    """A game after a step: its text, the admissible commands, whether its goal is reached."""
+    """A game after a step: its text, its admissible commands, and whether its goal is reached."""
 
     text: str
     commands: tuple[str, ...]
@@ -24,19 +24,19 @@ class GameState(NamedTuple):
 
 
 class Engine:
-    """One environment: a copy of Fast Downward's library, playing one game at a time."""
+    """Plays one game at a time, with its own copy of Fast Downward's library."""
 
     def __init__(self) -> None:
         self._library: Any = None
 
     def start(self, data: Mapping[str, Any]) -> GameState:
-        """Begin a game.
+        """Start a game.
 
         Args:
-            data: the game file.
+            data: the content of the game file.
 
         Raises:
-            ValueError: the engine refuses the game.
+            ValueError: the game is malformed.
         """
         self.game = load_game(data)
         if self._library is None:
@@ -46,11 +46,11 @@ class Engine:
         if self.game.entities is None:
             self.game.entities = self._facts.entities()
         self._generator = TextGenerator(self.game, self._facts)
-        self._command_cache = dict[str, str]()  # ground operator -> command, where no step changes it
+        self._command_cache = dict[str, str]()  # ground operator -> command, if no step changes the command
         return self._make_state(self._generator.write("#intro#", {}))
 
     def step(self, command: str) -> GameState:
-        """Carry out a command; one that is not admissible changes nothing."""
+        """Carry out a command. A command that is not admissible changes nothing."""
         operator = self._operator_by_command.get(command.strip())
         if operator is None:
             return self._state._replace(text=NOTHING)
@@ -59,7 +59,7 @@ class Engine:
         return self._make_state(self._generator.write(self.game.grammar.feedback[operator[1].split()[0]], mapping))
 
     def matches_grammar(self, command: str) -> bool:
-        """Whether a command has the form of one of the game's, admissible or not."""
+        """Whether a command has the form of a command of this game, admissible or not."""
         return self.game.grammar.command_pattern.fullmatch(command) is not None
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Engine:
         return self._state
 
     def _word_command(self, ground: str) -> str:
-        """The command that stands for a ground operator."""
+        """The command for a ground operator."""
         command = self._command_cache.get(ground)
         if command is None:
             action = ground.split()[0]
@@ -85,7 +85,7 @@ class Engine:
         return command
 
     def _applicable_operators(self) -> list[tuple[int, str, int]]:
-        """Id, name and number of effects of each applicable operator; of several with one name, the first."""
+        """Id, name and number of effects of each applicable operator; the first one of each name."""
         from fast_downward import Operator
 
         operators = (Operator * self._library.get_applicable_operators_count())()
@@ -106,7 +106,7 @@ class Engine:
             self._facts.add((predicate, types, names))
 
     def _read_facts(self) -> list[Fact]:
-        """The facts that are true and may change."""
+        """The true facts among those that can change."""
         from fast_downward import Atom
 
         atoms = (Atom * self._library.get_state_size())()

@@ -1,4 +1,4 @@
-"""The environment: one game at a time, played by text commands."""
+"""The environment of ALFWorld: plays one game at a time by text commands."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -6,8 +6,8 @@ from typing import Any, Final
 from aem_exp.envs import Task, Turn, parsing
 from aem_exp.envs.alfworld.engine import Engine
 
-MAX_COMMAND_CHARACTERS: Final = 100  # characters; what later prompts quote of a response stays this short
-HIDDEN_COMMAND: Final = "help"  # admissible, and of no use to a policy
+MAX_COMMAND_CHARACTERS: Final = 100  # longest command; later prompts quote it
+HIDDEN_COMMAND: Final = "help"  # admissible, but useless to a policy
 
 
 class AlfWorldEnv:
@@ -47,7 +47,7 @@ class AlfWorldEnv:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The commands that a policy is shown as admissible."""
+        """The admissible commands that a policy sees."""
         return tuple(command for command in self._state.commands if command != HIDDEN_COMMAND)
 
     def _turn(self, reward: float = 0.0, valid: bool = True, metrics: Mapping[str, float] | None = None) -> Turn:

@@ -1,7 +1,6 @@
-"""A scripted ALFWorld expert that knows only the observations of its episode: it searches for the object, treats it and
-brings it to the target.
+"""A scripted ALFWorld expert: it searches for the object, treats it and brings it to the target.
 
-It reads old games (`put .. in/on ..`) and new ones (`move .. to ..`).
+It knows only the observations of its episode, and it reads both old games (`put .. in/on ..`) and new ones (`move .. to ..`).
 """
 
 import re
@@ -20,12 +19,12 @@ _TREAT: Final = re.compile(r"You (clean|heat|cool) the ([a-z]+ \d+) using")
 
 
 class EpisodeMemory:
-    """What the observations of an episode tell: the agent's place and object, the contents of receptacles, and treatments."""
+    """What the observations of an episode have shown: the agent's place and object, contents of receptacles, and treatments."""
 
     def __init__(self, observations: Sequence[str], places: Sequence[str]):
         self.location, self.held_object = "", ""
         self.places = list(places)
-        self.contents: dict[str, list[str]] = {}  # of receptacles that were looked into
+        self.contents: dict[str, list[str]] = {}  # of receptacles that were seen open
         self.treatments: dict[str, set[str]] = {}  # thing -> clean, heat, cool
         for text in observations:
             self._read_observation(text)
@@ -42,14 +41,14 @@ class EpisodeMemory:
         if match := _TREAT.search(text):
             states = self.treatments.setdefault(match[2], set())
             if match[1] != "clean":
-                states -= {"heat", "cool"}  # a thing is never both
+                states -= {"heat", "cool"}  # a thing is never both hot and cool
             states.add(match[1])
         for place, things in _SEEN.findall(text):
             if place in self.places:
                 self.contents[place] = re.findall(r"\ba ([a-z]+ \d+)", things)
 
     def find(self, kind: str) -> list[tuple[str, str]]:
-        """(thing, place) for all things of a type that were seen and lie somewhere."""
+        """(thing, place) for each thing of a type that was seen in a receptacle."""
         return [(thing, place) for place, things in self.contents.items() for thing in things if kind_of(thing) == kind]
 
 
@@ -58,7 +57,7 @@ def kind_of(name: str) -> str:
 
 
 def next_command(memory: EpisodeMemory, commands: Sequence[str], errand: GameErrand, random: Random) -> str:
-    """The next command of the errand, among those that are admissible."""
+    """The next of the admissible commands towards the errand."""
     wanted, target = errand.object.lower(), errand.target.lower()
     verb = next((verb for verb in TREATMENTS if f"_{verb}_" in errand.kind), "")
     if memory.held_object and kind_of(memory.held_object) != wanted:  # picked up by mistake
@@ -81,8 +80,8 @@ def next_command(memory: EpisodeMemory, commands: Sequence[str], errand: GameErr
         return _first_match(commands, f"{verb} {memory.held_object} with ") or _go_to_kind(
             APPLIANCE[verb], memory, commands, random
         )
-    there = _find_filled_target(memory, target, wanted)  # the second of two goes where the first is
-    if place := next(iter(there), memory.location if kind_of(memory.location) == target else ""):
+    filled = _find_filled_target(memory, target, wanted)  # the second of two objects goes to the place of the first
+    if place := next(iter(filled), memory.location if kind_of(memory.location) == target else ""):
         put = (
             _first_match(commands, f"move {memory.held_object} ", f"put {memory.held_object} ")
             if memory.location == place
@@ -96,19 +95,19 @@ APPLIANCE: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 
 
 def _find_filled_target(memory: EpisodeMemory, target: str, wanted: str) -> list[str]:
-    """Receptacles of the target's type that hold the wanted thing already: the first of them, if any."""
+    """The first receptacle of the target's type that already contains a wanted object; empty if there is none."""
     filled = [place for _, place in memory.find(wanted) if kind_of(place) == target]
     return filled[:1]
 
 
 def _go_to_kind(kind: str, memory: EpisodeMemory, commands: Sequence[str], random: Random) -> str:
-    """Go to a receptacle of a type."""
+    """The next command to go to any receptacle of a type."""
     places = [place for place in memory.places if kind_of(place) == kind]
     return _go_to(random.choice(places), memory, commands, random) if places else _wander(commands, random)
 
 
 def _go_to(place: str, memory: EpisodeMemory, commands: Sequence[str], random: Random) -> str:
-    """The next command towards standing before a receptacle, and having it open."""
+    """The next command to reach a receptacle and open it."""
     if memory.location == place:
         return _first_match(commands, f"open {place}") or _wander(commands, random)
     return (
@@ -117,7 +116,7 @@ def _go_to(place: str, memory: EpisodeMemory, commands: Sequence[str], random: R
 
 
 def _explore(memory: EpisodeMemory, commands: Sequence[str], random: Random, last: str = "") -> str:
-    """Open what is before one, else go where one has not been; the target last, for nothing wanted lies there."""
+    """Open the current receptacle, else go to an unseen one. Type `last` comes last: the wanted object is never there."""
     unseen = [place for place in memory.places if place not in memory.contents]
     if memory.location in unseen and (opened := _first_match(commands, f"open {memory.location}")):
         return opened

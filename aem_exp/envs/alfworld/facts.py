@@ -1,4 +1,4 @@
-"""Facts of a game, the names of its things, and queries over what is true."""
+"""The facts of a game, queries over them, and the display names of things."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from aem_exp.envs.alfworld.grammar import Predicate
 
-Var = tuple[str, str]  # name and type, of a variable or of a placeholder
+Var = tuple[str, str]  # name and type of a variable or a placeholder
 Fact = tuple[str, tuple[str, ...], tuple[str, ...]]  # predicate, types, names
 ListSubtypes = Callable[[tuple[str, ...]], list[tuple[str, ...]]]  # types -> all combinations of their subtypes
 
@@ -20,7 +20,7 @@ def restore_case(name: str) -> str:
 
 
 class Entity(NamedTuple):
-    """What a grammar can use of a thing."""
+    """The attributes of a thing that a grammar can use."""
 
     id: str
     name: str
@@ -29,9 +29,10 @@ class Entity(NamedTuple):
 
 
 def display_names(ids: Sequence[str]) -> dict[str, str]:
-    """Id -> name: `mug_bar__plus_01_dot_23_bar_...` is a numbered mug. The numbering is ALFWorld's own, from the last.
+    """Id -> name: `mug_bar__plus_01_dot_23_bar_...` becomes `mug 3`.
 
-    A sink's id holds its basin, and the name says so.
+    The numbers are ALFWorld's own: they count down in the order of the ids. If the id of a sink contains its basin, so does
+    the name.
     """
     kinds = {one: one.split("_bar_", 1)[0] + ("basin" if "basin" in one else "") for one in ids if "_bar_" in one}
     left: dict[str, int] = {}
@@ -73,7 +74,7 @@ class Facts:
         return {one: Entity(one, name) for one, name in display_names(list(things)).items()}
 
     def find_mappings(self, query: "Sequence[Predicate]", mapping: dict[Var, Var]) -> Iterator[dict[Var, Var]]:
-        """All ways to make a query true, in TextWorld's order. Different placeholders are different things."""
+        """All mappings that make a query true, in TextWorld's order. Different placeholders are different things."""
         if not query:
             yield mapping
             return
@@ -88,7 +89,7 @@ class Facts:
 def _extend_mapping(
     placeholders: Sequence[Var], values: Iterator[Var], mapping: dict[Var, Var]
 ) -> dict[Var, Var] | None:
-    """The mapping with these placeholders bound; None where one is bound to another value."""
+    """The mapping with these placeholders bound to the values; None if one is already bound to another value."""
     extended, used = dict(mapping), set(mapping.values())
     for placeholder, value in zip(placeholders, values, strict=True):
         bound = extended.get(placeholder)

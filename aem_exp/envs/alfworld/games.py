@@ -1,7 +1,6 @@
-"""Generates ALFWorld games of all six kinds from a kind and a seed, with the domain and the grammar of the installed
-package.
+"""Generates ALFWorld games of all six kinds from a kind and a seed, with the domain and grammar of the installed package.
 
-A generated game has the same fields as a downloaded one; sliced objects and receptacles that share a place are left out.
+A generated game has the same fields as an official one. There are no sliced objects, and no two receptacles share a location.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from aem_exp.envs.alfworld.facts import display_names
 from aem_exp.envs.alfworld.library import check_installed
 
 RULES_VERSION: Final = 1  # raise when the same kind and seed would give another game
-ROOMS: Final = {  # what a room has, as often as it has it
+ROOMS: Final = {  # room -> its receptacles, with their numbers
     "Kitchen": "Fridge Microwave SinkBasin CounterTop*3 Cabinet*10 Drawer*6 DiningTable GarbageCan CoffeeMachine Toaster "
     "StoveBurner*4 Shelf*3",
     "Bedroom": "Desk*2 Bed Dresser GarbageCan Safe LaundryHamper ArmChair Drawer*8 Shelf*6 SideTable*2 Cabinet*6",
@@ -30,7 +29,7 @@ ROOMS: Final = {  # what a room has, as often as it has it
     "ToiletPaperHanger SideTable",
 }
 APPLIANCES: Final = {"Clean": "SinkBasin", "Heat": "Microwave", "Cool": "Fridge"}
-KINDS: Final = {  # kind -> rooms, and what must be done to the object first
+KINDS: Final = {  # kind -> rooms, and the treatment of the object
     "pick_and_place_simple": (tuple(ROOMS), None),
     "look_at_obj_in_light": (("Bedroom", "LivingRoom"), None),
     "pick_clean_then_place_in_recep": (("Kitchen", "Bathroom"), "Clean"),
@@ -39,14 +38,14 @@ KINDS: Final = {  # kind -> rooms, and what must be done to the object first
     "pick_two_obj_and_place": (tuple(ROOMS), None),
 }
 LAMP: Final = "DeskLamp"
-LAMP_PLACES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # where a lamp may stand
+LAMP_PLACES: Final = ("Desk", "SideTable", "CoffeeTable", "Dresser", "Shelf")  # receptacles that may have a lamp
 MAX_RECEPTACLES: Final = min(
     len([0 for word in text.split() for _ in range(int(word.partition("*")[2] or 1))]) for text in ROOMS.values()
 )
 
 
 class GameErrand(NamedTuple):
-    """The goal of a game; `target` is the lamp's type if the object must be looked at."""
+    """The goal of a game. If the object must be examined in light, `target` is the type of the lamp."""
 
     kind: str
     object: str
@@ -55,22 +54,22 @@ class GameErrand(NamedTuple):
 
 @dataclass(frozen=True)
 class HouseFacts:
-    """ALFWorld's facts about the things in a house, read from its package without importing it."""
+    """ALFWorld's facts about the things in a house, read from the files of its package."""
 
     domain: str
-    """In PDDL."""
+    """The domain, in PDDL."""
     grammar: str
-    """In TextWorld's format."""
+    """The grammar, in TextWorld's format."""
     goals: Mapping[str, Mapping[str, Any]]
-    """Kind of task -> its goal in PDDL, and sentences for it."""
+    """Kind of task -> its goal in PDDL, and sentence templates for it."""
     holds: Mapping[str, Sequence[str]]
     """Receptacle -> objects that fit into it."""
     takes: Mapping[str, Sequence[str]]
-    """Cleanable, Heatable, ... -> objects."""
+    """Property (Cleanable, Heatable, ...) -> objects that have it."""
     openable: Sequence[str]
-    """Receptacles."""
+    """Receptacles that can be opened."""
     movable: Sequence[str]
-    """Objects that are receptacles."""
+    """Objects that are also receptacles."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +89,7 @@ def load_facts() -> HouseFacts:
     folder = Path(spec.submodule_search_locations[0])
     constants = _import_file(folder / "gen" / "constants.py")
     goals = _import_file(folder / "gen" / "goal_library.py").gdict
-    whole = {
+    unsliced = {
         place: sorted(o for o in things if "Sliced" not in o)
         for place, things in constants.VAL_RECEPTACLE_OBJECTS.items()
     }
@@ -99,7 +98,7 @@ def load_facts() -> HouseFacts:
         domain=(folder / "data" / "alfred.pddl").read_text(),
         grammar=(folder / "data" / "alfred.twl2").read_text(),
         goals={kind: goals[kind] for kind in KINDS},
-        holds={place: things for place, things in sorted(whole.items()) if place not in movable},
+        holds={place: things for place, things in sorted(unsliced.items()) if place not in movable},
         takes={verb: sorted(things) for verb, things in sorted(constants.VAL_ACTION_OBJECTS.items())},
         openable=sorted(constants.OPENABLE_CLASS_LIST),
         movable=movable,
@@ -107,7 +106,7 @@ def load_facts() -> HouseFacts:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Import one file of the package: importing the package itself would make folders in the user's home."""
+    """Import one file of the package. Importing the package itself would create folders in the user's home."""
     spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -116,12 +115,15 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def generate_game(kind: str, seed: str, receptacles: int, objects: int) -> tuple[dict[str, Any], GameErrand]:
-    """A game of a kind, and its goal; the same ones for the same arguments.
+    """A game of a kind, and its goal. The same arguments give the same game.
 
     Args:
-        receptacles, objects: how many there are; an official game has up to 28 and 45.
+        receptacles, objects: their numbers; an official game has up to 28 and 45.
+
+    Raises:
+        ConfigError: there are too few receptacles.
     """
-    random = Random(f"{kind} {seed}")  # a string seeds alike on every machine and version
+    random = Random(f"{kind} {seed}")  # a string is the same seed on every machine and Python version
     for _ in range(1000):
         house = _GameBuilder(kind, random, receptacles, objects)
         if house.is_possible:
@@ -130,33 +132,35 @@ def generate_game(kind: str, seed: str, receptacles: int, objects: int) -> tuple
 
 
 class _GameBuilder:
-    """One room, its errand, and what lies where."""
+    """Draws one room, its errand and its objects; `is_possible` says whether this draw has a solution."""
 
     def __init__(self, kind: str, random: Random, receptacles: int, objects: int):
         self.random, self.facts = random, load_facts()
         rooms, verb = KINDS[kind]
         stock = [place for word in ROOMS[random.choice(rooms)].split() for place in _repeat_place(word)]
         needed = [APPLIANCES[verb]] if verb else []
-        lit = kind == "look_at_obj_in_light"
-        able = (
+        needs_lamp = kind == "look_at_obj_in_light"
+        treatable = (
             self.facts.takes[f"{verb}able"]
             if verb
-            else sorted({o for found in self.facts.holds.values() for o in found})
+            else sorted({thing for things in self.facts.holds.values() for thing in things})
         )
-        target = random.choice(sorted(set(stock) & set(LAMP_PLACES) if lit else set(stock) - set(needed)))
-        fitting = [one for one in able if one != LAMP and (lit or one in self.facts.holds.get(target, ()))]
+        target = random.choice(sorted(set(stock) & set(LAMP_PLACES) if needs_lamp else set(stock) - set(needed)))
+        fitting = [
+            thing for thing in treatable if thing != LAMP and (needs_lamp or thing in self.facts.holds.get(target, ()))
+        ]
         wanted = random.choice(fitting or [""])
         needed.append(target)
         for place in needed:
             stock.remove(place)
         self.places = needed + random.sample(stock, max(0, receptacles - len(needed)))
         random.shuffle(self.places)
-        self.errand = GameErrand(kind, wanted, LAMP if lit else target)
+        self.errand = GameErrand(kind, wanted, LAMP if needs_lamp else target)
         self.things: list[tuple[str, int]] = []
-        own = self._find_places(wanted, avoid=None if lit else target)
-        self.is_possible = bool(wanted and own)
+        starts = self._find_places(wanted, avoid=None if needs_lamp else target)
+        self.is_possible = bool(wanted and starts)
         if self.is_possible:
-            self._place_objects(wanted, own, objects, target if lit else None)
+            self._place_objects(wanted, starts, objects, target if needs_lamp else None)
         self.sentence = random.choice(self.facts.goals[kind]["templates"]).format(
             obj=wanted.lower(), recep=target.lower(), toggle=LAMP.lower()
         )
@@ -164,9 +168,9 @@ class _GameBuilder:
     def _find_places(self, thing: str, avoid: str | None = None) -> list[int]:
         return [i for i, p in enumerate(self.places) if thing in self.facts.holds.get(p, ()) and p != avoid]
 
-    def _place_objects(self, wanted: str, own: list[int], objects: int, lamp_on: str | None) -> None:
+    def _place_objects(self, wanted: str, starts: list[int], objects: int, lamp_on: str | None) -> None:
         copies = 2 if self.errand.kind == "pick_two_obj_and_place" else 1
-        self.things = [(wanted, self.random.choice(own)) for _ in range(copies)]
+        self.things = [(wanted, self.random.choice(starts)) for _ in range(copies)]
         if lamp_on:
             self.things.append((LAMP, self.places.index(lamp_on)))
         others = sorted({o for place in self.places for o in self.facts.holds.get(place, ())} - {wanted, LAMP})
@@ -207,14 +211,14 @@ class _GameBuilder:
             init += [f"{'toggleable' if kind == LAMP else 'pickupable'} {thing}"]
             init += [f"isReceptacleObject {thing}"] if kind in self.facts.movable else []
             init += [
-                f"{verb.lower()} {thing}" for verb, able in self.facts.takes.items() if kind in able and kind != LAMP
+                f"{verb.lower()} {thing}" for verb, types in self.facts.takes.items() if kind in types and kind != LAMP
             ]
         init += [f"canContain {r}Type {o}Type" for r in rtypes for o in otypes if o in self.facts.holds[r]]
-        objects = "\n".join(f"{one} - {kind}" for kind, found in declared.items() for one in found)
+        objects = "\n".join(f"{one} - {kind}" for kind, ids in declared.items() for one in ids)
         facts_text = "\n".join(f"({fact})" for fact in init)
         goal = self.facts.goals[self.errand.kind]["pddl"].replace("#", "-")
         goal = goal.format(obj=self.errand.object, recep=self.errand.target, toggle=LAMP).rstrip()
-        assert goal.endswith(")")  # the problem's own, before which the metric must stand
+        assert goal.endswith(")")  # closes the problem; the metric goes before it
         metric = "(:metric minimize (total-cost))"
         return f"(define (problem made)\n(:domain alfred)\n(:objects\n{objects})\n(:init\n{facts_text})\n{goal[:-1]}{metric})"
 
@@ -223,27 +227,27 @@ class _GameBuilder:
         names = display_names([one.lower() for one in (*places, *things)])
         place, thing = ([names[one.lower()] for one in ids] for ids in (places, things))
         verb, steps = KINDS[self.errand.kind][1], list[str]()
-        here, opened = -1, set[int]()
+        location, opened = -1, set[int]()
 
-        def go(where: int, look_in: bool = True) -> None:
-            nonlocal here
-            steps.extend([f"go to {place[where]}"] if where != here else [])
-            here = where
-            if look_in and self.places[where] in self.facts.openable and where not in opened:
-                steps.append(f"open {place[where]}")
-                opened.add(where)
+        def go(target: int, look_in: bool = True) -> None:
+            nonlocal location
+            steps.extend([f"go to {place[target]}"] if target != location else [])
+            location = target
+            if look_in and self.places[target] in self.facts.openable and target not in opened:
+                steps.append(f"open {place[target]}")
+                opened.add(target)
 
         for i in range(2 if self.errand.kind == "pick_two_obj_and_place" else 1):
             go(self.things[i][1])
-            steps.append(f"take {thing[i]} from {place[here]}")
+            steps.append(f"take {thing[i]} from {place[location]}")
             if self.errand.target == LAMP:
                 go(self.things[1][1], look_in=False)
                 return [*steps, f"use {thing[1]}"]
             if verb:
                 go(self.places.index(APPLIANCES[verb]), look_in=False)
-                steps.append(f"{verb.lower()} {thing[i]} with {place[here]}")
+                steps.append(f"{verb.lower()} {thing[i]} with {place[location]}")
             go(self.places.index(self.errand.target))
-            steps.append(f"move {thing[i]} to {place[here]}")
+            steps.append(f"move {thing[i]} to {place[location]}")
         return steps
 
 
@@ -253,7 +257,7 @@ def _repeat_place(word: str) -> list[str]:
 
 
 def _make_id(kind: str, random: Random) -> str:
-    """An id as ALFRED's houses have them: a type, and where it stands."""
+    """An id as in ALFRED: a type and a position."""
     where = "_bar_".join(
         f"{random.choice(('_plus_', '_minus_'))}{random.randrange(10):02d}_dot_{random.randrange(100):02d}"
         for _ in range(3)

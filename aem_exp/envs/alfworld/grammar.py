@@ -1,6 +1,6 @@
-"""The grammar of a game, compiled once: what the stock engine parses again for every command of every turn.
+"""Compiles the grammar of a game once. TextWorld's own engine parses it again for every command of every turn.
 
-What a game file asks Python to evaluate is parsed and checked here, and never evaluated as Python.
+Expressions in a game file are parsed and checked here, and never evaluated as Python.
 """
 
 import ast
@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 from aem_exp.envs.alfworld.facts import Entity, Var
 from aem_exp.envs.alfworld.library import isolate_globals
 
-GOAL_PLACEHOLDER: Final = "ERRAND7F3A"  # stands in a grammar for the goal of one game
-ANY_PREDICATE: Final = "*"  # stands for all predicates
+GOAL_PLACEHOLDER: Final = "ERRAND7F3A"  # replaces the goal of a game in its grammar
+ANY_PREDICATE: Final = "*"  # all predicates
 _GOAL_SENTENCE: Final = re.compile(r"(?<=Your task is to: )[\w ,.'-]+(?=\")")
 
 
@@ -35,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Term:
-    """An expression over named things: names, attributes, strings, `+` and `or`."""
+    """An expression over things: names, attributes, strings, `+` and `or`."""
 
     tree: ast.expr
 
@@ -47,7 +47,7 @@ class Nonterminal:
 
 @dataclass(frozen=True)
 class ForEach:
-    """A term or nonterminal for every answer to a query; `listed`: as an enumeration, a, b, and c."""
+    """A term or nonterminal for every answer to a query; `listed`: as an enumeration (a, b, and c)."""
 
     inner: Term | Nonterminal
     query: Query
@@ -76,7 +76,7 @@ class Grammar:
         self.command_predicates = {name: self._predicates(self.symbols(text)) for name, text in self.command.items()}
 
     def _symbols(self, text: str) -> tuple[Any, ...]:
-        """A template, compiled."""
+        """The compiled symbols of a template."""
         from textworld.envs.pddl import textgen
 
         with isolate_globals():
@@ -93,7 +93,7 @@ class Grammar:
 
 
 def split_goal(text: str) -> tuple[Grammar, str]:
-    """The grammar with a placeholder for the goal, and the goal. Games that differ in nothing else share one compiled grammar."""
+    """The grammar with a placeholder for the goal, and the goal. Games that differ only in the goal share one grammar."""
     match = _GOAL_SENTENCE.search(text)
     if match is None or GOAL_PLACEHOLDER in text:
         return _parse_grammar(text), GOAL_PLACEHOLDER
@@ -141,15 +141,15 @@ def _command_regex(symbols: Sequence[Any]) -> str:
 
 
 def _parse_expression(text: str) -> ast.expr:
-    """An expression that only names things and joins them. The stock engine evaluates any expression of a game file.
+    """Parse an expression that only names things and joins texts. (TextWorld's own engine evaluates any expression.)
 
     Raises:
-        ValueError: it does anything else.
+        ValueError: the expression does anything else.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the game's grammar holds {text!r}, which is no expression") from error
+        raise ValueError(f"the game's grammar contains {text!r}, which is not an expression") from error
     for node in ast.walk(tree):
         plain = isinstance(node, ast.Name | ast.BinOp | ast.Add | ast.BoolOp | ast.Or | ast.Load)
         if not (
@@ -157,11 +157,13 @@ def _parse_expression(text: str) -> ast.expr:
             or (isinstance(node, ast.Constant) and isinstance(node.value, str))
             or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in Entity._fields)
         ):
-            raise ValueError(f"the game's grammar asks to evaluate {text!r}; only names and joined texts are read")
+            raise ValueError(
+                f"the game's grammar contains the expression {text!r}; only names and joined texts are allowed"
+            )
     return tree
 
 
 def fingerprint(domain: str, grammar: str) -> str:
-    """Hash of the rules and the wording of a game, without its goal."""
+    """A hash of the rules and the wording of a game, without its goal."""
     rules = re.sub(r'(Your task is to: )[^"]*', r"\1", grammar)
     return hashlib.sha256(f"{domain}\0{rules}".encode()).hexdigest()[:12]

@@ -1,6 +1,6 @@
-"""The installed engine: whether it can run here, a copy of its library for every environment, and its global state contained.
+"""Loads a copy of the engine's library for every environment, isolates its global state, and checks that it is installed.
 
-The engine writes sys.argv and sys.stdout, keeps its parsers in globals, and has one game per loaded library.
+The engine writes sys.argv and sys.stdout, keeps its parsers in globals, and plays one game per loaded library.
 """
 
 import importlib.util
@@ -17,20 +17,18 @@ from typing import Any, Final
 from aem_exp.core.errors import MissingResource
 from aem_exp.core.extras import install_command
 
-COMPILER_NOTE: Final = "(it compiles two packages: a C++ compiler, make and cmake)"
+COMPILER_NOTE: Final = "(this compiles two packages and needs a C++ compiler, make and cmake)"
 PACKAGES: Final = ("alfworld", "textworld", "fast_downward")
 _LOCK = threading.RLock()  # the engine's parsers and its translator's options are globals
-_IDLE_LIBRARIES: list[
-    Any
-] = []  # for the next environments: a process that unloads several libraries crashes at its end
+_IDLE_LIBRARIES: list[Any] = []  # reused, never unloaded: a process that unloads several libraries crashes at exit
 
 
 def check_installed() -> None:
-    """Refuse if the engine is missing or cannot run here. Imports nothing of it."""
+    """Raise MissingResource if the engine is missing or this Python cannot run it. Does not import the engine."""
     if sys.version_info >= (3, 13):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise MissingResource(
-            "env.make", "alfworld", f"TextWorld's engine runs on Python 3.11 and 3.12, and this is {version}"
+            "env.make", "alfworld", f"TextWorld's engine needs Python 3.11 or 3.12; this is Python {version}"
         )
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise MissingResource(
@@ -50,7 +48,7 @@ def isolate_globals() -> Iterator[None]:
 
 
 def take_library() -> Any:
-    """A library for one environment, until `release_library`."""
+    """A library for one environment. Give it back with `release_library`."""
     return _IDLE_LIBRARIES.pop() if _IDLE_LIBRARIES else _load_library()
 
 
@@ -60,7 +58,7 @@ def release_library(library: Any) -> None:
 
 
 def _load_library() -> Any:
-    """Load a copy of the library, whose state is global. The copy lacks the debug information, which is 30 times as large."""
+    """Load a copy of the library, because its state is global. The copy has no debug information, which is 30 times as large."""
     import fast_downward.interface as interface
 
     with tempfile.TemporaryDirectory() as folder, isolate_globals():
@@ -75,7 +73,7 @@ def _load_library() -> Any:
 
 @cache
 def _read_loaded_segments(library: Path) -> bytes:
-    """The bytes of a shared library up to the end of its last segment; all of it, where it is no 64-bit ELF."""
+    """The bytes of a shared library up to the end of its last segment; all bytes if it is not a 64-bit ELF file."""
     data = library.read_bytes()
     if data[:6] != b"\x7fELF\x02\x01":
         return data

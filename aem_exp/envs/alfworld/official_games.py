@@ -1,6 +1,7 @@
-"""The official games on disk: fetched, checked, and indexed once.
+"""Downloads, checks and indexes the official games.
 
-The index is a file of the cache with what a task needs of each game. A game that has changed since is refused when it is played.
+The index is a file in the cache with the data that tasks need. A game that was changed after indexing is refused when it is
+played.
 """
 
 import hashlib
@@ -20,16 +21,12 @@ from aem_exp.envs.alfworld import games, grammar
 log = logging.getLogger("aem_exp")
 INDEX_VERSION: Final = 1  # raise when the same games would give another index
 FOLDER: Final = "json_2.1.1"
-COUNTS: Final = {
-    "train": 3553,
-    "valid_seen": 140,
-    "valid_unseen": 134,
-}  # games that can be played, as all papers count them
-ARCHIVES: Final = (  # url, bytes
+COUNTS: Final = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # playable games; all papers use these counts
+ARCHIVES: Final = (  # url, size in bytes
     ("https://github.com/alfworld/alfworld/releases/download/0.2.2/json_2.1.1_json.zip", 72_018_818),
     ("https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip", 36_493_542),
 )
-Progress = Callable[[int, int], None]  # called with what is done and the total
+Progress = Callable[[int, int], None]  # called with the number of items that are done, and the total
 
 
 def find_root(data: str | None, must_exist: bool = True) -> Path:
@@ -38,19 +35,17 @@ def find_root(data: str | None, must_exist: bool = True) -> Path:
     root = Path(configured or disk.cache_dir() / "alfworld").expanduser().absolute() / FOLDER
     if must_exist and not root.is_dir():
         files = " and ".join(url for url, _ in ARCHIVES)
-        remedy = "" if configured else f"and $ALFWORLD_DATA is not set either; {root.parent} "
-        remedy += (
-            f"has no {FOLDER}/: python -m aem_exp.prepare +experiment=alfworld_1_5b fetches it; or unzip {files} there"
-        )
+        remedy = "" if configured else f"$ALFWORLD_DATA is not set, and {root.parent} "
+        remedy += f"has no {FOLDER}/; run python -m aem_exp.prepare +experiment=alfworld_1_5b, or unzip {files} there"
         field = "ALFWORLD_DATA" if configured and not data else "env.make.data"
         raise MissingResource(field, str(root.parent) if configured else None, remedy)
     return root
 
 
 def fetch_games(data: str | None, counts: Mapping[str, int] | None, say: Callable[[str], None]) -> None:
-    """Download the archives unless all games are there, and index the games.
+    """Download the archives unless all games exist, and index the games.
 
-    Called again, it resumes, and indexes what has changed.
+    Resumes after an interruption, and indexes changed games again.
     """
     from filelock import FileLock
 
@@ -65,15 +60,15 @@ def fetch_games(data: str | None, counts: Mapping[str, int] | None, say: Callabl
 
 
 def read_game(root: Path, file: str, sha256: str) -> Mapping[str, Any]:
-    """A game of the index.
+    """Read a game of the index.
 
     Raises:
-        ValueError: it has changed since it was indexed.
+        ValueError: the file was changed after it was indexed.
     """
     path = root / file / "game.tw-pddl"
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:16] != sha256:
-        raise ValueError(f"{path} was changed since it was indexed: aem_exp.prepare indexes anew")
+        raise ValueError(f"{path} was changed after it was indexed; run aem_exp.prepare to index it again")
     return json.loads(data)
 
 
@@ -92,9 +87,9 @@ def _check_counts(root: Path, index: Mapping[str, Sequence[Any]], counts: Mappin
     for folder, games_there in index.items():
         count = (counts or {}).get(folder)
         if not games_there or (count is not None and len(games_there) != count):
-            why = f"{root / folder} has {len(games_there)} games that can be played, and should have {count or 'some'}"
-            remedy = "unzip it again (aem_exp.prepare does); or say env.make.games=null to take what is there"
-            raise ConfigError("env.make.data", str(root.parent), f"{why}: {remedy}")
+            problem = f"{root / folder} has {len(games_there)} playable games instead of {count or 'at least one'}"
+            remedy = "run aem_exp.prepare to unzip it again, or set env.make.games=null to use the existing games"
+            raise ConfigError("env.make.data", str(root.parent), f"{problem}; {remedy}")
 
 
 def load_index(
@@ -103,14 +98,15 @@ def load_index(
     progress: Progress = lambda *_: None,
     thorough: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The playable games by folder, from the index in the cache, which is rebuilt if a folder has changed.
+    """The playable games of each folder, from the index in the cache. The index is rebuilt if a folder has changed.
 
-    `thorough` compares the size and time of every game, which takes seconds on a slow disk; without it only the folders of tasks
-    are counted, and everything is compared only if games are missing.
+    Args:
+        thorough: compare the size and time of every game, which takes seconds on a slow disk. Otherwise only the folders of
+            tasks are counted, and every game is compared only if games are missing.
     """
     for name in COUNTS:
         if not (root / name).is_dir():
-            raise ConfigError("env.make.data", str(root.parent), f"has no {FOLDER}/{name}: unzip the archives again")
+            raise ConfigError("env.make.data", str(root.parent), f"has no {FOLDER}/{name}; unzip the archives again")
     file = disk.cache_dir() / f"alfworld-index-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
     stamp = [
         INDEX_VERSION,
@@ -127,13 +123,13 @@ def load_index(
 def _build_index(
     root: Path, file: Path, stamp: Any, counts: Mapping[str, int] | None, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
-    """Read all games, and write their index to a file of the cache."""
+    """Read all games and write their index to a file in the cache."""
     from filelock import FileLock
 
     disk.check_writable(file.parent, "AEM_CACHE")
     with FileLock(f"{file}.lock"):
         files = _digest_files(root)
-        with suppress(OSError, ValueError, KeyError):  # another process has built it meanwhile
+        with suppress(OSError, ValueError, KeyError):  # another process may have built it in the meantime
             saved = json.loads(file.read_text())
             if (saved["stamp"], saved["files"]) == (stamp, files):
                 _check_counts(root, saved["games"], counts)
@@ -172,14 +168,15 @@ def _read_all(root: Path, folders: Mapping[str, Path], progress: Progress) -> di
             game = _index_game(root, trial)
             index[name] += [game] if game else []
     if not any(index.values()):
-        why = "none of its games has a game.tw-pddl" if without_game else "none of its games can be played"
-        remedy = f"{why}: json_2.1.2_tw-pddl.zip is missing, or from before version 0.4.0; unzip {ARCHIVES[1][0]} there"
+        problem = "none of its games has a game.tw-pddl" if without_game else "none of its games can be played"
+        remedy = f"json_2.1.2_tw-pddl.zip is missing, or older than version 0.4.0; unzip {ARCHIVES[1][0]} there"
+        remedy = f"{problem}: {remedy}"
         raise ConfigError("env.make.data", str(root.parent), remedy)
     return index
 
 
 def _index_game(root: Path, trial: Path) -> dict[str, Any] | None:
-    """The entry of a game in the index; None if it cannot be played, as ALFWorld decides."""
+    """The entry of a game in the index; None if the game is not playable by ALFWorld's own rules."""
     file = trial / "game.tw-pddl"
     try:
         trajectory = json.loads((trial / "traj_data.json").read_text())
@@ -193,7 +190,7 @@ def _index_game(root: Path, trial: Path) -> dict[str, Any] | None:
         target = params["toggle_target"] or params["parent_target"]
         kind, wanted = trajectory["task_type"], params["object_target"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = f"{file} is no game: {type(error).__name__}: {error}; unzip it again"
+        remedy = f"{file} is not a valid game ({type(error).__name__}: {error}); unzip it again"
         raise ConfigError("env.make.data", str(root.parent), remedy) from error
     return {
         "file": str(trial.relative_to(root)),

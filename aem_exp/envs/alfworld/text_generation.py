@@ -1,4 +1,4 @@
-"""Texts of a game, derived from its grammar and what is true."""
+"""Generates the texts of a game from its grammar and its facts."""
 
 import ast
 from collections.abc import Iterator, Sequence
@@ -38,9 +38,9 @@ class TextGenerator:
                 yield from self._write_each(symbol, mapping)
 
     def _select_rule(self, name: str, mapping: dict[Var, Var]) -> tuple[Any, ...]:
-        """The first rule of a name whose condition holds."""
+        """The symbols of the first rule with this name whose condition is true."""
         if name not in self._grammar.rules:
-            raise ValueError(f"the game's grammar has no rule {name!r}")
+            raise ValueError(f"the game's grammar has no rule named {name!r}")
         for rule in self._grammar.rules[name]:
             if not rule.condition or next(self._facts.find_mappings(rule.condition, mapping), None) is not None:
                 return rule.symbols
@@ -83,4 +83,4 @@ class TextGenerator:
         for (placeholder, _), (variable, _) in reversed(mapping.items()):
             if placeholder == name:
                 return self._entities[variable]
-        raise ValueError(f"the game's grammar names {name!r}, which nothing stands for")
+        raise ValueError(f"the game's grammar uses the name {name!r}, which is not bound to a thing")

@@ -1,4 +1,4 @@
-"""A game, translated once by Fast Downward, with all that its episodes share. The stock engine translates it every episode."""
+"""Translates a game with Fast Downward, once for all of its episodes. TextWorld's own engine does it in every episode."""
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -8,17 +8,17 @@ from aem_exp.envs.alfworld.facts import Entity, Fact, ListSubtypes, Var, negate,
 from aem_exp.envs.alfworld.grammar import ANY_PREDICATE, split_goal
 from aem_exp.envs.alfworld.library import isolate_globals
 
-CACHED_GAMES: Final = 64  # translated games that a process keeps
+CACHED_GAMES: Final = 64  # translated games in the cache of a process
 
 
 class Game:
-    """What all episodes of a game share.
+    """The data that all episodes of a game share.
 
     Attributes:
-        sas: the planning task as Fast Downward plays it.
-        initial: facts of the problem file.
-        entities: everything that has a name; set when the game is first started.
-        fixed_wordings: actions whose wording no step of the game changes.
+        sas: the planning task in Fast Downward's format.
+        initial: the facts of the problem file.
+        entities: all things with a name, by id; set at the first start of the game.
+        fixed_wordings: actions whose command never changes during a game.
     """
 
     def __init__(self, domain: str, grammar: str, problem: str):
@@ -42,7 +42,7 @@ class Game:
         self.mapping = cache(self._mapping)
 
     def _parse_atom(self, atom: str) -> Fact:
-        """'Atom in(a, b)' or 'NegatedAtom in(a, b)', as Fast Downward writes it."""
+        """The fact of an atom as Fast Downward writes it: 'Atom in(a, b)' or 'NegatedAtom in(a, b)'."""
         sign, rest = atom.split(" ", 1)
         predicate, arguments = rest[:-1].split("(", 1)
         names = tuple(name for name in arguments.split(", ") if name)
@@ -50,23 +50,21 @@ class Game:
         return predicate, tuple(self.types[name] for name in names), tuple(restore_case(name) for name in names)
 
     def _mapping(self, ground: str) -> dict[Var, Var]:
-        """Placeholder -> variable, of a ground operator."""
+        """Placeholder -> variable of a ground operator."""
         action, *names = ground.split()
-        pairs = zip(
-            self.parameters[action], names, strict=False
-        )  # the translator adds parameters that it does not show
+        pairs = zip(self.parameters[action], names, strict=False)  # the translator adds hidden parameters
         return {placeholder: (name, placeholder[1]) for placeholder, name in pairs}
 
 
 def load_game(data: Mapping[str, Any]) -> Game:
-    """The game of a file; the latest are cached.
+    """The game of a game file. The latest games are cached.
 
     Raises:
-        ValueError: it is not a game, or the engine refuses it.
+        ValueError: the file is not a game, or Fast Downward cannot translate it.
     """
     parts = [data.get(key) for key in ("pddl_domain", "grammar", "pddl_problem")]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError("not a game: it has no text for each of pddl_domain, grammar, pddl_problem")
+        raise ValueError("not a game: pddl_domain, grammar and pddl_problem must all be texts")
     return _translate_game(*parts)
 
 
@@ -81,12 +79,12 @@ def _translate(domain: str, problem: str) -> tuple[Any, str]:
 
     try:
         return pddl2sas(domain, problem)
-    except (SystemExit, Exception) as error:  # the translator exits on a bad game
-        raise ValueError(f"Fast Downward refuses the game: {error}") from error
+    except (SystemExit, Exception) as error:  # the translator calls sys.exit on a malformed game
+        raise ValueError(f"Fast Downward cannot translate the game: {error}") from error
 
 
 def _initial_facts(task: Any, types: Mapping[str, str]) -> list[Fact]:
-    """The facts of the problem file, without equality, costs and distances."""
+    """The facts of the problem file, without equalities, costs and distances."""
     facts = []
     for atom in task.init:
         if hasattr(atom, "predicate"):
@@ -101,11 +99,11 @@ def _initial_facts(task: Any, types: Mapping[str, str]) -> list[Fact]:
 
 
 def _subtype_lister(task: Any) -> ListSubtypes:
-    """A function from types to all combinations of their subtypes, in TextWorld's own order."""
+    """A function from types to all combinations of their subtypes, in TextWorld's order."""
     from textworld.logic import Type, TypeHierarchy
 
     hierarchy = TypeHierarchy()
-    for one in {type_.name: type_ for type_ in reversed(task.types)}.values():  # of two with one name, the first
+    for one in {type_.name: type_ for type_ in reversed(task.types)}.values():  # the first type of each name
         hierarchy.add(Type(one.name, one.supertype_names))
 
     @cache

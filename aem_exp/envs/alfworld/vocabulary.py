@@ -1,11 +1,11 @@
-"""What a small policy of the generated games reads and writes."""
+"""The vocabulary of a small policy for the generated games."""
 
 from typing import Final
 
 from aem_exp.envs.alfworld import games
 from aem_exp.envs.household import rules as household
 
-PHRASES: Final = (  # wordings of the engine that the household does not have
+PHRASES: Final = (  # phrases of the engine that the household does not have
     "-= Welcome to TextWorld, ALFRED! =-",
     "Your task is to:",
     "You are facing the",
@@ -37,10 +37,10 @@ PHRASES: Final = (  # wordings of the engine that the household does not have
 
 
 def words(receptacles: int) -> tuple[str, ...]:
-    """All words, and the wordings that may be one token each. Names are numbered up to the count of receptacles."""
+    """All words, and the phrases that may be one token each. Names are numbered up to the number of receptacles."""
     facts = games.load_facts()
     places = [place.lower() for place in facts.holds]
-    things = [thing.lower() for thing in sorted({thing for held in facts.holds.values() for thing in held})]
+    things = [thing.lower() for thing in sorted({thing for fitting in facts.holds.values() for thing in fitting})]
     numbers = [str(n) for n in range(receptacles + 1)]
     names = [f"{kind} {number}" for kind in (*places, *things, games.LAMP.lower()) for number in numbers[1:]]
     return (*PHRASES, *household.PHRASES, *household.WORDS, *places, *things, *names, *numbers)

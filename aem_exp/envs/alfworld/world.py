@@ -1,4 +1,4 @@
-"""The worlds: generated games, and the official ones; which games there are, in which split, and what is rewarded."""
+"""The ALFWorld worlds, with generated games and with the official ones: their games, splits and rewards."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from aem_exp.envs.alfworld.official_games import COUNTS
 
 RULES_VERSION: Final = 1  # raise when the same task would play differently
 SPLITS: Final = {"train": "train", "test_seen": "valid_seen", "test_unseen": "valid_unseen"}
-HELD_OUT: Final = 140  # games of train that are the dev panel
-VERL_AGENT_DEV_GAMES: Final = 128  # verl-agent's validation: so many draws of valid_seen, with repeats
+HELD_OUT: Final = 140  # training games that are held out as the dev panel
+VERL_AGENT_DEV_GAMES: Final = 128  # verl-agent's validation: draws from valid_seen, with replacement
 
 
 class _EngineWorld:
-    """What the worlds of this engine share."""
+    """Base class of the worlds of this engine."""
 
-    own_process = True  # a crash of the engine must not end the trainer
+    own_process = True  # a crash of the engine must not crash the trainer
     tags: bool
     reward: float
 
@@ -36,8 +36,11 @@ class _EngineWorld:
         raise NotImplementedError
 
     def expert(self, env: AlfWorldEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
-        """The response of the scripted expert: with probability `noise` it takes a random command; with probability `shyness`
-        it goes anywhere else instead of opening what it should open."""
+        """The response of the scripted expert.
+
+        With probability `noise` it takes a random command. With probability `shyness` it goes elsewhere instead of opening a
+        receptacle.
+        """
         errand = GameErrand(env.task.kind, env.task.payload["object"], env.task.payload["target"])
         memory = EpisodeMemory(env.observations, env.places)
         command = next_command(memory, env.commands, errand, random)
@@ -66,13 +69,13 @@ def _engine_version() -> list[str]:
 
 
 class Generated(_EngineWorld):
-    """Generated games, any number of them; nothing is downloaded.
+    """Generated games, in any number. They need no download.
 
     Args:
-        kinds: kinds of task, each as often as any other.
-        receptacles: receptacles in a room; an official game has up to 28.
-        objects: objects in a room; an official game has up to 45.
-        tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the command.
+        kinds: the kinds of task; all are equally frequent.
+        receptacles: number of receptacles in a room; an official game has up to 28.
+        objects: number of objects in a room; an official game has up to 45.
+        tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the command.
         reward: paid once, on success.
         sizes: tasks per split.
     """
@@ -105,7 +108,7 @@ class Generated(_EngineWorld):
         return self._generate(task.id, task.kind)[0]
 
     def words(self) -> tuple[str, ...]:
-        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        """Everything that a policy reads or writes in this world: words, and fixed phrases that may be one token each."""
         return vocabulary.words(self.receptacles)
 
     def _task(self, split: str, index: int) -> Task:
@@ -133,12 +136,12 @@ class AlfWorld(_EngineWorld):
     """The official games, in TextWorld's engine.
 
     Args:
-        data: the folder that holds json_2.1.1/; null: $ALFWORLD_DATA, else where `prepare` puts it.
-        split: `original`: dev is 140 games held out of train. `verl_agent`: train is all of it, and dev 128 random draws of
-            valid_seen; only to compare with published numbers.
-        tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the command.
+        data: the folder that contains json_2.1.1/; null: $ALFWORLD_DATA, else the folder that `prepare` uses.
+        split: `original`: dev has 140 games held out of train. `verl_agent`: train has all training games, and dev has 128 random
+            draws from valid_seen; only to compare with published numbers.
+        tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the command.
         reward: paid once, on success.
-        games: how many there must be in each folder; null: whatever is there.
+        games: required number of games in each folder; null: any number.
     """
 
     splits = ("train", "dev", "test_seen", "test_unseen")
@@ -180,7 +183,7 @@ class AlfWorld(_EngineWorld):
     def prepare(
         cls, say: Callable[[str], None], data: str | None = None, games: dict[str, int] | None = COUNTS, **_: Any
     ) -> None:
-        """Download what is missing, and index it. Called again, it resumes, and indexes what has changed."""
+        """Download missing games and index all games. Resumes after an interruption."""
         official_games.fetch_games(data, games, say)
 
 

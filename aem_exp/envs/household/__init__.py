@@ -1,9 +1,10 @@
 """The household: ALFWorld's text style and its six kinds of task, in pure Python.
 
-A room has a few receptacles with objects in them; an episode asks for one task ("put a clean mug in cabinet"). `rules` has the
-things and the wording, `env` the environment, `expert` the scripted expert, `layouts` draws rooms, `world` makes tasks of them.
+A room has a few receptacles with objects in them, and an episode asks for one task ("put a clean mug in cabinet"). `rules`
+contains the things and the wording, `env` the environment, `expert` the scripted expert, `layouts` draws rooms, and `world`
+makes tasks of them.
 
-Left out of ALFWorld: what fits where (any object goes into any receptacle) and slicing.
+Two parts of ALFWorld are left out: any object goes into any receptacle, and nothing can be sliced.
 """
 
 from aem_exp.envs.household.env import HouseholdEnv

@@ -1,4 +1,4 @@
-"""The environment: one room, one task, one action at a time."""
+"""The environment of the household: carries out actions in one room and decides when its task is done."""
 
 from collections.abc import Callable
 
@@ -17,11 +17,13 @@ from aem_exp.envs.household.rules import (
     parse_action,
 )
 
-Action = tuple[Callable[..., str], tuple[str, ...]]  # what carries an action out, and its arguments after `env`
+Action = tuple[
+    Callable[..., str], tuple[str, ...]
+]  # a function that carries out an action, and its arguments after `env`
 
 
 class HouseholdEnv:
-    """One room, in which the agent carries at most one object."""
+    """One room. The agent carries at most one object."""
 
     def __init__(self, tags: bool = False, reward: float = 1.0) -> None:
         self.tags = tags
@@ -40,7 +42,7 @@ class HouseholdEnv:
         self.goal = self.errand.text
         self.contents: dict[str, list[str]] = {place: list(things) for place, things in room["layout"].items()}
         self.closed_places = {place for place in self.contents if kind_of(place) in OPENABLE}
-        self.seen: set[str] = set()  # receptacles whose content the agent has been shown
+        self.seen: set[str] = set()  # receptacles whose content an observation has shown
         self.location: str | None = None
         self.held_object: str | None = None
         self.state: dict[str, set[str]] = {}  # object -> clean, hot, cool
@@ -68,27 +70,27 @@ class HouseholdEnv:
         return Turn(observation, reward, self.won, valid=valid, actions=tuple(self.admissible_actions), metrics=metrics)
 
     def _build_actions(self) -> dict[str, Action]:
-        """Every admissible action, with the function that carries it out."""
-        here, held_object = self.location, self.held_object
-        table: dict[str, Action] = {go: (_go, (place,)) for place, go in self.go_actions.items() if place != here}
-        if here is not None:
-            table[f"examine {here}"] = (_examine_place, (here,))
-            if here in self.closed_places:
-                table[f"open {here}"] = (_open, (here,))
+        """Admissible action -> the function that carries it out."""
+        location, held_object = self.location, self.held_object
+        table: dict[str, Action] = {go: (_go, (place,)) for place, go in self.go_actions.items() if place != location}
+        if location is not None:
+            table[f"examine {location}"] = (_examine_place, (location,))
+            if location in self.closed_places:
+                table[f"open {location}"] = (_open, (location,))
             else:
-                if kind_of(here) in OPENABLE:
-                    table[f"close {here}"] = (_close, (here,))
-                for thing in self.contents[here]:
+                if kind_of(location) in OPENABLE:
+                    table[f"close {location}"] = (_close, (location,))
+                for thing in self.contents[location]:
                     if thing == LAMP:
                         table[f"use {LAMP}"] = (_use, ())
                     elif held_object is None:
-                        table[f"take {thing} from {here}"] = (_take, (thing, here))
+                        table[f"take {thing} from {location}"] = (_take, (thing, location))
                 if held_object is not None:
-                    table[f"move {held_object} to {here}"] = (_move, (held_object, here))
+                    table[f"move {held_object} to {location}"] = (_move, (held_object, location))
             if held_object is not None:
                 for verb, appliance in APPLIANCE.items():
-                    if kind_of(here) == appliance and kind_of(held_object) in KITCHEN:
-                        table[f"{verb} {held_object} with {here}"] = (_treat, (verb, held_object, here))
+                    if kind_of(location) == appliance and kind_of(held_object) in KITCHEN:
+                        table[f"{verb} {held_object} with {location}"] = (_treat, (verb, held_object, location))
         if held_object is not None:
             table[f"examine {held_object}"] = (_examine_thing, (held_object,))
         table["inventory"] = (_inventory, ())
@@ -97,24 +99,24 @@ class HouseholdEnv:
 
     def _is_won(self) -> bool:
         if self.errand.kind == "look_at_obj_in_light":
-            lamp_here = self.location is not None and LAMP in self.contents[self.location]
+            at_lamp = self.location is not None and LAMP in self.contents[self.location]
             return (
                 self.lit
-                and lamp_here
+                and at_lamp
                 and self.held_object is not None
                 and kind_of(self.held_object) == self.errand.object
             )
-        there = sum(self.is_done(thing, place, self.errand) for place in self.targets for thing in self.contents[place])
-        return there >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
+        done = sum(self.is_done(thing, place, self.errand) for place in self.targets for thing in self.contents[place])
+        return done >= (2 if self.errand.kind == "pick_two_obj_and_place" else 1)
 
     def is_done(self, thing: str, place: str, errand: Errand) -> bool:
-        """Whether this object lies where the errand wants it, in the state it wants."""
+        """Whether this object is at the target of the errand, in the required state."""
         if kind_of(place) != errand.target or kind_of(thing) != errand.object:
             return False
         return errand.verb is None or STATE_AFTER[errand.verb] in self.state.get(thing, ())
 
     def look_at(self, place: str) -> str:
-        """Describe a receptacle, and remember that its content was shown."""
+        """Describe a receptacle. If it is open, its content counts as seen."""
         if place in self.closed_places:
             return f"The {place} is closed."
         self.seen.add(place)
@@ -154,7 +156,7 @@ def _move(env: HouseholdEnv, thing: str, place: str) -> str:
 def _treat(env: HouseholdEnv, verb: str, thing: str, place: str) -> str:
     states = env.state.setdefault(thing, set())
     if verb != "clean":
-        states -= {"hot", "cool"}  # a thing is never both
+        states -= {"hot", "cool"}  # a thing is never both hot and cool
     states.add(STATE_AFTER[verb])
     return f"You {verb} the {thing} using the {place}."
 

@@ -1,4 +1,4 @@
-"""The scripted expert: it solves every kind of task, and knows only what the episode has shown."""
+"""The scripted expert: it solves every kind of task and uses only what the observations of the episode have shown."""
 
 from random import Random
 
@@ -9,7 +9,7 @@ from aem_exp.envs.household.rules import APPLIANCE, LAMP, STATE_AFTER, Errand, k
 def expert_action(env: HouseholdEnv, errand: Errand, random: Random) -> str:
     """The next action towards this errand."""
     if env.held_object is None:
-        for place in (place for place in env.contents if place in env.seen):  # in an order that hashing does not decide
+        for place in (place for place in env.contents if place in env.seen):  # the order of `seen` depends on hashes
             for thing in env.contents[place]:
                 if kind_of(thing) == errand.object and not env.is_done(thing, place, errand):
                     return _approach(env, place) or f"take {thing} from {place}"
@@ -33,14 +33,14 @@ def _choose_place(env: HouseholdEnv, kind: str, random: Random) -> str:
 
 
 def _approach(env: HouseholdEnv, place: str) -> str | None:
-    """The next step towards standing before an open receptacle; None when there."""
+    """The next action to reach and open a receptacle; None if the agent is already at the open receptacle."""
     if env.location != place:
         return f"go to {place}"
     return f"open {place}" if place in env.closed_places else None
 
 
 def _explore(env: HouseholdEnv, errand: Errand, random: Random) -> str:
-    """Open the receptacle here, else go to an unseen one: to the target last, since the wanted object is never there."""
+    """Open the current receptacle, else go to an unseen one. The target comes last: the wanted object is never there."""
     unseen = [place for place in env.contents if place not in env.seen]
     if env.location in unseen:
         return f"open {env.location}"

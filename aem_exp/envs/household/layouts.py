@@ -1,4 +1,4 @@
-"""Layouts: which receptacles a room has and where every object lies; and which split a layout belongs to."""
+"""Draws layouts (the receptacles of a room and the place of every object) and decides the split of each layout."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ SPLITS: Final = {"train": range(6), "dev": range(6, 8), "test": range(8, 10)}  #
 
 @dataclass(frozen=True)
 class RoomSize:
-    """What rooms are made of, and how much of it; see `Household` for each."""
+    """The size of rooms, and the types in them. `Household` describes each field."""
 
     receptacles: int
     openable: int
@@ -30,18 +30,18 @@ def digest(thing: Any) -> bytes:
 
 
 def split_of(layout: Mapping[str, Sequence[str]]) -> str:
-    """The one split that a layout belongs to; the order in which its things are listed does not matter."""
+    """The split of a layout. The order of the things in a receptacle does not matter."""
     tenth = digest({place: sorted(things) for place, things in layout.items()})[0] % 10
     return next(split for split, share in SPLITS.items() if tenth in share)
 
 
 def draw_layout(errand: Errand, size: RoomSize, random: Random) -> dict[str, list[str]]:
-    """A layout in which the errand can be run and is not yet done; an empty one where the draw gave none."""
+    """A random layout in which the errand is possible and not yet done; empty if this draw has none."""
     places = _draw_places(errand, size, random)
     layout: dict[str, list[str]] = {place: [] for place in places}
     elsewhere = [place for place in places if kind_of(place) != errand.target]
     if not elsewhere:
-        return {}  # the object would lie where it is wanted
+        return {}  # the object would already be at its target
     wanted = [errand.object] * (2 if errand.kind == "pick_two_obj_and_place" else 1)
     other_types = [kind for kind in size.object_types if kind != errand.object]
     others = random.choices(other_types, k=size.objects - len(wanted)) if other_types else []
@@ -53,7 +53,7 @@ def draw_layout(errand: Errand, size: RoomSize, random: Random) -> dict[str, lis
 
 
 def _draw_places(errand: Errand, size: RoomSize, random: Random) -> list[str]:
-    """The receptacles of a room: those that the errand needs, and others up to its size."""
+    """The receptacles of a room: those that the errand needs, and random others."""
     kinds = [] if errand.kind == "look_at_obj_in_light" else [errand.target]
     kinds += [APPLIANCE[errand.verb]] if errand.verb else []
     for pool, count in ((OPENABLE, size.openable), (SURFACES, size.receptacles - size.openable)):
@@ -70,7 +70,7 @@ def _draw_places(errand: Errand, size: RoomSize, random: Random) -> list[str]:
 
 
 def _number_names(kinds: Iterable[str]) -> list[str]:
-    """Give each thing its number within its type: mug 1, mug 2, book 1."""
+    """Number the things of each type: mug 1, mug 2, book 1."""
     counts: dict[str, int] = {}
     names = []
     for kind in kinds:

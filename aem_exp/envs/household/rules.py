@@ -1,4 +1,4 @@
-"""The rules of the household: its things, its six kinds of task, its wording, and how a response is read as an action."""
+"""The rules of the household: its things, its six kinds of task, its wording, and the parsing of responses."""
 
 import re
 from collections.abc import Iterable
@@ -6,9 +6,7 @@ from typing import Final, NamedTuple
 
 from aem_exp.envs import parsing
 
-RULES_VERSION: Final = (
-    3  # raise when the same task would play differently; it enters the fingerprint, and draws new splits
-)
+RULES_VERSION: Final = 3  # raise when the same task would play differently; changes the fingerprint and the splits
 OPENABLE: Final = ("cabinet", "drawer", "fridge", "safe", "microwave")
 SURFACES: Final = (
     *("shelf", "countertop", "desk", "sofa", "sinkbasin", "diningtable", "sidetable", "coffeetable"),
@@ -27,9 +25,9 @@ GOALS: Final = {
     "pick_two_obj_and_place": "put two {object} in {target}.",
 }
 LAMP: Final = "desklamp 1"
-MAX_ACTION_CHARACTERS: Final = 100  # characters; what later prompts quote of a response stays this short
+MAX_ACTION_CHARACTERS: Final = 100  # longest action; later prompts quote it
 
-# Wordings that never vary. A word-level tokenizer may take each as one token: shorter rows, same text.
+# Phrases that never vary. A word-level tokenizer may encode each as one token, which makes rows shorter.
 PHRASES: Final = (
     "You are in the middle of a room. Looking quickly around you, you see",
     ". Your task is to:",
@@ -77,7 +75,7 @@ _GRAMMAR = re.compile(
 
 
 class Errand(NamedTuple):
-    """What an episode asks for."""
+    """The goal of an episode."""
 
     kind: str
     object: str
@@ -89,7 +87,7 @@ class Errand(NamedTuple):
 
     @property
     def verb(self) -> str | None:
-        """What must be done to the object before it is placed: clean, heat, cool or nothing."""
+        """The treatment of the object before it is placed: clean, heat, cool or None."""
         verb = self.kind.split("_")[1]
         return verb if verb in APPLIANCE else None
 
@@ -100,7 +98,7 @@ def kind_of(name: str) -> str:
 
 
 def format_list(things: Iterable[str]) -> str:
-    """ALFWorld's list: 'a mug 1, and a book 1', or 'nothing'."""
+    """A list as ALFWorld writes it: 'a mug 1, and a book 1', or 'nothing'."""
     names = [f"a {thing}" for thing in things]
     if len(names) > 1:
         names[-1] = f"and {names[-1]}"
@@ -108,7 +106,7 @@ def format_list(things: Iterable[str]) -> str:
 
 
 def parse_action(response: str, tags: bool) -> tuple[str, bool]:
-    """The action of a response, and whether it has the form of one."""
+    """The action in a response, and whether the response has the form of an action."""
     if tags:
         return parsing.parse_tagged(response, MAX_ACTION_CHARACTERS)
     action, short = parsing.parse_bare(response, MAX_ACTION_CHARACTERS)

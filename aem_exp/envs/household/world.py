@@ -1,7 +1,7 @@
-"""The world: which tasks exist, how they are split, and what a policy of this world reads and writes.
+"""The world of the household: its tasks, their split, and the vocabulary of a small policy.
 
-Goals (kind, object, target) and layouts (which receptacles there are and where every object lies) are both disjoint between
-train, dev and test: success on held-out tasks is success at goals that were never asked, in rooms that were never seen.
+Goals (kind, object, target) and layouts (the receptacles and the place of every object) are both disjoint between train, dev and
+test. Success on held-out tasks is therefore success at new goals in new rooms.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from aem_exp.envs.household.rules import (
 
 
 class Household:
-    """A world of rooms and household tasks; the keywords are its difficulty.
+    """A world of rooms and household tasks. The keywords decide the difficulty.
 
     Args:
-        kinds: which of ALFWorld's six kinds of task are asked for, each as often as any other.
-        receptacles: how many a room has.
-        openable: how many of them must be opened first (more where the errand itself needs more); the rest are surfaces.
-        copies: how many receptacles of one type a room may have.
-        objects: how many movable objects lie in it.
+        kinds: the kinds of task, of ALFWorld's six; all are equally frequent.
+        receptacles: number of receptacles in a room.
+        openable: number of receptacles that must be opened first; the others are surfaces. A task may need more.
+        copies: most receptacles of one type in a room.
+        objects: number of movable objects in a room.
         receptacle_types: types of receptacles in rooms; null: all.
         object_types: types of objects in rooms; null: all.
-        tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
+        tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the action.
         reward: paid once, on success.
         sizes: tasks per split.
     """
@@ -82,7 +82,7 @@ class Household:
         return HouseholdEnv(tags=self.tags, reward=self.reward)
 
     def words(self) -> tuple[str, ...]:
-        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        """Everything that a policy reads or writes in this world: words, and fixed phrases that may be one token each."""
         numbers = [str(n) for n in range(max(self.copies, self.objects) + 1)]
         tags = ["<think>", "</think>", "<action>", "</action>"] if self.tags else []
         kinds = dict.fromkeys([*self.receptacle_types, *self.object_types, *APPLIANCE.values(), kind_of(LAMP)])
@@ -92,8 +92,8 @@ class Household:
     def expert(self, env: HouseholdEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
         """The response of the scripted expert.
 
-        With probability `noise` it takes a random action, mistakes included; with probability `shyness` it goes anywhere else
-        instead of opening what it should open.
+        With probability `noise` it takes a random action, which may be a mistake. With probability `shyness` it goes elsewhere
+        instead of opening a receptacle.
         """
         action = expert_action(env, env.errand, random)
         if random.random() < noise:
@@ -105,14 +105,14 @@ class Household:
         return f"<think></think><action>{action}</action>" if self.tags else action
 
     def _select_goals(self, split: str) -> dict[str, list[Errand]]:
-        """This split's share of the errands of each kind, in an order that only their hash decides."""
+        """The errands of a split, for each kind. Their hash decides the split."""
         goals: dict[str, list[Errand]] = {}
         for kind in self.kinds:
             errands = sorted(self._list_errands(kind), key=digest)
             tenths = SPLITS[split]
             part = errands[len(errands) * tenths.start // 10 : len(errands) * tenths.stop // 10]
             if not part:
-                remedy = f"{kind} needs more types, so that every split gets a goal"
+                remedy = f"too few types: {kind} has no goal for every split; give more types"
                 raise ConfigError("env.make.object_types", self.object_types, remedy=remedy)
             goals[kind] = part
         return goals
@@ -126,13 +126,13 @@ class Household:
         return [Errand(kind, thing, target) for thing in objects for target in targets]
 
     def _draw_task(self, split: str, index: int) -> Task:
-        """Task number `index` of a split: its errand, and the first layout drawn that belongs to this split.
+        """Task number `index` of a split: an errand, and the first drawn layout that belongs to this split.
 
-        The kind comes first: kinds differ widely in how many goals they have, and the rare are not to be drawn rarely.
+        The kind is drawn first. Otherwise kinds with few goals would be rare.
         """
-        random = Random(f"{split}-{index}")  # a string seeds alike on every machine and version
+        random = Random(f"{split}-{index}")  # a string is the same seed on every machine and Python version
         kind, *others = self.kinds
-        if others:  # a choice among one would use up a draw
+        if others:  # with one kind, a choice would use up a random number
             kind = random.choice(self.kinds)
         errand = random.choice(self.goals[split][kind])
         size = RoomSize(
@@ -143,11 +143,11 @@ class Household:
             if layout and split_of(layout) == split:
                 payload = {**errand._asdict(), "layout": layout}
                 return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload=payload)
-        remedy = "too few different rooms to split; choose more receptacles, objects or types"
+        remedy = "too few different rooms for all splits; choose more receptacles, objects or types"
         raise ConfigError("env.make.receptacles", self.receptacles, remedy=remedy)
 
     def _check_settings(self) -> None:
-        """Refuse settings with which no room can be made, before any is made."""
+        """Refuse settings that allow no room."""
         for field, given, choices in (
             ("kinds", self.kinds, list(GOALS)),
             ("receptacle_types", self.receptacle_types, [*OPENABLE, *SURFACES]),

@@ -1,6 +1,6 @@
-"""The bank of bugs: small functions, and for each of them lines that are wrong in a known way.
+"""A list of bugs: small functions, and for each function lines that are wrong in a known way.
 
-This is data: `generated` makes repositories of it, and all of it is part of a world's fingerprint.
+`generated` makes repositories of this data. All of it is part of a world's fingerprint.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,23 @@ ISSUES: Final = (
 
 
 class Bug(NamedTuple):
-    """A line that is wrong, and how."""
+    """A wrong line, and the kind of its bug (`family`)."""
 
     family: str
     line: str
 
 
 class Function(NamedTuple):
-    """A function with one line, `right`, that a bug can take the place of; `cases` are (call, value), and every bug changes
-    the value of the first one."""
+    """A function with one line that a bug can replace."""
 
     name: str
-    code: str  # with {line} in the place of it
+    code: str
+    """The source, with {line} at the place of the line."""
     right: str
+    """The correct line."""
     bugs: tuple[Bug, ...]
     cases: tuple[tuple[str, str], ...]
+    """Test cases (call, value). Every bug changes the value of the first one."""
 
 
 def _function(code: str, right: str, bugs: Mapping[str, str], *cases: tuple[str, str]) -> Function:
@@ -223,7 +225,7 @@ def list_bugs() -> list[tuple[str, Function, Bug]]:
 
 
 def evaluate_call(function: Function, line: str, call: str) -> str:
-    """The value of a call with this line in the function, as `repr` shows it, or the name of the exception it raises."""
+    """The `repr` of the value of a call, with this line in the function, or the name of the exception that it raises."""
     from datetime import date
 
     namespace: dict[str, Any] = {"date": date}

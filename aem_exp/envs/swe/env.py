@@ -1,7 +1,7 @@
-"""An episode: an agent with tools in a sandbox, whose patch is graded in another one.
+"""The environment of repositories: an agent works with tools in a sandbox, and its patch is graded in another sandbox.
 
-An episode is graded when the agent says finish, or has taken its last turn. One that takes longer than `episode_seconds` is
-stopped and not graded. An agent that makes its own sandbox unusable has failed: its episode ends, with no patch.
+An episode is graded when the agent calls `finish` or has used its last turn. An episode that takes longer than `episode_seconds`
+is stopped and not graded. If an agent makes its own sandbox unusable, its episode ends as a failure without a patch.
 """
 
 import re
@@ -17,11 +17,11 @@ from aem_exp.sandboxes import Sandbox, SandboxBroken, SandboxLost
 if TYPE_CHECKING:
     from aem_exp.envs.swe.world import Repositories
 
-SETUP_SECONDS: Final = 120.0  # seconds to make a sandbox the agent's
-MAX_QUOTED_CHARACTERS: Final = 4000  # characters of a response that later prompts quote
-# The agent's own configuration of git must not decide what the patch is.
+SETUP_SECONDS: Final = 120.0  # to prepare the repository in a sandbox
+MAX_QUOTED_CHARACTERS: Final = 4000  # later prompts quote at most this much of an invalid response
+# The agent's own git configuration must not change the patch.
 GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
-# A tree of all files, committed or not; the agent's own index stays as it is.
+# Adds all files, committed or not, to a temporary index; the agent's own index does not change.
 STAGE_COMMAND: Final = (
     "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp -p .git/index $GIT_INDEX_FILE;"
     f" {GIT} add -A --ignore-errors 2>/dev/null"
@@ -29,11 +29,15 @@ STAGE_COMMAND: Final = (
 SNAPSHOT_COMMAND: Final = f"{STAGE_COMMAND}; git write-tree"
 DIFF_OPTIONS: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
 DIFF_COMMAND: Final = f"{STAGE_COMMAND}; {GIT} diff --cached {DIFF_OPTIONS} {{tree}} 2>/dev/null"
-PATCH_SECONDS: Final = 30.0  # seconds for the diff: a filter that the agent has set may never end
+PATCH_SECONDS: Final = 30.0  # for the diff; a git filter that the agent configured may never end
 
 
 class RepositoryEnv:
-    """One repository at a time, in a sandbox. `graded=False` is for demonstrations, which need no verdict."""
+    """Plays one repository at a time, in a sandbox.
+
+    Args:
+        graded: grade patches. Demonstrations need no grading.
+    """
 
     def __init__(self, world: "Repositories", graded: bool = True):
         self._world, self._is_graded = world, graded
@@ -87,16 +91,16 @@ class RepositoryEnv:
         return Turn(observation, 0.0, terminated, truncated, valid, metrics=metrics)
 
     def _grade_last_turn(self, turn: Turn) -> Turn:
-        """Grade the patch if this was the last turn."""
+        """Grade the patch if this is the last turn."""
         return self._grade(turn) if self.turns_taken >= self._world.turns else turn
 
     def _grade(self, turn: Turn) -> Turn:
-        """Grade the patch of the agent in a fresh sandbox."""
+        """End the episode and grade the agent's patch in a fresh sandbox."""
         self._is_over = True
         if not self._is_graded:
             return replace(turn, terminated=True)
         patch = self._extract_patch()
-        self.close()  # before the next one is opened: both would take memory
+        self.close()  # two open sandboxes would need twice the memory
         with self._world.open(self.instance.image) as fresh:
             verdict, _ = grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
         won = float(verdict == "resolved")
@@ -110,10 +114,10 @@ class RepositoryEnv:
         )
         self._tree = (ran.text.strip().splitlines() or [""])[-1]
         if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
-            raise SandboxLost(f"{self.instance.id} could not be laid out: {ran.text.strip()[-300:]}")
+            raise SandboxLost(f"the repository of {self.instance.id} could not be set up: {ran.text.strip()[-300:]}")
 
     def _extract_patch(self) -> bytes:
-        """The agent's changes, new files included; nothing if the repository or the sandbox is unusable."""
+        """The agent's changes with new files; empty if the repository or the sandbox is unusable."""
         assert self._sandbox is not None
         try:
             ran = self._sandbox.run(DIFF_COMMAND.format(tree=self._tree), PATCH_SECONDS)

@@ -1,4 +1,4 @@
-"""The scripted expert of the generated repositories: it looks where the issue points, and knows each wrong line."""
+"""The scripted expert of the generated repositories: it views the file that the issue names and knows all wrong lines."""
 
 import re
 from random import Random
@@ -25,18 +25,18 @@ def next_response(issue: str, observation: str, turns_taken: int, random: Random
 
 def _find_path(issue: str) -> str:
     """The file that an issue names."""
-    found = re.search(r"\w+/\w+\.py", issue)
-    assert found, issue
-    return found[0]
+    match = re.search(r"\w+/\w+\.py", issue)
+    assert match, issue
+    return match[0]
 
 
 def _find_wrong_line(text: str) -> tuple[str, str] | None:
-    """A wrong line in a text, and the right one."""
+    """A wrong line in a text, with the right line; None if there is none."""
     return next(((bug.line, f.right) for _, f, bug in list_bugs() if bug.line in text), None)
 
 
 def _choose_wrong_line(wrong: str, random: Random) -> str:
-    """Another wrong line for the same place."""
+    """Another wrong line for the same place in the code."""
     return random.choice(
         [bug.line for _, f, one in list_bugs() if one.line == wrong for bug in f.bugs if bug.line != wrong]
     )

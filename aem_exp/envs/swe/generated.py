@@ -1,7 +1,7 @@
-"""Small git repositories with a bug each, made from a name: an issue, a gold patch, hidden tests, and files without a bug.
+"""Generates a small git repository with one bug from a name, with an issue, a gold patch and hidden tests.
 
-An instance is a row in SWE-bench's format, so that it is treated as the real ones are; its repository is a `git fast-import`
-stream, from which any sandbox makes the same commits.
+An instance is a row in SWE-bench's format and is handled like a real one. Its repository is a `git fast-import` stream, from
+which every sandbox makes the same commits.
 """
 
 import json
@@ -18,7 +18,7 @@ START, END = ">>>>> Start Test Output", ">>>>> End Test Output"
 SETUP_SCRIPT: Final = """set -e
 git init -q -b main . && git fast-import --quiet --force && git checkout -q -f main
 git config user.name agent && git config user.email agent@example.org"""
-# No settings and no plugins of the tree, and of its modules none that has another's name: they are looked for last.
+# Ignores pytest settings and plugins in the repository. Its modules come last on the path, so they shadow no other module.
 PYTEST_COMMAND: Final = (
     "python3 -P -c 'import sys, pytest; sys.path.append(\"/testbed\"); sys.exit(pytest.main())' -rA -p no:cacheprovider"
     " -c /dev/null --rootdir=/testbed --noconftest --import-mode=importlib"
@@ -28,18 +28,18 @@ GITIGNORE: Final = "__pycache__/\n.pytest_cache/\n"
 
 @dataclass(frozen=True)
 class GeneratedInstance:
-    """An instance: its row, its repository, and where the bug is."""
+    """An instance: its row, its repository, and the place of the bug."""
 
     row: Mapping[str, Any]
-    """In SWE-bench's format."""
+    """The row in SWE-bench's format."""
     stream: bytes
     """The repository, for `git fast-import`."""
     path: str
     """The file with the bug."""
     wrong: str
-    """The line with the bug, as it stands."""
+    """The line with the bug."""
     right: str
-    """The line without it."""
+    """The correct line."""
 
     @property
     def family(self) -> str:
@@ -47,12 +47,12 @@ class GeneratedInstance:
 
 
 def families() -> list[str]:
-    """The kinds of bugs, which are the kinds of tasks."""
+    """The kinds of bugs, which are also the kinds of tasks."""
     return sorted({bug.family for _, _, bug in list_bugs()})
 
 
 def fingerprint_parts() -> list[Any]:
-    """All that decides what is generated, for a fingerprint."""
+    """All data that decides the repositories, for a fingerprint."""
     return [MODULES, ISSUES, PACKAGES, SETUP_SCRIPT, GITIGNORE, PYTEST_COMMAND]
 
 
@@ -61,8 +61,8 @@ def generate_repository(name: str, modules: int, functions: int) -> GeneratedIns
     """The instance of a name.
 
     Args:
-        modules: of the package; the bug is in one of them.
-        functions: of each module.
+        modules: number of modules in the package; the bug is in one of them.
+        functions: largest number of functions in a module.
     """
     random = Random(f"swe {name}")
     package = random.choice(PACKAGES)
@@ -91,7 +91,7 @@ def generate_repository(name: str, modules: int, functions: int) -> GeneratedIns
         "test_patch": diff(test, files[test], hidden_tests),
         "FAIL_TO_PASS": json.dumps(failing),
         "PASS_TO_PASS": json.dumps(passing),
-        "image": "host",  # the machine's own system
+        "image": "host",  # the machine's own system; `Made` replaces it
         "log_parser": "parse_log_pytest",
         "eval_type": "pass_and_fail",
         "eval_script": _eval_script({**files, test: hidden_tests}),
@@ -102,7 +102,7 @@ def generate_repository(name: str, modules: int, functions: int) -> GeneratedIns
 def _draw_functions(
     module: str, function: Function, modules: int, functions: int, random: Random
 ) -> tuple[list[Function], dict[str, list[Function]]]:
-    """The functions of the module with the bug, and those of other modules."""
+    """The functions of the module with the bug, and of other modules."""
     other_modules = random.sample([other for other in MODULES if other != module], modules - 1)
     others = {other: random.sample(MODULES[other], min(functions, len(MODULES[other]))) for other in other_modules}
     rest = [other for other in MODULES[module] if other != function]
@@ -112,7 +112,7 @@ def _draw_functions(
 
 
 def _test_names(module: str, function: Function) -> list[str]:
-    """pytest's names of the tests of a function, one for each of its cases."""
+    """pytest's names for the tests of a function, one for each case."""
     return [f"tests/test_{module}.py::test_{function.name}_{i}" for i in range(len(function.cases))]
 
 
@@ -123,7 +123,7 @@ def _failing_tests(module: str, function: Function, bug: Bug) -> list[str]:
 
 
 def _files(package: str, chosen: Mapping[str, Sequence[Function]], function: Function, bug: Bug) -> dict[str, str]:
-    """The files of the repository: the function has the bug, and no test."""
+    """The files of the repository. The function with the bug has no test in them."""
     files = {
         ".gitignore": GITIGNORE,
         "README.md": f"# {package}\n\nSmall helpers: {', '.join(chosen)}.\n",
@@ -138,7 +138,7 @@ def _files(package: str, chosen: Mapping[str, Sequence[Function]], function: Fun
 
 
 def _tests(package: str, module: str, functions: Sequence[Function]) -> str:
-    """The file with the tests of some functions."""
+    """The content of the test file of a module."""
     dates = "from datetime import date\n\n" if module == "dates" else ""
     return f"{dates}from {package}.{module} import *\n" + "".join(
         f"\n\ndef test_{f.name}_{i}():\n    assert {call} == {value}\n"
@@ -148,9 +148,9 @@ def _tests(package: str, module: str, functions: Sequence[Function]) -> str:
 
 
 def _eval_script(files: Mapping[str, str]) -> str:
-    """A script like SWE-bench's that tests a patched tree with our own tests.
+    """A script like SWE-bench's, which runs the hidden tests in a patched repository.
 
-    It runs no git, whose hooks the patch may have written, and uses nothing of the tree but the package.
+    It does not run git, because the patch may have written git hooks. It uses only the package of the repository.
     """
     tests = {name: text for name, text in sorted(files.items()) if name.startswith("tests/")}
     written = [f"cat > {name} <<'EOF_TESTS'\n{text}EOF_TESTS" for name, text in tests.items()]

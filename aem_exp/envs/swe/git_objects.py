@@ -1,11 +1,11 @@
-"""Git's own formats, written without git: a history as a `git fast-import` stream with the id of its commit, and patches."""
+"""Writes git's formats without git: a history as a `git fast-import` stream with its commit id, and patches."""
 
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-FIRST_COMMIT_SECONDS: Final = 1_700_000_000  # seconds since 1970, of the first commit
+FIRST_COMMIT_SECONDS: Final = 1_700_000_000  # Unix time of the first commit
 AUTHOR: Final = "Robin <robin@example.org>"
 
 
@@ -16,7 +16,10 @@ def diff(path: str, old: str, new: str) -> str:
 
 
 def build_history(commits: Sequence[tuple[Mapping[str, str], str]]) -> tuple[bytes, str]:
-    """A stream of commits (files, message), a day apart, and the id of the last one. No commit removes a file."""
+    """A stream of commits (files, message), one day apart, and the id of the last commit.
+
+    No commit may remove a file.
+    """
     stream, parent = b"", ""
     for number, (files, message) in enumerate(commits):
         signature = f"{AUTHOR} {FIRST_COMMIT_SECONDS + 86_400 * number} +0000"
@@ -36,7 +39,7 @@ def _data_block(text: str) -> bytes:
 
 
 def _tree_id(files: Mapping[str, str]) -> str:
-    """The id that git gives to a folder of files."""
+    """The git id of a folder of files."""
     folders: dict[str, dict[str, str]] = {}
     entries = []
     for name, text in files.items():

@@ -1,6 +1,6 @@
-"""Grades a patch: applies and tests it in a fresh sandbox, with SWE-bench's own functions.
+"""Grades a patch: applies it in a fresh sandbox and runs the tests, with SWE-bench's own functions.
 
-R2E-Gym rows are graded as R2E-Gym does: each test must have exactly the status that the row states.
+Rows of R2E-Gym are graded as in R2E-Gym: each test must have exactly the status that the row states.
 """
 
 import json
@@ -16,10 +16,10 @@ from aem_exp.sandboxes import Sandbox, SandboxBroken
 
 Verdict = Literal["resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("resolved", "no_patch", "not_applied", "tests_fail", "tests_timeout")
-MAX_PATCH_BYTES: Final = 4 << 20  # bytes of a patch that is applied
+MAX_PATCH_BYTES: Final = 4 << 20  # larger patches are not applied
 PATCH_FILE: Final = "/tmp/agent.patch"
 SCRIPT_FILE: Final = "/tmp/eval.sh"
-APPLY_SECONDS: Final = 60.0  # seconds
+APPLY_SECONDS: Final = 60.0  # to set up the repository, and to apply the patch
 RESET_COMMAND: Final = "git checkout -q -- . && git clean -qfd"
 R2E_SETUP_SCRIPT: Final = """mkdir -p /root
 find / -name __pycache__ -path '*r2e_tests*' -prune -exec rm -rf {} +
@@ -38,11 +38,11 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
     """The verdict on a patch, and the log of its tests.
 
     Args:
-        sandbox: fresh, started, on the instance's image.
-        seconds: for the tests.
+        sandbox: a fresh sandbox on the instance's image, started.
+        seconds: time limit of the tests.
 
     Raises:
-        SandboxLost: the sandbox is gone, which says nothing about the patch.
+        SandboxLost: the sandbox was lost, so there is no verdict.
     """
     if not patch.strip():
         return "no_patch", ""
@@ -54,12 +54,12 @@ def grade(sandbox: Sandbox, instance: Instance, patch: bytes, seconds: float) ->
         return "not_applied", ""
     try:
         return (_grade_r2e if instance.format == "r2e" else _grade_swebench)(sandbox, instance, seconds)
-    except SandboxBroken as broken:  # by a hook that the patch brought, say
+    except SandboxBroken as broken:  # for example by a git hook in the patch
         return "tests_fail", str(broken)
 
 
 def _apply_patch(sandbox: Sandbox, patch: bytes) -> bool:
-    """As SWE-bench does it: one command after the other, each on a clean tree."""
+    """Apply a patch as SWE-bench does: try several commands, each on a clean tree. Returns whether one succeeded."""
     from swebench.harness.run_evaluation import GIT_APPLY_CMDS
 
     attempts = f" && exit 0; {RESET_COMMAND}; ".join(f"{command} {PATCH_FILE}" for command in GIT_APPLY_CMDS)
@@ -72,22 +72,19 @@ def _grade_swebench(sandbox: Sandbox, instance: Instance, seconds: float) -> tup
     from swebench.harness.utils import make_test_spec
 
     spec = make_test_spec(dict(instance.row))
-    assert spec.log_parser in PARSER_REGISTRY, (
-        f"{instance.id}: no parser {spec.log_parser}"
-    )  # the row's fault, no agent's
+    assert spec.log_parser in PARSER_REGISTRY, f"{instance.id}: no parser {spec.log_parser}"  # an error of the row
     log, stopped = _run_tests(sandbox, spec.eval_script, seconds)
     if stopped:
         return stopped, log
     prediction = {"instance_id": instance.id, "model_name_or_path": "policy", "model_patch": "applied"}
-    with tempfile.NamedTemporaryFile(
-        "w", suffix=".log", errors="replace"
-    ) as file:  # it is read in the locale's encoding
+    # SWE-bench reads the file in the locale's encoding
+    with tempfile.NamedTemporaryFile("w", suffix=".log", errors="replace") as file:
         file.write(log)
         file.flush()
         try:
             report = get_eval_report(spec, prediction, file.name, include_tests_status=False)[instance.id]
-        except Exception as error:  # of many kinds: parsers take lines for granted, and these may be the agent's
-            return "tests_fail", f"{log}\nno parser could read this: {error}"
+        except Exception as error:  # of any type: parsers fail on unexpected lines, and the agent's code may print them
+            return "tests_fail", f"{log}\nthe parser could not read this log: {error}"
     return "resolved" if report["resolved"] else "tests_fail", log
 
 
@@ -101,13 +98,13 @@ def _grade_r2e(sandbox: Sandbox, instance: Instance, seconds: float) -> tuple[Ve
 
 
 def _run_tests(sandbox: Sandbox, script: str, seconds: float) -> tuple[str, Verdict | None]:
-    """The log of a test script, and the verdict if it was stopped: its log then does not count."""
+    """The log of a test script, and the verdict if the script was stopped. The log of a stopped script does not count."""
     ran = sandbox.run(f"cat > {SCRIPT_FILE} && bash {SCRIPT_FILE} < /dev/null", seconds, script.encode())
     return ran.text, ("tests_timeout" if ran.stop_reason == "time" else "tests_fail") if ran.stop_reason else None
 
 
 def _parse_statuses(log: str) -> dict[str, str]:
-    """Test -> status, read from pytest's short summary as R2E-Gym reads it."""
+    """Test -> status, read from pytest's short summary as in R2E-Gym."""
     statuses = {}
     for line in log.partition("short test summary info")[2].splitlines():
         status = next((one for one in ("PASSED", "FAILED", "ERROR") if one in line), None)

@@ -1,6 +1,4 @@
-"""Parses rows of SWE-bench (version 5) and R2E-Gym data sets into instances: what the agent is given, and what its patch
-is graded by.
-"""
+"""Reads rows of SWE-bench (version 5) and R2E-Gym data sets, and parses them into instances."""
 
 import hashlib
 import json
@@ -20,13 +18,13 @@ SWEBENCH_COLUMNS: Final = (
     *("FAIL_TO_PASS", "PASS_TO_PASS", "eval_script", "log_parser", "eval_type"),
 )
 R2E_COLUMNS: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
-CONDA_PATH: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # of SWE-bench's images
-VENV_PATH: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # of R2E-Gym's
-# The tests that a patch is graded by lie in R2E-Gym's images: an agent's sandbox has none of them.
+CONDA_PATH: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # in SWE-bench's images
+VENV_PATH: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # in R2E-Gym's images
+# R2E-Gym's images contain the tests that grade a patch. They are removed from an agent's sandbox.
 HIDE_TESTS_SCRIPT: Final = (
     "rm -rf /testbed/run_tests.sh /testbed/r2e_tests /r2e_tests /run_tests.sh /root/run_tests.sh /root/r2e_tests"
 )
-MAX_ROW_CHARACTERS: Final = 4_000_000  # characters of a row that is read
+MAX_ROW_CHARACTERS: Final = 4_000_000  # longest row
 
 
 @dataclass(frozen=True)
@@ -39,29 +37,29 @@ class Instance:
     """The issue."""
     image: Image
     setup_script: str
-    """Prepares a fresh sandbox for the agent."""
+    """A script that prepares a fresh sandbox for the agent."""
     setup_input: bytes
     """The stdin of `setup_script`."""
     gold_patch: str
-    """The patch that solved the issue; empty if unknown."""
+    """The patch that solves the issue; empty if unknown."""
     format: Format
     row: Mapping[str, Any]
-    """The row as it was read, which grading needs."""
+    """The original row, which grading needs."""
 
 
 def parse_instance(row: Mapping[str, Any], where: str) -> Instance:
     """The instance of a row.
 
     Raises:
-        ConfigError: it has not what it should; `where` says which row of what it is.
+        ConfigError: a column is missing or malformed. `where` names the row in the error.
     """
     format: Format = "swebench" if "instance_id" in row else "r2e"
     columns = SWEBENCH_COLUMNS if format == "swebench" else R2E_COLUMNS
-    if absent := [name for name in columns if not isinstance(row.get(name), str | list) or row[name] == ""]:
-        remedy = f"has no {', '.join(absent)}; rows must be SWE-bench's of version 5 or later, or R2E-Gym's"
+    if missing := [name for name in columns if not isinstance(row.get(name), str | list) or row[name] == ""]:
+        remedy = f"has no {', '.join(missing)}; rows must be in the format of SWE-bench (version 5 or later) or R2E-Gym"
         raise ConfigError("env.make", where, remedy)
     if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_CHARACTERS:
-        raise ConfigError("env.make", where, f"is longer than {MAX_ROW_CHARACTERS:,} characters")
+        raise ConfigError("env.make", where, f"the row is longer than {MAX_ROW_CHARACTERS:,} characters")
     return _parse_swebench(row, where) if format == "swebench" else _parse_r2e(row, where)
 
 
@@ -107,18 +105,17 @@ def _parse_json(value: Any, kind: type, name: str, where: str) -> Any:
     except ValueError:
         parsed = None
     if not isinstance(parsed, kind):
-        raise ConfigError("env.make", where, f"its {name} is no JSON {'list' if kind is list else 'object'}")
+        raise ConfigError("env.make", where, f"its {name} is not a JSON {'list' if kind is list else 'object'}")
     return parsed
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """The rows of a data set, on disk and not in memory.
+    """The rows of a data set. They stay on disk.
 
     Args:
-        source: hub id, or a file of `.jsonl` or `.parquet`.
-        split: of a hub data set.
-        revision: of a hub data set.
-        field: the setting that named it.
+        source: hub id, or a `.jsonl` or `.parquet` file.
+        split, revision: of a hub data set.
+        field: the setting of `source`, for errors.
     """
 
     def __init__(self, source: str, split: str, revision: str | None, field: str):
@@ -133,9 +130,9 @@ class Rows(Sequence[Mapping[str, Any]]):
         )
         if needed is None:
             remedy = (
-                f"has the columns {', '.join(rows.column_names)}; rows must be SWE-bench's of version 5, with image,"
+                f"has the columns {', '.join(rows.column_names)}; rows must be in the format of SWE-bench version 5"
             )
-            raise ConfigError(field, source, f"{remedy} eval_script and log_parser, or R2E-Gym's")
+            raise ConfigError(field, source, f"{remedy} (with image, eval_script and log_parser) or R2E-Gym")
         self._rows = rows.select_columns(list(needed))
 
     def __len__(self) -> int:
@@ -146,7 +143,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     @cached_property
     def ids(self) -> list[str]:
-        """What names each row: quick, as no other column is read."""
+        """The id of each row. This is fast because no other column is read."""
         if "instance_id" in self._rows.column_names:
             return list(self._rows["instance_id"])
         return list(map(_r2e_id, self._rows["repo_name"], self._rows["commit_hash"]))
@@ -170,41 +167,41 @@ def _load_file(path: Path, field: str) -> Any:
 
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
     if kind is None or not path.is_file():
-        raise MissingResource(field, str(path), "there is no such file of .jsonl or .parquet")
+        raise MissingResource(field, str(path), "this .jsonl or .parquet file does not exist")
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # datasets', and those of the readers below it
-        why = " ".join(str(error.__cause__ or error).split())[:200]
-        raise ConfigError(field, str(path), f"cannot be read ({why})") from error
+    except Exception as error:  # of datasets, or of the readers that it uses
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ConfigError(field, str(path), f"cannot be read ({reason})") from error
 
 
 def _cached_file(source: str, split: str, revision: str | None) -> Path:
-    """Where `fetch` puts the columns of a hub data set that are read: nodes ask the hub for nothing."""
+    """The file in which `fetch` saves the needed columns of a hub data set. Compute nodes do not use the hub."""
     name = "-".join([source.replace("/", "--"), split, *([revision[:12]] if revision else [])])
     return disk.cache_dir() / "rows" / name / "rows.parquet"
 
 
 def _load_hub(source: str, split: str, revision: str | None, field: str) -> Any:
     if not (file := _cached_file(source, split, revision)).is_file():
-        remedy = f"its split {split} is not on this machine: python -m aem_exp.prepare, with the same words, fetches it"
+        remedy = f"its split {split} is not on this machine; run python -m aem_exp.prepare with the same arguments"
         raise MissingResource(field, source, remedy)
     return _load_file(file, field)
 
 
 def fetch(source: str, split: str, revision: str | None, field: str, say: Callable[[str], None]) -> None:
-    """Bring a hub data set here; its files are checked and resumed by the hub's own library."""
+    """Download a hub data set into the cache. The hub's own library checks the files and resumes downloads."""
     file = _cached_file(source, split, revision)
     if _is_file(source) or file.is_file():
         return
-    extras.require_training(field, source, "fetching it", ["datasets"])
+    extras.require_training(field, source, "downloading it", ["datasets"])
     import datasets
 
     say(f"fetch   {source} ({split})")
     try:
         rows = datasets.load_dataset(source, split=split, revision=revision)
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise MissingResource(field, source, f"the hub does not give it ({why}); is there a network here?") from error
+        reason = " ".join(str(error).split())[:200]
+        raise MissingResource(field, source, f"download failed ({reason}); check the network connection") from error
     with disk.create_folder_once(file.parent) as part:
         if part is not None:
             rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH_COLUMNS, *R2E_COLUMNS}]).to_parquet(

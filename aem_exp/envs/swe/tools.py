@@ -6,10 +6,9 @@ response.
     <parameter=path>/testbed/setup.py</parameter>
     </function>
 
-Decided here: how a response is parsed into a call, and what each tool does and answers. Whatever precedes the call is
-the agent's own business; what follows it is dropped. A call is strict where a guess could harm (a parameter that was cut, a tool
-that is not there) and forgiving where none can: a missing `</function>` at the end, spaces around names, a line break before and
-after a value.
+This module decides how a response is parsed into a call, and what each tool does and answers. Text before and after the call is
+ignored. Parsing is strict where a guess could do harm: an incomplete parameter or an unknown tool is an error. It is lenient
+otherwise: `</function>` may be missing at the end, and spaces around names and a line break before and after a value are allowed.
 """
 
 import re
@@ -21,12 +20,12 @@ from typing import Final, NamedTuple
 
 from aem_exp.sandboxes import Sandbox
 
-KEPT_LINES: Final = 40  # of a long output, how many are kept at each end (rLLM's)
-MAX_OUTPUT_CHARACTERS: Final = 12_000  # of any output
-MAX_CALL_CHARACTERS: Final = 100_000  # characters of a call; Linux gives a program no argument above 128 KiB
-MAX_MATCHES: Final = 100  # files, or lines, that a search lists
-MAX_FILE_BYTES: Final = 1 << 20  # bytes of a file that the editor opens
-TOOL_SECONDS: Final = 30.0  # seconds for the tools' own commands
+KEPT_LINES: Final = 40  # lines kept at each end of a long output, as in rLLM
+MAX_OUTPUT_CHARACTERS: Final = 12_000  # longest output
+MAX_CALL_CHARACTERS: Final = 100_000  # longest call; Linux limits an argument of a program to 128 KiB
+MAX_MATCHES: Final = 100  # files or lines that a search lists
+MAX_FILE_BYTES: Final = 1 << 20  # largest file that the editor opens
+TOOL_SECONDS: Final = 30.0  # for the commands of the tools themselves
 
 TOOLS: Final[Mapping[str, Mapping[str, bool]]] = {  # tool -> its parameters, and whether each is required
     "file_editor": {
@@ -42,7 +41,7 @@ TOOLS: Final[Mapping[str, Mapping[str, bool]]] = {  # tool -> its parameters, an
     "execute_bash": {"command": True},
     "finish": {"result": False},
 }
-EDITOR_COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> what else it needs
+EDITOR_COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {  # command of the editor -> other parameters that it needs
     "view": (),
     "create": ("file_text",),
     "str_replace": ("old_str",),
@@ -54,7 +53,7 @@ _PARAMETER: Final = re.compile(r"\s*<parameter\s*=\s*([\w.-]*)\s*>(.*?)</paramet
 
 
 class ToolCall(NamedTuple):
-    """A tool and what it is given."""
+    """A tool and its arguments."""
 
     tool: str
     arguments: dict[str, str]
@@ -68,11 +67,11 @@ class ToolCall(NamedTuple):
 
 
 class InvalidCall(ValueError):
-    """A response that is no call; the message tells the agent why."""
+    """A response without a valid call. The agent reads the message."""
 
 
 def parse_call(response: str) -> ToolCall:
-    """The call of a response. Raises InvalidCall."""
+    """The call in a response. Raises InvalidCall."""
     text = response.rpartition("</think>")[2]
     if len(text) > MAX_CALL_CHARACTERS or "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise InvalidCall(f"a call is text of at most {MAX_CALL_CHARACTERS:,} characters")
@@ -114,12 +113,12 @@ def _check_edit(arguments: Mapping[str, str]) -> None:
 
 
 def _unwrap(value: str) -> str:
-    """A value without the line breaks that set it apart from its tags."""
+    """A value without the line break after its opening tag and before its closing tag."""
     return value.removeprefix("\n").removesuffix("\n")
 
 
 def clip(text: str, lines: int = KEPT_LINES, characters: int = MAX_OUTPUT_CHARACTERS) -> str:
-    """A long output's head and tail, and between them how much is left out."""
+    """The start and end of a long output, with the number of omitted lines or characters between them."""
     parts = text.split("\n")
     if len(parts) > 2 * lines:
         parts = [*parts[:lines], f"... {len(parts) - 2 * lines} lines left out ...", *parts[-lines:]]
@@ -135,17 +134,17 @@ def _clip(text: str, characters: int) -> str:
 
 @dataclass
 class Tools:
-    """The tools of one sandbox. `seconds` is the longest that a command of the agent may take."""
+    """The tools in one sandbox. `seconds` is the time limit of the agent's commands."""
 
     sandbox: Sandbox
     seconds: float
 
     def __post_init__(self) -> None:
-        # the content of each file before each edit; None if there was no file
+        # file -> its content before each edit; None if there was no file
         self._earlier_versions: dict[str, list[bytes | None]] = {}
 
     def execute(self, call: ToolCall, left: float) -> str:
-        """Carry out a call within the `left` seconds of the episode; returns what the agent is shown. `finish` does nothing."""
+        """Carry out a call and return the observation. `left` is the rest of the episode in seconds; `finish` does nothing."""
         match call.tool:
             case "execute_bash":
                 return self._bash(call.arguments["command"], min(self.seconds, left))
@@ -217,7 +216,7 @@ class Tools:
         text, old, new = self._read_text(path), arguments["old_str"], arguments.get("new_str", "")
         if not old:
             raise InvalidCall("old_str is empty")
-        if old not in text and "\r\n" in text:  # the agent never sees the file's own line ends
+        if old not in text and "\r\n" in text:  # the agent does not see the line endings of the file
             old, new = (re.sub(r"\r?\n", "\r\n", part) for part in (old, new))
         if (count := text.count(old)) != 1:
             raise InvalidCall(f"old_str occurs {count} times in {path}, not once; nothing was changed")
@@ -243,7 +242,7 @@ class Tools:
         return f"the last edit of {path} is undone"
 
     def _describe_change(self, path: str, first: int, last: int) -> str:
-        """The lines that an edit changed, with some lines around."""
+        """The lines that an edit changed, with a few lines of context."""
         lines = self._read_text(path).split("\n")
         rows = range(max(1, first - 4), min(len(lines), last + 4) + 1)
         return f"{path} is changed:\n" + clip("\n".join(f"{row:6}\t{lines[row - 1]}" for row in rows))
@@ -267,7 +266,7 @@ class Tools:
 
 
 def _parse_range(text: str | None, count: int) -> tuple[int, int]:
-    """First and last line of a view, as in `[10, 20]`; -1 is the last one."""
+    """First and last line of a view, from a text such as `[10, 20]`; -1 is the last line of the file."""
     if not text:
         return 1, count
     numbers = re.findall(r"-?\d{1,9}", text)

@@ -1,4 +1,4 @@
-"""What a small policy of the generated repositories reads and writes: words, and whole lines that are one token each."""
+"""The vocabulary of a small policy for the generated repositories: words, and whole lines that are one token each."""
 
 import re
 
@@ -11,19 +11,19 @@ OBSERVATION_WORDS = (
 
 
 def words() -> list[str]:
-    """All words, and the wordings that are one token each."""
+    """All words, and the lines and paths that are one token each."""
     lines = [line for _, f, bug in list_bugs() for line in (bug.line, f.right)]
     paths = [f"{package}/{module}.py" for package in PACKAGES for module in MODULES]
-    loose = [
+    single_words = [
         word
         for text in (*_texts(), *ISSUES, OBSERVATION_WORDS, *MODULES, *PACKAGES)
         for word in re.findall(r"[^\W\d_]+|\d+|[^\w\s]", text)
     ]
-    return [*_call_lines(lines, paths), *dict.fromkeys(lines), *paths, *loose, *(str(n) for n in range(200))]
+    return [*_call_lines(lines, paths), *dict.fromkeys(lines), *paths, *single_words, *(str(n) for n in range(200))]
 
 
 def format_call(call: ToolCall) -> str:
-    """A call as such a policy writes it: one element in each line, and each line is one of `words`."""
+    """A call as a small policy writes it: one element per line, and each line is one of `words`."""
     parameters = [_format_parameter(name, value) for name, value in call.arguments.items()]
     return "\n".join([f"<function={call.tool}>", *parameters, "</function>"])
 
@@ -41,7 +41,7 @@ def _call_lines(lines: list[str], paths: list[str]) -> list[str]:
 
 
 def _texts() -> list[str]:
-    """The code of the bank, its calls with their values, and the values that bugs give."""
+    """The code of all functions, their test cases, and the values that bugs give."""
     functions = [f for own in MODULES.values() for f in own]
     return [
         *(f.code.format(line=f.right) for f in functions),

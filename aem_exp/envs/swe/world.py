@@ -1,6 +1,6 @@
-"""The worlds of repositories: what real and generated ones share, and the generated ones.
+"""The worlds of repositories: the base class of real and generated ones, and the generated world.
 
-Generated repositories need no image and no download, and are treated as the real ones (`swebench`) are.
+Generated repositories need no image and no download, and are handled like the real ones of `swebench`.
 """
 
 import hashlib
@@ -29,20 +29,20 @@ RULES_VERSION: Final = 1  # raise when the same task would play differently
 
 
 class Repositories:
-    """What worlds of repositories share.
+    """Base class of worlds of repositories.
 
     Args:
-        sandbox: where commands run; see `aem_exp.sandboxes`.
-        limits: of each sandbox, by the names of `sandboxes.Limits`, whose defaults hold for the others.
-        turns: turns of an episode, the same as `env.max_turns`; after the last one the patch is graded, finished or not.
+        sandbox: the backend in which commands run; see `aem_exp.sandboxes`.
+        limits: limits of each sandbox, with the names and defaults of `sandboxes.Limits`.
+        turns: turns of an episode, equal to `env.max_turns`. After the last turn the patch is graded, even without `finish`.
         command_seconds: time limit of a command.
-        tests_seconds: time limit of grading.
+        tests_seconds: time limit of the tests in grading.
         episode_seconds: time limit of an episode.
-        reward: reward of a patch that resolves the task.
+        reward: paid for a patch that resolves the issue.
     """
 
     splits = ("train", "dev", "test")
-    external = True  # a sandbox for each environment
+    external = True  # each environment starts a sandbox
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Repositories:
             if number <= 0:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
         grading.check_installed()
-        if why := sandbox.missing():
-            raise MissingOnThisMachine("env.make.sandbox", type(sandbox).__name__.lower(), why)
+        if reason := sandbox.missing():
+            raise MissingOnThisMachine("env.make.sandbox", type(sandbox).__name__.lower(), reason)
         self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
         self.command_seconds, self.tests_seconds, self.episode_seconds = command_seconds, tests_seconds, episode_seconds
 
@@ -73,8 +73,8 @@ class Repositories:
         return RepositoryEnv(self)
 
     def open(self, image: Image) -> Sandbox:
-        if why := self.sandbox.lacks(image.name):
-            raise SandboxLost(why)
+        if reason := self.sandbox.lacks(image.name):
+            raise SandboxLost(reason)
         return self.sandbox.open(image, self.limits)
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -99,11 +99,11 @@ class Repositories:
 
 
 class Made(Repositories):
-    """Small repositories with a bug each; the machine's own Python and git, read-only, serve as their image.
+    """Small generated repositories with one bug each. They use the machine's own Python and git, read-only, instead of an image.
 
     Args:
-        modules: modules of a package.
-        functions: functions of a module.
+        modules: number of modules in a package.
+        functions: largest number of functions in a module.
         sizes: tasks per split.
     """
 
@@ -144,16 +144,19 @@ class Made(Repositories):
         )
 
     def rehearse(self) -> RepositoryEnv:
-        """An environment for demonstrations, which are not graded."""
+        """An environment for demonstrations. It does not grade patches."""
         return RepositoryEnv(self, graded=False)
 
     def words(self) -> Iterable[str]:
-        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        """Everything that a policy reads or writes in this world: words, and lines that are one token each."""
         return vocabulary.words()
 
     def expert(self, env: RepositoryEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
-        """The response of an expert that looks where the issue points, and knows each wrong line: with probability `noise` it
-        looks or writes anywhere; with probability `shyness` it replaces the line with another wrong one."""
+        """The response of the scripted expert.
+
+        With probability `noise` it views a random file. With probability `shyness` it replaces the wrong line with another wrong
+        line.
+        """
         return expert.next_response(env.goal, env.last_observation, env.turns_taken, random, noise, shyness)
 
     def _task(self, name: str) -> Task:
@@ -165,7 +168,7 @@ class Made(Repositories):
 
 @cache
 def host_image() -> Image:
-    """This machine's system with this Python, of whose packages only pytest can be imported."""
+    """This machine's own system and Python. Of Python's packages, only pytest can be imported."""
     base, site = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
     interpreter = [] if base == Path("/usr") else [str(base)]
     hidden = [*base.glob("lib/python3*/site-packages"), *Path("/usr/lib").glob("python3*/dist-packages")]
@@ -181,10 +184,10 @@ def host_image() -> Image:
 
 
 def _package_files(name: str, seen: frozenset[str] = frozenset()) -> list[str]:
-    """Files and folders in site-packages of a package and of what it needs."""
+    """Files and folders in site-packages of a package and of its dependencies."""
     try:
         distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:  # needed elsewhere: on Windows, by an older Python
+    except importlib.metadata.PackageNotFoundError:  # needed only on other systems or Python versions
         return []
     top_level = {
         file.parts[0] for file in distribution.files or () if not file.parts[0].startswith(("..", "__pycache__"))

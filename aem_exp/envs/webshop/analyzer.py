@@ -1,5 +1,7 @@
-"""Text analysis of WebShop's search engine: Lucene's English analyzer as Anserini 0.14 configures it (Unicode tokenizer,
-possessives removed, lower case, 33 stop words, Porter stemmer with its author's three later changes).
+"""The text analysis of WebShop's search: Lucene's English analyzer with the configuration of Anserini 0.14.
+
+It has a Unicode tokenizer, removes possessives, converts to lower case, and removes 33 stop words. Its Porter stemmer has the
+three later changes of the stemmer's author.
 """
 
 import re
@@ -12,7 +14,7 @@ STOP_WORDS: Final = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
     "will with".split()
 )
-MAX_TOKEN_CHARACTERS: Final = 255  # characters; a longer token is cut into several
+MAX_TOKEN_CHARACTERS: Final = 255  # a longer token is split into several
 
 
 def analyze(text: str) -> list[str]:
@@ -28,19 +30,19 @@ def _strip_possessive(token: str) -> str:
 
 
 def _lower(token: str) -> str:
-    """Lower case character by character, as Java does it: no final sigma, and one letter for a dotted capital I."""
+    """Lower case as in Java, character by character: no final sigma, and one letter for a dotted capital I."""
     lowered = token.lower()
     if len(lowered) == len(token) and "\u03c2" not in lowered:
         return lowered
     return "".join("i" if c == "\u0130" else c.lower() if c != "\u03a3" else "\u03c3" for c in token)
 
 
-# Tokens. Each character becomes one that names its class, and a pattern finds words among those.
+# Tokens. Each character is replaced by the name of its class, and a pattern finds words in the classes.
 
 _MID_BOTH: Final = "'.\u2018\u2019\u2024\ufe52\uff07\uff0e"  # within words and numbers
 _MID_LETTER: Final = ":\u00b7\u0387\u05f4\u2027\ufe13\ufe55\uff1a"
 _MID_NUMBER: Final = ",;\u037e\u0589\u060c\u060d\u066c\u07f8\u2044\ufe10\ufe14\ufe50\ufe54\uff0c\uff1b"
-_EMOJI: Final = (  # first and last of what Unicode counts as emoji, in text and as pictures
+_EMOJI: Final = (  # ranges (first, last) of Unicode's emoji, in text and picture style
     *(
         (0xA9, 0xA9),
         (0xAE, 0xAE),
@@ -60,17 +62,17 @@ _EMOJI: Final = (  # first and last of what Unicode counts as emoji, in text and
     *((0x1F249, 0x1F53D), (0x1F546, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F7D5, 0x1F7FF), (0x1F900, 0x1FAFF)),
 )
 _WORD: Final = re.compile(
-    r"(?:L[ez]*(?:[MQ][ez]*(?=L))?|N[ez]*(?:[nQ][ez]*(?=N))?|_[ez]*)+"  # letters and digits, and what may stand between two
+    r"(?:L[ez]*(?:[MQ][ez]*(?=L))?|N[ez]*(?:[nQ][ez]*(?=N))?|_[ez]*)+"  # letters and digits, and characters between two
     r"|(?:K[ez]*|_[ez]*)+|h[ez]*|S[Sez]*|Pm?[ez]*(?:(?<=z)Pm?[ez]*)*|m[ez]*|FF"
 )
 
 
 class _Classes(dict[int, str]):
-    """Code point -> its class, found when first seen."""
+    """Code point -> its class, computed at the first access."""
 
     def __missing__(self, point: int) -> str:
-        self[point] = found = _character_class(point)
-        return found
+        self[point] = name = _character_class(point)
+        return name
 
 
 _CLASSES: Final = _Classes()
@@ -85,7 +87,11 @@ def tokenize(text: str) -> Iterator[str]:
 
 
 def _character_class(point: int) -> str:
-    """Letter, Number, Katakana, single ideograph or hiragana (h), Southeast Asian, Picture, skin tone (m), Flag, joiners."""
+    """The class of a character.
+
+    L: letter, N: number, K: katakana, h: ideograph or hiragana, S: Southeast Asian, P: picture (emoji), m: skin tone, F: flag,
+    M, n, Q: between letters, numbers or both, _: connector, e: extender, z: zero-width joiner, space: all others.
+    """
     char = chr(point)
     for name, members in (("Q", _MID_BOTH), ("M", _MID_LETTER), ("n", _MID_NUMBER)):
         if char in members:
@@ -117,8 +123,8 @@ def _script(char: str) -> str:
     return "S" if name.startswith(("THAI ", "LAO ", "KHMER ", "MYANMAR ", "NEW TAI ", "TAI ")) else "L"
 
 
-# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14, 1980), with `bli`, `logi` and the bound of
-# two letters that its author added in his own programs.
+# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14, 1980), with three changes that its author made
+# in his own programs: `bli`, `logi`, and words of at most two letters stay as they are.
 
 _STEP_2: Final = (
     *(("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble")),
@@ -161,7 +167,7 @@ def stem(word: str) -> str:
 
 
 def _shape(word: str) -> str:
-    """Consonants and vowels; a y after a consonant is a vowel."""
+    """The word as consonants (c) and vowels (v). A y after a consonant is a vowel."""
     shape = ""
     for char in word:
         shape += "v" if char in "aeiou" or (char == "y" and shape[-1:] == "c") else "c"
@@ -169,17 +175,17 @@ def _shape(word: str) -> str:
 
 
 def _measure(word: str) -> int:
-    """How often a vowel is followed by a consonant."""
+    """The number of vowels that are followed by a consonant."""
     return _shape(word).count("vc")
 
 
 def _ends_short(word: str) -> bool:
-    """Ends consonant, vowel, consonant, the last not w, x or y."""
+    """Whether the word ends with consonant, vowel, consonant, and the last one is not w, x or y."""
     return _shape(word)[-3:] == "cvc" and word[-1] not in "wxy"
 
 
 def _step_1(word: str) -> str:
-    """Plurals and participles; then a final y becomes i."""
+    """Remove plural and participle endings, then replace a final y by i."""
     if word.endswith("s"):
         word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
     if word.endswith("eed"):
@@ -196,7 +202,7 @@ def _step_1(word: str) -> str:
 
 
 def _repair_stem(word: str) -> str:
-    """What is left of a participle, as a word again."""
+    """Restore the word that a participle ending was removed from: hopp -> hop, fil -> file."""
     if word.endswith(("at", "bl", "iz")):
         return word + "e"
     if len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c":
@@ -205,7 +211,7 @@ def _repair_stem(word: str) -> str:
 
 
 def _replace_ending(word: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """The longest ending that a rule knows, replaced where enough stands before it."""
+    """Replace the longest ending that has a rule, if the rest of the word is long enough."""
     for ending, replacement in sorted(rules, key=lambda rule: -len(rule[0])):
         if word.endswith(ending):
             rest = word[: -len(ending)]
@@ -222,7 +228,7 @@ def _step_4(word: str) -> str:
 
 
 def _step_5(word: str) -> str:
-    """A final e, and one of two final l."""
+    """Remove a final e, and one l of a final ll."""
     if word.endswith("e"):
         rest = word[:-1]
         if _measure(rest) > 1 or (_measure(rest) == 1 and not _ends_short(rest)):

@@ -1,7 +1,7 @@
-"""WebShop's products: the official files, converted once into a cached folder that all processes of a machine memory-map.
+"""Converts WebShop's official files once into a cached folder, which all processes of a machine memory-map.
 
-Prices, options and field names are normalised here as the original does on loading; files are read in pieces, so that a
-million products take little memory.
+Prices, options and field names are normalised as in the original. Files are read in pieces, so that a million products need
+little memory.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from aem_exp.core.errors import ConfigError
 from aem_exp.envs.webshop import search
 
 log = logging.getLogger("aem_exp")
-BUILD_VERSION: Final = 1  # raise when the same files would give another folder
-DEFAULT_PRICE: Final = 100.0  # dollars, of a product that has none
+BUILD_VERSION: Final = 1  # raise when the same files would give another catalogue
+DEFAULT_PRICE: Final = 100.0  # in dollars, for a product without a price
 PIECE: Final = 1 << 20  # characters read at a time
-CACHED_PRODUCTS: Final = 4096  # products that a process keeps
-LARGEST: Final = 1 << 26  # characters of one element of a file
-MAX_GOALS_PER_PRODUCT: Final = 100_000  # of one product: combinations of its options, each a goal
+CACHED_PRODUCTS: Final = 4096  # products in the cache of a process
+LARGEST: Final = 1 << 26  # longest element of a file, in characters
+MAX_GOALS_PER_PRODUCT: Final = 100_000  # each combination of options is a goal
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class Product:
     description: str
     bullets: list[str]
     price: str
-    """As pages show it."""
+    """The price as pages show it."""
     prices: list[float]
-    """One, or the two ends of a range."""
+    """One price in dollars, or the two ends of a range."""
     options: dict[str, list[str]]
     attributes: list[str]
     category: str
     query: str
     product_category: str
     asked: list[dict[str, Any]]
-    """The instructions of its goals (see `goals`)."""
+    """The instructions of the product's goals (see `goals`)."""
 
 
 class Catalogue:
-    """Products by their number, in the order of the file, and a search over them."""
+    """All products, by their number in the order of the file, and a search over them."""
 
     def __init__(self, folder: Path):
         summary = json.loads((folder / "about.json").read_text())
@@ -72,13 +72,13 @@ class Catalogue:
         return len(self._starts) - 1
 
     def number(self, asin: str) -> int | None:
-        """The number of an asin."""
+        """The number of the product with this asin; None if there is none."""
         position = int(np.searchsorted(self._asins, asin.encode(), sorter=self._by_asin))
         number = int(self._by_asin[position]) if position < len(self) else -1
         return number if number >= 0 and self._asins[number] == asin.encode() else None
 
     def find(self, asin: str) -> Product | None:
-        """The product of an asin."""
+        """The product with this asin; None if there is none."""
         return None if (number := self.number(asin)) is None else self.product(number)
 
     def search(self, query: str, count: int) -> list[Product]:
@@ -91,14 +91,15 @@ class Catalogue:
 def load_catalogue(
     products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None] = lambda *_: None
 ) -> Catalogue:
-    """The catalogue of some official files, built where it is not there yet.
+    """The catalogue of the official files. It is built if the cache does not have it.
 
     Args:
-        products: items_shuffle*.json; `attributes`: items_ins_v2*.json.
-        human: items_human_ins.json, where goals are those that people wrote.
+        products: items_shuffle*.json.
+        attributes: items_ins_v2*.json.
+        human: items_human_ins.json, if the goals are those that people wrote.
 
     Raises:
-        ConfigError: a file is not what it should be.
+        ConfigError: a file is malformed.
     """
     files = [file for file in (products, attributes, human) if file]
     stamp = [[BUILD_VERSION, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -113,10 +114,10 @@ def load_catalogue(
 def _build(
     folder: Path, products: Path, attributes: Path, human: Path | None, report_progress: Callable[[int, int], None]
 ) -> None:
-    # entries stay text: a tenth of the memory
+    # entries stay JSON text, which needs a tenth of the memory
     entries = {asin: json.dumps(value) for asin, value in _read_elements(attributes, dict)}
     instructions = dict(_read_elements(human, dict)) if human else None
-    starts, asins, instructed, prices, seen = [0], list[str](), [], [], set[str]()
+    starts, asins, with_instructions, prices, seen = [0], list[str](), [], [], set[str]()
     with (folder / "rows.bin").open("wb") as rows:
         for number, (_, raw) in enumerate(_read_elements(products, list)):
             product = _parse_product(raw, entries, instructions, f"{products}: product {number}")
@@ -125,15 +126,15 @@ def _build(
             seen.add(product.asin)
             rows.write(json.dumps(asdict(product)).encode())
             starts.append(rows.tell())
-            instructed += [len(asins)] if product.asked else []
+            with_instructions += [len(asins)] if product.asked else []
             prices.append([*product.prices, *([float("nan")] * (2 - len(product.prices)))])
             asins.append(product.asin)
     if not asins:
-        raise ConfigError("env.make.data", str(products), "holds no product")
+        raise ConfigError("env.make.data", str(products), "contains no product")
     np.save(folder / "starts.npy", np.array(starts))
     np.save(folder / "asins.npy", names := np.array([asin.encode() for asin in asins]))
     np.save(folder / "by_asin.npy", np.argsort(names, kind="stable"))
-    np.save(folder / "instructed.npy", np.array(instructed, dtype=np.int64))
+    np.save(folder / "instructed.npy", np.array(with_instructions, dtype=np.int64))
     np.save(folder / "prices.npy", np.array(prices, dtype=np.float64))
     search.build_index(folder, _read_search_texts(folder, starts), asins, report_progress)
     digests = [_digest(file) for file in (products, attributes, human) if file]
@@ -147,7 +148,7 @@ def _digest(file: Path) -> str:
 
 
 def _read_search_texts(folder: Path, starts: Sequence[int]) -> Iterator[str]:
-    """What is searched of each product."""
+    """The searchable text of each product."""
     with (folder / "rows.bin").open("rb") as rows:
         for start, end in pairwise(starts):
             yield search_text(Product(**json.loads(rows.read(end - start))))
@@ -163,20 +164,20 @@ def search_text(product: Product) -> str:
 
 
 def _parse_product(raw: Any, entries: Mapping[str, str], human: Mapping[str, Any] | None, where: str) -> Product | None:
-    """A product of the file; None for those that the original leaves out."""
+    """A product of the file; None if the original ignores it."""
     try:
         asin = raw["asin"]
         if asin == "nan" or len(asin) > 10:
             return None
         if asin != asin.upper():
-            raise ValueError(f"asin {asin!r} has small letters")
+            raise ValueError(f"asin {asin!r} has lower-case letters")
         entry = json.loads(entries.get(asin, "{}"))
         bullets = raw["small_description"]
         prices = _parse_prices(raw.get("pricing"))
         options, instructions = _parse_options(raw["customization_options"]), _parse_instructions(entry, human, asin)
         if human is None and instructions and math.prod(map(len, options.values())) > MAX_GOALS_PER_PRODUCT:
-            raise ValueError(f"its options combine to more than {MAX_GOALS_PER_PRODUCT:,} goals")
-        asin.encode()  # surrogates raise here, not later
+            raise ValueError(f"the combinations of its options give more than {MAX_GOALS_PER_PRODUCT:,} goals")
+        asin.encode()  # raises now if there are surrogates
         return Product(
             asin=asin,
             title=_to_text(raw["name"]),
@@ -192,9 +193,9 @@ def _parse_product(raw: Any, entries: Mapping[str, str], human: Mapping[str, Any
             asked=instructions,
         )
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
-        why = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            "env.make.data", str(Path(where.partition(":")[0]).parent), f"{where} is malformed ({why})"
+            "env.make.data", str(Path(where.partition(":")[0]).parent), f"{where} is malformed ({reason})"
         ) from error
 
 
@@ -203,13 +204,13 @@ def _to_text(value: Any) -> str:
 
 
 def _require_text(value: Any) -> str:
-    """A text that an instruction consists of.
+    """An instruction or an attribute of one.
 
     Raises:
-        TypeError: it is no text.
+        TypeError: it is not a text.
     """
     if not isinstance(value, str):
-        raise TypeError(f"an instruction or its attribute is {value!r}, not text")
+        raise TypeError(f"an instruction or its attribute is {value!r}, not a text")
     return value
 
 
@@ -220,7 +221,7 @@ def _parse_prices(text: str | None) -> list[float]:
 
 
 def _parse_options(raw: Any) -> dict[str, list[str]]:
-    """Option -> its values, in the original's spelling."""
+    """Option -> its values, normalised as in the original."""
     return {
         name.lower(): [content["value"].strip().replace("/", " | ").lower() for content in contents]
         for name, contents in (raw or {}).items()
@@ -229,7 +230,7 @@ def _parse_options(raw: Any) -> dict[str, list[str]]:
 
 
 def _parse_instructions(entry: Mapping[str, Any], human: Mapping[str, Any] | None, asin: str) -> list[dict[str, Any]]:
-    """The instructions that goals are made of: those that people wrote, or the one that was made for the product."""
+    """The instructions of a product's goals: those that people wrote, or the synthetic one."""
     if human is None:
         text = entry.get("instruction")
         if text is None:
@@ -243,26 +244,26 @@ def _parse_instructions(entry: Mapping[str, Any], human: Mapping[str, Any] | Non
         ]
     written = [one for one in human.get(asin, []) if list(map(_require_text, one["instruction_attributes"]))]
     keys = {"attributes": "instruction_attributes", "options": "instruction_options"}
-    return [
-        {"text": one["instruction"].strip(".")} | {ours: one[theirs] for ours, theirs in keys.items()}
-        for one in written
-    ]
+    return [{"text": one["instruction"].strip(".")} | {name: one[key] for name, key in keys.items()} for one in written]
 
 
 # Reading JSON piece by piece.
 
 
 def _read_elements(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON file that is one list, or one object: (key, value), a list's without key.
+    """The elements (key, value) of a JSON file that contains one list or one object. The key is "" in a list.
+
+    Args:
+        kind: `list` or `dict`.
 
     Raises:
-        ConfigError: it is neither, or ends too early.
+        ConfigError: the file contains something else, or is incomplete.
     """
     try:
         with file.open(encoding="utf-8") as text:
             yield from _parse_elements(text, kind)
     except (OSError, ValueError, RecursionError) as error:
-        remedy = f"{file.name} cannot be read ({error}): is it whole? Fetch it again"
+        remedy = f"{file.name} cannot be read ({error}); it may be incomplete: download it again"
         raise ConfigError("env.make.data", str(file.parent), remedy) from error
 
 
@@ -279,7 +280,7 @@ def _parse_elements(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
         if kind is dict:
             key = stream.read_value()
             if not isinstance(key, str):
-                raise ValueError(f"{key!r} is no key")
+                raise ValueError(f"{key!r} is not a key")
             stream.skip(" \t\r\n:")
         yield key, stream.read_value()
         stream.skip(" \t\r\n,")
@@ -288,18 +289,18 @@ def _parse_elements(text: TextIO, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 class _JsonStream:
-    """A JSON text of which one piece is in memory."""
+    """A JSON text that is read piece by piece; only the current piece is in memory."""
 
     def __init__(self, text: TextIO):
         self._text, self._decoder = text, json.JSONDecoder()
         self._buffer, self.position, self._has_more = "", 0, True
 
     def peek(self) -> str:
-        """The current character; "" at the end of what was read."""
+        """The current character; "" at the end of the text that was read."""
         return self._buffer[self.position : self.position + 1]
 
     def skip(self, characters: str) -> None:
-        """Move to the next character that is none of these, reading on."""
+        """Move to the next character that is not one of these. Reads further pieces if necessary."""
         while True:
             while self.position < len(self._buffer) and self._buffer[self.position] in characters:
                 self.position += 1
@@ -309,16 +310,16 @@ class _JsonStream:
             self._has_more = bool(self._buffer)
 
     def read_value(self) -> Any:
-        """Decode the value that begins here, and move behind it."""
+        """Decode the value at the current position and move behind it."""
         while True:
             with suppress(ValueError):
                 value, end = self._decoder.raw_decode(self._buffer, self.position)
-                if end < len(self._buffer) or not self._has_more:  # a number might go on
+                if end < len(self._buffer) or not self._has_more:  # a number may continue in the next piece
                     self.position = end
                     return value
             if len(self._buffer) - self.position > LARGEST:
                 raise ValueError(f"an element has more than {LARGEST:,} characters")
-            # each time twice as much, since a value that is incomplete is decoded again
+            # double the buffer each time: an incomplete value is decoded again from its start
             piece = self._text.read(max(PIECE, len(self._buffer) - self.position))
             if not piece:
                 self._has_more = False

@@ -1,4 +1,4 @@
-"""The environment: one goal at a time, pursued by searching and clicking."""
+"""The environment of WebShop: one goal per episode, with search and click actions."""
 
 import re
 from typing import TYPE_CHECKING, Final
@@ -10,12 +10,12 @@ from aem_exp.envs.webshop.shop import SEPARATOR, Shop, visible_text
 if TYPE_CHECKING:
     from aem_exp.envs.webshop.world import WebShop
 
-MAX_ACTION_CHARACTERS: Final = 400  # characters of an action that are read
-SEARCH_HINT: Final = "search[<your query>]"  # how a policy is shown that it can search
+MAX_ACTION_CHARACTERS: Final = 400  # longest action
+SEARCH_HINT: Final = "search[<your query>]"  # the search action in the list that a policy sees
 
 
 class WebShopEnv:
-    """One goal at a time."""
+    """Plays one goal at a time."""
 
     def __init__(self, world: "WebShop"):
         self._world = world
@@ -47,7 +47,7 @@ class WebShopEnv:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions that a policy is shown as admissible."""
+        """The admissible actions that a policy sees."""
         page = self.shop.page
         return (*([SEARCH_HINT] if "search" in page.clickable else []), *(f"click[{name}]" for name in page.clickable))
 
@@ -63,7 +63,7 @@ class WebShopEnv:
         return Turn(self._describe_page(), reward, is_over, valid=valid, actions=self.actions, metrics=metrics or {})
 
     def _describe_page(self) -> str:
-        """The page without the instruction, which prompts contain anyway; as verl-agent formats it."""
+        """The page in verl-agent's format, without the instruction, which prompts contain anyway."""
         texts = self.shop.page.texts
         instruction = visible_text(self.goal) or ""
         rest = texts[texts.index(instruction) + 1 :] if instruction in texts else texts

@@ -1,6 +1,4 @@
-"""Scripted WebShop experts: an expert that knows only the pages it has seen, and an oracle that knows the product of the
-goal.
-"""
+"""Scripted WebShop experts: an expert that knows only the pages it has seen, and an oracle that knows the goal's product."""
 
 import re
 from typing import TYPE_CHECKING, Final
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from aem_exp.envs.webshop.catalogue import Catalogue
     from aem_exp.envs.webshop.shop import Shop
 
-MAX_VISITS: Final = 4  # products that are looked at before one is bought as it is
+MAX_VISITS: Final = 4  # the expert visits at most this many products before it buys one without the wanted options
 _PRICE: Final = re.compile(r",? and price lower than ([\d.]+) dollars")
 _OPENING: Final = re.compile(r"^(find me|i need|i am looking for|i want|show me)( an?)?\s+", re.IGNORECASE)
 
@@ -24,7 +22,7 @@ def parse_options(text: str) -> dict[str, str]:
 
 
 def next_action(shop: "Shop", text: str) -> str:
-    """What to do on this page, knowing the instruction and what was seen."""
+    """The expert's action on this page. It knows the instruction and the pages that it has seen."""
     page, options = shop.page, parse_options(text)
     query = _OPENING.sub("", _PRICE.sub("", text).rpartition(" with ")[0] or _PRICE.sub("", text))
     if "search" in page.clickable:
@@ -37,7 +35,7 @@ def next_action(shop: "Shop", text: str) -> str:
         if missing and len(shop.visited) < MAX_VISITS:
             return "click[< prev]"
         return "click[buy now]"
-    if "next >" not in page.clickable:  # a page within a product's
+    if "next >" not in page.clickable:  # a subpage of a product
         return "click[< prev]"
     max_price = float(match[1]) if (match := _PRICE.search(text)) else float("inf")
     titles = [
@@ -65,7 +63,7 @@ def _read_results(shop: "Shop") -> list[tuple[str, str, float]]:
 
 
 def oracle_action(shop: "Shop", catalogue: "Catalogue") -> str:
-    """What to do on this page, knowing the product."""
+    """The oracle's action on this page. It knows the goal's product."""
     page, asin = shop.page, shop.goal.asin.lower()
     product = catalogue.find(shop.goal.asin)
     assert product is not None

@@ -86,7 +86,7 @@ ADJECTIVES: Final = "classic modern premium everyday compact family travel".spli
 
 
 def generate_catalogue(products: int, seed: int) -> Path:
-    """The folder of a catalogue, made where it is not there yet."""
+    """The folder of a catalogue. It is generated if the cache does not have it."""
     folder = (
         disk.cache_dir()
         / f"shop-{hashlib.sha256(json.dumps([RULES_VERSION, products, seed]).encode()).hexdigest()[:12]}"
@@ -98,7 +98,7 @@ def generate_catalogue(products: int, seed: int) -> Path:
 
 
 def _write(folder: Path, products: int, seed: int) -> None:
-    """The two official files, product by product: a million do not fit into memory at leisure."""
+    """Write the two files one product at a time, because a million products need much memory."""
     random, used = Random(f"{RULES_VERSION} {seed}"), set[str]()
     with (
         (folder / "items_shuffle_1000.json").open("w") as items,

@@ -1,7 +1,7 @@
-"""WebShop's goals and rewards, as the original computes them.
+"""Computes WebShop's goals and rewards as the original does.
 
-The original draws goal prices before it seeds its random generator, so its goals differ between processes; here they follow
-from a seed, in the original's order of draws.
+The original draws goal prices before it seeds its random generator, so its goals differ between processes. Here they depend on a
+seed, with the draws in the original's order.
 """
 
 import itertools
@@ -17,13 +17,13 @@ import numpy as np
 from aem_exp.envs.webshop.analyzer import STOP_WORDS
 from aem_exp.envs.webshop.catalogue import Catalogue, Product
 
-SHUFFLE_SEED: Final = 233  # the original's seed of the order of goals
-PRICE_BOUNDS: Final = [10.0 * i for i in range(1, 100)]  # of which the bound of a goal is drawn
+SHUFFLE_SEED: Final = 233  # the original's seed for the order of goals
+PRICE_BOUNDS: Final = [10.0 * i for i in range(1, 100)]  # the price bounds of goals are drawn from these
 NO_BOUND: Final = 1_000_000.0
-MATCH_THRESHOLD: Final = 85  # per cent, above which two wordings count as the same
-NounTagger = Callable[[str], tuple[str, ...]]
+MATCH_THRESHOLD: Final = 85  # two texts with a higher similarity, in per cent, count as equal
+NounTagger = Callable[[str], tuple[str, ...]]  # title -> its nouns
 
-# The first of these that occurs in a wording stands for it.
+# The first of these that occurs in the value of an option replaces the value.
 COLOURS: Final = (
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel "
     "champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim "
@@ -35,7 +35,7 @@ COLOURS: Final = (
 
 
 class Goal(NamedTuple):
-    """The goal of an episode. `options`: name -> value of a synthetic goal, the values of one that people wrote."""
+    """The goal of an episode. `options` is name -> value for a synthetic goal, and a list of values for a human one."""
 
     asin: str
     text: str
@@ -45,11 +45,11 @@ class Goal(NamedTuple):
 
 
 class Goals(Sequence[Goal]):
-    """All goals of a catalogue in the order of one seed; their texts are made on access.
+    """All goals of a catalogue in a random order. Their texts are built on access.
 
     Args:
-        seed: of the bounds of prices.
-        shuffle: of the order.
+        seed: decides the price bounds.
+        shuffle: decides the order.
     """
 
     def __init__(self, catalogue: Catalogue, seed: int, shuffle: int = SHUFFLE_SEED):
@@ -98,7 +98,7 @@ def _count_combinations(product: Product) -> int:
 
 
 def draw_prices(catalogue: Catalogue, seed: int) -> np.ndarray:
-    """The price of each product in the world of a seed; one that has a range is drawn from it."""
+    """The price of each product for a seed. If a product has a price range, the price is drawn from it."""
     return _draw_prices(catalogue, random.Random(seed))
 
 
@@ -110,7 +110,7 @@ def _draw_prices(catalogue: Catalogue, rng: random.Random) -> np.ndarray:
 
 
 def _draw_price_bound(price: float, rng: random.Random) -> float:
-    """The larger of two of the next four multiples of ten above a price."""
+    """Draw two of the next four multiples of ten above a price, and return the larger one."""
     above = [bound for bound in PRICE_BOUNDS if bound > price][:4]
     return max(rng.sample(above, 2)) if len(above) >= 2 else NO_BOUND
 
@@ -121,7 +121,14 @@ def _draw_price_bound(price: float, rng: random.Random) -> float:
 def score(
     product: Product, price: float, chosen: Sequence[str], goal: Goal, wanted: Product, nouns: NounTagger
 ) -> float:
-    """How well a bought product serves a goal, from 0 to 1: r_type times the share of attributes, options and price met."""
+    """The score of a purchase, from 0 to 1: r_type times the share of the attributes, options and price bound that are met.
+
+    Args:
+        product: the bought product.
+        price: its price in dollars.
+        chosen: values of its chosen options.
+        wanted: the product of the goal.
+    """
     options = list(goal.options.items()) if isinstance(goal.options, dict) else list(goal.options)
     met = (
         _count_attributes_met(product, goal.attributes)
@@ -132,7 +139,7 @@ def score(
 
 
 def _type_factor(bought: Product, wanted: Product, nouns: NounTagger) -> float:
-    """1 for the same kind of thing, by query, category or title; less where the titles have little or nothing in common."""
+    """The original's r_type: 1 for the same kind of product by query, category or title; less if titles share few nouns."""
     bought_nouns, wanted_nouns = nouns(bought.title), nouns(wanted.title)
     title = len(set(bought_nouns) & set(wanted_nouns)) / len(wanted_nouns) if wanted_nouns else 0.2
     if title == 0:
@@ -157,7 +164,10 @@ def _count_attributes_met(product: Product, attributes: Sequence[str]) -> int:
 
 
 def _count_options_met(chosen: Sequence[str], wanted: Sequence[Any]) -> int:
-    """Wanted options are values, or (name, value) of a made goal: the original compares those as they are printed."""
+    """Count the wanted options among the chosen ones.
+
+    A wanted option is a value, or (name, value) in a synthetic goal. The original compares the printed tuple.
+    """
     chosen_colours = [_normalize_colour(one) for one in chosen]
     return sum(
         any(token_set_ratio(str(option), str(_normalize_colour(one))) > MATCH_THRESHOLD for option in chosen_colours)
@@ -171,7 +181,7 @@ def _normalize_colour(option: Any) -> Any:
 
 @lru_cache(1 << 16)
 def token_set_ratio(one: str, two: str) -> int:
-    """thefuzz's token_set_ratio: per cent of likeness of two wordings, whatever their order and repetition."""
+    """The similarity of two texts in per cent, regardless of order and repetition of words: thefuzz's token_set_ratio."""
     first, second = _token_set(one), _token_set(two)
     if not first or not second:
         return 0
@@ -191,11 +201,15 @@ def _ratio(one: str, two: str) -> int:
     return round(100 * SequenceMatcher(None, one, two).ratio()) if one and two else 0
 
 
-# Nouns of a title, on which the kind of a product depends.
+# The nouns of a title, which decide the kind of a product.
 
 
 def load_noun_tagger(kind: Literal["spacy", "words"]) -> NounTagger:
-    """`spacy`: the original's, nouns and proper nouns of en_core_web_sm. `words`: all words but stop words, an approximation."""
+    """A function that finds the nouns of a title.
+
+    `spacy`: as in the original, the nouns and proper nouns by en_core_web_sm. `words`: an approximation, all words except stop
+    words.
+    """
     if kind == "words":
         return _content_words
     import spacy

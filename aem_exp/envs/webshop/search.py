@@ -1,11 +1,12 @@
-"""WebShop's search: BM25 as Lucene computes it, over an index on disk that all processes of a machine map and share.
+"""WebShop's search: BM25 as Lucene computes it, over an index on disk that all processes of a machine share.
 
-Lucene keeps a document's length in one byte, computes each term's score in single precision and adds them up in double; equal
-scores are ordered by asin. All of this decides who is on the first page. Arrays:
+Lucene stores the length of a document in one byte, computes the score of each term in single precision and adds the scores in
+double precision. Documents with equal scores are ordered by asin. All of this affects the first page of results. Arrays, for T
+terms and P postings:
 
-    offsets (T + 1)  where the postings of each of T terms begin
-    docs (P)         documents that hold a term, in order
-    scale (P)        1 + frequency / (k1 (1 - b + b length / mean length)), single precision
+    offsets (T + 1)  start of the postings of each term
+    docs (P)         documents that contain a term, in order
+    scale (P)        1 + frequency / (k1 (1 - b + b length / mean length)), in single precision
 """
 
 import math
@@ -21,14 +22,14 @@ import numpy as np
 
 from aem_exp.envs.webshop.analyzer import analyze
 
-K1, B = 0.9, 0.4  # Anserini's
-PARALLEL: Final = 20_000  # documents; fewer are analysed by one process
-CHUNK: Final = 2_000
-BLOCK: Final = 512  # documents of which the best one is looked at first
+K1, B = 0.9, 0.4  # as in Anserini
+PARALLEL: Final = 20_000  # fewer documents are analysed by one process
+CHUNK: Final = 2_000  # documents that a process analyses at a time
+BLOCK: Final = 512  # documents in a block; the best scores of the blocks give a first bound
 
 
 class Index:
-    """An index that was built in a folder; `order` gives each document's place by asin."""
+    """An index in a folder. `order` is the rank of each document by asin."""
 
     def __init__(self, folder: Path):
         self.offsets, self.docs, self.scale, self.order = (
@@ -38,7 +39,7 @@ class Index:
         self._terms = _TermTable(folder)
 
     def search(self, query: str, count: int) -> list[int]:
-        """The best documents for a query, at most `count`."""
+        """The numbers of the best documents for a query, at most `count`."""
         frequencies = Counter(analyze(query))
         terms = [
             (number, times) for term, times in frequencies.items() if (number := self._terms.find(term)) is not None
@@ -59,21 +60,21 @@ class Index:
     def _select_best(self, docs: Sequence[np.ndarray], gains: Sequence[np.ndarray], count: int) -> list[int]:
         total = np.zeros(-(-len(self.order) // BLOCK) * BLOCK)
         for term_docs, gain in zip(docs, gains, strict=True):
-            total[term_docs] += gain  # a term meets a document once
+            total[term_docs] += gain  # no document occurs twice in `term_docs`
         chosen = np.flatnonzero(total >= self._score_bound(total, count))
         scores = total[chosen].astype(np.float32)
         best = chosen[np.lexsort((self.order[chosen], -scores))]
         return [int(doc) for doc in best[:count]]
 
     def _score_bound(self, total: np.ndarray, count: int) -> float:
-        """A score that the best `count` documents reach, equals after rounding included; found among the best of blocks."""
+        """A score that the best `count` documents reach, also after rounding. Computed from the best scores of the blocks."""
         blocks = total.reshape(-1, BLOCK).max(axis=1)
         bound = np.partition(blocks, -count)[-count] if len(blocks) > count else 0.0
         return max(float(bound) * (1 - 1e-6), np.nextafter(0, 1))
 
 
 class _TermTable:
-    """The sorted terms of an index, in one file; found by halving."""
+    """The sorted terms of an index, in one file, with binary search."""
 
     def __init__(self, folder: Path):
         self._bytes = np.memmap(folder / "terms.bin", mode="r") if (folder / "terms.bin").stat().st_size else b""
@@ -97,10 +98,10 @@ class _TermTable:
 def build_index(
     folder: Path, texts: Iterable[str], asins: Sequence[str], report_progress: Any = lambda *_: None
 ) -> None:
-    """Write the index of some texts, one for each asin, in this order.
+    """Write the index of texts, one for each asin in the same order.
 
     Raises:
-        OSError: a process that helped was killed.
+        OSError: a helper process was killed.
     """
     numbers: dict[str, int] = {}
     terms, docs, counts = [], [], []
@@ -118,13 +119,13 @@ def build_index(
     place = np.empty(len(names), dtype=np.int32)
     place[[number for _, number in names]] = np.arange(len(names), dtype=np.int32)
     term_P = place[term_P] if len(names) else term_P
-    order = np.argsort(term_P, kind="stable")  # by term, and by document within
+    order = np.argsort(term_P, kind="stable")  # by term, then by document
     _save(folder, offsets=np.searchsorted(term_P[order], np.arange(len(names) + 1)), docs=doc_P[order])
     _save(folder, scale=_compute_scale(count_P[order], doc_P[order], lengths))
     by_asin = np.argsort(np.array([asin.encode() for asin in asins]), kind="stable")
     rank = np.empty(len(asins), dtype=np.int32)
     rank[by_asin] = np.arange(len(asins), dtype=np.int32)
-    _save(folder, order=rank, count=np.array(np.count_nonzero(lengths)))  # Lucene counts no empty document
+    _save(folder, order=rank, count=np.array(np.count_nonzero(lengths)))  # Lucene does not count empty documents
     _save(folder, term_starts=np.cumsum([0, *(len(name) for name, _ in names)]))
     (folder / "terms.bin").write_bytes(b"".join(name for name, _ in names))
 
@@ -139,7 +140,7 @@ def _save(folder: Path, **arrays: np.ndarray) -> None:
 
 
 def _compute_scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """1 + frequency x inverse norm, in the order and precision of Lucene's BM25Similarity."""
+    """1 + frequency x inverse norm, with the order of operations and the precision of Lucene's BM25Similarity."""
     mean = np.float32(lengths.sum() / max(1, np.count_nonzero(lengths)))
     k1, b, one = np.float32(K1), np.float32(B), np.float32(1)
     table = np.array([_decode_length(byte) for byte in range(256)], dtype=np.float32)
@@ -149,7 +150,7 @@ def _compute_scale(count_P: np.ndarray, doc_P: np.ndarray, lengths: np.ndarray) 
 
 
 def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Counter[str]]]:
-    """Length and term frequencies of each text; of very many, by all processors."""
+    """Length and term frequencies of each text. Uses all processors if there are many texts."""
     if count < PARALLEL:
         yield from map(_count_terms, texts)
         return
@@ -160,14 +161,13 @@ def _analyze_texts(texts: Iterator[str], count: int) -> Iterator[tuple[int, Coun
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = iter(lambda: list(islice(texts, CHUNK)), [])
     try:
-        with ProcessPoolExecutor(
-            processors, get_context("spawn")
-        ) as pool:  # unlike a Pool, it raises when one is killed
-            for some in iter(lambda: list(islice(parts, 4 * processors)), []):  # no more at once than are worked on
-                for counted in pool.map(_count_terms_of_all, some):
+        # unlike multiprocessing.Pool, this raises if a process is killed
+        with ProcessPoolExecutor(processors, get_context("spawn")) as pool:
+            for batch in iter(lambda: list(islice(parts, 4 * processors)), []):  # limits the texts in memory
+                for counted in pool.map(_count_terms_of_all, batch):
                     yield from counted
     except BrokenProcessPool as error:
-        raise OSError(f"one of {processors} processes that indexed was killed, out of memory perhaps") from error
+        raise OSError(f"one of {processors} indexing processes was killed, perhaps because memory ran out") from error
 
 
 def _count_terms_of_all(texts: list[str]) -> list[tuple[int, Counter[str]]]:
@@ -179,9 +179,9 @@ def _count_terms(text: str) -> tuple[int, Counter[str]]:
     return len(terms), Counter(terms)
 
 
-# Lucene's SmallFloat: a length in one byte, exact below 40, then with four significant bits.
+# Lucene's SmallFloat: a length in one byte; exact below 40, with four significant bits from there on.
 
-_EXACT_LENGTHS: Final = 24  # lengths that need no exponent
+_EXACT_LENGTHS: Final = 24  # lengths without an exponent
 
 
 def _encode_length(length: int) -> int:

@@ -1,4 +1,4 @@
-"""The shop: its pages, what can be clicked on each, and the purchase. Its texts are those of the original's text mode."""
+"""The shop: its pages, their clickable elements, and the purchase. Its texts are those of the original's text mode."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _ACTION: Final = re.compile(r"(.+)\[(.+)\]")
 
 
 class ShopPage:
-    """A page: its texts in order, and what can be clicked."""
+    """A page: its texts in order, and its clickable elements."""
 
     def __init__(
         self, texts: Sequence[str], buttons: Sequence[str], links: Sequence[str] = (), options: Sequence[str] = ()
@@ -31,7 +31,7 @@ class ShopPage:
 
 
 def visible_text(text: str) -> str | None:
-    """A text as it is read from the original's HTML; None if it is empty, or an empty line."""
+    """A text as the original reads it from its HTML; None if it is empty or an empty line."""
     if not text:
         return None
     if not text.strip(" \n\t\f\r"):
@@ -45,15 +45,15 @@ class Shop:
     def __init__(self, products: Catalogue, goal: Goal, prices: Any, score_purchase: Callable[..., float]):
         self.products, self.goal, self._prices, self._score_purchase = products, goal, prices, score_purchase
         self.results: list[Product] = []
-        self.visited: list[str] = []  # asins, in small letters
-        self.number = 1  # of the page of results
+        self.visited: list[str] = []  # asins, in lower case
+        self.number = 1  # number of the current page of results
         self.product: Product | None = None
         self.options: dict[str, str] = {}
         self.score: float | None = None
         self.page = self._start_page()
 
     def execute(self, action: str) -> bool:
-        """Carry out `search[..]` or `click[..]`; whether the page has that action."""
+        """Carry out `search[..]` or `click[..]`. Returns whether the page has this action."""
         match = _ACTION.match(action)
         name, argument = match.groups() if match else (action, "")
         argument = argument.lower()
@@ -61,7 +61,7 @@ class Shop:
             self._search(argument)
             return True
         if name == "click" and argument in self.page.clickable:
-            if argument != "search":  # a button that does nothing without a query
+            if argument != "search":  # this button has no effect without a query
                 self._click(argument)
             return True
         return False
@@ -95,13 +95,13 @@ class Shop:
         self.page = ShopPage(texts, [BACK, *buttons], [product.asin for product in results])
 
     def _choose(self, link: str) -> None:
-        """Choose a product of the results, or an option of the product."""
+        """Choose a product of the results, or an option of the current product."""
         if self.product is None:
             self.product = self.products.find(link.upper())
             self.visited.append(link)
         else:
             names = [name for name, values in self.product.options.items() if link in values]
-            self.options |= {names[-1]: link}  # of several options with this value, the last
+            self.options |= {names[-1]: link}  # the last one, if several options have this value
         self._show_item()
 
     def _show_item(self) -> None:
@@ -134,7 +134,7 @@ class Shop:
 
 
 def _thank_you_page(asin: str, options: dict[str, str], score: float) -> ShopPage:
-    """The last page, hidden fields and misspelling included."""
+    """The last page, with the original's hidden fields and misspelling."""
     chosen = json.dumps(options, sort_keys=True)
     for sign in "<>&'":
         chosen = chosen.replace(sign, f"\\u{ord(sign):04x}")

@@ -1,4 +1,4 @@
-"""The worlds: the official catalogue and a generated one; which goals are in which split, and what an episode pays."""
+"""The WebShop worlds, with the official catalogue and with a generated one: their splits and rewards."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ from aem_exp.envs.webshop.official_files import check_spacy, find_files
 from aem_exp.envs.webshop.shop import BUY
 
 RULES_VERSION: Final = 1  # raise when the same task would play differently
-TEST_GOALS, DEV_GOALS = 500, 1000  # goals of the test and the dev panel: the first ones, in the original's order
-VERL_AGENT_WORKERS, VERL_AGENT_VALIDATION = 16, 128  # verl-agent's, each of which shuffles the goals anew
+TEST_GOALS, DEV_GOALS = 500, 1000  # sizes of the test and dev panels: the first goals in the original's order
+VERL_AGENT_WORKERS, VERL_AGENT_VALIDATION = 16, 128  # verl-agent's workers; each shuffles the goals again
 
 
 class WebShop:
@@ -30,19 +30,20 @@ class WebShop:
 
     Args:
         data: the folder of the official files; null: $WEBSHOP_DATA, else webshop/ in the cache.
-        catalogue: `small`, 1,000 products, or `full`, 1.18 million.
-        goals: `synthetic`, made of products and their options, or `human`, 12,087 that people wrote, on the full catalogue.
-        split: `original`: test is 0-499, dev 500-1499, train the rest of one order. `verl_agent`: each of its workers shuffles
-            anew, so that its validation is largely on training goals; only to compare with published numbers.
-        nouns: `spacy`, which needs en_core_web_sm, or `words`, an approximation without it.
-        tags: responses are `<think>..</think><action>..</action>`; otherwise the whole response is the action.
-        reward: paid on buying, as `pays` says.
-        pays: `success`: for exactly what was asked; `score`: in proportion to the score.
-        seed: of the bounds of prices in goals, and of what verl_agent's workers draw.
+        catalogue: `small`: 1,000 products. `full`: 1.18 million products.
+        goals: `synthetic`: built from products and their options. `human`: 12,087 that people wrote, for the full catalogue.
+        split: `original`: in one order, goals 0-499 are test, 500-1499 dev, and the rest train. `verl_agent`: each worker
+            shuffles the goals again, so that most validation goals are also training goals; only to compare with published
+            numbers.
+        nouns: `spacy`: the original's tagger, which needs en_core_web_sm. `words`: an approximation without it.
+        tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the action.
+        reward: paid on a purchase, see `pays`.
+        pays: `success`: the reward is paid if the purchase meets the goal exactly. `score`: in proportion to the score.
+        seed: decides the price bounds of goals, and the draws of verl_agent's workers.
     """
 
     splits = ("train", "dev", "test")
-    panels: dict[str, int] = {"test": TEST_GOALS, "dev": DEV_GOALS}  # noqa: RUF012  (replaced, never changed)
+    panels: dict[str, int] = {"test": TEST_GOALS, "dev": DEV_GOALS}  # noqa: RUF012  (replaced, never mutated)
 
     def __init__(
         self,
@@ -96,8 +97,11 @@ class WebShop:
         return load_noun_tagger(self.nouns)
 
     def expert(self, env: WebShopEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
-        """The response of the scripted expert: with probability `noise` it clicks anything; with probability `shyness` it buys
-        before it has chosen the options of the goal."""
+        """The response of the scripted expert.
+
+        With probability `noise` it clicks a random element. With probability `shyness` it buys before it has chosen the options
+        of the goal.
+        """
         action = expert.next_action(env.shop, env.goal)
         if random.random() < noise:
             action = random.choice([one for one in env.actions if one != SEARCH_HINT] or [action])
@@ -111,11 +115,11 @@ class WebShop:
 
     @classmethod
     def prepare(cls, say: Callable[[str], None], **make: Any) -> None:
-        """Build the catalogue with its index; a million products take a while."""
+        """Build the catalogue and its index. This takes a while for a million products."""
         if make.get("nouns", "spacy") == "spacy":
             check_spacy()
         files = find_files(make.get("data"), make.get("catalogue", "small"), make.get("goals", "synthetic"))
-        say("build   the catalogue, where it is not built yet")
+        say("build   the catalogue, unless it is in the cache")
         with console.progress_bar("indexing products") as report_progress:
             _load_catalogue(files, report_progress)
 
@@ -123,7 +127,7 @@ class WebShop:
         return f"<think></think><action>{action}</action>" if self.tags else action
 
     def _goal_positions(self, split: str) -> Sequence[tuple[int, int, int]]:
-        """Seed of prices, seed of the order, and position in it, of each goal of a split."""
+        """For each goal of a split: the seed of prices, the seed of the order, and the position in the order."""
         total = len(self._goals(self.seed, SHUFFLE_SEED))
         if total <= self.panels["test"] + self.panels["dev"]:
             raise self._too_few_goals(total)
@@ -136,10 +140,10 @@ class WebShop:
                 [(self.seed + worker, self.seed + worker) for worker in range(VERL_AGENT_WORKERS)],
                 range(TEST_GOALS, total),
             )
-        first = self.seed + 1000  # verl-agent's seed of validation, with which it draws anew at each validation
+        first = self.seed + 1000  # verl-agent's validation seed; it draws again at each validation
         draws = np.random.RandomState(first)
-        drawn = [draws.choice(range(TEST_GOALS), VERL_AGENT_VALIDATION, replace=False) for _ in ("dev", "test")]
-        positions = drawn[0 if split == "dev" else 1]
+        panels = [draws.choice(range(TEST_GOALS), VERL_AGENT_VALIDATION, replace=False) for _ in ("dev", "test")]
+        positions = panels[0 if split == "dev" else 1]
         return [(first + worker, first + worker, int(position)) for worker, position in enumerate(positions)]
 
     def _too_few_goals(self, goals: int) -> ConfigError:
@@ -155,7 +159,7 @@ class WebShop:
 
 
 class _GoalPositions(Sequence[tuple[int, int, int]]):
-    """Every position of a range, for each of some orders."""
+    """Every position of a range, for each order (seed of prices, seed of the order)."""
 
     def __init__(self, orders: Sequence[tuple[int, int]], places: range):
         self._orders, self._range = orders, places
@@ -169,12 +173,12 @@ class _GoalPositions(Sequence[tuple[int, int, int]]):
 
 
 class Generated(WebShop):
-    """A shop of generated products, in the official format; nothing is downloaded.
+    """A shop of generated products in the official format. It needs no download.
 
     Args:
         products: number of products.
-        seed: of the products and of the bounds of prices in goals.
-        panels: number of goals of the test and dev panels.
+        seed: decides the products, and the price bounds of goals.
+        panels: number of goals in the test and dev panels.
     """
 
     def __init__(
@@ -194,7 +198,9 @@ class Generated(WebShop):
         self.panels = {"test": 128, "dev": 128} | (panels or {})
         for name, size in self.panels.items():
             if name not in ("dev", "test") or size < 1:
-                raise ConfigError(f"env.make.panels.{name}", size, "give dev and test at least 1 each")
+                raise ConfigError(
+                    f"env.make.panels.{name}", size, "the panels are dev and test, with at least 1 goal each"
+                )
         super().__init__(str(data), nouns="words", tags=tags, reward=reward, pays=pays, seed=seed)
 
     @classmethod
@@ -202,11 +208,11 @@ class Generated(WebShop):
         cls(**make)
 
     def _too_few_goals(self, goals: int) -> ConfigError:
-        remedy = f"must leave goals to train on: of {len(self.catalogue)} products there are {goals}"
+        remedy = f"too large: {len(self.catalogue)} products give {goals} goals, and some must be left for training"
         return ConfigError("env.make.panels", self.panels, remedy)
 
     def words(self) -> tuple[str, ...]:
-        """Everything a policy of this world reads or writes: words, and fixed wordings that may be one token."""
+        """Everything that a policy reads or writes in this world: words, and fixed phrases that may be one token each."""
         return vocabulary.words(self.catalogue)
 
 
