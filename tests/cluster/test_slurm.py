@@ -213,7 +213,7 @@ def test_what_a_job_could_not_fetch_is_said_before_it_is_sent(desk):
     (desk.folder / "empty").mkdir()
     (desk.folder / "empty" / "config.json").write_text("{}")
     err = desk.run_command("aem_exp", *words, "env=swe", f"model.path={desk.folder / 'empty'}", code=2)
-    assert "holds no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
+    assert "no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
 
 
 def test_frozen_code_is_one_copy_that_nobody_writes_to(clean, tmp_path):
