@@ -123,9 +123,8 @@ class AEMTrainer(GRPOTrainer):
             callbacks=[callback],
             **kwargs,
         )
-        if (
-            args.device.type == "cpu"
-        ):  # with several processes it is "cpu:0", to which torch cannot restore a checkpoint
+        # With several processes on CPUs, the device is "cpu:0", to which torch cannot restore a checkpoint.
+        if args.device.type == "cpu":
             args.__dict__["_setup_devices"] = torch.device("cpu")
         self.remove_callback(PrinterCallback)  # our commands print the progress
         self.aem_callback, self.time, self.clock = callback, callback.time, Clock()
