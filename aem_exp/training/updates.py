@@ -198,7 +198,8 @@ def compute_importance_ratio(
         logps_NT: log-probs under the policy, from the scoring pass.
         sampler_logps_NT: log-probs under the engine that sampled.
         mask_NT: 1 on generated tokens.
-        low, high: bounds of the ratio.
+        low: lower bound of the ratio.
+        high: upper bound of the ratio.
 
     Returns:
         (N, T) ratios; 1 on tokens that were not generated (before clamping).
