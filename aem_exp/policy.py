@@ -1,7 +1,6 @@
-"""Finds, makes, loads and saves the policy: any causal language model in Hugging Face format, with or without a LoRA
-adapter.
+"""Locates, creates, loads and saves the policy: a causal language model in Hugging Face format, optionally with LoRA.
 
-Nothing is downloaded here.
+This module downloads nothing.
 """
 
 import json
@@ -21,33 +20,38 @@ from aem_exp.core import disk, extras
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
-LIBRARIES = ("torch", "transformers")  # to make a policy
-# Files of a model's folder.
+LIBRARIES = ("torch", "transformers")  # needed to create a policy
+# Suffixes of the files in a model folder that loading can read.
 LOADED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 def locate(model: Model) -> str:
-    """Folder of the weights: `model.path` itself, or its snapshot in the local hub cache.
+    """Return the folder of the weights: `model.path`, or its snapshot in the local hub cache.
 
-    With `trust_remote_code`, only where its code is the one that was reviewed.
+    Raises:
+        ConfigError: there are no such weights, the folder is an adapter, or `trust_remote_code` is set and the hash of the
+            model's code is not `code_sha256`.
     """
     folder = _find_folder(model)
     if (Path(folder) / "adapter_config.json").exists():
-        remedy = "is an adapter (adapter_config.json), whose weights lie elsewhere; merge it into them (merge_and_unload of peft)"
-        raise ConfigError("model.path", model.path, remedy)
+        problem = "is an adapter (adapter_config.json) without the weights of its base model"
+        raise ConfigError("model.path", model.path, f"{problem}; merge the two with merge_and_unload of peft")
     if model.trust_remote_code:
         _check_no_foreign_code(Path(folder))
         digest = sha256()
         for file in sorted(Path(folder).rglob("*.py")):
             digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
         if digest.hexdigest() != model.code_sha256:
-            remedy = f"the code in {folder} hashes to {digest.hexdigest()}; review it, then set that"
+            remedy = f"the code in {folder} has the hash {digest.hexdigest()}; review the code, then set this value"
             raise ConfigError("model.code_sha256", model.code_sha256, remedy)
     return folder
 
 
 def _check_no_foreign_code(folder: Path) -> None:
-    """Refuse a model that names code of another folder, `auto_map: {...: "other/folder--file.Class"}`: no hash covers that."""
+    """Refuse a model that loads code from another folder, which no hash covers.
+
+    transformers does this for `auto_map: {...: "other/folder--file.Class"}`.
+    """
     for file in sorted(folder.glob("*.json")):
         try:
             names = list(_auto_map_names(json.loads(file.read_text(encoding="utf-8"))))
@@ -55,14 +59,13 @@ def _check_no_foreign_code(folder: Path) -> None:
             raise ConfigError("model.path", str(folder), f"{file.name} is damaged: {error}") from error
         for name in names:
             if "--" in name:
-                remedy = (
-                    f"auto_map in {file.name} names code of another folder ({name}), which code_sha256 does not cover"
-                )
-                raise ConfigError("model.trust_remote_code", True, f"{remedy}; copy that code into {folder}, review it")
+                problem = f"auto_map in {file.name} loads code from another folder ({name}), outside of code_sha256"
+                remedy = f"copy that code into {folder} and review it"
+                raise ConfigError("model.trust_remote_code", True, f"{problem}; {remedy}")
 
 
 def _auto_map_names(data: Any, inside: bool = False) -> Iterator[str]:
-    """All strings that are nested under a key `auto_map`."""
+    """Yield all strings that are nested under a key `auto_map`."""
     if isinstance(data, str) and inside:
         yield data
     for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
@@ -75,7 +78,7 @@ def _find_folder(model: Model) -> str:
         return _require_safetensors(path, path, "")
     if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise ConfigError(
-            "model.path", path, "a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
+            "model.path", path, "must be a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -91,12 +94,15 @@ def _find_folder(model: Model) -> str:
 
 def _require_safetensors(path: str, folder: str, remedy: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError("model.path", path, f"{folder} holds no *.safetensors{remedy}")
+        raise ConfigError("model.path", path, f"{folder} contains no *.safetensors file{remedy}")
     return folder
 
 
 def make_cached(experiment: Experiment, world: World) -> str:
-    """The folder of a policy that is made here: once, and cached by everything that decides it."""
+    """Return the folder of a policy that `model.make` creates.
+
+    It is created once and cached, by the hash of the recipe, the environment, the world and the code of the maker.
+    """
     recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
     maker = targets.module_location(str(recipe["make"]["_target_"]).rpartition(".")[0])
     recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
@@ -107,7 +113,7 @@ def make_cached(experiment: Experiment, world: World) -> str:
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.exists():
             extras.require_training("model.make", recipe["make"]["_target_"], "making this policy", LIBRARIES)
-            log.info("making the policy %s (once; cached in %s)", experiment.model.name, folder)
+            log.info("creating the policy %s (only once; it is cached in %s)", experiment.model.name, folder)
             with tempfile.TemporaryDirectory(dir=cache) as part:
                 make = instantiate(recipe["make"], partial=True)
                 make(world=world, env=experiment.env, folder=Path(part) / "model")
@@ -116,7 +122,10 @@ def make_cached(experiment: Experiment, world: World) -> str:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hash of all that is loaded from a model's folder. The hub's cache names its files by their hash; those are not read."""
+    """Hash of all files that can be loaded from a model folder: 12 hex digits.
+
+    Files in the hub cache are named by their hash, so their contents are not read.
+    """
     digest = sha256()
     for file in sorted(file for file in Path(folder).iterdir() if file.suffix in LOADED_SUFFIXES):
         blob = file.resolve()
@@ -130,7 +139,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def weight_names(folder: str) -> list[str]:
-    """What a folder of weights may be called: its path, and last its hub id where it is one of the hub's cache."""
+    """Names of the weights in a folder: its path, its resolved path, and its hub id if it is in the hub cache."""
     path = Path(folder).resolve()
     repo = path.parent.parent.name
     hub = [repo.removeprefix("models--").replace("--", "/")] if path.parent.name == "snapshots" else []
@@ -141,7 +150,7 @@ def select_device(launch: Launch) -> Any:
     """The torch device of `launch`: a GPU, or the CPU.
 
     Raises:
-        ConfigError: a GPU is wanted and there is none: training on the CPU could take weeks.
+        ConfigError: `launch` needs a GPU and there is none. Training on the CPU instead could take weeks.
     """
     import torch
 
@@ -154,7 +163,11 @@ def select_device(launch: Launch) -> Any:
 
 
 def load_tokenizer(model: Model, folder: str) -> Any:
-    """The tokenizer of a model."""
+    """Load the tokenizer of a model. A missing pad token is set to the EOS token.
+
+    Raises:
+        ConfigError: it cannot be read, or has no chat template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -162,22 +175,23 @@ def load_tokenizer(model: Model, folder: str) -> Any:
     except (OSError, ValueError) as error:
         raise _unreadable_error(folder, "tokenizer", error) from error
     if tokenizer.chat_template is None:
-        raise ConfigError("model.path", model.path, "a model whose tokenizer has a chat template: prompts are messages")
+        remedy = "its tokenizer must have a chat template, because prompts are chat messages"
+        raise ConfigError("model.path", model.path, remedy)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def vocabulary_size(model: Model, folder: str) -> int:
-    """How many tokens a model has, those included that its tokenizer does not name."""
+    """Number of rows of the model's embedding, which may be larger than the vocabulary of its tokenizer."""
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(folder, **_loading_options(model)).get_text_config().vocab_size)
 
 
-def _unreadable_error(folder: str, what: str, error: Exception) -> ConfigError:
-    why = f"its {what} cannot be read ({' '.join(str(error).split())[:200]}); fetch or copy the folder again"
-    return ConfigError("model.path", folder, why)
+def _unreadable_error(folder: str, part: str, error: Exception) -> ConfigError:
+    problem = f"its {part} cannot be read ({' '.join(str(error).split())[:200]})"
+    return ConfigError("model.path", folder, f"{problem}; fetch or copy the folder again")
 
 
 def _loading_options(model: Model) -> dict[str, bool]:
@@ -185,10 +199,13 @@ def _loading_options(model: Model) -> dict[str, bool]:
 
 
 def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
-    """The model, on the CPU and ready for training, and its tokenizer.
+    """Load the model on the CPU, with a new LoRA adapter if configured, and its tokenizer.
+
+    Args:
+        seed: seeds the initial weights of the adapter.
 
     Raises:
-        ConfigError: the folder does not hold every tensor of the model, or holds others.
+        ConfigError: a file cannot be read, or the tensors in the folder are not exactly those of the model.
     """
     import torch
     from safetensors import SafetensorError
@@ -205,25 +222,25 @@ def load(model: Model, folder: str, seed: int) -> tuple[Any, Any]:
         raise _unreadable_error(folder, "weights", error) from error
     _check_complete(policy, folder, report)
     if model.lora:
-        torch.manual_seed(seed)  # the adapter starts at random
+        torch.manual_seed(seed)  # the initial weights of the adapter are random
     return _add_adapter(policy, model.lora), tokenizer
 
 
 def _check_complete(policy: Any, folder: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are not all of the model's: transformers would go on with random numbers in their place.
+    """Refuse incomplete or unexpected weights. transformers would continue with random numbers for missing tensors.
 
-    A tensor that is tied to another need not be there, and a buffer is none of the weights.
+    Tied tensors and buffers may be missing.
     """
     not_required = {*policy.all_tied_weights_keys, *(name for name, _ in policy.named_buffers())}
     other_shape = sorted(name for name, *_ in report["mismatched_keys"])
-    for what, names in (
-        ("lack", sorted({*report["missing_keys"]} - not_required)),
-        ("have another shape for", other_shape),
-        ("hold what the model of config.json has no place for:", sorted(report["unexpected_keys"])),
+    for problem, names in (
+        ("its weights lack", sorted({*report["missing_keys"]} - not_required)),
+        ("its weights have another shape than in config.json for", other_shape),
+        ("its weights contain tensors that the model in config.json does not have:", sorted(report["unexpected_keys"])),
     ):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
-            raise ConfigError("model.path", folder, f"its weights {what} {shown}; fetch or copy them again")
+            raise ConfigError("model.path", folder, f"{problem} {shown}; fetch or copy them again")
 
 
 def _add_adapter(policy: Any, lora: dict[str, Any] | None) -> Any:
@@ -235,19 +252,30 @@ def _add_adapter(policy: Any, lora: dict[str, Any] | None) -> Any:
 
 
 def max_positions(shape: dict[str, Any]) -> tuple[int, bool]:
-    """Tokens in a row that the model of a config.json has positions for (0: it does not say), and whether they are scaled."""
+    """Maximum sequence length of a model, and whether its rotary positions are scaled.
+
+    Args:
+        shape: the content of config.json.
+
+    Returns:
+        (tokens, is_scaled); tokens is 0 if config.json does not limit them.
+    """
     rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
-    kind, most = rope.get("rope_type", rope.get("type", "default")), shape.get("max_position_embeddings", 0)
+    kind, tokens = rope.get("rope_type", rope.get("type", "default")), shape.get("max_position_embeddings", 0)
     if kind == "yarn":
-        most = rope.get("original_max_position_embeddings", most)
-    return int(most * rope.get("factor", 1.0) if kind in ("yarn", "linear", "dynamic") else most), kind != "default"
+        tokens = rope.get("original_max_position_embeddings", tokens)
+    scale = rope.get("factor", 1.0) if kind in ("yarn", "linear", "dynamic") else 1
+    return int(tokens * scale), kind != "default"
 
 
 def build_from_config(shape: dict[str, Any], dtype: str, attention: str | None, lora: dict[str, Any]) -> Any:
-    """The model that a config.json describes, as `load` would make it, except that its weights are random.
+    """Build a model from config.json as `load` would, but with random weights.
+
+    Args:
+        shape: the content of config.json.
 
     Raises:
-        ConfigError: transformers knows no such model.
+        ConfigError: transformers has no such model.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -258,13 +286,13 @@ def build_from_config(shape: dict[str, Any], dtype: str, attention: str | None, 
         options = {"attn_implementation": attention} if attention else {}
         policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **options)
     except (KeyError, ValueError, TypeError) as error:
-        why = f"transformers makes no causal language model of model_type={kind} in its config.json"
-        raise ConfigError("model.path", kind, f"{why}: {' '.join(str(error).split())[:200]}") from error
+        problem = f"transformers cannot build a causal language model with model_type={kind} (in config.json)"
+        raise ConfigError("model.path", kind, f"{problem}: {' '.join(str(error).split())[:200]}") from error
     return _add_adapter(policy, lora)
 
 
 def save(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Write `folder` in Hugging Face format; with LoRA the merged weights, and the adapter beside them in `adapter/`."""
+    """Write the model and its tokenizer in Hugging Face format. With LoRA: the merged weights, and the adapter in `adapter/`."""
     if hasattr(policy, "merge_and_unload"):
         policy.save_pretrained(folder / "adapter")
         policy = policy.merge_and_unload()

@@ -1,4 +1,4 @@
-"""What a run was executed with: a frozen copy of the code, package versions, weights and kind of machine.
+"""Records what a run is executed with: a frozen copy of the code, package versions, weights, and the type of machine.
 
 A resume under other conditions is refused, or marked as inexact.
 """
@@ -21,13 +21,18 @@ from aem_exp.core import disk, trust
 from aem_exp.rundir import PROVENANCE
 
 CODE = "code"
-COMMIT = ".commit"  # of code that was frozen before its run began
-PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # what a result may depend on
+COMMIT = ".commit"  # file with the git commit of code that was frozen before the start of its run
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "numpy")  # packages that may influence results
 _PACKAGE_ROOT = disk.PACKAGE.resolve()
 
 
 def list_changes(run_dir: Path, experiment: Experiment, weights: str | None, ranks: int | None = None) -> list[str]:
-    """Differences between the code and the machine now and the recorded ones; `ranks`: by default, the recorded number."""
+    """List the differences between the recorded code and conditions and the present ones.
+
+    Args:
+        weights: folder of the initial weights.
+        ranks: number of processes; None: the recorded number.
+    """
     if ranks is None:
         ranks = read(run_dir)["processes"] if (run_dir / PROVENANCE).exists() else 1
     return _compare_with_recorded(run_dir, _current_facts(experiment, weights, ranks), _code_files(experiment))
@@ -36,18 +41,23 @@ def list_changes(run_dir: Path, experiment: Experiment, weights: str | None, ran
 def record_start(
     run_dir: Path, experiment: Experiment, weights: str | None, step: int | None, ranks: int = 1
 ) -> list[str]:
-    """Freeze what runs now; how it differs from what ran when `step` was saved (None: nothing was trained yet).
+    """Freeze the code and record the conditions at a start of a run; return all changes since its first start.
+
+    Args:
+        weights: folder of the initial weights.
+        step: the saved step at which the run resumes; None: nothing was trained yet.
+        ranks: number of processes.
 
     Raises:
-        ConfigError: it differs, and `resume` is exact.
+        ConfigError: the code or conditions differ from the recorded ones, and `resume` is exact.
     """
     now, code = _current_facts(experiment, weights, ranks), _code_files(experiment)
     new = [] if step is None else _compare_with_recorded(run_dir, now, code)
     if new and experiment.resume == "exact":
-        remedy = f"would not end as it began ({'; '.join(new)}); resume=inexact goes on all the same, and marks the run"
-        raise ConfigError("resume", "exact", remedy)
-    if (mark := _PACKAGE_ROOT.parents[1] / COMMIT).exists():  # this is frozen code, at work
-        now["commit"] = mark.read_text().strip() or None
+        problem = f"the run would continue under other conditions ({'; '.join(new)})"
+        raise ConfigError("resume", "exact", f"{problem}; resume=inexact continues anyway and marks the run")
+    if (commit := _PACKAGE_ROOT.parents[1] / COMMIT).exists():  # this process runs frozen code
+        now["commit"] = commit.read_text().strip() or None
     file = run_dir / PROVENANCE
     marks = read(run_dir)["resumed"] if step is not None and file.exists() else []
     if new:
@@ -60,17 +70,16 @@ def record_start(
 
 
 def freeze_code(runs: Mapping[Path, Experiment]) -> None:
-    """Freeze the code for runs that jobs will start; a run that has begun keeps the code that it began with."""
+    """Freeze the code for runs that jobs will start. A run that has started keeps its code."""
     commit, codes = _read_commit(_PACKAGE_ROOT) or "", dict[frozenset[str], dict[str, Path]]()
     for run_dir, experiment in runs.items():
-        trust.check_run_dir(run_dir)  # a job finds its modules there first
+        trust.check_run_dir(run_dir)  # a job imports modules from this folder first
         if not (run_dir / PROVENANCE).exists():
             modules = _user_modules(experiment)
             run_dir.mkdir(parents=True, exist_ok=True)
             if modules in codes:
-                _freeze_files(
-                    run_dir / CODE, codes[modules], disk.link_or_copy
-                )  # it never changes: one copy serves them all
+                # Frozen files never change, so runs with the same modules can share one copy.
+                _freeze_files(run_dir / CODE, codes[modules], disk.link_or_copy)
             else:
                 code = _code_files(experiment)
                 _freeze_files(run_dir / CODE, code)
@@ -79,12 +88,12 @@ def freeze_code(runs: Mapping[Path, Experiment]) -> None:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """What `record_start` wrote."""
+    """Read the record that `record_start` wrote."""
     return disk.read_json(run_dir / PROVENANCE, "processes", "packages", "commit", "resumed")
 
 
 def method_revision(run_dir: Path) -> int | None:
-    """The revision of the method that a run is trained by; None where it has not begun."""
+    """The method revision of a run (`aem_exp.METHOD`); None if the run has not started."""
     return int(read(run_dir).get("method", 0)) if (run_dir / PROVENANCE).exists() else None
 
 
@@ -116,9 +125,9 @@ def package_versions() -> dict[str, str]:
 
 
 def _changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences that may change a result; the minor version of Python and the commit are only recorded.
+    """Differences that may change results. The Python version and the commit are recorded, but not compared.
 
-    A package that is not installed here cannot run anything, so its version is not compared.
+    The version of a package is not compared if the package is not installed here, as it cannot run anything then.
     """
     old, new = ({**data.get("packages", {}), **data} for data in (before, now))
     keys = ("processes", "device", "machine", "weights", *PACKAGES)
@@ -130,33 +139,32 @@ def _changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     return changed
 
 
-# Code: file in the frozen copy -> where it lies now.
-
-
 def _code_files(experiment: Experiment) -> dict[str, Path]:
+    """The code of a run: name in the frozen copy -> present file. It covers our package, `conf/` and the user's modules."""
     code = {f"aem_exp/{file.relative_to(_PACKAGE_ROOT)}": file for file in _source_files(_PACKAGE_ROOT)}
     if not (root := config.conf_root()).is_relative_to(_PACKAGE_ROOT):
         code |= {f"conf/{file.relative_to(root)}": file for file in _source_files(root)}
     installed = tuple(sysconfig.get_paths().values())
     for module in _user_modules(experiment):
-        where = targets.module_location(module)
-        if where is not None and not str(where).startswith(installed):
-            here = where.parent
-            near = (
-                _source_files(where)
-                if where.is_dir()
-                else [file for file in _source_files(here) if file.parent == here]
-            )
-            code |= {str(file.relative_to(here)): file for file in near if file.suffix == ".py" or where.is_dir()}
+        location = targets.module_location(module)
+        if location is None or str(location).startswith(installed):
+            continue
+        folder = location.parent
+        if location.is_dir():
+            files = _source_files(location)
+        else:  # a module may import the other modules of its folder
+            files = [file for file in _source_files(folder) if file.parent == folder and file.suffix == ".py"]
+        code |= {str(file.relative_to(folder)): file for file in files}
     return code
 
 
 def _user_modules(experiment: Experiment) -> frozenset[str]:
-    """What a user's functions lie in."""
+    """Top-level modules of the user's functions in the config."""
     return frozenset(target.partition(".")[0] for target in _find_targets(config.to_dict(experiment))) - {"aem_exp"}
 
 
 def _find_targets(data: Any) -> Iterator[str]:
+    """Yield all values of `_target_`."""
     if isinstance(data, dict):
         if "_target_" in data:
             yield data["_target_"]
@@ -165,51 +173,52 @@ def _find_targets(data: Any) -> Iterator[str]:
 
 
 def _source_files(folder: Path) -> list[Path]:
-    """What git tracks, or would; all but caches where there is no git."""
-    known = _run_git(folder, "ls-files", "-coz", "--exclude-standard").split("\0")
-    files = [folder / name for name in known if name]
+    """Files that git tracks or does not ignore; without git, all files except caches."""
+    names = _run_git(folder, "ls-files", "-coz", "--exclude-standard").split("\0")
+    files = [folder / name for name in names if name]
     files = files or [file for file in folder.rglob("*") if not {"__pycache__", ".git"} & set(file.parts)]
     return sorted(file for file in files if file.is_file())
 
 
 def _edited_files(frozen: Path, code: Mapping[str, Path]) -> list[str]:
-    """Python files that are not what they were."""
-    names = {str(file.relative_to(frozen)) for file in frozen.rglob("*.py")} if frozen.exists() else set()
-    ours = {name for name in code if name.endswith(".py")} if names else set()
+    """Python files that differ from their frozen copies, were added, or were removed."""
+    before = {str(file.relative_to(frozen)) for file in frozen.rglob("*.py")} if frozen.exists() else set()
+    now = {name for name in code if name.endswith(".py")} if before else set()
     return [
         f"{name} was edited"
-        for name in sorted(names | ours)
-        if name not in names or name not in ours or (frozen / name).read_bytes() != code[name].read_bytes()
+        for name in sorted(before | now)
+        if name not in before or name not in now or (frozen / name).read_bytes() != code[name].read_bytes()
     ]
 
 
 def _copy_read_only(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
-    target.chmod(target.stat().st_mode & 0o555)  # an editor asks before it writes what other runs share
+    target.chmod(target.stat().st_mode & 0o555)  # protects the copy, which other runs may share, from accidental edits
 
 
-def _freeze_files(frozen: Path, code: Mapping[str, Path], put: Callable[[Path, Path], None] = _copy_read_only) -> None:
-    """Put code into a folder, for reading only; `put`: how a file comes there."""
-    if _PACKAGE_ROOT.is_relative_to(frozen.resolve()):  # this is the frozen copy, at work
+def _freeze_files(frozen: Path, code: Mapping[str, Path], copy: Callable[[Path, Path], None] = _copy_read_only) -> None:
+    """Replace a folder by read-only copies of the code; `copy` creates one file."""
+    if _PACKAGE_ROOT.is_relative_to(frozen.resolve()):  # this process runs the frozen copy
         return
     part = frozen.with_name(f".{CODE}.{os.getpid()}")
     for name, file in code.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
-        put(file, part / name)
+        copy(file, part / name)
     shutil.rmtree(frozen, ignore_errors=True)
     part.replace(frozen)
 
 
 def _read_commit(folder: Path) -> str | None:
-    """The commit that `folder` is at (with `+` where tracked files differ from it), or None outside git."""
+    """The git commit of `folder`, with `+` if tracked files have changed; None outside git."""
     commit = _run_git(folder, "rev-parse", "HEAD").strip()
     return (
         commit + ("+" if _run_git(folder, "status", "--porcelain", "--untracked-files=no") else "") if commit else None
     )
 
 
-def _run_git(folder: Path, *words: str) -> str:
+def _run_git(folder: Path, *arguments: str) -> str:
+    """Output of a git command; empty if it fails, or if there is no git."""
     if shutil.which("git") is None:
         return ""
-    done = subprocess.run(["git", "-C", str(folder), *words], check=False, capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(folder), *arguments], check=False, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else ""

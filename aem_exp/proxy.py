@@ -1,11 +1,10 @@
-"""Command `python -m aem_exp.proxy RUN_DIR|MODEL`: how well AEM's coefficient approximates relative surprisal S - H(s),
-measured on new samples at states of the policy's own episodes.
+"""Command `python -m aem_exp.proxy RUN_DIR|MODEL`: measures how well AEM's coefficient approximates relative surprisal S - H(s).
 
-AEM takes the mean token entropy of a response for its relative surprisal,
-S - H(s): its surprisal against what that is on average at its state. Here H(s) is known from other samples at the same state.
+AEM uses the mean token entropy of a response as a proxy of its relative surprisal: its surprisal S minus H(s), the mean surprisal
+at its state. This command samples several responses at the same state, and estimates H(s) from the other samples.
 
-The states: one turn of each of so many episodes, any of its turns alike. The paper shows 64 states and a number of samples that
-we could not read; whether its alpha compares those samples, as it does here, or a whole rollout group, is not known to us either.
+A state is one turn of one episode; all turns of an episode are equally likely. The paper reports 64 states. Its number of samples
+is not known to us. Nor do we know whether its alpha compares the samples of a state, as here, or a whole rollout group.
 """
 
 import argparse
@@ -36,13 +35,14 @@ if TYPE_CHECKING:
     from aem_exp.rollout.types import Trajectory
 
 STATES, SAMPLES, FIGURE = "states.json", "samples.jsonl", "proxy.png"
-GATES = {"gated": 0.1, "ungated": 0.0}  # the paper's, and none
-LAM = 1.0  # the paper's
+GATES = {"gated": 0.1, "ungated": 0.0}  # nats: the gate of the paper, and no gate
+LAM = 1.0  # lambda of the paper
 
 ABOUT = """\
-Sample a policy's responses again and again at some states of its episodes, and compare 1 - alpha of each (AEM's, the samples
-of a state being its group) with its relative surprisal S - H(s): r over all responses, and how many states and responses agree
-in sign. Beside it the policy that training started from. Asked again it goes on, or shows what is there.
+Sample several responses of a policy at states of its episodes. Compare 1 - alpha of each response (AEM's coefficient; the samples
+of a state are one group) with its relative surprisal S - H(s): the correlation r over all responses, and how many states and
+responses agree in sign. For a run, the policy at the start of training is measured too. A repeated command continues where it
+stopped, or shows the result.
 
   python -m aem_exp.proxy outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.proxy Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=alfworld --samples 8
@@ -51,35 +51,38 @@ in sign. Beside it the policy that training started from. Asked again it goes on
 
 @dataclass(frozen=True)
 class SampledState:
-    """Where a response is sampled."""
+    """A state at which responses are sampled."""
 
     task: str
+    """id of the task"""
     member: int
-    """The repeat of the task whose episode passed through the state."""
+    """the repeat of the task whose episode passed through the state"""
     turn: int
+    """index of the turn in this episode"""
     prompt: list[int]
-    """The exact tokens in front of the response."""
+    """ids of all tokens in front of the response"""
     budget: int
-    """How many tokens it may have."""
+    """maximum number of tokens of a response"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks; the exit code."""
+    """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    again = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
-    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to continue: {again}")
+    command = shlex.join(["python", "-m", "aem_exp.proxy", *argv])
+    return cli.run_cli(lambda: _run_command(_parse_arguments(argv)), lambda: f"to continue: {command}")
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = request.build_parser("python -m aem_exp.proxy", ABOUT)
-    parser.add_argument("--panel", default="dev", help="tasks whose episodes pass through the states (default: dev)")
-    parser.add_argument("--states", type=int, default=64, help="default: 64, as in the paper")
-    parser.add_argument("--samples", type=int, default=16, help="responses at each of them (default: 16)")
-    parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="leave the other row out")
+    parser.add_argument("--panel", default="dev", help="panel of tasks whose episodes give the states (default: dev)")
+    parser.add_argument("--states", type=int, default=64, help="number of states (default: 64, as in the paper)")
+    parser.add_argument("--samples", type=int, default=16, help="number of responses at each state (default: 16)")
+    parser.add_argument("--only", action="append", choices=(POLICY, UNTRAINED), help="measure only this policy")
     parser.set_defaults(tasks=None, repeats=1, temperature=1.0)
     arguments = request.parse_target_arguments(parser, argv, ("states", "at_once"))
     if arguments.samples < 2:
-        raise ConfigError("--samples", arguments.samples, "must be at least 2: each is compared with the others")
+        remedy = "must be at least 2: each response is compared with the others"
+        raise ConfigError("--samples", arguments.samples, remedy)
     return arguments
 
 
@@ -95,7 +98,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     with ProgressLine() as line:
         setup, agents, _ = request.prepare_evaluation(arguments)
         if (sampler := setup.experiment.launch.sampler) != "local":
-            raise ConfigError("launch.sampler", sampler, "must be local: servers do not tell the entropies of tokens")
+            raise ConfigError("launch.sampler", sampler, "must be local: servers do not report token entropies")
         evaluated = {
             agent.name: evaluate_proxy(setup, agent, arguments.states, arguments.samples, line) for agent in agents
         }
@@ -111,7 +114,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
 def evaluate_proxy(
     setup: EvaluationSetup, agent: "Agent", states: int, samples: int, line: "ProgressLine"
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of an agent's samples and what its `result.json` says; what is not sampled yet is sampled first."""
+    """Sample what is missing; return the folder of the agent's samples, and the content of its `result.json`."""
     identity = {
         "env": env_rules(setup.experiment),
         "world": setup.world.fingerprint,
@@ -133,13 +136,13 @@ def evaluate_proxy(
 def _sample_states(
     setup: EvaluationSetup, agent: "Agent", states: int, samples: int, folder: Path, line: "ProgressLine"
 ) -> None:
-    """Find the states, unless they are on disk; then sample at those that are not there yet."""
+    """Choose the states, unless they are on disk, then sample at the remaining ones."""
     from aem_exp.envs.workers import make_executor
     from aem_exp.evaluate import agents
     from aem_exp.rollout.play import Rollout
 
     env, launch, panel = setup.experiment.env, setup.experiment.launch, setup.panel
-    line.show_stage(f"{agent.name}: loading its weights")
+    line.show_stage(f"{agent.name}: loading weights")
     with (
         closing(make_executor(setup.world, env.make, launch)) as executor,
         agents.open_sampler(agent, setup.experiment, setup.temperature) as (sampler, chat),
@@ -152,7 +155,7 @@ def _sample_states(
             if not chosen:
                 raise RunError(f"no episode of the panel {panel.name} could be played", "env")
             disk.write_atomically(folder / STATES, json.dumps([asdict(state) for state in chosen]))
-        chosen = _read_states(folder)
+        chosen = read_states(folder)
         line.show_stage(f"{agent.name}: sampling {samples} responses at each of {len(chosen)} states")
         done, together = len(_read_samples(folder)), max(1, setup.at_once // samples)
         for start in range(done, len(chosen), together):
@@ -162,7 +165,7 @@ def _sample_states(
 
 
 def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
-    """One state that an episode has passed through, any turn alike; none where it never began, or crashed."""
+    """Choose one turn of an episode, with equal probability; an empty list if the episode crashed or has no turn."""
     from aem_exp.rollout.sampling.base import keyed_generator
     from aem_exp.rollout.types import Ending
 
@@ -178,7 +181,12 @@ def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
 
 
 def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
-    """What is sampled at each state: mean token entropies, surprisals (nats) and lengths."""
+    """Sample at each state.
+
+    Returns:
+        For each state its turn, and lists over the samples: `entropy` (mean token entropy, nats), `surprisal` (summed over the
+        response, nats) and `tokens` (number of tokens).
+    """
     slots = [(state, k) for state in states for k in range(samples)]
     samples_by_slot = sampler.session().generate(
         range(len(slots)),
@@ -198,7 +206,7 @@ def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sam
     ]
 
 
-def _read_states(folder: Path) -> list[SampledState]:
+def read_states(folder: Path) -> list[SampledState]:
     try:
         return [SampledState(**state) for state in json.loads((folder / STATES).read_text())]
     except (ValueError, TypeError) as error:
@@ -206,14 +214,14 @@ def _read_states(folder: Path) -> list[SampledState]:
 
 
 def _read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples on disk; half a line, which a killed process left, is removed."""
+    """Read the samples on disk; an incomplete last line, left by a killed process, is removed."""
     sampled = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
     disk.write_atomically(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in sampled))
     return sampled
 
 
 def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
-    """Compare, draw, and write the result."""
+    """Compute the statistics, draw the figure, and write `result.json`."""
     import torch
 
     from aem_exp import aem
@@ -232,11 +240,11 @@ def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
 
 
 def _table(results: dict[str, dict[str, Any]], folders: Sequence[Path]) -> str:
-    """The results as text."""
+    """Format the results as a table."""
     first = next(iter(results.values()))
     lines = [
         f"1 - alpha against S - H(s): {first['ungated']['states']} states, {first['samples']} responses at each",
-        "(in brackets: 95 %, over states; the paper: r = 0.63, 55 of 64 states)",
+        "(in brackets: 95 % intervals over states; the paper: r = 0.63, 55 of 64 states)",
         f"{'':20}{'r':>20}{'states agree':>26}{'responses agree':>26}",
     ]
     for agent, result in results.items():

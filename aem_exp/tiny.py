@@ -1,5 +1,6 @@
-"""Makes a tiny policy for tests and examples: a word-level tokenizer, a small Qwen3, and a warm start that imitates the
-world's scripted player.
+"""Creates a tiny policy for tests and examples: a word-level tokenizer and a small Qwen3.
+
+Its warm start imitates the scripted player of the environment.
 """
 
 import logging
@@ -29,25 +30,32 @@ log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
 UNKNOWN: Final = "<unk>"
 END: Final = "<|im_end|>"
-HEADERS: Final = ("<|im_start|>system", "<|im_start|>user", "<|im_start|>assistant")  # one token each: shorter rows
+HEADERS: Final = ("<|im_start|>system", "<|im_start|>user", "<|im_start|>assistant")  # one token each, for shorter rows
 
-# ChatML. Later turns only append, so the tokens of a conversation are a prefix of the tokens of a longer one; line
-# breaks are white space, which this tokenizer drops.
+# ChatML. Later turns are only appended, so the tokens of a conversation are a prefix of those of a longer one. The tokenizer
+# drops white space, including line breaks.
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, a sign
-CHECKED_TEXTS: Final = 256  # demonstrations, and responses, whose words are looked up
-_TEMPLATE_FIELD: Final = r"\{\w*\}"  # of a prompt template
+_TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, or a sign
+CHECKED_TEXTS: Final = 256  # demonstrations and responses that are checked for unknown words
+_TEMPLATE_FIELD: Final = r"\{\w*\}"  # a field of a prompt template
 
 
 class Teachable(World, Protocol):
     """A world with a vocabulary and a scripted player."""
 
-    def words(self) -> Iterable[str]: ...
+    def words(self) -> Iterable[str]:
+        """All words and fixed phrases of observations and actions."""
 
-    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str: ...
+    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
+        """The response of the scripted player in the current state of `env`.
+
+        Args:
+            noise: probability of a random action.
+            shyness: probability that it avoids an action that it should take.
+        """
 
 
 def make(
@@ -68,31 +76,36 @@ def make(
     learning_rate: float = 8e-3,
     seed: int = 0,
 ) -> None:
-    """Make a policy that plays `world` a little, and write it to `folder` in Hugging Face format.
+    """Create a policy that sometimes succeeds in `world`, and write it to `folder` in Hugging Face format.
 
-    First it imitates a bold player, and so comes by the skill; then, for a while, a shy one, and so comes by a habit that
-    mostly keeps it from winning. The skill is there to be found again, and no lower temperature finds it.
+    The policy first imitates a player that solves the tasks, and learns the skill. It then briefly imitates a *shy* player,
+    which avoids the decisive actions, and learns a habit that mostly prevents success. Training can recover the skill; a lower
+    temperature alone does not.
 
     Args:
-        env: how episodes become tokens; the warm start sees exactly what a rollout shows.
+        env: the rules of episodes: prompts, history and limits. The warm start sees the same tokens as a rollout.
         hidden_size: width of the model.
         layers: number of layers.
-        heads: attention heads of a layer.
-        initializer_range: standard deviation of the random weights; with the usual 0.02 a model this small hardly learns.
-        episodes: demonstrations to play, on training tasks.
-        noise: share of the demonstrator's turns that are random.
-        shyness: how often the shy player shuns what it ought to do; what that is, the world says.
-        steps: updates that imitate the bold player.
-        habit_steps: updates that imitate the shy player, after those.
+        heads: number of attention heads per layer.
+        initializer_range: standard deviation of the initial weights; with the usual 0.02, such a small model hardly learns.
+        episodes: number of demonstrations on training tasks.
+        noise: probability that an action of the demonstrations is random.
+        shyness: probability that the shy player avoids a decisive action; the world defines which actions these are.
+        steps: number of updates on demonstrations of the first player.
+        habit_steps: number of updates on demonstrations of the shy player.
         batch: demonstrations per update.
-        learning_rate: highest learning rate; it rises for a tenth of the steps, then falls to zero.
-        seed: seed of the weights and of all draws.
+        learning_rate: peak learning rate; it rises in the first tenth of the updates, then falls to zero.
+        seed: seeds the weights and all draws.
+
+    Raises:
+        ConfigError: the world has no vocabulary or no scripted player.
+        RunError: no demonstration could be played.
     """
     if not (hasattr(world, "words") and hasattr(world, "expert")):
-        remedy = "choose a world that has a scripted player, or load a policy with model.path"
+        remedy = "choose an environment with a scripted player, or load a policy with model.path"
         raise ConfigError("model.make", f"{__name__}.make", remedy=remedy)
     if isinstance(world.words(), str):
-        raise ConfigError("env.make", type(world).__name__, remedy="its words() must list words, and returns one text")
+        raise ConfigError("env.make", type(world).__name__, remedy="its words() must list words, but returns one text")
     if episodes < 1:
         raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
     tokenizer = make_tokenizer(world.words(), env)
@@ -101,16 +114,16 @@ def make(
         random = Random(seed)
         skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
         habit = demonstrate(world, env, tokenizer, max(1, episodes // 4), noise, shyness, random)
-        batches = [*_batches(skill, steps, batch, random), *_batches(habit, habit_steps, batch, random)]
+        batches = [*iterate_batches(skill, steps, batch, random), *iterate_batches(habit, habit_steps, batch, random)]
         imitate(model, batches, learning_rate)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
-    """One token per word, sign and number; a fixed wording of several words is one token too.
+    """Create a tokenizer with one token per word, sign, number and fixed phrase of several words.
 
-    Whatever is not in the vocabulary becomes `<unk>`. Decoding joins tokens by spaces.
+    Everything else becomes `<unk>`. Decoding joins tokens with spaces.
     """
     lexicon = list(dict.fromkeys(words))
     phrases = sorted((text for text in lexicon if len(re.findall(_TOKEN, text)) > 1), key=len, reverse=True)
@@ -125,11 +138,10 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
     ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    whole = [
-        re.escape(text) + (r"(?!\w)" if text[-1].isalnum() else "") for text in phrases
-    ]  # not the begin of a longer word
-    pattern = Regex("|".join([*whole, _TOKEN]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)  # keep only what matches
+    # A phrase must not match the beginning of a longer word.
+    phrase_patterns = [re.escape(text) + (r"(?!\w)" if text[-1].isalnum() else "") for text in phrases]
+    pattern = Regex("|".join([*phrase_patterns, _TOKEN]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)  # keep only the matches
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -145,7 +157,7 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
 def make_policy(
     tokenizer: PreTrainedTokenizerFast, env: Env, hidden_size: int, layers: int, heads: int, initializer_range: float
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+    """Create a Qwen3 with random weights."""
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -165,12 +177,12 @@ def make_policy(
     model.generation_config = GenerationConfig(**ends)
     for name, weight in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.constant_(weight, 1.5)  # heads this small cannot attend sharply with 1: normed keys are short
+            torch.nn.init.constant_(weight, 1.5)  # with 1, the attention of such small heads cannot become sharp
     return model
 
 
 class _ScriptedSampler:
-    """The scripted player as a sampler: it reads the state of the environments and responds in tokens."""
+    """The scripted player as a sampler: it reads the state of the environments and returns tokens."""
 
     def __init__(
         self,
@@ -183,7 +195,7 @@ class _ScriptedSampler:
     ) -> None:
         self.world, self.executor, self.tokenizer, self.random = world, executor, tokenizer, random
         self.noise, self.shyness = noise, shyness
-        self.responses: dict[str, None] = {}  # the first responses that differ, in order
+        self.responses: dict[str, None] = {}  # the first distinct responses, in order
 
     def session(self) -> "_ScriptedSampler":
         return self
@@ -195,9 +207,8 @@ class _ScriptedSampler:
             self.responses |= dict.fromkeys(responses)
         encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         ended = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
-        return [
-            Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in ended
-        ]  # a script has no log-probs; none is read
+        # The log-probs and entropies are placeholders; nothing reads them.
+        return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in ended]
 
 
 def demonstrate(
@@ -209,53 +220,53 @@ def demonstrate(
     shyness: float,
     random: Random,
 ) -> list[Row]:
-    """Episodes of the scripted player as rows, played and rendered by the very code that rolls out a policy."""
+    """Play episodes with the scripted player and return their rows, with the same code as the rollout of a policy."""
     executor = SerialExecutor(world, getattr(world, "rehearse", world.env))
     sampler = _ScriptedSampler(world, executor, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
     episodes_to_play = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
     with closing(executor):
         played = Rollout(executor, env, Chat(tokenizer)).play(episodes_to_play, sampler)
-    whole = [t for t in played if t.responses and t.ended != Ending.CRASHED]
-    _report_crashes(played, whole)
+    usable = [t for t in played if t.responses and t.ended != Ending.CRASHED]
+    _report_crashes(played, usable)
     if not shyness:  # the shy player uses the same words
-        observations = [r.observation for t in whole[:CHECKED_TEXTS] for r in t.responses]
+        observations = [r.observation for t in usable[:CHECKED_TEXTS] for r in t.responses]
         _warn_unknown_words(tokenizer, list(sampler.responses), observations)
-    return build_rows(whole, env.history)
+    return build_rows(usable, env.history)
 
 
-def _report_crashes(played: Sequence[Trajectory], whole: Sequence[Trajectory]) -> None:
-    """Warn of demonstrations that crashed, with the reason of the first.
+def _report_crashes(played: Sequence[Trajectory], usable: Sequence[Trajectory]) -> None:
+    """Warn about demonstrations that crashed, with the first error.
 
     Raises:
-        RunError: all of them crashed.
+        RunError: no demonstration is usable.
     """
     crashed = next((t for t in played if t.ended == Ending.CRASHED), None)
-    if not whole:
+    if not usable:
         first = crashed or played[0]
         remedy = "its first prompt does not fit into env.context_tokens"
         reason = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
         raise RunError(reason, "env")
     if crashed:
         warning = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
-        log.warning(warning, len(played) - len(whole), len(played), crashed.task.id, crashed.error)
+        log.warning(warning, len(played) - len(usable), len(played), crashed.task.id, crashed.error)
 
 
 def _warn_unknown_words(
     tokenizer: PreTrainedTokenizerFast, responses: Sequence[str], observations: Sequence[str]
 ) -> None:
-    """Warn of words that the world does not list: the policy would never say them, and read them as one."""
-    for texts, what in (
-        (responses, "what the scripted player says, and the policy cannot"),
-        (observations, "what is seen, and the policy reads <unk> for it"),
+    """Warn about words that `words()` lacks: the policy cannot generate them, and reads all of them as `<unk>`."""
+    for texts, source in (
+        (responses, "responses of the scripted player (the policy cannot generate them)"),
+        (observations, "observations (the policy reads <unk> instead)"),
     ):
         if words := _find_unknown_words(tokenizer, texts):
             more = f" and {len(words) - 10} more" if len(words) > 10 else ""
-            log.warning("its words() lack %s: %s%s", what, ", ".join(words[:10]), more)
+            log.warning("words() of the environment lacks words in %s: %s%s", source, ", ".join(words[:10]), more)
 
 
 def _find_unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
-    """The parts of some texts that have no token of their own."""
+    """The parts of the texts that become `<unk>`."""
     unknown: dict[str, None] = {}
     for text in dict.fromkeys(texts):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -266,21 +277,21 @@ def _find_unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
 
 
 def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
-    """Maximise the likelihood of the demonstrator's tokens, end tokens included; nothing else is learned."""
+    """Maximise the likelihood of the player's tokens, end tokens included, and of no other tokens."""
     if not batches:
         return
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     steps = len(batches)
-    rise = max(1, steps // 10)
+    warmup = max(1, steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / rise, (steps - i) / (steps - rise + 1))
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / (steps - warmup + 1))
     )
     model.train()
     for chosen in batches:
-        ids_BT, label_BT = _pad_batch(chosen, model.config.pad_token_id)
+        ids_BT, label_BT = pad_batch(chosen, model.config.pad_token_id)
         mask_BT = (ids_BT != model.config.pad_token_id).long()
         hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        labelled_BT = label_BT[:, 1:] >= 0  # logits of the player's tokens alone: most tokens are the world's
+        labelled_BT = label_BT[:, 1:] >= 0  # compute logits only for the player's tokens, a minority
         logits_SV = model.lm_head(hidden_BTD[:, :-1][labelled_BT])
         loss = torch.nn.functional.cross_entropy(logits_SV, label_BT[:, 1:][labelled_BT])
         optimizer.zero_grad()
@@ -291,8 +302,8 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
     model.eval()
 
 
-def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
-    """Batches of rows of similar length, so that little is padding; all rows before any comes again."""
+def iterate_batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Random) -> Iterator[list[Row]]:
+    """Yield batches of rows with similar lengths, for little padding. Each row is used once before any row is used again."""
     yielded = 0
     while demonstrations and yielded < steps:
         order = random.sample(range(len(demonstrations)), len(demonstrations))
@@ -303,8 +314,8 @@ def _batches(demonstrations: Sequence[Row], steps: int, batch: int, random: Rand
         yielded += len(groups)
 
 
-def _pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids, and as labels those that the player responded with (-100 elsewhere), padded right."""
+def pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, each (B, T), padded on the right. Labels are the player's tokens, and -100 elsewhere."""
     ids = [torch.tensor([*row.prompt, *row.completion]) for row in chosen]
     labels = [torch.tensor([0] * len(row.prompt) + row.mask) for row in chosen]
     assert all(len(row.mask) == len(row.completion) for row in chosen)
@@ -315,7 +326,7 @@ def _pad_batch(chosen: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _isolated_torch(seed: int) -> Iterator[None]:
-    """One thread (several are far slower at this size) and random numbers of this seed; afterwards everything is as before."""
+    """Use one thread (several are much slower at this size) and this seed; restore both at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The main job does what the front page says: it learns, and AEM is at work while it does."""
+"""The default run learns, and AEM modulates its advantages."""
 
 import json
 
@@ -10,7 +10,7 @@ from aem_exp.rundir import metrics
 
 
 @pytest.mark.slow
-def test_the_default_run_learns_on_tasks_it_never_saw(tmp_path, monkeypatch):
+def test_default_run_improves_on_held_out_tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
     folder = run(load([f"outputs={tmp_path}", "tracking=off"]))
     result = json.loads((folder / "result.json").read_text())
@@ -26,11 +26,11 @@ def test_the_default_run_learns_on_tasks_it_never_saw(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_window_learns_through_the_same_code(tmp_path, monkeypatch):
-    """Every turn its own row, updates floating with the number of turns: a few steps raise the training success."""
+def test_window_history_learns(tmp_path, monkeypatch):
+    """With one row per turn, the number of updates follows the number of turns; a few steps raise the training success."""
     monkeypatch.setenv("AEM_CACHE", str(tmp_path / "cache"))
-    words = ["+experiment=household_window", "trainer.steps=16", "evaluation.tasks=16"]
-    folder = run(load([*words, f"outputs={tmp_path}", "tracking=off"]))
+    overrides = ["+experiment=household_window", "trainer.steps=16", "evaluation.tasks=16"]
+    folder = run(load([*overrides, f"outputs={tmp_path}", "tracking=off"]))
     rows = [row for row in metrics.read(folder) if "train/success" in row]
     assert len({row["train/rows"] for row in rows}) > 1
     assert all(row["train/updates"] == max(1, round(row["train/rows"] / 128)) for row in rows)

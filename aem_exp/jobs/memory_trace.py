@@ -188,7 +188,7 @@ class MemoryTrace:
             ).last_hidden_state[:, -1]
             with _count_as(meter, LOGITS):
                 scores = self._model.get_output_embeddings()(hidden).float()
-                local._sample_tokens(scores, torch.empty(episodes, dtype=torch.float64), base.SamplingParams())
+                local.sample_tokens(scores, torch.empty(episodes, dtype=torch.float64), base.SamplingParams())
             del first
 
     def _logps(self, meter: Meter, rows: int, tokens: int, completion: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Policy and environments go in, trajectories of exact tokens come out; nothing is tokenised twice.
+"""Plays a policy in environments and returns trajectories with the exact token ids; no text is tokenised twice.
 
-`types` and `rows` hold what is played; `play` is the loop; `chat` renders prompts; `threads` maps work over threads; `sampling`
-holds one sampler per module (this process, TRL's engine, servers). It imports `core`, `config`, `cluster` and `envs`.
+`types` and `rows` define the data, `play` runs the loop, `chat` renders prompts, `threads` maps work over threads, and `sampling`
+has one sampler per module (this process, TRL's engine, servers). The package imports `core`, `config`, `cluster` and `envs`.
 """

@@ -1,4 +1,4 @@
-"""Where the time of a rollout goes: to generation, to environments, to waiting."""
+"""Measures how the wall time of a rollout is divided between generation and environments."""
 
 import threading
 import time
@@ -7,16 +7,17 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds spent, by name: `with clock("generation"): ...`. `read` returns them and starts from 0.
+    """Wall seconds per activity: `with clock("generation"): ...`. `read` returns the totals and resets them.
 
-    Overlapping work is counted once: for `first` if any thread is doing it, otherwise for another active name.
+    When several threads work at the same time, each moment is counted once: for the activity `first` if any thread does it,
+    otherwise for one of the other activities.
     """
 
     def __init__(self, first: str = "") -> None:
         self.first = first
         self._seconds: dict[str, float] = {}
-        self._active: dict[str, int] = {}  # threads at work, by name
-        self._last = 0.0  # when work last began or ended
+        self._active: dict[str, int] = {}  # number of threads per activity
+        self._last = 0.0  # time of the last start or end of an activity
         self._lock = threading.Lock()
 
     @contextmanager
@@ -28,7 +29,7 @@ class Clock:
             self._change(name, -1)
 
     def read(self) -> dict[str, float]:
-        """The seconds since the last call."""
+        """Return the seconds of each activity since the last call, and reset them."""
         with self._lock:
             seconds, self._seconds = self._seconds, {}
         return seconds

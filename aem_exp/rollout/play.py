@@ -1,7 +1,7 @@
-"""Plays episodes: a policy and environments go in, trajectories of exact tokens come out.
+"""Plays episodes: samples responses, steps the environments, and builds trajectories of exact tokens.
 
-One loop serves both histories: `full` gives one row per trajectory, `window` gives one row per turn. Only live episodes are
-generated: in lockstep, or each in its own thread where the sampler allows it.
+The same loop serves both histories: `full` (one row per trajectory) and `window` (one row per turn). Episodes advance in
+lockstep, or each in its own thread if the sampler allows it. Responses are generated for live episodes only.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -18,21 +18,22 @@ from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.sampling.base import IndependentSampler, Sample, Sampler, Session
 from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
-MAX_THREADS: Final = 256  # episodes that go on by themselves at a time, at most: each has a thread
+MAX_THREADS: Final = 256  # limit of episodes that run independently at the same time: each needs a thread
 
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Receives how far the play is."""
+    """Receives the progress of a rollout."""
 
     def turn(self, live: int) -> None:
-        """So many episodes have played another turn, together; 0: all of them are over."""
+        """`live` episodes have generated one more turn in lockstep; 0: all episodes of the batch have ended."""
 
     def token(self, count: int) -> None:
-        """The turn in progress has so many tokens, where they are sampled in this process."""
+        """The current turn has `count` tokens so far; called only when the policy is sampled in this process."""
 
     def slot_turn(self, slot: int, turn: int) -> None:
-        """The episode in a slot has played this turn, by itself; at turn 1, the episode that was in the slot before is over."""
+        """The episode in `slot` runs independently and has generated turn `turn` (from 1). Turn 1 means that the previous
+        episode of this slot has ended."""
 
 
 class Rollout:
@@ -40,18 +41,20 @@ class Rollout:
 
     Args:
         executor: steps the environments.
-        at_once: episodes that are live at a time, which bounds memory; 0: all.
-        watcher: receives each turn.
+        env: the rules: history, prompts, and limits of turns and tokens.
+        chat: renders prompts as tokens.
+        at_once: maximum number of live episodes, which bounds memory; 0: no limit.
+        watcher: receives the progress.
     """
 
     def __init__(self, executor: EnvExecutor, env: Env, chat: Chat, at_once: int = 0, watcher: Watcher | None = None):
         self.executor, self.env, self.chat, self.at_once, self.watcher = executor, env, chat, at_once, watcher
-        self.clock = Clock(first="generation")  # so what counts for environments is time without any
+        self.clock = Clock(first="generation")  # so "environment" counts only the time without generation
 
     def play(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        """Play all episodes to their end, at most `at_once` at a time.
+        """Play all episodes to their end, at most `at_once` at a time; return their trajectories in order.
 
-        The trajectory of an episode depends neither on the others, nor on whether it waited for them.
+        The trajectory of an episode depends neither on the other episodes nor on the number of live episodes.
         """
         if isinstance(sampler, IndependentSampler):
             return list(self.stream(episodes, sampler))
@@ -60,16 +63,17 @@ class Rollout:
         return [t for start in starts for t in self._play_batch(episodes[start : start + size], sampler)]
 
     def stream(self, episodes: Sequence[Episode], sampler: IndependentSampler) -> Generator[Trajectory, None, None]:
-        """The same, one by one and in order: those that come later are played meanwhile."""
+        """Play episodes independently and yield their trajectories one by one, in order. Later episodes are played meanwhile."""
         max_threads = min(self.at_once or len(episodes), MAX_THREADS)
         return threads.map_ordered(episodes, max_threads, partial(self._play_one, sampler), sampler.cancel)
 
     def _play_batch(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        games = {slot: _LiveEpisode(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
+        """Play all these episodes in lockstep."""
+        started = {slot: _LiveEpisode(episode, self.env, self.chat) for slot, episode in enumerate(episodes)}
         session = sampler.session()
         with self.clock("environment"):
-            replies = self.executor.reset({slot: game.episode.task for slot, game in games.items()})
-        live = {slot: game for slot, game in games.items() if game.start(replies[slot])}
+            replies = self.executor.reset({slot: episode.task for slot, episode in enumerate(episodes)})
+        live = {slot: current for slot, current in started.items() if current.start(replies[slot])}
         while live:
             with self.clock("generation"):
                 if self.env.history == "window":
@@ -78,18 +82,19 @@ class Rollout:
             if self.watcher:
                 self.watcher.turn(len(live))
             texts = {
-                slot: game.add_response(sample) for (slot, game), sample in zip(live.items(), samples, strict=True)
+                slot: current.add_response(sample)
+                for (slot, current), sample in zip(live.items(), samples, strict=True)
             }
             with self.clock("environment"):
                 replies = self.executor.step(texts)
-            live = {slot: game for slot, game in live.items() if game.add_reply(replies[slot])}
+            live = {slot: current for slot, current in live.items() if current.add_reply(replies[slot])}
         if self.watcher:
             self.watcher.turn(0)
-        return [game.trajectory for game in games.values()]
+        return [current.trajectory for current in started.values()]
 
     @contextmanager
     def override_rules(self, rules: Env) -> Iterator[None]:
-        """Play by other rules within the context."""
+        """Use other rules within the context."""
         before, self.env = self.env, rules
         try:
             yield
@@ -97,23 +102,23 @@ class Rollout:
             self.env = before
 
     def _play_one(self, sampler: IndependentSampler, slot: int, episode: Episode) -> Trajectory:
-        """Play one episode by itself."""
-        game, session = _LiveEpisode(episode, self.env, self.chat), sampler.session()
+        """Play one episode independently of the others."""
+        current, session = _LiveEpisode(episode, self.env, self.chat), sampler.session()
         with self.clock("environment"):
             reply = self.executor.reset({slot: episode.task})[slot]
-        live = game.start(reply)
+        live = current.start(reply)
         while live:
             if self.env.history == "window":
                 session = sampler.session()
             with self.clock("generation"):
-                sample = session.ask(slot, game.prompt, game.key, game.budget)
+                sample = session.generate_one(slot, current.prompt, current.key, current.budget)
             if self.watcher:
-                self.watcher.slot_turn(slot, len(game.trajectory.responses) + 1)
-            text = game.add_response(sample)
+                self.watcher.slot_turn(slot, len(current.trajectory.responses) + 1)
+            text = current.add_response(sample)
             with self.clock("environment"):
                 reply = self.executor.step({slot: text})[slot]
-            live = game.add_reply(reply)
-        return game.trajectory
+            live = current.add_reply(reply)
+        return current.trajectory
 
     def close(self) -> None:
         """Stop the environments."""
@@ -123,35 +128,35 @@ class Rollout:
 def _generate(session: Session, live: Mapping[int, "_LiveEpisode"]) -> list[Sample]:
     return session.generate(
         list(live),
-        [game.prompt for game in live.values()],
-        [game.key for game in live.values()],
-        [game.budget for game in live.values()],
+        [current.prompt for current in live.values()],
+        [current.key for current in live.values()],
+        [current.budget for current in live.values()],
     )
 
 
 class _LiveEpisode:
-    """One episode in play: the trajectory so far, and the prompt of the next response."""
+    """The state of one episode: its trajectory so far, and the prompt and token budget of its next response."""
 
     def __init__(self, episode: Episode, rules: Env, chat: Chat):
         self.episode, self.rules, self.chat = episode, rules, chat
         self.trajectory = Trajectory(episode.task, episode.draw, episode.member)
         self.prompt: list[int] = []
         self.budget = 0
-        self._used = 0  # tokens of the row so far (full history)
-        self._pairs: list[tuple[str, str]] = []  # observation and parsed action of past turns (window)
+        self._used = 0  # number of tokens in the row so far (full history)
+        self._pairs: list[tuple[str, str]] = []  # observation and parsed action of each past turn (window)
 
     @property
     def key(self) -> tuple:
-        """What seeds the next response."""
+        """Seeds the sampling of the next response."""
         return (*self.episode.key, len(self.trajectory.responses))
 
     def start(self, reply: Reply) -> bool:
-        """Start the episode; False when there is nothing to generate."""
+        """Start the episode from the reply to its reset; False if no response can be generated."""
         self.goal = self.trajectory.goal = reply.goal
         return self._end_crashed(reply) if reply.turn is None else self._render_prompt(reply.turn)
 
     def add_response(self, sample: Sample) -> str:
-        """Add a response to the trajectory; return its text, which is for the environment."""
+        """Add a response to the trajectory; return its text for the environment."""
         text = self.chat.decode(sample.ids)
         entropy = sum(sample.entropies) / len(sample.entropies) if sample.entropies else None
         response = Response(self.prompt, sample, self._observation, text, entropy=entropy)
@@ -160,7 +165,7 @@ class _LiveEpisode:
         return text
 
     def add_reply(self, reply: Reply) -> bool:
-        """Add the environment's reply; False when the episode is over."""
+        """Add the environment's reply; False if the episode has ended."""
         turn, response = reply.turn, self.trajectory.responses[-1]
         if turn is None:
             return self._end_crashed(reply)
@@ -175,7 +180,7 @@ class _LiveEpisode:
         return self._render_prompt(turn)
 
     def _render_prompt(self, turn: Turn) -> bool:
-        """Render the prompt of the next response; False when it does not fit."""
+        """Render the prompt of the next response; False if it does not fit into the context."""
         self._observation = turn.observation
         if self.rules.history == "window":
             self.prompt = next(
@@ -200,7 +205,7 @@ class _LiveEpisode:
         return left > 0 or self._end(Ending.CONTEXT)
 
     def _window_prompts(self, turn: Turn) -> Iterator[list[int]]:
-        """The prompt with as much history as allowed, then with less and less of it."""
+        """Yield the prompt with the whole window of past turns, then with one turn less each time."""
         pairs = self._pairs[-self.rules.window :] if self.rules.window else []
         for dropped in range(len(pairs) + 1):
             kept = pairs[dropped:]
@@ -208,8 +213,10 @@ class _LiveEpisode:
             history = "\n".join(
                 self.rules.prompt["pair"].format(n=first + i, observation=o, action=a) for i, (o, a) in enumerate(kept)
             )
-            words = {**self._prompt_fields(turn), "history": history, "length": len(kept)}
-            yield self.chat.first_prompt(_fill_template(self.rules.prompt, "window" if self._pairs else "first", words))
+            fields = {**self._prompt_fields(turn), "history": history, "length": len(kept)}
+            yield self.chat.first_prompt(
+                _fill_template(self.rules.prompt, "window" if self._pairs else "first", fields)
+            )
 
     def _prompt_fields(self, turn: Turn) -> dict[str, Any]:
         return {
@@ -222,7 +229,7 @@ class _LiveEpisode:
         }
 
     def _end_crashed(self, reply: Reply) -> bool:
-        """A crash of the environment ends this episode and no other."""
+        """End this episode because its environment crashed."""
         self.trajectory.error = reply.error
         return self._end(Ending.CRASHED)
 
@@ -231,5 +238,5 @@ class _LiveEpisode:
         return False
 
 
-def _fill_template(templates: dict[str, str], name: str, words: dict[str, Any]) -> str:
-    return templates[name].format(**words)
+def _fill_template(templates: dict[str, str], name: str, fields: dict[str, Any]) -> str:
+    return templates[name].format(**fields)

@@ -1,4 +1,4 @@
-"""From trajectories to rows, which a trainer sees: one per turn, or one per trajectory."""
+"""Converts trajectories to the rows of a trainer: one row per turn (`window`) or one per trajectory (`full`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,24 +8,26 @@ from aem_exp.rollout.types import Trajectory
 
 @dataclass
 class Row:
-    """What the trainer sees: a prompt, then a completion."""
+    """One training sequence: a prompt, then a completion of T tokens."""
 
     prompt: list[int]
+    """token ids"""
     completion: list[int]
+    """token ids, length T: the responses, and with full history the template and observation tokens between them"""
     mask: list[int]
-    """1 on the tokens of the completion that the policy sampled, 0 on the others."""
+    """length T: 1 on tokens that the policy sampled, 0 on template and observation tokens"""
     logps: list[float]
-    """The sampler's log-prob of each token of the completion, 0 where it sampled none; empty where it gives none."""
+    """length T: the sampler's log-prob of each token, 0 where `mask` is 0; empty if the sampler reports none"""
     entropies: list[float]
-    """The sampler's entropy at each token of the completion, in nats, as `logps`."""
+    """length T: the sampler's entropy at each token in nats, 0 where `mask` is 0; empty if the sampler reports none"""
     trajectory: int
-    """The index of its trajectory among those of the step."""
+    """index of its trajectory in the list given to `build_rows`"""
     turns: list[int]
-    """The turns whose responses it holds, in order."""
+    """indices of the turns whose responses it contains, in order"""
 
 
 def build_rows(trajectories: Sequence[Trajectory], history: str) -> list[Row]:
-    """The rows of a step, trajectory by trajectory and turn by turn."""
+    """Build the rows of trajectories, ordered by trajectory, then by turn."""
     out: list[Row] = []
     for index, trajectory in enumerate(trajectories):
         turns = [
@@ -37,7 +39,7 @@ def build_rows(trajectories: Sequence[Trajectory], history: str) -> list[Row]:
 
 
 def _merge_turns(turns: list[Row]) -> Row:
-    """One row of all turns: what stood between two responses becomes part of the completion, masked."""
+    """Merge all turns into one row; the tokens between two responses become masked tokens of the completion."""
     row = replace(turns[0], turns=[t.turns[0] for t in turns])
     for turn in turns[1:]:
         gap = [0] * len(turn.prompt)

@@ -1,4 +1,7 @@
-"""An ordered map over threads: results come in the order of the inputs, and the first error cancels the rest."""
+"""An ordered map over threads: results come in the order of the inputs; the first error cancels the rest.
+
+`concurrent.futures` joins its threads at exit and so would wait for stuck ones; here, they are abandoned.
+"""
 
 import queue
 import threading
@@ -8,23 +11,25 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-GRACE: Final = 1.0  # seconds for threads to end when the map is over; a thread that is stuck is abandoned
+GRACE: Final = 1.0  # seconds to wait for the threads after an error; threads that are stuck are then abandoned
 
 
 def map_ordered(
     pieces: Sequence[T], max_threads: int, work: Callable[[int, T], R], cancel: Callable[[], None]
 ) -> Generator[R, None, None]:
-    """What `work(thread, piece)` gives for each piece, in the order of the pieces; threads go on while no result is taken.
+    """Yield `work(thread, piece)` for each piece, in the order of the pieces.
+
+    Threads continue with later pieces while the caller does not take results.
 
     Args:
-        pieces: the work. A piece begins when a thread is free.
-        max_threads: threads, at most. They are numbered from 0, and no two with one number work at the same time.
-        work: called in those threads.
-        cancel: called when a piece raised, this thread was interrupted (Ctrl-C), or the generator was closed: threads that
-            wait in `work` must return soon.
+        pieces: inputs of `work`. The next piece starts when a thread is free.
+        max_threads: maximum number of threads. They are numbered from 0; two threads never share a number.
+        work: called in these threads.
+        cancel: called after an error in `work`, an interrupt of this thread (Ctrl-C), or the end of the generator before
+            its last result. It must make threads that wait inside `work` return soon.
 
     Raises:
-        BaseException: what the first piece that failed raised. Nothing is begun after it.
+        BaseException: the first error that `work` raised. No further piece starts after it.
     """
     todo: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
@@ -40,7 +45,7 @@ def map_ordered(
                 return
             try:
                 done.put((index, work(number, piece), None))
-            except BaseException as error:  # raised again in the thread that takes the results
+            except BaseException as error:  # raised again in the caller's thread
                 done.put((index, None, error))
 
     threads = [

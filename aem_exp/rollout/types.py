@@ -1,4 +1,4 @@
-"""The types of a rollout: an episode to play, the responses of the policy in it, and the trajectory that they make."""
+"""The types of a rollout: an episode to play, the policy's responses, and the resulting trajectory."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class Ending(StrEnum):
     TURNS = "turns"
     """it reached `env.max_turns`"""
     CONTEXT = "context"
-    """its next prompt and response do not fit into `env.context_tokens`"""
+    """its next prompt and response would not fit into `env.context_tokens`"""
     CRASHED = "crashed"
-    """the environment failed; `Trajectory.error` says how"""
+    """the environment failed; the reason is in `Trajectory.error`"""
 
 
 @dataclass(frozen=True)
@@ -33,71 +33,75 @@ class Episode:
 
     task: Task
     draw: int
-    """the group that it belongs to: one draw of a task"""
+    """id of its group: the episodes of one draw of a task form a group"""
     member: int
-    """its index in the group"""
+    """index within the group"""
     key: tuple
     """seeds the sampling of its responses"""
 
 
 @dataclass
 class Response:
-    """What the policy generated in one turn, and what the environment replied."""
+    """What the policy generated in one turn, with the environment's reply."""
 
     prompt: list[int]
-    """tokens in front of the response that are not in the row yet: all of them with a window, those since the previous
-    response with full history"""
+    """ids of the tokens in front of the response that are not in the row yet: the whole prompt (`window`), or the tokens since
+    the previous response (`full`)"""
     sample: Sample
+    """the sampled tokens"""
     observation: str
-    """The text that it responds to."""
+    """the observation that it responds to"""
     text: str
+    """the decoded tokens, as given to the environment"""
     reward: float = 0.0
     valid: bool = True
-    """Whether the environment could read it as an action."""
+    """whether the environment could parse it as an action"""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The numbers that the environment gave for this turn (see `Turn`)."""
+    """the environment's metrics of this turn (see `Turn`)"""
     entropy: float | None = None
-    """mean token entropy in nats; None where the sampler does not measure it"""
+    """mean token entropy in nats; None if the sampler does not measure it"""
     advantage: float | None = None
     """advantage before modulation; None until the credit of its step is recorded"""
     alpha: float | None = None
-    """coefficient of the modulation; None until then, and where nothing is modulated"""
+    """coefficient of the modulation; None until the credit of its step is recorded, or without modulation"""
 
 
 @dataclass
 class Trajectory:
-    """An episode as it was played."""
+    """A played episode."""
 
     task: Task
     draw: int
-    """Which draw of the step it belongs to: the episodes of one draw are a group."""
+    """id of its group: the episodes of one draw of a task form a group"""
     member: int
-    """Its number in the group."""
+    """index within the group"""
     responses: list[Response] = field(default_factory=list)
+    """one per turn"""
     ended: Ending | Literal[""] = ""
     """why it ended; empty while it is played"""
     error: str = ""
-    """how the environment failed, where it crashed"""
+    """why the environment crashed; empty otherwise"""
     goal: str = ""
-    """what the episode asks for, as the environment stated it at the start"""
+    """the goal of the episode, as stated by the environment at the start"""
 
     @property
     def ret(self) -> float:
-        """The episode's return: the sum of its rewards, rounded once; the same rewards in another order are the same return."""
+        """Return of the episode: the exactly rounded sum of its rewards, so that their order does not matter."""
         return math.fsum(r.reward for r in self.responses)
 
     @property
     def won(self) -> float:
+        """Metric `won` of the last turn: 1 if the episode succeeded, else 0."""
         return self.responses[-1].metrics.get("won", 0.0) if self.responses else 0.0
 
     @property
     def score(self) -> float | None:
-        """How well it went, from 0 to 1; None in environments that report only `won`."""
+        """Metric `score` of the last turn, from 0 to 1; None in environments that report only `won`."""
         return self.responses[-1].metrics.get("score") if self.responses else None
 
     @property
     def habits(self) -> dict[str, float]:
-        """The environment's other metrics, each the mean over the turns that have it."""
+        """The other metrics of the environment, each averaged over the turns that report it."""
         values: dict[str, list[float]] = {}
         for response in self.responses:
             for name, value in response.metrics.items():
@@ -107,4 +111,5 @@ class Trajectory:
 
     @property
     def tokens(self) -> int:
+        """Number of generated tokens."""
         return sum(len(r.sample.ids) for r in self.responses)

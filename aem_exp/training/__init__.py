@@ -1,8 +1,15 @@
-"""Trajectories become updates of the policy. TRL is imported here, and below only by `rollout.sampling.weight_sync`.
+"""Turns trajectories into updates of the policy. Besides `rollout.sampling.weight_sync`, only this package imports TRL.
 
-`trainer` is the seam in front of TRL, to be read from top to bottom; `build` configures it from an experiment, `arguments`
-makes TRL's own settings. A step passes through `dynamic_sampling` (which groups it trains on), `credit` (one advantage per
-response), `logprobs` (log-probs and entropies), `modulation` (coefficients), `updates` (which rows share an update, and
-their weights) and `packing` (their tensors). `step_counter` counts steps, `lr_schedule` follows them, `callback` ends them,
-`step_metrics` and `diagnostics` compute what is logged, and `fsdp` is what sharded weights need.
+Start with `trainer`: read from top to bottom, it follows one training step. A step passes through these modules:
+
+1. `dynamic_sampling`: which groups it trains on
+2. `credit`: one advantage per response
+3. `logprobs`: old log-probs, token entropies and surprisals
+4. `modulation`: the coefficients of AEM (`aem`) and of its variants
+5. `updates`: which rows share an update, and the loss weights of its micro-batches
+6. `packing`: the tensors of a micro-batch
+
+`build` creates the trainer of an experiment, and `arguments` creates TRL's settings. `step_counter` counts steps, `lr_schedule`
+follows them, and `callback` does the work at their end. `step_metrics` and `diagnostics` compute the metrics. `fsdp` handles
+sharded weights.
 """

@@ -1,4 +1,4 @@
-"""From an experiment to TRL's `GRPOConfig`."""
+"""Creates TRL's `GRPOConfig` from an experiment."""
 
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from aem_exp.config.trainer_schema import trainer_keywords
 
 
 def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
-    """TRL's own arguments. Sizes that only its batch arithmetic needs are derived; what is not named is TRL's default.
+    """Create TRL's arguments. Values that are not set here or in the experiment keep TRL's defaults.
 
-    One item of our data loader is one update, so TRL sees no accumulation and one generation per update.
+    One item of our data loader is one update, so TRL sees no gradient accumulation and one generation per update. Sizes that
+    only TRL's batch arithmetic needs are derived from the group size.
     """
     settings = trainer_keywords(experiment.trainer)
     group = experiment.trainer.group_size
@@ -27,8 +28,8 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
             "num_generations": group,
             "gradient_accumulation_steps": 1,
             "steps_per_generation": 1,
-            "max_steps": 10**9,  # updates; the callback stops after the last step
-            "max_completion_length": constant,  # TRL reads it in Dr. GRPO's loss alone, as we generate ourselves
+            "max_steps": 10**9,  # number of updates, unknown in advance; the callback stops after the last step
+            "max_completion_length": constant,  # used only by the Dr. GRPO loss, because we do not generate with TRL
             "ignore_data_skip": True,
             "remove_unused_columns": False,
             "logging_strategy": "no",
@@ -37,7 +38,7 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
             "logging_nan_inf_filter": False,
             "report_to": [],
             "disable_tqdm": True,
-            "vllm_importance_sampling_mode": "token_truncate",  # as we correct: TRL's own masks whole rows by a sum
+            "vllm_importance_sampling_mode": "token_truncate",  # our correction is per token; TRL's default masks whole rows
             **{key: value for key, value in settings.items() if key not in (*OWN_KEYS, "num_iterations")},
             **experiment.launch.trainer,
         }
@@ -45,7 +46,7 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
 
 
 def max_episode_tokens(experiment: Experiment) -> int:
-    """The most tokens that an episode can be trained on: Dr. GRPO's constant, where none is given."""
+    """Maximum number of trained tokens of an episode: the default of Dr. GRPO's loss constant."""
     env = experiment.env
-    most = env.max_turns * env.response_tokens
-    return most if env.history == "window" else min(most, env.context_tokens)
+    limit = env.max_turns * env.response_tokens
+    return limit if env.history == "window" else min(limit, env.context_tokens)

@@ -1,4 +1,4 @@
-"""From an experiment to its trainer: which setting of the config goes to which part."""
+"""Creates the trainer of an experiment: passes each setting of the config to the part that uses it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +23,7 @@ def build_trainer(
     source: RolloutSource,
     hooks: TrainerHooks = NO_HOOKS,
 ) -> AEMTrainer:
-    """The trainer of an experiment."""
+    """Create the trainer of an experiment; `folder` receives its checkpoints."""
     settings, launch = experiment.trainer, experiment.launch
     return AEMTrainer(
         model,

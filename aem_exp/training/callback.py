@@ -1,4 +1,4 @@
-"""What happens at the end of a step: lambda, the log, evaluation, checkpoints, stopping."""
+"""Decides lambda, and what happens at the end of a step: evaluation, metrics, checkpoints and stopping."""
 
 import resource
 import sys
@@ -23,16 +23,17 @@ _LOGGED = {
 
 
 class AEMCallback(TrainerCallback):
-    """Owns time: lambda at this step, and what happens when a step ends (evaluate, log, save, stop).
+    """Computes lambda at each step; evaluates, logs, saves and stops at the end of a step.
 
     Args:
-        time: shared with the trainer.
-        schedule: lambda as a function of progress; None leaves the advantages alone.
-        gate: nats; see `aem.coefficients`.
-        report: receives the number of finished steps and the metrics of the last one.
-        evaluate: metrics on the dev panel, called every `evaluate_every` steps (0: only after the last).
-        save_every: steps between checkpoints (0: only at the end).
-        should_stop: called at the end of a step; where it is true on any rank, all save and stop.
+        time: the step counter, shared with the trainer.
+        schedule: lambda as a function of progress in [0, 1]; None: no modulation.
+        gate: in nats; see `aem.coefficients`.
+        report: receives the number of finished steps and the metrics of the last one, on the first rank.
+        evaluate: returns metrics on the dev panel; called every `evaluate_every` steps and after the last step.
+        evaluate_every: in steps; 0: only after the last step.
+        save_every: steps between checkpoints; 0: only at the end.
+        should_stop: called at the end of a step; if it is true on any rank, all ranks save and stop.
         begin: called once, before the first step.
     """
 
@@ -56,6 +57,7 @@ class AEMCallback(TrainerCallback):
 
     @property
     def lam(self) -> float | None:
+        """lambda of the current step; None: no modulation."""
         return self.schedule(self.time.progress) if self.schedule else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -71,14 +73,14 @@ class AEMCallback(TrainerCallback):
         control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Report a finished step, then decide whether to save and stop: the receiver may have requested a stop."""
+        """Report a finished step, then decide whether to save and stop; `report` may have requested a stop."""
         logs = logs or {}
-        if "train_runtime" in logs:  # the summary of transformers, after the last step
+        if "train_runtime" in logs:  # the final summary of transformers
             return
         if self.report and state.is_world_process_zero:
             self.metrics |= _time_shares(self.metrics) | {"memory/peak_gb": _peak_gb()}
-            ours = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
-            self.report(self.time.step, {**self.metrics, **ours})
+            from_trl = {name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None}
+            self.report(self.time.step, {**self.metrics, **from_trl})
         self.metrics = {}
         stop = self.time.is_finished or (self.should_stop is not None and any(gather_object([self.should_stop()])))
         control.should_save = stop or self._is_due(self.save_every)
@@ -89,23 +91,23 @@ class AEMCallback(TrainerCallback):
 
 
 def _time_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """The shares of a step's time.
+    """Shares of the step time per activity, and `time/idle_share`: the share of the rollout in which nothing is generated.
 
-    The time of environments is that in which nothing is generated: `idle_share` is its share of the rollout.
+    `time/environment` counts only the time without generation (see `rollout.clock`).
     """
     names = ("weights", "generation", "environment", "scoring", "aem", "update")
     seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}
     total, idle = sum(seconds.values()), seconds.get("environment", 0.0)
-    played = idle + seconds.get("generation", 0.0)
+    rollout = idle + seconds.get("generation", 0.0)
     shares = {f"time/{name}_share": value / total for name, value in seconds.items()} if total else {}
-    return shares | ({"time/idle_share": idle / played} if played else {})
+    return shares | ({"time/idle_share": idle / rollout} if rollout else {})
 
 
 def _peak_gb() -> float:
-    """The most memory held: on a GPU since the last step, on a CPU since the process began."""
+    """Peak memory in GB: on a GPU since the last step, on a CPU since the start of the process."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

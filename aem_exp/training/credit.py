@@ -1,12 +1,13 @@
 """The credit of one step, in three immutable stages: assigned, measured, modulated.
 
-- `AssignedCredit`: every response has an advantage, by comparison with its group.
-- `MeasuredCredit`: the entropy and the surprisal of every response are known too.
-- `ModulatedCredit`: every unit has a coefficient and a final advantage (`modulation.modulate_credit`).
+- `AssignedCredit`: each response has an advantage A, from a comparison with its group.
+- `MeasuredCredit`: adds the mean token entropy and the mean surprisal of each response.
+- `ModulatedCredit`: adds the coefficient alpha and the final advantage alpha * A of each unit (`modulation.modulate_credit`).
 
-A step without modulation ends as measured. All ranks hold the credit of all rows.
-Shapes: M trained trajectories, R their responses and N their rows, each in the order of the other: trajectory by trajectory,
-turn by turn. U units: the responses or their tokens, whichever get coefficients.
+A step without modulation stops at the second stage. Each rank has the credit of all rows.
+
+Shapes: M trained trajectories, R responses, N rows, all ordered by trajectory, then by turn. U units: the responses, or their
+generated tokens; a unit is what gets a coefficient.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,50 +26,48 @@ from aem_exp.rollout.types import Ending, Response, Trajectory
 
 Estimator = Callable[[StepBatch], Tensor]  # see `estimate_advantages`
 Unit = Literal["response", "token"]
-TRUNCATED_ENDINGS = (
-    Ending.CONTEXT,
-    Ending.TURNS,
-    Ending.STOPPED,
-)  # the rules of the environment did not end the episode
+# Endings of truncated episodes: a limit ended them, not the rules of the environment.
+TRUNCATED_ENDINGS = (Ending.CONTEXT, Ending.TURNS, Ending.STOPPED)
 
 
 @dataclass(frozen=True)
 class CreditRules:
-    """How the responses of a step are compared."""
+    """How advantages are computed."""
 
     estimator: Estimator
-    """a function of `advantages`, or the user's"""
+    """a function of `advantages`, or of the user"""
     penalty: float = 0.0
-    """what an invalid turn subtracts from its own score; the episode's return does not include it"""
+    """subtracted from the score of an invalid turn, but not from the return of the episode"""
     mask_truncated: bool = False
-    """truncated trajectories count in their group's mean with return 0, and are not trained"""
+    """do not train truncated trajectories; they count in the mean of their group with return 0 (compact filtering)"""
 
 
 @dataclass(frozen=True)
 class AssignedCredit:
-    """What was played in a step, and the advantage of each trained response."""
+    """The trajectories of a step, and the advantage of each trained response."""
 
     played: list[Trajectory]
-    """all trajectories of the step"""
+    """all trajectories of the step, crashed ones included"""
     dropped: list[Trajectory]
-    """those of them that are in groups without information: all returns are equal"""
+    """trajectories of groups that dynamic sampling removed from the step"""
     filtered: list[Trajectory]
-    """those of them that are masked, but count in their group's mean"""
+    """truncated trajectories that are not trained, but count in the mean of their group"""
     kept: list[Trajectory]
-    """those of them that are trained"""
+    """the M trained trajectories"""
     rows: list[Row]
+    """the N rows of the trained trajectories"""
     response_ids_N: list[range]
-    """ids of the responses of each row"""
+    """ids of the responses in each row"""
     unit_ids_N: list[range]
-    """ids of the units of each row"""
+    """ids of the units in each row"""
     group_M: Tensor
-    """group id of each trajectory"""
+    """(M,) int64: group id of each trajectory"""
     trajectory_R: Tensor
-    """trajectory of each response"""
+    """(R,) int64: index of the trajectory of each response"""
     advantage_R: Tensor
-    """advantage of each response, before modulation"""
+    """(R,) float32: advantage of each response, before modulation"""
     response_U: Tensor
-    """response of each unit"""
+    """(U,) int64: index of the response of each unit"""
 
     def __post_init__(self) -> None:
         assert len(self.response_ids_N) == len(self.unit_ids_N) == len(self.rows)
@@ -78,45 +77,47 @@ class AssignedCredit:
 
     @property
     def group_R(self) -> Tensor:
+        """Group id of each response."""
         return self.group_M[self.trajectory_R]
 
     @property
     def trajectory_U(self) -> Tensor:
+        """Index of the trajectory of each unit."""
         return self.trajectory_R[self.response_U]
 
     @property
     def advantage_U(self) -> Tensor:
-        """The advantage of each unit before modulation: that of its response."""
+        """Advantage of each unit before modulation: that of its response."""
         return self.advantage_R[self.response_U]
 
     @property
     def final_advantage_U(self) -> Tensor:
-        """The advantage that each unit is trained with."""
+        """Advantage of each unit in the loss."""
         return self.advantage_U
 
     def response_ids(self, chosen: Sequence[int]) -> Tensor:
-        """Ids of the responses of the chosen rows; a negative index is a dead row, which has none."""
+        """Ids of the responses in the chosen rows. A negative index is a padding row, which has none."""
         return _ids(self.response_ids_N, chosen)
 
     def unit_ids(self, chosen: Sequence[int]) -> Tensor:
-        """Ids of the units of the chosen rows."""
+        """Ids of the units in the chosen rows. A negative index is a padding row, which has none."""
         return _ids(self.unit_ids_N, chosen)
 
     def list_responses(self) -> list[tuple[int, int, Response]]:
-        """(trajectory, turn, response) in the order of R."""
+        """(trajectory index, turn index, response) of each response, in the order of R."""
         return [(m, k, r) for m, t in enumerate(self.kept) for k, r in enumerate(t.responses)]
 
 
 @dataclass(frozen=True)
 class MeasuredCredit(AssignedCredit):
-    """The same, with the measurements of all ranks."""
+    """Adds the measurements of all ranks."""
 
     entropy_R: Tensor
-    """mean token entropy of each response, in nats"""
+    """(R,) float32: mean token entropy Hbar of each response under the old policy, in nats"""
     surprisal_R: Tensor
-    """mean surprisal (-log p) of the tokens of each response, in nats"""
+    """(R,) float32: mean surprisal -log p over the tokens of each response under the old policy, in nats"""
     signal_U: Tensor
-    """what the coefficients are computed from, in nats"""
+    """(U,) float32: the signal that the coefficients are computed from, in nats; `entropy_R` for the paper"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,15 +127,15 @@ class MeasuredCredit(AssignedCredit):
 
 @dataclass(frozen=True)
 class ModulatedCredit(MeasuredCredit):
-    """The same, with the coefficients of the modulation."""
+    """Adds the coefficients of the modulation."""
 
     alpha_U: Tensor
-    """coefficient of each unit"""
+    """(U,) float32: coefficient alpha of each unit; its mean over each scope is 1 (before units are selected)"""
     modulated_advantage_U: Tensor
-    """advantage of each unit after modulation"""
+    """(U,) float32: advantage of each unit after modulation; alpha * A for the paper"""
     metrics: dict[str, float]
-    """which share of the scopes the gate left unmodulated (`aem/gated_share`), and which share of the units is trained
-    (`aem/kept_share`, where the variant selects units)"""
+    """`aem/gated_share`: share of the scopes that the gate left at alpha = 1; `aem/kept_share`: share of the units that are
+    trained, if the variant selects units"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,7 +143,7 @@ class ModulatedCredit(MeasuredCredit):
 
     @property
     def alpha_R(self) -> Tensor:
-        """The coefficient of each response: the mean over its units."""
+        """(R,): coefficient of each response, the mean over its units."""
         return self._mean_over_units(self.alpha_U)
 
     @property
@@ -151,7 +152,7 @@ class ModulatedCredit(MeasuredCredit):
 
     @property
     def final_advantage_R(self) -> Tensor:
-        """The advantage of each response after modulation: the mean over its units."""
+        """(R,): advantage of each response after modulation, the mean over its units."""
         return self._mean_over_units(self.modulated_advantage_U)
 
     def _mean_over_units(self, value_U: Tensor) -> Tensor:
@@ -162,14 +163,14 @@ class ModulatedCredit(MeasuredCredit):
 def add_measurements(
     credit: AssignedCredit, entropy_R: Tensor, surprisal_R: Tensor, signal_U: Tensor
 ) -> MeasuredCredit:
-    """The next stage of an assigned credit."""
+    """Create the second stage of a credit."""
     return MeasuredCredit(**_fields_of(credit), entropy_R=entropy_R, surprisal_R=surprisal_R, signal_U=signal_U)
 
 
 def add_modulation(
     credit: MeasuredCredit, alpha_U: Tensor, modulated_advantage_U: Tensor, metrics: dict[str, float]
 ) -> ModulatedCredit:
-    """The next stage of a measured credit."""
+    """Create the third stage of a credit."""
     return ModulatedCredit(
         **_fields_of(credit), alpha_U=alpha_U, modulated_advantage_U=modulated_advantage_U, metrics=metrics
     )
@@ -184,7 +185,7 @@ def _ids(ranges: Sequence[range], chosen: Sequence[int]) -> Tensor:
 
 
 def is_masked(trajectory: Trajectory, mask_truncated: bool) -> bool:
-    """Whether a trajectory is not trained, because it was truncated."""
+    """Whether a trajectory is excluded from training because it was truncated."""
     return mask_truncated and trajectory.ended in TRUNCATED_ENDINGS
 
 
@@ -200,18 +201,22 @@ def assign_credit(
     dropped: Sequence[Trajectory] = (),
     unit: Unit = "response",
 ) -> AssignedCredit:
-    """Compare every response with its group. A trajectory whose environment crashed counts nowhere.
+    """Compute the advantage of each response from a comparison with its group.
+
+    Trajectories that crashed, or have no response, are neither trained nor counted in the statistics of their group.
 
     Args:
-        dropped: also played, and left out of this step.
-        unit: what gets a coefficient.
+        played: the trajectories of the groups that the step trains on.
+        history: "full" or "window"; see `rollout.rows.build_rows`.
+        dropped: trajectories of groups that dynamic sampling removed.
+        unit: what gets a coefficient: "response" or "token".
     """
     counted = [t for t in played if t.ended != Ending.CRASHED and t.responses]
     batch = _build_step_batch(counted, rules)
     advantage_R = estimate_advantages(rules.estimator, batch)
     masked = [is_masked(t, rules.mask_truncated) for t in counted]
     trained_M = ~torch.tensor(masked, dtype=torch.bool)
-    kept = [t for t, out in zip(counted, masked, strict=True) if not out]
+    kept = [t for t, is_out in zip(counted, masked, strict=True) if not is_out]
     rows = build_rows(kept, history)
     tokens_R = [len(r.sample.ids) for t in kept for r in t.responses]
     response_R = torch.arange(len(tokens_R))
@@ -220,7 +225,7 @@ def assign_credit(
     return AssignedCredit(
         played=[*played, *dropped],
         dropped=list(dropped),
-        filtered=[t for t, out in zip(counted, masked, strict=True) if out],
+        filtered=[t for t, is_out in zip(counted, masked, strict=True) if is_out],
         kept=kept,
         rows=rows,
         response_ids_N=response_ids_N,
@@ -233,7 +238,7 @@ def assign_credit(
 
 
 def _build_step_batch(counted: Sequence[Trajectory], rules: CreditRules) -> StepBatch:
-    """What the estimator gets, in float64: rounded to float32, equal returns could differ."""
+    """Build the input of the estimator. It is in float64: rounding to float32 could make equal returns differ."""
     group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in counted))}
     turns = [(m, t, r) for m, t in enumerate(counted) for r in t.responses]
     states: dict[tuple[int, str], int] = {}
@@ -257,37 +262,34 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
 
 
 def estimate_advantages(estimator: Estimator, batch: StepBatch) -> Tensor:
-    """Call an estimator, which may be the user's, and check that it returns one finite advantage per response.
+    """Call an estimator, possibly the user's, and check that it returns one finite advantage per response.
+
+    Returns:
+        (R,) advantages, in the dtype of the estimator.
 
     Raises:
-        RunError: it fails, or returns something else; with the file and the line.
+        RunError: the estimator fails, or returns something else. The message names its file and line.
     """
+    name = _estimator_name(estimator)
     try:
         advantage_R: Any = estimator(batch)
     except Exception as error:
-        raise RunError(
-            f"{_estimator_name(estimator)} failed: {user_code.format_error(error)} ({user_code.error_location(error, estimator)})"
-        ) from error
-    responses, where = len(batch.trajectory_R), f"({user_code.definition_location(estimator)})"
+        location = user_code.error_location(error, estimator)
+        raise RunError(f"{name} failed: {user_code.format_error(error)} ({location})") from error
+    responses, location = len(batch.trajectory_R), user_code.definition_location(estimator)
     if not isinstance(advantage_R, Tensor):
         kind = type(advantage_R).__name__
-        raise RunError(
-            f"{_estimator_name(estimator)} must return a tensor of one advantage per response, not {kind} {where}"
-        )
+        raise RunError(f"{name} must return a tensor of one advantage per response, not {kind} ({location})")
     if advantage_R.shape != (responses,):
-        shape = tuple(advantage_R.shape)
-        mismatch = f"returned advantages of shape {shape} for {responses} responses: one each"
-        raise RunError(f"{_estimator_name(estimator)} {mismatch} {where}")
+        mismatch = f"returned advantages of shape {tuple(advantage_R.shape)} for {responses} responses"
+        raise RunError(f"{name} {mismatch}; it must return one per response ({location})")
     if advantage_R.is_complex():
-        raise RunError(
-            f"{_estimator_name(estimator)} must return real numbers, not {str(advantage_R.dtype).removeprefix('torch.')} {where}"
-        )
+        dtype = str(advantage_R.dtype).removeprefix("torch.")
+        raise RunError(f"{name} must return real numbers, not {dtype} ({location})")
     if not advantage_R.isfinite().all():
         nonfinite = int((~advantage_R.isfinite()).sum())
-        raise RunError(
-            f"{_estimator_name(estimator)} returned {nonfinite} of {responses} advantages that are not finite {where}",
-            "nan",
-        )
+        problem = f"returned {nonfinite} of {responses} advantages that are not finite"
+        raise RunError(f"{name} {problem} ({location})", "nan")
     return advantage_R
 
 

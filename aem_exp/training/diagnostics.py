@@ -1,6 +1,10 @@
-"""Statistics of modulation and entropy that are logged at every step; pure functions of tensors.
+"""Statistics of modulation and entropy for the log of each step. All functions are pure.
 
-Shapes: R responses, S states; D bootstrap draws and K columns of sums.
+Notation: A advantage, alpha coefficient, S(a|s) = -log pi(a|s) the surprisal of a response a at a state s, H(s) = E S its mean.
+The theory behind `entropy_drift`: under a natural-gradient step on a tabular policy, a response with advantage A changes the
+entropy of its state by A (S - H).
+
+Shapes: R responses, S states, D bootstrap draws, K columns of sums.
 """
 
 import torch
@@ -14,14 +18,25 @@ def modulation_statistics(
     tokens_R: Tensor,
     turn_R: Tensor,
 ) -> dict[str, float]:
-    """Statistics of the coefficients of one step (R responses).
+    """Statistics of the coefficients of one step.
+
+    Args:
+        alpha_R: coefficient of each response.
+        entropy_R: mean token entropy of each response, in nats.
+        advantage_R: advantage of each response before modulation.
+        tokens_R: number of tokens of each response, as float.
+        turn_R: index of the turn of each response, as float.
 
     Returns:
-        alpha_*: quantiles; means over tokens, over |A|, and over the responses with A > 0 and with A < 0 (left out where there
-            are none); correlations with the number of tokens and with the turn.
-        advantage_balance, advantage_balance_token: sum of alpha A / sum of |A|; the second counts each response as often as it
-            has tokens, as a mean over tokens does.
-        entropy_std: of the responses' entropies, in nats.
+        `alpha_q05`, `alpha_q50`, `alpha_q95`: quantiles of alpha.
+        `alpha_token_mean`, `alpha_advantage_mean`: means of alpha, weighted by tokens or by |A|.
+        `alpha_positive_mean`, `alpha_negative_mean`: means of alpha over the responses with A > 0 or A < 0; left out if there
+            are none.
+        `alpha_length_corr`, `alpha_turn_corr`: correlations of alpha with the number of tokens and with the turn.
+        `advantage_balance`: sum of alpha A / sum of |A|, over responses.
+        `advantage_balance_token`: the same, with each response weighted by its number of tokens.
+        `entropy_std`: population standard deviation of `entropy_R`, in nats.
+        Empty if there are no responses.
     """
     shapes = {value_R.shape for value_R in (alpha_R, entropy_R, advantage_R, tokens_R, turn_R)}
     assert alpha_R.ndim == 1 and len(shapes) == 1, shapes
@@ -35,26 +50,34 @@ def modulation_statistics(
         "alpha_q95": high,
         "entropy_std": entropy_R.std(correction=0).item(),
         "alpha_token_mean": _ratio(alpha_R, tokens_R, tokens_R),
-        "alpha_advantage_mean": _ratio(alpha_R, advantage_R.abs(), advantage_R.abs(), nothing=1.0),
+        "alpha_advantage_mean": _ratio(alpha_R, advantage_R.abs(), advantage_R.abs(), default=1.0),
         "advantage_balance": _ratio(alpha_R, advantage_R, advantage_R.abs()),
         "advantage_balance_token": _ratio(alpha_R, tokens_R * advantage_R, tokens_R * advantage_R.abs()),
         "alpha_length_corr": correlation(alpha_R, tokens_R),
         "alpha_turn_corr": correlation(alpha_R, turn_R),
     }
     signs = {"alpha_positive_mean": advantage_R > 0, "alpha_negative_mean": advantage_R < 0}
-    return out | {name: _ratio(alpha_R, one_R * of_R, one_R * of_R) for name, of_R in signs.items() if of_R.any()}
+    return out | {name: _ratio(alpha_R, one_R * has_R, one_R * has_R) for name, has_R in signs.items() if has_R.any()}
 
 
-def _ratio(alpha_R: Tensor, weight_R: Tensor, mass_R: Tensor, nothing: float = 0.0) -> float:
-    """The weighted sum of alpha over the sum of the masses; `nothing` where that is 0."""
+def _ratio(alpha_R: Tensor, weight_R: Tensor, mass_R: Tensor, default: float = 0.0) -> float:
+    """sum(alpha * weight) / sum(mass); `default` if the denominator is 0."""
     mass = mass_R.sum().item()
-    return (alpha_R * weight_R).sum().item() / mass if mass > 0 else nothing
+    return (alpha_R * weight_R).sum().item() / mass if mass > 0 else default
 
 
 def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
-    """S - H(s) of each response, in nats, with H(s) the mean surprisal of the *others* at its state; NaN where there are none.
+    """Estimate S - H(s) of each response, where H(s) is the mean surprisal of the *other* responses at its state.
 
-    Never from the response's own token entropies: S minus those leaves noise alone, and drops what they predict.
+    H(s) is not estimated from the token entropies of the response itself. They are the predictable part of its surprisal
+    (Doob decomposition): subtracting them would leave only the unpredictable rest.
+
+    Args:
+        surprisal_R: surprisal of each response, summed over its tokens, in nats.
+        state_R: integer id of the state of each response.
+
+    Returns:
+        (R,) float64, in nats; NaN for a response that is alone at its state.
     """
     assert surprisal_R.ndim == 1 and state_R.shape == surprisal_R.shape, (surprisal_R.shape, state_R.shape)
     state_R = torch.unique(state_R, return_inverse=True)[1]
@@ -67,13 +90,18 @@ def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
 def entropy_drift(
     advantage_R: Tensor, modulated_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor
 ) -> dict[str, float]:
-    """How the advantages move the entropy of the states, per response: mean of A (S - H).
+    """Estimate how the advantages change the entropy of the states: mean of A (S - H) over responses.
 
     Args:
-        advantage_R: before modulation.
-        modulated_R: after it; the change is `aem`, for the paper mean of A (alpha - 1) (S - H). None: no modulation.
-        surprisal_R: nats.
-        state_R: integer id of the state of each response; one that is alone in its state is left out.
+        advantage_R: advantages A before modulation.
+        modulated_R: advantages after modulation; None: no modulation.
+        surprisal_R: surprisal S of each response, summed over its tokens, in nats.
+        state_R: integer id of the state of each response. Responses that are alone at their state are left out.
+
+    Returns:
+        `advantage`: mean of A (S - H), in nats.
+        `aem`: the change by the modulation; for the paper, the mean of A (alpha - 1) (S - H). Left out without modulation.
+        Empty if each response is alone at its state.
     """
     assert advantage_R.shape == surprisal_R.shape == state_R.shape, (
         advantage_R.shape,
@@ -92,18 +120,24 @@ def entropy_drift(
 def proxy_validity(
     alpha_R: Tensor, relative_R: Tensor, state_R: Tensor, draws: int = 2000, seed: int = 0
 ) -> dict[str, float | int | list[float]]:
-    """How well 1 - alpha stands for S - H(s), where coefficients compare the responses of a state.
+    """Measure how well 1 - alpha approximates S - H(s), with coefficients that compare the responses of one state.
+
+    A state is *open* if both alpha and the surprisal differ among its responses. The gate closes a state: alpha is 1 there.
 
     Args:
-        alpha_R: their mean is 1 in every state.
-        relative_R: see `relative_surprisal`; its mean is 0 in every state.
-        state_R: ids 0..S-1.
-        draws: of as many states, with replacement, for the 95 % intervals.
+        alpha_R: coefficient of each response; its mean is 1 in every state.
+        relative_R: `relative_surprisal` of each response, in nats; its mean is 0 in every state.
+        state_R: state ids 0..S-1.
+        draws: number of bootstrap samples of S states, for the 95 % intervals.
 
     Returns:
-        r: Pearson's, over all responses. states_agree: of the `states_open`, in which alpha differs (the gate leaves it 1 in the
-        others) and surprisal too, those where the two vary together. responses_agree: the share of responses of open states whose
-        two signs are one. Each with its interval; NaN where nothing is open.
+        `states`, `responses`: their numbers.
+        `r`: Pearson's correlation of 1 - alpha and S - H over all responses.
+        `states_open`: number of open states.
+        `states_agree`: number of open states in which the two covary positively.
+        `responses_agree`: share of the responses of open states for which the two have the same sign.
+        `*_interval`: 95 % bootstrap intervals over states (as a share for `states_agree`).
+        Values are NaN if no state is open.
     """
     assert alpha_R.ndim == 1 and alpha_R.shape == relative_R.shape == state_R.shape, (alpha_R.shape, relative_R.shape)
     x_R, y_R = 1 - alpha_R.double(), relative_R.double()
@@ -125,13 +159,13 @@ def proxy_validity(
 
 
 def _agreement_shares(total_K: Tensor) -> dict[str, Tensor]:
-    """Pearson's r and the shares that agree, from sums over states; the columns are in the last dimension."""
+    """Pearson's r and the shares of agreement, from sums over states; the K columns are in the last dimension."""
     xx, yy, xy, agree, opened, same, counted = total_K.unbind(-1)
     return {"r": xy / (xx * yy).sqrt(), "states_agree": agree / opened, "responses_agree": same / counted}
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r; 0 where one of the two is constant."""
+    """Pearson's r; 0 if one of the two is constant."""
     assert x.ndim == 1 and x.shape == y.shape, (x.shape, y.shape)
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     scale = (x.norm() * y.norm()).item()

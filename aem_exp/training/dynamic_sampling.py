@@ -1,7 +1,7 @@
-"""Which groups a step trains on: DAPO's dynamic sampling (arXiv 2503.14476).
+"""Decides which groups a step trains on: DAPO's dynamic sampling (arXiv 2503.14476).
 
-A group whose returns are all equal has no advantages. Such groups may leave the step, and more rounds may be played until
-there are enough others.
+All advantages of a group with equal returns are 0. Such groups can be removed from the step, and more rounds can be played until
+enough other groups exist.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,22 +14,23 @@ from aem_exp.training.credit import counted_return
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """The groups that a step trains on, and the rounds of play that it may need for them."""
+    """Settings of dynamic sampling."""
 
     groups: int = 0
-    """number of groups that a step should train on"""
+    """number of groups that a step needs; more may be trained"""
     drop_equal: bool = False
-    """groups of equal returns leave the step"""
+    """remove groups with equal returns"""
     rounds: int = 1
-    """rounds of play per step, at most"""
+    """maximum number of rounds per step"""
 
 
 class PlayedStep(NamedTuple):
     """The trajectories of a step."""
 
     kept: list[Trajectory]
+    """trajectories of the groups that the step trains on"""
     dropped: list[Trajectory]
-    """those of groups that leave the step"""
+    """trajectories of removed groups"""
     rounds: int
     """number of rounds that were played"""
 
@@ -37,11 +38,15 @@ class PlayedStep(NamedTuple):
 def play_rounds(
     play_round: Callable[[int], list[Trajectory]], sampling: DynamicSampling, mask_truncated: bool
 ) -> PlayedStep:
-    """Play rounds until there are enough informative groups.
+    """Play rounds until there are enough groups with unequal returns.
 
-    Where all rounds together have too few, the last one is kept whole, as in verl-agent. A round that brings exactly as many as
-    are needed ends the play and its equal groups are dropped; verl-agent keeps them in that case. They have no advantage, but
-    count in a mean over tokens, and get the KL and entropy terms.
+    If the maximum number of rounds gives too few, the last round keeps its groups with equal returns, as in verl-agent. If a
+    round completes exactly the needed number, its groups with equal returns are dropped. verl-agent keeps them in this case:
+    their advantages are 0, but they count in a mean over tokens and in the KL and entropy terms.
+
+    Args:
+        play_round: plays the round with this index (from 0).
+        mask_truncated: see `CreditRules.mask_truncated`.
     """
     kept: list[Trajectory] = []
     dropped: list[Trajectory] = []
@@ -61,7 +66,13 @@ def play_rounds(
 def drop_uninformative_groups(
     played: Sequence[Trajectory], mask_truncated: bool = False
 ) -> tuple[list[Trajectory], list[Trajectory]]:
-    """Split off the groups that teach nothing: equal returns, or fewer than two trajectories that did not crash."""
+    """Split trajectories into those of informative groups and the others.
+
+    A group is not informative if its returns are all equal, or if fewer than two of its trajectories did not crash.
+
+    Returns:
+        (kept, dropped)
+    """
     returns: dict[int, list[float]] = {}
     for t in played:
         survived = t.ended != Ending.CRASHED and t.responses

@@ -1,5 +1,6 @@
-"""Fully sharded weights (FSDP2): the full weights are gathered before a rollout, because episodes need unequal numbers of
-forward passes, and are sharded again after it.
+"""Sharded weights (FSDP2): gathers the full weights for a rollout and shards them again after it.
+
+In a rollout, the ranks need different numbers of forward passes, but a sharded forward pass needs all ranks at once.
 """
 
 import os
@@ -12,17 +13,20 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def enable_ram_efficient_loading(settings: Mapping[str, Any]) -> None:
-    """Where `fsdp_config` asks for it, have one process of a node read weights, and the others take them from the first when
-    they are cut up. It is transformers that reads, and it goes by the environment; TRL would set that too late for us."""
+    """Apply `cpu_ram_efficient_loading` of `fsdp_config`: one process per node reads the weights and shares them at sharding.
+
+    transformers reads environment variables when it loads a model, and TRL sets them only after our model is loaded.
+    """
     if (settings.get("fsdp_config") or {}).get("cpu_ram_efficient_loading"):
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
 @contextmanager
 def full_weights(policy: Any, reshard: bool = True) -> Iterator[None]:
-    """Hold all weights in each process: a pass of one then waits for no other. Entered by all of them.
+    """Gather all weights in each process, so that each can run forward passes alone. All processes must enter the context.
 
-    `reshard`: in training, a layer is in pieces again after its forward pass (`reshard_after_forward`).
+    Args:
+        reshard: the setting `reshard_after_forward` of training, restored at the end.
     """
     if not isinstance(policy, FSDPModule):
         yield
@@ -40,7 +44,7 @@ def full_weights(policy: Any, reshard: bool = True) -> Iterator[None]:
 
 
 def gather_state_dict(policy: Any) -> dict[str, Tensor] | None:
-    """All weights on the CPU of the first process, and none on the others; None where the policy is not in pieces."""
+    """All weights on the CPU of the first process, an empty dict on the others; None if the policy is not sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if not isinstance(policy, FSDPModule):

@@ -1,4 +1,7 @@
-"""Log-probs and entropies of the rows of a step before its updates, and their difference from the sampler's.
+"""Computes old log-probs and token entropies of a step before its updates, and compares them with the sampler's.
+
+The old policy is the policy at the start of the step. All values are in nats, over the full vocabulary, with logits divided by
+the sampling temperature.
 
 Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U units of the step.
 """
@@ -18,16 +21,21 @@ from aem_exp.training.credit import AssignedCredit
 from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.updates import MicroBatch
 
-SAMPLER_GAP: Final = 1e-3  # nats that a float32 session may differ from a scoring pass
-ENGINE_GAP: Final = 0.1  # nats that another engine may differ on average, by its own arithmetic
-COMPARE_EVERY: Final = 50  # steps
+SAMPLER_GAP: Final = 1e-3  # nats: maximum difference between a float32 session and a scoring pass, at any token
+ENGINE_GAP: Final = 0.1  # nats: maximum mean difference between another engine and a scoring pass
+COMPARE_EVERY: Final = 50  # steps between two comparisons of a trusted sampler
 
 TokenScores = tuple[Tensor, Tensor]  # log-probs and entropies (nats) of the completion tokens, each (N, T), on the CPU
 
 
 @torch.no_grad()
 def compute_logps_and_entropies(trainer: GRPOTrainer, model: Any, batch: MicroBatch) -> TokenScores:
-    """Score a micro-batch by one forward pass. Only the trained model's entropies are measured."""
+    """Score a micro-batch in one forward pass.
+
+    Returns:
+        Log-probs (N, T) and token entropies (N, T) in float32 on the CPU. Entropies are computed for the trained model only;
+        for a reference model, the second tensor repeats the log-probs.
+    """
     device = trainer.accelerator.device
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(device)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(device)
@@ -40,7 +48,7 @@ def compute_logps_and_entropies(trainer: GRPOTrainer, model: Any, batch: MicroBa
 
 
 def score_reference(trainer: GRPOTrainer, batch: MicroBatch) -> Tensor:
-    """Log-probs under the policy that training started from: a frozen copy, or this model without its adapter."""
+    """Log-probs (N, T) under the reference policy of the KL term: a frozen copy, or the model without its LoRA adapter."""
     if trainer.ref_model is not None:
         return compute_logps_and_entropies(trainer, trainer.ref_model, batch)[0]
     with use_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter_name=None):
@@ -48,7 +56,13 @@ def score_reference(trainer: GRPOTrainer, batch: MicroBatch) -> Tensor:
 
 
 class ResponseMeasurements:
-    """Entropy and surprisal of the responses of a step, as far as this rank has their rows; 0 for the others."""
+    """Entropy and surprisal of the responses in the rows of this rank; 0 for all others, so that a sum over ranks is complete.
+
+    Attributes:
+        entropy_R: mean token entropy of each response, in nats.
+        surprisal_R: mean token surprisal of each response, in nats.
+        token_signal_U: signal of each unit in nats, if units are tokens.
+    """
 
     def __init__(self, credit: AssignedCredit, variant: ModulationVariant):
         self.credit, self.variant = credit, variant
@@ -56,7 +70,13 @@ class ResponseMeasurements:
         self.token_signal_U = torch.zeros(len(credit.response_U))
 
     def add(self, micro: Sequence[int], mask_NT: Tensor, scores: TokenScores) -> None:
-        """Average the scores of a micro-batch over its responses."""
+        """Add a micro-batch: average its scores over each response.
+
+        Args:
+            micro: row indices of the micro-batch.
+            mask_NT: 1 on generated tokens.
+            scores: log-probs and entropies, each (N, T).
+        """
         logps_NT, entropy_NT = scores
         response_NT = aem.responses(mask_NT)
         responses = self.credit.response_ids(micro)
@@ -68,17 +88,24 @@ class ResponseMeasurements:
 
 
 def check_sampler_gap(sampler: TokenScores, scored: TokenScores, mask_NT: Tensor) -> dict[str, float]:
-    """Check that the sampler sampled from the trained distribution; return the largest difference at a token, for the log."""
+    """Check that a trusted sampler reports the log-probs and entropies of the trainer.
+
+    Returns:
+        The largest differences at a token, in nats, as metrics.
+
+    Raises:
+        RuntimeError: a difference is above `SAMPLER_GAP`.
+    """
     gaps = {}
-    for what, metric, ours_NT, scored_NT in (
+    for quantity, metric, sampled_NT, scored_NT in (
         ("log-probs", "train/sampler_gap", sampler[0], scored[0]),
         ("entropies", "train/sampler_entropy_gap", sampler[1], scored[1]),
     ):
-        gaps[metric] = gap = ((scored_NT - ours_NT).abs() * mask_NT).max().item()
+        gaps[metric] = gap = ((scored_NT - sampled_NT).abs() * mask_NT).max().item()
         if gap > SAMPLER_GAP:
             raise RuntimeError(
-                f"the sampler's {what} are {gap:.2g} nats away from the trainer's (at most {SAMPLER_GAP} in float32): "
-                "the two do not share weights, temperature or positions"
+                f"the sampler's {quantity} differ from the trainer's by {gap:.2g} nats (limit in float32: {SAMPLER_GAP}); "
+                "the two do not use the same weights, temperature or positions"
             )
     return gaps
 
@@ -86,21 +113,27 @@ def check_sampler_gap(sampler: TokenScores, scored: TokenScores, mask_NT: Tensor
 def check_engine_gap(
     engine: TokenScores, scored: TokenScores, mask_NT: Tensor, with_entropies: bool
 ) -> dict[str, float]:
-    """Check that another engine samples from about the same distribution; return the mean difference at a token, for the log.
+    """Check that another engine samples from about the same distribution as the policy.
 
     Args:
-        with_entropies: the engine measures entropies; many do not.
+        with_entropies: whether the engine reports entropies; many engines do not.
+
+    Returns:
+        The mean absolute differences per token, in nats, as metrics.
+
+    Raises:
+        RunError: a difference is above `ENGINE_GAP`.
     """
     pairs = {"sampler_gap": ("log-probs", scored[0] - engine[0])}
     if with_entropies:
         pairs["sampler_entropy_gap"] = ("entropies", scored[1] - engine[1])
     gaps = {}
-    for name, (what, difference_NT) in pairs.items():
+    for name, (quantity, difference_NT) in pairs.items():
         gap = ((difference_NT * mask_NT).abs().sum() / mask_NT.sum().clamp(min=1)).item()
         gaps[f"train/{name}"] = gap
         if gap > ENGINE_GAP:
             raise RunError(
-                f"the engine's {what} are {gap:.2g} nats away from the policy's on average (at most {ENGINE_GAP}): "
-                "it does not sample from these weights, or at another temperature"
+                f"the engine's {quantity} differ from the policy's by {gap:.2g} nats on average (limit: {ENGINE_GAP}); "
+                "the engine samples from other weights or at another temperature"
             )
     return gaps

@@ -1,4 +1,4 @@
-"""The learning rate follows steps, like every schedule here: the updates of a step share it."""
+"""Makes the learning rate follow steps, like all schedules: the updates of a step share one learning rate."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from aem_exp.training.step_counter import StepCounter
 
 
 class PerStepScheduler:
-    """A learning rate scheduler that moves when a step ends, not with each update."""
+    """Wraps a learning rate scheduler so that it advances once per step, not once per update."""
 
     def __init__(self, scheduler: Any, time: StepCounter):
         self._scheduler, self._time = scheduler, time
@@ -16,8 +16,10 @@ class PerStepScheduler:
             self._scheduler.step()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore the saved state: rate and shape are the config's, and the step counter says where the run is. Both may differ
-        from the run that this one continues."""
+        """Ignore the saved state; set the learning rate from the config and the step counter.
+
+        A continued run may have another learning rate or schedule than its parent.
+        """
         scheduler = self._scheduler
         scheduler.last_epoch = self._time.step - self._time.first_step
         scheduler._step_count = scheduler.last_epoch + 1

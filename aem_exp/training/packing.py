@@ -1,4 +1,7 @@
-"""Rows become the tensors of a micro-batch, in the form that the loss of TRL reads."""
+"""Packs rows into the tensors of a micro-batch, in the format of TRL's loss.
+
+Shapes: N rows of a micro-batch, P columns of the padded prompts, T columns of the padded completions.
+"""
 
 from collections.abc import Sequence
 
@@ -8,14 +11,18 @@ from torch import Tensor
 
 from aem_exp.rollout.rows import Row
 
-PADDING_ROW = -1  # a row that fills a rank's share: read like any other, trained on nothing
+PADDING_ROW = -1  # index of a row that only fills up the share of a rank: it is scored, but has no trained token
 
 
 def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[str, Tensor]:
-    """One micro-batch in the form TRL's loss reads: prompts padded left, completions right.
+    """Pack one micro-batch; prompts are padded on the left, completions on the right.
 
-    `tool_mask` is 1 on the tokens that the policy sampled. A dead row repeats the shortest one with an empty mask: an
-    all-masked attention row could produce NaN.
+    A padding row repeats the shortest row with `tool_mask` 0. Its attention mask is that of the repeated row, because attention
+    over a fully masked row could produce NaN.
+
+    Returns:
+        int64 tensors: `prompt_ids` and `prompt_mask` (N, P); `completion_ids`, `completion_mask` and `tool_mask` (N, T).
+        `tool_mask` is TRL's name for the mask of the tokens that the policy generated: 1 on these tokens, else 0.
     """
     filler = min(rows, key=lambda row: len(row.prompt) + len(row.completion)) if PADDING_ROW in chosen else None
     picked = [filler if filler and i == PADDING_ROW else rows[i] for i in chosen]
@@ -30,7 +37,7 @@ def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[s
 
 
 def sampler_logps_and_entropies(rows: Sequence[Row], chosen: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """The sampler's own log-probs and entropies of a micro-batch, each (N, width)."""
+    """The sampler's log-probs and entropies of a micro-batch in nats, each float32 (N, width), padded with 0."""
     picked = [rows[i] if i != PADDING_ROW else None for i in chosen]
     logps = _pad([row.logps if row else [] for row in picked], 0.0, width=width)
     entropies = _pad([row.entropies if row else [] for row in picked], 0.0, width=width)

@@ -1,26 +1,26 @@
-"""Which step a run is at, and how far it is."""
+"""Counts the steps and updates of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class StepCounter:
-    """Where a run is. The trainer plays steps, the callback ends them."""
+    """The progress of a run. The trainer counts updates; the callback counts finished steps."""
 
     steps: int
-    """all steps, including those of a run that this one continues"""
+    """total number of steps, including the steps of the parent run that this run continues"""
     step: int = 0
-    """finished steps"""
+    """number of finished steps"""
     first_step: int = 0
-    """steps of the run that this one continues; lambda and the learning rate, which follow progress, span the other steps"""
+    """number of steps of the parent run; the schedules of lambda and of the learning rate span the steps after it"""
     updates: int = 0
-    """updates of all steps so far, the current one included"""
+    """number of updates of all steps so far, including all updates of the current step"""
     is_last_update: bool = False
-    """the current update is the last one of its step"""
+    """whether the current update is the last one of its step"""
 
     @property
     def progress(self) -> float:
-        """0 at the first step of this run, 1 at its last."""
+        """Progress of the schedules: 0 at the first step of this run, 1 at its last step."""
         return (self.step - self.first_step) / max(1, self.steps - self.first_step - 1)
 
     @property

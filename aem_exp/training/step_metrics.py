@@ -1,4 +1,4 @@
-"""The metrics of a step, and the numbers that its recorded responses carry.
+"""Computes the metrics of a step, and writes entropy, advantage and coefficient into its recorded responses.
 
 Shapes: R responses, G groups.
 """
@@ -14,7 +14,7 @@ from aem_exp.training.credit import AssignedCredit, MeasuredCredit, ModulatedCre
 
 
 def annotate_responses(credit: MeasuredCredit) -> None:
-    """Write entropy, advantage and coefficient into each trained response, for the record."""
+    """Write entropy (nats), advantage and coefficient into each trained response, for `episodes.parquet`."""
     alphas = credit.alpha_R.tolist() if isinstance(credit, ModulatedCredit) else [None] * len(credit.entropy_R)
     numbers = zip(credit.entropy_R.tolist(), credit.advantage_R.tolist(), alphas, strict=True)
     for (*_, response), (entropy, advantage, alpha) in zip(credit.list_responses(), numbers, strict=True):
@@ -22,10 +22,10 @@ def annotate_responses(credit: MeasuredCredit) -> None:
 
 
 def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[str, float]:
-    """The metrics of a step. Every token that was generated is accounted for.
+    """Compute the metrics of a step, as `train/*`, `drift/*` and, with modulation, `aem/*`.
 
     Args:
-        trained: whether the step has updates; it has none where its loss is zero.
+        trained: whether the step has updates; a step whose loss is zero has none.
     """
     tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in credit.list_responses()])
     turn_R = torch.tensor([float(turn) for _, turn, _ in credit.list_responses()])
@@ -40,7 +40,7 @@ def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[s
 
 
 def _environment_metrics(credit: AssignedCredit) -> dict[str, float]:
-    """The environment's own metrics, each the mean over the turns that have it."""
+    """The metrics of the environment, each averaged over the turns that report it."""
     values: dict[str, list[float]] = {}
     for response in (r for t in credit.played if t.ended != Ending.CRASHED for r in t.responses):
         for name, value in response.metrics.items():
@@ -74,7 +74,7 @@ def _ending_shares(credit: AssignedCredit) -> dict[str, float]:
 
 
 def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) -> dict[str, float]:
-    """The drift of entropy at the first turn, where all members of a group are in the same state."""
+    """`diagnostics.entropy_drift` at the first turn, where all members of a group are in the same state."""
     return diagnostics.entropy_drift(
         credit.advantage_R[first_R],
         credit.final_advantage_R[first_R] if isinstance(credit, ModulatedCredit) else None,
@@ -84,12 +84,12 @@ def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) ->
 
 
 def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:
-    """The generated tokens: trained, filtered or crashed; the three sum to all of them."""
+    """Counts of generated, trained, filtered and crashed tokens; generated = trained + filtered + crashed."""
     generated = sum(t.tokens for t in credit.played)
     measured = sum(sum(row.mask) for row in credit.rows)
     in_updates = measured if trained else 0
-    gone = {id(t) for t in (*credit.dropped, *credit.filtered)}
-    crashed = sum(t.tokens for t in credit.played if t.ended == Ending.CRASHED and id(t) not in gone)
+    removed = {id(t) for t in (*credit.dropped, *credit.filtered)}
+    crashed = sum(t.tokens for t in credit.played if t.ended == Ending.CRASHED and id(t) not in removed)
     return {
         "train/tokens_generated": generated,
         "train/tokens_trained": in_updates,
@@ -100,7 +100,7 @@ def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:
 
 
 def _zero_advantage_share(credit: AssignedCredit) -> float:
-    """Share of the groups in which no response has an advantage."""
+    """Share of the groups in which all advantages are 0; 1 if nothing is trained."""
     if not len(credit.group_M):
         return 1.0
     mass_G = torch.zeros(int(credit.group_M.max()) + 1).index_add_(0, credit.group_R, credit.advantage_R.abs())
@@ -108,4 +108,5 @@ def _zero_advantage_share(credit: AssignedCredit) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN if there are no values."""
     return sum(values) / len(values) if values else float("nan")

@@ -1,11 +1,18 @@
-"""AEM in front of TRL's own loss: read this file from top to bottom to follow one training step.
+"""The trainer: plays episodes, assigns and modulates their credit, and trains with TRL's own loss.
 
-TRL stays the optimiser, the losses, the sharding and the checkpoints. What changes is the batch: `AEMTrainer` plays
-episodes, assigns credit per response, modulates it, and passes the (N, T) advantages to TRL's loss.
+Read this file from top to bottom to follow one training step:
 
-A *step* is one rollout batch; an *update* is one optimizer step. One item of the data loader is one update: a list of
-micro-batches. So the number of updates in a step may float, and everything that people count (schedules, logs,
-evaluations, saves) counts steps.
+1. `play`: sample the trajectories of the step.
+2. `assign_credit`: one advantage A per response, from a comparison with its group.
+3. `build_updates`: old log-probs and token entropies in one scoring pass, then the coefficients alpha and the final advantages
+   alpha * A (`aem.coefficients`), spread over the tokens as (N, T) tensors. The results stay fixed for all updates of the step.
+4. `training_step` and `compute_loss`: TRL's loss for each micro-batch, and one optimizer step per update.
+
+TRL provides the optimizer, the losses, the sharding and the checkpoints; only the batch is ours. A *step* is one rollout batch;
+an *update* is one optimizer step. One item of the data loader is one update: a list of micro-batches. The number of updates per
+step may vary, so schedules, logs, evaluations and checkpoints count steps.
+
+Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U units of the step.
 """
 
 import contextlib
@@ -45,35 +52,46 @@ class RolloutSource:
     """Where the trajectories of a step come from."""
 
     draw: Callable[[int, int], list[Episode]]
-    """(step, round) -> the episodes of one round of a step; the same on every rank"""
+    """(step, round) -> the episodes of one round of a step; equal on all ranks"""
     rollout: Rollout
-    """plays them"""
+    """plays the episodes"""
     make_sampler: Callable[[Any], Sampler]
     """trainer -> the sampler that generates the responses"""
     publish: Callable[[Any], None] | None = None
-    """sends the trainer's weights to the processes that generate, before play that follows an update; None: the sampler uses
-    these very weights, or updates its own"""
+    """sends the trainer's weights to the servers that generate, before each rollout that follows an update; None: the sampler
+    uses the weights of the trainer, or updates its own copy"""
 
 
 @dataclass(frozen=True)
 class TrainerHooks:
-    """What a run does with a step and before a checkpoint."""
+    """Functions of a run that the trainer calls."""
 
     record_step: Callable[[int, MeasuredCredit], None] | None = None
-    """receives the number of finished steps and the step's credit"""
+    """receives the number of finished steps, and the credit of the step before its updates"""
     before_save: Callable[[int], None] | None = None
-    """called with the number of finished steps before a checkpoint is written: all files that it counts on must be on disk"""
+    """receives the number of finished steps before a checkpoint is written; it must write all files of the run to disk that the
+    checkpoint depends on"""
 
 
 NO_HOOKS = TrainerHooks()
 
 
 class AEMTrainer(GRPOTrainer):
-    """GRPOTrainer whose batches are episodes, with one advantage per response.
+    """A `GRPOTrainer` that trains on multi-turn episodes, with one advantage per response.
 
     Args:
-        callback: owns lambda and the step counter.
-        trust_sampler: the sampler's own log-probs are exact (a local float32 session), so nothing is scored again.
+        model: a causal LM, or a PEFT model.
+        args: see `arguments.build_grpo_config`.
+        processing_class: the tokenizer.
+        callback: computes lambda and has the step counter.
+        source: where trajectories come from.
+        dynamic_sampling: which groups a step trains on.
+        credit_rules: how advantages are computed.
+        update_settings: how rows are divided into updates and micro-batches.
+        variant: the differences between the modulation and the paper.
+        trust_sampler: use the sampler's log-probs and entropies instead of a scoring pass. They must be exact: a local session
+            in float32.
+        hooks: called with the credit of a step, and before checkpoints.
     """
 
     def __init__(
@@ -94,7 +112,7 @@ class AEMTrainer(GRPOTrainer):
     ):
         from datasets import Dataset
 
-        # TRL requires a data set; nothing reads it
+        # TRL requires a data set, but nothing reads it.
         placeholder = Dataset.from_dict({"prompt": [""] * args.generation_batch_size})
         super().__init__(
             model=model,
@@ -105,39 +123,44 @@ class AEMTrainer(GRPOTrainer):
             callbacks=[callback],
             **kwargs,
         )
-        if args.device.type == "cpu":  # several processes on CPUs get "cpu:0", to which torch restores no checkpoint
+        # With several processes on CPUs, the device is "cpu:0", to which torch cannot restore a checkpoint.
+        if args.device.type == "cpu":
             args.__dict__["_setup_devices"] = torch.device("cpu")
-        self.remove_callback(PrinterCallback)  # the command prints
+        self.remove_callback(PrinterCallback)  # our commands print the progress
         self.aem_callback, self.time, self.clock = callback, callback.time, Clock()
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
         self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
         self.variant, self.trust_sampler, self.hooks = variant, trust_sampler, hooks
         self._entropy_coef = args.entropy_coef
         self._published_update = -1
-        # TRL's loss takes the correction for tokens that other weights have sampled.
+        # With `use_vllm`, TRL's loss applies the importance ratio for tokens that another engine has sampled.
         self.use_vllm: bool = args.use_vllm or source.publish is not None
 
-    # The path of the data: episodes -> credit -> updates -> TRL's loss.
+    # One step: episodes -> credit -> updates.
 
     def iterate_updates(self) -> Iterator[list[MicroBatch]]:
-        """The updates of all steps that are left. A step is played when its first update is requested.
+        """Yield the updates of all remaining steps, each as a list of micro-batches.
 
-        A step without updates yields one of no micro-batches. It leaves no gradients, so the optimizer skips every weight,
-        and what happens at the end of a step happens.
+        A step is played when its first update is requested. A step without updates yields one empty update: there are no
+        gradients, so the optimizer changes no weight, but the work at the end of a step is still done.
         """
         while not self.time.is_finished:
             step = self.time.step
             played = self.play(step)
             assigned = self.assign_credit(played.kept, played.dropped)
-            credit, of_step = self.build_updates(assigned, step)
-            self._record_metrics(credit, len(of_step))
-            self.time.updates += len(of_step)
-            for i, batches in enumerate(of_step or [[]]):
-                self.time.is_last_update = i >= len(of_step) - 1
-                yield batches
+            credit, step_updates = self.build_updates(assigned, step)
+            self._record_metrics(credit, len(step_updates))
+            self.time.updates += len(step_updates)
+            for i, micro_batches in enumerate(step_updates or [[]]):
+                self.time.is_last_update = i >= len(step_updates) - 1
+                yield micro_batches
 
     def play(self, step: int) -> PlayedStep:
-        """Play the episodes of a step, in as many rounds as dynamic sampling needs."""
+        """Play the episodes of a step, in as many rounds as dynamic sampling needs (`dynamic_sampling.play_rounds`).
+
+        Raises:
+            RunError: all environments of a round crashed.
+        """
         played = play_rounds(
             lambda number: self._play_round(step, number), self.dynamic_sampling, self.credit_rules.mask_truncated
         )
@@ -147,35 +170,44 @@ class AEMTrainer(GRPOTrainer):
     def _play_round(self, step: int, number: int) -> list[Trajectory]:
         played = self.play_distributed(self.source.draw(step, number), self.sampler)
         if all(t.ended == Ending.CRASHED for t in played):
-            raise RunError(f"every environment crashed in step {step + 1}; the first: {played[0].error}", "env")
+            raise RunError(f"every environment crashed in step {step + 1}; the first error: {played[0].error}", "env")
         return played
 
     def play_distributed(self, episodes: Sequence[Episode], sampler: Sampler) -> list[Trajectory]:
-        """Play episodes: each rank its share. All ranks get all trajectories."""
+        """Play a share of the episodes on each rank; return the trajectories of all ranks, in order, on each rank."""
         size = -(-len(episodes) // self.accelerator.num_processes)
         start = self.accelerator.process_index * size
         if self.source.publish and self._published_update != self.state.global_step:
             with self.clock("weights"):
                 self.source.publish(self)
             self._published_update = self.state.global_step
-        # vLLM and servers have weights of their own
+        # vLLM and servers have their own copy of the weights.
         with contextlib.nullcontext() if self.use_vllm else self._full_weights():
             played = self.rollout.play(episodes[start : start + size], sampler)
         return gather_object(played)
 
     def _full_weights(self) -> contextlib.AbstractContextManager[None]:
-        """All weights in each process, where they are sharded."""
+        """A context in which each process has the full weights, if the weights are sharded."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         return fsdp.full_weights(self.model, reshard=plugin is None or plugin.reshard_after_forward)
 
     def assign_credit(self, played: Sequence[Trajectory], dropped: Sequence[Trajectory] = ()) -> AssignedCredit:
-        """Compare every response with its group; `dropped` was also played, and leaves the step."""
+        """Compute one advantage per response from a comparison with its group.
+
+        Args:
+            played: trajectories of the groups that the step trains on.
+            dropped: trajectories of groups that dynamic sampling removed.
+        """
         return assign_credit(played, self.rollout.env.history, self.credit_rules, dropped, self.variant.unit)
 
     def build_updates(self, assigned: AssignedCredit, step: int) -> tuple[MeasuredCredit, list[list[MicroBatch]]]:
-        """Measure and modulate the credit of a step, and make its updates; none where its loss is zero.
+        """Measure and modulate the credit of a step, and build its updates.
 
-        Old log-probs, entropies and coefficients are measured once and stay fixed.
+        Old log-probs, entropies and coefficients are computed once and stay fixed for all updates of the step.
+
+        Returns:
+            The credit (a `ModulatedCredit` if there is a modulation), and the micro-batches of this rank for each update. There
+            are no updates if the loss of the step is zero.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = updates.plan_step(assigned.rows, self.update_settings, (self.args.seed, "updates", step), rank, ranks)
@@ -190,25 +222,26 @@ class AEMTrainer(GRPOTrainer):
             credit = self._modulate(self._measure(assigned, measurements, surprisal_R), step)
             if self._loss_is_zero(credit):
                 return credit, []
-            for update, of_update in zip(plan, batches, strict=True):
-                for micro, batch in zip(update.micro_batches, of_update, strict=True):
+            for update, update_batches in zip(plan, batches, strict=True):
+                for micro, batch in zip(update.micro_batches, update_batches, strict=True):
                     batch["advantages"] = updates.spread_advantages(
                         credit, micro, batch["tool_mask"], self.variant.unit
                     )
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
         items_per_row = items / len(credit.rows)
-        for update, of_update in zip(plan, batches, strict=True):
-            for batch in of_update:
+        for update, update_batches in zip(plan, batches, strict=True):
+            for batch in update_batches:
                 batch |= updates.compute_loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
         return credit, batches * self.update_settings.epochs
 
     def _score_micro_batch(
         self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements
     ) -> MicroBatch:
-        """Pack a micro-batch with its old log-probs, and measure its responses.
+        """Pack a micro-batch, add its old log-probs, and measure the entropy and surprisal of its responses.
 
-        Where each row is trained once and in one update, old log-probs are left out: the ratio is then 1 exactly.
+        Old log-probs are left out if all rows are trained once, in one update: the ratio of new to old probabilities is then
+        exactly 1.
         """
         batch = pack_rows(credit.rows, micro, self._tokenizer.pad_token_id)
         sampler = sampler_logps_and_entropies(credit.rows, micro, batch["completion_ids"].shape[1])
@@ -228,7 +261,7 @@ class AEMTrainer(GRPOTrainer):
         return batch
 
     def _check_sampler(self, batch: MicroBatch, scores: TokenScores) -> None:
-        """Compare a trusted sampler with a scoring pass, on one micro-batch of every `COMPARE_EVERY`-th step."""
+        """Compare a trusted sampler with a scoring pass, on one micro-batch in every `COMPARE_EVERY`-th step."""
         if self.time.step % logprobs.COMPARE_EVERY == 0 and "train/sampler_gap" not in self.aem_callback.metrics:
             scored = logprobs.compute_logps_and_entropies(self, self.model, batch)
             self.aem_callback.metrics |= logprobs.check_sampler_gap(scores, scored, batch["tool_mask"])
@@ -236,7 +269,7 @@ class AEMTrainer(GRPOTrainer):
     def _correct_engine(
         self, batch: MicroBatch, engine: TokenScores, scores: TokenScores, with_entropies: bool
     ) -> None:
-        """Compare another engine with the scoring pass, and weigh its tokens by the importance ratio."""
+        """Compare another engine with the scoring pass, and add the importance ratio of its tokens to the batch."""
         self.aem_callback.metrics |= logprobs.check_engine_gap(engine, scores, batch["tool_mask"], with_entropies)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
@@ -246,7 +279,7 @@ class AEMTrainer(GRPOTrainer):
     def _measure(
         self, assigned: AssignedCredit, measurements: ResponseMeasurements, surprisal_R: Tensor
     ) -> MeasuredCredit:
-        """Gather what each rank measured of its own rows."""
+        """Combine the measurements of all ranks; each rank measured only its own rows."""
         entropy_R = self._sum_over_ranks(measurements.entropy_R)
         if self.variant.unit == "token":
             signal_U = self._sum_over_ranks(measurements.token_signal_U)
@@ -255,7 +288,7 @@ class AEMTrainer(GRPOTrainer):
         return add_measurements(assigned, entropy_R, surprisal_R, signal_U)
 
     def _modulate(self, credit: MeasuredCredit, step: int) -> MeasuredCredit:
-        """Give each unit its coefficient, where there is a modulation; all ranks compute the same."""
+        """Modulate the credit, if there is a modulation. All ranks compute the same result."""
         if self.aem_callback.lam is None:
             return credit
         rng = keyed_generator((self.args.seed, "shuffle", step))
@@ -265,14 +298,14 @@ class AEMTrainer(GRPOTrainer):
         return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
     def _loss_is_zero(self, credit: MeasuredCredit) -> bool:
-        """Whether no term of the loss has a gradient. With one of zero, Adam's momentum would move the weights all the same."""
+        """Whether no term of the loss has a gradient. Adam's momentum would change the weights even with a gradient of 0."""
         other_terms = self.beta or self._entropy_coef or self.aux_loss_enabled
         return not credit.rows or not (other_terms or credit.final_advantage_U.any())
 
     def _record_metrics(self, credit: MeasuredCredit, count: int) -> None:
-        """Hand the step's metrics to the callback, which logs them, and its credit to the run."""
-        spent = self.clock.read() | self.rollout.clock.read()
-        self.aem_callback.metrics |= {f"time/{name}": value for name, value in spent.items()}
+        """Pass the metrics of the step to the callback, which logs them, and the credit to the hook `record_step`."""
+        seconds = self.clock.read() | self.rollout.clock.read()
+        self.aem_callback.metrics |= {f"time/{name}": value for name, value in seconds.items()}
         self.aem_callback.metrics |= compute_step_metrics(credit, trained=count > 0)
         self.aem_callback.metrics |= {"train/updates": count, "time/update": 0.0}
         if self.aem_callback.lam is not None:
@@ -281,13 +314,18 @@ class AEMTrainer(GRPOTrainer):
             annotate_responses(credit)
             self.hooks.record_step(self.time.step, credit)
 
-    # What TRL and transformers call.
+    # Overridden methods of TRL and transformers.
 
     def get_train_dataloader(self) -> Any:
+        """The updates in place of a data loader; one item is one update."""
         return _UpdateLoader(self.iterate_updates)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One update: all its micro-batches. Gradients are synchronised with the last one; where sharded, with each, to fit."""
+        """Run forward and backward passes for all micro-batches of one update; return the sum of their losses.
+
+        Gradients are synchronised at the last micro-batch. With sharded weights they are synchronised at each one, because full
+        gradients might not fit into memory.
+        """
         start = clock_time.perf_counter()
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         total = torch.zeros((), device=self.accelerator.device)
@@ -299,14 +337,12 @@ class AEMTrainer(GRPOTrainer):
         return total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop at a gradient that is not finite: transformers calls this between the backward pass and the optimizer."""
+        """Raise RunError if the gradient is not finite. transformers calls this between backward pass and optimizer step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(norm):
-            what = f"the norm of the gradient is {norm} in step {self.time.step + 1}, with loss_type={self.loss_type}"
-            raise RunError(
-                f"{what}; nothing was updated with it. A lower trainer.learning_rate or trainer.max_grad_norm may help",
-                "nan",
-            )
+            problem = f"the norm of the gradient is {norm} in step {self.time.step + 1} (loss_type={self.loss_type})"
+            remedy = "a lower trainer.learning_rate or trainer.max_grad_norm may help"
+            raise RunError(f"{problem}; the weights were not updated with it; {remedy}", "nan")
         return norm
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
@@ -315,11 +351,12 @@ class AEMTrainer(GRPOTrainer):
     def compute_loss(
         self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        """TRL's loss of one micro-batch times its `loss_weight`: its share of the loss of the update."""
         self.entropy_coef = self._entropy_coef * inputs["bonus_weight"].item()
         return super().compute_loss(model, inputs, return_outputs) * inputs["loss_weight"]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate follows steps, like every schedule here: the updates of a step share it."""
+        """Create a scheduler that follows steps: the updates of a step share one learning rate."""
         scheduler = super().create_scheduler(self.time.steps - self.time.first_step, optimizer)
         self.lr_scheduler = (
             scheduler if isinstance(scheduler, PerStepScheduler) else PerStepScheduler(scheduler, self.time)
@@ -327,7 +364,7 @@ class AEMTrainer(GRPOTrainer):
         return self.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL writes one with every checkpoint; a run writes one, at its end."""
+        """Do nothing: TRL would write a model card with each checkpoint, but a run writes one at its end."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.hooks.before_save:
@@ -340,7 +377,7 @@ class AEMTrainer(GRPOTrainer):
 
 
 class _UpdateLoader:
-    """Takes the place of a data loader: transformers iterates over it."""
+    """Replaces the data loader that transformers iterates over."""
 
     def __init__(self, updates: Callable[[], Iterator[list[MicroBatch]]]):
         self._updates = updates
@@ -350,4 +387,4 @@ class _UpdateLoader:
 
 
 def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]:
-    raise AssertionError("TRL asks no reward function here")
+    raise AssertionError("TRL must not call a reward function: rewards come from the environments")

@@ -1,8 +1,8 @@
-"""From the credit of a step to its updates: the rows of each, the advantage of each token, the weight of each micro-batch.
+"""Plans the updates of a step: the rows of each update, the advantage of each token, the loss weight of each micro-batch.
 
-TRL averages a loss over a micro-batch. The weights here make the sum over micro-batches, and the mean over ranks, an average
-over the whole update: its gradient depends on neither padding nor the split into micro-batches and ranks. Every rank holds
-all rows and computes the same plan; which rows share an update follows from the seed alone.
+TRL averages a loss over a micro-batch. With the weights computed here, the sum over micro-batches and the mean over ranks is an
+average over the whole update. The gradient of an update therefore depends on neither padding nor the split into micro-batches
+and ranks. Each rank has all rows and computes the same plan. Which rows share an update depends on the seed only.
 
 Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U units of the step; u units of the micro-batch.
 """
@@ -32,29 +32,30 @@ class UpdateSettings:
     mini_batch: int = 0
     """rows per update; 0: all rows of a step in one update"""
     epochs: int = 1
-    """how often the rows of a step are trained (mu in the GRPO paper)"""
+    """number of passes over the rows of a step (mu in the GRPO paper)"""
     device_rows: int = 0
     """rows per micro-batch and device; 0: no limit"""
     device_tokens: int = 0
     """tokens per micro-batch and device, padding included; 0: no limit"""
     count_masked: bool = False
-    """masked trajectories count among the rows that a loss is the mean of"""
+    """count masked trajectories in the denominator of a loss that is a mean over rows"""
 
     @property
     def is_single_update(self) -> bool:
-        """Whether each row is trained once and in one update: the ratio of new to old probabilities is then 1 exactly."""
+        """Whether all rows are trained once, in one update. The ratio of new to old probabilities is then exactly 1."""
         return not self.mini_batch and self.epochs <= 1
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step: the micro-batches of this rank, and the sizes of the whole update over all ranks."""
+    """One optimizer step: the micro-batches of this rank, and the sizes of the update over all ranks."""
 
     micro_batches: list[list[int]]
-    """row indices"""
+    """row indices of each micro-batch; `PADDING_ROW` for padding"""
     real_rows: int
+    """number of rows over all ranks, without padding rows"""
     tokens: int
-    """generated tokens"""
+    """number of generated tokens over all ranks"""
 
 
 def plan_step(
@@ -62,11 +63,11 @@ def plan_step(
 ) -> list[Update]:
     """Plan the updates of a step for one rank.
 
-    All ranks have the same number of micro-batches in an update: those that share the weights must do as many passes as each
-    other.
+    All ranks get the same number of micro-batches in an update, because ranks with sharded weights must run equal numbers of
+    forward passes.
 
     Args:
-        key: seeds which rows share an update.
+        key: seeds the assignment of rows to updates.
     """
     lengths = [len(row.prompt) + len(row.completion) for row in rows]
     shares = [plan_updates(lengths, settings.mini_batch, keyed_generator(key), r, ranks) for r in range(ranks)]
@@ -83,16 +84,16 @@ def plan_step(
 def plan_updates(
     lengths: Sequence[int], mini_batch: int, rng: np.random.Generator, rank: int = 0, ranks: int = 1
 ) -> list[list[int]]:
-    """The rows that this rank trains in each update of a step.
+    """Select the rows that one rank trains in each update of a step.
 
     Args:
-        lengths: tokens of each row of the step.
-        mini_batch: rows per update, over all ranks; 0 means all rows in one. The number of updates floats with the number
-            of rows, and their sizes differ by at most one.
-        rng: decides who shares an update; the same on every rank.
+        lengths: number of tokens of each row of the step.
+        mini_batch: rows per update over all ranks; 0: all rows in one update. The number of updates is the number of rows
+            divided by `mini_batch`, rounded; their sizes differ by at most one row.
+        rng: assigns rows to updates; it must be seeded equally on all ranks.
 
     Returns:
-        Row indices per update, longest first, `PADDING_ROW` where the rows do not divide by the ranks.
+        Row indices per update, longest row first. `PADDING_ROW` fills up shares if the rows do not divide by the ranks.
     """
     updates = max(1, round(len(lengths) / mini_batch)) if mini_batch else 1
     shares = []
@@ -106,9 +107,15 @@ def plan_updates(
 def split_micro_batches(
     share: list[int], lengths: Sequence[int], device_rows: int, device_tokens: int = 0
 ) -> list[list[int]]:
-    """Micro-batches of at most so many rows, and so many tokens with padding (0: no limit; one row always fits).
+    """Split a share into micro-batches with a maximum number of rows and of tokens.
 
-    A share comes longest first, so memory fails early or never, and rows that share a micro-batch are of similar length.
+    A share is sorted, longest row first. A lack of memory therefore shows in the first micro-batch, and the rows of a
+    micro-batch have similar lengths.
+
+    Args:
+        share: row indices, longest row first.
+        device_rows: rows per micro-batch; 0: no limit.
+        device_tokens: tokens per micro-batch, padding included; 0: no limit. A single row is always allowed.
     """
     micros: list[list[int]] = []
     widest = 0
@@ -124,7 +131,15 @@ def split_micro_batches(
 
 
 def spread_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Tensor, unit: Unit) -> Tensor:
-    """Put the final advantage of each unit at its tokens: (N, T) for a micro-batch, 0 elsewhere."""
+    """Assign the final advantage of each unit to its tokens.
+
+    Args:
+        micro: row indices of the micro-batch.
+        mask_NT: 1 on generated tokens.
+
+    Returns:
+        (N, T) advantages; 0 on tokens that were not generated.
+    """
     assert mask_NT.ndim == 2 and len(mask_NT) == len(micro), (mask_NT.shape, len(micro))
     unit_NT = aem.responses(mask_NT) if unit == "response" else _number_tokens(mask_NT)
     advantage_u = credit.final_advantage_U[credit.unit_ids(micro)]
@@ -132,12 +147,12 @@ def spread_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Ten
 
 
 def _number_tokens(mask_NT: Tensor) -> Tensor:
-    """Ids of the generated tokens in row-major order; -1 elsewhere."""
+    """(N, T) ids of the generated tokens in row-major order; -1 on all other tokens."""
     return (mask_NT.flatten().cumsum(0).view_as(mask_NT) - 1).masked_fill(mask_NT == 0, -1)
 
 
 def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count_masked: bool) -> int:
-    """Number of rows, or of trajectories, in the denominator of a loss that is a mean over them."""
+    """Number of items in the denominator of a loss that is a mean over rows (`grpo`) or trajectories (`dr_grpo`)."""
     counted = [*credit.kept, *(credit.filtered if count_masked else ())]
     if loss_type == "dr_grpo" or history == "full":
         return len(counted)
@@ -149,13 +164,16 @@ def compute_loss_weights(
 ) -> MicroBatch:
     """Compute the sizes and weights of a micro-batch for TRL's loss.
 
-    `loss_weight` multiplies what TRL returns. `bonus_weight` cancels it for the entropy bonus, which TRL averages over the
-    tokens of a micro-batch whatever the loss.
-
     Args:
-        mask_NT: 1 on the tokens that the policy sampled.
-        items_per_row: items in that mean per row: Dr. GRPO divides by a constant per trajectory, not per row,
-            and masked trajectories, which have no rows, may count.
+        mask_NT: 1 on generated tokens.
+        ranks: number of ranks.
+        items_per_row: items of the denominator (`count_loss_items`) per row of the step. It differs from 1 if the loss counts
+            trajectories instead of rows, or if masked trajectories, which have no rows, are counted.
+
+    Returns:
+        Scalar tensors. `num_items_in_batch`: generated tokens of the update. `loss_weight`: multiplies the loss that TRL
+        returns for the micro-batch. `bonus_weight`: multiplies the coefficient of the entropy bonus. TRL averages the bonus
+        over the tokens of a micro-batch for every loss type, so `bonus_weight` replaces `loss_weight` by the token share.
     """
     assert mask_NT.ndim == 2, mask_NT.shape
     token_share = mask_NT.sum().item() * ranks / max(1, update.tokens)
@@ -174,7 +192,18 @@ def compute_loss_weights(
 def compute_importance_ratio(
     logps_NT: Tensor, sampler_logps_NT: Tensor, mask_NT: Tensor, low: float, high: float
 ) -> Tensor:
-    """Divide the probability of each token under the policy by that under the engine, within bounds; 1 where masked."""
+    """Importance ratio of each token: its probability under the policy divided by that under the engine, clamped.
+
+    Args:
+        logps_NT: log-probs under the policy, from the scoring pass.
+        sampler_logps_NT: log-probs under the engine that sampled.
+        mask_NT: 1 on generated tokens.
+        low: lower bound of the ratio.
+        high: upper bound of the ratio.
+
+    Returns:
+        (N, T) ratios; 1 on tokens that were not generated (before clamping).
+    """
     assert logps_NT.ndim == 2 and logps_NT.shape == sampler_logps_NT.shape == mask_NT.shape, (
         logps_NT.shape,
         mask_NT.shape,

@@ -1,11 +1,13 @@
-"""What AEM costs, as a share of step time: from timed sections inside one run, since an A/B at 1 % drowns in noise.
+"""The cost of AEM as a share of the step time.
 
     .venv/bin/python tests/bench/aem_cost.py
 
+The times are measured as sections of one run: a difference of 1 % between two runs would be lost in noise.
+
 Three sources of entropy, each on the default experiment:
-    sampler      the local session measures entropies while it samples: nothing is scored again
-    scoring      old log-probs are scored anyway (bf16, vLLM, several updates per step): the same pass yields entropies
-    extra pass   nobody scores, so AEM alone pays for a forward pass
+    sampler      the local session measures entropies while it samples; there is no scoring pass
+    scoring      a scoring pass computes old log-probs anyway (bf16, vLLM, several updates per step), and entropies with them
+    extra pass   without AEM there would be no scoring pass, so AEM pays for a forward pass
 """
 
 import sys
@@ -17,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(steps: int = 12) -> None:
-    import conftest  # noqa: F401  (environment first)
+    import conftest  # noqa: F401  (sets environment variables first)
 
     from aem_exp import config
     from aem_exp.run import execution
     from aem_exp.rundir import metrics
 
     with tempfile.TemporaryDirectory() as outputs:
-        words = [
+        overrides = [
             f"trainer.steps={steps}",
             f"outputs={outputs}",
             "evaluation.tasks=8",
@@ -32,7 +34,7 @@ def main(steps: int = 12) -> None:
             "tracking=off",
         ]
         for source, dtype in (("sampler", []), ("scoring", ["trainer.bf16=true"])):
-            experiment = config.load([*words, *dtype])
+            experiment = config.load([*overrides, *dtype])
             folder = execution.run(replace(experiment, name=source))
             rows = [row for row in metrics.read(folder) if "time/aem" in row][1:]
             total = {name: sum(row.get(f"time/{name}", 0.0) for row in rows) for name in SECTIONS}
@@ -41,7 +43,9 @@ def main(steps: int = 12) -> None:
             for name, value in total.items():
                 print(f"  {name:<12} {value / len(rows) * 1e3:8.1f} ms   {value / step:7.2%} of the step")
             if source == "scoring":
-                print(f"  extra pass: {total['scoring'] / step:.1%} of the step, where nobody else scores")
+                print(
+                    f"  extra pass: {total['scoring'] / step:.1%} of the step, if there is no scoring pass without AEM"
+                )
 
 
 SECTIONS = ("generation", "environment", "scoring", "aem", "update")

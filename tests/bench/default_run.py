@@ -1,8 +1,8 @@
-"""The default run, from nothing, for several seeds: success before and after, wall time and peak memory.
+"""The default run with empty caches, for several seeds: success before and after, wall time and peak memory.
 
     .venv/bin/python tests/bench/default_run.py 0 1 2
 
-The first seed also makes the policy, as a newcomer's run does; the ratio compares its wall time with 3 minutes.
+The first seed also creates the tiny policy, as the first run of a new user does. Ratios compare with 3 minutes and 1.5 GB.
 """
 
 import json

@@ -1,25 +1,25 @@
-"""Episodes per second of our rollout, against the two ways that TRL offers. Medians of interleaved rounds, one thread.
+"""Episodes per second of our rollout, against the two methods of TRL. Medians of interleaved rounds on one thread.
 
     .venv/bin/python tests/bench/rollout.py [--hidden 256] [--turns 6 30] [--rounds 3]
 
     ours                    Rollout with LocalSampler: one KV cache for the whole episode
-    rollout_func            what such a function is usually: each turn, TRL's `generate` reads the whole history again
-    environment_factory     TRL's tool loop: the same, and a chat template and a parser for each turn of each episode;
-                            with Qwen3's template, which puts the tools into the prompt, and with the barest one there can be
+    rollout_func            a typical function: in each turn, TRL's `generate` reads the whole history again
+    environment_factory     TRL's tool loop: the same, plus a chat template and a parser for each turn of each episode; with
+                            Qwen3's template, which puts the tools into the prompt, and with a minimal template
 
-What is the same for all:
-    policy      equal weights (a random Qwen3 of two layers), temperature 1, no filters
-    world       one observation of some 24 words per turn, random words of the task and the turn alone; it never ends, so all
-                episodes are live for all turns. Its steps cost microseconds
-    tokens      a hook on the policy's last layer puts every special token at -10,000: nobody samples an end token, so each
-                response is exactly as long as its budget, which the bench asserts
-    history     full: what a turn reads are all tokens so far
+Equal for all:
+    policy      equal weights (a random Qwen3 with two layers), temperature 1, no filters
+    environment one observation of 24 words per turn, random words that depend on the task and the turn only. Episodes never end,
+                so all are live in all turns. A step takes microseconds
+    tokens      a hook on the last layer sets the logits of all special tokens to -10,000. No end token is sampled, so each
+                response is exactly as long as its budget; the bench asserts this
+    history     full: each turn reads all tokens so far
 
-What is timed: from the tasks to the exact tokens of all finished episodes; resets, rendering, generation, parsing and steps.
-TRL's padding and rewards afterwards are not. Qwen3's template reads more tokens, which the table shows. All else that is not
-equal helps the alternatives: a tool call is the whole response instead of JSON in tags, the last response in the tool loop
-is never played, its turns lack the end token that ours get where they are cut, the tokenizer splits at words, and no
-alternative measures log-probs and entropies, which ours does.
+Timed: everything from the tasks to the exact tokens of all finished episodes, that is resets, rendering, generation, parsing and
+steps. TRL's padding and rewards are not timed. Qwen3's template reads more tokens; the table shows this. All other differences
+help the alternatives: a tool call is the whole response instead of JSON in tags, the tool loop never plays the last response, its
+turns lack the end token that our cut responses get, the tokenizer splits at words, and only our rollout measures log-probs and
+entropies.
 """
 
 import argparse
@@ -38,20 +38,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aem_exp.envs import Task, Turn
 
 EPISODES, GROUP = 32, 8
-TOKENS = 8  # of a response, as in conf/env/household.yaml
-OBSERVATION = 24  # words
+TOKENS = 8  # tokens of a response, as in conf/env/household.yaml
+OBSERVATION = 24  # words of an observation
 WORDS = [a + b for a in "bdfgklmnpr" for b in "aeiou"]
 FUNCTION, TOOLS, BARE = "rollout_func", "environment_factory", "environment_factory, bare"
-WANTED = {(FUNCTION, 6): 1.5, (FUNCTION, 30): 3.0, (TOOLS, 6): 3.0, (TOOLS, 30): 3.0}
+TARGETS = {(FUNCTION, 6): 1.5, (FUNCTION, 30): 3.0, (TOOLS, 6): 3.0, (TOOLS, 30): 3.0}
 
-# tiny's ChatML, and what TRL asks of a template with tools: calls and answers are shown. An answer looks like a user's message.
+# The ChatML of aem_exp.tiny, plus tool calls and tool answers, which TRL requires. A tool answer looks like a user message.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ 'user' if message.role == 'tool' else message.role }}\n"
     "{{ message.content }}{% for call in message.tool_calls or [] %}"
     "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Whatever the policy says is one call of `act`.
+# Each response is parsed as one call of `act`.
 CALL = {"type": "function", "function": {"name": "act", "arguments": {"text": "{content}"}}}
 PARSER = {
     "defaults": {"role": "assistant"},
@@ -61,7 +61,7 @@ PARSER = {
 
 
 class Talk:
-    """A world and its environment: talks for ever, in words that follow from the task and the turn."""
+    """A world and its environment that never ends; its words depend on the task and the turn only."""
 
     fingerprint, goal = "talk", "talk"
 
@@ -76,20 +76,20 @@ class Talk:
 
     def reset(self, task: Task) -> Turn:
         self.task, self.turn = task, 0
-        return self._say()
+        return self._turn()
 
     def step(self, response: str) -> Turn:
         self.turn += 1
-        return self._say()
+        return self._turn()
 
     def close(self) -> None: ...
 
-    def _say(self) -> Turn:
+    def _turn(self) -> Turn:
         return Turn(" ".join(Random(1000 * self.task.seed + self.turn).choices(WORDS, k=OBSERVATION)))
 
 
 class TalkByTools:
-    """The same environment as TRL's tool loop wants it."""
+    """The same environment with the interface of TRL's tool loop."""
 
     def __init__(self) -> None:
         self._env = Talk()
@@ -109,7 +109,9 @@ class TalkByTools:
         return 0.0
 
 
-Contender = Callable[[], tuple[float, int, int]]  # plays all episodes: seconds, tokens sampled, tokens of all rows
+Contender = Callable[
+    [], tuple[float, int, int]
+]  # plays all episodes; returns seconds, sampled tokens, tokens of all rows
 
 
 def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
@@ -138,7 +140,7 @@ def ours(policy: Any, tokenizer: Any, rules: Any) -> Contender:
 
 
 def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
-    """A rollout_func, called as TRL calls it, on TRL's own `generate`."""
+    """A `rollout_func`, called as TRL calls it, that uses TRL's `generate`."""
     from aem_exp.rollout.chat import Chat
 
     chat = Chat(tokenizer)
@@ -151,8 +153,8 @@ def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
         ]
         starts, masks = [len(row) for row in rows], [[] for _ in rows]
         for turn in range(rules.max_turns):
-            said, _ = trainer._generate_single_turn(rows, None, {}, 1)
-            for env, row, mask, ids in zip(envs, rows, masks, said, strict=True):
+            responses, _ = trainer._generate_single_turn(rows, None, {}, 1)
+            for env, row, mask, ids in zip(envs, rows, masks, responses, strict=True):
                 row += ids
                 mask += [1] * len(ids)
                 observation = env.step(chat.decode(ids)).observation
@@ -182,7 +184,7 @@ def by_function(policy: Any, tokenizer: Any, rules: Any) -> Contender:
 
 
 def by_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
-    """TRL's tool loop under the template that TRL trains Qwen3 with."""
+    """TRL's tool loop with TRL's training template for Qwen3."""
     from trl.chat_template_utils import qwen3_training_chat_template
 
     tokenizer = copy.deepcopy(tokenizer)
@@ -191,14 +193,14 @@ def by_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
 
 
 def by_bare_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
-    """TRL's tool loop, with as many responses as the others have."""
+    """TRL's tool loop with the minimal template, and with as many responses as the other methods."""
     tokenizer.response_template = PARSER
     trainer = trl_trainer(policy, tokenizer, rules, environment_factory=TalkByTools)
     generate, done = trainer._generate, []
 
     def timed(prompts: list[Any]) -> Any:
         out = generate(prompts)
-        done.append(time.perf_counter())  # padding and rewards come after
+        done.append(time.perf_counter())  # padding and rewards follow and are not timed
         return out
 
     trainer._generate = timed
@@ -216,8 +218,8 @@ def by_bare_tools(policy: Any, tokenizer: Any, rules: Any) -> Contender:
     return play
 
 
-def trl_trainer(policy: Any, tokenizer: Any, rules: Any, **how: Any) -> Any:
-    """TRL's own trainer, unmodified; its folder stays empty, as nothing is trained."""
+def trl_trainer(policy: Any, tokenizer: Any, rules: Any, **settings: Any) -> Any:
+    """TRL's unmodified trainer. Its output folder stays empty, because nothing is trained."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -225,8 +227,8 @@ def trl_trainer(policy: Any, tokenizer: Any, rules: Any, **how: Any) -> Any:
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=EPISODES,
         num_generations=GROUP,
-        max_completion_length=rules.context_tokens,  # TRL's is the budget of the episode
-        generation_kwargs={"max_new_tokens": rules.response_tokens},  # ... and this that of a turn
+        max_completion_length=rules.context_tokens,  # the token budget of an episode
+        generation_kwargs={"max_new_tokens": rules.response_tokens},  # the token budget of a turn
         max_tool_calling_iterations=rules.max_turns - 1,
         temperature=1.0,
         use_cpu=True,
@@ -236,8 +238,8 @@ def trl_trainer(policy: Any, tokenizer: Any, rules: Any, **how: Any) -> Any:
         disable_tqdm=True,
     )
     rows = Dataset.from_dict({"prompt": [""] * EPISODES})
-    trainer = GRPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer, **how)
-    trainer.model.train()  # as in training
+    trainer = GRPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer, **settings)
+    trainer.model.train()  # the mode in which a trainer generates
     return trainer
 
 
@@ -248,15 +250,15 @@ def _no_reward(prompts: list[Any], **_: Any) -> list[float]:
 CONTENDERS = {"ours": ours, FUNCTION: by_function, TOOLS: by_tools, BARE: by_bare_tools}
 
 
-def contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
-    """All that compete, each with its own copy of one policy, and the size of that."""
+def make_contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
+    """All methods, each with its own copy of the policy, and the number of parameters of the policy."""
     import torch
 
     from aem_exp import tiny
     from aem_exp.config import Env
 
     prompt = dict.fromkeys(("first", "next", "window"), "{observation}") | {"pair": "{observation} {action}"}
-    context = turns * (OBSERVATION + TOKENS + 12) + 300  # enough for all: tags of tools, and their schema
+    context = turns * (OBSERVATION + TOKENS + 12) + 300  # includes the tool tags and the tool schema
     rules = Env("talk", {}, "full", 0, turns, TOKENS, context, prompt=prompt)
     tokenizer = tiny.make_tokenizer(WORDS, rules)
     tokenizer.chat_template = TEMPLATE
@@ -270,11 +272,11 @@ def contenders(turns: int, hidden: int) -> tuple[dict[str, Contender], int]:
     return out, sum(p.numel() for p in policy.parameters())
 
 
-def measure(competing: dict[str, Contender], turns: int, rounds: int) -> dict[str, tuple[list[float], float]]:
-    """Seconds of each, round by round, and the tokens of an episode; the first round warms up."""
+def measure(contenders: dict[str, Contender], turns: int, rounds: int) -> dict[str, tuple[list[float], float]]:
+    """Seconds per round, and mean tokens of an episode, of each method. An additional first round is the warm-up."""
     times: dict[str, tuple[list[float], float]] = {}
     for number in range(rounds + 1):
-        for name, play in competing.items():
+        for name, play in contenders.items():
             seconds, sampled, length = play()
             assert sampled == EPISODES * turns * TOKENS, f"{name} sampled {sampled} tokens"
             if number == 0:
@@ -289,17 +291,17 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--turns", type=int, nargs="+", default=[6, 30])
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
-    import conftest  # noqa: F401  (environment first)
+    arguments = parser.parse_args()
+    import conftest  # noqa: F401  (sets environment variables first)
     import torch
 
     torch.set_num_threads(1)
-    for turns in asked.turns:
-        competing, size = contenders(turns, asked.hidden)
-        times = measure(competing, turns, asked.rounds)
+    for turns in arguments.turns:
+        contenders, size = make_contenders(turns, arguments.hidden)
+        times = measure(contenders, turns, arguments.rounds)
         ours_median = statistics.median(times["ours"][0])
-        policy = f"hidden {asked.hidden} ({size / 1e6:.2f} M parameters)"
-        print(f"{turns} turns of {TOKENS} tokens, {EPISODES} episodes, {policy}, medians of {asked.rounds} rounds")
+        policy = f"hidden {arguments.hidden} ({size / 1e6:.2f} M parameters)"
+        print(f"{turns} turns of {TOKENS} tokens, {EPISODES} episodes, {policy}, medians of {arguments.rounds} rounds")
         for name, (values, length) in times.items():
             median = statistics.median(values)
             speed = f"{EPISODES / median:6.1f} episodes/s"
@@ -307,8 +309,8 @@ def main() -> None:
                 f"{name:<26} {median:6.2f} s [{min(values):.2f}, {max(values):.2f}] {speed}, {length:6.1f} tokens each"
             )
             ratio = f"   ours is {median / ours_median:5.2f} x as fast" if name != "ours" else ""
-            wanted = f" (wanted: {WANTED[name, turns]})" if (name, turns) in WANTED else ""
-            print(f"  {line}{ratio}{wanted}", flush=True)
+            target = f" (target: {TARGETS[name, turns]})" if (name, turns) in TARGETS else ""
+            print(f"  {line}{ratio}{target}", flush=True)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def test_missing_resources_are_reported_before_submission(desk):
     (desk.folder / "empty").mkdir()
     (desk.folder / "empty" / "config.json").write_text("{}")
     err = desk.run_command("aem_exp", *words, "env=swe", f"model.path={desk.folder / 'empty'}", code=2)
-    assert "holds no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
+    assert "no *.safetensors" in err and not list(desk.outputs.glob("*/experiment.json")), err
 
 
 def test_frozen_code_is_shared_and_read_only(clean, tmp_path):

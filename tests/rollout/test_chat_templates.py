@@ -1,4 +1,4 @@
-"""Appending, under the chat templates of real model families (TRL ships their text)."""
+"""Prompts of later turns under the chat templates of real model families (TRL contains the templates)."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ FAMILIES = {  # template -> (end of a turn, header of a user message)
 
 
 def tokenizer(family):
-    """Bytes as tokens, and the family's end token as one."""
+    """One token per byte, plus the end token of the family."""
     end, _ = FAMILIES[family]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(sorted(alphabet))}, []))
@@ -36,8 +36,8 @@ def tokenizer(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("closed", [True, False], ids=["ended", "cut"])
-def test_turns_are_appended_exactly(family, closed):
-    """Start, reply, follow: the text reads like a conversation, with one end token after the reply, wherever it came from."""
+def test_second_prompt_continues_the_conversation_with_one_end_token(family, closed):
+    """There is one end token after the response, sampled or added by `next_prompt`."""
     tok = tokenizer(family)
     chat = Chat(tok)
     end, user = FAMILIES[family]
@@ -47,23 +47,25 @@ def test_turns_are_appended_exactly(family, closed):
     follow = chat.next_prompt("second", reply[-1])
     assert (follow[0] == tok.eos_token_id) is not closed
     text = tok.decode(head + reply + follow)
-    assert "<think>hm</think>go" + end in text  # earlier thinking stays: nothing is rendered anew
+    assert "<think>hm</think>go" + end in text  # earlier thinking is kept, because responses are not rendered again
     assert text.count(user) == 2
     assert text.index("first") < text.index("go" + end) < text.index("second")
-    assert tok.decode(head)[-20:].split(user)[-1] in text[text.index("second") :]  # the same header before each reply
+    assert (
+        tok.decode(head)[-20:].split(user)[-1] in text[text.index("second") :]
+    )  # the same header before each response
 
 
 @pytest.mark.parametrize(
     ("thinking", "opens"), [("on", False), ("off", True), ("template", False)], ids=["on", "off", "template"]
 )
-def test_qwen3_thinks_when_told(thinking, opens):
+def test_qwen3_thinking_follows_the_option(thinking, opens):
     tok = tokenizer("qwen3")
     chat = Chat(tok, thinking=thinking)
     for ids in (chat.first_prompt("first"), chat.next_prompt("second", tok.eos_token_id)):
         assert ("<think>\n\n</think>" in tok.decode(ids)) is opens
 
 
-def test_a_system_message_comes_first_and_once():
+def test_system_message_is_first_and_not_repeated():
     tok = tokenizer("qwen2_5")
     chat = Chat(tok, system="be brief")
     assert tok.decode(chat.first_prompt("first")).startswith("<|im_start|>system\nbe brief<|im_end|>")
@@ -74,19 +76,21 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "fact"),
     [
-        (ENDLESS, "did not end within"),
-        ("{{ raise_exception('no user') }}", "its chat template fails: no user"),
-        ("{% for m in messages %}", "its chat template fails: "),
-        ("{{ messages[0].content }}", "leaves out what the assistant said"),
+        (ENDLESS, "within 1 s"),
+        ("{{ raise_exception('no user') }}", "no user"),
+        ("{% for m in messages %}", "nexpected end of template"),
+        ("{{ messages[0].content }}", "assistant"),
     ],
-    ids=["endless", "raises", "open", "silent"],
+    ids=["endless", "raises", "unclosed loop", "no assistant messages"],
 )
-def test_a_template_that_does_not_render_is_one_sentence(monkeypatch, template, said):
+def test_invalid_chat_template_is_a_config_error(monkeypatch, template, fact):
     monkeypatch.setattr(chat, "TEMPLATE_TIMEOUT", 1.0 if template == ENDLESS else 600.0)
     tok = tokenizer("qwen2_5")
     tok.chat_template = template
-    with pytest.raises(ConfigError, match=r"^model\.path=") as caught:
+    with pytest.raises(ConfigError) as caught:
         Chat(tok)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.field == "model.path"
+    assert "chat template" in caught.value.remedy and fact in caught.value.remedy
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Exact tokens: what was sampled is what is trained, for both histories."""
+"""The rollout with the local sampler: trained tokens are exactly the sampled tokens, for both histories."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from aem_exp.rollout.types import Ending, Episode
 from aem_exp.training.packing import pack_rows, sampler_logps_and_entropies
 
 HISTORIES = ["full", "window"]
-PLAIN, SOUND = SamplingParams(), toy.ChatterWorld()
+PLAIN, WORLD = SamplingParams(), toy.ChatterWorld()
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("toy")
 
 
-def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes):
+def play(folder, history, episodes=None, sampling=PLAIN, world=WORLD, **changes):
+    """Play episodes of the toy world with its random policy: the trajectories, the model and the tokenizer."""
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
     rollout = Rollout(SerialExecutor(world), toy.env(history, **changes), chat)
@@ -35,8 +36,8 @@ def play(folder, history, episodes=None, sampling=PLAIN, world=SOUND, **changes)
 
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temperature):
-    """Log-probs and entropies of a session that keeps its cache across turns, against one plain forward pass."""
+def test_sampled_log_probs_and_entropies_equal_those_of_a_forward_pass(folder, history, temperature):
+    """The session keeps its KV cache across turns; the reference is one forward pass without a cache."""
     played, model, tokenizer = play(folder, history, sampling=SamplingParams(temperature))
     packed = build_rows([t for t in played if t.ended != Ending.CRASHED], history)
     chosen = list(range(len(packed)))
@@ -55,22 +56,22 @@ def test_the_sampler_measures_what_a_scoring_pass_measures(folder, history, temp
     torch.testing.assert_close(-(logp.exp() * logp).sum(-1)[own], entropies[own], atol=2e-5, rtol=0)
 
 
-def test_full_history_only_appends(folder):
-    """A row is the sampled tokens with the template's tokens between them, once; nothing is rendered anew."""
+def test_full_history_row_has_sampled_tokens_and_template_tokens_once(folder):
+    """Responses are not rendered again."""
     played, _, tokenizer = play(folder, "full")
     for row in build_rows(played, "full"):
         trajectory = played[row.trajectory]
         sampled = [i for r in trajectory.responses for i in r.sample.ids]
         assert [i for i, own in zip(row.completion, row.mask, strict=True) if own] == sampled
         template = [i for i, own in zip(row.completion, row.mask, strict=True) if not own]
-        text = tokenizer.decode(row.prompt + template)  # a random policy may say anything: look at the rest
+        text = tokenizer.decode(row.prompt + template)  # a random policy may also generate headers, so leave it out
         assert text.count("<|im_start|>user") == len(trajectory.responses)
         assert text.count("<|im_start|>assistant") == len(trajectory.responses)
         ends = [(i == tokenizer.eos_token_id, own) for i, own in zip(row.completion, row.mask, strict=True)]
         assert ((True, 1), (True, 0)) not in pairwise(ends)  # a sampled end token is not followed by the template's
 
 
-def test_a_response_that_was_cut_is_closed_by_a_masked_token(folder):
+def test_cut_response_gets_a_masked_end_token(folder):
     played, _, tokenizer = play(folder, "full")
     cut = [
         (row, k) for row in build_rows(played, "full") for k, r in enumerate(played[row.trajectory].responses[:-1])
@@ -84,34 +85,34 @@ def test_a_response_that_was_cut_is_closed_by_a_masked_token(folder):
     assert row.mask[after] == 0
 
 
-def test_a_window_asks_afresh(folder):
+def test_window_prompt_is_one_message_that_quotes_past_observations(folder):
     played, _, tokenizer = play(folder, "window")
     long = max(played, key=lambda t: len(t.responses))
     assert len(long.responses) >= 3
     last = tokenizer.decode(long.responses[2].prompt)
-    assert last.count("<|im_start|>") == 2  # one user message, and the header of the answer
+    assert last.count("<|im_start|>") == 2  # one user message, and the header of the response
     quoted = [long.responses[k].observation for k in range(2)]
     assert all(text in last for text in quoted)
     assert [row.turns for row in build_rows([long], "window")] == [[k] for k in range(len(long.responses))]
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_members_of_a_group_differ_and_a_key_repeats_itself(folder, history):
+def test_members_of_a_group_differ_and_equal_keys_give_equal_responses(folder, history):
     played, *_ = play(folder, history)
-    said = [tuple(r.text for r in t.responses) for t in played]
-    assert len(set(said[:4])) > 1
+    texts = [tuple(r.text for r in t.responses) for t in played]
+    assert len(set(texts[:4])) > 1
     again, *_ = play(folder, history)
-    assert [tuple(r.text for r in t.responses) for t in again] == said
+    assert [tuple(r.text for r in t.responses) for t in again] == texts
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_who_else_is_in_the_batch_changes_nothing(folder, history):
+def test_an_episode_does_not_depend_on_the_batch(folder, history):
     played, *_ = play(folder, history)
     alone, *_ = play(folder, history, [toy.draw(0)[5]])
     assert [r.sample.ids for r in alone[0].responses] == [r.sample.ids for r in played[5].responses]
 
 
-def test_a_crash_is_marked_and_the_others_go_on(folder):
+def test_crash_is_recorded_and_other_episodes_continue(folder):
     episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, ("crash", m)) for m in range(200)]
     played, *_ = play(folder, "full", episodes, world=toy.ChatterWorld(breaks=True))
     crashed = [t for t in played if t.ended == Ending.CRASHED]
@@ -120,7 +121,7 @@ def test_a_crash_is_marked_and_the_others_go_on(folder):
     assert {t.ended for t in played if t not in crashed} == {"over"}
 
 
-def test_a_full_context_ends_the_episode(folder):
+def test_full_history_ends_when_the_context_is_full(folder):
     played, *_ = play(
         folder, "full", [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)], context_tokens=25
     )
@@ -128,23 +129,23 @@ def test_a_full_context_ends_the_episode(folder):
     assert all(len(row.prompt) + len(row.completion) <= 25 for row in build_rows(played, "full"))
 
 
-def test_a_window_drops_its_history_before_it_gives_up(folder):
+def test_window_drops_past_turns_before_the_episode_ends(folder):
     episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, (m,)) for m in range(8)]
     played, *_ = play(folder, "window", episodes, context_tokens=16)
-    assert max(len(t.responses) for t in played) == 4  # the whole episode fits, a turn at a time
+    assert max(len(t.responses) for t in played) == 4  # each turn fits without past turns
     played, *_ = play(folder, "window", episodes, context_tokens=8)
     assert {t.ended for t in played} == {Ending.CONTEXT}
 
 
-def test_sampling_follows_the_distribution():
-    """Inverse-CDF draws from a known distribution: chi-square over 20,000 draws."""
+def test_inverse_cdf_sampling_follows_the_distribution():
+    """Chi-square test over 20,000 draws from a known distribution."""
     from scipy.stats import chisquare
 
-    from aem_exp.rollout.sampling.local import _sample_tokens
+    from aem_exp.rollout.sampling.local import sample_tokens
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
     draws = torch.from_numpy(keyed_generator(("chi",)).random(20_000))
-    tokens, logps, entropies = _sample_tokens(logits.expand(20_000, 5), draws, SamplingParams(0.8))
+    tokens, logps, entropies = sample_tokens(logits.expand(20_000, 5), draws, SamplingParams(0.8))
     expected = (logits.double() / 0.8).softmax(0)
     assert chisquare(torch.bincount(tokens, minlength=5).numpy(), expected.numpy() * 20_000).pvalue > 1e-3
     torch.testing.assert_close(logps, expected.log().float()[tokens])
@@ -155,16 +156,16 @@ def test_sampling_follows_the_distribution():
     ("sampling", "kept"),
     [(SamplingParams(top_k=2), {2, 4}), (SamplingParams(top_p=0.6), {2, 4}), (SamplingParams(min_p=0.9), {2})],
 )
-def test_filters_keep_the_likely_tokens(sampling, kept):
-    from aem_exp.rollout.sampling.local import _sample_tokens
+def test_filters_keep_only_likely_tokens(sampling, kept):
+    from aem_exp.rollout.sampling.local import sample_tokens
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).expand(500, 5)
-    tokens, *_ = _sample_tokens(logits, torch.from_numpy(keyed_generator(("f",)).random(500)), sampling)
+    tokens, *_ = sample_tokens(logits, torch.from_numpy(keyed_generator(("f",)).random(500)), sampling)
     assert set(tokens.tolist()) == kept
 
 
-class Stubborn:
-    """A policy that always says the same tokens: a sampler like any other."""
+class ConstantSampler:
+    """A sampler that always returns the same tokens."""
 
     def __init__(self, ids):
         self.ids = ids
@@ -173,20 +174,19 @@ class Stubborn:
         return self
 
     def generate(self, slots, prompts, keys, budgets):
-        said = [self.ids[:n] for n in budgets]
-        return [Sample(list(ids), [], []) for ids in said]
+        return [Sample(list(self.ids[:n]), [], []) for n in budgets]
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-@pytest.mark.parametrize("what", ["only the end", "never the end", "bytes that are no text"])
-def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, history, what):
-    """Every episode ends, every token is accounted for, and a step trains on it without a number that is not finite."""
-    run = toy.experiment(history, steps=1, entropy_coef=0.01)  # all returns are equal: the bonus alone trains
+@pytest.mark.parametrize("kind", ["only the end token", "no end token", "unknown tokens"])
+def test_degenerate_responses_are_played_and_trained(folder, history, kind):
+    """Every episode ends, every token is counted, and all metrics of the step are finite or absent."""
+    run = toy.experiment(history, steps=1, entropy_coef=0.01)  # all returns are equal: only the entropy bonus trains
     chat = Chat(toy.policy(folder, history)[1])
     end, word = chat.end_ids[0], chat.tokenizer.convert_tokens_to_ids("c")
     unknown = chat.tokenizer.convert_tokens_to_ids(chat.tokenizer.unk_token or "z")
-    said = {"only the end": [end], "never the end": [word] * 5, "bytes that are no text": [unknown] * 3 + [end]}[what]
-    trainer = toy.trainer(folder, run, lam=1.0, make_sampler=lambda _: Stubborn(said), trust_sampler=False)
+    ids = {"only the end token": [end], "no end token": [word] * 5, "unknown tokens": [unknown] * 3 + [end]}[kind]
+    trainer = toy.trainer(folder, run, lam=1.0, make_sampler=lambda _: ConstantSampler(ids), trust_sampler=False)
     rows = []
     trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
@@ -194,10 +194,10 @@ def test_a_policy_that_says_nothing_sensible_is_played_and_trained(folder, histo
     assert all(value == value for value in rows[0].values())
 
 
-def test_a_panel_may_be_played_by_other_rules(folder):
+def test_override_rules_holds_within_its_context(folder):
     model, tokenizer = toy.policy(folder, "full")
     chat = Chat(tokenizer)
-    rollout = Rollout(SerialExecutor(SOUND), toy.env("full"), chat)
+    rollout = Rollout(SerialExecutor(WORLD), toy.env("full"), chat)
     sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN)
     with rollout.override_rules(toy.env("full", max_turns=1)):
         assert {len(t.responses) for t in rollout.play(toy.draw(0), sampler)} == {1}
@@ -205,28 +205,28 @@ def test_a_panel_may_be_played_by_other_rules(folder):
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_who_watches_is_told_of_every_turn_and_token(folder, history):
-    class Watching:
+def test_watcher_receives_every_turn_and_token(folder, history):
+    class RecordingWatcher:
         def __init__(self):
-            self.heard = []
+            self.events = []
 
         def turn(self, live):
-            self.heard.append(live)
+            self.events.append(live)
 
         def token(self, count):
-            self.heard.append(str(count))
+            self.events.append(str(count))
 
         def slot_turn(self, slot, turn):
-            raise AssertionError("these episodes are played together")
+            raise AssertionError("these episodes advance in lockstep")
 
-    watcher = Watching()
+    watcher = RecordingWatcher()
     assert isinstance(watcher, Watcher)
     model, tokenizer = toy.policy(folder, history)
     chat = Chat(tokenizer)
     sampler = LocalSampler(model.eval(), chat.end_ids, PLAIN, watcher.token)
-    played = Rollout(SerialExecutor(SOUND), toy.env(history), chat, watcher=watcher).play(toy.draw(0), sampler)
+    played = Rollout(SerialExecutor(WORLD), toy.env(history), chat, watcher=watcher).play(toy.draw(0), sampler)
     expected = []
     for turn in range(max(len(t.responses) for t in played)):
-        said = [len(t.responses[turn].sample.ids) for t in played if len(t.responses) > turn]
-        expected += [*map(str, range(1, max(said) + 1)), len(said)]
-    assert watcher.heard == [*expected, 0]
+        lengths = [len(t.responses[turn].sample.ids) for t in played if len(t.responses) > turn]
+        expected += [*map(str, range(1, max(lengths) + 1)), len(lengths)]
+    assert watcher.events == [*expected, 0]

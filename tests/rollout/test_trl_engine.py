@@ -1,4 +1,4 @@
-"""TRL's own engine under our contract: exact tokens, budgets, end tokens, keys; and a trainer that learns from it."""
+"""Sampling with TRL's own engine: exact tokens, budgets, end tokens, seeds, and training from its samples."""
 
 import inspect
 
@@ -19,14 +19,14 @@ def folder(tmp_path_factory):
 
 
 def engine(folder, history="full", sampling=None, **settings):
-    """A trainer of the toy whose responses come from HF generate."""
+    """A trainer on the toy world whose responses come from Hugging Face `generate`."""
     run = toy.experiment(history, **settings)
     chat = Chat(toy.policy(folder, history)[1])
     make = lambda trainer: EngineSampler(trainer, chat.end_ids, sampling or SamplingParams())  # noqa: E731
     return toy.trainer(folder, run, lam=1.0, make_sampler=make, trust_sampler=False), chat
 
 
-def test_turns_append_to_exact_tokens_and_keep_their_budgets(folder):
+def test_turns_append_exact_tokens_within_their_budgets(folder):
     trainer, chat = engine(folder)
     session = trainer.sampler.session()
     prompts = [chat.first_prompt("hello a"), chat.first_prompt("hello b c")]
@@ -38,7 +38,7 @@ def test_turns_append_to_exact_tokens_and_keep_their_budgets(folder):
     assert not first[0].entropies and not first[0].logps
 
 
-def test_the_same_keys_draw_the_same_and_others_differ(folder):
+def test_equal_keys_give_equal_samples_and_other_keys_differ(folder):
     trainer, chat = engine(folder)
 
     def draw(key):
@@ -51,8 +51,8 @@ def test_the_same_keys_draw_the_same_and_others_differ(folder):
     assert len({tuple(draw((i,))) for i in range(10)}) > 3
 
 
-def test_it_draws_from_the_distribution_that_is_trained(folder):
-    """Shares of the first token, against the policy's own probabilities at that temperature."""
+def test_samples_follow_the_policy_at_the_sampling_temperature(folder):
+    """Frequencies of the first token, against the policy's probabilities at this temperature."""
     trainer, chat = engine(folder, sampling=SamplingParams(temperature=0.7))
     prompt, n = chat.first_prompt("hello a"), 3000
     drawn = trainer.sampler.session().generate(list(range(n)), [prompt] * n, [("x",)] * n, [1] * n)
@@ -60,12 +60,12 @@ def test_it_draws_from_the_distribution_that_is_trained(folder):
     wanted = torch.softmax(logits / 0.7, -1)
     shares = torch.bincount(torch.tensor([s.ids[0] for s in drawn]), minlength=len(wanted)) / n
     assert (shares - wanted).abs().max() < 4 * (0.25 / n) ** 0.5
-    assert trainer.generation_config.temperature == 1.0, "told for one turn only"
+    assert trainer.generation_config.temperature == 1.0, "the temperature is set for one turn only"
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-def test_a_trainer_learns_from_it(folder, history):
-    """What the engine does not tell is measured: entropies, old log-probs, coefficients; the account of tokens is kept."""
+def test_trainer_measures_what_the_engine_does_not_report(folder, history):
+    """It measures entropies and old log-probs, computes coefficients, and counts every token."""
     trainer, _ = engine(folder, history, steps=2, mini_batch=8)
     rows = []
     trainer.aem_callback.report = lambda step, row: rows.append(row)
@@ -77,8 +77,8 @@ def test_a_trainer_learns_from_it(folder, history):
         assert row["train/tokens_generated"] == row["train/tokens_trained"]
 
 
-def test_entropies_and_log_probs_are_those_of_the_local_sampler(folder):
-    """The same tokens, measured by the scoring pass and by the local sampler as it sampled them."""
+def test_scored_entropies_equal_those_of_the_local_sampler(folder):
+    """The same tokens, measured by the scoring pass and by the local sampler."""
     trainer, _ = engine(folder)
     local = toy.trainer(folder, toy.experiment("full"), lam=1.0)
     played = local.play(0)[0]
@@ -90,13 +90,12 @@ def test_entropies_and_log_probs_are_those_of_the_local_sampler(folder):
     assert isinstance(local.sampler, LocalSampler)
 
 
-def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(folder):
+def test_importance_ratio_is_applied_and_an_engine_with_other_weights_is_refused(folder):
     from aem_exp.core.errors import RunError
 
     trainer, _ = engine(folder)
-    credit = trainer.assign_credit(
-        toy.trainer(folder, toy.experiment("full")).play(0)[0]
-    )  # with the local sampler's log-probs
+    played = toy.trainer(folder, toy.experiment("full")).play(0)[0]
+    credit = trainer.assign_credit(played)  # with the local sampler's log-probs
     trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
     for row in credit.rows:
         row.logps = [p - 0.05 * m for p, m in zip(row.logps, row.mask, strict=True)]
@@ -105,12 +104,12 @@ def test_a_correction_weighs_tokens_and_an_engine_of_other_weights_is_refused(fo
     torch.testing.assert_close(ratio[mask], torch.full((int(mask.sum()),), 1.0513), atol=1e-3, rtol=0)
     for row in credit.rows:
         row.logps = [p - 1.0 * m for p, m in zip(row.logps, row.mask, strict=True)]
-    with pytest.raises(RunError, match="does not sample from these weights"):
+    with pytest.raises(RunError, match=r"log-probs .*\b1\b.* nats .*\b0\.1\b"):
         trainer.build_updates(credit, 0)
 
 
-def test_what_is_told_to_vllm_exists():
-    """It can't run without a GPU; the names that are set for a turn are those of the installed TRL."""
+def test_fields_set_on_vllm_exist_in_trl():
+    """vLLM needs a GPU, so only the names of the fields are compared with the source of the installed TRL."""
     source = inspect.getsource(VLLMGeneration)
     for name in VLLM_FIELDS:
         assert f"self.{name} = {name}" in source, name

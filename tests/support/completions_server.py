@@ -1,8 +1,8 @@
-"""A small server of vLLM's completions protocol that really generates, with a policy of a folder, on this machine's CPU.
+"""A small server with vLLM's completions protocol that generates with a real policy on the CPU.
 
-What it keeps of the protocol: token ids in and out, seeds, temperature and filters, end tokens, budgets, log-probs, the key
-(asked for under /v1 alone, as vLLM does), weights read anew from a folder, words of errors. What it does not: batches; it
-answers one request after another. A test may make it slow, sick or wrong, or start it without a way to read other weights.
+It implements token ids in both directions, seeds, temperature and filters, end tokens, budgets, log-probs, the API key (required
+only under /v1, as in vLLM), reloading weights from a folder, and error messages. It has no batching: it answers one request
+after another. Tests can make it slow, let it fail or return wrong answers, or disable reloading.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 
-WANTED = {
+REQUIRED_FIELDS = {
     "prompt",
     "max_tokens",
     "temperature",
@@ -35,25 +35,29 @@ WANTED = {
 
 
 class CompletionsServer:
-    """Serves while the context lives. `policy`: a folder, or what is loaded; `port`: that of a server that it is to replace.
+    """Serves within its context.
+
+    Args:
+        policy: a folder of weights, or a loaded model.
+        port: port to listen on, for example that of a server that it replaces; 0: any free port.
 
     Attributes:
-        asked: the requests for tokens, as they came, whether or not they were answered well.
-        reloads: the folders whose weights were read.
-        fails: statuses that the next requests for tokens get instead of an answer.
-        seconds: that each request for tokens takes longer.
+        asked: all completion requests in order of arrival, including failed ones.
+        reloads: names of the folders whose weights were loaded.
+        fails: statuses that the next completion requests get instead of an answer.
+        seconds: additional duration of each completion request.
         twist: changes an answer before it is sent.
-        raw: sends the whole answer to a request for tokens itself, given the handler; None: the server does.
-        develops: whether it has VLLM_SERVER_DEV_MODE=1, and so reads weights.
-        longest: tokens of a request, at most.
-        root: what it says that it was started with.
-        ends_at: the number of the request for tokens over which it dies, unanswered; 0: none.
-        ended: set when it has ended.
+        raw: sends the whole answer to a completion request, given the handler; None: the server does.
+        develops: whether it acts as with VLLM_SERVER_DEV_MODE=1, so that it can reload weights.
+        longest: the max_model_len that it reports.
+        root: the weights that it reports to have been started with.
+        ends_at: number of the completion request at which the server stops without an answer; 0: never.
+        ended: set when the server has stopped.
     """
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
         self.develops, self.longest, self.root = True, 1 << 20, str(policy)
-        self.model = loaded(policy) if isinstance(policy, str | Path) else policy
+        self.model = load_policy(policy) if isinstance(policy, str | Path) else policy
         self.key, self.seconds, self.twist, self.raw = key, 0.0, lambda answer: answer, None
         self.asked, self.reloads, self.fails = [], [], []
         self.ends_at, self.ended = 0, threading.Event()
@@ -73,16 +77,16 @@ class CompletionsServer:
     def __exit__(self, *_):
         self._http.shutdown()
         self._http.server_close()
-        for connection in self._http.connections:  # as if the process had died
+        for connection in self._http.connections:  # as if the process had been killed
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.ended.set()
 
-    def complete(self, asked):
+    def complete(self, request):
         with self._lock:
-            self.asked.append(asked)
-            dies = len(self.asked) == self.ends_at
-        if dies:
+            self.asked.append(request)
+            stops = len(self.asked) == self.ends_at
+        if stops:
             self.__exit__()
             return 500, {}
         with self._lock:
@@ -91,27 +95,27 @@ class CompletionsServer:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            if missing := WANTED - asked.keys():
-                return 400, {"error": {"message": f"{missing} must be said"}}
+            if missing := REQUIRED_FIELDS - request.keys():
+                return 400, {"error": {"message": f"missing fields: {missing}"}}
             time.sleep(self.seconds)
             with self._lock:
-                return 200, self.twist(self._answer(asked))
+                return 200, self.twist(self._answer(request))
         finally:
             with self._lock:
                 self.at_once -= 1
 
-    def _answer(self, asked):
+    def _answer(self, request):
         torch.set_num_threads(1)
-        sampling = SamplingParams(*(asked[name] for name in ("temperature", "top_p", "top_k", "min_p")))
-        session = LocalSampler(self.model, asked["stop_token_ids"], sampling).session()
-        (sample,) = session.generate([0], [asked["prompt"]], [(asked["seed"],)], [asked["max_tokens"]])
-        ended = sample.ids[-1] in asked["stop_token_ids"]
+        sampling = SamplingParams(*(request[name] for name in ("temperature", "top_p", "top_k", "min_p")))
+        session = LocalSampler(self.model, request["stop_token_ids"], sampling).session()
+        (sample,) = session.generate([0], [request["prompt"]], [(request["seed"],)], [request["max_tokens"]])
+        ended = sample.ids[-1] in request["stop_token_ids"]
         choice = {
             "index": 0,
             "text": "never read",
             "finish_reason": "stop" if ended else "length",
             "token_ids": sample.ids,
-            "prompt_token_ids": asked["prompt"],
+            "prompt_token_ids": request["prompt"],
             "logprobs": {"token_logprobs": sample.logps, "tokens": ["?"] * len(sample.ids)},
         }
         return {"object": "text_completion", "choices": [choice]}
@@ -120,22 +124,22 @@ class CompletionsServer:
         card = {"id": "policy", "object": "model", "root": self.root, "parent": None, "max_model_len": self.longest}
         return 200, {"object": "list", "data": [card, card | {"id": "other", "root": "/adapter", "parent": "policy"}]}
 
-    def rpc(self, asked):
-        if asked["method"] != "reload_weights":
+    def rpc(self, request):
+        if request["method"] != "reload_weights":
             return 400, {"error": {"message": "no such method"}}
-        folder = Path(asked["kwargs"]["weights_path"])
+        folder = Path(request["kwargs"]["weights_path"])
         if not folder.is_dir():
             return 500, {"error": {"message": f"cannot find {folder}"}}
         with self._lock:
-            found = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
-            missing, strange = self.model.load_state_dict(found, strict=False)
-            assert not strange and all("lm_head" in name for name in missing), (missing, strange)  # tied
+            state = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+            missing, unexpected = self.model.load_state_dict(state, strict=False)
+            assert not unexpected and all("lm_head" in name for name in missing), (missing, unexpected)  # tied weights
             self.reloads.append(folder.name)
         return 200, {"results": [None]}
 
 
-def loaded(folder):
-    """A policy; not to be loaded by two threads at a time, as transformers then makes half of one."""
+def load_policy(folder):
+    """Load a policy. Two threads must not load at the same time: transformers would leave models incomplete."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -161,38 +165,38 @@ def _handler(server):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            if self.path.startswith("/v1/") and not self._known():
-                self._say(401, {"error": "Unauthorized"})
+            if self.path.startswith("/v1/") and not self._is_authorized():
+                self._send(401, {"error": "Unauthorized"})
             elif self.path == "/v1/models":
-                self._say(*server.models())
+                self._send(*server.models())
             else:
-                self._say(200 if self.path == "/health" else 404, {})
+                self._send(200 if self.path == "/health" else 404, {})
 
         def do_POST(self):
             length = int(self.headers["Content-Length"])
-            if len(body := self.rfile.read(length)) < length:  # hung up
+            if len(body := self.rfile.read(length)) < length:  # the client closed the connection
                 self.close_connection = True
                 return
-            asked = json.loads(body)
-            if self.path.startswith("/v1/") and not self._known():
-                self._say(401, {"error": "Unauthorized"})
+            request = json.loads(body)
+            if self.path.startswith("/v1/") and not self._is_authorized():
+                self._send(401, {"error": "Unauthorized"})
             elif self.path == "/v1/completions" and server.raw:
                 self.close_connection = True
-                with contextlib.suppress(OSError):  # hung up
+                with contextlib.suppress(OSError):  # the client closed the connection
                     server.raw(self)
             elif self.path == "/v1/completions":
-                self._say(*server.complete(asked))
+                self._send(*server.complete(request))
             elif self.path == "/collective_rpc" and server.develops:
-                self._say(*server.rpc(asked))
+                self._send(*server.rpc(request))
             elif self.path == "/reset_prefix_cache" and server.develops:
-                self._say(200, {"success": True})
+                self._send(200, {"success": True})
             else:
-                self._say(404, {"detail": "Not Found"})
+                self._send(404, {"detail": "Not Found"})
 
-        def _known(self):
+        def _is_authorized(self):
             return not server.key or self.headers["Authorization"] == f"Bearer {server.key}"
 
-        def _say(self, status, answer):
+        def _send(self, status, answer):
             body = json.dumps(answer).encode()
             try:
                 self.send_response(status)
@@ -200,7 +204,7 @@ def _handler(server):
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-            except OSError:  # hung up
+            except OSError:  # the client closed the connection
                 self.close_connection = True
 
         def log_message(self, *_): ...
@@ -208,6 +212,6 @@ def _handler(server):
     return Handler
 
 
-if __name__ == "__main__":  # MODEL HOST PORT ..., as slurm/vllm_server.sh starts vLLM
+if __name__ == "__main__":  # arguments MODEL HOST PORT ..., as slurm/vllm_server.sh starts vLLM
     with CompletionsServer(sys.argv[1], os.environ["VLLM_API_KEY"], int(sys.argv[3]), sys.argv[2]):
         threading.Event().wait()

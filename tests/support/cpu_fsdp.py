@@ -1,6 +1,6 @@
-"""A policy in pieces where there is no GPU: torch's FSDP2 works on CPUs too, over gloo; only accelerate does not ask it to.
+"""Sharded weights without GPUs: torch's FSDP2 works on CPUs over gloo, but accelerate uses it only on GPUs.
 
-As a script it is `python -m aem_exp.run RUN_DIR`, with accelerate so persuaded.
+As a script, it runs `python -m aem_exp.run RUN_DIR` with accelerate patched.
 """
 
 import sys
@@ -16,16 +16,16 @@ SETTINGS = {
 
 
 def allow_fsdp_on_cpus() -> None:
-    """From here on, the processes of a run are to accelerate what processes with a GPU each are; they have none."""
+    """Patch accelerate: it treats the processes of a run as if each had a GPU, but places tensors on the CPU."""
 
-    begin = PartialState.__init__
+    original_init = PartialState.__init__
 
-    def device(self: PartialState) -> None:
+    def set_device(self: PartialState) -> None:
         self.device = torch.device("cpu")
 
-    PartialState.__init__ = lambda self, cpu=False, **more: begin(self, **more)
+    PartialState.__init__ = lambda self, cpu=False, **more: original_init(self, **more)
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = device
+    PartialState.set_device = set_device
 
 
 if __name__ == "__main__":

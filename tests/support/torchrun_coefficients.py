@@ -1,4 +1,4 @@
-"""Run by test_aem under torchrun: 12 rows in groups of 4, of which each rank holds six, so that one group straddles."""
+"""Run by test_aem under torchrun: 12 rows in groups of 4. Each of two ranks has six rows, so one group spans both ranks."""
 
 import torch
 import torch.distributed as dist

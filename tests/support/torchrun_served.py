@@ -1,11 +1,11 @@
-"""What test_served runs under torchrun, in two processes: the toy, in pieces, learns from a server that follows its weights."""
+"""Run by tests/rollout/test_vllm.py under torchrun: two processes train the toy policy with FSDP and sample from a server."""
 
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import conftest  # noqa: F401  (environment first)
+import conftest  # noqa: F401  (sets environment variables first)
 import torch
 
 from aem_exp.cluster import distributed
@@ -17,10 +17,10 @@ from aem_exp.rollout.sampling.weight_sync import FilePublisher
 from support import cpu_fsdp, toy
 
 
-def main(folder: Path, place: Path) -> None:
+def main(folder: Path, server_folder: Path) -> None:
     torch.set_num_threads(1)
     cpu_fsdp.allow_fsdp_on_cpus()
-    known, chat = Servers(place, 60.0), Chat(toy.policy(folder)[1])
+    servers, chat = Servers(server_folder, 60.0), Chat(toy.policy(folder)[1])
     run = toy.experiment("full", steps=2, mini_batch=8)
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | cpu_fsdp.SETTINGS))
     rows: list[dict[str, float]] = []
@@ -29,15 +29,15 @@ def main(folder: Path, place: Path) -> None:
         run,
         lam=1.0,
         make_sampler=lambda t: ServerSampler(
-            known, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
+            servers, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
         ),
         trust_sampler=False,
-        publish=FilePublisher(known),
+        publish=FilePublisher(servers),
     )
     trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     if trainer.accelerator.is_main_process:
-        (place / "rows.json").write_text(json.dumps(rows))
+        (server_folder / "rows.json").write_text(json.dumps(rows))
     distributed.shut_down()
 
 

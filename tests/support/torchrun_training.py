@@ -1,6 +1,6 @@
-"""What test_trainer_laws trains in one process, and, run by it under torchrun, in two: the toy for two steps.
+"""Trains the toy policy for two steps: called by test_trainer_laws in one process, and run by it under torchrun in two.
 
-In two, each has the whole policy, or (`pieces`) a part of it.
+With the argument `sharded`, the two processes share sharded weights; otherwise each has all weights.
 """
 
 import sys
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401  (environment first)
+import conftest  # noqa: F401  (sets environment variables first)
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -17,25 +17,29 @@ from aem_exp.cluster import distributed
 from aem_exp.training import fsdp
 from support import cpu_fsdp, toy
 
-KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "still")
+KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "zero loss")
 
 
-def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """The toy's, after two steps, and the drift of entropy in the first; `how`: the launch's own settings of TRL."""
+def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """The weights after two steps, and as `drift` the entropy drift of the first step.
+
+    Args:
+        launch_settings: additional values of `launch.trainer`.
+    """
     settings = {
-        "loss_type": "grpo" if kind in ("adapter", "still") else kind,
+        "loss_type": "grpo" if kind in ("adapter", "zero loss") else kind,
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,
         "optim": "sgd",
         "max_grad_norm": 0.0,
     }
-    if kind == "still":  # the second step has no loss: weights would decay if it had an update
+    if kind == "zero loss":  # the second step has zero loss: an update would shrink the weights by weight decay
         settings |= {"beta": 0.0, "entropy_coef": 0.0, "max_grad_norm": 1.0, "weight_decay": 10.0}
     run = toy.experiment("window", learning_rate=1e-3, **settings)
-    run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (how or {})))
-    more: dict[str, Any] = {"model": adapted(folder)} if kind == "adapter" else {}
-    more |= {"estimator": Once()} if kind == "still" else {}
+    run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (launch_settings or {})))
+    more: dict[str, Any] = {"model": policy_with_adapter(folder)} if kind == "adapter" else {}
+    more |= {"estimator": FirstStepEstimator()} if kind == "zero loss" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     rows: list[dict[str, float]] = []
     trainer.aem_callback.report = lambda step, row: rows.append(row)
@@ -45,19 +49,19 @@ def weights(kind: str, folder: Path, how: dict[str, Any] | None = None) -> dict[
     return (fsdp.gather_state_dict(trained) or trained.state_dict()) | {"drift": drift}
 
 
-class Once:
-    """GRPO's advantages in the first step, and none after it."""
+class FirstStepEstimator:
+    """GRPO's advantages in the first step, 0 in later steps."""
 
     def __init__(self) -> None:
         self.steps = 0
 
-    def __call__(self, played: advantages.StepBatch) -> torch.Tensor:
+    def __call__(self, batch: advantages.StepBatch) -> torch.Tensor:
         self.steps += 1
-        return advantages.group_normalised(played) * (self.steps == 1)
+        return advantages.group_normalised(batch) * (self.steps == 1)
 
 
-def adapted(folder: Path) -> Any:
-    """The toy's policy under an adapter that is no longer zero, so that it learns from the first step."""
+def policy_with_adapter(folder: Path) -> Any:
+    """The toy policy with a LoRA adapter that is not zero, so that all its weights have gradients from the first step."""
     policy, _ = toy.policy(folder, "window")
     torch.manual_seed(0)
     return get_peft_model(
@@ -65,17 +69,17 @@ def adapted(folder: Path) -> Any:
     )
 
 
-def main(folder: Path, how: dict[str, Any]) -> None:
+def main(folder: Path, launch_settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     for kind in KINDS:
-        state = weights(kind, folder, how)
+        state = weights(kind, folder, launch_settings)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")
     distributed.shut_down()
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["pieces"]:
+    if sys.argv[2:] == ["sharded"]:
         cpu_fsdp.allow_fsdp_on_cpus()
         main(Path(sys.argv[1]), cpu_fsdp.SETTINGS)
     else:

@@ -1,4 +1,4 @@
-"""What a log shows of the method: by hand, against the theory, and whatever way a step was cut."""
+"""The logged diagnostics: values by hand, the theory of entropy drift, and independence of micro-batches."""
 
 import math
 
@@ -18,24 +18,24 @@ STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
 
 
-def test_relative_surprisal_compares_with_the_others_of_the_state():
+def test_relative_surprisal_compares_with_the_other_responses_of_the_state():
     relative_R = diagnostics.relative_surprisal(SURPRISAL_R, STATE_R)
     assert relative_R[:5].tolist() == [1 - 11 / 2, 2 - 6, 4 - 8 / 2, 7 - 5 / 2, 6 - 2]
     assert relative_R[5].isnan()
     assert not len(diagnostics.relative_surprisal(torch.zeros(0), torch.zeros(0, dtype=torch.long)))
 
 
-def test_drift_by_hand():
+def test_entropy_drift_by_hand():
     advantage_R = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0, 5.0])
-    given_R = advantage_R * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 3.0])
-    found = diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, STATE_R)
-    assert found == {"advantage": (-4.5 - 4 - 0 + 0 - 4) / 5, "aem": (-4.5 + 0.5 * 4) / 5}
+    modulated_R = advantage_R * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 3.0])
+    drift = diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, STATE_R)
+    assert drift == {"advantage": (-4.5 - 4 - 0 + 0 - 4) / 5, "aem": (-4.5 + 0.5 * 4) / 5}
     assert diagnostics.entropy_drift(advantage_R, None, SURPRISAL_R, STATE_R).keys() == {"advantage"}
-    assert diagnostics.entropy_drift(advantage_R, given_R, SURPRISAL_R, torch.arange(6)) == {}
+    assert diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, torch.arange(6)) == {}
 
 
-def test_it_is_how_entropy_moves_under_a_natural_gradient():
-    """Fisher's inverse turns the gradient of log p(a) into 1 / p(a) on its logit, but for a shift of all of them."""
+def test_entropy_changes_by_advantage_times_relative_surprisal_under_a_natural_gradient():
+    """The inverse Fisher matrix maps the gradient of log p(a) to 1 / p(a) on the logit of a, up to a shift of all logits."""
     logits_V = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64)
 
     def entropy(logits_V):
@@ -49,33 +49,35 @@ def test_it_is_how_entropy_moves_under_a_natural_gradient():
         torch.testing.assert_close(slope, advantage * (surprisal - entropy(logits_V)), atol=1e-6, rtol=0)
 
 
-def test_what_coefficients_do_to_the_balance_of_signs_and_lengths_by_hand():
-    """alpha A = (2, 1, -1/2, 0): their sum is 5/2, of |A| 4. With 1, 2, 3 and 4 tokens: 5/2 of 9."""
+def test_modulation_statistics_by_hand():
+    """alpha A = (2, 1, -1/2, 0) sums to 5/2, and |A| to 4. Weighted by 1, 2, 3 and 4 tokens: 5/2 and 9."""
     alpha_R = torch.tensor([2.0, 1.0, 0.25, 0.75])
     advantage_R = torch.tensor([1.0, 1.0, -2.0, 0.0])
     tokens_R, turn_R = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    found = diagnostics.modulation_statistics(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
-    assert found["advantage_balance"] == pytest.approx(2.5 / 4)
-    assert found["advantage_balance_token"] == pytest.approx((2 + 2 - 1.5) / 9)
-    assert found["alpha_positive_mean"] == pytest.approx(1.5)
-    assert found["alpha_negative_mean"] == pytest.approx(0.25)
-    assert found["alpha_advantage_mean"] == pytest.approx(3.5 / 4)
-    assert found["alpha_token_mean"] == pytest.approx((2 + 2 + 0.75 + 3) / 10)
-    assert found["alpha_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, tokens_R]))[0, 1].item())
-    assert found["alpha_turn_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, turn_R]))[0, 1].item())
-    none = diagnostics.modulation_statistics(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
-    assert none["advantage_balance"] == none["advantage_balance_token"] == 0
-    assert not {"alpha_positive_mean", "alpha_negative_mean"} & none.keys()
+    stats = diagnostics.modulation_statistics(alpha_R, torch.rand(4), advantage_R, tokens_R, turn_R)
+    assert stats["advantage_balance"] == pytest.approx(2.5 / 4)
+    assert stats["advantage_balance_token"] == pytest.approx((2 + 2 - 1.5) / 9)
+    assert stats["alpha_positive_mean"] == pytest.approx(1.5)
+    assert stats["alpha_negative_mean"] == pytest.approx(0.25)
+    assert stats["alpha_advantage_mean"] == pytest.approx(3.5 / 4)
+    assert stats["alpha_token_mean"] == pytest.approx((2 + 2 + 0.75 + 3) / 10)
+    assert stats["alpha_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, tokens_R]))[0, 1].item())
+    assert stats["alpha_turn_corr"] == pytest.approx(torch.corrcoef(torch.stack([alpha_R, turn_R]))[0, 1].item())
+    no_advantage = diagnostics.modulation_statistics(alpha_R, torch.rand(4), torch.zeros(4), tokens_R, turn_R)
+    assert no_advantage["advantage_balance"] == no_advantage["advantage_balance_token"] == 0
+    assert not {"alpha_positive_mean", "alpha_negative_mean"} & no_advantage.keys()
 
 
-# A step.
+# The drift of a step.
 
 
 def trajectory(draw, member, reward, *turns):
-    """One whose turns are the log-probs of their tokens."""
-    said = [Response([9], Sample([1] * len(logps), list(logps), [0.5] * len(logps)), "look", "a") for logps in turns]
-    said[-1].reward = reward
-    return Trajectory(Task("t"), draw, member, said, ended=Ending.OVER)
+    """A trajectory from the token log-probs of each turn."""
+    responses = [
+        Response([9], Sample([1] * len(logps), list(logps), [0.5] * len(logps)), "look", "a") for logps in turns
+    ]
+    responses[-1].reward = reward
+    return Trajectory(Task("t"), draw, member, responses, ended=Ending.OVER)
 
 
 PLAYED = [
@@ -92,7 +94,7 @@ def measured(played, history):
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-def test_only_first_turns_of_groups_of_several_count(history):
+def test_drift_uses_first_turns_of_groups_with_several_members(history):
     credit = measured(PLAYED, history)
     assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
     assert "drift/aem" not in compute_step_metrics(credit)
@@ -114,8 +116,8 @@ def first_step(folder, history, **changes):
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
-    """The numbers of the sampler, row by row; in micro-batches; and scored again, as under vLLM."""
+def test_drift_of_a_step_does_not_depend_on_micro_batches_or_scoring(folder, history):
+    """Reference values come from the sampler's log-probs; the last trainer scores again, as with vLLM."""
     credit = first_step(folder, history, lam=1.0)
     whole = compute_step_metrics(credit)
     extra, counted = 0.0, 0
@@ -133,13 +135,12 @@ def test_a_step_measures_it_whatever_way_it_is_cut(folder, history):
             whole["drift/advantage"],
             whole["drift/aem"],
         ]
-    again = compute_step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
-    assert again["drift/advantage"] == pytest.approx(whole["drift/advantage"], abs=1e-4)
+    scored = compute_step_metrics(first_step(folder, history, lam=1.0, trust_sampler=False))
+    assert scored["drift/advantage"] == pytest.approx(whole["drift/advantage"], abs=1e-4)
 
 
 @pytest.mark.parametrize("unit", ["response", "token"])
-def test_what_modulation_gives_is_what_the_loss_gets(folder, unit):
-    """Empty of effect at lambda 0, whatever gets a coefficient."""
+def test_lambda_zero_leaves_advantages_and_drift_unchanged(folder, unit):
     from aem_exp.training.modulation import ModulationVariant
 
     credit = first_step(folder, "full", lam=0.0, variant=ModulationVariant(unit=unit))

@@ -1,4 +1,4 @@
-"""A run whose processes share the weights: two of them, over gloo (see `pieces`)."""
+"""Runs with sharded weights (FSDP2) in two processes on CPUs, over gloo (see `support.cpu_fsdp`)."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from support.runs import SMALL_RUN, read_metrics, run_command, wait_for_run, wei
 
 from aem_exp import config
 
-WORDS = [*SMALL_RUN, "tracking=off", "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
+OVERRIDES = [*SMALL_RUN, "tracking=off", "trainer.steps=4", "launch=slurm_cpu", "launch.nodes=2", "launch.save_every=1"]
 
 
-def run_dir(outputs, **how):
-    """A run for two processes with the weights in pieces, written down."""
-    experiment = config.load([*WORDS, f"outputs={outputs}"])
+def run_dir(outputs, **fsdp_config):
+    """Write the experiment of a sharded run for two processes; return its run directory."""
+    experiment = config.load([*OVERRIDES, f"outputs={outputs}"])
     settings = experiment.launch.trainer | cpu_fsdp.SETTINGS
-    settings["fsdp_config"] = settings["fsdp_config"] | how
+    settings["fsdp_config"] = settings["fsdp_config"] | fsdp_config
     experiment = replace(experiment, launch=replace(experiment.launch, trainer=settings))
     folder = config.run_dir(experiment)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,35 +36,42 @@ def start(cache, folder):
     return subprocess.Popen([*command, folder], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(started):
-    out, err = started.communicate(timeout=600)
-    return started.returncode, out + err
+def wait_for_end(process):
+    """The exit code and the output of a process."""
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out + err
 
 
 @pytest.fixture(scope="module")
-def through(cache, tmp_path_factory):
-    folder = run_dir(tmp_path_factory.mktemp("through"))
-    code, said = ended(start(cache, folder))
-    assert code == 0 and weights_moved(folder), said
+def finished(cache, tmp_path_factory):
+    """The run directory of an uninterrupted run."""
+    folder = run_dir(tmp_path_factory.mktemp("finished"))
+    code, output = wait_for_end(start(cache, folder))
+    assert code == 0 and weights_moved(folder), output
     return folder
 
 
-def test_interrupted_and_read_by_one_process_it_ends_the_same(cache, tmp_path, through):
+def test_interrupted_sharded_run_resumes_to_the_same_result(cache, tmp_path, finished):
+    """It also loads its weights in one process only (cpu_ram_efficient_loading)."""
     folder = run_dir(tmp_path, cpu_ram_efficient_loading=True)
-    started = start(cache, folder)
-    wait_for_run(started, (folder / "metrics.jsonl").exists, lambda: any(folder.glob("checkpoint-*/step.json")))
-    started.send_signal(signal.SIGTERM)
-    code, said = ended(started)
-    assert code != 0 and not (folder / "result.json").exists(), said
-    code, said = ended(start(cache, folder))
-    assert code == 0 and "resuming from step" in said, said
-    assert read_metrics(folder) == read_metrics(through)
-    weights, again = (load_file(path / "model" / "model.safetensors") for path in (through, folder))
-    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    process = start(cache, folder)
+    wait_for_run(process, (folder / "metrics.jsonl").exists, lambda: any(folder.glob("checkpoint-*/step.json")))
+    process.send_signal(signal.SIGTERM)
+    code, output = wait_for_end(process)
+    assert code != 0 and not (folder / "result.json").exists(), output
+    code, output = wait_for_end(start(cache, folder))
+    assert code == 0, output
+    events = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    assert [event["step"] > 0 for event in events if event["event"] == "start"] == [False, True], (
+        "it resumes from a step"
+    )
+    assert read_metrics(folder) == read_metrics(finished)
+    weights, resumed = (load_file(path / "model" / "model.safetensors") for path in (finished, folder))
+    assert weights.keys() == resumed.keys() and all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert list(folder.glob("checkpoint-*/*_fsdp_0")) and not list(folder.glob("checkpoint-*/model.safetensors"))
 
 
-def test_what_was_saved_in_pieces_does_not_go_on_whole(cache, tmp_path, through):
-    words = [f"from={through}", "trainer.steps=5", "launch.trainer={use_cpu: true}", "launch=local"]
-    done = run_command(cache, tmp_path, *words)
-    assert done.returncode == 2 and "was saved with true: go on with that" in done.stderr, done.stderr
+def test_sharded_checkpoint_is_not_continued_without_sharding(cache, tmp_path, finished):
+    overrides = [f"from={finished}", "trainer.steps=5", "launch.trainer={use_cpu: true}", "launch=local"]
+    done = run_command(cache, tmp_path, *overrides)
+    assert done.returncode == 2 and "launch.trainer.fsdp=" in done.stderr, done.stderr

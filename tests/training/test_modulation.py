@@ -1,4 +1,4 @@
-"""Each variant of the modulation and its law; the paper's own laws are in test_aem."""
+"""Properties of each variant of the modulation; those of the paper's coefficients are in test_aem."""
 
 from functools import cache
 
@@ -18,13 +18,13 @@ ADVANTAGE_R = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, 0.5, 0.0])
 
 
 @cache
-def chosen_block(name):
+def modulation_config(name):
     return load([f"modulation={name}"]).modulation
 
 
 def alphas(name, seed=0):
-    """The coefficients that a config of `conf/modulation` gives, and what it adds."""
-    block = chosen_block(name)
+    """The coefficients of a config in `conf/modulation`, and the term that it adds to the advantages."""
+    block = modulation_config(name)
     lam = torch.tensor(block.lam["value"]).item()
     variant = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
     scope_R = modulation.scope_ids(variant, GROUP_R, TRAJECTORY_R)
@@ -33,13 +33,13 @@ def alphas(name, seed=0):
     return alpha_R, modulation.advantage_bonus(variant, ADVANTAGE_R, alpha_R, ENTROPY_R, TRAJECTORY_R)
 
 
-def test_the_paper_is_the_arm_without_departures():
+def test_aem_is_the_variant_without_differences_from_the_paper():
     alpha_R, added = alphas("aem")
     assert torch.equal(alpha_R, aem.coefficients(ENTROPY_R, GROUP_R))
     assert added is None
 
 
-def test_reversed_gives_high_entropy_the_weight():
+def test_reversed_gives_large_coefficients_to_high_entropy():
     alpha_R, _ = alphas("reversed")
     assert torch.equal(alpha_R[:4].argsort(), ENTROPY_R[:4].argsort())
     torch.testing.assert_close(alpha_R[:4].max() / alpha_R[:4].min(), torch.tensor(1.0).exp())
@@ -51,11 +51,11 @@ def test_lambda_is_the_logarithm_of_the_range(name, lam):
     torch.testing.assert_close((alpha_R[:4].max() / alpha_R[:4].min()).log(), torch.tensor(lam))
 
 
-def test_shuffled_keeps_the_coefficients_of_each_group_and_loses_their_order():
+def test_shuffled_permutes_the_coefficients_within_each_group():
     alpha_R, paper_R = alphas("shuffled")[0], alphas("aem")[0]
     for group in (0, 1):
-        mine, theirs = alpha_R[group == GROUP_R], paper_R[group == GROUP_R]
-        assert torch.equal(mine.sort().values, theirs.sort().values)
+        shuffled_R, original_R = alpha_R[group == GROUP_R], paper_R[group == GROUP_R]
+        assert torch.equal(shuffled_R.sort().values, original_R.sort().values)
     assert not torch.equal(alpha_R, paper_R)
     assert torch.equal(alpha_R, alphas("shuffled")[0])
     assert len({tuple(alphas("shuffled", seed)[0].tolist()) for seed in range(20)}) > 5
@@ -67,27 +67,27 @@ def test_shuffled_is_uncorrelated_with_entropy_over_many_seeds():
 
 
 @pytest.mark.parametrize(("name", "scope_R"), [("trajectory", TRAJECTORY_R), ("batch", torch.zeros(7).long())])
-def test_a_scope_has_its_own_range_and_mean(name, scope_R):
+def test_each_scope_has_its_own_range_and_mean(name, scope_R):
     alpha_R, _ = alphas(name)
     assert torch.equal(alpha_R, aem.coefficients(ENTROPY_R, scope_R))
     for scope in scope_R.unique():
         torch.testing.assert_close(alpha_R[scope_R == scope].mean(), torch.tensor(1.0))
 
 
-def test_ungated_modulates_what_differs_by_noise():
+def test_ungated_modulates_groups_of_nearly_equal_entropies():
     close = torch.tensor([0.5, 0.5001])
-    variant, both = ModulationVariant(), torch.zeros(2).long()
+    variant, one_group = ModulationVariant(), torch.zeros(2).long()
     assert torch.equal(
-        modulation.variant_coefficients(variant, close, both, 1.0, 0.1, keyed_generator(())), torch.ones(2)
+        modulation.variant_coefficients(variant, close, one_group, 1.0, 0.1, keyed_generator(())), torch.ones(2)
     )
-    assert chosen_block("ungated").gate == 0
+    assert modulation_config("ungated").gate == 0
     assert not torch.equal(
-        modulation.variant_coefficients(variant, close, both, 1.0, 0.0, keyed_generator(())), torch.ones(2)
+        modulation.variant_coefficients(variant, close, one_group, 1.0, 0.0, keyed_generator(())), torch.ones(2)
     )
 
 
-def test_raising_and_lowering_part_the_paper_s_responses_and_change_none():
-    """Group 0: alpha falls through 1; the advantages of its first half are above 0. The last response of group 1 has none."""
+def test_raising_and_lowering_split_the_responses_without_changing_coefficients():
+    """In group 0, alpha decreases through 1, and A is positive in the first half. The last response has A = 0."""
     paper_R, _ = alphas("aem")
     sides = [
         modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), ADVANTAGE_R, paper_R)
@@ -101,7 +101,7 @@ def test_raising_and_lowering_part_the_paper_s_responses_and_change_none():
     assert torch.equal(modulation.filter_by_entropy_effect(ModulationVariant(), ADVANTAGE_R, paper_R), paper_R)
 
 
-def test_a_failure_is_of_the_other_kind():
+def test_changing_the_sign_of_advantages_swaps_raising_and_lowering():
     paper_R, _ = alphas("aem")
     for keep, other in (("raising", "lowering"), ("lowering", "raising")):
         failed_R = modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), -ADVANTAGE_R, paper_R)
@@ -110,38 +110,39 @@ def test_a_failure_is_of_the_other_kind():
         )
 
 
-def test_what_the_gate_leaves_alone_is_of_neither_kind():
+def test_gated_responses_are_neither_raising_nor_lowering():
     for keep in ("raising", "lowering"):
         assert not modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), ADVANTAGE_R, torch.ones(7)).any()
 
 
-def test_each_side_s_drift_has_its_sign_where_entropy_stands_for_surprisal():
+def test_raising_and_lowering_have_drifts_of_opposite_sign():
+    """Here the surprisal is proportional to the entropy."""
     advantage_R, surprisal_R = torch.tensor([1.0, -1.0, 1.0, -1.0]), ENTROPY_R[:4] * 10
     alpha_R = aem.coefficients(ENTROPY_R[:4], GROUP_R[:4])
     signs = {}
     for keep in ("raising", "lowering"):
-        given_R = advantage_R * modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), advantage_R, alpha_R)
-        signs[keep] = diagnostics.entropy_drift(given_R, None, surprisal_R, GROUP_R[:4])["advantage"]
+        kept_R = advantage_R * modulation.filter_by_entropy_effect(ModulationVariant(keep=keep), advantage_R, alpha_R)
+        signs[keep] = diagnostics.entropy_drift(kept_R, None, surprisal_R, GROUP_R[:4])["advantage"]
     assert signs["raising"] > 0 > signs["lowering"]
 
 
 def test_empg_by_hand():
-    """Htilde over the batch: ((0.2 .. 1.1) - 0.2) / 0.9; g = exp(-Htilde) / mean; the bonus looks one turn ahead."""
+    """Htilde over the batch is (Hbar - 0.2) / 0.9; alpha = exp(-Htilde) / mean; the bonus uses the next response."""
     alpha_R, added_R = alphas("empg")
     scaled = [0.0, 1 / 3, 2 / 3, 1.0, 1 / 9, 7 / 9, 2 / 9]
-    clear = torch.exp(-torch.tensor(scaled))
-    torch.testing.assert_close(alpha_R, clear / clear.mean())
-    bonus = 0.05 * torch.tensor([clear[1], 0, clear[3], 0, clear[5], 0, 0])
+    clarity = torch.exp(-torch.tensor(scaled))
+    torch.testing.assert_close(alpha_R, clarity / clarity.mean())
+    bonus = 0.05 * torch.tensor([clarity[1], 0, clarity[3], 0, clarity[5], 0, 0])
     expected = ADVANTAGE_R * alpha_R + bonus
     torch.testing.assert_close(ADVANTAGE_R * alpha_R + added_R, expected - expected.mean())
 
 
 @pytest.mark.parametrize("name", ["empg", "empg_scaling"])
-def test_empg_is_centred_and_may_change_signs(name):
+def test_empg_has_mean_zero_and_may_change_signs(name):
     alpha_R, added_R = alphas(name)
     total = ADVANTAGE_R * alpha_R + added_R
     torch.testing.assert_close(total.mean(), torch.tensor(0.0), atol=1e-7, rtol=0)
-    assert total[6] != 0  # it had no advantage
+    assert total[6] != 0  # its advantage was 0
 
 
 def test_empg_scaling_has_no_bonus():

@@ -1,10 +1,10 @@
-"""The laws that keep the trainer honest. The letters are those of docs/architecture.md.
+"""The laws of the trainer. The letters are those of docs/architecture.md.
 
-(a) full history: TRL's own trainer, unmodified, sees the same loss and gradients
-(b) windowed: one-turn episodes satisfy (a); longer ones an independent reference loss
-(c) lambda = 0 is no modulation, bit for bit
+(a) full history: loss and gradients equal those of TRL's unmodified trainer
+(b) window: one-turn episodes satisfy (a); longer episodes match an independent reference loss
+(c) lambda = 0 is bitwise equal to no modulation
 (d) the gradient of an update depends on neither padding, micro-batches nor ranks
-(e) every generated token is accounted for
+(e) each generated token is counted as trained, filtered or crashed
 """
 
 from dataclasses import replace
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def one_turn(step, number=0):
-    """Episodes of the toy tasks that last one turn."""
+    """Episodes of the toy tasks with one turn."""
     tasks = [t for t in toy.ChatterWorld().tasks("train") if t.seed % 4 == 0]
     return [Episode(task, d, m, (d, m)) for d, task in enumerate(tasks) for m in range(4)]
 
@@ -64,14 +64,15 @@ def first_step(trainer):
     return trainer.build_updates(trainer.assign_credit(trainer.play(0).kept), 0)
 
 
-def close(ours, theirs, atol=1e-6):
+def assert_close(ours, theirs, atol=1e-6):
+    """Compare (loss, gradients by name)."""
     torch.testing.assert_close(ours[0], theirs[0], atol=atol, rtol=0)
     for name, grad in theirs[1].items():
         torch.testing.assert_close(ours[1][name], grad, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def plain_trl(folder, run, credit, changes):
-    """The same trajectories through an unmodified GRPOTrainer: loss and gradients."""
+    """Loss and gradients of an unmodified GRPOTrainer on the same trajectories."""
     from datasets import Dataset
     from trl import GRPOTrainer
 
@@ -109,30 +110,30 @@ def plain_trl(folder, run, credit, changes):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [0.0, 0.05])
-def test_a_full_history_is_plain_trl(folder, name, beta):
+def test_a_full_history_equals_plain_trl(folder, name, beta):
     settings, estimator, changes = LOSSES[name]
     run = toy.experiment("full", **settings, beta=beta)
     trainer = toy.trainer(folder, run, estimator=estimator)
     credit, (update,) = first_step(trainer)
-    close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
+    assert_close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_b_one_turn_windows_are_plain_trl(folder, name):
+def test_b_one_turn_windows_equal_plain_trl(folder, name):
     settings, estimator, changes = LOSSES[name]
     run = toy.experiment("window", **settings)
     trainer = toy.trainer(folder, run, estimator=estimator, draw=one_turn)
     credit, (update,) = first_step(trainer)
     assert {len(t.responses) for t in credit.kept} == {1}
-    # TRL's dr_grpo divides by the row's budget, ours by that of the whole episode, of which one turn was played.
-    close(
+    # TRL's dr_grpo divides by the token budget of a row, ours by the budget of the whole episode.
+    assert_close(
         gradients(trainer, update),
         plain_trl(folder, run, credit, {**changes, "max_completion_length": max_episode_tokens(run)}),
     )
 
 
 def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
-    """The loss of all rows in one update, row by row and token by token, written from the papers' formulas."""
+    """The loss of one update over all rows, computed row by row and token by token from the formulas of the papers."""
     rows_sum, tokens, terms = 0.0, 0, []
     r = 0
     for n, row in enumerate(credit.rows):
@@ -141,7 +142,7 @@ def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
         row_terms = []
         for t, own in enumerate(row.mask):
             if not own:
-                r += t > 0 and row.mask[t - 1]  # a response has ended
+                r += t > 0 and row.mask[t - 1]  # the previous token ended a response
                 continue
             at = len(row.prompt) + t
             ratio = torch.exp(logp[at - 1, ids[0, at]] - old[n][t])
@@ -162,8 +163,8 @@ def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
 
 @pytest.mark.parametrize("history", ["window", "full"])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
-def test_b_an_independent_reference_agrees(folder, history, kind):
-    """With modulation, invalid turns, and a policy that has moved away from the one that sampled, so that clips act."""
+def test_b_loss_equals_an_independent_reference(folder, history, kind):
+    """With modulation, invalid turns, and a policy that differs from the old policy, so that ratios are clipped."""
     run = toy.experiment(history, loss_type=kind, epsilon=0.1, epsilon_high=0.15, num_iterations=2)
     trainer = toy.trainer(folder, run, lam=1.0, penalty=0.3, device_rows=5)
     credit, updates = first_step(trainer)
@@ -177,11 +178,11 @@ def test_b_an_independent_reference_agrees(folder, history, kind):
     old = [torch.tensor(row.logps) for row in credit.rows]
     loss = reference_loss(trainer.model, credit, credit.alpha_R, old, kind, 0.1, 0.15, max_episode_tokens(run))
     loss.backward()
-    close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
+    assert_close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
+def test_c_lambda_zero_is_bitwise_equal_to_no_modulation(folder, history):
     weights = []
     for lam in (None, 0.0, 1.0):
         trainer = toy.trainer(folder, toy.experiment(history, mini_batch=8), lam=lam)
@@ -191,20 +192,20 @@ def test_c_lambda_zero_is_no_modulation_bit_for_bit(folder, history):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_raising_and_lowering_train_their_part_of_the_same_step_as_before_and_nothing_of_the_rest(folder):
-    given = {}
+def test_raising_and_lowering_split_the_advantages_of_the_step(folder):
+    advantages_NT = {}
     for keep in ("all", "raising", "lowering"):
         trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, variant=ModulationVariant(keep=keep))
         _, ((batch,),) = first_step(trainer)
-        given[keep] = batch["advantages"] * batch["tool_mask"]
+        advantages_NT[keep] = batch["advantages"] * batch["tool_mask"]
     for keep in ("raising", "lowering"):
-        trained = given[keep] != 0
+        trained = advantages_NT[keep] != 0
         assert trained.any()
-        assert torch.equal(given[keep][trained], given["all"][trained])
-    assert torch.equal(given["raising"] + given["lowering"], given["all"])
+        assert torch.equal(advantages_NT[keep][trained], advantages_NT["all"][trained])
+    assert torch.equal(advantages_NT["raising"] + advantages_NT["lowering"], advantages_NT["all"])
 
 
-WHOLE = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
+ALL_LOSS_TERMS = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
@@ -213,42 +214,41 @@ def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
     results = []
     for device_rows in (0, 1, 3):
         trainer = toy.trainer(
-            folder, toy.experiment(history, loss_type=kind, **WHOLE), lam=1.0, device_rows=device_rows
+            folder, toy.experiment(history, loss_type=kind, **ALL_LOSS_TERMS), lam=1.0, device_rows=device_rows
         )
         _, updates = first_step(trainer)
         assert len(updates) >= 2
         results.append(gradients(trainer, updates[1]))
-    close(results[1], results[0])
-    close(results[2], results[0])
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    """The weights that one process ends with, by the loss."""
+def one_process(folder):
+    """The final weights of training in one process, for each kind."""
     return {kind: torchrun_training.weights(kind, folder) for kind in torchrun_training.KINDS}
 
 
-@pytest.mark.parametrize("held", ["whole", "pieces"])
-def test_d_ranks_change_nothing(folder, alone, held):
-    """Two gloo processes, each with its share of the episodes and of every update, end with the weights of one process,
-    and tell the same drift.
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+def test_d_ranks_change_nothing(folder, one_process, weights):
+    """Two gloo processes end with the weights and the entropy drift of one process.
 
-    Each holds the whole policy, or its part of every weight.
+    Each process has a share of the episodes and of each update. It has all weights, or a shard of each.
     """
-    done = torchrun(torchrun_training, str(folder), *(["pieces"] if held == "pieces" else []))
+    done = torchrun(torchrun_training, str(folder), *(["sharded"] if weights == "sharded" else []))
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in torchrun_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
-        assert two.keys() == alone[kind].keys()
+        assert two.keys() == one_process[kind].keys()
         assert len(two["drift"]) == 2
-        for name, weight in alone[kind].items():
+        for name, weight in one_process[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
             )
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
-def test_e_every_token_is_accounted_for(folder, history):
+def test_e_each_generated_token_is_counted(folder, history):
     run = toy.experiment(history, steps=3)
     seen = []
     rollout = Rollout(SerialExecutor(toy.ChatterWorld(breaks=True)), run.env, toy.Chat(toy.policy(folder, history)[1]))
@@ -261,7 +261,7 @@ def test_e_every_token_is_accounted_for(folder, history):
     assert any(m["train/tokens_crashed"] > 0 for m in seen)
 
 
-def test_the_learning_rate_moves_with_steps(folder):
+def test_learning_rate_follows_steps(folder):
     run = toy.experiment("window", steps=3, mini_batch=4, lr_scheduler_type="linear", learning_rate=3e-3)
     seen = []
     trainer = toy.trainer(folder, run)
@@ -271,41 +271,41 @@ def test_the_learning_rate_moves_with_steps(folder):
     assert [m["train/learning_rate"] for m in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
 
 
-def test_a_sampler_that_is_off_is_noticed(folder):
+def test_sampler_with_other_weights_ends_the_run(folder):
     trainer = toy.trainer(folder, toy.experiment("full"))
     play = trainer.play
 
-    def drifted(step):
+    def change_weights_after_play(step):
         played = play(step)
         with torch.no_grad():
             next(trainer.model.parameters()).mul_(1.5)
         return played
 
-    trainer.play = drifted
-    with pytest.raises(RuntimeError, match="do not share weights"):
+    trainer.play = change_weights_after_play
+    with pytest.raises(RuntimeError, match=r"log-probs .* nats .*0\.001"):
         trainer.train()
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_entropies_that_the_sampler_has_wrong_are_noticed(folder, trusted):
-    """Its log-probs are right."""
+def test_wrong_entropies_of_a_sampler_end_the_run(folder, trusted):
+    """Its log-probs are correct."""
     trainer = toy.trainer(folder, toy.experiment("full"), lam=1.0, trust_sampler=trusted)
     play = trainer.play
 
-    def wrong(step):
+    def double_entropies(step):
         played = play(step)
         for trajectory in played[0]:
             for response in trajectory.responses:
                 response.sample.entropies[:] = [2 * entropy for entropy in response.sample.entropies]
         return played
 
-    trainer.play = wrong
-    with pytest.raises((RuntimeError, RunError), match=r"entropies are .* nats away"):
+    trainer.play = double_entropies
+    with pytest.raises((RuntimeError, RunError), match=r"entropies .* nats "):
         trainer.train()
 
 
-def test_scored_entropies_equal_sampled_ones(folder):
-    """Where the sampler is not trusted (bf16, vLLM), one scoring pass measures the same log-probs and entropies."""
+def test_scored_log_probs_and_entropies_equal_sampled_ones(folder):
+    """The scoring pass replaces the sampler's measurements with bf16 or vLLM."""
     batches = []
     for trusted in (True, False):
         trainer = toy.trainer(folder, toy.experiment("full", mini_batch=8), lam=1.0, trust_sampler=trusted)
@@ -317,7 +317,7 @@ def test_scored_entropies_equal_sampled_ones(folder):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_lora_trains_the_adapter_alone(folder):
+def test_lora_trains_only_the_adapter(folder):
     from peft import LoraConfig, get_peft_model
 
     run = toy.experiment("full", beta=0.05)
@@ -332,35 +332,35 @@ def test_lora_trains_the_adapter_alone(folder):
     assert all("lora_" in n for n in changed)
 
 
-# A step whose loss is zero.
+# Steps whose loss is zero.
 
 
-class Fair(toy.Chatter):
-    """Every trajectory of a group gets the same return."""
+class EqualReturnsEnv(toy.Chatter):
+    """All trajectories of a group get the same return."""
 
     def _turn(self, text, reward=0.0, *rest):
         return super()._turn(text, 0.1, *rest)
 
 
-class FairWorld(toy.ChatterWorld):
+class EqualReturnsWorld(toy.ChatterWorld):
     def env(self):
-        return Fair()
+        return EqualReturnsEnv()
 
 
-class Sometimes(toy.ChatterWorld):
-    """Returns differ, until `fair` is set."""
+class SwitchableWorld(toy.ChatterWorld):
+    """All returns of a group are equal while `equal_returns` is set."""
 
-    fair = False
+    equal_returns = False
 
     def env(self):
-        return Fair() if self.fair else super().env()
+        return EqualReturnsEnv() if self.equal_returns else super().env()
 
 
 @pytest.mark.parametrize("changes", [{}, {"drop_equal": True}, {"drop_equal": True, "rounds": 2, "groups": 4}], ids=str)
-def test_a_step_without_advantages_updates_nothing(folder, changes):
-    """The third step of four teaches nothing: Adam's momentum must not move the weights, nor a weight decay shrink them."""
+def test_step_without_advantages_changes_no_weight(folder, changes):
+    """The third of four steps has no advantages. Neither Adam's momentum nor weight decay may change the weights."""
     run = toy.experiment("full", steps=4, weight_decay=0.1, mini_batch=8, optim="adamw_torch")
-    world, seen = Sometimes(), []
+    world, seen = SwitchableWorld(), []
     rollout = Rollout(SerialExecutor(world), run.env, toy.Chat(toy.policy(folder)[1]))
     trainer = toy.trainer(folder, run, lam=1.0, rollout=rollout, **changes)
 
@@ -369,36 +369,36 @@ def test_a_step_without_advantages_updates_nothing(folder, changes):
         moments = [state["step"].item() for state in trainer.optimizer.state.values()]
         seen.append((metrics, weights, moments))
         rollout.executor.envs.clear()
-        world.fair = step == 2
+        world.equal_returns = step == 2
 
     trainer.aem_callback.report = report
     trainer.train()
-    (_, _, _), (_, before, taken), (still, after, also), (again, last, _) = seen
-    assert torch.equal(before, after) and taken == also
-    assert not torch.equal(after, last)
-    assert not any(still[f"train/{name}"] for name in ("updates", "useful_share", "tokens_trained", "rows"))
-    assert still["train/tokens_filtered"] == still["train/tokens_generated"] > 0
-    assert again["train/updates"] > 0 and again["train/useful_share"] > 0
+    _, (_, weights_2, moments_2), (metrics_3, weights_3, moments_3), (metrics_4, weights_4, _) = seen
+    assert torch.equal(weights_2, weights_3) and moments_2 == moments_3
+    assert not torch.equal(weights_3, weights_4)
+    assert not any(metrics_3[f"train/{name}"] for name in ("updates", "useful_share", "tokens_trained", "rows"))
+    assert metrics_3["train/tokens_filtered"] == metrics_3["train/tokens_generated"] > 0
+    assert metrics_4["train/updates"] > 0 and metrics_4["train/useful_share"] > 0
     assert trainer.time.step == 4
     assert trainer.time.updates == sum(metrics["train/updates"] for metrics, *_ in seen)
 
 
 @pytest.mark.parametrize("term", [{"beta": 0.05}, {"entropy_coef": 0.01}], ids=str)
-def test_a_step_without_advantages_updates_by_its_other_terms(folder, term):
+def test_step_without_advantages_trains_with_other_loss_terms(folder, term):
     run = toy.experiment("full", steps=1, **term)
     seen = []
     trainer = toy.trainer(
-        folder, run, rollout=Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+        folder, run, rollout=Rollout(SerialExecutor(EqualReturnsWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
     )
     trainer.aem_callback.report = lambda step, metrics: seen.append(metrics)
     trainer.train()
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
 
 
-def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
+def test_step_without_advantages_trains_with_the_bonus_of_a_modulation(folder):
     run = toy.experiment("full", steps=1)
     seen = []
-    rollout = Rollout(SerialExecutor(FairWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
+    rollout = Rollout(SerialExecutor(EqualReturnsWorld()), run.env, toy.Chat(toy.policy(folder)[1]))
     trainer = toy.trainer(
         folder, run, lam=1.0, variant=ModulationVariant(scope="batch", bonus=0.05, centred=True), rollout=rollout
     )
@@ -407,8 +407,8 @@ def test_a_step_without_advantages_updates_by_what_a_modulation_adds(folder):
     assert seen[0]["train/updates"] == 1
 
 
-def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
-    """All are cut by the number of turns, and leave the loss."""
+def test_step_with_only_masked_trajectories_has_no_update(folder):
+    """All of them reach the maximum number of turns."""
     run = toy.experiment("full", steps=1)
     run = replace(run, env=replace(run.env, max_turns=1))
     seen = []
@@ -424,10 +424,10 @@ def test_a_step_whose_trajectories_are_all_masked_updates_nothing(folder):
 
 @pytest.mark.parametrize("history", ["full", "window"])
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
-def test_masked_trajectories_count_in_a_mean_over_rows_if_asked(folder, history, kind):
-    """Where they count, the loss of the others is divided by more rows, and nothing else changes."""
+def test_count_masked_enlarges_the_denominator_of_the_loss(folder, history, kind):
+    """Loss and gradients are scaled; nothing else changes."""
     run = toy.experiment(history, loss_type=kind)
-    run = replace(run, env=replace(run.env, max_turns=3))  # a quarter of the tasks would take four
+    run = replace(run, env=replace(run.env, max_turns=3))  # a quarter of the tasks need four turns
     results = []
     for count_masked in (False, True):
         trainer = toy.trainer(folder, run, mask_truncated=True, count_masked=count_masked, device_rows=3)
@@ -439,4 +439,4 @@ def test_masked_trajectories_count_in_a_mean_over_rows_if_asked(folder, history,
         trained, masked = len(credit.rows), sum(len(t.responses) for t in credit.filtered)
     factor = trained / (trained + masked)
     (loss, grads), counted = results
-    close(counted, (loss * factor, {name: grad * factor for name, grad in grads.items()}))
+    assert_close(counted, (loss * factor, {name: grad * factor for name, grad in grads.items()}))

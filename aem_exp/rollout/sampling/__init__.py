@@ -1,1 +1,4 @@
-"""Who generates. `base` is the protocol of a sampler; each other module is one way to generate, or serves one."""
+"""Samplers: what generates the responses. `base` defines the protocol; `local`, `trl_engine` and `vllm` implement it.
+
+`http`, `vllm_client` and `weight_sync` support the vLLM servers.
+"""

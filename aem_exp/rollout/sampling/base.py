@@ -1,4 +1,4 @@
-"""The interface of samplers: a sampler opens sessions, and a session samples responses."""
+"""The interface of samplers: a sampler opens a session, and a session samples the responses of its conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,56 +10,66 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Always explicit: a model's generation_config is never read."""
+    """Settings of token sampling. They are always explicit: a model's generation_config is never read."""
 
     temperature: float = 1.0
+    """divides the logits"""
     top_p: float = 1.0
-    """1: no such filter."""
+    """nucleus filter; 1: off"""
     top_k: int = 0
-    """0: no such filter."""
+    """keep the k most likely tokens; 0: off"""
     min_p: float = 0.0
-    """0: no such filter."""
+    """drop tokens below this share of the largest probability; 0: off"""
 
 
 @dataclass
 class Sample:
-    """One response: its tokens, and what the sampler knows of each."""
+    """The T tokens of one response, with the sampler's measurements."""
 
     ids: list[int]
+    """token ids, length T; the last one is an end token unless the budget was reached"""
     logps: list[float]
-    """The log-prob of each token under the unfiltered distribution; empty where the sampler does not give it."""
+    """log-prob of each token under the unfiltered distribution, length T; empty if the sampler does not report it"""
     entropies: list[float]
-    """The entropy of the unfiltered distribution at each token, in nats; empty where the sampler does not give it."""
+    """entropy of the unfiltered distribution at each token in nats, length T; empty if the sampler does not report it"""
 
 
 class Session(Protocol):
+    """A set of conversations, one per slot."""
+
     def generate(
         self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
     ) -> list[Sample]:
-        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens. Between calls, slots
-        may disappear, and none is added."""
+        """Append `prompts[i]` to conversation `slots[i]` and sample up to `budgets[i]` tokens, seeded by `keys[i]`.
+
+        From one call to the next, slots may be dropped, but none may be added.
+        """
 
 
 class Sampler(Protocol):
+    """Opens sessions."""
+
     def session(self) -> Session: ...
 
 
 class IndependentSession(Session, Protocol):
-    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
-        """What `generate` does, for one conversation. Several threads may call it at a time, each for its own."""
+    """A session whose conversations can be continued one at a time."""
+
+    def generate_one(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+        """Do the same as `generate` for one conversation. Several threads may call it at once, each for another slot."""
 
 
 @runtime_checkable
 class IndependentSampler(Protocol):
-    """A sampler whose conversations need not wait for each other: while the environment of one is at work, others generate."""
+    """A sampler whose conversations advance independently: some generate while the environments of others work."""
 
     def session(self) -> IndependentSession: ...
 
     def cancel(self) -> None:
-        """Make all calls that wait for an answer fail, now and from now on."""
+        """Make all waiting calls fail, and all later calls too."""
 
 
 def keyed_generator(key: tuple) -> np.random.Generator:
-    """Random numbers that depend on the key alone: the same on any machine, in any order, after any resume."""
+    """A random number generator that is seeded by the key alone: equal on every machine, in any order, after any resume."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))

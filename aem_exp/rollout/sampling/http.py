@@ -1,6 +1,6 @@
-"""HTTP requests to servers, with a limit of time and of size for every answer.
+"""HTTP requests to inference servers. Each answer has a limit of time and of size.
 
-Text of a server is cleaned before it reaches a terminal.
+Text from a server is sanitized before it reaches a terminal.
 """
 
 import asyncio
@@ -16,28 +16,28 @@ from aem_exp.core.errors import RunError
 if TYPE_CHECKING:
     import httpx
 
-CONNECT_SECONDS: Final = 5.0  # seconds
-MAX_BYTES: Final = 1 << 20  # bytes of an answer that is not tokens
-MAX_MESSAGE: Final = 300  # characters of a server's own words
+CONNECT_SECONDS: Final = 5.0
+MAX_BYTES: Final = 1 << 20  # default limit of an answer
+MAX_MESSAGE: Final = 300  # characters of a server's message that are shown
 _ANSI_ESCAPE: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class NoAnswer(Exception):
-    """No complete answer came; `str()` says why, to be read after the server's address.
+    """A request got no complete answer. `str()` is the rest of a sentence that starts with the server's URL.
 
     Attributes:
-        unreached: there was no connection.
-        broken: there was none, or it ended too early: the server's process may have ended.
+        unreached: the connection was refused or failed.
+        broken: there was no connection, or it ended too early; the server's process may have ended.
     """
 
-    def __init__(self, why: str, unreached: bool = False, broken: bool = False):
-        super().__init__(why)
+    def __init__(self, reason: str, unreached: bool = False, broken: bool = False):
+        super().__init__(reason)
         self.unreached, self.broken = unreached, broken
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A status and a body, which is cut at the limit where the status is no success."""
+    """An HTTP status and a body. The body of an unsuccessful answer is cut at the size limit."""
 
     status: int
     content: bytes
@@ -47,17 +47,21 @@ class Answer:
         return 200 <= self.status < 300
 
     def parse_json(self, url: str) -> dict[str, Any]:
-        """The body as a JSON object. Raises RunError where it is none."""
+        """Parse the body as a JSON object.
+
+        Raises:
+            RunError: it is not a JSON object.
+        """
         try:
             content = json.loads(self.content or b"{}")
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise RunError(f"{url} answers with something that is no JSON object: is it a server of vLLM's?", "config")
+            raise RunError(f"{url} did not return a JSON object; is it a vLLM server?", "config")
         return content
 
     def error_message(self, secret: str) -> str:
-        """The server's message about a failure, on one line, without a secret that it may repeat."""
+        """The server's error message on one line; `secret` is replaced by `***`, as servers may repeat it."""
         try:
             content = json.loads(self.content)
             content = content.get("error", content)
@@ -69,13 +73,13 @@ class Answer:
 
 
 def sanitize(text: str) -> str:
-    """Text on one line, without characters that a terminal would obey."""
+    """Put text on one line and remove terminal control characters."""
     words = " ".join(_ANSI_ESCAPE.sub("", text).split())
     return "".join(char for char in words if char.isprintable())
 
 
 class Client:
-    """Sends requests. `seconds`: the longest that a whole answer may take."""
+    """Sends requests with these headers. `seconds` limits the time of a whole answer."""
 
     def __init__(self, headers: Mapping[str, str], seconds: float):
         import httpx
@@ -85,21 +89,22 @@ class Client:
             headers={"Accept-Encoding": "identity", **headers},
             timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
-            trust_env=False,  # servers are on the same network: no proxy, and no stored credentials
+            trust_env=False,  # use no proxy and no stored credentials: the servers are on the same network
         )
 
     async def get(self, url: str) -> Answer:
+        """Send a GET request."""
         return await self._send("GET", url, None, MAX_BYTES)
 
     async def post(self, url: str, body: dict[str, Any], max_bytes: int = MAX_BYTES) -> Answer:
-        """Post a body as JSON.
+        """Send a body as JSON.
 
         Args:
-            max_bytes: of the answer.
+            max_bytes: size limit of the answer.
 
         Raises:
-            NoAnswer: none came, or not all of it in time.
-            RunError: it is too large, or compressed.
+            NoAnswer: no complete answer came in time.
+            RunError: the answer is too large, or compressed.
         """
         return await self._send("POST", url, body, max_bytes)
 
@@ -121,33 +126,32 @@ class Client:
             raise self._timeout_error() from error
         except httpx.TransportError as error:
             ended = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-            raise NoAnswer(f"broke off ({type(error).__name__})", broken=ended) from error
+            raise NoAnswer(f"lost the connection ({type(error).__name__})", broken=ended) from error
 
     def _timeout_error(self) -> NoAnswer:
-        return NoAnswer(f"gave no answer within {self.seconds:g} s")
+        return NoAnswer(f"did not answer within {self.seconds:g} s")
 
 
 async def _read_limited(response: "httpx.Response", url: str, max_bytes: int) -> Answer:
-    """Read an answer as it comes; uncompressed it could be of any size, so it must not be compressed."""
+    """Read an answer up to the size limit. A compressed answer is refused: its uncompressed size has no limit."""
     content, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         if not response.is_success:
             return Answer(response.status_code, b"")
-        raise RunError(
-            f"{url} answers in the encoding {sanitize(encoding)[:MAX_MESSAGE]!r}, which nobody asked for", "config"
-        )
-    async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # it is a generator, which httpx does not say
+        shown = sanitize(encoding)[:MAX_MESSAGE]
+        raise RunError(f"{url} sent Content-Encoding {shown!r}; only uncompressed answers are accepted", "config")
+    async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]  # a generator, but httpx declares an iterator
         async for part in parts:
             content += part
             if len(content) > max_bytes:
                 break
     if len(content) > max_bytes and response.is_success:
-        raise RunError(f"{url} answers with more than the {max_bytes:,} bytes that its answer may have", "config")
+        raise RunError(f"{url} sent more than {max_bytes:,} bytes, the limit of this answer", "config")
     return Answer(response.status_code, bytes(content[:max_bytes]))
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers; the answer is not read."""
+    """Whether GET /health succeeds; the body is not read."""
     import httpx
 
     try:

@@ -1,4 +1,7 @@
-"""The policy samples by itself, in this process, with its KV cache kept across the turns of an episode."""
+"""Samples from the policy in this process; the KV cache is kept across the turns of an episode.
+
+Shapes: B conversations, S new columns of a call, L columns of the cache, T sampled tokens, V vocabulary, E end tokens.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +15,12 @@ from aem_exp.rollout.sampling.base import Sample, SamplingParams, keyed_generato
 
 
 class LocalSampler:
-    """Samples from a causal LM of transformers on its own device; `watch` receives how many tokens a turn has by now."""
+    """Samples from a transformers causal LM on the device of the model.
+
+    Args:
+        end_ids: ids of the tokens that end a response.
+        watch: receives the number of tokens of the current turn after each token.
+    """
 
     def __init__(
         self, model: Any, end_ids: Sequence[int], sampling: SamplingParams, watch: Callable[[int], None] | None = None
@@ -24,10 +32,10 @@ class LocalSampler:
 
 
 class LocalSession:
-    """One rectangle of conversations that share a cache.
+    """Conversations that share one rectangular KV cache.
 
-    New tokens are left-padded into columns and appended for all at once; the holes are masked. A response's last token is
-    fed with the next turn, not before: most conversations end there.
+    New tokens are left-padded and appended as columns for all conversations at once; padding is masked. The last token of a
+    response is fed only with the next turn, because many conversations end with it.
     """
 
     def __init__(self, sampler: LocalSampler):
@@ -60,7 +68,7 @@ class LocalSession:
         live_B = torch.ones(len(keys), dtype=torch.bool, device=device)
         columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for t in range(longest):
-            token_B, logp_B, entropy_B = _sample_tokens(scores_BV, draws_BT[:, t], self._sampler.sampling)
+            token_B, logp_B, entropy_B = sample_tokens(scores_BV, draws_BT[:, t], self._sampler.sampling)
             columns.append((token_B, logp_B, entropy_B, live_B))
             if self._sampler.watch:
                 self._sampler.watch(t + 1)
@@ -76,7 +84,7 @@ class LocalSession:
         ]
 
     def _append(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Feed new columns; the logits (float32) after the last one."""
+        """Feed new columns; return the logits (B, V) in float32 after the last one."""
         device = self._sampler.model.device
         ids_BS, mask_BS = ids_BS.to(device), mask_BS.to(device)
         seen_B = self._mask_BL.sum(1, keepdim=True)
@@ -93,7 +101,7 @@ class LocalSession:
         return out.logits[:, -1].float()
 
     def _select_slots(self, slots: list[int]) -> None:
-        """Forget the conversations that are over."""
+        """Drop the conversations that have ended from the cache."""
         if self._cache is None:
             self._mask_BL = torch.zeros(len(slots), 0, dtype=torch.long, device=self._sampler.model.device)
         elif slots != self._slots:
@@ -103,20 +111,24 @@ class LocalSession:
         self._slots = slots
 
 
-def _sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample by inverting the cumulative distribution: one uniform per token, so batch and device change nothing."""
+def sample_tokens(scores_BV: Tensor, draw_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample one token per conversation by inverse CDF: one uniform number each, so the batch does not change the draw.
+
+    Returns:
+        token_B, and under the unfiltered distribution at `temperature`: its log-prob logp_B, and entropy_B in nats.
+    """
     assert scores_BV.ndim == 2 and draw_B.shape == scores_BV.shape[:1], (scores_BV.shape, draw_B.shape)
     logp_BV = torch.log_softmax(scores_BV / sampling.temperature, dim=-1)
     prob_BV = logp_BV.exp()
     entropy_B = -(prob_BV * logp_BV).nan_to_num().sum(-1)  # 0 * -inf is 0
-    kept_BV = _filter_probabilities(prob_BV, sampling).double().cumsum(-1)
+    kept_BV = filter_probabilities(prob_BV, sampling).double().cumsum(-1)
     token_B = torch.searchsorted(kept_BV, draw_B[:, None] * kept_BV[:, -1:], right=True).squeeze(1)
     token_B = token_B.clamp(max=scores_BV.shape[-1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
 
 
-def _filter_probabilities(prob_BV: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities (unnormalised) after top-k, top-p and min-p, by transformers' own warpers."""
+def filter_probabilities(prob_BV: Tensor, sampling: SamplingParams) -> Tensor:
+    """Apply top-k, top-p and min-p with the warpers of transformers; the result is not normalised."""
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[Any] = []
@@ -135,6 +147,7 @@ def _filter_probabilities(prob_BV: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, each (B, S)."""
     width = max(map(len, rows))
     ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
@@ -146,7 +159,7 @@ def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """Dropout off, and back to what it was."""
+    """Switch the model to eval mode (no dropout) within the context."""
     training = model.training
     model.eval()
     try:

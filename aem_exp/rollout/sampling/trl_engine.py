@@ -1,6 +1,6 @@
-"""Sampling with TRL's own generation: Hugging Face `generate`, or vLLM in this process.
+"""Samples with TRL's own generation code: Hugging Face `generate`, or vLLM in this process.
 
-What the engine does not report (entropies, old log-probs) is measured by the trainer.
+The trainer measures token entropies and old log-probs in its own scoring pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,8 @@ import torch
 
 from aem_exp.rollout.sampling.base import Sample, SamplingParams
 
-VLLM_FIELDS = (  # of its VLLMGeneration
-    *("temperature", "top_p", "top_k", "min_p"),
-    *("max_completion_length", "generation_kwargs"),
-)
+# The attributes of TRL's VLLMGeneration that are set for each turn.
+VLLM_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "generation_kwargs")
 
 
 class EngineSampler:
@@ -29,7 +27,7 @@ class EngineSampler:
 
 
 class EngineSession:
-    """Conversations by their exact tokens; the engine is handed all of them each turn (vLLM keeps their prefixes)."""
+    """Conversations as exact token ids. Each turn sends the whole conversation to the engine (vLLM caches prefixes)."""
 
     def __init__(self, sampler: EngineSampler):
         self._sampler = sampler
@@ -54,9 +52,9 @@ class EngineSession:
 
 @contextmanager
 def _configure_engine(trainer: Any, sampler: EngineSampler, budget: int) -> Iterator[None]:
-    """Set how the engine draws, for one turn: it was built for one length, one temperature and one set of end tokens."""
+    """Set the sampling parameters of the engine for one turn; its own are fixed when it is built."""
     sampling, end_ids = sampler.sampling, sampler.end_ids
-    draw = {
+    params = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -64,11 +62,11 @@ def _configure_engine(trainer: Any, sampler: EngineSampler, budget: int) -> Iter
     }
     if trainer.use_vllm:
         kwargs = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": end_ids}
-        settings = {**draw, "max_completion_length": budget, "generation_kwargs": kwargs}
+        settings = {**params, "max_completion_length": budget, "generation_kwargs": kwargs}
         with _override_attributes(trainer.vllm_generation, settings):
             yield
         return
-    settings = {**draw, "min_p": sampling.min_p or None, "max_new_tokens": budget, "eos_token_id": end_ids}
+    settings = {**params, "min_p": sampling.min_p or None, "max_new_tokens": budget, "eos_token_id": end_ids}
     kwargs = {**trainer.generation_kwargs, **settings}
     with (
         _override_attributes(trainer.generation_config, settings),

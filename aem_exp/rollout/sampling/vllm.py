@@ -1,7 +1,6 @@
-"""Sampling with vLLM servers in other processes, over the completions endpoint: token ids go in, token ids and log-probs
-come out.
+"""Samples from vLLM servers through their completions endpoint, with token ids in both directions and log-probs.
 
-Every answer is checked; an answer that is not exact ends the run.
+Each answer is checked; an invalid answer ends the run.
 """
 
 from collections.abc import Sequence
@@ -13,23 +12,21 @@ from aem_exp.rollout.sampling.base import Sample, SamplingParams
 from aem_exp.rollout.sampling.vllm_client import Servers
 
 COMPLETIONS_PATH = "/v1/completions"
-MIN_LOGPROB, MAX_LOGPROB = (
-    -1e4,
-    1e-3,
-)  # log-probs: vLLM writes -9999 for a probability of 0, and a sum of exponentials is rounded
-# Bytes of an answer: for anything, for each token that may be generated (as an id, as text twice, with log-prob and offset), and
-# for each of the prompt, whose ids may be repeated.
+# vLLM reports -9999 for a probability of 0; log-probs may be slightly positive because of rounding.
+MIN_LOGPROB, MAX_LOGPROB = -1e4, 1e-3
+# Size limit of an answer: a base, plus bytes per token that may be generated (id, text twice, log-prob and offset), plus bytes
+# per prompt token (the server may repeat the prompt's ids).
 BASE_BYTES, BYTES_PER_TOKEN, BYTES_PER_PROMPT_TOKEN = 1 << 20, 1 << 10, 16
-SHOWN_CHARACTERS: Final = 40  # characters of a value that is shown
+SHOWN_CHARACTERS: Final = 40  # characters of a server's value in an error message
 
 
 class ServerSampler:
-    """Samples from servers.
+    """Samples from vLLM servers. It reports log-probs but no entropies.
 
     Args:
-        end_ids: tokens that end a response.
-        vocabulary: tokens that the policy has; an id from there on is none.
-        rank: of this process; where all begin with the same server, one would have all the work.
+        end_ids: ids of the tokens that end a response.
+        vocabulary: vocabulary size of the policy; valid token ids are 0 to `vocabulary` - 1.
+        rank: rank of this process; it spreads the first requests of all ranks over the servers.
     """
 
     def __init__(
@@ -46,13 +43,13 @@ class ServerSampler:
 
 
 class ServerSession:
-    """Conversations by their exact tokens; a server is handed all of them each turn, and keeps their prefixes."""
+    """Conversations as exact token ids. Each turn sends the whole conversation; the server caches its prefix."""
 
     def __init__(self, sampler: ServerSampler):
         self._sampler = sampler
         self._ids: dict[int, list[int]] = {}
 
-    def ask(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
+    def generate_one(self, slot: int, prompt: list[int], key: tuple, budget: int) -> Sample:
         return self.generate([slot], [prompt], [key], [budget])[0]
 
     def generate(
@@ -65,10 +62,9 @@ class ServerSession:
             self._build_request(self._ids[slot], key, budget)
             for slot, key, budget in zip(slots, keys, budgets, strict=True)
         ]
-        firsts = [sampler.rank + slot for slot in slots]
-        answers = sampler.servers.ask(
-            COMPLETIONS_PATH, requests, firsts, [_max_answer_bytes(request) for request in requests]
-        )
+        preferred = [sampler.rank + slot for slot in slots]
+        limits = [_max_answer_bytes(request) for request in requests]
+        answers = sampler.servers.post_all(COMPLETIONS_PATH, requests, preferred, limits)
         samples = [
             _parse_sample(request, answer, sampler.vocabulary)
             for request, answer in zip(requests, answers, strict=True)
@@ -78,7 +74,7 @@ class ServerSession:
         return samples
 
     def _build_request(self, ids: list[int], key: tuple, budget: int) -> dict[str, Any]:
-        """A request of vLLM's protocol. It names no model: each of these servers has one."""
+        """Build a vLLM completions request. It names no model, because each server has only one."""
         sampling = self._sampler.sampling
         return {
             "prompt": list(ids),
@@ -92,61 +88,57 @@ class ServerSession:
             "frequency_penalty": 0.0,
             "seed": seed_from_key(key),
             "stop_token_ids": self._sampler.end_ids,
-            "ignore_eos": True,  # the end tokens are those above, and not also those of a generation_config
-            "logprobs": 0,  # of the sampled token alone
+            "ignore_eos": True,  # only stop_token_ids end a response, not the EOS of a generation_config
+            "logprobs": 0,  # log-probs of the sampled tokens only
             "return_token_ids": True,
         }
 
 
 def seed_from_key(key: tuple) -> int:
-    """63 bits that follow from a response's key."""
+    """A 63-bit seed, derived from the key of a response."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
 def _max_answer_bytes(request: dict[str, Any]) -> int:
-    """Bytes that an answer may have."""
+    """Size limit of the answer to a request."""
     return BASE_BYTES + BYTES_PER_TOKEN * int(request["max_tokens"]) + BYTES_PER_PROMPT_TOKEN * len(request["prompt"])
 
 
 def _parse_sample(request: dict[str, Any], answer: dict[str, Any], vocabulary: int) -> Sample:
-    """The tokens of an answer.
+    """Read the tokens and log-probs of an answer.
 
     Raises:
-        RunError: they are missing, or not what was asked for.
+        RunError: they are missing, or they do not match the request.
     """
     try:
         choice = answer["choices"][0]
         ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         assert isinstance(ids, list) and isinstance(logps, list)
     except (KeyError, IndexError, TypeError, AssertionError):
-        raise _invalid_answer("has no token ids or no log-probs: it must know return_token_ids, as vLLM does") from None
-    if choice.get("finish_reason") not in ("stop", "length"):  # aborted, say: half a response is none
-        raise _invalid_answer(
-            f"ended by {_shorten(choice.get('finish_reason'))}, and not by an end token or the budget"
-        )
+        raise _invalid_answer("it has no token ids or no log-probs (return_token_ids needs a vLLM server)") from None
+    if choice.get("finish_reason") not in ("stop", "length"):  # for example "abort": the response is incomplete
+        raise _invalid_answer(f"its finish_reason is {_shorten(choice.get('finish_reason'))}, not 'stop' or 'length'")
     if answer.get("prompt_token_ids", choice.get("prompt_token_ids")) not in (None, request["prompt"]):
-        raise _invalid_answer("is to another prompt than was sent: the server changed its tokens")
+        raise _invalid_answer("its prompt_token_ids differ from the prompt in the request")
     if not 0 < len(ids) <= request["max_tokens"]:
-        raise _invalid_answer(f"has {len(ids)} tokens, and 1 to {request['max_tokens']} were asked for")
+        raise _invalid_answer(f"it has {len(ids)} tokens, not 1 to {request['max_tokens']}")
     if len(logps) != len(ids):
-        raise _invalid_answer(f"has {len(ids)} tokens and {len(logps)} log-probs")
+        raise _invalid_answer(f"it has {len(ids)} tokens but {len(logps)} log-probs")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocabulary:
-            raise _invalid_answer(
-                f"has the token id {_shorten(token)}: it must be a whole number from 0 to {vocabulary - 1}"
-            )
+            raise _invalid_answer(f"token id {_shorten(token)} is not a whole number from 0 to {vocabulary - 1}")
     for logp in logps:
-        if type(logp) not in (int, float) or not MIN_LOGPROB <= logp <= MAX_LOGPROB:  # nor is NaN in between
-            raise _invalid_answer(f"has the log-prob {_shorten(logp)}: it must be a number from {MIN_LOGPROB:g} to 0")
+        if type(logp) not in (int, float) or not MIN_LOGPROB <= logp <= MAX_LOGPROB:  # also refuses NaN
+            raise _invalid_answer(f"log-prob {_shorten(logp)} is not a number from {MIN_LOGPROB:g} to 0")
     if set(ids[:-1]) & set(request["stop_token_ids"]):
-        raise _invalid_answer("goes on after an end token: the server does not know stop_token_ids")
+        raise _invalid_answer("it has tokens after an end token; the server ignores stop_token_ids")
     return Sample(ids, [float(p) for p in logps], [])
 
 
 def _shorten(value: Any) -> str:
-    """A value of a server's, in a few printable characters."""
+    """A value from a server as a few printable characters."""
     return ascii(value)[:SHOWN_CHARACTERS]
 
 
-def _invalid_answer(why: str) -> RunError:
-    return RunError(f"an answer of a server {why}", "config")
+def _invalid_answer(reason: str) -> RunError:
+    return RunError(f"invalid answer from a server: {reason}", "config")

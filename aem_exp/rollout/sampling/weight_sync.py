@@ -1,5 +1,6 @@
-"""Sends the trainer's newest weights to the vLLM servers before each rollout that follows an update: as a safetensors file
-(`FilePublisher`), or from GPU to GPU over NCCL (`NCCLPublisher`).
+"""Sends the trainer's newest weights to the vLLM servers, before each rollout that follows an update.
+
+The weights travel as a safetensors file (`FilePublisher`) or from GPU to GPU over NCCL (`NCCLPublisher`).
 """
 
 import shutil
@@ -17,7 +18,7 @@ FILE = "model.safetensors"
 
 
 class TrainerWeights(VLLMGeneration):
-    """A trainer's weights, by name. TRL's constructor hook is overridden, so that no vLLM server is started or contacted."""
+    """Gives access to a trainer's weights by name. `_init_vllm` is overridden, so that TRL starts and contacts no server."""
 
     def __init__(self, trainer: Any):
         super().__init__(trainer.model, trainer.accelerator, trainer.processing_class, mode="server")
@@ -26,7 +27,7 @@ class TrainerWeights(VLLMGeneration):
 
 
 class FilePublisher:
-    """Publishes weights as a file."""
+    """Publishes weights as a file on a shared file system."""
 
     def __init__(self, servers: Servers):
         self.servers = servers
@@ -35,11 +36,10 @@ class FilePublisher:
         is_main, weights = trainer.accelerator.is_main_process, {}
         for name, weight in TrainerWeights(trainer)._iter_named_params():
             if is_main:
-                dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # what it is computed in
+                dtype = torch.bfloat16 if trainer.args.bf16 else weight.dtype  # the dtype of the forward pass
                 weights[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
-        folder = (
-            self.servers.folder / WEIGHTS / str(trainer.state.global_step)
-        )  # a new one: a server may map what it has read
+        # A new folder for each update: a server may have the previous file memory-mapped.
+        folder = self.servers.folder / WEIGHTS / str(trainer.state.global_step)
         if is_main:
             _write_weights(weights, folder)
             self.servers.load(folder)
@@ -52,7 +52,7 @@ class FilePublisher:
 
 
 class NCCLPublisher:
-    """Publishes weights over NCCL. A TRL client has one server, so there are as many clients, made at the first call."""
+    """Publishes weights over NCCL. It uses one TRL client per server; they are created at the first call."""
 
     def __init__(self, servers: Servers):
         self.servers = servers
@@ -79,7 +79,7 @@ class NCCLPublisher:
 
         class Client(VLLMClient):
             def check_server(self, *args: Any, **kwargs: Any) -> None:
-                # TRL's own client sends no key, and its next request needs one.
+                # TRL's client sends no API key, but its next request needs one.
                 self.session.headers |= servers.headers
                 self.session.trust_env = False
                 super().check_server(*args, **kwargs)
@@ -90,7 +90,7 @@ class NCCLPublisher:
 
 
 def make_publisher(servers: Servers, method: str) -> Callable[[Any], None]:
-    """What sends a trainer's weights to servers; all processes of a run call it with their trainers."""
+    """A function that sends the weights of a trainer to the servers. All processes of a run call it with their trainers."""
     return NCCLPublisher(servers) if method == "nccl" else FilePublisher(servers)
 
 
@@ -99,7 +99,7 @@ def _write_weights(weights: dict[str, Any], folder: Path) -> None:
 
     part = folder.with_name(f".{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     part.mkdir(parents=True)
     save_file(weights, part / FILE)
     part.rename(folder)
