@@ -68,16 +68,12 @@ def test_the_sweep_reuses_the_first_run_and_the_report_has_a_verdict(followed):
     assert "Does it help to count an early win more than a late one?" in page
 
 
-def test_early_wins_lower_success(followed):
+def test_both_arms_open_the_lock(followed):
     folder, _ = followed
-
-    def success(arm):
-        return [
-            json.loads((run_dir / "result.json").read_text())["final"]["success"]
-            for run_dir in (folder / "outputs").glob(f"lock-tiny-{arm}-aem-s*")
-        ]
-
-    assert mean(success("early")) < mean(success("grpo"))
+    for arm in ("grpo", "early"):
+        results = list((folder / "outputs").glob(f"lock-tiny-{arm}-aem-s*/result.json"))
+        assert len(results) == 3
+        assert mean(json.loads(file.read_text())["final"]["success"] for file in results) > 0.5
 
 
 def test_episodes_show_every_turn(followed):
