@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
-SOCKET_OVERHEAD_BYTES: Final = 1 << 16  # most memory of a socket in addition to its buffers
+SOCKET_OVERHEAD_BYTES: Final = 1 << 16  # largest memory of a socket in addition to its buffers
 MAPPING_OVERHEAD_BYTES: Final = 200  # kernel memory for a mapping
 SHARED_MAPPINGS: Final = ("/dev/zero (deleted)", "/anon_hugepage (deleted)", "[anon_shmem:")  # their names in `maps`
 
@@ -80,7 +80,7 @@ def _page_table_bytes(place: Path) -> int:
 
 
 def _socket_bytes(processes: Iterable[Path]) -> int:
-    """Most bytes that the sockets in the sandbox's network can hold. TCP buffers grow, so their current content is added."""
+    """Upper bound of the bytes in the sockets of the sandbox's network. TCP buffers grow, so their current content is added."""
     for place in processes:
         with suppress(OSError, IndexError, ValueError):
             if (place / "ns" / "net").stat().st_ino == os.stat("/proc/self/ns/net").st_ino:
@@ -92,7 +92,7 @@ def _socket_bytes(processes: Iterable[Path]) -> int:
 
 
 def _socket_limit_bytes() -> int:
-    """Most bytes that one socket can hold: its send or receive buffer, and its options and filters."""
+    """Upper bound of the bytes in one socket: its send or receive buffer, and its options and filters."""
     send, receive, options = (
         next(iter(_read_numbers(Path("/proc/sys/net/core", name))), default)
         for name, default in (("wmem_default", 212_992), ("rmem_default", 212_992), ("optmem_max", 131_072))

@@ -37,7 +37,7 @@ class Household:
         kinds: the kinds of task, of ALFWorld's six; all are equally frequent.
         receptacles: number of receptacles in a room.
         openable: number of receptacles that must be opened first; the others are surfaces. A task may need more.
-        copies: most receptacles of one type in a room.
+        copies: largest number of receptacles of one type in a room.
         objects: number of movable objects in a room.
         receptacle_types: types of receptacles in rooms; null: all.
         object_types: types of objects in rooms; null: all.
