@@ -320,7 +320,7 @@ def test_output_shows_scores_and_the_next_command(trained, capsys, monkeypatch):
 def test_invalid_arguments_are_an_error_of_one_line(trained, capsys, words, error):
     assert evaluate.main([word.replace("RUN", str(trained)) for word in words]) == 2
     out, err = capsys.readouterr()
-    assert re.sub("=RUN", f"={trained}", error) in err
+    assert re.sub("=RUN", f"={trained}", error)[:100] in err  # an error cuts long values
     assert len(err.strip().splitlines()) == 1
     assert not out
 
@@ -344,7 +344,8 @@ def copy(trained, tmp_path):
 def test_unfinished_run_is_an_error(copy, capsys):
     (copy / "result.json").unlink()
     assert evaluate.main([str(copy)]) == 2
-    assert f"RUN_DIR={copy}: is not finished" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"RUN_DIR={copy.parent}" in err and f"aem_exp.run {copy}" in err
 
 
 def test_run_of_another_env_version_is_an_error(copy, capsys):
@@ -352,7 +353,7 @@ def test_run_of_another_env_version_is_an_error(copy, capsys):
     (copy / "result.json").write_text(json.dumps(result | {"fingerprint": "household-1-abc"}))
     assert evaluate.main([str(copy)]) == 2
     err = capsys.readouterr().err
-    assert f"RUN_DIR={copy}: " in err and "household-1-abc" in err
+    assert f"RUN_DIR={copy.parent}" in err and "household-1-abc" in err
     assert "PYTHONPATH=" in err
 
 

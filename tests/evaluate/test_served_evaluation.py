@@ -267,7 +267,7 @@ def test_unusable_server_is_an_error_before_anything_is_played(
 
 def test_locked_servers_are_an_error(trained, server, servers_folder, capsys, tmp_path):
     with FileLock(servers_folder / "lock"):
-        assert f"launch.servers={servers_folder}: " in run_evaluate(
+        assert f"launch.servers={servers_folder.parent}" in run_evaluate(
             capsys, words(trained, servers_folder, tmp_path), code=2
         )
     assert not server.reloads
@@ -289,7 +289,7 @@ def test_locked_servers_are_an_error(trained, server, servers_folder, capsys, tm
         (["launch.sampler=serve"], "launch.sampler=serve: did you mean served?"),
         (["launch.worker=3"], "did you mean workers?"),
         (["launch.server_nodes=2"], "launch.server_nodes=2: "),
-        (["launch.servers_folder=slurm"], "launch.servers_folder=slurm: "),
+        (["launch.where=slurm"], "launch.where=slurm: "),
         (["launch.trainer.fsdp=true"], "launch.trainer.fsdp=true: "),
         (["launch.gpus_per_node=8"], "launch.gpus_per_node=8: "),
         (["launch.sampler=served", "launch.servers=/s", "model.dtype=bfloat16"], "model.dtype=bfloat16: "),

@@ -122,7 +122,7 @@ def test_few_plain_lines_for_many_steps() -> None:
     assert (first.split()[1], last.split()[1]) == ("0/1000", "1000/1000")
 
 
-def test_onerender_in_a_terminal() -> None:
+def test_one_live_line_in_a_terminal() -> None:
     screen = terminal(80, force_terminal=True, force_interactive=True, color_system=None)
     with progress.Progress(console=screen) as line:
         line.show_stage("loading")

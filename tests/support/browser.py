@@ -29,7 +29,12 @@ class Browser:
         self.address = f"http://127.0.0.1:{port}"
         wait_for_answer(f"{self.address}/status", 30)
         options = {"args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        session = self.ask("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
+        timeouts = {
+            "script": 300_000,
+            "pageLoad": 300_000,
+        }  # ms; the default of 30 s for scripts is short for a busy machine
+        wanted = {"goog:chromeOptions": options, "timeouts": timeouts}
+        session = self.ask("POST", "/session", capabilities={"alwaysMatch": wanted})
         self.address += f"/session/{session['sessionId']}"
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
