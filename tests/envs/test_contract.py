@@ -165,17 +165,9 @@ def record(made):
 def test_another_process_plays_the_same(name, ready):
     """Tasks, turns and the expert's choices do not depend on the seed of Python's hashes."""
     code = f"import envs.test_contract as t; t.SMALL = {SMALL!r}; print(*t.record(t.world({name!r})))"
-    others = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONHASHSEED": salt},
-            cwd=TESTS,
-        )
-        for salt in ("1", "2")
-    ]
-    assert [other.stdout.split() for other in others] == [record(ready)] * 2, others[0].stderr
+    environment = os.environ | {"PYTHONHASHSEED": "1"}  # this process has a random one
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=TESTS)
+    assert other.stdout.split() == record(ready), other.stderr
 
 
 @every_world

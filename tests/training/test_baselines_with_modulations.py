@@ -1,4 +1,4 @@
-"""Each baseline with each modulation: three steps of real training, or a ConfigError."""
+"""Each baseline with each modulation: two steps of real training, or a ConfigError."""
 
 from dataclasses import replace
 from functools import cache
@@ -20,7 +20,8 @@ from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import RolloutSource
 
 GROUPS = list_choices(config_roots())
-SIZES = ["trainer.steps=3", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
+STEPS = 2
+SIZES = [f"trainer.steps={STEPS}", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
 GSPO_FIELD = "trainer.importance_sampling_level"
 REFUSED = [("gspo", "token")]  # GSPO's sequence ratio averages over tokens and so cancels their coefficients
 
@@ -47,11 +48,11 @@ def pair(baseline, name, history):
 
 
 def train(run, folder):
-    """The metrics of three steps, and the trained model."""
+    """The metrics of the steps, and the trained model."""
     model, tokenizer = toy.policy(folder, run.env.history)
     rows, chat = [], Chat(tokenizer)
     schedule = instantiate(run.modulation.lam) if run.modulation.lam else None
-    callback = AEMCallback(StepCounter(3), schedule, run.modulation.gate, lambda step, row: rows.append(row))
+    callback = AEMCallback(StepCounter(STEPS), schedule, run.modulation.gate, lambda step, row: rows.append(row))
     rollout = Rollout(SerialExecutor(toy.ChatterWorld()), run.env, chat)
     sampler = lambda trainer: LocalSampler(trainer.model, chat.end_ids, SamplingParams())  # noqa: E731
     source = RolloutSource(toy.draw, rollout, sampler)
@@ -71,7 +72,7 @@ def test_pair_trains_or_is_refused(baseline, name, folder):
         return
     rules.check(run)
     rows, model = train(run, folder)
-    assert len(rows) == 3
+    assert len(rows) == STEPS
     for row in rows:
         assert torch.tensor([row["train/loss"], row["train/grad_norm"]]).isfinite().all()
         parts = ("trained", "filtered", "crashed")
@@ -90,7 +91,7 @@ def test_gspo_on_full_history_is_refused_with_each_modulation(name):
 
 @pytest.mark.parametrize("baseline", GROUPS["baseline"])
 def test_lambda_zero_gives_bitwise_the_weights_of_the_baseline(baseline, folder):
-    """The weights are compared after three steps."""
+    """The weights are compared after the last step."""
     history = "window" if baseline == "gspo" else "full"
     plain = pair(baseline, "none", history)
     zero = pair(baseline, "aem", history)
@@ -132,5 +133,5 @@ def test_training_continues_after_a_step_in_which_all_episodes_are_truncated(fol
     run = pair("deepswe", "aem", "full")
     run = replace(run, env=replace(run.env, max_turns=1))
     rows, _ = train(run, folder)
-    assert len(rows) == 3
+    assert len(rows) == STEPS
     assert all(row["train/tokens_filtered"] > 0 for row in rows)
