@@ -65,8 +65,13 @@ ORDINARY = set(
 EXCEPTIONS = {"Made", "read_lenders"}  # `Made` is a target in configs, and so part of signatures
 # Private words that must not occur in docstrings, comments and pages of these folders.
 PRIVATE_WORDS = {
-    ("aem_exp", "conf", "docs", "tests"): "crew crews exam exams greeted hands lender sift twin twins",
-    ("aem_exp", "conf"): "dear door doors heed heeds told",
+    (
+        "aem_exp",
+        "conf",
+        "docs",
+        "tests",
+    ): "crew crews dear door doors exam exams greeted hands heed heeds lender sift twin twins",
+    ("aem_exp", "conf"): "somebody told",
 }
 
 
