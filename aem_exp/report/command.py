@@ -141,8 +141,10 @@ def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCe
     from aem_exp.report.analysis import ArmCell, SeedRun
 
     runs: dict[tuple[str, str], list[SeedRun]] = {}
+    where = ["--config-dir", str(sweep.config_dir)] if sweep.config_dir else []
     for cell in sweep.cells:
-        run = SeedRun(cell.seed, archives.get(cell.folder), shlex.join(["python", "-m", "aem_exp", *cell.overrides]))
+        command = shlex.join(["python", "-m", "aem_exp", *cell.overrides, *where])
+        run = SeedRun(cell.seed, archives.get(cell.folder), command)
         for label in cell.labels:
             point = label.group.removeprefix(label.arm).removeprefix("/")
             runs.setdefault((label.arm, point), []).append(run)

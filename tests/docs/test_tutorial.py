@@ -9,6 +9,7 @@ import pytest
 from support import ROOT, page_reader
 
 PAGE = "tutorial.md"
+REPORT = "outputs/reports/early_wins"
 VERDICTS = ("better", "worse", "no difference shown")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(page_reader.DEADLINE + 60)]
 
@@ -25,10 +26,10 @@ def followed(tmp_path_factory):
 
 def test_the_folder_has_what_the_page_lists(followed):
     folder, _ = followed
-    listed = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / PAGE).read_text(), re.MULTILINE)
-    files = [name for name in listed if "." in name or name.endswith("/")]
-    assert len(files) >= 7
-    for name in files:
+    page = (ROOT / "docs" / PAGE).read_text()
+    listed = re.findall(r"^\| `([\w/]+(?:\.py|\.yaml|/))` \|", page, re.MULTILINE)
+    assert len(listed) == 7
+    for name in listed:
         assert (folder / name).exists(), name
 
 
@@ -64,8 +65,10 @@ def test_the_sweep_reuses_the_first_run_and_the_report_has_a_verdict(followed):
     assert len(list((folder / "outputs").glob("lock-*"))) == 6
     verdict = next(line for line in said[7].splitlines() if line.startswith("early against grpo"))
     assert any(word in verdict for word in VERDICTS)
-    page = (folder / "outputs" / "reports" / "early_wins" / "index.html").read_text()
+    page = (folder / REPORT / "index.html").read_text()
     assert "Does it help to count an early win more than a late one?" in page
+    commands = re.findall(r"`(python -m aem_exp \+experiment=lock .*)`", (folder / REPORT / "report.md").read_text())
+    assert len(commands) == 6 and all(command.endswith(f"--config-dir {folder}") for command in commands)
 
 
 def test_both_arms_open_the_lock(followed):
