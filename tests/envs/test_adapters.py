@@ -48,19 +48,19 @@ def test_frozen_lake_is_played_in_text():
     assert env.step("down").reward == 0
 
 
-def readme_taxi(folder):
-    """Load the example of README.md as printed."""
-    text = (ROOT / "README.md").read_text()
-    found = re.search(r"```yaml\n# conf/env/taxi\.yaml[^\n]*\n(.*?)```", text, re.DOTALL)
+def documented_taxi(folder):
+    """Load the example of docs/extending.md as printed."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    found = re.search(r"`my/env/taxi\.yaml`:\n\n```yaml\n(.*?)```", text, re.DOTALL)
     (folder / "env").mkdir()
     (folder / "env/taxi.yaml").write_text(found[1])
     return load(["env=taxi", "model.make=null", "model.path=a/b"], folder)
 
 
-def test_the_taxi_example_of_the_readme_can_be_won(tmp_path):
+def test_the_documented_taxi_example_can_be_won(tmp_path):
     """Observations show everything that the goal mentions: the taxi, the passenger and the destination."""
     needs("gymnasium")
-    experiment = readme_taxi(tmp_path)
+    experiment = documented_taxi(tmp_path)
     world = instantiate(experiment.env.make)
     env, task = world.env(), Task("a", seed=1)
     first = env.reset(task)
@@ -81,7 +81,7 @@ def test_an_example_without_its_library_or_a_policy_is_refused(tmp_path):
     needs("gymnasium")
     for words, folder in ((["env=frozen_lake"], None), (["env=taxi"], tmp_path)):
         if folder:
-            readme_taxi(folder)
+            documented_taxi(folder)
         with pytest.raises(ConfigError, match=r"model=NAME") as caught:
             preflight.open_checked_world(load(words, folder))
         assert caught.value.field == "model.make"
