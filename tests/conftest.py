@@ -31,8 +31,13 @@ def pytest_xdist_auto_num_workers(config):
     return 3 if whole else 0
 
 
+TRAINED = {"unbroken", "trained", "first_execution"}  # fixtures that train a policy in a process of its own
+
+
 def pytest_itemcollected(item):
-    """Every test without another lane is in the fast lane."""
+    """A test with an expensive fixture is in the slow lane; every test without another lane is in the fast lane."""
+    if TRAINED & set(getattr(item, "fixturenames", ())):
+        item.add_marker("slow")
     if not any(item.get_closest_marker(name) for name in ("slow", "machine", "real")):
         item.add_marker("fast")
 

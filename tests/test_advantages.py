@@ -182,6 +182,7 @@ def reference(value, group, of, eps):
     return out
 
 
+@pytest.mark.slow
 def test_ten_thousand_ragged_groups_match_the_formulas_and_equal_ones_are_zero():
     alike = 0
     for seed in range(100):

@@ -43,6 +43,7 @@ def test_the_mean_over_a_group_is_one(values, lam):
     assert aem.coefficients(*one_spread_group(values), lam, 0).mean().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @given(ENTROPIES, LAMBDAS)
 def test_higher_entropy_means_a_smaller_coefficient(values, lam):
     entropy_R, group_R = one_spread_group(values)
@@ -53,12 +54,14 @@ def test_higher_entropy_means_a_smaller_coefficient(values, lam):
     assert (steps[apart] < 0).all()
 
 
+@pytest.mark.slow
 @given(ENTROPIES, LAMBDAS)
 def test_the_ratio_of_the_extremes_is_e_to_the_lambda(values, lam):
     alpha_R = aem.coefficients(*one_spread_group(values), lam, 0)
     assert (alpha_R.max() / alpha_R.min()).item() == pytest.approx(math.exp(lam), rel=1e-5)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 1000), min_size=2, max_size=16, unique=True), LAMBDAS, st.floats(0.1, 5), st.floats(0, 10)
 )
@@ -68,6 +71,7 @@ def test_an_increasing_affine_change_has_no_effect(values, lam, scale, shift):
     torch.testing.assert_close(moved, aem.coefficients(entropy_R, group_R, lam, 0), atol=3e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @given(ENTROPIES, st.permutations(range(6)))
 def test_responses_may_come_in_any_order(values, order):
     assume(len(values) >= 6)
@@ -86,6 +90,7 @@ def test_lambda_zero_is_the_identity_bit_for_bit(values):
     assert torch.equal(aem.modulate(advantage, alpha_R, torch.arange(len(values))[None]), advantage)
 
 
+@pytest.mark.slow
 @given(ENTROPIES)
 def test_signs_and_zeros_are_kept(values):
     advantage = torch.tensor([[-1.0, 0.0, 2.0] * len(values)])[:, : len(values)]
@@ -192,6 +197,7 @@ def test_shapes_that_would_broadcast_are_refused(call):
         call()
 
 
+@pytest.mark.slow
 def test_groups_may_be_split_over_ranks(tmp_path: Path):
     """Two gloo processes have interleaved halves of each group; after gathering they compute the result of one process."""
     done = torchrun(torchrun_coefficients)

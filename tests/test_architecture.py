@@ -138,6 +138,7 @@ def prose(path):
             yield number, line if path.suffix == ".md" else line.partition("# ")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folders", "words"), PRIVATE_WORDS.items(), ids=str)
 def test_prose_has_no_private_words(folders, words):
     pattern = re.compile(rf"\b({'|'.join(words.split())})\b", re.IGNORECASE)
@@ -148,6 +149,7 @@ def test_prose_has_no_private_words(folders, words):
     assert not uses, "\n".join(uses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
 )

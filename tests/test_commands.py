@@ -232,6 +232,7 @@ def type_into(shell, prepare, outputs):
     return output.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(DEADLINE)
 @pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.machine)])
 def test_a_terminal_completes(shell, outputs):
@@ -258,6 +259,7 @@ def store_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_ui_serves_on_loopback_and_stops_its_server(store_folder, number):
     command = [sys.executable, "-m", "aem_exp", "ui"]
@@ -309,6 +311,7 @@ def test_ui_refuses_a_port_that_is_taken(capsys, store_folder):
         assert f"--port={port}: " in err
 
 
+@pytest.mark.slow
 def test_ui_reports_a_damaged_store(capsys, tmp_path):
     (tmp_path / "mlflow.db").write_text("no database at all" * 100)
     assert main(["ui", "--uri", "mlflow.db"]) == 2

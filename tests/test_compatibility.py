@@ -156,6 +156,7 @@ def test_old_module_paths_of_jobs_exist(module):
     assert done.returncode == 0 and f"python -m {module} " in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [STUDY], indirect=True)
 def test_old_study_is_shown_as_before(old, capsys, monkeypatch):
     """Its record is complete, and `status` finds its trial by the name of the study."""
@@ -190,6 +191,7 @@ def test_retired_key_is_ignored_in_files_and_refused_in_overrides(old, monkeypat
 # Archives in sweeps/results.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.iterdir()))
 def test_archived_results_give_the_same_report(name, clean, tmp_path, monkeypatch, capsys):
     """As in a clean clone, without run directories and MLflow. All runs of the sweep are found although the code has changed."""

@@ -39,6 +39,7 @@ def recorded(choice):
     return {**names, "science": identity._science(experiment)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("choice", choices())
 def test_hash_of_a_choice_is_unchanged(choice):
@@ -53,6 +54,7 @@ def test_all_recorded_choices_exist():
     assert set(choices()) == set(json.loads(SCIENCE.read_text()))
 
 
+@pytest.mark.slow
 def test_archived_runs_keep_their_signatures():
     assert len(ARCHIVES) >= 200
     for file in ARCHIVES:

@@ -60,6 +60,7 @@ def test_cfg_job_prints_what_was_composed(capsys):
     assert "name: household-tiny" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_shows_and_runs_nothing(capsys, tmp_path):
     words = [*FIXED, "trainer.mini_batch=all"]
     assert main([*words, "plan=true"]) == 0
@@ -89,10 +90,12 @@ assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_a_run(tmp_path):
     subprocess.run([sys.executable, "-c", LAZY], check=True, capture_output=True, cwd=tmp_path, env=environment())
 
 
+@pytest.mark.slow
 def test_works_from_any_folder(tmp_path):
     (tmp_path / "own_world.py").write_text(
         "import torch\nfrom aem_exp.envs import Task\nclass World:\n    def __init__(self, size: int = 1): ...\n"

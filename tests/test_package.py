@@ -16,6 +16,7 @@ def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_the_sdist_contains_the_documentation(tmp_path):
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
@@ -40,6 +41,7 @@ def test_the_wheel_contains_the_configs(wheel):
     assert "aem_exp/py.typed" in names  # without it, type checkers ignore the annotations
 
 
+@pytest.mark.slow
 def test_the_wheel_works_from_any_folder_with_a_config_dir(wheel, tmp_path):
     site, mine = tmp_path / "site", tmp_path / "mine"
     zipfile.ZipFile(wheel).extractall(site)

@@ -104,6 +104,7 @@ def run_proxy(unbroken, cache, monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_command_measures_both_policies_resumes_and_shows_the_result(run_proxy, tmp_path, monkeypatch):
     rows = json.loads(run_proxy("--json"), parse_constant=lambda name: pytest.fail(f"{name} is not valid in JSON"))
     assert rows.keys() == {"policy", "untrained"}

@@ -35,6 +35,7 @@ def data(*words):
     return to_dict(load([*BASE, *words]))
 
 
+@pytest.mark.slow
 def test_a_label_contains_only_the_differences():
     assert labels.make_labels([data("seed=0"), data("seed=1")]) == ["grpo+aem", "grpo+aem"]
     assert labels.make_labels([data(), data("modulation=none")]) == ["aem", "none"]
@@ -118,6 +119,7 @@ def test_unreadable_runs_do_not_hide_others(workspace, capsys):
     assert len(json.loads(capsys.readouterr().out)) == 7
 
 
+@pytest.mark.slow
 def test_a_sweep_is_named_as_for_running_it(workspace, capsys):
     """By file or by name, with or without overrides; the file states its folder of configs."""
     whole = question.load(workspace / "clip.yaml")
@@ -133,6 +135,7 @@ def test_a_sweep_is_named_as_for_running_it(workspace, capsys):
     assert " 4 runs " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_started_sweep_is_known_by_its_name(workspace, capsys):
     """Without its file, with the cells of its last start."""
     whole = question.load(workspace / "clip.yaml", ["seed=3"])

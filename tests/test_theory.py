@@ -25,6 +25,7 @@ def test_plain_gradient_has_another_closed_form():
     assert np.corrcoef(drift.plain, drift.predicted)[0, 1] < 0.9  # ... but not the size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES.values(), ids=LANGUAGES)
 def test_surprisal_is_the_sum_of_token_entropies_and_a_martingale(language):
     every, decomposition = theory.list_responses(language), theory.decompose_surprisal(language)
@@ -47,6 +48,7 @@ def test_mean_token_entropy_is_a_proxy_but_not_in_every_language():
     assert routine.predictable > routine.surprisal  # the predictable part may vary more than the surprisal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [theory.random_success(0.2), theory.good_endings, theory.usual_wins, theory.unusual_wins]
 )
@@ -62,12 +64,14 @@ def test_signs_are_opposite_if_mean_entropy_correlates_negatively_with_surprisal
     assert aem.failures.z < -5 and aem.successes.z > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_share_of_failures_alone_causes_no_net_drift(share):
     """Advantages have mean 0 in each group. If success is independent of surprisal, both sides cancel."""
     assert abs(added_drift("ordinary", theory.random_success(share)).net.z) < 4
 
 
+@pytest.mark.slow
 def test_success_that_depends_on_surprisal_causes_net_drift():
     usual, unusual = added_drift("ordinary", theory.usual_wins), added_drift("ordinary", theory.unusual_wins)
     assert usual.net.z > 4 and unusual.net.z < -4
@@ -81,6 +85,7 @@ def test_expected_visits_match_samples():
     assert visits_C == pytest.approx(theory.expected_visits(language, prompt_N), rel=0.05)
 
 
+@pytest.mark.slow
 def test_learning_keeps_more_entropy_with_aem_and_less_with_reversed():
     none, aem, reverse = (
         theory.learn(LANGUAGES["ordinary"], lam, seeds=3, steps=30) for lam in theory.LEARNERS.values()

@@ -37,6 +37,7 @@ def test_refused_when_composing(override, field, fact):
     assert_error(caught.value, field, fact)
 
 
+@pytest.mark.slow
 def test_a_composed_tree_with_changes_resolves_like_a_new_one(composed):
     texts = (
         "trainer.beta=0.5 | model.lora={r: 4} | env.prompt.next='go: {actions}' | seed=4",

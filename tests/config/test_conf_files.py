@@ -12,6 +12,7 @@ from aem_exp.config.compose import Composer
 pytestmark = pytest.mark.usefixtures("clean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, files in GROUPS.items() for name in files])
 def test_every_file_resolves_and_has_a_description(choice):
     group, _, name = choice.partition("=")
@@ -127,6 +128,7 @@ def test_experiments_have_the_settings_of_their_reference(name):
         assert {"<think>", "</think>", "<action>", "</action>"} <= set(experiment.env.prompt["window"].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), [("alfworld_1_5b", "std"), ("webshop_1_5b", "mean")])
 def test_gigpo_uses_the_norm_of_the_reference_for_each_env(name, norm):
     """verl-agent's scripts: mode=mean_std_norm in ALFWorld, mode=mean_norm in WebShop."""
@@ -157,6 +159,7 @@ def test_the_verl_agent_variant_differs_only_in_split_and_evaluation(name):
     assert theirs.evaluation.every == 5
 
 
+@pytest.mark.slow
 def test_an_experiment_keeps_its_recipe_under_another_baseline():
     plain, other = load(["+experiment=alfworld_1_5b"]), load(["+experiment=alfworld_1_5b", "baseline=dr_grpo"])
     changed = {line.partition(":")[0] for line in config.diff(plain, other)}

@@ -14,6 +14,7 @@ def test_the_installed_hydra_is_tested():
     assert hydra_internals.is_supported(), "this version of Hydra lacks one of hydra_internals.PRIVATE_NAMES"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("TESTED_VERSIONS", ("0.0",)), ("PRIVATE_NAMES", ("defaults_list:none",))])
 def test_an_untested_hydra_composes_the_same_without_private_names(monkeypatch, tmp_path, name, value):
     words = ["+experiment=alfworld_1_5b", "baseline=gigpo", "seed=3", "trainer.steps=2"]

@@ -22,6 +22,7 @@ def test_prompts_without_fields_and_high_learning_rates_are_noted(overrides, fac
     assert any(fact in note for note in config.notes(load(overrides)))
 
 
+@pytest.mark.slow
 def test_settings_without_effect_are_noted():
     assert config.notes(load(FIXED)) == []
     (note,) = config.notes(load([*FIXED, "trainer.mini_batch=all", "baseline=dapo"]))

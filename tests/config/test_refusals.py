@@ -39,6 +39,7 @@ def refused(capsys, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("also", [[], ["plan=true"]], ids=["run", "plan"])
 @pytest.mark.parametrize(
     ("word", "limit"),

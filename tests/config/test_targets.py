@@ -42,6 +42,7 @@ def test_targets_are_bound_without_importing(user_package, target, keywords, fie
     assert "mine.things" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "fact"),
     [
@@ -73,6 +74,7 @@ def test_targets_that_could_run_any_code_are_refused_by_name(user_package, targe
     assert "mine.things" not in sys.modules
 
 
+@pytest.mark.slow
 def test_an_installed_package_of_the_user_may_be_named(tmp_path, monkeypatch):
     """The user installed it with pip, next to the libraries of this package."""
     site = tmp_path / "site-packages"

@@ -41,6 +41,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @root
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize("part", ["all", "code", "one module", "linked experiment"])
@@ -64,6 +65,7 @@ def test_code_of_another_user_does_not_run_before_it_is_trusted(run_dir, command
     assert not (run_dir / "code" / "ran").exists()
 
 
+@pytest.mark.slow
 @root
 def test_modules_of_a_trusted_run_dir_cannot_shadow_the_standard_library(run_dir, tmp_path):
     """`types.py` is not imported, since the standard library comes first; `msvcrt.py`, which Linux lacks, is refused."""

@@ -83,6 +83,7 @@ def test_every_block_has_a_language_that_is_tested_and_a_reason_that_is_known():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", with_blocks("bash", "text", ""))
 def test_commands_are_understood(page, folder):
     write_files(page, folder)

@@ -35,6 +35,7 @@ def test_the_page_has_what_is_tested_here() -> None:
     assert len(SCRIPT) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in FILES if name.endswith(".yaml")])
 def test_a_file_makes_an_experiment(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(folder / "my"))

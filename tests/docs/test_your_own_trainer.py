@@ -26,6 +26,7 @@ def page(tmp_path_factory):
             sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_train(tmp_path):
     done = page_reader.follow(PAGE, tmp_path, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -57,6 +58,7 @@ def with_strength(kind, lam, gate=0.0):
     return type("Modulated", (kind,), {"lam": lam, "gate": gate})
 
 
+@pytest.mark.slow
 def test_lambda_zero_is_plain_trl_bit_for_bit(page, tmp_path):
     from trl import GRPOTrainer
 
@@ -70,6 +72,7 @@ def test_lambda_zero_is_plain_trl_bit_for_bit(page, tmp_path):
         assert torch.equal(value, zero_weights[name]), name
 
 
+@pytest.mark.slow
 def test_advantages_are_multiplied_by_the_coefficients(page, tmp_path):
     """Against `aem`, with entropies of the logits themselves, and groups and responses numbered by hand."""
     from trl import GRPOTrainer
@@ -102,6 +105,7 @@ def test_the_gate_leaves_groups_unchanged(page, tmp_path):
         assert torch.equal(a["advantages"], b["advantages"])
 
 
+@pytest.mark.slow
 def test_a_group_may_lie_on_two_processes(page, tmp_path):
     """Two processes, each with three rows of groups of two, compute what one process does."""
     ours = importlib.import_module("aem_grpo").AEMGRPOTrainer

@@ -58,6 +58,7 @@ def random_command(state, random):
     return random.choice(staying if random.random() < 0.6 else state.commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size", "turns"), [*((kind, SMALL, 40) for kind in KINDS), (KINDS[3], FULL, 25)])
 def test_the_engine_plays_as_textworlds_own_class(kind, size, turns, tmp_path, monkeypatch):
     game, _ = games.generate_game(kind, f"stock-{turns}", *size)
@@ -80,6 +81,7 @@ def test_the_engine_plays_as_textworlds_own_class(kind, size, turns, tmp_path, m
     other_engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_walkthrough_and_the_expert_win_each_kind(kind):
     sizes = [*((seed, SMALL) for seed in range(4)), (0, FULL)]
@@ -113,6 +115,7 @@ def test_a_game_depends_only_on_its_seed():
     assert set(kinds) == set(KINDS)
 
 
+@pytest.mark.slow
 def test_display_names_equal_alfworlds(tmp_path, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     from alfworld.agents.utils.misc import Demangler
@@ -125,6 +128,7 @@ def test_display_names_equal_alfworlds(tmp_path, monkeypatch):
     assert facts.display_names(ids) == {one: reference.demangle_alfred_name(one) for one in ids}
 
 
+@pytest.mark.slow
 def test_old_games_keep_their_own_verbs():
     """Games before 0.4.0 use `put` instead of `move`. The verb comes from the game."""
     game, errand = games.generate_game(KINDS[0], "old", *SMALL)
@@ -377,6 +381,7 @@ def test_success_is_paid_once():
     env.close()
 
 
+@pytest.mark.slow
 def test_the_reference_prompt_fits_its_budget():
     """In the largest room, task, two past turns, observation and commands fit into the context, at 3 characters per token."""
     rules = load(["+experiment=alfworld_1_5b"]).env

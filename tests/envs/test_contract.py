@@ -141,6 +141,7 @@ def check_types(turn):
     assert all(isinstance(key, str) and isinstance(value, int | float) for key, value in turn.metrics.items())
 
 
+@pytest.mark.slow
 @every_world
 def test_two_instances_have_the_same_tasks(name, ready):
     other = make(name)
@@ -161,6 +162,7 @@ def record(made):
     return [made.fingerprint, hashlib.sha256(repr([tasks, played]).encode()).hexdigest()]
 
 
+@pytest.mark.slow
 @every_world
 def test_another_process_plays_the_same(name, ready):
     """Tasks, turns and the expert's choices do not depend on the seed of Python's hashes."""
@@ -170,6 +172,7 @@ def test_another_process_plays_the_same(name, ready):
     assert other.stdout.split() == record(ready), other.stderr
 
 
+@pytest.mark.slow
 @every_world
 def test_every_task_has_its_own_id(name, ready):
     ids = {split: [task.id for task in ready.tasks(split)] for split in ready.splits}
@@ -178,6 +181,7 @@ def test_every_task_has_its_own_id(name, ready):
     assert len(set(all_ids)) == len(all_ids)
 
 
+@pytest.mark.slow
 @every_world
 def test_turns_keep_the_contract(name, ready):
     env = ready.env()
@@ -196,6 +200,7 @@ def test_turns_keep_the_contract(name, ready):
     assert env.close() is None
 
 
+@pytest.mark.slow
 @every_world
 def test_the_same_actions_give_the_same_turns(name, ready):
     """Members of a group play the same game, also in an environment that has played another task before."""
@@ -211,6 +216,7 @@ def test_the_same_actions_give_the_same_turns(name, ready):
         assert again == [turn for _, turn in played]
 
 
+@pytest.mark.slow
 @every_world
 def test_environments_share_no_state(name, ready):
     one, two = ready.env(), ready.env()
@@ -231,6 +237,7 @@ def open_episode(name):
     return env, [env.reset(world(name).tasks("dev")[0])]
 
 
+@pytest.mark.slow
 @every_world
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(response=st.one_of(st.text(max_size=300), st.from_regex(r"(</?(think|action|tool_call)>|[a-z \d]|\n){0,40}")))
@@ -240,6 +247,7 @@ def test_random_text_is_invalid_or_not_admissible(name, response):
     check_nonsense(name, response)
 
 
+@pytest.mark.slow
 @every_world
 def test_malformed_responses_are_invalid_or_not_admissible(name, ready):
     for response in NONSENSE:
@@ -291,6 +299,7 @@ def test_the_fingerprint_depends_on_every_keyword(name, ready):
     assert len(seen) == count
 
 
+@pytest.mark.slow
 @every_world
 def test_the_oracle_or_the_expert_wins(name, ready):
     if not hasattr(ready, "expert"):

@@ -88,6 +88,7 @@ def zip_files(files: dict[str, bytes | str]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_resumes(file_server, tmp_path):
     file_server.files["/big"], file = bytes(range(256)) * 20_000, tmp_path / "big"
     url, size, lines = f"{file_server.address}/big", len(file_server.files["/big"]), []
@@ -102,6 +103,7 @@ def test_an_interrupted_download_resumes(file_server, tmp_path):
     assert len(file_server.requested_ranges) == len(lines) == 2  # a complete file is not downloaded again
 
 
+@pytest.mark.slow
 def test_a_server_may_ignore_the_requested_range(file_server, tmp_path):
     file_server.files["/big"], file_server.ranges = b"0123456789" * 1000, False
     (tmp_path / "big.part").write_bytes(b"0123")
@@ -109,6 +111,7 @@ def test_a_server_may_ignore_the_requested_range(file_server, tmp_path):
     assert file.read_bytes() == file_server.files["/big"]
 
 
+@pytest.mark.slow
 def test_a_file_of_another_size_is_refused(file_server, tmp_path):
     file_server.files["/big"] = b"a page that says please log in"
     with pytest.raises(ConfigError, match=r"30 bytes .*20"):
@@ -143,6 +146,7 @@ def test_a_damaged_archive_is_refused(tmp_path):
     assert caught.value.value == str(archive)
 
 
+@pytest.mark.slow
 def test_prepare_downloads_and_indexes_alfworld_and_repairs_it_when_called_again(
     file_server, tmp_path, monkeypatch, capsys
 ):

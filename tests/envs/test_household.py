@@ -81,6 +81,7 @@ def layout(task):
 # Splits.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["default", "roomy"])
 def test_goals_and_rooms_of_splits_are_disjoint(which):
     splits = {split: list(world(which).tasks(split)) for split in ("train", "dev", "test")}
@@ -93,6 +94,7 @@ def test_goals_and_rooms_of_splits_are_disjoint(which):
     assert all({task.kind for task in tasks} == set(world(which).kinds) for tasks in splits.values())
 
 
+@pytest.mark.slow
 def test_every_kind_is_equally_frequent():
     """A sixth of the tasks each, up to four standard deviations, even if a kind has few goals."""
     for split in ("train", "dev", "test"):
@@ -170,6 +172,7 @@ def test_the_reward_is_paid_once():
 # Actions.
 
 
+@pytest.mark.slow
 def test_exactly_the_listed_actions_are_admissible():
     """Listed actions are answered in ALFWorld's words. All other actions of the grammar change nothing."""
     answered, refused = set(), set()

@@ -110,6 +110,7 @@ def test_words_must_be_a_list(user_folder):
     assert (caught.value.field, caught.value.value) == ("env.make", "OneText")
 
 
+@pytest.mark.slow
 def test_a_run_can_be_continued_and_evaluated_without_the_users_module(user_folder, capsys, monkeypatch):
     """The run directory contains a copy of the code. Printed commands keep --config-dir."""
     import sys

@@ -125,6 +125,7 @@ def test_a_folder_and_a_file_are_viewed(tools):
     assert edit(tools, "view", "/testbed/pkg/f.py", view_range="[2, -1]") == "     2\tb = 2\n     3\tb = 2"
 
 
+@pytest.mark.slow
 def test_edits_can_be_undone(tools, sandbox):
     assert "     1\ta = 5" in edit(tools, "str_replace", old_str="a = 1", new_str="a = 5")
     edit(tools, "insert", insert_line="1", new_str="c = 3\nd = 4")
@@ -172,6 +173,7 @@ def test_an_impossible_edit_is_answered_with_an_error(tools, command, path, para
     assert observation.startswith("ERROR: ") and message in observation
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_command_says_how_it_ended(tools):
     def bash(command):
         return tools.execute(ToolCall("execute_bash", {"command": command}), 60)

@@ -95,6 +95,7 @@ def lucene(texts, asins, query, count):
     return [asin for _, asin in sorted(found)][:count]
 
 
+@pytest.mark.slow
 def test_results_are_ranked_by_lucenes_formula(tmp_path):
     random = Random(0)
     words = [f"word{i}" for i in range(60)] + ["running", "shoes", "the", "red"]
@@ -210,6 +211,7 @@ def test_titles_with_few_shared_nouns_lower_the_score():
 # Splits.
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_on_every_worker():
     make = {"_target_": "aem_exp.envs.webshop.Generated", "products": 100, "panels": {"test": 64, "dev": 64}}
     world = instantiate(make)
@@ -225,6 +227,7 @@ def test_splits_are_disjoint_on_every_worker():
     workers.close()
 
 
+@pytest.mark.slow
 def test_verl_agents_split_validates_on_training_goals_and_a_note_warns():
     folder = generated.generate_catalogue(300, 0)
     world = WebShop(str(folder), nouns="words", split="verl_agent")
@@ -378,6 +381,7 @@ def test_a_too_long_element_is_refused(tmp_path, monkeypatch):
         list(catalogue._read_elements(tmp_path / "x.json", list))
 
 
+@pytest.mark.slow
 def test_indexing_fails_if_a_process_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "PARALLEL", 10)
     monkeypatch.setattr(search, "CHUNK", 10)

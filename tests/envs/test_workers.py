@@ -259,6 +259,7 @@ def test_a_reply_has_turn_goal_and_action(executor):
     assert {type(turn.reward), *map(type, turn.metrics.values())} == {float}
 
 
+@pytest.mark.slow
 def test_any_response_reaches_the_environment(executor):
     """Escaped JSON would turn a surrogate pair into one character."""
     executor.reset(tasks(0))
@@ -266,6 +267,7 @@ def test_any_response_reaches_the_environment(executor):
     assert reply.turn.observation == "d83d de00 20 dcff 20 0"
 
 
+@pytest.mark.slow
 def test_a_large_observation_arrives(executor):
     executor.reset(tasks(0, 1, 2))
     replies = executor.step(dict.fromkeys(range(3), "large"))
@@ -379,6 +381,7 @@ def household():
     return make, play, play(SerialExecutor(world))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_workers_give_the_replies_of_a_serial_executor(household, count):
     make, play, expected = household
@@ -386,6 +389,7 @@ def test_workers_give_the_replies_of_a_serial_executor(household, count):
     assert play(WorkerPool(make, count, SECONDS)) == expected
 
 
+@pytest.mark.slow
 def test_workers_step_in_parallel(open_workers):
     """Each of four steps returns only after all four have begun."""
     executor = open_workers(4)
@@ -394,6 +398,7 @@ def test_workers_step_in_parallel(open_workers):
     assert [reply.error for reply in replies.values()] == [""] * 4
 
 
+@pytest.mark.slow
 def test_a_slot_keeps_its_worker_and_only_needed_workers_start(open_workers):
     before = len(psutil.Process().children())
     executor = open_workers(3)
@@ -408,6 +413,7 @@ def test_a_slot_keeps_its_worker_and_only_needed_workers_start(open_workers):
 # Workers that hang or die.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("response", "error", "trace"),
     [
@@ -445,6 +451,7 @@ def test_a_lost_worker_affects_only_one_slot(open_workers, response, error, trac
     ]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_two_calls_is_replaced_without_an_error(open_workers):
     executor = open_workers(1)
     (pid,) = set(pids(executor, [0]).values())
@@ -457,6 +464,7 @@ def test_a_worker_that_dies_between_two_calls_is_replaced_without_an_error(open_
     assert answers == ["1: one", "1: one"]
 
 
+@pytest.mark.slow
 def test_a_replay_with_another_reply_is_an_error(open_workers):
     executor = open_workers(1)
     executor.reset(tasks(0, 1, 2))
@@ -467,6 +475,7 @@ def test_a_replay_with_another_reply_is_an_error(open_workers):
     assert pids(executor, [0])[0] == pids(executor, [1])[1]  # the slot works again
 
 
+@pytest.mark.slow
 def test_every_slot_may_lose_its_worker_in_one_call(open_workers):
     executor = open_workers(2)
     executor.reset(tasks(*range(6)))
@@ -475,6 +484,7 @@ def test_every_slot_may_lose_its_worker_in_one_call(open_workers):
     assert [reply.turn.observation for reply in executor.reset(tasks(0, 5)).values()] == ["0: task-0", "0: task-5"]
 
 
+@pytest.mark.slow
 def test_child_processes_of_an_environment_end_with_a_lost_worker(open_workers):
     executor = open_workers(1, seconds=HANG_SECONDS)
     executor.reset(tasks(0))
@@ -484,6 +494,7 @@ def test_child_processes_of_an_environment_end_with_a_lost_worker(open_workers):
     assert wait_for(lambda: gone(child), SECONDS)
 
 
+@pytest.mark.slow
 def test_all_slots_of_a_worker_that_cannot_be_replaced_fail(open_workers, tmp_path):
     """The world can be made only once. There is no endless retry, and the slots work again when the world does."""
     executor = open_workers(1, start="once")
@@ -496,6 +507,7 @@ def test_all_slots_of_a_worker_that_cannot_be_replaced_fail(open_workers, tmp_pa
     assert executor.reset(tasks(1))[1].turn.observation == "0: task-1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "reason"),
     [
@@ -562,6 +574,7 @@ def test_a_worker_ignores_a_schedulers_signals(open_workers):
     assert replies[1].turn.observation == "signal -15"  # SIGTERM ends its forks as usual
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_processes_files_or_descriptors(open_workers, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
@@ -616,6 +629,7 @@ def test_workers_end_when_their_parent_is_killed(modules, mischief, tmp_path):
     assert wait_for(lambda: gone(running[0]), worker_process.GRACE_SECONDS + SECONDS)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_workers_quietly(modules, mischief, tmp_path):
     child, running = start_parent(modules, mischief, 'pool.step({0: "hang 1", 1: "hang 1"})')
     assert wait_for((tmp_path / f"busy-{running[0]}").exists, SECONDS)
@@ -626,6 +640,7 @@ def test_ctrl_c_ends_workers_quietly(modules, mischief, tmp_path):
     assert all(gone(pid) for pid in running)
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_late_replies_are_not_confused_with_new_ones(modules, mischief, tmp_path):
     then = """
     try:
@@ -639,6 +654,7 @@ def test_after_ctrl_c_late_replies_are_not_confused_with_new_ones(modules, misch
     assert child.communicate(timeout=SECONDS) == ("['0: again', '0: again']\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["", "del pool", "raise SystemExit(0)"])
 def test_workers_that_were_never_closed_end_with_the_interpreter(modules, mischief, tmp_path, then):
     child, running = start_parent(modules, mischief, then)
@@ -648,6 +664,7 @@ def test_workers_that_were_never_closed_end_with_the_interpreter(modules, mischi
     assert (tmp_path / "closed").read_text() == "1\n1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_of_the_parent_does_not_end_its_workers(modules, mischief):
     then = """
@@ -660,6 +677,7 @@ def test_a_fork_of_the_parent_does_not_end_its_workers(modules, mischief):
     assert child.communicate(timeout=SECONDS) == ("['']\n", "")
 
 
+@pytest.mark.slow
 def test_threads_do_not_wait_for_the_workers_of_other_threads(open_workers):
     """Two workers, and a thread for each slot: a hung step delays only the slots of its own worker."""
     executor = open_workers(2, seconds=HANG_SECONDS)
@@ -677,6 +695,7 @@ def test_threads_do_not_wait_for_the_workers_of_other_threads(open_workers):
     assert not executor.step({2: "hello"})[2].error, "the other slot of that worker must be replayed"
 
 
+@pytest.mark.slow
 def test_closing_ends_the_steps_of_other_threads(open_workers, tmp_path):
     executor = open_workers(2)
     executor.reset(tasks(0, 1))
@@ -709,11 +728,13 @@ def lending_nodes(tmp_path, monkeypatch):
     assert not list(folder.glob("node-*"))
 
 
+@pytest.mark.slow
 def test_lent_workers_give_the_replies_of_a_serial_executor(household, lending_nodes):
     make, play, expected = household
     assert play(WorkerPool(make, 3, SECONDS, RemoteNodes(lending_nodes[0], 0))) == expected
 
 
+@pytest.mark.slow
 def test_a_lent_worker_that_dies_is_replaced(mischief, lending_nodes):
     folder, lenders = lending_nodes
     executor = WorkerPool(mischief, 2, SECONDS, RemoteNodes(folder, 1))
@@ -725,6 +746,7 @@ def test_a_lent_worker_that_dies_is_replaced(mischief, lending_nodes):
     assert wait_for(lambda: gone(before[1]), SECONDS)
 
 
+@pytest.mark.slow
 def test_a_lent_worker_that_hangs_is_replaced(mischief, lending_nodes):
     executor = WorkerPool(mischief, 1, HANG_SECONDS, RemoteNodes(lending_nodes[0], 0))
     executor.reset(tasks(0))
@@ -734,6 +756,7 @@ def test_a_lent_worker_that_hangs_is_replaced(mischief, lending_nodes):
     executor.close()
 
 
+@pytest.mark.slow
 def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, lending_nodes):
     folder, lenders = lending_nodes
     executor = WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0))
@@ -746,6 +769,7 @@ def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, l
     assert stopped.value.kind == "node"
 
 
+@pytest.mark.slow
 def test_a_wrong_key_is_refused(mischief, lending_nodes):
     folder, _ = lending_nodes
     assert (folder / "key").stat().st_mode & 0o077 == 0

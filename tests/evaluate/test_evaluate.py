@@ -105,6 +105,7 @@ def test_crashed_episodes_fail_and_unknown_values_are_none():
 # A run.
 
 
+@pytest.mark.slow
 def test_evaluation_equals_the_scores_of_the_run(trained, capsys, tmp_path):
     """One episode per task at the temperature of the run gives its scores before and after training."""
     rows = evaluate_rows(capsys, trained, f"outputs={tmp_path}", "--panel", "dev", "--tasks", 12, "--repeats", 1)
@@ -136,6 +137,7 @@ def test_each_task_is_played_k_times_and_results_are_reused(trained, capsys):
     assert {"episodes.parquet", "result.json"} <= {file.name for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_number_of_parallel_episodes_does_not_change_responses(trained, capsys, tmp_path):
     words = ["--panel", "dev", "--tasks", 5, "--repeats", 2, "--only", "policy"]
     played = []
@@ -147,6 +149,7 @@ def test_number_of_parallel_episodes_does_not_change_responses(trained, capsys, 
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_killed_evaluation_resumes_with_equal_results(trained, capsys, tmp_path):
     words = [trained, "--panel", "dev", "--tasks", "64", "--repeats", "2", "--only", "policy", "--at-once", "8"]
     whole = evaluate_rows(capsys, *words, f"outputs={tmp_path / 'whole'}")
@@ -197,6 +200,7 @@ def testrandom_actions_are_valid_in_the_format_of_the_env():
 # Any model and any env.
 
 
+@pytest.mark.slow
 def test_folder_of_weights_is_evaluated_without_a_run(trained, capsys, tmp_path):
     words = ["--panel", "dev", "--tasks", 12, "--repeats", 1]
     rows = evaluate_rows(capsys, trained / "model", "env=household", f"outputs={tmp_path}", *words)

@@ -109,6 +109,7 @@ class SeededSampler(LocalSampler):
         return session
 
 
+@pytest.mark.slow
 def test_served_evaluation_equals_a_local_one(trained, server, servers_folder, capsys, tmp_path, monkeypatch):
     loads = []
     load = policy.load
@@ -130,6 +131,7 @@ def test_served_evaluation_equals_a_local_one(trained, server, servers_folder, c
     assert response_texts(tmp_path / "served", "policy") != response_texts(tmp_path / "served", "untrained")
 
 
+@pytest.mark.slow
 def test_results_are_shown_again_without_servers(trained, server, servers_folder, capsys, tmp_path):
     arguments = words(trained, servers_folder, tmp_path, *MODELS)
     rows = run_evaluate(capsys, arguments)
@@ -139,6 +141,7 @@ def test_results_are_shown_again_without_servers(trained, server, servers_folder
     assert (len(server.asked), len(server.reloads)) == (requests, reloads)
 
 
+@pytest.mark.slow
 def test_evaluation_resumes_after_a_server_has_ended(trained, untrained, server, servers_folder, capsys, tmp_path):
     whole = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "whole", "--only", "policy"))
     broken = words(
@@ -165,6 +168,7 @@ def test_evaluation_resumes_after_a_server_has_ended(trained, untrained, server,
     assert response_texts(tmp_path / "broken", "policy") == response_texts(tmp_path / "whole", "policy")
 
 
+@pytest.mark.slow
 def test_restarted_server_loads_the_weights_first(trained, untrained, server, servers_folder, capsys, tmp_path):
     whole = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "whole", "--only", "policy"))
     server.ends_at = len(server.asked) + 8
@@ -180,6 +184,7 @@ def test_restarted_server_loads_the_weights_first(trained, untrained, server, se
     later.__exit__()
 
 
+@pytest.mark.slow
 def test_parallel_episodes_are_limited_and_do_not_wait_for_slow_ones(trained, server, servers_folder, capsys, tmp_path):
     server.seconds = 0.02
     run_evaluate(capsys, words(trained, servers_folder, tmp_path, "--only", "policy", "--at-once", 3))
@@ -210,6 +215,7 @@ def test_progress_counts_independent_episodes():
 # The weights of a server.
 
 
+@pytest.mark.slow
 def test_server_that_loads_no_weights_plays_only_its_own(trained, servers_folder, capsys, tmp_path):
     """Such as `vllm serve RUN_DIR/model` without development mode."""
     with CompletionsServer(trained / "model", KEY) as server:
@@ -231,6 +237,7 @@ def test_server_that_loads_no_weights_plays_only_its_own(trained, servers_folder
         assert len(server.asked) == asked, "nothing may be played"
 
 
+@pytest.mark.slow
 def test_hub_model_is_matched_by_its_name(trained, servers_folder, server, capsys, tmp_path):
     snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc123"
     shutil.copytree(trained / "model", snapshot)
@@ -265,6 +272,7 @@ def test_unusable_server_is_an_error_before_anything_is_played(
     assert all(fact in error for fact in facts) and not server.asked, error
 
 
+@pytest.mark.slow
 def test_locked_servers_are_an_error(trained, server, servers_folder, capsys, tmp_path):
     with FileLock(servers_folder / "lock"):
         assert f"launch.servers={servers_folder.parent}" in run_evaluate(
@@ -279,6 +287,7 @@ def test_locked_servers_are_an_error(trained, server, servers_folder, capsys, tm
 # Launch settings of an evaluation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "error"),
     [
@@ -321,6 +330,7 @@ def test_launch_settings_of_training_are_reduced(trained):
     assert "server_seconds" not in local and local["workers"] == 8
 
 
+@pytest.mark.slow
 def test_interrupted_part_keeps_its_finished_episodes(trained, server, servers_folder, capsys, tmp_path, monkeypatch):
     """After Ctrl-C in the middle of a part, its first episodes are not played again."""
     from aem_exp.rollout.play import Rollout

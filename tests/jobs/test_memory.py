@@ -43,12 +43,14 @@ def part(need, phase, *names):
 # Values computed by hand.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHAPES)
 def test_weight_counts_agree_with_published_counts(path):
     passes = ProcessSpec.from_experiment(load([f"model.path={path}", "model.make=null"])).passes
     assert sum(p.numel() for p in memory._cached_trace(passes).parameters) == WEIGHTS[path]
 
 
+@pytest.mark.slow
 def test_resident_memory_follows_from_the_weights():
     n, whole, sharded = WEIGHTS["Qwen/Qwen2.5-7B-Instruct"], planned(ALONE), planned(NODE)
     for phase in ("update", "scoring"):
@@ -68,6 +70,7 @@ def test_step_sizes():
     assert windows == StepSizes(128, 128, 128 * 15, 128 * 15 * 4608, 128 * 15 * 512, 30)
 
 
+@pytest.mark.slow
 def test_kv_cache_of_the_32b_model():
     need = planned(ALL_ALONE)
     assert part(need, "play", "KV cache") == pytest.approx(2 * 2 * 64 * 8 * 128 * 36864, rel=0.01)
@@ -77,6 +80,7 @@ def test_kv_cache_of_the_32b_model():
 # Invariants.
 
 
+@pytest.mark.slow
 def test_twice_the_processes_hold_half_of_the_shards():
     process_spec = ProcessSpec.from_experiment(load(NODE))
     one, two = (
@@ -88,6 +92,7 @@ def test_twice_the_processes_hold_half_of_the_shards():
     assert part(two, "update", "activations") == part(one, "update", "activations")
 
 
+@pytest.mark.slow
 def test_ddp_replicates_memory_and_doubles_gradients():
     ddp, nodes, alone = planned([*NODE, *DDP]), planned([*NODE, *DDP, "launch.nodes=4"]), planned(ALONE)
     for name in ("weights", "optimizer", "reference"):
@@ -95,6 +100,7 @@ def test_ddp_replicates_memory_and_doubles_gradients():
     assert part(ddp, "optimizer", "gradients") == 2 * part(alone, "optimizer", "gradients")
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_trained_with_lora():
     lora = "model.lora={r: 8, target_modules: [q_proj, v_proj]}"
     adapter = planned(["+experiment=webshop_1_5b", "launch=gpu1", lora])
@@ -111,6 +117,7 @@ def make_trace(kind="qwen3", checkpointing=False, layers=7):
     return MemoryTrace(make, autocast=True, checkpointing=checkpointing)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_rows_and_length_and_shrinks_with_checkpointing():
     whole, again = make_trace(layers=4), make_trace(layers=4, checkpointing=True)
     sizes = ((1, 64), (2, 64), (2, 128))
@@ -119,6 +126,7 @@ def test_memory_grows_with_rows_and_length_and_shrinks_with_checkpointing():
     assert all(a < b for a, b in zip(less, held, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "checkpointing"), [("qwen3", False), ("qwen2", True)])
 def test_extrapolation_from_few_layers_is_exact(monkeypatch, kind, checkpointing):
     """The estimate for seven layers from two and three layers equals a trace of all seven."""
@@ -143,12 +151,14 @@ def test_meter_counts_live_bytes():
     assert sum(meter.peaks[0].values()) == 8000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", peak_memory.SETTINGS[:3], ids=lambda setting: setting.name)
 def test_estimate_agrees_with_training(tmp_path, setting):
     held, need = peak_memory.measure_peak(setting, tmp_path)
     assert need.total == pytest.approx(held, rel=0.15)
 
 
+@pytest.mark.slow
 def test_estimate_agrees_with_play(tmp_path):
     setting = Setting("play", hidden=256)
     trainer = peak_memory.make_trainer(setting, tmp_path)
@@ -161,6 +171,7 @@ def test_estimate_agrees_with_play(tmp_path):
 # Plans and refusals.
 
 
+@pytest.mark.slow
 def test_swebench_32b_fits_its_launch(capsys):
     assert main([*SWE, "plan=true"]) == 0
     said = capsys.readouterr().out
@@ -169,6 +180,7 @@ def test_swebench_32b_fits_its_launch(capsys):
     assert "of 80 GB per GPU" in said and "32.76 B weights" in said and "1,024 rows" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "start"),
     [
@@ -191,6 +203,7 @@ def test_experiments_that_do_not_fit_are_refused(capsys, words, start):
     assert start in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_proposed_value_fits():
     experiment = load([*ALL_ALONE, "launch.device_episodes=8"])
     with pytest.raises(ConfigError) as caught:
@@ -199,6 +212,7 @@ def test_proposed_value_fits():
     check_memory(load([*ALL_ALONE, "launch.device_episodes=1"]))
 
 
+@pytest.mark.slow
 def test_unknown_gpu_memory_is_not_refused(capsys):
     assert main([*SWE, "launch.gpu_memory_gb=0", "launch.device_rows=64", "plan=true"]) == 0
     assert "launch.gpu_memory_gb=0: " in capsys.readouterr().out
@@ -206,6 +220,7 @@ def test_unknown_gpu_memory_is_not_refused(capsys):
     assert "cost    unknown" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_context_beyond_the_position_limit_gives_a_warning(tmp_path, capsys):
     assert main([*SWE, "plan=true"]) == 0
     assert (
@@ -231,6 +246,7 @@ def test_context_beyond_the_position_limit_gives_a_warning(tmp_path, capsys):
         assert serve._context_options(str(tmp_path), most) == []
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_checked_before_submission(monkeypatch, tmp_path):
     monkeypatch.setattr(policy, "locate", lambda model: "")
     experiment = load(["model=qwen2_5_7b", "launch=slurm1", "tracking=off", f"outputs={tmp_path}"])
@@ -246,6 +262,7 @@ def test_memory_and_disk_are_checked_before_submission(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_models_without_a_readable_config(tmp_path, capsys):
     assert main(["model.path=someone/nothing", "model.make=null", "plan=true"]) == 0
     assert "hf download someone/nothing config.json" in capsys.readouterr().out
@@ -259,6 +276,7 @@ def test_models_without_a_readable_config(tmp_path, capsys):
         assert said.startswith("aem_exp: model.path=") and "config.json" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_traced_is_not_refused(tmp_path, capsys):
     experts = {"model_type": "mixtral", "num_local_experts": 4}
     (tmp_path / "config.json").write_text(json.dumps(Setting("experts", autocast=True).shape | experts))
@@ -268,6 +286,7 @@ def test_model_that_cannot_be_traced_is_not_refused(tmp_path, capsys):
     check_memory(load(words))
 
 
+@pytest.mark.slow
 def test_shape_is_read_from_a_local_folder(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(Setting("tiny").shape))
     assert main([f"model.path={tmp_path}", "model.make=null", "plan=true"]) == 0

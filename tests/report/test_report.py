@@ -33,6 +33,7 @@ def cell(arm, archives, point=""):
     return ArmCell(arm, point, tuple(SeedRun(kept.seed, kept) for kept in archives))
 
 
+@pytest.mark.slow
 def test_numbers_of_the_report_follow_from_the_archives(tmp_path, monkeypatch, capsys, runs):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     assert report.main(["household_grpo", "--out", str(tmp_path / "page")]) == 0
@@ -58,6 +59,7 @@ def test_numbers_of_the_report_follow_from_the_archives(tmp_path, monkeypatch, c
     assert all(row["verdict"] in text for row in verdicts.values())
 
 
+@pytest.mark.slow
 def test_figures_are_deterministic(runs):
     cells = [cell(arm, kept[:3]) for arm, kept in list(runs.items())[:2]]
     for draw in (figures.dot_plot, lambda c: figures.curve_plots(c)[0], lambda c: figures.forest_plot(compared(c))):
@@ -130,6 +132,7 @@ def changed(kept, **final):
     return replace(kept, result={**kept.result, **final})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -165,6 +168,7 @@ def made(cells, word="s"):
     return sections.build_report(asked, cells, compared(cells))
 
 
+@pytest.mark.slow
 def test_few_runs_limit_the_statements(runs):
     none = cell("none", runs["none"])
     (one,) = compared([none, cell("aem", runs["aem"][:1])])
@@ -202,6 +206,7 @@ def test_missing_and_failed_runs_are_listed(runs):
     assert found.partial and found.verdict.startswith("so far: ")
 
 
+@pytest.mark.slow
 def test_diverged_runs_are_scored(runs):
     lost = changed(replace(runs["aem"][0], what="failed", why=("nan", "...")), diverged="the norm is nan in step 3")
     cells = [cell("none", runs["none"]), cell("aem", [lost, *runs["aem"][1:]])]
@@ -212,6 +217,7 @@ def test_diverged_runs_are_scored(runs):
     assert "10 v 10, 1 diverged" in render.render_markdown(made(cells))
 
 
+@pytest.mark.slow
 def test_names_are_escaped(runs):
     evil = r"\<script>alert(1)</script>|"
     cells = [cell("none", runs["none"][:2]), cell(evil, runs["aem"][:2])]
@@ -246,6 +252,7 @@ def test_area_covers_all_planned_steps(runs):
     assert analysis.measure_value(cut, analysis.AREA) == pytest.approx((0.2 + 59 * 0.4) / 60)
 
 
+@pytest.mark.slow
 def test_tables_keep_foreign_files_and_escape_formulas(runs, tmp_path):
     page = made([cell("none", runs["none"][:2]), cell("aem", runs["aem"][:2])])
     (tmp_path / "tables").mkdir()
@@ -268,6 +275,7 @@ def revised(kept, method):
     return replace(kept, provenance=kept.provenance | {"method": method})
 
 
+@pytest.mark.slow
 def test_runs_of_two_revisions_are_refused_unless_requested(tmp_path, monkeypatch, capsys, runs):
     """Seven arms of ten runs of revision 0; three runs of one arm have revision 1."""
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
@@ -287,6 +295,7 @@ def test_runs_of_two_revisions_are_refused_unless_requested(tmp_path, monkeypatc
     assert "0 (67 runs), 1 (3 runs)" in page and "better" in page + capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_revision_is_not_mentioned(runs):
     newer = [cell(arm, [revised(kept, 1) for kept in runs[arm][:3]]) for arm in ("none", "aem")]
     assert analysis.runs_by_revision(newer[0].done).keys() == {1}
@@ -301,6 +310,7 @@ def theirs(path, rows):
     return path
 
 
+@pytest.mark.slow
 def test_runs_of_other_frameworks_are_compared(tmp_path, monkeypatch, capsys, runs):
     monkeypatch.setenv("AEM_OUTPUTS", str(tmp_path))
     tasks = runs["none"][0].tasks["id"]
@@ -320,6 +330,7 @@ def test_runs_of_other_frameworks_are_compared(tmp_path, monkeypatch, capsys, ru
     )  # foreign runs form a family of their own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "facts"),
     [

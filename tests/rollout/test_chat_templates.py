@@ -75,6 +75,7 @@ def test_system_message_is_first_and_not_repeated():
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "fact"),
     [

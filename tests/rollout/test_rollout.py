@@ -34,6 +34,7 @@ def play(folder, history, episodes=None, sampling=PLAIN, world=WORLD, **changes)
     return played, model, tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_log_probs_and_entropies_equal_those_of_a_forward_pass(folder, history, temperature):
@@ -85,6 +86,7 @@ def test_cut_response_gets_a_masked_end_token(folder):
     assert row.mask[after] == 0
 
 
+@pytest.mark.slow
 def test_window_prompt_is_one_message_that_quotes_past_observations(folder):
     played, _, tokenizer = play(folder, "window")
     long = max(played, key=lambda t: len(t.responses))
@@ -96,6 +98,7 @@ def test_window_prompt_is_one_message_that_quotes_past_observations(folder):
     assert [row.turns for row in build_rows([long], "window")] == [[k] for k in range(len(long.responses))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES)
 def test_members_of_a_group_differ_and_equal_keys_give_equal_responses(folder, history):
     played, *_ = play(folder, history)
@@ -112,6 +115,7 @@ def test_an_episode_does_not_depend_on_the_batch(folder, history):
     assert [r.sample.ids for r in alone[0].responses] == [r.sample.ids for r in played[5].responses]
 
 
+@pytest.mark.slow
 def test_crash_is_recorded_and_other_episodes_continue(folder):
     episodes = [Episode(toy.ChatterWorld().tasks("train")[3], 0, m, ("crash", m)) for m in range(200)]
     played, *_ = play(folder, "full", episodes, world=toy.ChatterWorld(breaks=True))
@@ -177,6 +181,7 @@ class ConstantSampler:
         return [Sample(list(self.ids[:n]), [], []) for n in budgets]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 @pytest.mark.parametrize("kind", ["only the end token", "no end token", "unknown tokens"])
 def test_degenerate_responses_are_played_and_trained(folder, history, kind):

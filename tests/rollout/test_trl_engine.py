@@ -38,6 +38,7 @@ def test_turns_append_exact_tokens_within_their_budgets(folder):
     assert not first[0].entropies and not first[0].logps
 
 
+@pytest.mark.slow
 def test_equal_keys_give_equal_samples_and_other_keys_differ(folder):
     trainer, chat = engine(folder)
 
@@ -51,6 +52,7 @@ def test_equal_keys_give_equal_samples_and_other_keys_differ(folder):
     assert len({tuple(draw((i,))) for i in range(10)}) > 3
 
 
+@pytest.mark.slow
 def test_samples_follow_the_policy_at_the_sampling_temperature(folder):
     """Frequencies of the first token, against the policy's probabilities at this temperature."""
     trainer, chat = engine(folder, sampling=SamplingParams(temperature=0.7))
@@ -63,6 +65,7 @@ def test_samples_follow_the_policy_at_the_sampling_temperature(folder):
     assert trainer.generation_config.temperature == 1.0, "the temperature is set for one turn only"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_trainer_measures_what_the_engine_does_not_report(folder, history):
     """It measures entropies and old log-probs, computes coefficients, and counts every token."""
@@ -77,6 +80,7 @@ def test_trainer_measures_what_the_engine_does_not_report(folder, history):
         assert row["train/tokens_generated"] == row["train/tokens_trained"]
 
 
+@pytest.mark.slow
 def test_scored_entropies_equal_those_of_the_local_sampler(folder):
     """The same tokens, measured by the scoring pass and by the local sampler."""
     trainer, _ = engine(folder)
@@ -90,6 +94,7 @@ def test_scored_entropies_equal_those_of_the_local_sampler(folder):
     assert isinstance(local.sampler, LocalSampler)
 
 
+@pytest.mark.slow
 def test_importance_ratio_is_applied_and_an_engine_with_other_weights_is_refused(folder):
     from aem_exp.core.errors import RunError
 

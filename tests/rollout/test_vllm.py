@@ -94,6 +94,7 @@ def generate(sampler, chat, key=("k",), budget=5, slot=0):
 # Exact tokens.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.6), SamplingParams(1.3, 0.8, 5, 0.02)])
 def test_tokens_and_log_probs_are_those_of_the_local_sampler(folder, served, sampling):
     """With equal seeds, the server returns what the policy samples locally, over two turns."""
@@ -115,6 +116,7 @@ def test_tokens_and_log_probs_are_those_of_the_local_sampler(folder, served, sam
     assert {request["temperature"] for request in server.asked} == {sampling.temperature}
 
 
+@pytest.mark.slow
 def test_seed_depends_on_the_key_only(served):
     server, sampler, chat = served
     same = [generate(sampler, chat, ("a", 1)).ids for _ in range(2)]
@@ -199,6 +201,7 @@ def send_head(out, **headers):
     out.end_headers()
 
 
+@pytest.mark.slow
 def test_time_limit_holds_for_an_answer_that_arrives_byte_by_byte(served):
     """Each byte arrives in time, but the whole answer does not."""
     server, sampler, chat = served
@@ -234,6 +237,7 @@ def test_answer_above_the_size_limit_ends_the_run(served):
     assert len(sent) < 100
 
 
+@pytest.mark.slow
 def test_compressed_answer_is_refused_without_decompression(served):
     server, sampler, chat = served
     accepted = []
@@ -283,6 +287,7 @@ def test_server_messages_are_sanitized(served):
 # Servers that are slow, fail, restart or belong to somebody else.
 
 
+@pytest.mark.slow
 def test_temporary_failure_is_retried_with_the_same_request(served):
     server, sampler, chat = served
     expected = generate(sampler, chat)
@@ -308,6 +313,7 @@ def test_wrong_key_names_the_key_file_but_not_the_key(served):
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_failing_server_and_slow_server_end_the_run_at_the_time_limit(served):
     server, sampler, chat = served
     sampler = replace_servers(sampler, Servers(sampler.servers.folder, 3.0))
@@ -324,6 +330,7 @@ def replace_servers(sampler, servers):
     return ServerSampler(servers, sampler.end_ids, sampler.sampling, vocabulary=sampler.vocabulary)
 
 
+@pytest.mark.slow
 def test_restarted_server_is_awaited_and_gets_the_newest_weights(folder, tmp_path):
     saved, chat = saved_policy(folder)
     other = folder / "policy-full-1"
@@ -346,6 +353,7 @@ def test_restarted_server_is_awaited_and_gets_the_newest_weights(folder, tmp_pat
     sampler.servers.cancel()
 
 
+@pytest.mark.slow
 def test_request_is_repeated_and_weights_reloaded_after_a_quick_restart(folder, tmp_path):
     """The restart takes less time than the pause between two attempts."""
     saved, chat = saved_policy(folder)
@@ -362,6 +370,7 @@ def test_request_is_repeated_and_weights_reloaded_after_a_quick_restart(folder, 
         sampler.servers.cancel()
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer_causes_one_warning(folder, tmp_path, caplog):
     """Several callers retry at the same time."""
     saved, chat = saved_policy(folder)
@@ -378,6 +387,7 @@ def test_server_that_does_not_answer_causes_one_warning(folder, tmp_path, caplog
     sampler.servers.cancel()
 
 
+@pytest.mark.slow
 def test_run_ends_when_a_server_of_its_job_has_ended(folder, tmp_path):
     saved, chat = saved_policy(folder)
     with CompletionsServer(saved, KEY) as first:
@@ -406,6 +416,7 @@ def test_servers_listen_on_private_addresses_only(monkeypatch, name, found):
     assert rendezvous.private_address("lo") == "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_restarted_server_has_lost_streamed_weights(folder, tmp_path):
     saved, chat = saved_policy(folder)
     with CompletionsServer(saved, KEY) as server:
@@ -423,6 +434,7 @@ def test_restarted_server_has_lost_streamed_weights(folder, tmp_path):
     sampler.servers.cancel()
 
 
+@pytest.mark.slow
 def test_episode_keeps_its_server_and_moves_when_the_server_does_not_answer(folder, tmp_path):
     saved, chat = saved_policy(folder)
     with CompletionsServer(saved, KEY) as one, CompletionsServer(saved, KEY) as two:
@@ -577,6 +589,7 @@ def without_floats(trajectories):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("at_once", [0, 5])
 def test_episode_is_the_same_in_lockstep_and_independently(folder, history, at_once):
@@ -595,6 +608,7 @@ def test_episode_is_the_same_in_lockstep_and_independently(folder, history, at_o
     assert {Ending.CRASHED, "over"} <= {t.ended for t in played[0]}
 
 
+@pytest.mark.slow
 def test_environments_work_while_other_episodes_generate(folder, tmp_path):
     """Environments run in worker processes, several per process; the clock separates the time without generation."""
     saved, chat = saved_policy(folder)
@@ -660,6 +674,7 @@ def test_ctrl_c_cancels_all_waiting_requests(served, at_once):
     assert len(server.asked) == (at_once or 16)
 
 
+@pytest.mark.slow
 def test_refused_request_ends_the_rollout(served):
     server, sampler, chat = served
     server.seconds, server.fails = 0.2, [400]
@@ -680,6 +695,7 @@ def policy_with_adapter(folder):
     return get_peft_model(toy.policy(folder)[0], lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("history", "adapter"), [("full", False), ("window", False), ("full", True)])
 def test_trainer_learns_from_servers_that_receive_its_weights(folder, tmp_path, history, adapter):
     """The trainer measures entropies and old log-probs; the server's log-probs are used only in the correction."""
@@ -719,6 +735,7 @@ def test_trainer_learns_from_servers_that_receive_its_weights(folder, tmp_path, 
     assert all(abs(batch["importance_sampling_ratio"][batch["tool_mask"].bool()] - 1).max() < 1e-3 for batch in seen)
 
 
+@pytest.mark.slow
 def test_fsdp_ranks_sample_their_own_episodes_independently(folder, tmp_path):
     """Both ranks gather the sharded weights, the first publishes them, and each samples only its own episodes."""
     saved, _ = saved_policy(folder)
@@ -770,6 +787,7 @@ def test_trl_client_creates_its_session_before_its_first_request():
     assert 0 < source.index("self.session = ") < source.index("self.check_server(") < source.index("/v1/models")
 
 
+@pytest.mark.slow
 def test_server_with_old_weights_ends_the_run(folder, tmp_path):
     _, chat = saved_policy(folder)
     toy.policy(folder, "full", seed=1)
@@ -787,6 +805,7 @@ def test_server_with_old_weights_ends_the_run(folder, tmp_path):
         servers.cancel()
 
 
+@pytest.mark.slow
 def test_run_with_servers_from_the_command_line(cache, tmp_path, monkeypatch):
     """The servers generate in evaluations and in training; no file of the run contains the key."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
@@ -809,6 +828,7 @@ def test_run_with_servers_from_the_command_line(cache, tmp_path, monkeypatch):
     assert len(files) > 10 and not any(key.encode() in file.read_bytes() for file in files)
 
 
+@pytest.mark.slow
 def test_server_of_a_job_records_its_end_for_the_run(cache, tmp_path, monkeypatch):
     """A process that waits for the server then stops waiting (`rendezvous.wait_for_servers`)."""
     monkeypatch.setenv("AEM_CACHE", str(cache))

@@ -18,6 +18,7 @@ from aem_exp.rundir import checkpoints
 pytestmark = pytest.mark.usefixtures("no_mlflow")
 
 
+@pytest.mark.slow
 def test_continued_run_equals_a_longer_run(unbroken, cache, tmp_path):
     """6 steps, then `from=` to 10 with a kill: the weights, rows and samples equal those of 10 steps. The parent is unchanged."""
     parent, _ = unbroken
@@ -61,6 +62,7 @@ def stopped(cache, tmp_path_factory, unbroken):
     return find_run_dir(outputs)
 
 
+@pytest.mark.slow
 def test_run_continues_from_a_stopped_run(unbroken, stopped, cache, tmp_path):
     """With the same settings it ends like the uninterrupted run. The parent is unchanged and can still be resumed."""
     times = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
@@ -75,6 +77,7 @@ def test_run_continues_from_a_stopped_run(unbroken, stopped, cache, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_branch_signature_contains_its_starting_step(unbroken, stopped, tmp_path):
     """The step is hashed only if the parent is unfinished, so that old signatures stay the same."""
     from aem_exp.config import load, signature
@@ -105,6 +108,7 @@ def test_active_run_cannot_be_branched(stopped):
     assert "step 4" in error.value.remedy and f"process {os.getpid()}" in error.value.remedy
 
 
+@pytest.mark.slow
 def test_starting_checkpoint_that_is_gone_is_an_error(stopped, cache, tmp_path, monkeypatch):
     """Between a plan and its job, the parent may go on and replace the checkpoint by a later one."""
     from aem_exp.config import ConfigError, load
@@ -119,6 +123,7 @@ def test_starting_checkpoint_that_is_gone_is_an_error(stopped, cache, tmp_path, 
         assert all(text in error.value.remedy for text in steps), error.value
 
 
+@pytest.mark.slow
 def test_continued_run_uses_its_own_settings(unbroken, cache, tmp_path):
     """Another modulation, and a learning rate that differs from the one in the checkpoint's optimizer and scheduler."""
     words = [f"from={unbroken[0]}", "trainer.steps=7", "trainer.learning_rate=1e-6", "modulation=none"]
@@ -129,6 +134,7 @@ def test_continued_run_uses_its_own_settings(unbroken, cache, tmp_path):
     assert "-none-" in folder.name
 
 
+@pytest.mark.slow
 def test_continued_run_has_its_own_schedules(unbroken, cache, tmp_path):
     """Lambda and the learning rate span the added steps, also if the run is interrupted."""
     steps = 40
@@ -209,6 +215,7 @@ def test_config_of_another_user_needs_trust(unbroken, tmp_path):
     assert read(copy, trust=True).trainer.steps == 6
 
 
+@pytest.mark.slow
 def test_run_directory_is_enough_to_repeat_a_run(unbroken, cache, tmp_path):
     """From experiment.json and the frozen code alone, `python -m aem_exp.run` gives the same result in another folder."""
     source, _ = unbroken
@@ -227,6 +234,7 @@ def test_run_directory_is_enough_to_repeat_a_run(unbroken, cache, tmp_path):
     assert provenance["packages"]["torch"] and provenance["method"] == METHOD
 
 
+@pytest.mark.slow
 def test_run_with_edited_code_resumes_only_with_inexact(cache, tmp_path):
     """The estimator is edited after a kill: the error names it. `resume=inexact` resumes and records the change."""
     mine = tmp_path / "mine.py"
@@ -262,6 +270,7 @@ def test_run_with_edited_code_resumes_only_with_inexact(cache, tmp_path):
     assert not (older / "mine.py").read_text().endswith("# edited\n")
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_change_results(unbroken, cache, tmp_path):
     """Environments in two worker processes and small batches of episodes give the same episodes."""
     words = ["launch.workers=2", "launch.device_episodes=5", "tracking=off"]
@@ -295,6 +304,7 @@ class World(Household):
 """
 
 
+@pytest.mark.slow
 def test_hung_or_dead_environments_are_left_out_of_the_loss(cache, tmp_path, monkeypatch):
     from aem_exp import config
     from aem_exp.run import execution
@@ -341,6 +351,7 @@ class Broken(Household):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "kind", "facts"),
     [
@@ -374,6 +385,7 @@ def test_run_that_cannot_continue_stops_with_an_error(cache, tmp_path, monkeypat
     assert run.run_in_terminal(experiment, config.run_dir(experiment), []) == 1
 
 
+@pytest.mark.slow
 def test_finished_run_reports_changes_since_it_ran(unbroken, cache, tmp_path):
     source, _ = unbroken
     copy = tmp_path / source.name

@@ -52,6 +52,7 @@ def test_model_folder_loads_with_transformers(unbroken):
     assert model.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_unchanged(unbroken, cache):
     folder, _ = unbroken
     before = {
@@ -64,6 +65,7 @@ def test_finished_run_is_left_unchanged(unbroken, cache):
     assert {p: t for p, t in before.items() if p != owner} == {p: p.stat().st_mtime_ns for p in before if p != owner}
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_equal_results(unbroken, cache, tmp_path):
     """SIGKILL before the first checkpoint and after it, then a run to the end: weights, metrics and samples are equal."""
     reference, _ = unbroken
@@ -98,6 +100,7 @@ def test_killed_run_ends_with_equal_results(unbroken, cache, tmp_path):
     assert all(len(steps) == len(set(steps)) for steps in history.values())
 
 
+@pytest.mark.slow
 def test_run_stopped_before_its_result_ends_with_equal_results(unbroken, cache, tmp_path, monkeypatch):
     """The run is trained, scored and its episodes are joined, but result.json is missing: the next start loses nothing."""
     from aem_exp import config
@@ -127,6 +130,7 @@ def mlflow_steps(folder):
     return {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mlflow")
 def test_ctrl_c_saves_at_the_end_of_the_step(unbroken, cache, tmp_path):
     """The step need not be one of `launch.save_every`. Resumed, the run ends with equal results."""
@@ -153,6 +157,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step(unbroken, cache, tmp_path):
     assert (folder / weights).read_bytes() == (unbroken[0] / weights).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mlflow")
 def test_ctrl_c_before_the_first_step_stops_at_once(cache, tmp_path):
     """Nothing can be saved yet, so the run does not wait for the panel, which would take hours."""
@@ -194,6 +199,7 @@ def test_background_run_ignores_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mlflow")
 def test_second_start_reports_the_owner_and_exits(cache, tmp_path):
     first = run_command(cache, tmp_path, *SMALL_RUN, "trainer.steps=50", wait=False)
@@ -205,6 +211,7 @@ def test_second_start_reports_the_owner_and_exits(cache, tmp_path):
     assert f"process {first.pid}" in second.stdout
 
 
+@pytest.mark.slow
 def test_lora_on_a_model_loaded_by_path(cache, tmp_path, unbroken):
     """Local Qwen2 weights under an adapter: published models are loaded in the same way."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -231,6 +238,7 @@ def test_lora_on_a_model_loaded_by_path(cache, tmp_path, unbroken):
     assert (model / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
@@ -266,6 +274,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_is_an_error_before_any_work(cache, small_disk):
     (small_disk / "ballast").write_bytes(b"x" * 110_000_000)
     done = run_command(cache, small_disk, *SMALL_RUN)
@@ -274,6 +283,7 @@ def test_full_disk_is_an_error_before_any_work(cache, small_disk):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mlflow")
 def test_run_survives_a_disk_that_fills_up(cache, small_disk, unbroken):
     """The run stops with an error of one line. With free space again, it ends with equal results."""

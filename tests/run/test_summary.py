@@ -264,6 +264,7 @@ def test_draw_chart() -> None:
 # ----------------------------------------------------------------------------------------------- figures and episodes
 
 
+@pytest.mark.slow
 def test_figures(run_dir: Path) -> None:
     rows = metrics.read(run_dir)
     files = summary.save_plots(rows, run_dir / "plots")
@@ -287,6 +288,7 @@ def test_episodes_as_markdown() -> None:
     assert "(5000 more characters)" in long
 
 
+@pytest.mark.slow
 def test_write_artifacts(run_dir: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet

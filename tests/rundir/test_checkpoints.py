@@ -92,6 +92,7 @@ def unfinished(unbroken, tmp_path, monkeypatch):
     return copy
 
 
+@pytest.mark.slow
 def test_run_resumes_from_the_older_checkpoint_with_equal_results(unfinished, unbroken, cache, caplog):
     newest = checkpoints.list_complete(unfinished)[0]
     flip_bit(newest / "optimizer.pt")

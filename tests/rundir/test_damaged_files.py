@@ -94,6 +94,7 @@ FINISHED = [  # file, damage, exit code of `run`, state in `status` if it is not
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage", "code", "status"), FINISHED, ids=lambda v: getattr(v, "__name__", v))
 def test_damaged_file_of_a_finished_run(copy, monkeypatch, capsys, name, damage, code, status):
     (copy / "tracking.json").exists() or (copy / "tracking.json").write_text("{}")
@@ -127,6 +128,7 @@ UNFINISHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage"), UNFINISHED, ids=lambda v: getattr(v, "__name__", v))
 def test_damaged_file_of_an_unfinished_run(unfinished, monkeypatch, capsys, name, damage):
     damage(unfinished / name)

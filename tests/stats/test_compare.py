@@ -23,6 +23,7 @@ def test_welch_by_hand():
     assert found.high - found.difference == pytest.approx(2.776445 * math.sqrt(0.02 / 3))
 
 
+@pytest.mark.slow
 @given(scores, scores)
 def test_welch_equals_scipy(one, other):
     if compare.no_interval_reason(one, other) or np.var(one) + np.var(other) < 1e-12:
@@ -34,6 +35,7 @@ def test_welch_equals_scipy(one, other):
     assert (shared.low, shared.high) == pytest.approx(tuple(strict))
 
 
+@pytest.mark.slow
 @given(scores, scores)
 def test_swapping_the_arms_changes_the_sign(one, other):
     forward, backward = compare.welch_interval(one, other), compare.welch_interval(other, one)
@@ -116,6 +118,7 @@ def test_the_smallest_p_value_of_a_permutation_test(seeds, floor):
     assert compare.permutation_test([*range(10, 15)], [*range(5)], comparisons=7) is None  # 0.0079 > 0.05 / 7
 
 
+@pytest.mark.slow
 def test_the_detectable_difference_agrees_with_the_plan():
     rng = np.random.default_rng(1)
     one, other = rng.normal(0.7, 0.03, (2, 5))

@@ -45,6 +45,7 @@ def refused(tmp_path, text, *overrides):
 # sweeps/
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_sweep_file_resolves_to_the_experiments_of_its_overrides(file):
     sweep = load(file)
@@ -57,6 +58,7 @@ def test_every_sweep_file_resolves_to_the_experiments_of_its_overrides(file):
         assert config.run_dir(cell.experiment) == cell.folder
 
 
+@pytest.mark.slow
 def test_ablations_and_main_are_complete():
     for name in ("ablations", "household_ablations"):
         causal = load(name.replace("ablations", "causal"), ["seed=0"]).arms
@@ -76,6 +78,7 @@ def test_ablations_and_main_are_complete():
     assert main == {(*row, modulation) for row in rows for modulation in ("none", "aem")}
 
 
+@pytest.mark.slow
 def test_names_and_paths_find_the_same_file(monkeypatch):
     assert sweep_file.list_sweeps().keys() == {file.stem for file in FILES}
     monkeypatch.setenv("AEM_OUTPUTS", str(ROOT))
@@ -150,6 +153,7 @@ def test_group_names_are_unique(tmp_path):
     assert groups[:2] == ["none/trainer.temperature=0.5", "none/evaluation.temperature=0.5"]
 
 
+@pytest.mark.slow
 def test_first_key_of_a_grid_gives_the_arms():
     sweep = parse_grid(
         ["seed=0,1,2", "modulation=none,aem", "baseline=glob(r*)", "trainer.steps=range(10,30,10)", "name=x"]
@@ -217,6 +221,7 @@ def together(composer, overrides, seeds):
         return str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(WORDS), max_size=5))
 def test_seeds_resolved_together_equal_seeds_resolved_alone(shared, words):
@@ -232,6 +237,7 @@ def shared():
     return Composer()
 
 
+@pytest.mark.slow
 def test_config_dir_applies_to_every_cell(tmp_path):
     (tmp_path / "own/baseline").mkdir(parents=True)
     (tmp_path / "own/baseline/grpo.yaml").write_text("""# @package _global_
@@ -250,6 +256,7 @@ trainer: {loss_type: dapo, epsilon: 0.25}
             assert cell.experiment.trainer.epsilon == 0.25
 
 
+@pytest.mark.slow
 def test_cells_can_continue_a_run(tmp_path):
     parent = config.load(["trainer.steps=10", f"outputs={tmp_path}"])
     folder = config.run_dir(parent)
@@ -264,6 +271,7 @@ def test_cells_can_continue_a_run(tmp_path):
     assert sentence.startswith("mine: none seed=0: trainer.steps=5: ") and "10" in sentence
 
 
+@pytest.mark.slow
 def test_a_grid_of_300_cells():
     words = ["modulation=aem,none,token,linear,shuffled", "baseline=grpo,rloo,dapo,gigpo", "seed=range(15)"]
     cells = parse_grid(words).cells
@@ -427,6 +435,7 @@ def test_three_seeds_cannot_detect_the_published_gain_on_swebench():
     assert power.planned_detectable_points(1, 500) == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "pooled", "expected"), [(3, False, 0.8), (5, False, 0.8), (10, False, 0.8), (3, True, 0.7)]
 )

@@ -219,6 +219,7 @@ def test_unknown_metric_fails_the_trial(policy, desk):
     assert "no trial is missing" in desk.sweep("--local")
 
 
+@pytest.mark.slow
 def test_lost_trials_are_retried_at_most_twice(desk, load_study):
     search = load_study()
     opened = study.open_study(search)
@@ -238,6 +239,7 @@ def test_lost_trials_are_retried_at_most_twice(desk, load_study):
     assert (search.folder / "worker-000" / "code" / "slow_household.py").exists()
 
 
+@pytest.mark.slow
 def test_worker_that_is_always_killed_at_one_step_is_not_restarted(desk, load_study):
     search = load_study()
     opened = study.open_study(search)
@@ -281,6 +283,7 @@ def test_search_space_uses_hydras_syntax(load_study):
     assert search.trial_overrides({"baseline": "rloo"})[-1] == "baseline=rloo"
 
 
+@pytest.mark.slow
 def test_study_with_other_settings_is_refused(desk, load_study):
     study.open_study(load_study())
     study_status.read_status(load_study(TINY.replace("trials: 4", "trials: 9\n  pruner: median")))  # these may change
@@ -294,6 +297,7 @@ def test_study_with_other_settings_is_refused(desk, load_study):
         assert caught.value.field in ("tiny.space", "tiny.base", "tiny.direction")
 
 
+@pytest.mark.slow
 def test_databases_as_storage_without_leaking_credentials(desk, load_study, monkeypatch):
     monkeypatch.setenv("AEM_STUDY", f"sqlite:///{desk.folder / 'studies.db'}")
     search = load_study()
@@ -316,6 +320,7 @@ def with_space(line):
     return TINY.replace("trainer.learning_rate: tag(log, interval(1e-4, 2e-3))", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "facts"),
     [

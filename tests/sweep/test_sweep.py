@@ -55,6 +55,7 @@ def first_execution(desk):
     return plan, said, rows
 
 
+@pytest.mark.slow
 def test_plan_runs_nothing(desk, first_execution):
     plan, _, rows = first_execution
     assert "to run  2 of 2 cells" in plan
@@ -62,6 +63,7 @@ def test_plan_runs_nothing(desk, first_execution):
     assert {row["state"] for row in rows} == {"new"}
 
 
+@pytest.mark.slow
 def test_failed_cell_does_not_stop_others(desk, first_execution):
     _, ask = desk
     _, said, _ = first_execution
@@ -77,6 +79,7 @@ def test_failed_cell_does_not_stop_others(desk, first_execution):
     assert "provenance.json is damaged" in failed["sentence"]
 
 
+@pytest.mark.slow
 def test_report_of_an_incomplete_sweep_lists_missing_runs(desk, first_execution):
     folder, ask = desk
     said = ask("aem_exp.report", "quick.yaml", "--no-tracking")
@@ -85,6 +88,7 @@ def test_report_of_an_incomplete_sweep_lists_missing_runs(desk, first_execution)
     assert "unreadable" in page and "provenance.json is damaged" in page
 
 
+@pytest.mark.slow
 def test_repeated_command_runs_only_missing_cells(desk, first_execution):
     folder, ask = desk
     assert "to run  0 of 2 cells" in ask("aem_exp.sweep", "quick.yaml")
@@ -109,6 +113,7 @@ def test_sweep_is_in_mlflow(desk, first_execution):
     assert any(tag.startswith("mlflow.sharedViewState.aem.quick") for tag in experiment.tags)
 
 
+@pytest.mark.slow
 def test_report_is_in_mlflow_and_can_be_rebuilt_from_archives(desk, first_execution, tmp_path):
     folder, ask = desk
     said = ask("aem_exp.report", "quick.yaml", "--archive", str(tmp_path))
@@ -125,6 +130,7 @@ def test_report_is_in_mlflow_and_can_be_rebuilt_from_archives(desk, first_execut
     assert len(tables) > 5 and all((one / name).read_text() == (other / name).read_text() for name in tables)
 
 
+@pytest.mark.slow
 def test_run_may_belong_to_two_sweeps(desk, first_execution):
     """The second sweep reuses the run, and MLflow shows it in both sweeps."""
     folder, ask = desk
@@ -144,6 +150,7 @@ def test_run_may_belong_to_two_sweeps(desk, first_execution):
     assert [run.data.tags["aem.sweep.quick"] for run in runs] == ["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_interrupted_sweep_stops_its_cells(desk, number):
     """SIGTERM or Ctrl-C makes the cells save and end, and the command waits for them."""
@@ -183,6 +190,7 @@ print("ended by", -child.returncode, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_repeated_ctrl_c_kills_a_cell_that_does_not_end():
     """The first signal requests a save, the second an immediate end; then the cell is killed."""
     command = [sys.executable, "-c", STOPS, STUBBORN]

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.usefixtures("no_uri")
 # --------------------------------------------------------------------------------------------------------- one run
 
 
+@pytest.mark.slow
 def test_run_is_complete_on_disk_and_in_mlflow(tmp_path: Path) -> None:
     outputs, run_dir = tmp_path / "a folder", tmp_path / "a folder" / "run"
     uri = local_store(outputs)
@@ -91,6 +92,7 @@ def test_run_is_complete_on_disk_and_in_mlflow(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status"), [(None, "FINISHED"), (ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
@@ -107,6 +109,7 @@ def test_status_in_mlflow_is_that_of_the_run(tmp_path: Path, error: BaseExceptio
     assert run_card.read_card(tmp_path / "run")["status"] == status
 
 
+@pytest.mark.slow
 def test_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
     with open_tracker(run_dir, uri) as tracker:
@@ -124,6 +127,7 @@ def test_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_run_that_restarts_without_a_checkpoint_keeps_its_mlflow_run(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
     for _ in range(2):
@@ -262,6 +266,7 @@ KILL_AFTER_17_STEPS = """
 """
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_without_loss(tmp_path: Path) -> None:
     uri, run_dir = local_store(tmp_path), tmp_path / "run"
     killed = run_script(KILL_AFTER_17_STEPS, str(run_dir), uri)
@@ -280,6 +285,7 @@ def test_killed_run_resumes_without_loss(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics.read(run_dir)] == list(range(1, 21))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "mode"), [(8, "live"), (50, "later")])
 def test_many_runs_start_at_once_on_a_new_store(tmp_path: Path, count: int, mode: str) -> None:
     """Mode `later`: a run sends everything at its end, one process at a time, as jobs do with a sqlite store."""
@@ -391,6 +397,7 @@ def test_server_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_server_that_rejects_or_never_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -445,6 +452,7 @@ def test_local_store_is_created_in_the_background(tmp_path: Path) -> None:
     assert read_mlflow_run(local_store(tmp_path), tmp_path / "b").steps["train/success"] == [0]
 
 
+@pytest.mark.slow
 def test_locked_store_is_waited_for_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect, busy = writer.RemoteRun.connect, ["(sqlite3.OperationalError) database is locked"]
 

@@ -101,6 +101,7 @@ def test_runs_can_be_grouped_by_another_tag(client: Any) -> None:
     assert states["aem.main.table"]["columnOrder"][0] == "tags.`aem.sweep.main`"
 
 
+@pytest.mark.slow
 def test_old_views_are_removed_and_those_of_users_are_kept(client: Any) -> None:
     experiment = client.create_experiment("household")
     theirs = views.VIEW_TAG_PREFIX + "3fd2"
@@ -117,6 +118,7 @@ def test_old_views_are_removed_and_those_of_users_are_kept(client: Any) -> None:
     assert kept == {theirs} | expected - {f"{views.OWN_TAG_PREFIX}sweep1.curves", f"{views.OWN_TAG_PREFIX}sweep1.table"}
 
 
+@pytest.mark.slow
 def test_views_of_all_runs_are_kept(client: Any) -> None:
     experiment = client.create_experiment("household")
     assert not views.has_views(client.get_experiment(experiment).tags)

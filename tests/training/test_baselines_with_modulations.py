@@ -60,6 +60,7 @@ def train(run, folder):
     return rows, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPS["modulation"])
 @pytest.mark.parametrize("baseline", GROUPS["baseline"])
 def test_pair_trains_or_is_refused(baseline, name, folder):
@@ -89,6 +90,7 @@ def test_gspo_on_full_history_is_refused_with_each_modulation(name):
     assert refused.value.field == GSPO_FIELD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", GROUPS["baseline"])
 def test_lambda_zero_gives_bitwise_the_weights_of_the_baseline(baseline, folder):
     """The weights are compared after the last step."""
@@ -100,6 +102,7 @@ def test_lambda_zero_gives_bitwise_the_weights_of_the_baseline(baseline, folder)
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_plays_more_rounds_and_counts_all_episodes(folder):
     """DAPO trains no groups with equal returns."""
     rows, _ = train(pair("dapo", "aem", "full"), folder)
@@ -129,6 +132,7 @@ def test_truncated_trajectory_counts_with_return_zero_and_is_not_trained():
     assert len(credit.rows) == len(credit.trajectory_R) == 2
 
 
+@pytest.mark.slow
 def test_training_continues_after_a_step_in_which_all_episodes_are_truncated(folder):
     run = pair("deepswe", "aem", "full")
     run = replace(run, env=replace(run.env, max_turns=1))

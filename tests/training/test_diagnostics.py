@@ -115,6 +115,7 @@ def first_step(folder, history, **changes):
     return credit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_drift_of_a_step_does_not_depend_on_micro_batches_or_scoring(folder, history):
     """Reference values come from the sampler's log-probs; the last trainer scores again, as with vLLM."""

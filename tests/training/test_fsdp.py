@@ -51,6 +51,7 @@ def finished(cache, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_interrupted_sharded_run_resumes_to_the_same_result(cache, tmp_path, finished):
     """It also loads its weights in one process only (cpu_ram_efficient_loading)."""
     folder = run_dir(tmp_path, cpu_ram_efficient_loading=True)
@@ -71,6 +72,7 @@ def test_interrupted_sharded_run_resumes_to_the_same_result(cache, tmp_path, fin
     assert list(folder.glob("checkpoint-*/*_fsdp_0")) and not list(folder.glob("checkpoint-*/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_sharded_checkpoint_is_not_continued_without_sharding(cache, tmp_path, finished):
     overrides = [f"from={finished}", "trainer.steps=5", "launch.trainer={use_cpu: true}", "launch=local"]
     done = run_command(cache, tmp_path, *overrides)

@@ -61,6 +61,7 @@ def test_shuffled_permutes_the_coefficients_within_each_group():
     assert len({tuple(alphas("shuffled", seed)[0].tolist()) for seed in range(20)}) > 5
 
 
+@pytest.mark.slow
 def test_shuffled_is_uncorrelated_with_entropy_over_many_seeds():
     every = torch.stack([alphas("shuffled", seed)[0][:4] for seed in range(4000)])
     torch.testing.assert_close(every.mean(0), torch.ones(4), atol=0.03, rtol=0)

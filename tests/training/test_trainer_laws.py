@@ -108,6 +108,7 @@ def plain_trl(folder, run, credit, changes):
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_a_full_history_equals_plain_trl(folder, name, beta):
@@ -118,6 +119,7 @@ def test_a_full_history_equals_plain_trl(folder, name, beta):
     assert_close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_b_one_turn_windows_equal_plain_trl(folder, name):
     settings, estimator, changes = LOSSES[name]
@@ -161,6 +163,7 @@ def reference_loss(model, credit, alpha_R, old, kind, low, high, length):
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["window", "full"])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
 def test_b_loss_equals_an_independent_reference(folder, history, kind):
@@ -181,6 +184,7 @@ def test_b_loss_equals_an_independent_reference(folder, history, kind):
     assert_close(ours, (loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_c_lambda_zero_is_bitwise_equal_to_no_modulation(folder, history):
     weights = []
@@ -192,6 +196,7 @@ def test_c_lambda_zero_is_bitwise_equal_to_no_modulation(folder, history):
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 def test_raising_and_lowering_split_the_advantages_of_the_step(folder):
     advantages_NT = {}
     for keep in ("all", "raising", "lowering"):
@@ -208,6 +213,7 @@ def test_raising_and_lowering_split_the_advantages_of_the_step(folder):
 ALL_LOSS_TERMS = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo"])
 def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
@@ -229,6 +235,7 @@ def one_process(folder):
     return {kind: torchrun_training.weights(kind, folder) for kind in torchrun_training.KINDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
 def test_d_ranks_change_nothing(folder, one_process, weights):
     """Two gloo processes end with the weights and the entropy drift of one process.
@@ -247,6 +254,7 @@ def test_d_ranks_change_nothing(folder, one_process, weights):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_e_each_generated_token_is_counted(folder, history):
     run = toy.experiment(history, steps=3)
@@ -261,6 +269,7 @@ def test_e_each_generated_token_is_counted(folder, history):
     assert any(m["train/tokens_crashed"] > 0 for m in seen)
 
 
+@pytest.mark.slow
 def test_learning_rate_follows_steps(folder):
     run = toy.experiment("window", steps=3, mini_batch=4, lr_scheduler_type="linear", learning_rate=3e-3)
     seen = []
@@ -271,6 +280,7 @@ def test_learning_rate_follows_steps(folder):
     assert [m["train/learning_rate"] for m in seen] == pytest.approx([3e-3, 2e-3, 1e-3])
 
 
+@pytest.mark.slow
 def test_sampler_with_other_weights_ends_the_run(folder):
     trainer = toy.trainer(folder, toy.experiment("full"))
     play = trainer.play
@@ -286,6 +296,7 @@ def test_sampler_with_other_weights_ends_the_run(folder):
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trusted", [True, False])
 def test_wrong_entropies_of_a_sampler_end_the_run(folder, trusted):
     """Its log-probs are correct."""
@@ -304,6 +315,7 @@ def test_wrong_entropies_of_a_sampler_end_the_run(folder, trusted):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_scored_log_probs_and_entropies_equal_sampled_ones(folder):
     """The scoring pass replaces the sampler's measurements with bf16 or vLLM."""
     batches = []
@@ -317,6 +329,7 @@ def test_scored_log_probs_and_entropies_equal_sampled_ones(folder):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_lora_trains_only_the_adapter(folder):
     from peft import LoraConfig, get_peft_model
 
@@ -356,6 +369,7 @@ class SwitchableWorld(toy.ChatterWorld):
         return EqualReturnsEnv() if self.equal_returns else super().env()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"drop_equal": True}, {"drop_equal": True, "rounds": 2, "groups": 4}], ids=str)
 def test_step_without_advantages_changes_no_weight(folder, changes):
     """The third of four steps has no advantages. Neither Adam's momentum nor weight decay may change the weights."""
@@ -383,6 +397,7 @@ def test_step_without_advantages_changes_no_weight(folder, changes):
     assert trainer.time.updates == sum(metrics["train/updates"] for metrics, *_ in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", [{"beta": 0.05}, {"entropy_coef": 0.01}], ids=str)
 def test_step_without_advantages_trains_with_other_loss_terms(folder, term):
     run = toy.experiment("full", steps=1, **term)
@@ -395,6 +410,7 @@ def test_step_without_advantages_trains_with_other_loss_terms(folder, term):
     assert seen[0]["train/updates"] == seen[0]["train/useful_share"] == 1
 
 
+@pytest.mark.slow
 def test_step_without_advantages_trains_with_the_bonus_of_a_modulation(folder):
     run = toy.experiment("full", steps=1)
     seen = []
@@ -407,6 +423,7 @@ def test_step_without_advantages_trains_with_the_bonus_of_a_modulation(folder):
     assert seen[0]["train/updates"] == 1
 
 
+@pytest.mark.slow
 def test_step_with_only_masked_trajectories_has_no_update(folder):
     """All of them reach the maximum number of turns."""
     run = toy.experiment("full", steps=1)
@@ -422,6 +439,7 @@ def test_step_with_only_masked_trajectories_has_no_update(folder):
     assert seen[0]["train/tokens_filtered"] == seen[0]["train/tokens_generated"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
 def test_count_masked_enlarges_the_denominator_of_the_loss(folder, history, kind):
