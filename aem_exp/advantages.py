@@ -100,7 +100,7 @@ def group_centred(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
 
 
 def leave_one_out(batch: StepBatch, *, over: Over = "trajectories") -> Tensor:
-    """RLOO (arXiv 2402.14740): score - mean of the others. The own trajectory is left out, or only the own turn.
+    """RLOO (arXiv 2402.14740): score - mean of the others: all but its own trajectory, or all but its own turn.
 
     For n values, own - mean of the others = n / (n - 1) * (own - mean of all).
 

@@ -90,7 +90,7 @@ def make(
         initializer_range: standard deviation of the initial weights; with the usual 0.02, such a small model hardly learns.
         episodes: number of demonstrations on training tasks.
         noise: probability that an action of the demonstrations is random.
-        shyness: probability that the shy player avoids a decisive action; the world defines which actions these are.
+        shyness: probability that the shy player avoids a decisive action; the environment defines which actions these are.
         steps: number of updates on demonstrations of the first player.
         habit_steps: number of updates on demonstrations of the shy player.
         batch: demonstrations per update.

@@ -48,7 +48,7 @@ class Site:
     at_once: Annotated[int, AT_LEAST_1] = 32
     """Maximum number of jobs of one array that run at the same time."""
     interface: str | None = None
-    """Network interface on which servers listen, such as ib0. Null: the interface of the node's host name."""
+    """Network interface on which servers listen, such as ib0. null: the interface of the node's host name."""
     sbatch: dict[str, str] = field(default_factory=dict)
     """Other options of sbatch, such as `exclude: node[3-4]`."""
     srun: list[str] = field(default_factory=list)

@@ -167,8 +167,8 @@ class Launch:
     """Folder with the addresses (`urls`) and the `key` of running servers; see `cluster.rendezvous`. null: the job starts
     `server_nodes`. Only with `sampler: served`."""
     server_nodes: NonNegativeInt = 0
-    """Additional nodes of the job that run servers; their addresses are in the run dir. 0: none. Only with `sampler: served`
-    and `where: slurm`, and without `servers`."""
+    """Additional nodes of the job that run servers; their addresses are in the run directory. 0: none. Only with
+    `sampler: served` and `where: slurm`, and without `servers`."""
     server_weights: Literal["files", "nccl"] = "files"
     """How servers receive new weights: through files, or from GPU to GPU (`nccl`). Only with `sampler: served`; see
     `rollout.sampling.weight_sync`."""
@@ -198,7 +198,7 @@ class Experiment:
     """The complete description of one run, as in `experiment.json`."""
 
     name: str = ""
-    """First part of the name of the run dir. Not hashed."""
+    """First part of the name of the run directory. Not hashed."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     model: Model = field(default_factory=Model)
@@ -216,7 +216,7 @@ class Experiment:
     launch: Launch = field(default_factory=Launch)
     """Execution. Not hashed."""
     outputs: str | None = None
-    """Folder of the run dirs. null: $AEM_OUTPUTS, else ./outputs. Not hashed."""
+    """Folder of the run directories. null: $AEM_OUTPUTS, else ./outputs. Not hashed."""
     tracking: str | None = None
     """MLflow tracking URI; `off`: no tracking. null: $MLFLOW_TRACKING_URI, else a SQLite file next to the runs. Not hashed."""
     parent: str | None = None

@@ -26,8 +26,9 @@ from aem_exp.rundir import RESULT
 
 ABOUT = """\
 Score a policy on held-out tasks. Each task is played the same number of times. For comparison, the same tasks are played by
-the untrained policy, by a random agent, and by the agents of the env: a scripted agent, which sees only the observations, and
-an oracle, which knows the solution. Repeat the command to resume an interrupted evaluation, or to show its results again.
+the untrained policy, by a random agent, and by two programs of the environment, if it has them: a scripted player, which sees
+only the observations, and an oracle, which knows the solution. Repeat the command to resume an interrupted evaluation, or to
+show its results again.
 
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16

@@ -52,7 +52,7 @@ class Search:
     pruner: Literal["hyperband", "median", "none"] = "none"
     """How trials are stopped early."""
     storage: str | None = None
-    """URL of a data base; null: $AEM_STUDY, else a journal file in the folder of the study."""
+    """URL of a database; null: $AEM_STUDY, else a journal file in the folder of the study."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ python -m aem_exp modulation=none seed=1 trainer.steps=20
 - `conf/config.yaml` names the file of each group that is used if you choose none.
 - `+experiment=NAME` adds a file of `conf/experiment/`, which chooses files and sets keys.
 - An override on the command line wins over every file.
-- `--config-dir FOLDER` lays a folder of your own over `conf/`. Its groups add choices. Its files replace files of the
-  same name.
+- `--config-dir FOLDER` adds your own folder to `conf/`. Its files are additional choices. A file with the name of an
+  existing choice replaces that choice.
 - `--cfg job` prints the composed configuration and runs nothing.
 - `plan=true` checks the experiment and prints its run directory, its size and what it needs.
 
@@ -82,17 +82,17 @@ SWEEP_KEYS = {
     "search": "An Optuna study instead of fixed arms. Its keys are below.",
     "seeds": "Seeds of every cell: `0,1,2` or `range(0,10)`. Required.",
     "launch": "Overrides of every cell that say where it runs, such as `launch=slurm_cpu`.",
-    "config_dir": "A folder of your own over `conf/`, relative to the sweep file. `--config-dir` replaces it.",
+    "config_dir": "Your own folder in addition to `conf/`, relative to the sweep file. `--config-dir` replaces it.",
 }
 VARIABLES = {
-    "AEM_OUTPUTS": "Folder of run directories. Default: `./outputs`. `outputs=` wins over it.",
+    "AEM_OUTPUTS": "Folder of run directories. Default: `./outputs`. `outputs=` has priority.",
     "AEM_CACHE": "Folder of small policies, data and images. Default: `~/.cache/aem_exp`.",
     "AEM_ROOT": "Folder that holds `conf/`, `sweeps/` and `slurm/`. Default: those of the package.",
     "AEM_SITE": "Folder with `site.yaml` and `setup.sh` of your cluster. Default: `slurm/`.",
     "AEM_STUDY": "URL of the storage of studies that name none. Default: a journal file.",
     "ALFWORLD_DATA": "Folder of ALFWorld's official games, which holds `json_2.1.1/`. Default: where `prepare` puts them.",
     "WEBSHOP_DATA": "Folder of WebShop's official files. Default: `webshop/` in the cache.",
-    "MLFLOW_TRACKING_URI": "MLflow store; `off` switches tracking off. Default: sqlite beside the runs. `tracking=` wins.",
+    "MLFLOW_TRACKING_URI": "MLflow store; `off` switches tracking off. Default: an SQLite file. `tracking=` has priority.",
 }
 COMMANDS = """\
 # Commands

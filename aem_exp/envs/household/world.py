@@ -31,7 +31,7 @@ from aem_exp.envs.household.rules import (
 
 
 class Household:
-    """A world of rooms and household tasks. The keywords decide the difficulty.
+    """Rooms and household tasks. The arguments decide the difficulty.
 
     Args:
         kinds: the kinds of task, of ALFWorld's six; all are equally frequent.
