@@ -22,6 +22,7 @@ if (
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from support.runs import SMALL_RUN, find_run_dir, run_command, skip_or_fail, weights_moved
 
 
@@ -30,6 +31,9 @@ def pytest_xdist_auto_num_workers(config):
     whole = config.args_source == config.ArgsSource.TESTPATHS and config.option.markexpr != "fast"
     return 3 if whole else 0
 
+
+settings.register_profile("tests", deadline=None)  # a busy machine may take long over any example
+settings.load_profile("tests")
 
 TRAINED = {"unbroken", "trained", "first_execution"}  # fixtures that train a policy in a process of its own
 

@@ -239,7 +239,7 @@ def open_episode(name):
 
 @pytest.mark.slow
 @every_world
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(response=st.one_of(st.text(max_size=300), st.from_regex(r"(</?(think|action|tool_call)>|[a-z \d]|\n){0,40}")))
 def test_random_text_is_invalid_or_not_admissible(name, response):
     if isinstance(world(name), str):

@@ -61,7 +61,7 @@ def test_texts_are_analysed_as_in_lucene(text, terms):
     assert " ".join(analyzer.analyze(text)) == terms
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(text=st.text(max_size=60))
 def test_any_text_can_be_analysed(text):
     terms = analyzer.analyze(text)

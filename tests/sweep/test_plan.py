@@ -222,7 +222,7 @@ def together(composer, overrides, seeds):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(WORDS), max_size=5))
 def test_seeds_resolved_together_equal_seeds_resolved_alone(shared, words):
     overrides, seeds = shared.drop_replaced_choices(words), ["seed=2", "seed=5"]
