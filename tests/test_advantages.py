@@ -183,9 +183,9 @@ def reference(value, group, of, eps):
 
 
 @pytest.mark.slow
-def test_ten_thousand_ragged_groups_match_the_formulas_and_equal_ones_are_zero():
+def test_three_thousand_ragged_groups_match_the_formulas_and_equal_ones_are_zero():
     alike = 0
-    for seed in range(100):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         gamma = float(rng.uniform(0.5, 1.0))
         return_M, group_M, owner_R, reward_R, state_R = make_ragged_step(rng)
@@ -209,4 +209,4 @@ def test_ten_thousand_ragged_groups_match_the_formulas_and_equal_ones_are_zero()
                 zero_R = same_R if estimator is step_compared else equal_R
                 assert not any(estimator(each, over=over).numpy()[zero_R].any() for each in (batch, single))
         alike += len(np.unique(group_R[same_R]))
-    assert alike > 3000  # including trajectories that are alone in their group
+    assert alike > 900  # including trajectories that are alone in their group
