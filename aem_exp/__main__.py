@@ -26,7 +26,7 @@ The same command again resumes the run, or shows its result. Without arguments:
 {default}.
 
   aem-exp modulation=none seed=1
-  aem-exp trainer.steps=20 env.make.receptacles=6
+  aem-exp trainer.steps=20 env.make.receptacles=5 env.make.openable=2
   aem-exp +experiment=alfworld_1_5b launch=gpu1 --cfg job
 
 Commands
