@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 from support.runs import DEADLINE, SMALL_RUN, run_command
 
 from aem_exp import config
 from aem_exp.jobs import dry_run
 
-PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^`(my/[\w./]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)  # path, content
 COMMANDS = re.findall(r"^python -m aem_exp (.*?[^\\])$", PAGE, re.DOTALL | re.MULTILINE)
 SCRIPT = re.findall(r"^```python\n(from aem_exp.config import load\n.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

@@ -2,9 +2,9 @@
 
 import ast
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from support import ROOT
+
 PLACEHOLDER = "…"
 NOT_OURS = {"pip install", "en_core_web_sm", "tracking=", "RUNNING"}  # what first columns quote besides messages
 
@@ -29,7 +29,7 @@ def _fixed_parts(message: str) -> list[str]:
 
 
 def _texts_of_the_code() -> list[str]:
-    """Every text of the package; what a format string fills in is a placeholder."""
+    """Every string of the package; the replacement fields of format strings become placeholders."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "aem_exp").rglob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]

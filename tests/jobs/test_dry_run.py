@@ -208,6 +208,14 @@ def refused(mine, *words):
     return said
 
 
+def check_sentence(mine, said, field, name, fact):
+    """The error names the field, the fact and, if the module marks it, the line of the user's code."""
+    assert said.startswith(f"{field}=someones_parts.{name}: ")
+    assert fact in said
+    if f"# here: {name}\n" in MODULE:
+        assert said.endswith(at(mine, name))
+
+
 WRONG = {
     "Boom": "reset failed: RuntimeError: boom",
     "StepBooms": "step failed: KeyError: 'missing'",
@@ -239,10 +247,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_invalid_world_is_refused(mine, name):
     said = refused(mine, f"env={name}")
-    assert said.startswith(f"env.make._target_=someones_parts.{name}: ")
-    assert WRONG[name] in said
-    if f"# here: {name}\n" in MODULE:
-        assert said.endswith(at(mine, name))
+    check_sentence(mine, said, "env.make._target_", name, WRONG[name])
 
 
 def test_invalid_keywords_of_a_world_are_refused(mine):
@@ -309,10 +314,7 @@ ADVANTAGES = {
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_invalid_advantage_function_is_refused(mine, name):
     said = refused(mine, f"baseline.advantage={{_target_: someones_parts.{name}}}")
-    assert said.startswith(f"baseline.advantage._target_=someones_parts.{name}: ")
-    assert ADVANTAGES[name] in said
-    if f"# here: {name}\n" in MODULE:
-        assert said.endswith(at(mine, name))
+    check_sentence(mine, said, "baseline.advantage._target_", name, ADVANTAGES[name])
 
 
 @pytest.mark.parametrize(
@@ -350,10 +352,7 @@ SCHEDULES = {
 def test_invalid_schedule_is_refused(mine, name):
     value = ", value: 1" if name.startswith("N") else ""
     said = refused(mine, f"modulation.lam={{_target_: someones_parts.{name}{value}}}")
-    assert said.startswith(f"modulation.lam._target_=someones_parts.{name}: ")
-    assert SCHEDULES[name] in said
-    if f"# here: {name}\n" in MODULE:
-        assert said.endswith(at(mine, name))
+    check_sentence(mine, said, "modulation.lam._target_", name, SCHEDULES[name])
 
 
 def test_run_and_plan_report_the_same_error(mine, capsys):

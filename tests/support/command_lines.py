@@ -41,7 +41,7 @@ MODULES = {f"aem_exp.{name}": name for name in commands.COMMANDS} | {"aem_exp.tr
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The commands of a shell script, as words: lines are joined at a backslash, and split at && || ; and |."""
+    """The commands of a shell script, as lists of words. Lines are joined at a backslash, and split at && || ; and |."""
     out = []
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
@@ -57,7 +57,7 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 def write_run_dir(folder: Path) -> Path:
-    """A run dir that says that it is finished, for command lines with RUN_DIR."""
+    """Write a finished run directory, for command lines with RUN_DIR."""
     experiment = config.load([f"outputs={folder}"])
     run_dir = config.run_dir(experiment)
     run_dir.mkdir(parents=True)
@@ -67,10 +67,10 @@ def write_run_dir(folder: Path) -> Path:
 
 
 def check(words: list[str], run_dir: Path) -> None:
-    """Refuse a command that its program would not understand; RUN_DIR is a placeholder.
+    """Check that a program accepts a command. RUN_DIR is a placeholder.
 
     Raises:
-        ConfigError, AssertionError: it would not.
+        ConfigError, AssertionError: the program does not accept it.
     """
     words = [word.replace("RUN_DIR", str(run_dir)) for word in words]
     while re.match(r"\w+=", words[0]):  # variables of the environment
@@ -85,7 +85,7 @@ def check(words: list[str], run_dir: Path) -> None:
         return _check_python(words[1:])
     if name == "pip":
         return _check_pip(words[1:])
-    assert name in NOT_CHECKED, f"no test knows the program {name}"
+    assert name in NOT_CHECKED, f"this test does not know the program {name}"
 
 
 def _check_python(words: list[str]) -> None:
@@ -98,7 +98,7 @@ def _check_python(words: list[str]) -> None:
     if module == "aem_exp.jobs.lend":
         assert len(rest) == 1
         return
-    assert module in MODULES, f"no test knows the module {module}"
+    assert module in MODULES, f"this test does not know the module {module}"
     name = MODULES[module]
     if name == "tracking":
         assert rest[0] == "sync"

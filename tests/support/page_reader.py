@@ -1,4 +1,4 @@
-"""Does what a page of the documentation says: writes its files and runs its commands."""
+"""Follows a page of the documentation: writes its files and runs its commands."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def write_files(page: str, folder: Path) -> None:
 
 
 def make_script(page: str, outputs: Path) -> str:
-    """A bash script that does what `docs/PAGE` says, in its order, and stops at the first error.
+    """A bash script that writes the files and runs the commands of `docs/PAGE` in order. It stops at the first error.
 
     The output of the Nth block of commands (from 0) goes to `outputs/N.txt`.
     """
@@ -36,7 +36,7 @@ def make_script(page: str, outputs: Path) -> str:
 
 
 def follow(page: str, folder: Path, outputs: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `make_script` in `folder`, with this Python as `python`; `variables` are those of the environment."""
+    """Run `make_script` in `folder`, with this Python as `python`; `variables` are environment variables."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "COLUMNS": "120", **variables, "PATH": path}
     environment.pop("AEM_OUTPUTS", None)
