@@ -72,6 +72,20 @@ def check_servers(e: Experiment) -> None:
         )
     if launch.server_weights == "nccl" and not launch.gpus_per_node:
         raise ConfigError("launch.server_weights", "nccl", "needs GPUs, but launch.gpus_per_node=0; set files")
+    if launch.server_weights == "adapter":
+        _check_adapter(e)
+
+
+def _check_adapter(e: Experiment) -> None:
+    """Refuse an adapter that a server cannot load, or that one process cannot write."""
+    field, lora = "launch.server_weights", e.model.lora
+    if not lora:
+        raise ConfigError(field, "adapter", "needs model.lora; to send all weights, set files")
+    if e.launch.trainer.get("fsdp"):
+        raise ConfigError(field, "adapter", "cannot be used with launch.trainer.fsdp; set files or nccl")
+    for key in ("use_dora", "modules_to_save", "bias"):
+        if lora.get(key) not in (None, False, "none"):
+            raise ConfigError(field, "adapter", f"cannot be used with model.lora.{key}={lora[key]}; set files")
 
 
 def check_fsdp(e: Experiment) -> None:

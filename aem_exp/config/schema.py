@@ -169,9 +169,9 @@ class Launch:
     server_nodes: NonNegativeInt = 0
     """Additional nodes of the job that run servers; their addresses are in the run directory. 0: none. Only with
     `sampler: served` and `where: slurm`, and without `servers`."""
-    server_weights: Literal["files", "nccl"] = "files"
-    """How servers receive new weights: through files, or from GPU to GPU (`nccl`). Only with `sampler: served`; see
-    `rollout.sampling.weight_sync`."""
+    server_weights: Literal["files", "adapter", "nccl"] = "files"
+    """How servers receive new weights: through files, through files of the LoRA adapter alone (`adapter`, needs `model.lora`), or
+    from GPU to GPU (`nccl`). Only with `sampler: served`; see `rollout.sampling.weight_sync`."""
     server_seconds: PositiveFloat = 600.0
     """Seconds that servers may take to start, and a server for one response. The run also ends after this time without a
     response from any server. Only with `sampler: served`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aem_exp import policy
 from aem_exp.cluster import distributed, rendezvous
 from aem_exp.config import Launch
+from aem_exp.rollout.sampling.agreement import Agreement
 from aem_exp.rollout.sampling.base import Sampler, SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.trl_engine import EngineSampler
@@ -55,11 +56,23 @@ def _find_servers(launch: Launch, run_dir: Path) -> Path:
     return folder
 
 
-def build_publisher(servers: Servers, method: str) -> Callable[["AEMTrainer"], None]:
-    """Return a function that sends the newest weights to the servers; `launch.server_weights` lists the methods."""
-    from aem_exp.rollout.sampling.weight_sync import make_publisher  # imports TRL's vLLM client
+def build_publisher(
+    context: RunContext, loaded: LoadedPolicy, servers: Servers | None
+) -> Callable[["AEMTrainer"], dict[str, float]] | None:
+    """Return a function that sends the newest weights to the engines and checks that they use them; None without engines."""
+    experiment, launch = context.experiment, context.experiment.launch
+    if not servers and not launch.trainer.get("use_vllm"):
+        return None
+    from aem_exp.rollout.sampling import weight_sync  # imports TRL's vLLM client
+    from aem_exp.training.weight_agreement import CheckedPublisher
 
-    return make_publisher(servers, method)
+    if servers:
+        publisher = weight_sync.make_publisher(servers, launch.server_weights)
+    else:
+        publisher = weight_sync.EnginePublisher(None if launch.gpus_per_node else context.folder / rendezvous.WEIGHTS)
+    agreement = Agreement(len(loaded.tokenizer), experiment.env.context_tokens)
+    exact = experiment.model.dtype == "float32" and not experiment.trainer.bf16
+    return CheckedPublisher(publisher, agreement, exact=exact)
 
 
 def choose_sampler(

@@ -52,7 +52,7 @@ def open_session(
     rollout = Rollout(executor, experiment.env, loaded.chat, launch.device_episodes, watcher)
     with closing(rollout), connect_servers(launch, context.folder) as servers:
         make_sampler = choose_sampler(context, loaded, servers, watcher.token if watcher else None)
-        publish = build_publisher(servers, launch.server_weights) if servers else None
+        publish = build_publisher(context, loaded, servers)
         yield RunSession(context, loaded, rollout, make_sampler, publish, recorder, signals)
 
 
@@ -70,7 +70,7 @@ class RunSession:
         loaded: LoadedPolicy,
         rollout: Rollout,
         make_sampler: SamplerFactory,
-        publish: Callable[[AEMTrainer], None] | None,
+        publish: Callable[[AEMTrainer], dict[str, float]] | None,
         recorder: RunRecorder,
         signals: Signals,
     ) -> None:
@@ -106,7 +106,7 @@ class RunSession:
 
     # Training.
 
-    def _build_trainer(self, publish: Callable[[AEMTrainer], None] | None) -> AEMTrainer:
+    def _build_trainer(self, publish: Callable[[AEMTrainer], dict[str, float]] | None) -> AEMTrainer:
         experiment, settings = self.context.experiment, self.context.experiment.trainer
         lam = experiment.modulation.lam
         callback = AEMCallback(

@@ -57,9 +57,9 @@ class RolloutSource:
     """plays the episodes"""
     make_sampler: Callable[[Any], Sampler]
     """trainer -> the sampler that generates the responses"""
-    publish: Callable[[Any], None] | None = None
-    """sends the trainer's weights to the servers that generate, before each rollout that follows an update; None: the sampler
-    uses the weights of the trainer, or updates its own copy"""
+    publish: Callable[[Any], dict[str, float]] | None = None
+    """sends the trainer's weights to the engines that generate, before each rollout that follows an update, and returns metrics;
+    None: the sampler uses the weights of the trainer"""
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class AEMTrainer(GRPOTrainer):
         start = self.accelerator.process_index * size
         if self.source.publish and self._published_update != self.state.global_step:
             with self.clock("weights"):
-                self.source.publish(self)
+                self.aem_callback.metrics |= self.source.publish(self)
             self._published_update = self.state.global_step
-        # vLLM and servers have their own copy of the weights.
+        # vLLM engines have their own copy of the weights.
         with contextlib.nullcontext() if self.use_vllm else self._full_weights():
             played = self.rollout.play(episodes[start : start + size], sampler)
         return gather_object(played)

@@ -31,11 +31,11 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.clock import Clock
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling import vllm_client, weight_sync
+from aem_exp.rollout.sampling.agreement import Agreement
 from aem_exp.rollout.sampling.base import IndependentSampler, SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler, seed_from_key
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.sampling.weight_sync import FilePublisher
 from aem_exp.rollout.types import Ending
 from aem_exp.run.execution import run
 
@@ -710,7 +710,7 @@ def test_trainer_learns_from_servers_that_receive_its_weights(folder, tmp_path, 
             lam=1.0,
             make_sampler=lambda trainer: make_sampler(servers, chat),
             trust_sampler=False,
-            publish=FilePublisher(servers),
+            publish=toy.checked_publisher(servers, chat.tokenizer),
             **more,
         )
         trainer.aem_callback.report = lambda step, row: rows.append(row)
@@ -724,12 +724,13 @@ def test_trainer_learns_from_servers_that_receive_its_weights(folder, tmp_path, 
         trainer.build_updates = recording
         trainer.train()
         servers.cancel()
-    assert len(rows) == 3 and len(server.reloads) == 3
+    assert len(rows) == 3 and len(server.reloads) == 4, "the test update, and the weights of three steps"
     assert [path.name for path in (servers.folder / "weights").iterdir()] == [server.reloads[-1]]
     for row in rows:
         assert row["train/response_entropy"] > 0 and row["aem/alpha_q95"] > 1
         assert row["train/tokens_generated"] == row["train/tokens_trained"]
         assert row["train/sampler_gap"] < 1e-4, "the server samples from the newest weights"
+        assert row["train/agreement_mean"] <= row["train/agreement_max"] < 1e-4
         assert 0 <= row["time/idle_share"] < 1 and row["time/weights"] > 0
     assert all("old_per_token_logps" in batch and "importance_sampling_ratio" in batch for batch in seen)
     assert all(abs(batch["importance_sampling_ratio"][batch["tool_mask"].bool()] - 1).max() < 1e-3 for batch in seen)
@@ -743,7 +744,7 @@ def test_fsdp_ranks_sample_their_own_episodes_independently(folder, tmp_path):
         where = write_server_folder(tmp_path / "s", server)
         done = torchrun(torchrun_served, str(folder), str(where))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(server.reloads) == 2
+        assert len(server.reloads) == 3, "the test update, and the weights of two steps"
         seeds = {request["seed"] for request in server.asked}
     first_seeds = {seed_from_key((*episode.key, 0)) for step in range(2) for episode in toy.draw(step)}
     assert first_seeds <= seeds and len(seeds) == len(server.asked), "every episode is played once"
@@ -751,7 +752,7 @@ def test_fsdp_ranks_sample_their_own_episodes_independently(folder, tmp_path):
     assert len(rows) == 2 and all(row["train/sampler_gap"] < 1e-4 and row["train/grad_norm"] > 0 for row in rows)
 
 
-def test_streamed_weights_are_sent_to_every_server(folder, tmp_path):
+def test_streamed_weights_are_sent_to_every_server(folder, tmp_path, monkeypatch):
     """Without NCCL and GPUs: a stub of TRL's client records what it receives."""
     (tmp_path / "urls").write_text("http://127.0.0.1:1\nhttp://127.0.0.1:2")
     servers = Servers(tmp_path, 1.0)
@@ -771,7 +772,11 @@ def test_streamed_weights_are_sent_to_every_server(folder, tmp_path):
     publish = weight_sync.NCCLPublisher(servers)
     publish._connect = lambda url, device: clients[servers.urls.index(url)]
     trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
-    publish(trainer)
+    compared = []
+    monkeypatch.setattr(servers, "compare_all", lambda: compared.append(servers.agreement))
+    agreement = Agreement(5, 9)
+    publish(trainer, agreement)
+    assert compared == [agreement]
     for client in clients:
         assert client.cache_resets == 1
         assert all(torch.equal(client.received[name], p) for name, p in trainer.model.named_parameters())
@@ -798,7 +803,7 @@ def test_server_with_old_weights_ends_the_run(folder, tmp_path):
             toy.experiment("full", steps=1),
             make_sampler=lambda trainer: make_sampler(servers, chat),
             trust_sampler=False,
-            publish=lambda trainer: None,
+            publish=lambda trainer: {},
         )
         with pytest.raises(RunError, match=r"log-probs .* nats "):
             trainer.train()
@@ -817,7 +822,8 @@ def test_run_with_servers_from_the_command_line(cache, tmp_path, monkeypatch):
     with CompletionsServer(policy.make_cached(experiment, opening.open_world(experiment)), key) as server:
         write_server_folder(folder, server, key=key)
         run_dir = run(experiment)
-        assert server.reloads == ["0", "2", "4"], "before the first step, and after each step of two updates"
+        names = ["0-1", "0-2", "2-3", "4-4"]
+        assert server.reloads == names, "the test update, the first weights, and after each step of two updates"
         with FileLock(folder / "lock"), pytest.raises(ConfigError) as refused:
             run(config.load([*overrides, "seed=1", f"outputs={tmp_path / 'out'}"]))
         assert (refused.value.field, str(refused.value.value)) == ("launch.servers", str(folder))

@@ -8,6 +8,7 @@ after another. Tests can make it slow, let it fail or return wrong answers, or d
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from aem_exp.rollout.sampling.agreement import next_token_logps
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
 
@@ -53,6 +55,8 @@ class CompletionsServer:
         root: the weights that it reports to have been started with.
         ends_at: number of the completion request at which the server stops without an answer; 0: never.
         ended: set when the server has stopped.
+        stale: a regular expression; tensors with matching names keep their values when weights are loaded.
+        compared: number of requests that compared it with the trainer.
     """
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
@@ -62,6 +66,7 @@ class CompletionsServer:
         self.asked, self.reloads, self.fails = [], [], []
         self.ends_at, self.ended = 0, threading.Event()
         self.at_once = self.most_at_once = 0
+        self.stale, self.compared = "", 0
         self._lock = threading.Lock()
         self._http = _Http((host, port), _handler(self))
         self.url = f"http://{host}:{self._http.server_port}"
@@ -82,7 +87,22 @@ class CompletionsServer:
                 connection.shutdown(socket.SHUT_RDWR)
         self.ended.set()
 
+    def compare(self, request):
+        """Answer a request for likely next tokens."""
+        time.sleep(self.seconds)
+        with self._lock:
+            self.compared += 1
+            logps_PV = next_token_logps(self.model, request["prompt"], torch.device("cpu"))
+        tops = [logps_V.topk(min(request["logprobs"], len(logps_V))) for logps_V in logps_PV]
+        named = [
+            {f"token_id:{n}": v for v, n in zip(top.values.tolist(), top.indices.tolist(), strict=True)} for top in tops
+        ]
+        choices = [{"index": i, "logprobs": {"top_logprobs": [top]}} for i, top in enumerate(named)]
+        return 200, {"object": "text_completion", "choices": choices[::-1]}  # in any order
+
     def complete(self, request):
+        if request.get("return_tokens_as_token_ids"):
+            return self.compare(request)
         with self._lock:
             self.asked.append(request)
             stops = len(self.asked) == self.ends_at
@@ -132,10 +152,19 @@ class CompletionsServer:
             return 500, {"error": {"message": f"cannot find {folder}"}}
         with self._lock:
             state = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+            if self.stale:
+                self._untie_head()
+                state = {name: weight for name, weight in state.items() if not re.search(self.stale, name)}
             missing, unexpected = self.model.load_state_dict(state, strict=False)
-            assert not unexpected and all("lm_head" in name for name in missing), (missing, unexpected)  # tied weights
+            old = [name for name in missing if "lm_head" not in name and not re.search(self.stale or "^$", name)]
+            assert not unexpected and not old, (missing, unexpected)  # a tied head may be missing
             self.reloads.append(folder.name)
         return 200, {"results": [None]}
+
+    def _untie_head(self):
+        """Give a tied head its own copy of the weights, as vLLM does on a CPU."""
+        if self.model.lm_head.weight is self.model.get_input_embeddings().weight:
+            self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
 
 
 def load_policy(folder):

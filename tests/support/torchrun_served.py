@@ -13,7 +13,6 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
-from aem_exp.rollout.sampling.weight_sync import FilePublisher
 from support import cpu_fsdp, toy
 
 
@@ -32,7 +31,7 @@ def main(folder: Path, server_folder: Path) -> None:
             servers, chat.end_ids, SamplingParams(), vocabulary=len(chat.tokenizer), rank=t.accelerator.process_index
         ),
         trust_sampler=False,
-        publish=FilePublisher(servers),
+        publish=toy.checked_publisher(servers, chat.tokenizer),
     )
     trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()

@@ -15,8 +15,10 @@ from aem_exp.envs import Task, Turn
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.agreement import Agreement
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.local import LocalSampler
+from aem_exp.rollout.sampling.weight_sync import FilePublisher
 from aem_exp.rollout.types import Episode
 from aem_exp.training.arguments import build_grpo_config
 from aem_exp.training.callback import AEMCallback
@@ -26,6 +28,7 @@ from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import AEMTrainer, RolloutSource, TrainerHooks
 from aem_exp.training.updates import UpdateSettings
+from aem_exp.training.weight_agreement import CheckedPublisher
 
 WORDS = [chr(ord("a") + i) for i in range(12)]
 
@@ -135,6 +138,13 @@ def draw(step: int, number: int = 0, seed: int = 0, tasks: int = 4, group: int =
         for d in range(tasks)
         for m in range(group)
     ]
+
+
+def checked_publisher(
+    servers: Any, tokenizer: Any, exact: bool = True, publisher: Any = FilePublisher
+) -> CheckedPublisher:
+    """Publishes weights to servers and checks that they use them."""
+    return CheckedPublisher(publisher(servers), Agreement(len(tokenizer), env("full").context_tokens), exact=exact)
 
 
 def trainer(

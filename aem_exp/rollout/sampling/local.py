@@ -49,13 +49,13 @@ class LocalSession:
     def generate(
         self, slots: Sequence[int], prompts: Sequence[list[int]], keys: Sequence[tuple], budgets: Sequence[int]
     ) -> list[Sample]:
-        with _eval_mode(self._sampler.model):
+        with eval_mode(self._sampler.model):
             self._select_slots(list(slots))
             fed = [
                 [self._pending.pop(slot), *prompt] if slot in self._pending else prompt
                 for slot, prompt in zip(slots, prompts, strict=True)
             ]
-            scores_BV = self._append(*_left_pad(fed))
+            scores_BV = self._append(*left_pad(fed))
             samples = self._decode(scores_BV, keys, budgets)
             self._pending.update({slot: sample.ids[-1] for slot, sample in zip(slots, samples, strict=True)})
         return samples
@@ -146,8 +146,8 @@ def filter_probabilities(prob_BV: Tensor, sampling: SamplingParams) -> Tensor:
     return scores_BV.exp()
 
 
-def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, each (B, S)."""
+def left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Pad rows on the left. Returns token ids and their mask, each (B, S)."""
     width = max(map(len, rows))
     ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
@@ -158,7 +158,7 @@ def _left_pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Switch the model to eval mode (no dropout) within the context."""
     training = model.training
     model.eval()

@@ -1,6 +1,6 @@
 """The client of a run's vLLM servers: selects the server of a request, retries requests, and updates weights.
 
-A restarted server receives the newest weights before it generates.
+A restarted server receives the newest weights before it generates, and each update is checked (`agreement`).
 """
 
 import asyncio
@@ -11,19 +11,24 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from aem_exp.cluster import rendezvous
 from aem_exp.core.errors import RunError
+from aem_exp.rollout.sampling.agreement import TOP_TOKENS, Agreement
 from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, sanitize
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
 MODELS = "/v1/models"
+COMPLETIONS: Final = "/v1/completions"
 # Endpoints that vLLM has only with VLLM_SERVER_DEV_MODE=1 in its environment.
 RELOAD_WEIGHTS, RESET_CACHE = "/collective_rpc", "/reset_prefix_cache"
+# Endpoints that vLLM has only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0  # seconds before a retry: at first, and at most
 RETRYABLE_STATUS = (408, 409, 425, 429)  # the 4xx statuses that may succeed later
 WARNING_INTERVAL: Final = 60.0  # minimum seconds between two warnings about the same server
@@ -42,8 +47,11 @@ class Servers:
         self.folder, self.seconds = folder, seconds
         self.urls, self._key = rendezvous.read_urls(folder)
         self.weights: Path | None = None  # folder of the newest weights, if they are files; restarted servers load it
+        self.adapter = ""  # name of the newest LoRA adapter, if `weights` is the folder of an adapter
+        self.agreement: Agreement | None = None  # compares each server with the trainer after an update
         self.names: Sequence[str] = ()  # in evaluation: names of these weights, as a server may report them
         self.context = 0  # in evaluation: number of tokens that a server must accept
+        self._old_adapter = ""  # name of the adapter before the newest one
         self.streamed = False  # the newest weights were sent from GPU to GPU; a restarted server has lost them
         self._up_to_date = set(self.urls)  # servers with the newest weights
         self._retry_at: dict[str, float] = {}  # earliest next request to a server that did not answer (monotonic time)
@@ -79,9 +87,14 @@ class Servers:
         sends = list(zip(preferred, map(make_send, bodies, max_bytes), strict=True))
         return self._run(lambda: _gather([partial(self._send_with_retries, index, send) for index, send in sends]))
 
-    def load(self, folder: Path) -> None:
-        """Make the servers load the weights in a folder, and wait for it. A server that is down loads them when it is back."""
-        self.weights, self._up_to_date = folder, set()
+    def load(self, folder: Path, adapter: str = "") -> None:
+        """Make the servers load the weights in a folder, and wait for it. A server that is down loads them when it is back.
+
+        Args:
+            adapter: a new name for these weights, if they are a LoRA adapter; requests are then answered with this adapter.
+        """
+        self.mark_updated(folder, adapter)
+        self._up_to_date = set()
         self._run(
             lambda: _gather([partial(self._send_with_retries, index, _send_nothing) for index in range(len(self.urls))])
         )
@@ -100,9 +113,18 @@ class Servers:
         self.names, self.context = names, context
         self.load(folder)
 
-    def mark_updated(self, weights: Path | None) -> None:
+    def mark_updated(self, weights: Path | None, adapter: str = "") -> None:
         """Record that the servers have the newest weights: loaded from this folder, or streamed (None)."""
         self.weights, self.streamed, self._up_to_date = weights, weights is None, set(self.urls)
+        self._old_adapter, self.adapter = self.adapter, adapter
+
+    def compare_all(self) -> None:
+        """Compare all servers with the trainer.
+
+        Raises:
+            WeightsDiffer: a server has other weights.
+        """
+        self._run(lambda: _gather([partial(self._send_with_retries, i, self._compare) for i in range(len(self.urls))]))
 
     def cancel(self) -> None:
         """Make all waiting calls fail, and all later calls too."""
@@ -182,8 +204,12 @@ class Servers:
                 raise RunError(f"{url} {lost}; start the run again to resume from its newest checkpoint", "node")
             if self.names:
                 await self._check_weights(url)
+            elif self.adapter:
+                await self._load_adapter(url)
             elif self.weights is not None:
                 await self._reload_weights(url)
+            if self.weights is not None:
+                await self._compare(url)
             self._up_to_date.add(url)
 
     async def _reload_weights(self, url: str) -> None:
@@ -192,9 +218,31 @@ class Servers:
         await self._post(url + RELOAD_WEIGHTS, request)
         await self._post(url + RESET_CACHE, {})
 
+    async def _load_adapter(self, url: str) -> None:
+        """Make a server load the newest LoRA adapter and drop the one before it. The prefix cache knows adapters by name."""
+        if self.adapter not in _model_ids(await self._get_models(url)):
+            await self._post(url + LOAD_ADAPTER, {"lora_name": self.adapter, "lora_path": str(self.weights)})
+        if self._old_adapter:
+            with suppress(_RequestRefused):  # a restarted server never had it
+                await self._post(url + UNLOAD_ADAPTER, {"lora_name": self._old_adapter})
+
+    async def _compare(self, url: str) -> None:
+        """Compare a server with the trainer on the fixed prompts."""
+        if self.agreement is None:
+            return
+        body = {
+            "prompt": self.agreement.prompts,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "logprobs": TOP_TOKENS,
+            "return_tokens_as_token_ids": True,
+        }
+        answer = await self._post(url + COMPLETIONS, body)
+        self.agreement.compare(url, _parse_next_tokens(url, answer, len(self.agreement.prompts)))
+
     async def _check_weights(self, url: str) -> None:
         """Make sure that a server has the required weights: it loads them, or was started with them and cannot load any."""
-        cards = _model_cards(self._check_answer(url + MODELS, await self._client.get(url + MODELS)))
+        cards = _model_cards(await self._get_models(url))
         limits = [card.get("max_model_len") for card in cards]
         longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=self.context)
         if longest < self.context:
@@ -218,7 +266,12 @@ class Servers:
             warning = "%s serves %s but does not report its revision; the expected weights are %s"
             log.warning(warning, url, roots[0][:SHOWN_CHARACTERS], self.weights)
 
+    async def _get_models(self, url: str) -> dict[str, Any]:
+        return self._check_answer(url + MODELS, await self._client.get(url + MODELS))
+
     async def _post(self, url: str, body: dict[str, Any], *max_bytes: int) -> dict[str, Any]:
+        if self.adapter and url.endswith(COMPLETIONS):
+            body = body | {"model": self.adapter}
         return self._check_answer(url, await self._client.post(url, body, *max_bytes))
 
     def _check_answer(self, url: str, answer: Answer) -> dict[str, Any]:
@@ -235,6 +288,10 @@ class Servers:
             hint = f"; is {self.folder / rendezvous.KEY} its key?"
         elif status == 404 and url.endswith((RELOAD_WEIGHTS, RESET_CACHE)):
             hint = "; does it have VLLM_SERVER_DEV_MODE=1 in its environment?"
+        elif status == 404 and url.endswith(LOAD_ADAPTER):
+            hint = (
+                "; does it have VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and the option --enable-lora?"
+            )
         raise _RequestRefused(f"{url} {returned}{hint}", status)
 
 
@@ -267,3 +324,26 @@ def _model_cards(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The models that a server reports, without adapters."""
     data = answer.get("data")
     return [card for card in data if isinstance(card, dict) and not card.get("parent")] if type(data) is list else []
+
+
+def _model_ids(answer: dict[str, Any]) -> list[str]:
+    """Names of the models that a server reports, adapters included."""
+    data = answer.get("data")
+    return [str(card.get("id")) for card in data if isinstance(card, dict)] if type(data) is list else []
+
+
+def _parse_next_tokens(url: str, answer: dict[str, Any], count: int) -> list[dict[int, float]]:
+    """Read token id -> log-prob of the likely next tokens of each prompt.
+
+    Raises:
+        RunError: the answer has another form.
+    """
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        tops = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
+        reported = [{int(name.removeprefix("token_id:")): float(logp) for name, logp in top.items()} for top in tops]
+        assert len(reported) == count and all(reported)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError):
+        problem = "does not report the log-probs of likely tokens by token id; is it a vLLM server from 0.22?"
+        raise RunError(f"{url} {problem}", "config") from None
+    return reported
