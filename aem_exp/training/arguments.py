@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trl import GRPOConfig
 
-from aem_exp.config.schema import Experiment
+from aem_exp.config.schema import Experiment, apply_evaluation_limits
 from aem_exp.config.trainer_keys import OWN_KEYS
 from aem_exp.config.trainer_schema import trainer_keywords
 
@@ -39,6 +39,7 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
             "report_to": [],
             "disable_tqdm": True,
             "vllm_importance_sampling_mode": "token_truncate",  # our correction is per token; TRL's default masks whole rows
+            **({"vllm_max_model_length": max_context(experiment)} if experiment.launch.trainer.get("use_vllm") else {}),
             **{key: value for key, value in settings.items() if key not in (*OWN_KEYS, "num_iterations")},
             **experiment.launch.trainer,
         }
@@ -50,3 +51,8 @@ def max_episode_tokens(experiment: Experiment) -> int:
     env = experiment.env
     limit = env.max_turns * env.response_tokens
     return limit if env.history == "window" else min(limit, env.context_tokens)
+
+
+def max_context(experiment: Experiment) -> int:
+    """Maximum number of tokens of a row, in training or in evaluation."""
+    return max(experiment.env.context_tokens, apply_evaluation_limits(experiment).env.context_tokens)

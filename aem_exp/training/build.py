@@ -12,6 +12,7 @@ from aem_exp.training.dynamic_sampling import DynamicSampling
 from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
 from aem_exp.training.updates import UpdateSettings
+from aem_exp.training.vllm_engine import engine_options
 
 
 def build_trainer(
@@ -25,32 +26,33 @@ def build_trainer(
 ) -> AEMTrainer:
     """Create the trainer of an experiment; `folder` receives its checkpoints."""
     settings, launch = experiment.trainer, experiment.launch
-    return AEMTrainer(
-        model,
-        build_grpo_config(experiment, folder),
-        tokenizer,
-        callback=callback,
-        source=source,
-        dynamic_sampling=DynamicSampling(
-            groups=settings.tasks_per_step,
-            drop_equal=settings.drop_equal,
-            rounds=settings.rounds,
-        ),
-        credit_rules=CreditRules(
-            estimator=instantiate(experiment.baseline.advantage, partial=True),
-            penalty=experiment.env.invalid_penalty,
-            mask_truncated=settings.mask_truncated_completions,
-        ),
-        update_settings=UpdateSettings(
-            mini_batch=0 if settings.mini_batch == "all" else settings.mini_batch,
-            epochs=settings.num_iterations,
-            device_rows=launch.device_rows,
-            device_tokens=launch.device_tokens,
-            count_masked=settings.count_masked,
-        ),
-        variant=ModulationVariant(
-            **{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}
-        ),
-        trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.bf16,
-        hooks=hooks,
-    )
+    with engine_options(experiment, model.name_or_path):
+        return AEMTrainer(
+            model,
+            build_grpo_config(experiment, folder),
+            tokenizer,
+            callback=callback,
+            source=source,
+            dynamic_sampling=DynamicSampling(
+                groups=settings.tasks_per_step,
+                drop_equal=settings.drop_equal,
+                rounds=settings.rounds,
+            ),
+            credit_rules=CreditRules(
+                estimator=instantiate(experiment.baseline.advantage, partial=True),
+                penalty=experiment.env.invalid_penalty,
+                mask_truncated=settings.mask_truncated_completions,
+            ),
+            update_settings=UpdateSettings(
+                mini_batch=0 if settings.mini_batch == "all" else settings.mini_batch,
+                epochs=settings.num_iterations,
+                device_rows=launch.device_rows,
+                device_tokens=launch.device_tokens,
+                count_masked=settings.count_masked,
+            ),
+            variant=ModulationVariant(
+                **{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}
+            ),
+            trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.bf16,
+            hooks=hooks,
+        )

@@ -19,12 +19,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from aem_exp.core.errors import RunError
-from aem_exp.rollout.sampling.agreement import Agreement, Gap, WeightsDiffer, next_token_logps, worst_gap
+from aem_exp.rollout.sampling.agreement import (
+    EXACT_GAP,
+    FIRST_GAP,
+    Agreement,
+    Gap,
+    WeightsDiffer,
+    next_token_logps,
+    worst_gap,
+)
 from aem_exp.rollout.sampling.weight_sync import Publisher
 
 log = logging.getLogger("aem_exp")
-EXACT_GAP: Final = 1e-3  # nats: limit of the mean gap if trainer and engine compute in float32
-FIRST_GAP: Final = 0.1  # nats: limit of the first mean gap in other data types, which then is the reference
 GAP_FACTOR: Final = 5.0  # limit of later gaps in other data types, as a multiple of the first gap
 NOISE: Final = 0.1  # of the probe: standard deviation relative to the root mean square of a tensor
 ZERO_NOISE: Final = 0.02  # the same for a tensor of zeros, such as the second matrix of a new LoRA adapter

@@ -115,7 +115,8 @@ def test_served_evaluation_equals_a_local_one(trained, server, servers_folder, c
     load = policy.load
     monkeypatch.setattr(policy, "load", lambda *args: loads.append(args) or load(*args))
     served = run_evaluate(capsys, words(trained, servers_folder, tmp_path / "served"))["rows"]
-    assert not loads, "this process loads no weights"
+    assert len(loads) == 2, "once for each model, to compare the server with it"
+    assert server.compared == 2 and not (servers_folder / "weights").exists()
     assert server.reloads == ["model", policy.Path(served["untrained"]["weights"]).name]
     assert server.most_at_once > 1
     monkeypatch.setattr(agents, "LocalSampler", SeededSampler)
@@ -352,3 +353,19 @@ def test_interrupted_part_keeps_its_finished_episodes(trained, server, servers_f
     assert run_evaluate(capsys, arguments)["rows"]["policy"]["episodes"] == 12
     (whole,) = tmp_path.rglob("episodes.parquet")
     assert [*pd.read_parquet(whole).draw] == [task for task in range(6) for _ in (0, 1)]
+
+
+@pytest.mark.slow
+def test_server_that_keeps_a_tied_head_is_an_error_before_anything_is_played(
+    trained, server, servers_folder, capsys, tmp_path
+):
+    server.stale = "lm_head"
+    error = run_evaluate(capsys, words(trained, servers_folder, tmp_path, "--only", "policy"), code=1)
+    assert server.url in error and "it has other weights" in error and not server.asked
+
+
+@pytest.mark.slow
+def test_large_model_is_not_compared(trained, server, servers_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(agents, "MEMORY_FACTOR", 10**12)
+    assert evaluate.main(words(trained, servers_folder, tmp_path, "--only", "policy")) == 0
+    assert "the servers are not compared" in capsys.readouterr().err and server.asked and not server.compared

@@ -9,12 +9,12 @@ from support.completions_server import CompletionsServer
 
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling import agreement
-from aem_exp.rollout.sampling.agreement import Agreement, WeightsDiffer
+from aem_exp.rollout.sampling.agreement import EXACT_GAP, Agreement, WeightsDiffer
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.vllm import ServerSampler
 from aem_exp.rollout.sampling.vllm_client import Servers
 from aem_exp.rollout.sampling.weight_sync import FilePublisher
-from aem_exp.training.weight_agreement import EXACT_GAP, CheckedPublisher, add_noise, group_tensors
+from aem_exp.training.weight_agreement import CheckedPublisher, add_noise, group_tensors
 
 SECONDS = 300.0
 

@@ -20,6 +20,8 @@ from aem_exp.rollout.sampling.local import eval_mode, left_pad
 # Prompts of random tokens. The long ones fill blocks of an engine's prefix cache, so a cache that was not cleared also shows.
 PROMPT_TOKENS: Final = (24, 24, 24, 24, 160, 160)
 TOP_TOKENS: Final = 20  # likely next tokens whose log-probs are compared; vLLM reports at most 20 by default
+EXACT_GAP: Final = 1e-3  # nats: limit of the mean gap if trainer and engine compute in float32
+FIRST_GAP: Final = 0.1  # nats: limit of the first mean gap in other data types
 
 NextTokens = Sequence[Mapping[int, float]]  # for each prompt: token id -> log-prob in nats, of likely next tokens
 

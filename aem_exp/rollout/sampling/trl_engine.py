@@ -63,20 +63,21 @@ def _configure_engine(trainer: Any, sampler: EngineSampler, budget: int) -> Iter
     if trainer.use_vllm:
         kwargs = {**(trainer.vllm_generation.generation_kwargs or {}), "stop_token_ids": end_ids}
         settings = {**params, "max_completion_length": budget, "generation_kwargs": kwargs}
-        with _override_attributes(trainer.vllm_generation, settings):
+        with override_attributes(trainer.vllm_generation, settings):
             yield
         return
     settings = {**params, "min_p": sampling.min_p or None, "max_new_tokens": budget, "eos_token_id": end_ids}
     kwargs = {**trainer.generation_kwargs, **settings}
     with (
-        _override_attributes(trainer.generation_config, settings),
-        _override_attributes(trainer, {"eos_token_ids": end_ids, "generation_kwargs": kwargs}),
+        override_attributes(trainer.generation_config, settings),
+        override_attributes(trainer, {"eos_token_ids": end_ids, "generation_kwargs": kwargs}),
     ):
         yield
 
 
 @contextmanager
-def _override_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
+def override_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Set attributes within the context."""
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

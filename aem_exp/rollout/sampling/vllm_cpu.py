@@ -1,0 +1,95 @@
+"""What vLLM needs on a machine without GPUs: a supported head size, and an LM head that is not tied to the embedding."""
+
+import json
+import shutil
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
+
+# Widths of attention heads for which vLLM has CPU code.
+HEAD_SIZES: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+ENGINE_OPTIONS: Final[dict[str, Any]] = {
+    "enforce_eager": True,  # a compiled model is not faster on a CPU, and starts minutes later
+    "enable_chunked_prefill": False,  # with it, a request with a seed ends the engine
+}
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".index.json")
+
+
+def check_head_size(folder: str | Path) -> None:
+    """Refuse a model whose attention heads vLLM cannot compute on a CPU.
+
+    Raises:
+        ConfigError: the head size has no CPU code.
+    """
+    shape = _read_shape(Path(folder))
+    size = shape.get("head_dim") or shape.get("hidden_size", 0) // shape.get("num_attention_heads", 1)
+    if size not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        problem = f"has attention heads of size {size}, and vLLM on a CPU accepts only {sizes}"
+        raise ConfigError("model.path", str(folder), f"{problem}; use launch.sampler=local, or a server with a GPU")
+
+
+def untie(folder: str | Path) -> str:
+    """Return a folder with the same model and its own `lm_head.weight`; the folder itself if its head is not tied.
+
+    On a CPU, vLLM copies a tied head when it starts, and keeps this copy when it loads new weights. The new folder is made once,
+    in the cache.
+    """
+    folder = Path(folder).resolve()
+    if not is_tied(folder):
+        return str(folder)
+    from filelock import FileLock
+
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    key = sha256(repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
+    cache = disk.cache_dir()
+    target = cache / f"untied-{folder.name}-{key.hexdigest()[:12]}"
+    disk.check_writable(cache, "AEM_CACHE")
+    with FileLock(cache / f"{target.name}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as part:
+                _write_untied(folder, Path(part) / "model")
+                (Path(part) / "model").rename(target)
+    return str(target)
+
+
+def is_tied(folder: str | Path) -> bool:
+    """Whether a model shares the weights of its embedding and its LM head."""
+    return bool(_read_shape(Path(folder)).get("tie_word_embeddings", False))
+
+
+def _write_untied(folder: Path, target: Path) -> None:
+    """Write a whole model folder with an untied head."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copy(file, target)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    write_untied_weights(folder, target)
+
+
+def write_untied_weights(folder: Path, target: Path) -> None:
+    """Write the weights of a tied model to an existing folder, with a copy of the embedding as `lm_head.weight`.
+
+    Raises:
+        ConfigError: no tensor or several tensors have the name of an embedding.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+    names = [name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+    if len(names) != 1:
+        problem = f"its tied embedding cannot be found among its {len(weights)} tensors"
+        raise ConfigError("model.path", "tie_word_embeddings", f"{problem}; use launch.sampler=local")
+    weights["lm_head.weight"] = weights[names[0]].clone()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read_shape(folder: Path) -> dict[str, Any]:
+    shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return shape
