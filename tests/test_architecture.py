@@ -18,7 +18,7 @@ LAYERS = """
     config
     cluster
     envs
-    rollout
+    rollout wheel_weights
     policy tiny
     provenance
     training tracking

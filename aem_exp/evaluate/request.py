@@ -150,10 +150,10 @@ def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
         raise ConfigError(
             "RUN_DIR|MODEL", arguments.target, f"{why}; give a run directory, a hub id or a folder of weights"
         )
-    name = f"{path.parent.name}-model" if path.name == "model" else path.name
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
+    from aem_exp.config import compose, model_path
+
+    name = model_path.model_name(str(path))
     own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
-    from aem_exp.config import compose
 
     tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
     return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
