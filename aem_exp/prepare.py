@@ -13,6 +13,7 @@ from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
+    from aem_exp.envs import World
 
 ABOUT = """\
 Download weights and data, make small policies, and open environments: everything that a job needs on a node without network.
@@ -60,12 +61,12 @@ def _load_experiments(arguments: argparse.Namespace) -> list["Experiment"]:
 
 
 def _drop_duplicates(experiments: Sequence["Experiment"]) -> list["Experiment"]:
-    """One experiment per combination of model and env."""
-    return list({repr((e.model, e.env)): e for e in experiments}.values())
+    """One experiment per combination of model, env and warm start."""
+    return list({repr((e.model, e.env, e.warm_start)): e for e in experiments}.values())
 
 
 def _prepare_experiment(experiment: "Experiment") -> None:
-    from aem_exp import config, policy
+    from aem_exp import config, warm_start
     from aem_exp.core import console
     from aem_exp.envs import opening
 
@@ -77,15 +78,35 @@ def _prepare_experiment(experiment: "Experiment") -> None:
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)
-    if experiment.model.path is None:
-        print(f"policy  {experiment.model.name}: {policy.make_cached(experiment, world)}", flush=True)
+    warm_start.check_world(experiment, world)
+    folder = _prepare_model(experiment, world)
+    print(f"policy  {experiment.model.name}: {folder}", flush=True)
+    if experiment.warm_start.method is None:
         return
+    if experiment.launch.gpus_per_node and warm_start.cached(experiment, world, folder) is None and not _has_gpu():
+        print("warm    its training needs a GPU, so the run makes it when it starts", flush=True)
+        return
+    started = warm_start.make_cached(experiment, world, folder, lambda line: print(f"        {line}", flush=True))
+    print(f"warm    {experiment.warm_start.method}: {started.weights}", flush=True)
+
+
+def _prepare_model(experiment: "Experiment", world: "World") -> str:
+    """Make, find or download the weights of the model; return their folder."""
+    from aem_exp import policy
+
+    if experiment.model.path is None:
+        return policy.make_cached(experiment, world)
     try:
-        folder = policy.locate(experiment.model)
+        return policy.locate(experiment.model)
     except ConfigError:
         _fetch_model(experiment)
-        folder = policy.locate(experiment.model)
-    print(f"policy  {experiment.model.name}: {folder}", flush=True)
+        return policy.locate(experiment.model)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _fetch_model(experiment: "Experiment") -> None:

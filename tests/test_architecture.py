@@ -19,9 +19,11 @@ LAYERS = """
     cluster
     envs
     rollout wheel_weights
+    demonstrations
     policy tiny
     provenance
     training tracking
+    warm_start
     evaluate
     jobs
     run

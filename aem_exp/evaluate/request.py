@@ -1,6 +1,7 @@
 """Reads the arguments of an evaluation: the run or model, the panel, the agents, and the folder of the results."""
 
 import argparse
+import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -250,12 +251,15 @@ def _select_agents(
 
 
 def _initial_weights(original: Experiment) -> str:
-    """Return the folder of the initial weights of a run."""
-    from aem_exp import policy
+    """Return the folder of the initial weights of a run, after its warm start if it has one."""
+    from aem_exp import policy, warm_start
 
-    if original.model.path:
+    if original.model.path and original.warm_start.method is None:
         return policy.locate(original.model)
-    return policy.make_cached(original, opening.open_world(original))
+    world = opening.open_world(original)
+    weights = policy.locate(original.model) if original.model.path else policy.make_cached(original, world)
+    report = logging.getLogger("aem_exp").info
+    return warm_start.make_cached(original, world, weights, report).weights
 
 
 def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
