@@ -14,7 +14,7 @@ describes its content.
     cluster      SLURM, the processes of a job, signals, addresses of servers
     envs         the contract of environments, the environments, and the processes that step them
     rollout      policy and environments -> trajectories of exact tokens; `sampling` generates responses
-    policy       load, save and locate a causal language model; `tiny` makes a small one
+    policy       load, save and locate a causal language model; `tiny` makes a small one, `wheel_weights` fetches one
     provenance   the record of what a run was executed with: code, packages, weights, machine
     training     trajectories -> updates: credit, modulation, and TRL's trainer and losses
     tracking     sends metrics to MLflow, which can be rebuilt from run dirs

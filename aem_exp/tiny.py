@@ -6,7 +6,7 @@ Its warm start imitates the scripted player of the environment.
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Final, Protocol
@@ -17,14 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aem_exp.config import Env
-from aem_exp.core.errors import ConfigError, RunError
-from aem_exp.envs import TextEnv, World
-from aem_exp.envs.executor import SerialExecutor
+from aem_exp.core.errors import ConfigError
+from aem_exp.demonstrations import KEPT_TEXTS, ScriptedWorld, play_scripted
 from aem_exp.rollout.chat import Chat
-from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.rows import Row, build_rows
-from aem_exp.rollout.sampling.base import Sample
-from aem_exp.rollout.types import Ending, Episode, Trajectory
+from aem_exp.rollout.types import Episode
 
 log = logging.getLogger("aem_exp")
 PAD: Final = "<pad>"
@@ -39,23 +36,15 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _TOKEN: Final = r"</?[a-z]+>|\d+|[^\W\d_]+|[^\w\s]|_"  # a tag, a number, a word, or a sign
-CHECKED_TEXTS: Final = 256  # demonstrations and responses that are checked for unknown words
+CHECKED_TEXTS: Final = KEPT_TEXTS  # demonstrations and responses that are checked for unknown words
 _TEMPLATE_FIELD: Final = r"\{\w*\}"  # a field of a prompt template
 
 
-class Teachable(World, Protocol):
+class Teachable(ScriptedWorld, Protocol):
     """A world with a vocabulary and a scripted player."""
 
     def words(self) -> Iterable[str]:
         """All words and fixed phrases of observations and actions."""
-
-    def expert(self, env: TextEnv, random: Random, noise: float = 0.0, shyness: float = 0.0) -> str:
-        """The response of the scripted player in the current state of `env`.
-
-        Args:
-            noise: probability of a random action.
-            shyness: probability that it avoids an action that it should take.
-        """
 
 
 def make(
@@ -181,36 +170,6 @@ def make_policy(
     return model
 
 
-class _ScriptedSampler:
-    """The scripted player as a sampler: it reads the state of the environments and returns tokens."""
-
-    def __init__(
-        self,
-        world: Teachable,
-        executor: SerialExecutor,
-        tokenizer: PreTrainedTokenizerFast,
-        random: Random,
-        noise: float,
-        shyness: float,
-    ) -> None:
-        self.world, self.executor, self.tokenizer, self.random = world, executor, tokenizer, random
-        self.noise, self.shyness = noise, shyness
-        self.responses: dict[str, None] = {}  # the first distinct responses, in order
-
-    def session(self) -> "_ScriptedSampler":
-        return self
-
-    def generate(self, slots: Sequence[int], *_: object) -> list[Sample]:
-        envs = [self.executor.envs[slot] for slot in slots]
-        responses = [self.world.expert(env, self.random, self.noise, self.shyness) for env in envs]
-        if len(self.responses) < CHECKED_TEXTS:
-            self.responses |= dict.fromkeys(responses)
-        encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
-        ended = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
-        # The log-probs and entropies are placeholders; nothing reads them.
-        return [Sample(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in ended]
-
-
 def demonstrate(
     world: Teachable,
     env: Env,
@@ -221,35 +180,13 @@ def demonstrate(
     random: Random,
 ) -> list[Row]:
     """Play episodes with the scripted player and return their rows, with the same code as the rollout of a policy."""
-    executor = SerialExecutor(world, getattr(world, "rehearse", world.env))
-    sampler = _ScriptedSampler(world, executor, tokenizer, random, noise, shyness)
     tasks = world.tasks("train")
     episodes_to_play = [Episode(tasks[i % len(tasks)], i, 0, ()) for i in range(episodes)]
-    with closing(executor):
-        played = Rollout(executor, env, Chat(tokenizer)).play(episodes_to_play, sampler)
-    usable = [t for t in played if t.responses and t.ended != Ending.CRASHED]
-    _report_crashes(played, usable)
+    usable, responses = play_scripted(world, env, Chat(tokenizer), episodes_to_play, noise, shyness, random)
     if not shyness:  # the shy player uses the same words
         observations = [r.observation for t in usable[:CHECKED_TEXTS] for r in t.responses]
-        _warn_unknown_words(tokenizer, list(sampler.responses), observations)
+        _warn_unknown_words(tokenizer, responses, observations)
     return build_rows(usable, env.history)
-
-
-def _report_crashes(played: Sequence[Trajectory], usable: Sequence[Trajectory]) -> None:
-    """Warn about demonstrations that crashed, with the first error.
-
-    Raises:
-        RunError: no demonstration is usable.
-    """
-    crashed = next((t for t in played if t.ended == Ending.CRASHED), None)
-    if not usable:
-        first = crashed or played[0]
-        remedy = "its first prompt does not fit into env.context_tokens"
-        reason = f"no episode of the scripted player could be played; task {first.task.id}: {first.error or remedy}"
-        raise RunError(reason, "env")
-    if crashed:
-        warning = "%d of %d episodes of the scripted player crashed and are not imitated; task %s: %s"
-        log.warning(warning, len(played) - len(usable), len(played), crashed.task.id, crashed.error)
 
 
 def _warn_unknown_words(

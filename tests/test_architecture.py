@@ -18,10 +18,12 @@ LAYERS = """
     config
     cluster
     envs
-    rollout
+    rollout wheel_weights
+    demonstrations
     policy tiny
     provenance
     training tracking
+    warm_start
     evaluate
     jobs
     run

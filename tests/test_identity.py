@@ -18,14 +18,16 @@ from aem_exp.config import identity
 from aem_exp.rundir import archive
 
 SCIENCE = GOLDEN / "science.json"
+NEEDED_WITH = {
+    "baseline=gspo": ["modulation=none"],  # it averages its ratio over a sequence, which cancels modulation
+    "model=local": ["model.path=any/local"],
+}
 ARCHIVES = sorted((ROOT / "sweeps" / "results").rglob("*.json.gz"))
 
 
 def loaded(choice):
     """Return the experiment of `group=name` or `+experiment=name`."""
-    # GSPO averages its ratio over a sequence, which cancels modulation.
-    others = ["modulation=none"] if choice == "baseline=gspo" else []
-    return config.load([choice, *others])
+    return config.load([choice, *NEEDED_WITH.get(choice, [])])
 
 
 def choices():

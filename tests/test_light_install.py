@@ -26,8 +26,8 @@ from aem_exp import config
 from aem_exp.config import identity
 found = {}
 for choice in json.load(sys.stdin):
-    alone = ["modulation=none"] if choice == "baseline=gspo" else []
-    experiment = config.load([choice, *alone])
+    needed = {"baseline=gspo": ["modulation=none"], "model=local": ["model.path=any/local"]}.get(choice, [])
+    experiment = config.load([choice, *needed])
     found[choice] = {
         "run": config.run_dir(experiment).name,
         "signature": config.signature(experiment),

@@ -18,6 +18,7 @@ from aem_exp.config.schema import (
     Launch,
     Model,
     Modulation,
+    WarmStart,
     apply_evaluation_limits,
     to_dict,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Model",
     "Modulation",
     "Trainer",
+    "WarmStart",
     "apply_evaluation_limits",
     "arm_signature",
     "check_machine",

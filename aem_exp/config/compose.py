@@ -31,6 +31,7 @@ from aem_exp.config import (
     config_roots,
     continuation,
     list_choices,
+    model_path,
     read,
     safe_yaml,
     to_dict,
@@ -71,8 +72,16 @@ def compose(overrides: list[str], config_dir: str | Path | None = None, trust: b
     except RecursionError as error:
         remedy = "the defaults: lists of these files are circular; a file must not include a file that includes it"
         raise ConfigError("config", " ".join(overrides) or "config.yaml", remedy) from error
+    _name_model(tree)
     _check_templates(tree, overrides)
     return tree
+
+
+def _name_model(tree: DictConfig) -> None:
+    """Name a model without a name after its path, as for `model=local`."""
+    path = OmegaConf.select(tree, "model.path")
+    if not OmegaConf.select(tree, "model.name") and isinstance(path, str):
+        OmegaConf.update(tree, "model.name", model_path.model_name(path), force_add=True)
 
 
 def _check_templates(tree: DictConfig, overrides: Sequence[str]) -> None:
@@ -150,6 +159,7 @@ class Composer:
             apply_overrides(values, tree)
         except (*LIBRARY_ERRORS, RecursionError):
             return compose(list(overrides), self.config_dir)
+        _name_model(tree)
         _check_templates(tree, overrides)
         return tree
 

@@ -47,7 +47,7 @@ def _hashed_fields(e: Experiment) -> dict[str, Any]:
     """The complete science: without execution, and without names, which are labels only."""
     data = to_dict(e)
     parts = {key: value for key, value in data.items() if key not in NOT_HASHED}
-    for part in ("model", "env", "baseline", "modulation"):
+    for part in ("model", "env", "baseline", "modulation", "warm_start"):
         del parts[part]["name"]
     return parts
 

@@ -65,6 +65,8 @@ def _choice_notes(e: Experiment) -> Iterator[str]:
         yield (
             f"trainer.learning_rate={e.trainer.learning_rate:g} suits a tiny policy; for loaded weights, use about 1e-6"
         )
+    if e.model.path and e.model.lora and e.trainer.learning_rate < 1e-5:
+        yield f"trainer.learning_rate={e.trainer.learning_rate:g} is low for LoRA; use about 1e-5 to 1e-4"
     if e.env.history == "window" and e.env.window == 0:
         yield "env.window=0: the policy does not see past turns"
     if e.env.make.get("split") == "verl_agent":

@@ -6,6 +6,7 @@ from math import prod
 from typing import Final
 
 from aem_exp.config.launch_rules import check_fsdp, check_launch, check_servers
+from aem_exp.config.model_path import GGUF, wheel_file
 from aem_exp.config.prompts import check_prompts
 from aem_exp.config.schema import Experiment
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
@@ -31,6 +32,7 @@ def check_against_parent(e: Experiment, parent: Experiment) -> None:
     """Refuse changes that a run from a parent's checkpoint cannot make, because weights and optimizer state are given."""
     kept = {f"trainer.{key}": (getattr(parent.trainer, key), getattr(e.trainer, key)) for key in OPTIMIZER_KEYS}
     kept |= {f"model.{key}": (value, getattr(e.model, key)) for key, value in vars(parent.model).items()}
+    kept |= {f"warm_start.{key}": (value, getattr(e.warm_start, key)) for key, value in vars(parent.warm_start).items()}
     for field, (old, new) in kept.items():
         if old != new:
             raise ConfigError(
@@ -62,19 +64,40 @@ def _check_tracking(e: Experiment) -> None:
 def _check_model(e: Experiment) -> None:
     model = e.model
     if (model.path is None) == (model.make is None):
-        given = "neither is set" if model.path is None else "both are set"
-        raise ConfigError(
-            "model.path", model.path, f"set either model.path (load weights) or model.make (make a model); {given}"
-        )
+        given = "neither is set" if model.path is None else "both are set (model.make=null removes the second)"
+        choices = "set either model.path (load weights: a folder or a hub id) or model.make (make a model)"
+        raise ConfigError("model.path", model.path, f"{choices}; {given}")
     if model.path is None and model.revision is not None:
         raise ConfigError("model.revision", model.revision, "has no effect without model.path")
+    if wheel_file(model) is None and (model.path or "").lower().endswith(GGUF):
+        problem = "is a GGUF file, which is quantised and cannot be trained"
+        remedy = "set the folder or hub id of the original weights (*.safetensors), or choose model=smollm2_135m_q4"
+        raise ConfigError("model.path", model.path, f"{problem}; {remedy}")
     if model.trust_remote_code and not model.code_sha256:
         remedy = "needs model.code_sha256, the hash of the remote code that you have reviewed"
         raise ConfigError("model.trust_remote_code", True, remedy)
     if model.code_sha256 and not model.trust_remote_code:
         raise ConfigError("model.code_sha256", model.code_sha256, "has no effect without model.trust_remote_code=true")
-    if model.lora and model.lora.get("r", 1) < 1:
-        raise ConfigError("model.lora.r", model.lora["r"], "must be a whole number of at least 1")
+    for key, lora in (("model", model.lora), ("warm_start", e.warm_start.lora)):
+        if lora and lora.get("r", 1) < 1:
+            raise ConfigError(f"{key}.lora.r", lora["r"], "must be a whole number of at least 1")
+
+
+def _check_warm_start(e: Experiment) -> None:
+    w, neutral = e.warm_start, type(e.warm_start)()
+    changed = [key for key, value in vars(w).items() if key != "name" and value != getattr(neutral, key)]
+    if w.method is None:
+        for key in changed:
+            remedy = "has no effect without warm_start.method; choose warm_start=imitate or warm_start=own_successes"
+            raise ConfigError(f"warm_start.{key}", getattr(w, key), remedy)
+        return
+    if not w.episodes:
+        raise ConfigError("warm_start.episodes", 0, "must be at least 1")
+    for key, method in (("noise", "imitate"), ("temperature", "own_successes")):
+        if key in changed and w.method != method:
+            raise ConfigError(f"warm_start.{key}", getattr(w, key), f"has no effect without warm_start.method={method}")
+    if e.model.trust_remote_code:
+        raise ConfigError("warm_start.method", w.method, "cannot train a model with model.trust_remote_code=true")
 
 
 def _check_modulation(e: Experiment) -> None:
@@ -193,6 +216,7 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
     _check_name,
     _check_tracking,
     _check_model,
+    _check_warm_start,
     _check_modulation,
     _check_budgets,
     check_prompts,

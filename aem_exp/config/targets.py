@@ -199,14 +199,33 @@ def bind_targets(e: Experiment) -> Experiment:
     folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
     absolute: dict[str, Any] = {n: str(Path(f).expanduser().absolute()) for n, f in folders.items() if f is not None}
     launch = replace(launch, **absolute)  # a job has another current folder
+    if model.path and model.make and "_target_" not in model.make:  # such as from the experiment file
+        remedy = "are settings of a policy that is made, and model.path loads one; add model.make=null"
+        raise ConfigError("model.make", ", ".join(model.make), remedy)
     if model.make is not None:
         model = replace(model, make=bind_target("model.make", model.make, supplied=("world", "env", "folder")))
     if model.lora is not None:
-        lora = bind_target("model.lora", {"_target_": LORA_CONFIG, **model.lora}, supplied=("task_type",))
-        model = replace(model, lora={key: value for key, value in lora.items() if key != "_target_"})
+        model = replace(model, lora=_bind_lora("model.lora", model.lora))
+    warm_start = e.warm_start
+    if warm_start.lora is not None:
+        warm_start = replace(warm_start, lora=_bind_lora("warm_start.lora", warm_start.lora))
     if modulation.lam is not None:
         modulation = replace(modulation, lam=bind_target("modulation.lam", modulation.lam))
     advantage = bind_target("baseline.advantage", e.baseline.advantage, positional=1)
     baseline = replace(e.baseline, advantage=advantage)
     env = replace(e.env, make=bind_target("env.make", e.env.make))
-    return replace(e, model=model, env=env, baseline=baseline, modulation=modulation, launch=launch)
+    return replace(
+        e,
+        model=model,
+        env=env,
+        baseline=baseline,
+        modulation=modulation,
+        warm_start=warm_start,
+        launch=launch,
+    )
+
+
+def _bind_lora(key: str, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the keywords of a LoRA adapter against `peft.LoraConfig`."""
+    bound = bind_target(key, {"_target_": LORA_CONFIG, **lora}, supplied=("task_type",))
+    return {name: value for name, value in bound.items() if name != "_target_"}

@@ -1,6 +1,7 @@
 """Reads the arguments of an evaluation: the run or model, the panel, the agents, and the folder of the results."""
 
 import argparse
+import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -150,10 +151,10 @@ def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
         raise ConfigError(
             "RUN_DIR|MODEL", arguments.target, f"{why}; give a run directory, a hub id or a folder of weights"
         )
-    name = f"{path.parent.name}-model" if path.name == "model" else path.name
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:60].strip("-._") or "model"
+    from aem_exp.config import compose, model_path
+
+    name = model_path.model_name(str(path))
     own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
-    from aem_exp.config import compose
 
     tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
     return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
@@ -250,12 +251,15 @@ def _select_agents(
 
 
 def _initial_weights(original: Experiment) -> str:
-    """Return the folder of the initial weights of a run."""
-    from aem_exp import policy
+    """Return the folder of the initial weights of a run, after its warm start if it has one."""
+    from aem_exp import policy, warm_start
 
-    if original.model.path:
+    if original.model.path and original.warm_start.method is None:
         return policy.locate(original.model)
-    return policy.make_cached(original, opening.open_world(original))
+    world = opening.open_world(original)
+    weights = policy.locate(original.model) if original.model.path else policy.make_cached(original, world)
+    report = logging.getLogger("aem_exp").info
+    return warm_start.make_cached(original, world, weights, report).weights
 
 
 def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:

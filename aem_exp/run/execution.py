@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import METHOD, config, policy, provenance
+from aem_exp import METHOD, config, policy, provenance, warm_start
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Signals
 from aem_exp.config import Experiment
@@ -18,6 +18,7 @@ from aem_exp.core import console, disk, extras
 from aem_exp.envs import World
 from aem_exp.jobs import preflight
 from aem_exp.run.resume import ResumePoint, find_resume_point, prepare_run_dir
+from aem_exp.run.warm_start import prepare_weights
 from aem_exp.rundir import RESULT, membership
 from aem_exp.rundir.attempts import record_attempt
 from aem_exp.rundir.lock import hold_run_lock
@@ -58,6 +59,7 @@ def run(
     extras.require_training("launch", experiment.launch.name, "a run")
     console.silence_libraries()
     world = preflight.open_checked_world(experiment)
+    warm_start.check_world(experiment, world)
     policy.select_device(experiment.launch)
     if experiment.launch.servers:
         rendezvous.read_urls(Path(experiment.launch.servers))
@@ -98,6 +100,7 @@ def _run_attempt(
         log.info("resuming from step %d", start.step)
     with _open_tracker(experiment, folder, world.fingerprint, start) as tracker:
         weights = weights or distributed.broadcast_from_main(lambda: policy.make_cached(experiment, world))
+        started = prepare_weights(experiment, folder, world, weights, start)
         # These modules import torch and TRL. A finished or refused run must not wait for that.
         from aem_exp.rollout.play import Watcher
         from aem_exp.run import summary
@@ -105,7 +108,7 @@ def _run_attempt(
         from aem_exp.run.recorder import RunRecorder
         from aem_exp.run.session import open_session
 
-        context = RunContext(experiment, folder, world, weights, start)
+        context = RunContext(experiment, folder, world, started.weights, start, started.facts)
         recorder = RunRecorder(folder, start.last_measured_step, tracker, callback)
         with open_session(context, recorder, signals, callback if isinstance(callback, Watcher) else None) as session:
             result = session.train_and_score()

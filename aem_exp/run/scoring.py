@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from aem_exp import config, provenance
+from aem_exp import config, provenance, warm_start
 from aem_exp.core.errors import RunError
 from aem_exp.envs import panel
 from aem_exp.envs.panel import Panel
@@ -74,4 +74,15 @@ def build_result(
         "crashed_in_training": count_crashed(context.folder),
         "fingerprint": context.world.fingerprint,
         "packages": provenance.read(context.folder)["packages"],
+        **_warm_start_facts(context),
     }
+
+
+def _warm_start_facts(context: RunContext) -> dict[str, Any]:
+    """What the warm start changed, with the share of groups below the gate of the modulation; empty without a warm start."""
+    if context.warm_start is None:
+        return {}
+    gate, facts = context.experiment.modulation.gate, dict(context.warm_start)
+    for when in ("before", "after"):
+        facts[when] = {**facts[when], "gated_share": warm_start.gated_share(facts[when], gate)}
+    return {"warm_start": facts}

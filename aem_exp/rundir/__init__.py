@@ -14,4 +14,5 @@ DIVERGED: Final = "diverged.json"  # score of a run that diverged; such a run ha
 RESULT: Final = "result.json"  # written last; with this file, a run is finished
 PROVENANCE: Final = "provenance.json"
 EVALUATIONS: Final = "evaluations"  # one folder per evaluation, each with its own result.json
+WARM_START: Final = "warm_start.json"  # what the warm start trained and measured; absent without one
 MODEL: Final = "model"  # the trained policy in Hugging Face format

@@ -62,6 +62,7 @@ GROUPS = {
     "env": "The environment, and how its episodes become rows of tokens.",
     "baseline": "The advantage estimator. Its file also sets the loss and the clips of `trainer`.",
     "modulation": "How advantages are multiplied by coefficients. The schedule of lambda is `modulation.lam`.",
+    "warm_start": "Supervised training of the policy before the first step. The result is cached.",
     "launch": "Where and how a run is executed: machine, processes, sampler, checkpoints. No key of it is hashed.",
     "experiment": "Named experiments. Write `+experiment=NAME`, with a plus sign: the group has no default.",
 }
@@ -117,6 +118,7 @@ def configuration_page() -> str:
             "## evaluation",
             ["Which held-out tasks are played, when, and how.", key_table(schema.Evaluation, "evaluation.")],
         ),
+        _group("warm_start", schema.WarmStart),
         _group("launch", schema.Launch),
         ("### launch.trainer", ["More keywords of GRPOConfig. A key that is not set keeps TRL's default."]),
         ("", [key_table(trainer_schema.LaunchTrainer, "launch.trainer.")]),

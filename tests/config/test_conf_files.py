@@ -10,14 +10,17 @@ from aem_exp.config import ConfigError, load
 from aem_exp.config.compose import Composer
 
 pytestmark = pytest.mark.usefixtures("clean")
+NEEDED_WITH = {
+    "baseline=gspo": ["modulation=none"],  # gspo takes modulation only with one row per turn
+    "model=local": ["model.path=any/local"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, files in GROUPS.items() for name in files])
 def test_every_file_resolves_and_has_a_description(choice):
     group, _, name = choice.partition("=")
-    alone = ["modulation=none"] if name == "gspo" else []  # gspo takes modulation only with one row per turn
-    experiment = load([f"+{choice}" if group == "experiment" else choice, *alone])
+    experiment = load([f"+{choice}" if group == "experiment" else choice, *NEEDED_WITH.get(choice, [])])
     if group != "experiment":
         assert get_key(experiment, f"{group}.name") == name
     text = GROUPS[group][name].read_text()
@@ -29,6 +32,16 @@ def test_no_file_is_without_a_group():
     assert {file.name for file in (ROOT / "conf").iterdir() if file.is_file()} == {"config.yaml"}
     defaults = yaml.safe_load((ROOT / "conf/config.yaml").read_text())["defaults"]
     assert not any("experiment" in entry for entry in defaults if isinstance(entry, dict))
+
+
+@pytest.mark.parametrize("name", ["local", "smollm2_135m", "smollm2_135m_q4"])
+def test_a_language_model_comes_with_its_settings(name):
+    experiment = load([f"model={name}", *NEEDED_WITH.get(f"model={name}", [])])
+    assert (experiment.trainer.learning_rate, experiment.trainer.max_grad_norm) == (1e-6, 1.0)
+    assert experiment.launch.device_tokens == 4096
+    assert not any("learning_rate" in note for note in config.notes(experiment))
+    adapter = load([f"model={name}", *NEEDED_WITH.get(f"model={name}", []), "model.lora={r: 8}"])
+    assert any("low for LoRA" in note for note in config.notes(adapter))
 
 
 VERL_AGENT = {

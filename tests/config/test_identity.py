@@ -34,6 +34,7 @@ PARTS = {
     "baseline": config.Baseline,
     "modulation": config.Modulation,
     "evaluation": config.Evaluation,
+    "warm_start": config.WarmStart,
     "launch": config.Launch,
 }
 

@@ -29,6 +29,7 @@ WEIGHTS = {  # as published: 1.54 B, 7.61 B (7.62 of them counted here), 32.8 B
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 
 
