@@ -246,7 +246,13 @@ def _check_world(experiment: "Experiment") -> None:
     from aem_exp.jobs.preflight import open_checked_world
 
     _check_machine(experiment)
-    open_checked_world(experiment)
+    world = open_checked_world(experiment)
+    if experiment.launch.gpus_per_node or experiment.model.path is None:
+        return
+    from aem_exp.jobs import ram
+
+    if need := ram.check_ram(experiment, world):
+        print(f"RAM     {need}", *(f"note    {note}" for note in need.warnings(experiment)), sep="\n")
 
 
 def _format_state(folder: Path) -> str:

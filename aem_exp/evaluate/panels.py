@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp.core.errors import RunError
 from aem_exp.envs.panel import Panel
@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from aem_exp.rollout.types import Episode, Trajectory
 
 log = logging.getLogger("aem_exp")
+MAX_PANEL_EPISODES: Final = 256  # episodes of a panel that are played at the same time; this limits memory
 
 
 def play_panel(
-    panel: Panel, play: Callable[[Sequence["Episode"]], list["Trajectory"]], repeats: int = 1, at_once: int = 256
+    panel: Panel,
+    play: Callable[[Sequence["Episode"]], list["Trajectory"]],
+    repeats: int = 1,
+    at_once: int = MAX_PANEL_EPISODES,
 ) -> list["Trajectory"]:
-    """Play each task of the panel `repeats` times, at most `at_once` episodes in parallel (this limits memory)."""
+    """Play each task of the panel `repeats` times, at most `at_once` episodes in parallel."""
     wanted = list_episodes(panel, repeats)
     return [t for start in range(0, len(wanted), at_once) for t in play(wanted[start : start + at_once])]
 

@@ -219,11 +219,13 @@ def check_prepared(experiment: Experiment) -> None:
         ConfigError: something is missing; with the command that helps.
     """
     from aem_exp import policy
+    from aem_exp.jobs import ram
     from aem_exp.tracking import store_uri
 
     if experiment.model.path:
         policy.locate(experiment.model)
         fit.check_memory(experiment)
+        ram.check_ram(experiment)
         fit.check_disk(experiment)
     folder = config.run_dir(experiment)
     store_uri.probe(store_uri.resolve_uri(experiment.tracking, folder.parent))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,16 +43,52 @@ def check_memory(experiment: Experiment) -> None:
         return
     largest = max(need.peak, key=need.peak.__getitem__)
     problem = f"needs {format_gb(need.total)} of {have / GB:g} GB per GPU in {need.phase}, most of it {largest}"
+    fits = lambda lighter: estimate_memory(lighter).total <= have  # noqa: E731
+    raise memory_error(experiment, process, need.phase, problem, fits, "more GPUs, larger GPUs")
+
+
+def memory_error(
+    experiment: Experiment,
+    process: ProcessSpec,
+    phase: str,
+    problem: str,
+    fits: Callable[[ProcessSpec], bool],
+    hardware: str,
+) -> ConfigError:
+    """The error for a process that needs too much memory in `phase`, with a change that would fit if there is one.
+
+    Args:
+        fits: whether a process fits into memory.
+        hardware: a remedy besides other settings.
+    """
     tried: dict[str, Any] = {}
-    for field, old, new, lighter in _propose_changes(experiment, process, need.phase):
+    for field, old, new, lighter in _propose_changes(experiment, process, phase):
         tried.setdefault(field, old)
-        if estimate_memory(lighter).total <= have:
-            raise ConfigError(field, old, f"{problem}; {_format_value(new)} would fit")
+        if fits(lighter):
+            return ConfigError(field, old, f"{problem}; {_format_value(new)} would fit")
     field, old = next(iter(tried.items()), ("launch", experiment.launch.name))
+    if changes := _combine_changes(experiment, process, fits):
+        others = " ".join(f"{name}={value}" for name, value in changes.items() if name != field)
+        return ConfigError(field, old, f"{problem}; {changes.get(field, old)} with {others} would fit")
     alone = f"; changing one of {', '.join(tried)} is not enough" if tried else ""
-    raise ConfigError(
-        field, old, f"{problem}{alone}; combine several changes, or use more GPUs, larger GPUs or another model"
-    )
+    return ConfigError(field, old, f"{problem}{alone}; combine several changes, or use {hardware} or another model")
+
+
+def _combine_changes(
+    experiment: Experiment, process: ProcessSpec, fits: Callable[[ProcessSpec], bool]
+) -> dict[str, Any]:
+    """Values of several keys that fit together; empty if none do. Each round lightens the phase that needs the most memory."""
+    changes: dict[str, Any] = {}
+    while not fits(process):
+        proposed = next(_propose_changes(experiment, process, estimate_memory(process).phase), None)
+        if proposed is None or proposed[0] not in (
+            "launch.device_rows",
+            "launch.device_tokens",
+            "launch.device_episodes",
+        ):
+            return {}
+        field, _, changes[field], process = proposed
+    return changes
 
 
 def check_disk(experiment: Experiment) -> None:

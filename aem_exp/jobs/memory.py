@@ -60,6 +60,14 @@ class MemoryEstimate:
     def total(self) -> float:
         return sum(self.peak.values())
 
+    @property
+    def total_before_moments(self) -> float:
+        """The total of a first step with one update: only this update creates the moments of the optimizer."""
+        return max(
+            sum(parts.values()) - (parts.get("optimizer", 0.0) if phase != "optimizer" else 0.0)
+            for phase, parts in self.phases.items()
+        )
+
 
 @cache
 def estimate_memory(process: ProcessSpec) -> MemoryEstimate:

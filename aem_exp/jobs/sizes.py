@@ -69,6 +69,26 @@ class StepSizes:
 
 
 @dataclass(frozen=True)
+class RowLengths:
+    """The largest lengths of rows and prompts, in tokens."""
+
+    row: int
+    """Tokens of a row."""
+    prompt: int
+    """Tokens of a prompt that are processed in one pass."""
+    episode: int
+    """Tokens of the context of an episode while it is played; evaluation may allow more than training."""
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment) -> RowLengths:
+        """The lengths that the config allows: every row fills its context."""
+        env = experiment.env
+        window, first = env.context_tokens - env.response_tokens, env.context_tokens // FIRST_PROMPT_DIVISOR
+        evaluated = config.apply_evaluation_limits(experiment).env.context_tokens
+        return cls(env.context_tokens, window if env.history == "window" else first, max(env.context_tokens, evaluated))
+
+
+@dataclass(frozen=True)
 class PassSpec:
     """The settings of the passes of a policy; see `memory_trace.MemoryTrace`."""
 
@@ -135,22 +155,22 @@ class ProcessSpec:
     """Whether an update has several micro-batches."""
 
     @classmethod
-    def from_experiment(cls, experiment: Experiment) -> ProcessSpec:
+    def from_experiment(cls, experiment: Experiment, lengths: RowLengths | None = None) -> ProcessSpec:
         """The process of an experiment with `model.path`.
+
+        Args:
+            lengths: lengths of rows; None: the largest that the config allows.
 
         Raises:
             ConfigError: the shape of the model is not known.
         """
-        t, env, model, launch = experiment.trainer, experiment.env, experiment.model, experiment.launch
+        t, model, launch = experiment.trainer, experiment.model, experiment.launch
+        lengths = lengths or RowLengths.from_experiment(experiment)
         sizes, ranks = StepSizes.from_experiment(experiment), process_count(launch)
         share = -(-(sizes.rows if t.mini_batch == "all" else min(sizes.rows, t.mini_batch)) // ranks)
-        short = max(1, launch.device_tokens // env.context_tokens) if launch.device_tokens else share
+        short = max(1, launch.device_tokens // lengths.row) if launch.device_tokens else share
         rows = min(share, short, launch.device_rows or share)
         episodes = -(-sizes.episodes // ranks)
-        windowed_prompt, first_prompt = (
-            env.context_tokens - env.response_tokens,
-            env.context_tokens // FIRST_PROMPT_DIVISOR,
-        )
         sampler = "served" if launch.sampler == "served" else "colocate" if launch.trainer.get("use_vllm") else "local"
         return cls(
             passes=PassSpec.from_experiment(experiment),
@@ -162,9 +182,9 @@ class ProcessSpec:
             engine_bytes=vllm_share(launch) * gpu_memory(launch) * GB if sampler == "colocate" else 0.0,
             engine_sleeps=bool(launch.trainer.get("vllm_enable_sleep_mode")),
             episodes=min(episodes, launch.device_episodes or episodes),
-            prompt=windowed_prompt if env.history == "window" else first_prompt,
-            tokens=env.context_tokens,
-            play_tokens=max(env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens),
+            prompt=lengths.prompt,
+            tokens=lengths.row,
+            play_tokens=lengths.episode,
             rows=rows,
             accumulates=share > rows,
         )

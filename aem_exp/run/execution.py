@@ -64,6 +64,7 @@ def run(
     if experiment.launch.servers:
         rendezvous.read_urls(Path(experiment.launch.servers))
     weights = policy.locate(experiment.model) if experiment.model.path else None
+    _check_ram(experiment, world)
     distributed.initialize(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:
         if not distributed.is_main_process():
@@ -77,6 +78,17 @@ def run(
                 with record_attempt(folder, _saved_step(folder), lambda: _saved_step(folder), requeues):
                     _run_attempt(experiment, folder, world, weights, callback, signals, on_start)
     return folder
+
+
+def _check_ram(experiment: Experiment, world: World) -> None:
+    """Refuse an experiment that cannot fit into the memory of this machine; warn if it may not fit."""
+    if experiment.launch.gpus_per_node or experiment.model.path is None:
+        return
+    from aem_exp.jobs import ram
+
+    need = ram.check_ram(experiment, world)
+    for warning in need.warnings(experiment) if need and distributed.is_main_process() else ():
+        log.warning(warning)
 
 
 def _saved_step(folder: Path) -> int:

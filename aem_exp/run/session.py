@@ -21,11 +21,14 @@ from aem_exp.core import disk
 from aem_exp.core.errors import RunError
 from aem_exp.envs import Task
 from aem_exp.envs.workers import make_executor
+from aem_exp.evaluate.panels import MAX_PANEL_EPISODES
+from aem_exp.jobs.sizes import GB
 from aem_exp.rollout.play import Rollout, Watcher
 from aem_exp.rollout.sampling.base import SamplingParams, keyed_generator
 from aem_exp.rollout.types import Episode
 from aem_exp.run import scoring
 from aem_exp.run.context import LoadedPolicy, RunContext, load_policy
+from aem_exp.run.memory_check import MemoryCheck
 from aem_exp.run.recorder import RunRecorder
 from aem_exp.run.serving import SamplerFactory, build_publisher, choose_sampler, connect_servers
 from aem_exp.rundir import BEFORE, DIVERGED, MODEL, checkpoints
@@ -33,6 +36,7 @@ from aem_exp.stats.scores import Score
 from aem_exp.training import fsdp
 from aem_exp.training.build import build_trainer
 from aem_exp.training.callback import AEMCallback
+from aem_exp.training.credit import MeasuredCredit
 from aem_exp.training.step_counter import StepCounter
 from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
 
@@ -47,13 +51,14 @@ def open_session(
     experiment, launch = context.experiment, context.experiment.launch
     if launch.threads:
         torch.set_num_threads(launch.threads)
+    memory = MemoryCheck(context)
     loaded = load_policy(context)
     executor = make_executor(context.world, experiment.env.make, launch, distributed.rank())
     rollout = Rollout(executor, experiment.env, loaded.chat, launch.device_episodes, watcher)
     with closing(rollout), connect_servers(launch, context.folder) as servers:
         make_sampler = choose_sampler(context, loaded, servers, watcher.token if watcher else None)
         publish = build_publisher(context, loaded, servers)
-        yield RunSession(context, loaded, rollout, make_sampler, publish, recorder, signals)
+        yield RunSession(context, loaded, rollout, make_sampler, publish, recorder, signals, memory)
 
 
 class RunSession:
@@ -73,10 +78,11 @@ class RunSession:
         publish: Callable[[AEMTrainer], dict[str, float]] | None,
         recorder: RunRecorder,
         signals: Signals,
+        memory: MemoryCheck,
     ) -> None:
         experiment, start = context.experiment, context.start
         self.context, self.loaded, self.rollout, self.make_sampler = context, loaded, rollout, make_sampler
-        self.recorder, self.signals = recorder, signals
+        self.recorder, self.signals, self.memory = recorder, signals, memory
         updates = checkpoints.updates(start.checkpoint) if start.checkpoint else 0
         self.time = StepCounter(experiment.trainer.steps, start.step, experiment.parent_steps, updates)
         self.before: dict[str, Any] = {}
@@ -130,7 +136,7 @@ class RunSession:
         recorder, hooks = self.recorder, NO_HOOKS
         if distributed.is_main_process():
             hooks = TrainerHooks(
-                record_step=lambda step, credit: recorder.record_training(step, credit.played),
+                record_step=self._record_training,
                 before_save=partial(recorder.prepare_save, policy=self.loaded.model),
             )
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -148,8 +154,14 @@ class RunSession:
                 raise Pruned(f"pruned at step {self.time.step}")
             raise Interrupted(self.signals.received or signal.SIGTERM)  # only another process may have received one
 
+    def _record_training(self, step: int, credit: MeasuredCredit) -> None:
+        self.recorder.record_training(step, credit.played)
+        self.memory.add_played(credit.played)
+
     def _log_step(self, step: int, row: dict[str, float]) -> None:
         self.recorder.log_step(step, self.time.steps, row)
+        if "memory/peak_gb" in row:
+            self.memory.finish_step(step, row["memory/peak_gb"] * GB, self.trainer.batch_sizes)
 
     def _save_model(self) -> None:
         """Save the policy in Hugging Face format, and write the record of all episodes."""
@@ -185,6 +197,7 @@ class RunSession:
         sampling = SamplingParams(self.context.experiment.evaluation.temperature)
         play = partial(self.trainer.play_distributed, sampler=self.make_sampler(self.trainer, sampling))
         panel, played = scoring.play_run_panel(self.context, split, self.rollout, play)
+        self.memory.add_played(played[:MAX_PANEL_EPISODES])
         if not recorded:
             self.recorder.record_panel(self.time.step, panel.name, played)
         self.scores[split] = score = scoring.score_run_panel(panel, played)

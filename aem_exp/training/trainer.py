@@ -133,6 +133,9 @@ class AEMTrainer(GRPOTrainer):
         self.variant, self.trust_sampler, self.hooks = variant, trust_sampler, hooks
         self._entropy_coef = args.entropy_coef
         self._published_update = -1
+        self.batch_sizes: list[
+            list[tuple[int, int]]
+        ] = []  # of the last step, per update: rows and tokens per micro-batch
         # With `use_vllm`, TRL's loss applies the importance ratio for tokens that another engine has sampled.
         self.use_vllm: bool = args.use_vllm or source.publish is not None
 
@@ -151,6 +154,7 @@ class AEMTrainer(GRPOTrainer):
             credit, step_updates = self.build_updates(assigned, step)
             self._record_metrics(credit, len(step_updates))
             self.time.updates += len(step_updates)
+            self.batch_sizes = [[_batch_size(batch) for batch in update] for update in step_updates]
             for i, micro_batches in enumerate(step_updates or [[]]):
                 self.time.is_last_update = i >= len(step_updates) - 1
                 yield micro_batches
@@ -384,6 +388,11 @@ class _UpdateLoader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self._updates()
+
+
+def _batch_size(batch: MicroBatch) -> tuple[int, int]:
+    """Rows of a micro-batch, and tokens of each row with padding."""
+    return len(batch["prompt_ids"]), batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
 
 
 def _rewards_come_from_environments(prompts: list[Any], **_: Any) -> list[float]:
