@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "report": Command("report.command", "compare the arms of a sweep, and write a page"),
     "evaluate": Command("evaluate.command", "score the policy of a run, or any model, on held-out tasks"),
     "proxy": Command("proxy", "measure how well token entropy predicts relative surprisal"),
+    "serve": Command("jobs.serve", "serve the policy of an experiment with vLLM on this machine"),
     "prepare": Command("prepare", "download and build what an experiment or a sweep needs"),
     "sync": Command("tracking.command", "send missing data of runs to MLflow", leading_arguments=("sync",)),
     "ui": Command("ui", "serve the MLflow store of these runs on this machine, and print its link"),

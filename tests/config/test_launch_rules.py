@@ -17,7 +17,12 @@ REFUSED = [  # overrides, the field of the error, and a fact that the error must
     ),
     ("launch.trainer.vllm_mode=server", "launch.trainer.vllm_mode", "launch.trainer.use_vllm=true"),
     ("launch.trainer.use_vllm=true", "launch.trainer.use_vllm", "launch.sampler=engine"),
-    ("launch.sampler=engine | launch.trainer.use_vllm=true", "launch.trainer.use_vllm", "launch.gpus_per_node=0"),
+    (
+        "launch.sampler=engine | launch.trainer.use_vllm=true | launch.trainer.vllm_enable_sleep_mode=true",
+        "launch.trainer.vllm_enable_sleep_mode",
+        "launch.gpus_per_node=0",
+    ),
+    (f"{SERVED} | launch.server_weights=adapter", "launch.server_weights", "model.lora"),
     ("launch.env_seconds=3", "launch.env_seconds", "launch.workers above 0"),
     ("launch.workers_at=/w", "launch.workers_at", "launch.workers above 0"),
     ("launch.sampler=served", "launch.servers", "launch.server_nodes above 0"),
