@@ -9,7 +9,9 @@ from typing import Final
 from aem_exp.cluster.slurm import Site
 from aem_exp.config import Launch
 
+SHARED_BY: Final = "AEM_SHARED_BY"  # environment variable: number of runs that this machine executes at the same time
 CGROUPS: Final = Path("/sys/fs/cgroup")
+OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # of SLURM; a number without a unit is in megabytes
 
 
@@ -20,8 +22,9 @@ def machine_bytes() -> float:
 
 
 def process_bytes() -> float:
-    """Bytes for one of the processes of a run that share this machine; 0 if unknown."""
-    return machine_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Bytes for one of the processes that share this machine: those of the run, and other runs of a sweep; 0 if unknown."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(SHARED_BY, "1"))
+    return machine_bytes() / max(1, processes)
 
 
 def job_bytes(site: Site, launch: Launch) -> float:
@@ -67,7 +70,7 @@ def _allocated_bytes() -> float:
 def _cgroup_limits() -> Iterator[float]:
     """The limits of the control groups of this process: version 2 (`memory.max`) and version 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):

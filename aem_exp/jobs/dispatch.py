@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aem_exp import config, provenance
-from aem_exp.cluster import slurm
+from aem_exp.cluster import node_memory, slurm
 from aem_exp.cluster.signals import PRESS_AGAIN, Signals
 from aem_exp.config import Experiment
 from aem_exp.core import cli, disk, extras
@@ -108,7 +108,7 @@ def run_processes(
                     folder = waiting.pop(0)
                     print_line(f"start   {names[folder]}")
                     estimate.begin(folder)
-                    live[_start_process(module, folder)] = folder
+                    live[_start_process(module, folder, min(at_once, len(folders)))] = folder
                 time.sleep(0.2)
                 for process in [process for process in live if process.poll() is not None]:
                     folder = live.pop(process)
@@ -172,10 +172,10 @@ def _stop_processes(live: Sequence["subprocess.Popen[bytes]"], print_line: Print
             return
 
 
-def _start_process(module: str, folder: Path) -> "subprocess.Popen[bytes]":
+def _start_process(module: str, folder: Path, at_once: int) -> "subprocess.Popen[bytes]":
     """Start a process with the code in its folder, in its own session, so that Ctrl-C reaches only the parent."""
     path = os.pathsep.join(filter(None, (str(folder / provenance.CODE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", node_memory.SHARED_BY: str(at_once)}
     environment.setdefault("PYTHONSAFEPATH", cli.JOB_SAFE_PATH)  # do not import from the current folder before the code
     command = [sys.executable, "-u", "-m", module, str(folder)]
     with (folder / LOCAL_LOG).open("ab") as log:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from aem_exp import config
 from aem_exp.config import Experiment
@@ -20,6 +20,7 @@ from aem_exp.jobs.memory import (
 )
 from aem_exp.jobs.sizes import GB, ProcessSpec, format_gb, gpu_memory, vllm_share
 
+COMBINED: Final = ("_rows", "_tokens", "_episodes", "_checkpointing")  # ends of keys that may be changed together
 Change = tuple[str, Any, Any, ProcessSpec]  # field, current value, proposed value, process with the proposed value
 
 
@@ -68,8 +69,8 @@ def memory_error(
             return ConfigError(field, old, f"{problem}; {_format_value(new)} would fit")
     field, old = next(iter(tried.items()), ("launch", experiment.launch.name))
     if changes := _combine_changes(experiment, process, fits):
-        others = " ".join(f"{name}={value}" for name, value in changes.items() if name != field)
-        return ConfigError(field, old, f"{problem}; {changes.get(field, old)} with {others} would fit")
+        words = " ".join(f"{name}={_format_value(new)}" for name, new in changes.items())
+        return ConfigError(field, old, f"{problem}; {words} would fit")
     alone = f"; changing one of {', '.join(tried)} is not enough" if tried else ""
     return ConfigError(field, old, f"{problem}{alone}; combine several changes, or use {hardware} or another model")
 
@@ -81,11 +82,7 @@ def _combine_changes(
     changes: dict[str, Any] = {}
     while not fits(process):
         proposed = next(_propose_changes(experiment, process, estimate_memory(process).phase), None)
-        if proposed is None or proposed[0] not in (
-            "launch.device_rows",
-            "launch.device_tokens",
-            "launch.device_episodes",
-        ):
+        if proposed is None or not proposed[0].endswith(COMBINED):
             return {}
         field, _, changes[field], process = proposed
     return changes

@@ -103,7 +103,10 @@ def correct_worst_case(experiment: Experiment, measured: MeasuredMemory, world: 
     """A warning if the largest allowed rows would not fit, by the measured memory; "" if they fit or the limit is unknown."""
     expected = measured.correct(_estimate_worst_case(experiment, world).total)
     have = gpu_or_ram_bytes(experiment)
-    return _describe_worst_case(experiment, expected, have) if 0 < have < expected else ""
+    if not 0 < have < expected:
+        return ""
+    used = f"step {measured.step} used {format_gb(measured.peak)} GB with rows of {measured.tokens:,} tokens"
+    return f"{used}; {_describe_worst_case(experiment, expected, have)}"
 
 
 def available_bytes(experiment: Experiment) -> float:
