@@ -63,6 +63,7 @@ def make(
     habit_steps: int = 60,
     batch: int = 32,
     learning_rate: float = 8e-3,
+    whole_lines: bool = False,
     seed: int = 0,
 ) -> None:
     """Create a policy that sometimes succeeds in `world`, and write it to `folder` in Hugging Face format.
@@ -84,6 +85,7 @@ def make(
         habit_steps: number of updates on demonstrations of the shy player.
         batch: demonstrations per update.
         learning_rate: peak learning rate; it rises in the first tenth of the updates, then falls to zero.
+        whole_lines: encode each fixed line of the prompt templates as one token, for shorter rows.
         seed: seeds the weights and all draws.
 
     Raises:
@@ -97,7 +99,7 @@ def make(
         raise ConfigError("env.make", type(world).__name__, remedy="its words() must list words, but returns one text")
     if episodes < 1:
         raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
-    tokenizer = make_tokenizer(world.words(), env)
+    tokenizer = make_tokenizer(world.words(), env, whole_lines)
     with _isolated_torch(seed):
         model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
         random = Random(seed)
@@ -109,12 +111,15 @@ def make(
     tokenizer.save_pretrained(folder)
 
 
-def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Iterable[str], env: Env, whole_lines: bool = False) -> PreTrainedTokenizerFast:
     """Create a tokenizer with one token per word, sign, number and fixed phrase of several words.
 
     Everything else becomes `<unk>`. Decoding joins tokens with spaces.
+
+    Args:
+        whole_lines: a line of a prompt template is a phrase, too; a field or a line break ends it.
     """
-    lexicon = list(dict.fromkeys(words))
+    lexicon = list(dict.fromkeys([*words, *(_fixed_lines(env) if whole_lines else [])]))
     phrases = sorted((text for text in lexicon if len(re.findall(_TOKEN, text)) > 1), key=len, reverse=True)
     prompt = " ".join(re.sub(_TEMPLATE_FIELD, " ", template) for template in env.prompt.values())
     numbers = [str(n) for n in range(env.max_turns + 1)]
@@ -141,6 +146,12 @@ def make_tokenizer(words: Iterable[str], env: Env) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=env.context_tokens,
     )
+
+
+def _fixed_lines(env: Env) -> list[str]:
+    """The text of the prompt templates between fields and line breaks, in parts of several words."""
+    lines = re.split(rf"{_TEMPLATE_FIELD}|\n", "\n".join(env.prompt.values()))
+    return [line.strip() for line in lines if len(re.findall(_TOKEN, line)) > 1]
 
 
 def make_policy(

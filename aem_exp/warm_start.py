@@ -122,15 +122,15 @@ def _make(experiment: Experiment, world: World, weights: str, part: Path, report
     if launch.threads:
         torch.set_num_threads(launch.threads)
     cpu_before = _cpu_seconds()
-    with _Players(experiment, world, weights) as players:
-        before = players.measure()
+    with _Session(experiment, world, weights) as session:
+        before = session.measure()
         report(f"warm start: before, {describe_measured(before)}")
-        rows, played = players.play(settings)
+        rows, played = session.play(settings)
         report(f"warm start: {played}; {len(rows):,} rows of {_mean_tokens(rows):.0f} tokens")
-        updates = players.train(rows, part / "trainer", report)
-        after = players.measure()
+        updates = session.train(rows, part / "trainer", report)
+        after = session.measure()
         report(f"warm start: after, {describe_measured(after)}")
-        players.save(part / MODEL)
+        session.save(part / MODEL)
     shutil.rmtree(part / "trainer", ignore_errors=True)
     facts = {
         "method": settings.method,
@@ -164,7 +164,7 @@ def _mean_tokens(rows: Sequence[Any]) -> float:
     return fmean(len(row.prompt) + len(row.completion) for row in rows)
 
 
-class _Players:
+class _Session:
     """The policy with its environments: it plays, learns and is saved."""
 
     def __init__(self, experiment: Experiment, world: World, weights: str) -> None:
@@ -181,7 +181,7 @@ class _Players:
         executor = make_executor(world, experiment.env.make, experiment.launch, 0)
         self.rollout = Rollout(executor, experiment.env, self.chat, experiment.launch.device_episodes or AT_ONCE)
 
-    def __enter__(self) -> "_Players":
+    def __enter__(self) -> "_Session":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -309,9 +309,10 @@ def _unknown_key_error(key: str, value: str, groups: Choices) -> ConfigError:
     blocks = {
         item.name: item.type for item in fields(Experiment) if is_dataclass(item.type) and item.type is not Trainer
     }
-    known = [f"{name}.{leaf.name}" for name, block in blocks.items() for leaf in fields(block)]
+    known = [f"{name}.{leaf.name}" for name, block in blocks.items() if name != "warm_start" for leaf in fields(block)]
     known += [f"trainer.{name}" for name in trainer_keys.OWN_KEYS | trainer_keys.GRPO_KEYS]
     known += [f"launch.trainer.{name}" for name in trainer_keys.LAUNCH_KEYS]
+    known += [f"warm_start.{leaf.name}" for leaf in fields(blocks["warm_start"])]  # trainer.learning_rate comes first
     leaves = {full.rpartition(".")[2]: full for full in reversed(known)}
     heads = list(dict.fromkeys([*FIELDS, *groups]))
     near = leaves.get(key) or trainer_keys.REPLACEMENTS.get(key) or closest_match(key, known if "." in key else heads)

@@ -48,7 +48,7 @@ def _hashed_fields(e: Experiment) -> dict[str, Any]:
     data = to_dict(e)
     parts = {key: value for key, value in data.items() if key not in NOT_HASHED}
     for part in ("model", "env", "baseline", "modulation", "warm_start"):
-        del parts[part]["name"]
+        parts.get(part, {}).pop("name", None)
     return parts
 
 

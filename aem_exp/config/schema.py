@@ -117,7 +117,7 @@ class WarmStart:
     """Supervised training of the policy on episodes before the first step, once; see `aem_exp.warm_start`. Without `method`, no
     other key may be set."""
 
-    name: str = ""
+    name: str = "none"
     """Name of the file in conf/warm_start. Not hashed."""
     method: Literal["imitate", "own_successes"] | None = None
     """`imitate`: train on episodes of the scripted player of the environment. `own_successes`: train on the episodes in which the
@@ -270,8 +270,11 @@ def apply_evaluation_limits(experiment: Experiment) -> Experiment:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """The content of `experiment.json`."""
-    return asdict(experiment) | {"trainer": trainer_keywords(experiment.trainer)}
+    """The content of `experiment.json`. Without a warm start, its block is left out, as in older versions."""
+    content = asdict(experiment) | {"trainer": trainer_keywords(experiment.trainer)}
+    if replace(experiment.warm_start, name=WarmStart.name) == WarmStart():
+        del content["warm_start"]
+    return content
 
 
 def neutral_values(block: Any) -> dict[str, Any]:

@@ -25,6 +25,22 @@ def parse_tagged(response: str, longest: int, tail: int = 30) -> tuple[str, bool
     return action, tagged and thought and _CHINESE.search(text) is None
 
 
+def parse_spoken(response: str, longest: int, tail: int = 30) -> tuple[str, str, bool]:
+    """The thought in front of the action tags, the action, and whether the response has these tags.
+
+    As in `parse_tagged`, the first action counts, and a response with Chinese characters is invalid. Thinking tags are not
+    needed, and they are not part of the thought.
+
+    Args:
+        longest: the action is cut to this many characters.
+    """
+    action, _ = parse_tagged(response, longest, tail)
+    text = response.lower()
+    before, opened, rest = text.partition("<action>")
+    thought = " ".join(re.sub("</?think>", " ", before).split()) if opened else ""
+    return thought, action, "</action>" in rest and _CHINESE.search(text) is None
+
+
 def parse_bare(response: str, longest: int) -> tuple[str, bool]:
     """The whole response as the action, and whether it has at most `4 * longest` characters.
 

@@ -38,6 +38,9 @@ def print_summary(run_dir: Path, console: "Console | None" = None) -> None:
     console.print()
     console.print("success on held-out tasks, with the 95 % interval of this one run (Wilson)", style="italic")
     console.print(_score_table(result, repeats))
+    for line in (_describe_paired_difference(run_dir, result), _describe_warm_start(result)):
+        if line:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if (picture := _charts(rows, console.width)) is not None:
         console.print()
         console.print(picture)
@@ -76,6 +79,50 @@ def _score_table(result: dict[str, Any], repeats: int) -> "RenderableType":
             if score.get("score") is not None:
                 rows.append(("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then))))
     return make_table(("held-out panel", "tasks", "before", "after"), rows, left=("held-out panel",), gap=3, indent=2)
+
+
+def _describe_paired_difference(run_dir: Path, result: dict[str, Any]) -> str:
+    """Describe success after minus before on the same tasks of the panel; empty without both, or without their episodes."""
+    before, after = result.get("before"), result.get("after")
+    if not (before and after) or not (run_dir / episodes.FILE).exists():
+        return ""
+    try:
+        table = episodes.read(run_dir / episodes.FILE, columns=["step", "split", "task", "won"])
+    except disk.DamagedFileError:  # reported elsewhere
+        return ""
+    by_step: dict[int, dict[str, list[float]]] = {}
+    for row in table.to_pylist():
+        if row["split"] == after["panel"]:
+            by_step.setdefault(row["step"], {}).setdefault(row["task"], []).append(row["won"])
+    if len(by_step) < 2:
+        return ""
+    first, last = by_step[min(by_step)], by_step[max(by_step)]
+    from aem_exp.stats import compare  # imports scipy
+
+    tasks = sorted(first.keys() & last.keys())
+    means = [[sum(wins[task]) / len(wins[task]) for task in tasks] for wins in (last, first)]
+    gap = compare.paired_interval(*means)
+    changed = sum(one != other for one, other in zip(*means, strict=True))
+    text = f"{after['panel']}: after - before = {100 * gap.difference:+.1f} points"
+    same = f"same {len(tasks)} tasks, {changed} changed"
+    if not math.isfinite(gap.low):
+        return f"{text} ({same}; no interval, because the difference is the same on all tasks)"
+    interval = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+    return f"{text}  {interval} ({same}; 95 %, Student's t over tasks; of this one run)"
+
+
+def _describe_warm_start(result: dict[str, Any]) -> str:
+    """Describe what the warm start changed; empty without one."""
+    facts = result.get("warm_start")
+    if not facts:
+        return ""
+    one, other = facts["before"], facts["after"]
+    return (
+        f"warm start ({facts['method']}, {facts['rows']:,} rows, {facts['updates']} updates, {facts['cpu_seconds']:,.0f} CPU s): "
+        f"success {one['success']:.0%} -> {other['success']:.0%}, invalid turns {one['invalid_share']:.0%} -> "
+        f"{other['invalid_share']:.0%}, response entropy {one['response_entropy']:.2f} -> {other['response_entropy']:.2f} nats, "
+        f"gated groups {one['gated_share']:.0%} -> {other['gated_share']:.0%} (on {other['episodes']} training episodes)"
+    )
 
 
 def _format_success(score: dict[str, Any] | None, tasks: int) -> "Text":

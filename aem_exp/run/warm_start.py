@@ -7,6 +7,7 @@ environment without ranks. It ends with the run: if the run stops, the next star
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -153,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make the warm start of the run directory that the only argument names. Runs start this; users call `prepare`."""
     (folder,) = sys.argv[1:] if argv is None else argv
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the unfinished folder
     try:
         cli.add_frozen_modules(Path(folder))
         console.silence_libraries()

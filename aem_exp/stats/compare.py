@@ -91,6 +91,19 @@ def new_tasks_interval(one_NT: Any, other_NT: Any, comparisons: int = 1) -> Inte
     return replace(wide, low=wide.difference - half, high=wide.difference + half)
 
 
+def paired_interval(one_T: Any, other_T: Any) -> Interval:
+    """The difference of two policies on the same tasks: one score per task and policy, paired by task (Student's t).
+
+    It is valid for these two policies on new tasks like those of the panel. It says nothing about other training runs. Its ends
+    are NaN if there is one task, or if the difference is the same on all tasks.
+    """
+    difference_T = np.asarray(one_T, float) - np.asarray(other_T, float)
+    tasks = difference_T.shape[-1]
+    if tasks < 2 or np.ptp(difference_T) == 0:
+        return Interval(difference_T.mean(), math.nan, math.nan, math.nan, tasks - 1)
+    return _satterthwaite_interval(difference_T.mean(), [(difference_T.var(ddof=1) / tasks, tasks - 1)], [], 1)
+
+
 def _residual_mean_square(x_NT: FloatArray) -> FloatArray:
     """Mean square of the residual, which neither run nor task explains."""
     runs, tasks = x_NT.shape[-2:]

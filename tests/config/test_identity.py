@@ -81,6 +81,8 @@ def test_neutral_fields_are_left_out_of_the_hash(default):
     data = config.to_dict(default)
     for part, block in PARTS.items():
         blank = dataclasses.asdict(block())
+        if part not in data:  # a warm start that is off is left out altogether
+            continue
         data[part] = {key: value for key, value in data[part].items() if value != blank[key]}
     assert config.signature(config.from_dict(data)) == config.signature(default)
 

@@ -135,16 +135,20 @@ class Household:
         if others:  # with one kind, a choice would use up a random number
             kind = random.choice(self.kinds)
         errand = random.choice(self.goals[split][kind])
-        size = RoomSize(
-            self.receptacles, self.openable, self.copies, self.objects, self.receptacle_types, self.object_types
-        )
         for _ in range(1000):
-            layout = draw_layout(errand, size, random)
+            layout = self._draw_layout(errand, random)
             if layout and split_of(layout) == split:
                 payload = {**errand._asdict(), "layout": layout}
                 return Task(f"{split}-{index}", seed=index, kind=errand.kind, payload=payload)
         remedy = "too few different rooms for all splits; choose more receptacles, objects or types"
         raise ConfigError("env.make.receptacles", self.receptacles, remedy=remedy)
+
+    def _draw_layout(self, errand: Errand, random: Random) -> dict[str, list[str]]:
+        """A random layout for this errand; empty if this draw has none."""
+        size = RoomSize(
+            self.receptacles, self.openable, self.copies, self.objects, self.receptacle_types, self.object_types
+        )
+        return draw_layout(errand, size, random)
 
     def _check_settings(self) -> None:
         """Refuse settings that allow no room."""
