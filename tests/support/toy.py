@@ -141,10 +141,10 @@ def draw(step: int, number: int = 0, seed: int = 0, tasks: int = 4, group: int =
 
 
 def checked_publisher(
-    servers: Any, tokenizer: Any, exact: bool = True, publisher: Any = FilePublisher
+    servers: Any, tokenizer: Any, exact: bool = True, publisher: Any = FilePublisher, context_tokens: int = 120
 ) -> CheckedPublisher:
     """Publishes weights to servers and checks that they use them."""
-    return CheckedPublisher(publisher(servers), Agreement(len(tokenizer), env("full").context_tokens), exact=exact)
+    return CheckedPublisher(publisher(servers), Agreement(len(tokenizer), context_tokens), exact=exact)
 
 
 def trainer(
