@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread (two are up to 15 times slower on a busy machine), no network; and shared fixtures."""
+"""Settings of all tests, and shared fixtures."""
 
 import gc
 import json
@@ -7,13 +7,7 @@ import signal
 import subprocess
 import sys
 
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    TRL_EXPERIMENTAL_SILENCE="1",
-    HF_HUB_OFFLINE="1",
-    MLFLOW_DISABLE_TELEMETRY="true",
-    TOKENIZERS_PARALLELISM="false",
-)
+from support import process_settings  # noqa: F401  (before all other imports)
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
+from aem_exp import config
 from aem_exp.config import Experiment
 from aem_exp.core import extras
 from aem_exp.core.errors import ConfigError
@@ -23,6 +24,7 @@ from aem_exp.jobs.memory import (
     estimate_memory,
 )
 from aem_exp.jobs.sizes import GB, ProcessSpec, StepSizes, format_gb, gpu_memory, process_count, read_shape
+from aem_exp.rundir import measured_memory
 
 UTILISATION: Final = 0.3  # share of the bf16 peak of a GPU; a common value for training at such lengths
 
@@ -42,6 +44,9 @@ def plan_lines(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield "memory", _format_memory(experiment, need)
     others = ", ".join(f"{name} {format_gb(sum(p.values()))}" for name, p in need.phases.items() if name != need.phase)
     yield "", f"{others}; {_format_weights(need)}"
+    if launch.gpus_per_node and (measured := measured_memory.read(config.run_dir(experiment))):
+        corrected = f"{format_gb(measured.correct(need.total))} GB, corrected by step {measured.step}"
+        yield "", f"{corrected}, which used {format_gb(measured.peak)} GB (x {measured.ratio:.2f} of its estimate)"
     if servers := ServerSpec.from_experiment(experiment, need):
         yield "serve", str(servers)
     yield "disk", _format_disk(experiment, need)

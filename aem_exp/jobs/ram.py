@@ -81,7 +81,8 @@ def check_ram(experiment: Experiment, world: World | None = None) -> RamNeed | N
     if experiment.launch.gpus_per_node or experiment.model.path is None:
         return None
     try:
-        lengths = _typical_lengths(experiment, world)
+        played = _play_sample(experiment, world)
+        lengths = _typical_lengths(experiment, played)
         process = _with_panels(experiment, ProcessSpec.from_experiment(experiment, lengths), world)
         need = estimate_memory(process)
         worst = _estimate_worst_case(experiment, world)
@@ -90,7 +91,7 @@ def check_ram(experiment: Experiment, world: World | None = None) -> RamNeed | N
     have, measured = available_bytes(experiment), measured_memory.read(config.run_dir(experiment))
     typical = _add_python(need.total, measured)
     if have and typical > MARGIN * have:
-        rows = f"with rows of {lengths.row:,} tokens ({'env' if world else 'shortest'} prompts, full responses)"
+        rows = f"with rows of {lengths.row:,} tokens ({'prompts of the env' if played else 'short prompts'}, full responses)"
         largest = max(need.peak, key=need.peak.__getitem__)
         amounts = f"{format_gb(typical)} GB of RAM per process, and {format_gb(have)} GB are available"
         problem = f"needs {amounts}; in {need.phase}, {rows}, most of it {largest}"
@@ -156,15 +157,15 @@ def _describe_worst_case(experiment: Experiment, worst: float, have: float) -> s
 # Typical lengths.
 
 
-def _typical_lengths(experiment: Experiment, world: World | None) -> RowLengths:
-    """Lengths of rows with the prompts of some training tasks and full responses, at most those that the config allows.
+def _typical_lengths(experiment: Experiment, played: list[Trajectory]) -> RowLengths:
+    """Lengths of rows with the prompts of `played` and full responses, at most those that the config allows.
 
-    If the prompts are unknown, a first prompt is assumed to fill a quarter of the context, with one response.
+    If nothing was played, a first prompt is assumed to fill a quarter of the context, with one response.
     """
     env, full = experiment.env, RowLengths.from_experiment(experiment)
     prompt = env.context_tokens // FIRST_PROMPT_DIVISOR
     row = episode = prompt + env.response_tokens
-    if played := _play_sample(experiment, world):
+    if played:
         prompts = [[len(r.prompt) for r in t.responses] for t in played]
         if env.history == "window":
             prompt = max(map(max, prompts))

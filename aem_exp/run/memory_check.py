@@ -53,7 +53,7 @@ class MemoryCheck:
             return
         self._is_done = True
         experiment = self.context.experiment
-        if experiment.model.path is None:
+        if experiment.model.path is None or peak <= (0 if experiment.launch.gpus_per_node else self.base):
             return
         try:
             measured = self._measure(step, peak, updates)

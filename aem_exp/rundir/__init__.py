@@ -1,9 +1,9 @@
 """The run directory: the files that a run writes. They are the source of truth: MLflow and reports are rebuilt from them.
 
 One module per file or question: `metrics` (metrics.jsonl), `episodes` (episodes.parquet), `examples` (episodes.md),
-`checkpoints`, `attempts` (attempts.jsonl), `lock` (which process or job owns the run), `membership` (which sweeps contain
-the run), `archive` (a run in a few kilobytes). The package imports only `core`, so a run can be read where neither torch
-nor MLflow is installed.
+`checkpoints`, `attempts` (attempts.jsonl), `lock` (which process or job owns the run), `membership` (which sweeps contain the
+run), `archive` (a run in a few kilobytes), `measured_memory` (memory.json). The package imports only `core`, so a run can be
+read where neither torch nor MLflow is installed.
 """
 
 from typing import Final

@@ -1,5 +1,6 @@
 """Options of the vLLM engine in the trainer's process, which TRL starts but does not configure completely."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,11 @@ def engine_options(experiment: Experiment, weights: str) -> Iterator[None]:
     from trl.generation import vllm_generation
 
     start = vllm_generation.LLM
-    options: dict[str, Any] = {"dtype": "bfloat16" if experiment.trainer.bf16 else experiment.model.dtype}
+    dtype = "bfloat16" if experiment.trainer.bf16 else experiment.model.dtype
+    options: dict[str, Any] = {"dtype": dtype, "use_tqdm_on_load": False}
     if not launch.gpus_per_node:
+        for name, value in vllm_cpu.ENGINE_VARIABLES.items():
+            os.environ.setdefault(name, value)
         vllm_cpu.check_head_size(weights)
         options |= {**vllm_cpu.ENGINE_OPTIONS, "model": vllm_cpu.untie(weights)}
 

@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import conftest  # noqa: F401  (sets environment variables first)
+from support import process_settings  # noqa: F401, I001  (before torch)
 import torch
 import train_step
 from support import peak_memory, toy
@@ -109,6 +109,11 @@ class Cost:
 
 def measure(case: Case, folder: Path, rounds: int) -> Cost:
     trainer = make_trainer(case, folder)
+    with trainer.accelerator.autocast():  # as in a run, where accelerate wraps the forward pass; no effect in fp32
+        return measure_trainer(trainer, rounds)
+
+
+def measure_trainer(trainer: Any, rounds: int) -> Cost:
     draws: list[tuple] = []
     played = play(trainer, recording(draws))  # this is also the warm-up
     trainer.play = lambda step: PlayedStep(played, [], 1)

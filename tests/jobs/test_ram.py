@@ -8,12 +8,13 @@ from support.runs import run_here
 
 from aem_exp import tiny
 from aem_exp.__main__ import main
-from aem_exp.config import load
+from aem_exp.config import load, run_dir
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs.opening import open_world
 from aem_exp.jobs import ram
 from aem_exp.jobs.sizes import RowLengths
 from aem_exp.rundir import measured_memory
+from aem_exp.rundir.measured_memory import MeasuredMemory
 
 pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.slow]
 SHAPE = {  # SmolLM2-135M
@@ -98,6 +99,15 @@ def test_memory_of_a_cluster_job_is_that_of_the_site(folder, tmp_path, monkeypat
     (tmp_path / "site.yaml").write_text("partition: cpu\n")  # the memory of a job is unknown
     assert main(words(folder, "launch=slurm_cpu", "plan=true")) == 0
     assert "RAM     about" in capsys.readouterr().out
+
+
+def test_plan_for_gpus_shows_the_measured_memory(folder, tmp_path, capsys):
+    chosen = words(folder, "launch=slurm1", f"outputs={tmp_path}")
+    run = run_dir(load(chosen))
+    run.mkdir()
+    measured_memory.write(run, MeasuredMemory(3, 6e9, 0.0, 5e9, 8, 512, 64))
+    assert main([*chosen, "plan=true"]) == 0
+    assert "GB, corrected by step 3, which used 6.0 GB (x 1.20 of its estimate)" in capsys.readouterr().out
 
 
 def test_first_step_corrects_the_estimate(tmp_path, capsys, caplog, small_machine):

@@ -86,12 +86,13 @@ def measure_peak(setting: Setting, folder: Path) -> tuple[float, MemoryEstimate]
     return held[0], memory.estimate_memory(process_spec(setting, *lengths(played)))
 
 
-def make_trainer(setting: Setting, folder: Path, pieces: dict[str, Any] | None = None) -> Any:
+def make_trainer(setting: Setting, folder: Path, pieces: dict[str, Any] | None = None, steps: int = 1) -> Any:
     """The trainer of a setting; `pieces`: the launch's own settings of a run in pieces."""
     torch.manual_seed(0)
-    model = policy.build_from_config(setting.shape, setting.dtype, setting.attention, setting.lora or {})
+    with torch.device("cuda" if setting.cuda else "cpu"):  # a GPU makes random weights faster
+        model = policy.build_from_config(setting.shape, setting.dtype, setting.attention, setting.lora or {})
     rules = toy.env("full", response_tokens=12)
-    run = toy.experiment("full", steps=1, mini_batch=ROWS, bf16=setting.autocast, optim=setting.optim)
+    run = toy.experiment("full", steps=steps, mini_batch=ROWS, bf16=setting.autocast, optim=setting.optim)
     how = pieces or {"use_cpu": not setting.cuda, "gradient_checkpointing": setting.checkpointing}
     run = replace(run, env=rules, launch=replace(run.launch, trainer=how))
     _, tokenizer = toy.policy(folder)

@@ -16,6 +16,8 @@ ENGINE_OPTIONS: Final[dict[str, Any]] = {
     "enforce_eager": True,  # a compiled model is not faster on a CPU, and starts minutes later
     "enable_chunked_prefill": False,  # with it, a request with a seed ends the engine
 }
+# Of an engine in the trainer's process: threads are not bound to cores, and the cache of contexts has 2 GB.
+ENGINE_VARIABLES: Final = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".index.json")
 
 
