@@ -17,6 +17,7 @@ describes its content.
     policy       load, save and locate a causal language model; `tiny` makes a small one, `wheel_weights` fetches one
     provenance   the record of what a run was executed with: code, packages, weights, machine
     training     trajectories -> updates: credit, modulation, and TRL's trainer and losses
+    warm_start   supervised training before the first step, such as on the `demonstrations` of a scripted player
     tracking     sends metrics to MLflow, which can be rebuilt from run dirs
     evaluate     scores a policy, or another agent, on held-out tasks
     jobs         checks memory and prepared files, and submits runs

@@ -23,6 +23,18 @@ def test_welch_by_hand():
     assert found.high - found.difference == pytest.approx(2.776445 * math.sqrt(0.02 / 3))
 
 
+def test_paired_interval_equals_scipy():
+    one, other = [1.0, 0.5, 1.0, 0.0, 1.0], [0.0, 0.5, 1.0, 0.0, 0.0]
+    found, expected = compare.paired_interval(one, other), stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert found.difference == pytest.approx(0.4) and found.freedom == 4
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    for pair in (([1.0], [0.0]), ([1.0, 0.5], [0.5, 0.0])):  # one task; the same difference on all tasks
+        assert math.isnan(compare.paired_interval(*pair).low)
+        assert compare.paired_interval(*pair).difference == pytest.approx(
+            sum(pair[0]) / len(pair[0]) - sum(pair[1]) / len(pair[1])
+        )
+
+
 @pytest.mark.slow
 @given(scores, scores)
 def test_welch_equals_scipy(one, other):
