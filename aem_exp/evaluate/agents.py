@@ -150,7 +150,7 @@ def _weights_to_load(weights: str, servers: Path) -> Path:
     target = servers / rendezvous.WEIGHTS / Path(weights).name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    vllm_cpu.write_untied_weights(Path(weights), target)
+    vllm_cpu.write_weights_with_head(Path(weights), target)
     return target
 
 

@@ -65,7 +65,6 @@ def build_command(experiment: Experiment, host: str, port: int, key: str) -> Ser
         variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if not launch.gpus_per_node:
         vllm_cpu.check_head_size(weights)
-        weights = vllm_cpu.untie(weights)
     script = slurm.read_site()[1] / slurm.SERVER_SCRIPT
     arguments = [weights, host, str(port), str(launch.gpus_per_node), str(context), dtype, *options]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the vLLM of this environment

@@ -29,7 +29,7 @@ def engine_options(experiment: Experiment, weights: str) -> Iterator[None]:
         for name, value in vllm_cpu.ENGINE_VARIABLES.items():
             os.environ.setdefault(name, value)
         vllm_cpu.check_head_size(weights)
-        options |= {**vllm_cpu.ENGINE_OPTIONS, "model": vllm_cpu.untie(weights)}
+        options |= vllm_cpu.ENGINE_OPTIONS
 
     def start_engine(**arguments: Any) -> Any:
         if not launch.gpus_per_node:  # without chunks, a prompt must fit into one batch

@@ -130,10 +130,7 @@ class CheckedPublisher:
         if TIED_HEAD in old:
             old.pop("embedding")  # its changes are missing in the head, too
         if old:
-            remedy = (
-                "; start the server with python -m aem_exp.serve, which unties the head" if TIED_HEAD in old else ""
-            )
-            return f"after an update, it keeps old weights of the {', '.join(old.values())}{remedy}"
+            return f"after an update, it keeps old weights of the {', '.join(old.values())}; its log may say why"
         return "it uses all updates, but probably computes in another data type than the trainer"
 
     def _worst_engine(self) -> str:

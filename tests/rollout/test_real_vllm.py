@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from support.vllm_process import CONTEXT, VllmProcess
 
 from aem_exp import tiny
 from aem_exp.rollout.chat import Chat
-from aem_exp.rollout.sampling import vllm_cpu
+from aem_exp.rollout.sampling import vllm_cpu, weight_sync
 from aem_exp.rollout.sampling.agreement import WeightsDiffer, next_token_logps
 from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.sampling.vllm import ServerSampler
@@ -45,21 +44,12 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def untied(policy, tmp_path_factory):
-    """The same policy with an untied head."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AEM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return vllm_cpu.untie(policy[0])
-
-
-@pytest.fixture(scope="module")
-def processes(policy, untied, tmp_path_factory):
-    """Three servers that start at the same time: of the untied policy, with adapters, and of the tied policy."""
+def processes(policy, tmp_path_factory):
+    """Two servers that start at the same time; the second one loads adapters."""
     root = tmp_path_factory.mktemp("servers")
     chosen = {
-        "untied": VllmProcess(untied, root / "untied"),
+        "plain": VllmProcess(policy[0], root / "plain"),
         "adapter": VllmProcess(policy[0], root / "adapter", "--enable-lora", "--max-lora-rank", "8"),
-        "tied": VllmProcess(policy[0], root / "tied"),
     }
     with ExitStack() as stack:
         for process in chosen.values():
@@ -114,14 +104,17 @@ def make_trainer(policy, servers, tmp_path, *, lora=False, publisher=FilePublish
     return trainer, rows
 
 
-def reset_weights(servers, untied):
+def reset_weights(servers, policy):
     """Make the server load the initial weights: other tests have trained it."""
-    servers.load(Path(untied))
+    target = servers.folder / "initial"
+    target.mkdir(exist_ok=True)
+    vllm_cpu.write_weights_with_head(policy[0], target)
+    servers.load(target)
 
 
-def test_tokens_log_probs_and_seeds(policy, untied, connect):
-    servers, (_, tokenizer), model = connect("untied"), policy, load(policy)
-    reset_weights(servers, untied)
+def test_tokens_log_probs_and_seeds(policy, connect):
+    servers, (_, tokenizer), model = connect("plain"), policy, load(policy)
+    reset_weights(servers, policy)
     chat, session = Chat(tokenizer), make_sampler(servers, tokenizer).session()
     prompt = chat.first_prompt("hello a")
     samples = [session.generate_one(slot, prompt, ("key", slot), 12) for slot in range(6)]
@@ -139,10 +132,10 @@ def test_tokens_log_probs_and_seeds(policy, untied, connect):
         assert (expected - torch.tensor(sample.logps)).abs().max() < EXACT
 
 
-def test_conversation_continues_exactly(policy, untied, connect):
+def test_conversation_continues_exactly(policy, connect):
     """The second turn contains the first one as exact tokens."""
-    servers, (_, tokenizer), model = connect("untied"), policy, load(policy)
-    reset_weights(servers, untied)
+    servers, (_, tokenizer), model = connect("plain"), policy, load(policy)
+    reset_weights(servers, policy)
     chat, session = Chat(tokenizer), make_sampler(servers, tokenizer).session()
     first = chat.first_prompt("hello b")
     one = session.generate_one(0, first, ("k", 1), 6)
@@ -155,12 +148,12 @@ def test_conversation_continues_exactly(policy, untied, connect):
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.5), SamplingParams(1.5, 0.9, 8, 0.02)])
-def test_sampling_filters(policy, untied, connect, sampling):
+def test_sampling_filters(policy, connect, sampling):
     """Only tokens that the filters keep are sampled."""
     from aem_exp.rollout.sampling.local import filter_probabilities
 
-    servers, (_, tokenizer), model = connect("untied"), policy, load(policy)
-    reset_weights(servers, untied)
+    servers, (_, tokenizer), model = connect("plain"), policy, load(policy)
+    reset_weights(servers, policy)
     prompt = Chat(tokenizer).first_prompt("hello d")
     samples = (
         make_sampler(servers, tokenizer, sampling)
@@ -175,7 +168,7 @@ def test_sampling_filters(policy, untied, connect, sampling):
 
 @pytest.mark.parametrize(
     ("server", "lora", "publisher"),
-    [("untied", False, FilePublisher), ("untied", True, FilePublisher), ("adapter", True, AdapterPublisher)],
+    [("plain", False, FilePublisher), ("plain", True, FilePublisher), ("adapter", True, AdapterPublisher)],
     ids=["full", "merged LoRA", "LoRA adapter"],
 )
 def test_two_training_steps(policy, connect, tmp_path, server, lora, publisher):
@@ -193,7 +186,7 @@ def test_two_training_steps(policy, connect, tmp_path, server, lora, publisher):
 
 def test_update_clears_the_prefix_cache(policy, connect, tmp_path):
     """The long fixed prompts fill blocks of the cache, and are the same in every comparison."""
-    servers = connect("untied")
+    servers = connect("plain")
     trainer, _ = make_trainer(policy, servers, tmp_path)
     publish = trainer.source.publish
     assert publish(trainer)["train/agreement_mean"] < EXACT
@@ -207,12 +200,16 @@ def test_update_clears_the_prefix_cache(policy, connect, tmp_path):
     assert publish(trainer)["train/agreement_mean"] < EXACT
 
 
-def test_probe_names_the_head_that_a_tied_server_keeps(policy, connect, tmp_path):
-    """vLLM on a CPU copies a tied head at its start. If this fails, vLLM has changed, and `vllm_cpu.untie` may not be needed."""
-    servers = connect("tied")
+def test_probe_names_the_head_that_a_server_keeps(policy, connect, tmp_path, monkeypatch):
+    """vLLM on a CPU keeps the head of a tied model if the file of weights does not have it. The answer is 200 all the same."""
+    servers = connect("plain")
     trainer, _ = make_trainer(policy, servers, tmp_path)
-    with pytest.raises(WeightsDiffer, match=r"old weights of the head, tied to the embedding \([0-9.]+ nats\); start"):
+    monkeypatch.setattr(weight_sync, "copy_tied_weights", lambda trainer, weights: {})
+    with pytest.raises(
+        WeightsDiffer, match=r"old weights of the head, tied to the embedding \([0-9.]+ nats\); its log"
+    ):
         trainer.train()
+    assert "ParallelLMHead: Failed to load weights" in (servers.folder / "server.log").read_text()
 
 
 def test_adapter_server_with_other_base_weights_is_refused(policy, connect, tmp_path):
@@ -224,37 +221,37 @@ def test_adapter_server_with_other_base_weights_is_refused(policy, connect, tmp_
         trainer.train()
 
 
-def test_slow_server_is_awaited(policy, untied, connect, processes):
-    servers, (_, tokenizer) = connect("untied"), policy
-    reset_weights(servers, untied)
+def test_slow_server_is_awaited(policy, connect, processes):
+    servers, (_, tokenizer) = connect("plain"), policy
+    reset_weights(servers, policy)
     prompt, session = Chat(tokenizer).first_prompt("hello e"), make_sampler(servers, tokenizer).session()
     expected = session.generate_one(0, prompt, ("slow",), 5)
-    processes["untied"].signal(signal.SIGSTOP)
+    processes["plain"].signal(signal.SIGSTOP)
     try:
-        timer = threading.Timer(2.0, processes["untied"].signal, [signal.SIGCONT])
+        timer = threading.Timer(2.0, processes["plain"].signal, [signal.SIGCONT])
         timer.daemon = True
         timer.start()
         assert make_sampler(servers, tokenizer).session().generate_one(0, prompt, ("slow",), 5) == expected
     finally:
-        processes["untied"].signal(signal.SIGCONT)
+        processes["plain"].signal(signal.SIGCONT)
         timer.join(DEADLINE)
 
 
 def test_killed_server_is_awaited_and_gets_the_newest_weights(policy, connect, processes, tmp_path):
     """It comes back with the weights with which it was started; the trainer's newest ones are loaded and compared first."""
-    servers, (_, tokenizer) = connect("untied"), policy
+    servers, (_, tokenizer) = connect("plain"), policy
     trainer, _ = make_trainer(policy, servers, tmp_path)
     trainer.train()
     trainer.source.publish(trainer)
     prompt = Chat(tokenizer).first_prompt("hello f")
     sampler = make_sampler(servers, tokenizer)
     expected = sampler.session().generate_one(0, prompt, ("killed",), 5)
-    processes["untied"].kill()
+    processes["plain"].kill()
     answers = []
     waiting = threading.Thread(
         target=lambda: answers.append(sampler.session().generate_one(0, prompt, ("killed",), 5)), daemon=True
     )
     waiting.start()
-    processes["untied"].start().wait()
+    processes["plain"].start().wait()
     waiting.join(SECONDS)
     assert answers == [expected]

@@ -221,10 +221,10 @@ class Servers:
     async def _load_adapter(self, url: str) -> None:
         """Make a server load the newest LoRA adapter and drop the one before it. The prefix cache knows adapters by name."""
         if self.adapter not in _model_ids(await self._get_models(url)):
-            await self._post(url + LOAD_ADAPTER, {"lora_name": self.adapter, "lora_path": str(self.weights)})
+            await self._command(url + LOAD_ADAPTER, {"lora_name": self.adapter, "lora_path": str(self.weights)})
         if self._old_adapter:
             with suppress(_RequestRefused):  # a restarted server never had it
-                await self._post(url + UNLOAD_ADAPTER, {"lora_name": self._old_adapter})
+                await self._command(url + UNLOAD_ADAPTER, {"lora_name": self._old_adapter})
 
     async def _compare(self, url: str) -> None:
         """Compare a server with the trainer on the fixed prompts."""
@@ -274,9 +274,18 @@ class Servers:
             body = body | {"model": self.adapter}
         return self._check_answer(url, await self._client.post(url, body, *max_bytes))
 
+    async def _command(self, url: str, body: dict[str, Any]) -> None:
+        """Send a request whose answer is only a status; its text need not be JSON."""
+        self._check_status(url, await self._client.post(url, body))
+
     def _check_answer(self, url: str, answer: Answer) -> dict[str, Any]:
+        self._check_status(url, answer)
+        return answer.parse_json(url)
+
+    def _check_status(self, url: str, answer: Answer) -> None:
+        """Raise an error that says whether a retry may help, unless the request succeeded."""
         if answer.is_success:
-            return answer.parse_json(url)
+            return
         status, message = answer.status, answer.error_message(self._key)
         returned = f"returned status {status} ({message})" if message else f"returned status {status}"
         # In an evaluation, the folder of the weights exists before the request: a failure to load it is final.

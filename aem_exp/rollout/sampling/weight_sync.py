@@ -198,10 +198,7 @@ def make_publisher(servers: Servers, method: str) -> Publisher:
 
 
 def copy_tied_weights(trainer: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the tensors that are tied to others, such as `lm_head.weight`.
-
-    A vLLM on a CPU keeps a copy of a tied head, so a file without the head would leave it old.
-    """
+    """Copies of the tensors that are tied to others, such as `lm_head.weight`: see `vllm_cpu`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     tied = (model.get_base_model() if hasattr(model, "get_base_model") else model).all_tied_weights_keys
     return {name: weights[source].clone() for name, source in tied.items() if source in weights}
