@@ -64,6 +64,7 @@ def make(
     batch: int = 32,
     learning_rate: float = 8e-3,
     whole_lines: bool = False,
+    learn_prompts: bool = False,
     seed: int = 0,
 ) -> None:
     """Create a policy that sometimes succeeds in `world`, and write it to `folder` in Hugging Face format.
@@ -86,6 +87,8 @@ def make(
         batch: demonstrations per update.
         learning_rate: peak learning rate; it rises in the first tenth of the updates, then falls to zero.
         whole_lines: encode each fixed line of the prompt templates as one token, for shorter rows.
+        learn_prompts: predict the prompts, too, not only the player's tokens. A model of several layers then learns to copy
+            names from its prompt in fewer updates.
         seed: seeds the weights and all draws.
 
     Raises:
@@ -106,7 +109,7 @@ def make(
         skill = demonstrate(world, env, tokenizer, episodes, noise, 0.0, random)
         habit = demonstrate(world, env, tokenizer, max(1, episodes // 4), noise, shyness, random)
         batches = [*iterate_batches(skill, steps, batch, random), *iterate_batches(habit, habit_steps, batch, random)]
-        imitate(model, batches, learning_rate)
+        imitate(model, batches, learning_rate, learn_prompts)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -224,8 +227,10 @@ def _find_unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
     return list(unknown)
 
 
-def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float) -> None:
-    """Maximise the likelihood of the player's tokens, end tokens included, and of no other tokens."""
+def imitate(
+    model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_rate: float, learn_prompts: bool = False
+) -> None:
+    """Maximise the likelihood of the player's tokens, end tokens included. With `learn_prompts`, of all other tokens too."""
     if not batches:
         return
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -238,6 +243,8 @@ def imitate(model: Qwen3ForCausalLM, batches: Sequence[Sequence[Row]], learning_
     for chosen in batches:
         ids_BT, label_BT = pad_batch(chosen, model.config.pad_token_id)
         mask_BT = (ids_BT != model.config.pad_token_id).long()
+        if learn_prompts:
+            label_BT = ids_BT.masked_fill(mask_BT == 0, -100)
         hidden_BTD = model.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         labelled_BT = label_BT[:, 1:] >= 0  # compute logits only for the player's tokens, a minority
         logits_SV = model.lm_head(hidden_BTD[:, :-1][labelled_BT])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -95,6 +96,15 @@ def test_each_word_is_one_token_and_the_vocabulary_is_small():
     assert len({tok.pad_token_id, tok.unk_token_id, tok.eos_token_id}) == 3
 
 
+def test_whole_lines_of_prompts_are_one_token_each():
+    env = load(["env=household_chat"]).env
+    tok = tiny.make_tokenizer(world("tags").words(), env, whole_lines=True)
+    lines = [line for text in env.prompt.values() for line in re.split(r"{\w+}|\n", text) if len(line.split()) > 1]
+    assert lines
+    assert all(len(encode(tok, line)) == 1 for line in lines)
+    assert len(encode(tok, "You are an expert")) == 4
+
+
 def test_actions_with_end_token_fit_into_the_response_budget():
     tok, rng = tokenizer(), Random(3)
     for task in world().tasks("train")[:50]:
@@ -178,12 +188,15 @@ def test_demonstrations_stay_the_same(history):
     assert digest.hexdigest() == DEMONSTRATIONS[history]
 
 
-def test_imitation_lowers_the_loss():
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_imitation_lowers_the_loss(learn_prompts):
     tok = tokenizer()
     packed = tiny.demonstrate(world(), rules(), tok, 48, 0.0, 0.0, Random(0))
     torch.manual_seed(0)
     model = tiny.make_policy(tok, rules(), 32, 1, 2, 0.1)
     ids, labels = tiny.pad_batch(packed[32:], tok.pad_token_id)
+    if learn_prompts:
+        labels = ids.masked_fill(ids == tok.pad_token_id, -100)
 
     def loss():
         with torch.no_grad():
@@ -191,7 +204,7 @@ def test_imitation_lowers_the_loss():
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
 
     before = loss()
-    tiny.imitate(model, [packed[:16], packed[16:32]] * 15, 8e-3)
+    tiny.imitate(model, [packed[:16], packed[16:32]] * 15, 8e-3, learn_prompts)
     assert loss() < 0.5 * before  # on held-out demonstrations
     assert not model.training
 

@@ -17,7 +17,7 @@ from aem_exp.envs.household.world import Household
 TALK_VERSION: Final = 1  # raise when the same task would play differently; changes the fingerprint
 PHRASES: Final = (  # of observations and actions; each word of a sentence is one token
     *("You are at the", "and see a", "and see nothing.", "You hold a", "You hold nothing.", ". Places:", "Places:"),
-    *(", a", ", and a", "go to", "put a", "', '"),
+    *(", a", ", and a", "go to", "put a", "', '", "', 'go to"),
 )
 WORDS: Final = ("the", "a", "in", "to", "from", "take", "move", "'", ",", ".", ":")
 TAGS: Final = ("<action>", "</action>")
@@ -89,7 +89,10 @@ class HouseholdTalk(Household):
         spoken = [word for word in re.findall(r"{?\w+}?", sentences) if word.isalpha()]
         synonyms = [word for pair in SYNONYMS for word in pair]
         names = [*self.receptacle_types, *self.object_types, START, *STATUSES]
-        return (*PHRASES, *WORDS, *names, *spoken, *synonyms, *TAGS)
+        statuses = [
+            f"{place} {status}{sign}" for place in self.receptacle_types for status in STATUSES for sign in ",."
+        ]
+        return (*PHRASES, *WORDS, *names, *statuses, *spoken, *synonyms, *TAGS)
 
     def responses(self, env: TalkEnv) -> dict[str, float]:
         """The distribution of the scripted player in the current state: response -> probability."""

@@ -1,7 +1,7 @@
 """What vLLM needs on a machine without GPUs: a supported head size, some options, and the head of a tied model in each file.
 
-On a CPU, vLLM copies a head that is tied to the embedding when it starts. It updates this copy only if the file of new weights has
-`lm_head.weight`: measured with vLLM 0.31, a changed embedding leaves a gap of 0.5 nats without it, and of 1e-5 nats with it.
+On a CPU, vLLM copies a head that is tied to the embedding when it starts. It updates this copy only if the file of new weights
+has `lm_head.weight`: measured with vLLM 0.31, a changed embedding leaves a gap of 0.5 nats without it, and of 1e-5 nats with it.
 """
 
 import json
