@@ -38,7 +38,7 @@ def test_no_file_is_without_a_group():
 def test_a_language_model_comes_with_its_settings(name):
     experiment = load([f"model={name}", *NEEDED_WITH.get(f"model={name}", [])])
     assert (experiment.trainer.learning_rate, experiment.trainer.max_grad_norm) == (1e-6, 1.0)
-    assert experiment.launch.device_tokens == 2048
+    assert experiment.launch.device_tokens == (2048 if name == "local" else 1024)
     assert not any("learning_rate" in note for note in config.notes(experiment))
     adapter = load([f"model={name}", *NEEDED_WITH.get(f"model={name}", []), "model.lora={r: 8}"])
     assert any("low for LoRA" in note for note in config.notes(adapter))

@@ -209,7 +209,6 @@ def test_probe_names_the_head_that_a_server_keeps(policy, connect, tmp_path, mon
         WeightsDiffer, match=r"old weights of the head, tied to the embedding \([0-9.]+ nats\); its log"
     ):
         trainer.train()
-    assert "ParallelLMHead: Failed to load weights" in (servers.folder / "server.log").read_text()
 
 
 def test_adapter_server_with_other_base_weights_is_refused(policy, connect, tmp_path):
