@@ -30,19 +30,20 @@ server, and serves until Ctrl-C. Started again, it replaces a server that has en
 LOOPBACK = "127.0.0.1"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    return cli.run_cli(lambda: _run(_parse_arguments()), lambda: "the same command starts a server again")
+    argv = sys.argv[1:] if argv is None else argv
+    return cli.run_cli(lambda: _run(_parse_arguments(argv)), lambda: "the same command starts a server again")
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m aem_exp.serve", description=ABOUT, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="RUN_DIR|KEY=VALUE", help="the overrides of an experiment")
     parser.add_argument("--folder", type=Path, help="folder for the address and the key (default: servers in outputs)")
     parser.add_argument("--port", type=int, default=0, help="port of the server (default: any free port)")
     parser.add_argument("--config-dir", help="a config folder of your own, which adds to conf/")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -54,13 +55,13 @@ def _run(arguments: argparse.Namespace) -> int:
     cli.add_user_modules(arguments.config_dir)
     overrides = [word for word in words if not word.startswith(("launch.sampler=", "launch.servers="))]
     experiment = config.load([*overrides, "launch.sampler=served", "launch.servers=."], arguments.config_dir)
-    _serve_here(experiment, words, arguments)
+    _serve_on_this_machine(experiment, words, arguments)
 
 
 # On this machine.
 
 
-def _serve_here(experiment: "Experiment", words: list[str], arguments: argparse.Namespace) -> NoReturn:
+def _serve_on_this_machine(experiment: "Experiment", words: list[str], arguments: argparse.Namespace) -> NoReturn:
     """Serve on the loopback interface of this machine until Ctrl-C or SIGTERM."""
     from aem_exp import config
     from aem_exp.cluster import rendezvous

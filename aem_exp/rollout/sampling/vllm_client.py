@@ -14,12 +14,14 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aem_exp.cluster import rendezvous
 from aem_exp.core.errors import RunError
-from aem_exp.rollout.sampling.agreement import TOP_TOKENS, Agreement
 from aem_exp.rollout.sampling.http import Answer, Client, NoAnswer, sanitize
+
+if TYPE_CHECKING:
+    from aem_exp.rollout.sampling.agreement import Agreement  # imports torch, which the first checks do not need
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
@@ -48,7 +50,7 @@ class Servers:
         self.urls, self._key = rendezvous.read_urls(folder)
         self.weights: Path | None = None  # folder of the newest weights, if they are files; restarted servers load it
         self.adapter = ""  # name of the newest LoRA adapter, if `weights` is the folder of an adapter
-        self.agreement: Agreement | None = None  # compares each server with the trainer after an update
+        self.agreement: "Agreement | None" = None  # compares each server with the trainer after an update
         self.names: Sequence[str] = ()  # in evaluation: names of these weights, as a server may report them
         self.context = 0  # in evaluation: number of tokens that a server must accept
         self._old_adapter = ""  # name of the adapter before the newest one
@@ -230,6 +232,8 @@ class Servers:
         """Compare a server with the trainer on the fixed prompts."""
         if self.agreement is None:
             return
+        from aem_exp.rollout.sampling.agreement import TOP_TOKENS
+
         body = {
             "prompt": self.agreement.prompts,
             "max_tokens": 1,
