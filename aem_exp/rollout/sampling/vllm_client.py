@@ -50,7 +50,7 @@ class Servers:
         self.urls, self._key = rendezvous.read_urls(folder)
         self.weights: Path | None = None  # folder of the newest weights, if they are files; restarted servers load it
         self.adapter = ""  # name of the newest LoRA adapter, if `weights` is the folder of an adapter
-        self.agreement: "Agreement | None" = None  # compares each server with the trainer after an update
+        self.agreement: Agreement | None = None  # compares each server with the trainer after an update
         self.names: Sequence[str] = ()  # in evaluation: names of these weights, as a server may report them
         self.context = 0  # in evaluation: number of tokens that a server must accept
         self._old_adapter = ""  # name of the adapter before the newest one
