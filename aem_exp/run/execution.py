@@ -17,6 +17,7 @@ from aem_exp.config import Experiment
 from aem_exp.core import console, disk, extras
 from aem_exp.envs import World
 from aem_exp.jobs import preflight
+from aem_exp.rollout.sampling import http
 from aem_exp.run.resume import ResumePoint, find_resume_point, prepare_run_dir
 from aem_exp.run.warm_start import prepare_weights
 from aem_exp.rundir import RESULT, membership
@@ -62,7 +63,7 @@ def run(
     warm_start.check_world(experiment, world)
     policy.select_device(experiment.launch)
     if experiment.launch.servers:
-        rendezvous.read_urls(Path(experiment.launch.servers))
+        http.require_healthy(experiment.launch.servers, rendezvous.read_urls(Path(experiment.launch.servers))[0])
     weights = policy.locate(experiment.model) if experiment.model.path else None
     _check_ram(experiment, world)
     distributed.initialize(cpu=not experiment.launch.gpus_per_node)

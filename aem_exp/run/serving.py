@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import policy
+from aem_exp import config, policy
 from aem_exp.cluster import distributed, rendezvous
 from aem_exp.config import Launch
 from aem_exp.rollout.sampling.agreement import Agreement
@@ -67,6 +67,7 @@ def build_publisher(
     from aem_exp.training.weight_agreement import CheckedPublisher
 
     if servers:
+        servers.context = config.apply_evaluation_limits(experiment).env.context_tokens
         publisher = weight_sync.make_publisher(servers, launch.server_weights)
     else:
         publisher = weight_sync.EnginePublisher(None if launch.gpus_per_node else context.folder / rendezvous.WEIGHTS)

@@ -842,7 +842,8 @@ def test_server_of_a_job_records_its_end_for_the_run(cache, tmp_path, monkeypatc
     site.mkdir()
     (site / "site.yaml").write_text("interface: lo")
     (site / "vllm_server.sh").write_text("exit 3")
-    overrides = [*SMALL_RUN, "launch.sampler=served", "launch.servers=/nowhere", "launch.server_seconds=300"]
+    heads = "model.make.heads=2"  # of 32: vLLM on a CPU serves no smaller ones
+    overrides = [*SMALL_RUN, heads, "launch.sampler=served", "launch.servers=/nowhere", "launch.server_seconds=300"]
     experiment = config.load([*overrides, f"outputs={tmp_path}"])
     run_dir = config.run_dir(experiment)
     run_dir.mkdir()
@@ -852,3 +853,30 @@ def test_server_of_a_job_records_its_end_for_the_run(cache, tmp_path, monkeypatc
     assert done.returncode == 1 and "code 3" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(RunError, match="code 3"):
         rendezvous.wait_for_servers(rendezvous.job_folder(run_dir), 1, SECONDS)
+
+
+def test_run_without_a_server_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    from aem_exp.__main__ import main
+
+    folder = tmp_path / "servers"
+    folder.mkdir(mode=0o700)
+    (folder / "urls").write_text(f"http://127.0.0.1:{rendezvous.find_free_port('127.0.0.1')}\n")
+    words = [*SMALL_RUN, "launch.sampler=served", f"launch.servers={folder}", f"outputs={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["aem-exp", *words])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert "no server answers at http://127.0.0.1:" in shown.err and "python -m aem_exp.serve" in shown.err
+    assert not [*(tmp_path / "out").glob("*")]
+
+
+@pytest.mark.slow
+def test_server_with_a_short_context_ends_the_run_before_the_first_step(folder, tmp_path):
+    saved, chat = saved_policy(folder)
+    with CompletionsServer(saved, KEY) as server:
+        servers = Servers(write_server_folder(tmp_path / "s", server), SECONDS)
+        servers.context, server.longest = 120, 100
+        trainer = toy.trainer(folder, toy.experiment("full"), publish=toy.checked_publisher(servers, chat.tokenizer))
+        with pytest.raises(RunError, match="accepts at most 100 tokens, fewer than"):
+            trainer.source.publish(trainer)
+        assert not server.asked and not server.reloads
+        servers.cancel()

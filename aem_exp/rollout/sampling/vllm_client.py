@@ -52,7 +52,7 @@ class Servers:
         self.adapter = ""  # name of the newest LoRA adapter, if `weights` is the folder of an adapter
         self.agreement: Agreement | None = None  # compares each server with the trainer after an update
         self.names: Sequence[str] = ()  # in evaluation: names of these weights, as a server may report them
-        self.context = 0  # in evaluation: number of tokens that a server must accept
+        self.context = 0  # number of tokens that a server must accept; 0: not checked
         self._old_adapter = ""  # name of the adapter before the newest one
         self.streamed = False  # the newest weights were sent from GPU to GPU; a restarted server has lost them
         self._up_to_date = set(self.urls)  # servers with the newest weights
@@ -126,7 +126,13 @@ class Servers:
         Raises:
             WeightsDiffer: a server has other weights.
         """
-        self._run(lambda: _gather([partial(self._send_with_retries, i, self._compare) for i in range(len(self.urls))]))
+
+        async def compare(url: str) -> None:
+            if self.context:
+                await self._check_context(url)
+            await self._compare(url)
+
+        self._run(lambda: _gather([partial(self._send_with_retries, i, compare) for i in range(len(self.urls))]))
 
     def cancel(self) -> None:
         """Make all waiting calls fail, and all later calls too."""
@@ -204,6 +210,8 @@ class Servers:
                     "was restarted and has lost its weights (launch.server_weights=nccl sends them between steps only)"
                 )
                 raise RunError(f"{url} {lost}; start the run again to resume from its newest checkpoint", "node")
+            if self.context:
+                await self._check_context(url)
             if self.names:
                 await self._check_weights(url)
             elif self.adapter:
@@ -219,6 +227,14 @@ class Servers:
         request = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
         await self._post(url + RELOAD_WEIGHTS, request)
         await self._post(url + RESET_CACHE, {})
+
+    async def _check_context(self, url: str) -> None:
+        """Refuse a server that accepts fewer tokens than episodes may have."""
+        limits = [card.get("max_model_len") for card in _model_cards(await self._get_models(url))]
+        longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=self.context)
+        if longest < self.context:
+            mismatch = f"accepts at most {longest:,} tokens, fewer than env.context_tokens={self.context}"
+            raise RunError(f"{url} {mismatch}; start it with --max-model-len {self.context}", "config")
 
     async def _load_adapter(self, url: str) -> None:
         """Make a server load the newest LoRA adapter and drop the one before it. The prefix cache knows adapters by name."""
@@ -247,11 +263,6 @@ class Servers:
     async def _check_weights(self, url: str) -> None:
         """Make sure that a server has the required weights: it loads them, or was started with them and cannot load any."""
         cards = _model_cards(await self._get_models(url))
-        limits = [card.get("max_model_len") for card in cards]
-        longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=self.context)
-        if longest < self.context:
-            mismatch = f"accepts at most {longest:,} tokens, fewer than env.context_tokens={self.context}"
-            raise RunError(f"{url} {mismatch}; start it with --max-model-len {self.context}", "config")
         try:
             await self._reload_weights(url)
         except _RequestRefused as refused:
