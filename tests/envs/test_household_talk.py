@@ -14,13 +14,12 @@ import pytest
 from aem_exp import tiny
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs.executor import SerialExecutor
+from aem_exp.demonstrations import play_scripted
 from aem_exp.envs.household import HouseholdTalk
 from aem_exp.envs.household.talk_env import STATUSES
 from aem_exp.envs.household.talk_expert import PHRASINGS, list_sentences, reasonable_actions
 from aem_exp.envs.panel import build_panel
 from aem_exp.rollout.chat import Chat
-from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Episode
 
 CHOICES = (1, 2, 3, 4)
@@ -163,12 +162,8 @@ def test_the_wanted_object_is_equally_likely_in_every_free_place(choices):
 def lengths(phrasings, choices):
     """Mean number of tokens of prompts and of responses, and of turns, over episodes of the scripted player."""
     made, tok = world(phrasings, choices), tokenizer()
-    executor = SerialExecutor(made, made.env)
-    tasks = made.tasks("train")[:400]
-    played = Rollout(executor, rules(), Chat(tok)).play(
-        [Episode(task, i, 0, ()) for i, task in enumerate(tasks)],
-        tiny._ScriptedSampler(made, executor, tok, Random(0), 0.0, 0.0),
-    )
+    episodes = [Episode(task, i, 0, ()) for i, task in enumerate(made.tasks("train")[:400])]
+    played, _ = play_scripted(made, rules(), Chat(tok), episodes, 0.0, 0.0, Random(0))
     rows = [response for trajectory in played for response in trajectory.responses]
     assert all(tok.unk_token_id not in (*row.prompt, *row.sample.ids) for row in rows)
     return {

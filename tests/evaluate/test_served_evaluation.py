@@ -83,7 +83,7 @@ def run_evaluate(capsys, arguments, code=0):
     out, err = capsys.readouterr()
     assert exit_code == code, err
     if code:
-        lines = [line for line in err.splitlines() if line and not line.startswith(PROGRESS)]
+        lines = [line for line in err.splitlines() if line and not line.startswith((*PROGRESS, "Loading weights"))]
         (error,) = [line for line in lines if line.startswith(("aem_exp: ", "stopped"))]
         assert all("http://" in line for line in lines if line != error), lines  # warnings about a server
         assert KEY not in err and not out

@@ -13,7 +13,7 @@ from aem_exp import policy
 from aem_exp.__main__ import main
 from aem_exp.config import load
 from aem_exp.core.errors import ConfigError
-from aem_exp.jobs import dispatch, memory, memory_trace, plan, serve
+from aem_exp.jobs import dispatch, memory, memory_trace, plan, vllm_server
 from aem_exp.jobs.fit import check_memory
 from aem_exp.jobs.memory import estimate_memory
 from aem_exp.jobs.memory_trace import MemoryTrace, Meter
@@ -242,9 +242,9 @@ def test_context_beyond_the_position_limit_gives_a_warning(tmp_path, capsys):
         (warning,) = plan.context_warnings(load([*words, f"env.context_tokens={most + 1}"]))
         assert f"env.context_tokens={most + 1}: the config.json of the model has {most:,} positions" in warning
         assert ("vLLM server refuses" in warning) == bool(rope)
-        options = serve._context_options(str(tmp_path), most + 1)
+        options = vllm_server._context_options(str(tmp_path), most + 1)
         assert options == ([] if rope else ["--hf-overrides", json.dumps({"max_position_embeddings": most + 1})])
-        assert serve._context_options(str(tmp_path), most) == []
+        assert vllm_server._context_options(str(tmp_path), most) == []
 
 
 @pytest.mark.slow
