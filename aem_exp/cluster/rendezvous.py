@@ -142,15 +142,20 @@ def lock_servers(folder: Path) -> "BaseFileLock":
     Raises:
         ConfigError: another process holds the lock, or the folder has no valid addresses.
     """
+    read_urls(folder)
+    remedy = "another run uses these servers; two runs would overwrite each other's weights"
+    return _acquire_lock(folder / "lock", ConfigError("launch.servers", str(folder), remedy))
+
+
+def _acquire_lock(file: Path, refusal: ConfigError) -> "BaseFileLock":
+    """Acquire a lock at once, or raise `refusal`."""
     from filelock import FileLock, Timeout
 
-    read_urls(folder)
-    lock = FileLock(folder / "lock")
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        remedy = "another run uses these servers; two runs would overwrite each other's weights"
-        raise ConfigError("launch.servers", str(folder), remedy) from None
+        raise refusal from None
     return lock
 
 
@@ -161,16 +166,10 @@ def hold_server_folder(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds the folder.
     """
-    from filelock import FileLock, Timeout
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / "server.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        remedy = "another server uses this folder; end it, or choose another --folder"
-        raise ConfigError("--folder", str(folder), remedy) from None
+    remedy = "another server uses this folder; end it, or choose another --folder"
+    lock = _acquire_lock(folder / "server.lock", ConfigError("--folder", str(folder), remedy))
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from aem_exp.config.schema import (
     Modulation,
     WarmStart,
     apply_evaluation_limits,
+    max_context,
     to_dict,
 )
 from aem_exp.config.sources import conf_root, config_roots, list_choices
@@ -48,6 +49,7 @@ __all__ = [
     "instantiate",
     "list_choices",
     "load",
+    "max_context",
     "nearest_run",
     "notes",
     "outputs_root",

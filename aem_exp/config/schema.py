@@ -269,6 +269,11 @@ def apply_evaluation_limits(experiment: Experiment) -> Experiment:
     return replace(experiment, env=replace(env, max_turns=turns, context_tokens=tokens))
 
 
+def max_context(experiment: Experiment) -> int:
+    """Maximum number of tokens of a row, in training or in evaluation."""
+    return max(experiment.env.context_tokens, experiment.evaluation.context_tokens)
+
+
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """The content of `experiment.json`. Without a warm start, its block is left out, as in older versions."""
     content = asdict(experiment) | {"trainer": trainer_keywords(experiment.trainer)}

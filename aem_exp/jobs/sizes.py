@@ -84,8 +84,7 @@ class RowLengths:
         """The lengths that the config allows: every row fills its context."""
         env = experiment.env
         window, first = env.context_tokens - env.response_tokens, env.context_tokens // FIRST_PROMPT_DIVISOR
-        evaluated = config.apply_evaluation_limits(experiment).env.context_tokens
-        return cls(env.context_tokens, window if env.history == "window" else first, max(env.context_tokens, evaluated))
+        return cls(env.context_tokens, window if env.history == "window" else first, config.max_context(experiment))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from aem_exp import config, policy, warm_start
-from aem_exp.cluster import slurm
+from aem_exp.cluster import distributed, slurm
 from aem_exp.config import Experiment
 from aem_exp.core.errors import RunError
 from aem_exp.envs import opening
@@ -21,7 +21,6 @@ from aem_exp.rollout.sampling import http, vllm_cpu
 
 GRACE: Final = 20.0  # seconds that a server gets to end
 LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks for which vLLM can reserve memory
-RUN_VARIABLES: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ServerCommand:
 
     def start(self, output: IO[Any] | None = None) -> subprocess.Popen[bytes]:
         """Start the server in a process group of its own; `output` receives what it prints."""
-        inherited = {name: value for name, value in os.environ.items() if name not in RUN_VARIABLES}  # it is not a rank
+        inherited = {name: value for name, value in os.environ.items() if name not in distributed.RANK_VARIABLES}
         return subprocess.Popen(
             self.words,
             env=inherited | self.variables,
@@ -57,7 +56,7 @@ def build_command(experiment: Experiment, host: str, port: int, key: str) -> Ser
     """
     launch, weights = experiment.launch, find_weights(experiment)
     dtype = "bfloat16" if experiment.trainer.bf16 else experiment.model.dtype
-    context = max(experiment.env.context_tokens, config.apply_evaluation_limits(experiment).env.context_tokens)
+    context = config.max_context(experiment)
     options, variables = _context_options(weights, context), {"VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1"}
     if launch.server_weights == "adapter":
         rank = next((size for size in LORA_RANKS if size >= (experiment.model.lora or {}).get("r", 8)), LORA_RANKS[-1])

@@ -27,7 +27,6 @@ from aem_exp.rundir import WARM_START
 from aem_exp.warm_start import WarmStarted
 
 log = logging.getLogger("aem_exp")
-RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES: Final = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "GROUP_", "ROLE_")
 CHILD_PROGRAM: Final = "import sys; from aem_exp.run.warm_start import main; sys.exit(main())"
 WAIT_SECONDS: Final = 30.0  # between two signs of life to the other ranks, whose process group has a time limit
@@ -91,7 +90,7 @@ def _child_process(folder: Path) -> Iterator[Callable[[], bool]]:
     variables = {
         name: value
         for name, value in os.environ.items()
-        if name not in RANK_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+        if name not in distributed.RANK_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
     paths = [str(disk.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)

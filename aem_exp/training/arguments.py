@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trl import GRPOConfig
 
-from aem_exp.config.schema import Experiment, apply_evaluation_limits
+from aem_exp.config.schema import Experiment, max_context
 from aem_exp.config.trainer_keys import OWN_KEYS
 from aem_exp.config.trainer_schema import trainer_keywords
 
@@ -51,8 +51,3 @@ def max_episode_tokens(experiment: Experiment) -> int:
     env = experiment.env
     limit = env.max_turns * env.response_tokens
     return limit if env.history == "window" else min(limit, env.context_tokens)
-
-
-def max_context(experiment: Experiment) -> int:
-    """Maximum number of tokens of a row, in training or in evaluation."""
-    return max(experiment.env.context_tokens, apply_evaluation_limits(experiment).env.context_tokens)

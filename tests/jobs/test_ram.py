@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from support.random_models import SMOLLM2
 from support.runs import run_here
 
 from aem_exp import tiny
@@ -17,18 +18,6 @@ from aem_exp.rundir import measured_memory
 from aem_exp.rundir.measured_memory import MeasuredMemory
 
 pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.slow]
-SHAPE = {  # SmolLM2-135M
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     experiment = load(["env=household"])
     tiny.make_tokenizer(open_world(experiment).words(), experiment.env).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps(SMOLLM2))
     (folder / "model.safetensors").touch()
     return folder
 
