@@ -125,7 +125,7 @@ def _served_sampler_factory(agent: Agent, experiment: Experiment) -> Iterator[tu
     lock = rendezvous.lock_servers(folder)
     try:
         servers = Servers(folder, experiment.launch.server_seconds)
-        servers.agreement = _expect_weights(agent, experiment, len(tokenizer))
+        servers.weights.agreement = _expect_weights(agent, experiment, len(tokenizer))
         try:
             servers.require_weights(
                 _weights_to_load(agent.folder, folder),

@@ -70,7 +70,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
         arguments.config_dir, [arguments.target] if is_run_dir(arguments.target) else [], arguments.trust
     )
     from aem_exp.evaluate.display import ProgressLine, print_results
-    from aem_exp.rollout.sampling.vllm_client import WrongWeights
+    from aem_exp.rollout.sampling.served_weights import WrongWeights
 
     with ProgressLine() as line:
         setup, agents, left_out = prepare_evaluation(arguments)

@@ -67,7 +67,7 @@ def build_publisher(
     from aem_exp.training.weight_agreement import CheckedPublisher
 
     if servers:
-        servers.context = config.max_context(experiment)
+        servers.weights.context = config.max_context(experiment)
         publisher = weight_sync.make_publisher(servers, launch.server_weights)
     else:
         publisher = weight_sync.EnginePublisher(None if launch.gpus_per_node else context.folder / rendezvous.WEIGHTS)

@@ -773,14 +773,14 @@ def test_streamed_weights_are_sent_to_every_server(folder, tmp_path, monkeypatch
     publish._connect = lambda url, device: clients[servers.urls.index(url)]
     trainer = toy.trainer(folder, toy.experiment("full"), publish=publish)
     compared = []
-    monkeypatch.setattr(servers, "compare_all", lambda: compared.append(servers.agreement))
+    monkeypatch.setattr(servers, "check_all", lambda: compared.append(servers.weights.agreement))
     agreement = Agreement(5, 9)
     publish(trainer, agreement)
     assert compared == [agreement]
     for client in clients:
         assert client.cache_resets == 1
         assert all(torch.equal(client.received[name], p) for name, p in trainer.model.named_parameters())
-    assert servers.streamed and servers.weights is None
+    assert servers.weights.streamed and servers.weights.folder is None
     servers.cancel()
 
 
@@ -874,7 +874,7 @@ def test_server_with_a_short_context_ends_the_run_before_the_first_step(folder, 
     saved, chat = saved_policy(folder)
     with CompletionsServer(saved, KEY) as server:
         servers = Servers(write_server_folder(tmp_path / "s", server), SECONDS)
-        servers.context, server.longest = 120, 100
+        servers.weights.context, server.longest = 120, 100
         trainer = toy.trainer(folder, toy.experiment("full"), publish=toy.checked_publisher(servers, chat.tokenizer))
         with pytest.raises(RunError, match="accepts at most 100 tokens, fewer than"):
             trainer.source.publish(trainer)

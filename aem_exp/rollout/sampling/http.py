@@ -28,11 +28,12 @@ class NoAnswer(Exception):
     Attributes:
         unreached: the connection was refused or failed.
         broken: there was no connection, or it ended too early; the server's process may have ended.
+        status: the HTTP status of an answer that reports a failure; 0 if there was none.
     """
 
-    def __init__(self, reason: str, unreached: bool = False, broken: bool = False):
+    def __init__(self, reason: str, unreached: bool = False, broken: bool = False, status: int = 0):
         super().__init__(reason)
-        self.unreached, self.broken = unreached, broken
+        self.unreached, self.broken, self.status = unreached, broken, status
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.base import Sample, SamplingParams
-from aem_exp.rollout.sampling.vllm_client import COMPLETIONS, Servers
+from aem_exp.rollout.sampling.vllm_client import Servers
 
 # vLLM reports -9999 for a probability of 0; log-probs may be slightly positive because of rounding.
 MIN_LOGPROB, MAX_LOGPROB = -1e4, 1e-3
@@ -63,7 +63,7 @@ class ServerSession:
         ]
         preferred = [sampler.rank + slot for slot in slots]
         limits = [_max_answer_bytes(request) for request in requests]
-        answers = sampler.servers.post_all(COMPLETIONS, requests, preferred, limits)
+        answers = sampler.servers.complete(requests, preferred, limits)
         samples = [
             _parse_sample(request, answer, sampler.vocabulary)
             for request, answer in zip(requests, answers, strict=True)

@@ -47,7 +47,7 @@ class FilePublisher:
         self._pushes = 0
 
     def __call__(self, trainer: Any, agreement: Agreement) -> None:
-        is_main, self.servers.agreement = trainer.accelerator.is_main_process, agreement
+        is_main, self.servers.weights.agreement = trainer.accelerator.is_main_process, agreement
         self._pushes += 1
         # A new folder for each push: a server may have the previous file memory-mapped.
         folder = self._folder / f"{trainer.state.global_step}-{self._pushes}"
@@ -93,7 +93,7 @@ class AdapterPublisher(FilePublisher):
         self._name = names[0]
         super().__call__(trainer, agreement)
         if not trainer.accelerator.is_main_process:
-            self.servers.mark_updated(self.servers.weights, self._name)
+            self.servers.mark_updated(self.servers.weights.folder, self._name)
 
     def _write(self, trainer: Any, folder: Path) -> None:
         if not trainer.accelerator.is_main_process:
@@ -112,7 +112,7 @@ class NCCLPublisher:
         self._clients: list[Any] = []
 
     def __call__(self, trainer: Any, agreement: Agreement) -> None:
-        is_main, self.servers.agreement = trainer.accelerator.is_main_process, agreement
+        is_main, self.servers.weights.agreement = trainer.accelerator.is_main_process, agreement
         if self._policy is None:
             self._policy = TrainerWeights(trainer)
             if is_main:
@@ -125,7 +125,7 @@ class NCCLPublisher:
         trainer.accelerator.wait_for_everyone()
         self.servers.mark_updated(None)
         if is_main:
-            self.servers.compare_all()
+            self.servers.check_all()
 
     def _connect(self, url: str, device: Any) -> Any:
         from trl.generation.vllm_client import VLLMClient
