@@ -69,6 +69,16 @@ def test_an_environment_without_a_scripted_player_cannot_be_imitated():
     warm_start.check_world(own, toy.ChatterWorld())
 
 
+def test_submission_refuses_imitation_without_a_scripted_player():
+    from aem_exp.jobs import dispatch
+
+    plain = load(["env=frozen_lake", "model=local", "model.path=any"])
+    dispatch.check_worlds([plain])
+    imitating = replace(plain, warm_start=load(["warm_start=imitate"]).warm_start)
+    with pytest.raises(ConfigError, match="env frozen_lake has no scripted player"):
+        dispatch.check_worlds([plain, imitating])
+
+
 def test_gated_share_is_that_of_the_modulation():
     measured = {"entropy_spans": [0.0, 0.05, 0.1, 0.4]}
     assert warm_start.gated_share(measured, 0.1) == 0.5

@@ -196,10 +196,17 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
 
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
         dry_run.check_functions(experiment)
-    distinct = {
-        repr((e.env.make, e.model.make, e.evaluation, e.trainer.tasks_per_step, e.trainer.oversample)): e
-        for e in experiments
-    }
+    distinct = {}
+    for e in experiments:
+        settings = (
+            e.env.make,
+            e.model.make,
+            e.warm_start.method,
+            e.evaluation,
+            e.trainer.tasks_per_step,
+            e.trainer.oversample,
+        )
+        distinct[repr(settings)] = e
     for experiment in distinct.values():
         try:
             preflight.open_checked_world(experiment)

@@ -1,6 +1,6 @@
 """Opens the world of an experiment and checks it before the run: interface, number of tasks, held-out panels, user code."""
 
-from aem_exp import config
+from aem_exp import config, warm_start
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.core.user_code import wrap_call_errors
 from aem_exp.envs import World, leakage, panel
@@ -14,8 +14,8 @@ def open_checked_world(experiment: Experiment) -> World:
     """Open and check the world of an experiment, and try its user-defined functions (see `dry_run`).
 
     Raises:
-        ConfigError: the world has no expert although the model needs one, has too few tasks, or its panels contain training
-            tasks; or user-defined code fails.
+        ConfigError: the world has no expert although the model or the warm start needs one, has too few tasks, or its panels
+            contain training tasks; or user-defined code fails.
     """
     with wrap_call_errors(ENV_TARGET, experiment.env.make["_target_"], "importing it"):
         kind = config.instantiate(experiment.env.make, partial=True).func
@@ -27,6 +27,7 @@ def open_checked_world(experiment: Experiment) -> World:
         raise ConfigError("model.make", TINY_POLICY, f"{remedy} model.make=null model.path=FOLDER")
     dry_run.check_functions(experiment)
     world, settings = open_world(experiment), experiment.trainer
+    warm_start.check_world(experiment, world)
     train = panel.list_tasks(world, "train")
     if settings.tasks_per_step * settings.oversample > len(train):
         remedy = f"env {experiment.env.name} has {len(train)} training tasks"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aem_exp import METHOD, config, policy, provenance, warm_start
+from aem_exp import METHOD, config, policy, provenance
 from aem_exp.cluster import distributed, rendezvous, slurm
 from aem_exp.cluster.signals import Signals
 from aem_exp.config import Experiment
@@ -60,7 +60,6 @@ def run(
     extras.require_training("launch", experiment.launch.name, "a run")
     console.silence_libraries()
     world = preflight.open_checked_world(experiment)
-    warm_start.check_world(experiment, world)
     policy.select_device(experiment.launch)
     if experiment.launch.servers:
         http.require_healthy(experiment.launch.servers, rendezvous.read_urls(Path(experiment.launch.servers))[0])

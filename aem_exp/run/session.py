@@ -184,6 +184,8 @@ class RunSession:
         file = self.context.folder / BEFORE
         if self.context.start.is_scored:
             self.before = disk.read_json(file)
+            if not self.time.is_finished and distributed.is_main_process():
+                log.info("training from step %d of %d", self.time.step + 1, self.time.steps)
         else:
             with self.signals.interruptible():
                 score = self._evaluate_panel(self.context.experiment.evaluation.panel)
