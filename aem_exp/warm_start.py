@@ -28,6 +28,7 @@ from aem_exp.envs import World
 log = logging.getLogger("aem_exp")
 MODEL: Final = "model"  # subfolder of the weights
 FACTS: Final = "warm_start.json"
+PLAYED: Final = "played.json"  # of an unfinished warm start: the first measurement, and the rows to train on
 MEASURED_GROUPS, MEASURED_MEMBERS = 4, 4  # groups of training tasks that are played before and after
 AT_ONCE: Final = 64  # episodes that the policy plays at the same time, unless launch.device_episodes limits them
 _CODE: Final = (
@@ -79,10 +80,12 @@ def make_cached(experiment: Experiment, world: World, weights: str, report: Repo
     check_world(experiment, world)
     extras.require_training("warm_start.method", experiment.warm_start.method, "a warm start")
     folder = cache_folder(experiment, world, weights)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     with disk.create_folder_once(folder) as part:
         if part is not None:
             report(f"warm start ({experiment.warm_start.method}): only once; it is cached in {folder}")
-            _make(experiment, world, weights, part, report)
+            _make(experiment, world, weights, part, unfinished, report)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return _read(folder)
 
 
@@ -114,8 +117,12 @@ def _read(folder: Path) -> WarmStarted:
     return WarmStarted(str(folder / MODEL), facts)
 
 
-def _make(experiment: Experiment, world: World, weights: str, part: Path, report: Report) -> None:
-    """Play, train and measure; write the weights and the facts into `part`."""
+def _make(experiment: Experiment, world: World, weights: str, part: Path, unfinished: Path, report: Report) -> None:
+    """Play, train and measure; write the weights and the facts into `part`.
+
+    Args:
+        unfinished: keeps the rows and the checkpoints of the training after an interruption.
+    """
     import torch
 
     settings, launch, begun = experiment.warm_start, experiment.launch, time.monotonic()
@@ -123,23 +130,26 @@ def _make(experiment: Experiment, world: World, weights: str, part: Path, report
         torch.set_num_threads(launch.threads)
     cpu_before = _cpu_seconds()
     with _Session(experiment, world, weights) as session:
-        report(f"warm start: playing {MEASURED_GROUPS * MEASURED_MEMBERS} episodes, to measure the policy as it is")
-        before = session.measure()
-        report(f"warm start: before, {describe_measured(before)}")
-        report(f"warm start: playing {settings.episodes:,} episodes to train on")
-        rows, played = session.play(settings)
-        report(f"warm start: {played}; {len(rows):,} rows of {_mean_tokens(rows):.0f} tokens")
-        updates = session.train(rows, part / "trainer", report)
+        if interrupted := (unfinished / PLAYED).exists():
+            report("warm start: continuing the interrupted one")
+            played = disk.read_json(unfinished / PLAYED, "before", "rows")
+        else:
+            played = session.prepare(settings, report)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            disk.write_atomically(unfinished / PLAYED, json.dumps(played))
+        before, rows = played["before"], played["rows"]
+        updates = session.train(rows, unfinished, report)
         report("warm start: playing the same tasks again")
         after = session.measure()
         report(f"warm start: after, {describe_measured(after)}")
         session.save(part / MODEL)
-    shutil.rmtree(part / "trainer", ignore_errors=True)
     facts = {
         "method": settings.method,
         "episodes": settings.episodes,
         "rows": len(rows),
         "updates": updates,
+        "interrupted": interrupted,  # then the times are those since the last start
         "seconds": round(time.monotonic() - begun, 1),
         "cpu_seconds": round(_cpu_seconds() - cpu_before, 1),
         "before": before,
@@ -190,6 +200,16 @@ class _Session:
     def __exit__(self, *_: object) -> None:
         self.rollout.close()
 
+    def prepare(self, settings: WarmStart, report: Report) -> dict[str, Any]:
+        """Measure the policy as it is, and play the episodes to train on; return both as JSON values."""
+        report(f"warm start: playing {MEASURED_GROUPS * MEASURED_MEMBERS} episodes, to measure the policy as it is")
+        before = self.measure()
+        report(f"warm start: before, {describe_measured(before)}")
+        report(f"warm start: playing {settings.episodes:,} episodes to train on")
+        rows, played = self.play(settings)
+        report(f"warm start: {played}; {len(rows):,} rows of {_mean_tokens(rows):.0f} tokens")
+        return {"before": before, "rows": [[row.prompt, row.completion, row.mask] for row in rows]}
+
     def measure(self) -> dict[str, Any]:
         """Play a few groups of training tasks at temperature 1; return success, validity and entropies."""
         from aem_exp.rollout.types import Ending
@@ -230,8 +250,9 @@ class _Session:
                 raise RunError(f"warm start: {told}; imitate a scripted player first (warm_start=imitate)", "env")
         return build_rows(chosen, env.history), told
 
-    def train(self, rows: Sequence[Any], folder: Path, report: Report) -> int:
-        """Train on the responses in the rows; return the number of updates."""
+    def train(self, rows: Sequence[Sequence[list[int]]], folder: Path, report: Report) -> int:
+        """Train on the responses in the rows, each with its prompt, completion and mask; return the number of updates."""
+        from aem_exp.rollout.rows import Row
         from aem_exp.training import imitation
 
         experiment, settings = self.experiment, self.experiment.warm_start
@@ -247,7 +268,8 @@ class _Session:
             bf16=experiment.trainer.bf16,
             gradient_checkpointing=bool(launch.trainer.get("gradient_checkpointing", False)),
         )
-        return imitation.train_on_rows(self.model, self.tokenizer, rows, chosen, folder, _Progress(report))
+        made = [Row(prompt, completion, mask, [], [], 0, []) for prompt, completion, mask in rows]
+        return imitation.train_on_rows(self.model, self.tokenizer, made, chosen, folder, _Progress(report))
 
     def save(self, folder: Path) -> None:
         """Save the weights, with the adapter merged, in the data type of the model."""
@@ -295,13 +317,12 @@ class _Progress:
     """
 
     def __init__(self, report: Report) -> None:
-        self.report, self.printed = report, 0.0
+        self.report, self.printed = report, time.monotonic()
 
-    def __call__(self, update: int, updates: int, loss: float, seconds: float) -> None:
+    def __call__(self, update: int, updates: int, loss: float, left: float) -> None:
         if not abs(loss) < float("inf"):
             raise RunError(f"warm start: the loss is {loss} at update {update}; lower warm_start.learning_rate", "nan")
-        if seconds - self.printed < PRINT_SECONDS and update != updates:
+        if time.monotonic() - self.printed < PRINT_SECONDS and update != updates:
             return
-        self.printed = seconds
-        left = format_duration(seconds / update * (updates - update))
-        self.report(f"warm start: update {update}/{updates}, loss {loss:.3f}, {left} left")
+        self.printed = time.monotonic()
+        self.report(f"warm start: update {update}/{updates}, loss {loss:.3f}, {format_duration(left)} left")

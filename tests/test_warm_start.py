@@ -19,6 +19,7 @@ from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.rows import Row
 from aem_exp.run.resume import ResumePoint
 from aem_exp.run.warm_start import _check_record
+from aem_exp.rundir import checkpoints
 
 MADE = ["model.make.steps=30", "model.make.habit_steps=2", "model.make.episodes=64"]  # a policy that does not succeed
 IMITATE = ["warm_start=imitate", "warm_start.episodes=64", "warm_start.lora=null", "warm_start.learning_rate=5e-3"]
@@ -256,17 +257,55 @@ def test_a_resumed_run_must_have_the_same_warm_start(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interrupted_warm_start_leaves_no_folder(cache, tmp_path, number):
+def test_interrupted_warm_start_is_not_used(cache, tmp_path, number):
     words = [*MADE, *IMITATE, *RUN, "warm_start.epochs=100000", f"warm_start.seed={number}"]
     started = run_command(cache, tmp_path, *words, wait=False)
     (part,) = wait_until(lambda: list((cache / "warm_starts").glob("*.part")), "the warm start has begun")
-    wait_until(lambda: (part / "trainer").exists(), "training has begun")
+    unfinished = part.with_suffix(".unfinished")
+    wait_until((unfinished / warm_start.PLAYED).exists, "training has begun")
     started.send_signal(number)
     out, _ = started.communicate(timeout=DEADLINE)
     assert started.returncode == 128 + number
     assert "no step is saved yet" in out
     assert not part.exists() and not part.with_suffix("").exists()
     assert not (find_run_dir(tmp_path) / "warm_start.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["null", "{r: 4, target_modules: [q_proj]}"], ids=["all-weights", "lora"])
+def test_interrupted_warm_start_continues_to_the_same_weights(cache, monkeypatch, lora):
+    """It is interrupted in the second of three epochs, and its newest checkpoint is damaged."""
+    from aem_exp.training import imitation
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    monkeypatch.setattr(imitation, "SAVE_SECONDS", 0.0)
+    words = [*MADE, *IMITATE, "warm_start.epochs=3", f"warm_start.lora={lora}"]
+    experiment = load([*words, "warm_start.seed=11"])
+    world, weights = open_world([]), policy.make_cached(load(MADE), open_world([]))
+    folder = warm_start.cache_folder(experiment, world, weights)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    whole = warm_start.make_cached(experiment, world, weights, print)
+    assert not unfinished.exists() and not whole.facts["interrupted"]
+    folder.rename(folder.with_name("whole-" + folder.name))
+    last = whole.facts["updates"] * 2 // 3
+
+    class Killed(BaseException): ...
+
+    def kill(self, update, *_):
+        if update == last:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(warm_start._Progress, "__call__", kill)
+        warm_start.make_cached(experiment, world, weights, print)
+    newest = checkpoints.list_complete(unfinished)[0]
+    next(newest.glob("*.safetensors")).write_bytes(b"damaged")
+    lines = list[str]()
+    again = warm_start.make_cached(experiment, world, weights, lines.append)
+    assert "warm start: continuing the interrupted one" in lines
+    assert again.facts["interrupted"] and again.facts["weights"] == whole.facts["weights"]
+    assert again.facts["before"] == whole.facts["before"] and again.facts["after"] == whole.facts["after"]
+    assert not unfinished.exists()
 
 
 @pytest.mark.slow

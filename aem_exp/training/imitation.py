@@ -11,8 +11,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from aem_exp.rollout.rows import Row
+from aem_exp.rundir import checkpoints
 
 WARMUP_SHARE = 0.1  # of the updates
+SAVE_SECONDS = 300.0  # between two checkpoints
 IGNORED = -100  # label of a token that is not trained
 
 
@@ -38,7 +40,7 @@ class ImitationSettings:
     gradient_checkpointing: bool
 
 
-ReportUpdate = Callable[[int, int, float, float], None]  # update, all updates, loss, seconds since the start
+ReportUpdate = Callable[[int, int, float, float], None]  # update, all updates, loss, remaining seconds
 
 
 def train_on_rows(
@@ -50,7 +52,7 @@ def train_on_rows(
 
     Args:
         model: a causal LM, or a PEFT model around it; it is trained in place.
-        folder: TRL asks for an output folder; nothing is saved there.
+        folder: receives a checkpoint every `SAVE_SECONDS`. The training continues from the newest intact one that it contains.
     """
     micro = micro_batch_rows(rows, settings)
     config = SFTConfig(
@@ -73,16 +75,18 @@ def train_on_rows(
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="no",  # the callback decides
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
     )
-    callback = _Reporter(report)
+    start = next((path for path in checkpoints.list_complete(folder) if not checkpoints.describe_damage(path)), None)
+    callback = _Callback(report)
     trainer = SFTTrainer(
         model, config, train_dataset=build_dataset(rows), processing_class=tokenizer, callbacks=[callback]
     )
     trainer.remove_callback(_printer_class())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
     return int(trainer.state.global_step)
 
 
@@ -111,15 +115,25 @@ def _printer_class() -> Any:
     return PrinterCallback
 
 
-class _Reporter(TrainerCallback):
-    """Passes the loss of each update on."""
+class _Callback(TrainerCallback):
+    """Reports the loss of each update, and saves checkpoints."""
 
     def __init__(self, report: ReportUpdate) -> None:
-        self.report, self.begun = report, time.monotonic()
+        self.report, self.first, self.begun, self.saved = report, 0, 0.0, 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = time.monotonic()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first, self.begun = state.global_step, time.monotonic()
+        self.saved = self.begun
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self.saved >= SAVE_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, self.saved = state.global_step, time.monotonic()
+        checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{step}", step, step, ranks=1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.report(state.global_step, state.max_steps, logs["loss"], time.monotonic() - self.begun)
+            pace = (time.monotonic() - self.begun) / (state.global_step - self.first)
+            self.report(state.global_step, state.max_steps, logs["loss"], pace * (state.max_steps - state.global_step))
