@@ -1,16 +1,20 @@
-"""Reports errors in code that a config names: one sentence with file and line, in the user's own code if possible."""
+"""Calls code that a config names: errors become one sentence with file and line, in the user's own code if possible."""
 
 import os
 import sysconfig
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from aem_exp.core import extras
 from aem_exp.core.disk import PACKAGE
 from aem_exp.core.errors import ConfigError, MissingResource, RunError
 
+T = TypeVar("T")
+CHECK_SECONDS: Final = 3.0  # time limit of a trial call before a run
+THREAD_NAME: Final = "trial call"
 _PACKAGE_PREFIX = str(PACKAGE) + os.sep
 _LIBRARY_PREFIXES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
@@ -84,3 +88,30 @@ def definition_location(function: Any) -> str:
         if code is not None:
             return f"{code.co_filename}, line {code.co_firstlineno}"
     return ""
+
+
+def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T | None:
+    """Run `work` in a thread and return its result; None if it takes longer than `seconds`.
+
+    `work` gets an event that is set when the time is up, so that it can stop.
+
+    Raises:
+        Exception: `work` raised it in the thread and again in this thread. An error that occurs only in another thread is
+            ignored.
+    """
+    over, done = threading.Event(), list[tuple[T | None, BaseException | None]]()
+
+    def run() -> None:
+        try:
+            done.append((work(over), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    over.set()
+    if not done:
+        return None
+    result, error = done[0]
+    return result if error is None else work(threading.Event())

@@ -139,7 +139,7 @@ class World(Protocol):
 
     - `own_process = True`: step the environments in a worker process even if `launch.workers` is 0.
     - `external = True`: an environment starts a program (a JVM, a container, a sandbox) or connects to a server. The check
-      before a run then plays no episode (see `aem_exp.jobs.dry_run`).
+      before a run then plays no episode (see `aem_exp.jobs.world_check`).
     - `prepare(say, **keywords)`: a class method that downloads or builds data; `keywords` are those of `make`, and `say`
       prints a line. `python -m aem_exp.prepare` calls it.
     - `words() -> Iterable[str]`: the vocabulary of a small policy (see `aem_exp.tiny`).

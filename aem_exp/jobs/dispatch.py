@@ -192,10 +192,10 @@ def check_worlds(experiments: Sequence[Experiment]) -> None:
     Raises:
         ConfigError: a world or function would fail in the job; with the command that helps.
     """
-    from aem_exp.jobs import dry_run, preflight
+    from aem_exp.jobs import function_check, preflight
 
     for experiment in {repr((e.baseline, e.modulation.lam)): e for e in experiments}.values():
-        dry_run.check_functions(experiment)
+        function_check.check_functions(experiment)
     distinct = {}
     for e in experiments:
         settings = (

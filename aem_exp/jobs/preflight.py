@@ -6,12 +6,12 @@ from aem_exp.core.user_code import wrap_call_errors
 from aem_exp.envs import World, leakage, panel
 from aem_exp.envs.opening import open_world
 from aem_exp.envs.panel import ENV_TARGET
-from aem_exp.jobs import dry_run
-from aem_exp.jobs.dry_run import TINY_POLICY
+from aem_exp.jobs import function_check, world_check
+from aem_exp.jobs.world_check import TINY_POLICY
 
 
 def open_checked_world(experiment: Experiment) -> World:
-    """Open and check the world of an experiment, and try its user-defined functions (see `dry_run`).
+    """Open and check the world of an experiment, and try its user-defined functions (see `function_check`).
 
     Raises:
         ConfigError: the world has no expert although the model or the warm start needs one, has too few tasks, or its panels
@@ -25,7 +25,7 @@ def open_checked_world(experiment: Experiment) -> World:
             f"env {experiment.env.name} has no expert for the policy to imitate; load a model instead: model=NAME, or"
         )
         raise ConfigError("model.make", TINY_POLICY, f"{remedy} model.make=null model.path=FOLDER")
-    dry_run.check_functions(experiment)
+    function_check.check_functions(experiment)
     world, settings = open_world(experiment), experiment.trainer
     warm_start.check_world(experiment, world)
     train = panel.list_tasks(world, "train")
@@ -40,7 +40,7 @@ def open_checked_world(experiment: Experiment) -> World:
     name, held_out = experiment.env.name, {split: panel.tasks for split, panel in panels.items()}
     some = panel.select_tasks(world, "train", train, leakage.select_indices(train, held_out))
     leakage.check_shared_tasks(name, some, held_out)
-    playable = dry_run.check_world(experiment, world, some)
-    if playable and (played := dry_run.play_games(experiment, world, {"train": some, **held_out})):
+    playable = world_check.check_world(experiment, world, some)
+    if playable and (played := world_check.play_games(experiment, world, {"train": some, **held_out})):
         leakage.check_identical_games(name, played.pop("train"), played)
     return world

@@ -12,11 +12,12 @@ from typing import Final
 from aem_exp import config, policy
 from aem_exp.cluster import node_memory, slurm
 from aem_exp.config import Experiment
+from aem_exp.core import user_code
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.envs import World, panel
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.evaluate.panels import MAX_PANEL_EPISODES
-from aem_exp.jobs import dry_run, fit
+from aem_exp.jobs import fit, world_check
 from aem_exp.jobs.memory import MemoryEstimate, estimate_memory
 from aem_exp.jobs.sizes import FIRST_PROMPT_DIVISOR, GB, ProcessSpec, RowLengths, format_gb, gpu_memory
 from aem_exp.rollout.chat import Chat
@@ -179,7 +180,7 @@ def _typical_lengths(experiment: Experiment, played: list[Trajectory]) -> RowLen
 
 def _play_sample(experiment: Experiment, world: World | None) -> list[Trajectory]:
     """A few turns of some training tasks with empty responses; empty if that is not possible in a few seconds."""
-    if world is None or dry_run.starts_programs(world):
+    if world is None or world_check.starts_programs(world):
         return []
     try:
         tokenizer = policy.load_tokenizer(experiment.model, policy.locate(experiment.model))
@@ -198,7 +199,7 @@ def _play_sample(experiment: Experiment, world: World | None) -> list[Trajectory
         finally:
             rollout.close()
 
-    played = dry_run.run_with_timeout(play, dry_run.CHECK_SECONDS) or []
+    played = user_code.run_with_timeout(play, user_code.CHECK_SECONDS) or []
     return [t for t in played if t.responses]
 
 

@@ -11,7 +11,7 @@ from support import ROOT
 from support.runs import DEADLINE, SMALL_RUN, run_command
 
 from aem_exp import config
-from aem_exp.jobs import dry_run
+from aem_exp.jobs import function_check
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^`(my/[\w./]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)  # path, content
@@ -42,7 +42,7 @@ def test_a_file_makes_an_experiment(folder: Path, name: str, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(folder / "my"))
     group, choice = Path(name).parent.name, Path(name).stem
     words = [f"{'+' if group == 'experiment' else ''}{group}={choice}"]
-    dry_run.check_functions(config.load(words, folder / "my"))
+    function_check.check_functions(config.load(words, folder / "my"))
 
 
 @pytest.mark.slow

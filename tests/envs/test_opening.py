@@ -8,11 +8,12 @@ from support.runs import DEADLINE
 from aem_exp import config
 from aem_exp.__main__ import main
 from aem_exp.config import load
+from aem_exp.core import user_code
 from aem_exp.core.errors import ConfigError, RunError
 from aem_exp.envs import Task, opening, panel
 from aem_exp.evaluate import command as evaluate
 from aem_exp.evaluate import panels
-from aem_exp.jobs import dry_run, preflight
+from aem_exp.jobs import preflight, world_check
 from aem_exp.rollout.sampling.base import Sample
 from aem_exp.rollout.types import Response, Trajectory
 
@@ -206,8 +207,8 @@ LEAKS = {  # world -> the leaked task, and facts of the error
 @pytest.fixture
 def games(user_folder, monkeypatch):
     (user_folder / "guessed.py").write_text(GAMES)
-    monkeypatch.setattr(dry_run, "CHECK_SECONDS", DEADLINE)
-    monkeypatch.setattr(dry_run, "COMPARE_SECONDS", DEADLINE)
+    monkeypatch.setattr(user_code, "CHECK_SECONDS", DEADLINE)
+    monkeypatch.setattr(world_check, "COMPARE_SECONDS", DEADLINE)
     for name in (*LEAKS, "Guessing", "Few", "ByName", "SameIdOtherGame"):
         (user_folder / "env" / f"{name}.yaml").write_text(YAML.format(name=name).replace("someones", "guessed"))
     return user_folder

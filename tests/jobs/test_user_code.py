@@ -8,8 +8,9 @@ from support.runs import DEADLINE
 
 from aem_exp.__main__ import main
 from aem_exp.config import load
+from aem_exp.core import user_code
 from aem_exp.core.errors import ConfigError
-from aem_exp.jobs import dry_run, preflight
+from aem_exp.jobs import function_check, preflight, world_check
 
 MODULE = '''
 import itertools, sqlite3, threading
@@ -189,8 +190,8 @@ def mine(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setenv("AEM_CACHE", str(folder / "cache"))
         patch.setenv("AEM_OUTPUTS", str(folder / "outputs"))
-        patch.setattr(dry_run, "CHECK_SECONDS", DEADLINE)
-        patch.setattr(dry_run, "COMPARE_SECONDS", DEADLINE)
+        patch.setattr(user_code, "CHECK_SECONDS", DEADLINE)
+        patch.setattr(world_check, "COMPARE_SECONDS", DEADLINE)
         yield folder
 
 
@@ -285,12 +286,12 @@ def test_without_an_expert_random_actions_are_played(mine):
 
 
 def test_hung_world_is_skipped(mine, caplog, monkeypatch):
-    monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(user_code, "CHECK_SECONDS", 0.2)
     with caplog.at_level(logging.INFO):
         world = preflight.open_checked_world(load(["env=Sleeps"], mine))
     assert world.asked.wait(DEADLINE)
     assert "env Sleeps: two episodes took more than 0.2 s" in caplog.text
-    stuck = [thread for thread in threading.enumerate() if thread.name == dry_run.THREAD_NAME]
+    stuck = [thread for thread in threading.enumerate() if thread.name == user_code.THREAD_NAME]
     assert stuck and all(thread.daemon for thread in stuck)
     world.gate.set()
 
@@ -334,8 +335,8 @@ def test_valid_functions_pass(mine, words):
 
 
 def test_hung_advantage_function_is_skipped(mine, caplog, monkeypatch):
-    monkeypatch.setattr(dry_run, "CHECK_SECONDS", 0.2)
-    dry_run.check_functions(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
+    monkeypatch.setattr(user_code, "CHECK_SECONDS", 0.2)
+    function_check.check_functions(load(["baseline.advantage={_target_: someones_parts.stuck}"], mine))
     assert "someones_parts.stuck: took more than 0.2 s" in caplog.text
 
 

@@ -1,63 +1,28 @@
-"""Tries user-defined worlds, advantage functions and schedules before a run, for at most `CHECK_SECONDS`.
+"""Plays a few episodes of a world before a run, for a limited time: does it keep its contract, and repeat its games?
 
-Errors are reported with the user's file and line. Code that takes longer is skipped with a warning.
+Errors are reported with the user's file and line. A world that takes longer is skipped with a warning.
 """
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from aem_exp import config
 from aem_exp.config import ConfigError, Experiment
-from aem_exp.core import extras
-from aem_exp.core.errors import RunError
-from aem_exp.core.user_code import definition_location, wrap_call_errors, wrap_result_errors
+from aem_exp.core import user_code
+from aem_exp.core.user_code import definition_location, run_with_timeout, wrap_call_errors, wrap_result_errors
 from aem_exp.envs import Task, TextEnv, Turn, World, parsing
 from aem_exp.envs.executor import check_text, check_turn
 from aem_exp.envs.panel import ENV_TARGET
 
-T = TypeVar("T")
 log = logging.getLogger("aem_exp")
-CHECK_SECONDS: Final = 3.0
 COMPARE_SECONDS: Final = 0.5  # time limit for comparing games of the panels with games of the training split
 COMPARE_TRAIN, COMPARE_PANEL, COMPARE_TURNS = 32, 8, 8  # number of tasks, and turns of each task
 OPENING_LENGTH: Final = 3  # entries of a record: goal, first observation, first actions
-THREAD_NAME: Final = "smoke test"
 TINY_POLICY: Final = "aem_exp.tiny.make"
-OWN_ADVANTAGES: Final = "aem_exp.advantages."  # functions of this package, which its tests cover
 
 
-def run_with_timeout(work: Callable[[threading.Event], T], seconds: float) -> T | None:
-    """Run `work` in a thread and return its result; None if it takes longer than `seconds`.
-
-    `work` gets an event that is set when the time is up, so that it can stop.
-
-    Raises:
-        Exception: `work` raised it in the thread and again in this thread. An error that occurs only in another thread is
-            ignored.
-    """
-    over, done = threading.Event(), list[tuple[T | None, BaseException | None]]()
-
-    def run() -> None:
-        try:
-            done.append((work(over), None))
-        except BaseException as error:
-            done.append((None, error))
-
-    thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    over.set()
-    if not done:
-        return None
-    result, error = done[0]
-    return result if error is None else work(threading.Event())
-
-
-# Worlds.
 def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> bool:
     """Play two episodes, and one of them again, with the expert or with random actions. Return whether that was possible.
 
@@ -69,13 +34,13 @@ def check_world(experiment: Experiment, world: World, tasks: Sequence[Task]) -> 
         log.info("%s: not tried before the run, because its environments start other programs", name)
         return False
     player = _WorldPlayer(experiment, world)
-    changed = run_with_timeout(lambda over: player.find_changed_task(tasks[:2], over), CHECK_SECONDS)
+    changed = run_with_timeout(lambda over: player.find_changed_task(tasks[:2], over), user_code.CHECK_SECONDS)
     if changed is None:
         log.warning(
             "%s: two episodes took more than %g s, so the environment was not tried before the run; "
             "launch.workers=N and launch.env_seconds=S replace a hung environment",
             name,
-            CHECK_SECONDS,
+            user_code.CHECK_SECONDS,
         )
     elif changed:
         log.warning(
@@ -224,76 +189,3 @@ class _WorldPlayer:
                 raise TypeError("words() must return a list of words, not one text")
             if strange := [word for word in words if not isinstance(word, str)]:
                 raise TypeError(f"words() must return a list of words, but it contains {strange[0]!r}")
-
-
-# Functions.
-
-
-def check_functions(experiment: Experiment) -> None:
-    """Call the schedule, and a user-defined advantage function on a synthetic step.
-
-    Raises:
-        ConfigError: a function fails, or returns an invalid value.
-    """
-    _check_schedule(experiment)
-    block = experiment.baseline.advantage
-    if str(block["_target_"]).startswith(OWN_ADVANTAGES):
-        return
-    if missing := extras.first_missing(["torch"]):
-        log.warning("%s: not tried before the run, because this needs %s", block["_target_"], missing)
-        return
-    from aem_exp.training import credit  # before the time limit starts, because it imports torch
-
-    field, path = "baseline.advantage._target_", block["_target_"]
-    with wrap_call_errors(field, path, "importing it"):
-        estimator = config.instantiate(block, partial=True)
-    step = _synthetic_step(experiment.trainer)
-    try:
-        if run_with_timeout(lambda _: credit.estimate_advantages(estimator, step), CHECK_SECONDS) is None:
-            log.warning("%s: took more than %g s, so it was not checked before the run", path, CHECK_SECONDS)
-    except RunError as stop:
-        raise ConfigError(field, path, str(stop)) from stop
-
-
-def _check_schedule(experiment: Experiment) -> None:
-    block = experiment.modulation.lam
-    if block is None:
-        return
-    field, path = "modulation.lam._target_", block["_target_"]
-    with wrap_call_errors(field, path, "making it"):
-        schedule = config.instantiate(block)
-    if not callable(schedule):
-        raise ConfigError(field, path, "must make a schedule, which is a function of the progress of a run from 0 to 1")
-    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        with wrap_call_errors(field, path, f"progress {progress:g}", schedule):
-            lam = schedule(progress)
-        if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam):
-            remedy = (
-                f"must return a finite number, not {lam!r} at progress {progress:g} ({definition_location(schedule)})"
-            )
-            raise ConfigError(field, path, remedy)
-
-
-def _synthetic_step(settings: config.Trainer) -> Any:
-    """A synthetic step with the experiment's number of groups and trajectories, of one to three turns; half of them win.
-
-    If groups of equal returns are trained, the first group has equal returns.
-    """
-    import torch
-
-    from aem_exp.advantages import StepBatch
-
-    groups, size = settings.tasks_per_step, settings.group_size
-    won = [float(m % 2 and (g > 0 or groups == 1 or settings.drop_equal)) for g in range(groups) for m in range(size)]
-    turns = [1 + m % 3 for m in range(groups * size)]
-    owners = [m for m, count in enumerate(turns) for _ in range(count)]
-    last = [turn == count - 1 for count in turns for turn in range(count)]
-    doubles = {"dtype": torch.float64}
-    return StepBatch(
-        return_M=torch.tensor(won, **doubles),
-        group_M=torch.arange(groups).repeat_interleave(size),
-        trajectory_R=torch.tensor(owners),
-        reward_R=torch.tensor([won[m] * end for m, end in zip(owners, last, strict=True)], **doubles),
-        penalty_R=torch.zeros(len(owners), **doubles),
-        state_R=torch.arange(len(owners)),
-    )
