@@ -132,26 +132,31 @@ def _has_gguf(folder: str) -> bool:
 
 
 def make_cached(experiment: Experiment, world: World) -> str:
-    """Return the folder of a policy that `model.make` creates.
+    """Create the policy of `model.make`, unless it is cached, and return its folder."""
+    recipe: dict[str, Any] = dict(experiment.model.make or {})
+    folder = cached_folder(experiment, world)
+    disk.check_writable(folder.parent, "AEM_CACHE")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            extras.require_training("model.make", recipe["_target_"], "making this policy", LIBRARIES)
+            log.info("creating the policy %s (only once; it is cached in %s)", experiment.model.name, folder)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+                make = instantiate(recipe, partial=True)
+                make(world=world, env=experiment.env, folder=Path(part) / "model")
+                os.replace(Path(part) / "model", folder)
+    return str(folder)
 
-    It is created once and cached, by the hash of the recipe, the environment, the world and the code of the maker.
+
+def cached_folder(experiment: Experiment, world: World) -> Path:
+    """The folder in the cache of the policy of `model.make`.
+
+    Its name is a hash of the recipe, the environment, the world and the code of the maker.
     """
     recipe: dict[str, Any] = {"make": experiment.model.make, "env": asdict(experiment.env), "world": world.fingerprint}
     maker = targets.module_location(str(recipe["make"]["_target_"]).rpartition(".")[0])
     recipe["code"] = sha256(maker.read_bytes()).hexdigest() if maker and maker.is_file() else ""
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    cache = disk.cache_dir()
-    folder = cache / f"{experiment.model.name}-{digest}"
-    disk.check_writable(cache, "AEM_CACHE")
-    with FileLock(cache / f"{folder.name}.lock"):
-        if not folder.exists():
-            extras.require_training("model.make", recipe["make"]["_target_"], "making this policy", LIBRARIES)
-            log.info("creating the policy %s (only once; it is cached in %s)", experiment.model.name, folder)
-            with tempfile.TemporaryDirectory(dir=cache) as part:
-                make = instantiate(recipe["make"], partial=True)
-                make(world=world, env=experiment.env, folder=Path(part) / "model")
-                os.replace(Path(part) / "model", folder)
-    return str(folder)
+    return disk.cache_dir() / f"{experiment.model.name}-{digest}"
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -5,6 +5,7 @@ It is the only module that imports rich. The import is delayed until something i
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -75,10 +76,16 @@ def format_duration(seconds: float) -> str:
 
 
 def make_console(stderr: bool = False, quiet: bool = False) -> "Console":
-    """A console without automatic highlighting."""
+    """A console without automatic highlighting. It becomes quiet when its reader ends, such as `| tee` after Ctrl-C."""
     from rich.console import Console
 
-    return Console(stderr=stderr, quiet=quiet, highlight=False)
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the program, which may have steps to save
+            self.quiet = True
+            stream = sys.stderr if self.stderr else sys.stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    return LastingConsole(stderr=stderr, quiet=quiet, highlight=False)
 
 
 def make_table(

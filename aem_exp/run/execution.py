@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp import METHOD, config, policy, provenance
-from aem_exp.cluster import distributed, rendezvous, slurm
+from aem_exp.cluster import distributed, slurm
 from aem_exp.cluster.signals import Signals
 from aem_exp.config import Experiment
 from aem_exp.core import console, disk, extras
 from aem_exp.envs import World
 from aem_exp.jobs import preflight
-from aem_exp.rollout.sampling import http
+from aem_exp.rollout.sampling import server_check
 from aem_exp.run.resume import ResumePoint, find_resume_point, prepare_run_dir
 from aem_exp.run.warm_start import prepare_weights
 from aem_exp.rundir import RESULT, membership
@@ -61,9 +61,9 @@ def run(
     console.silence_libraries()
     world = preflight.open_checked_world(experiment)
     policy.select_device(experiment.launch)
-    if experiment.launch.servers:
-        http.require_healthy(experiment.launch.servers, rendezvous.read_urls(Path(experiment.launch.servers))[0])
     weights = policy.locate(experiment.model) if experiment.model.path else None
+    if experiment.launch.servers:
+        server_check.require_suitable(experiment, weights or str(policy.cached_folder(experiment, world)))
     _check_ram(experiment, world)
     distributed.initialize(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:

@@ -58,6 +58,16 @@ def test_a_stop_says_how_to_continue(capsys, error, code, facts):
     assert all(fact in err for fact in facts) and "=pw" not in err
 
 
+def test_package_that_does_not_load_beside_torch_is_named(tmp_path):
+    """transformers imports torchvision if it is installed, and its own error does not name the remedy."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "AEM_OUTPUTS": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "aem_exp", "trainer.steps=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "pip uninstall -y torchvision torchaudio torchcodec" in done.stderr
+
+
 def test_unexpected_errors_are_not_caught():
     def act():
         raise OSError(errno.EIO, "a bad disk")

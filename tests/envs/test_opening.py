@@ -1,6 +1,7 @@
 """A user's world is checked against the contract, and its panels against its training tasks, before a run."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from support.runs import DEADLINE
@@ -242,6 +243,13 @@ def check_results(trajectories, caplog):
     with caplog.at_level(logging.WARNING):
         panels.check_results(panel.Panel("dev", [t.task for t in trajectories], ""), trajectories)
     return caplog.text
+
+
+def test_a_context_below_every_prompt_ends_the_run(caplog):
+    played = [replace(t, responses=[], ended="context") for t in play_panel()]
+    with pytest.raises(RunError, match=r"no first prompt of the panel dev fits .*raise env\.context_tokens") as caught:
+        check_results(played, caplog)
+    assert caught.value.kind == "config"
 
 
 def test_a_world_must_report_success(caplog):

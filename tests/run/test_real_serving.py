@@ -101,7 +101,7 @@ def test_serve_train_kill_serve_again_and_evaluate(start, folder):
         process.kill()
     assert server.wait(SECONDS) == 1
     error = (folder / "serve.log").read_text().splitlines()[-1]
-    assert "the server has ended with code -9" in error and "server.log" in error
+    assert "the server was killed (SIGKILL)" in error and "server.log" in error
     wait_for_text(folder / "run.log", "retrying for up to 900 s", run)
     assert run.poll() is None
     server, _ = serve(start, folder, "again.log")

@@ -159,6 +159,24 @@ def test_ctrl_c_saves_at_the_end_of_the_step(unbroken, cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_mlflow")
+def test_run_whose_reader_has_ended_saves_its_step(cache, tmp_path):
+    """Ctrl-C ends `tee` at once; the run must not end with it."""
+    started = run_command(cache, tmp_path, *SMALL_RUN, "launch.save_every=5", wait=False)
+    wait_for_run(
+        started,
+        lambda: list(tmp_path.glob("*/metrics.jsonl")),
+        lambda: "train/success" in (find_run_dir(tmp_path) / "metrics.jsonl").read_text(),
+    )
+    started.stdout.close()
+    started.send_signal(signal.SIGINT)
+    assert "Traceback" not in started.stderr.read()
+    assert started.wait(DEADLINE) in (130, 141)
+    newest = checkpoints.find_newest(find_run_dir(tmp_path))
+    assert checkpoints.steps(newest) == read_metrics(find_run_dir(tmp_path))[-1]["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_mlflow")
 def test_ctrl_c_before_the_first_step_stops_at_once(cache, tmp_path):
     """Nothing can be saved yet, so the run does not wait for the panel, which would take hours."""
     many = ["evaluation.tasks=0", "evaluation.repeats=2000"]

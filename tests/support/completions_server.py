@@ -53,6 +53,7 @@ class CompletionsServer:
         develops: whether it acts as with VLLM_SERVER_DEV_MODE=1, so that it can reload weights.
         longest: the max_model_len that it reports.
         root: the weights that it reports to have been started with.
+        adapters: whether it knows LoRA adapters; it cannot load any.
         ends_at: number of the completion request at which the server stops without an answer; 0: never.
         ended: set when the server has stopped.
         stale: a regular expression; tensors with matching names keep their values when weights are loaded.
@@ -61,6 +62,7 @@ class CompletionsServer:
 
     def __init__(self, policy, key="", port=0, host="127.0.0.1"):
         self.develops, self.longest, self.root = True, 1 << 20, str(policy)
+        self.adapters = False
         self.model = load_policy(policy) if isinstance(policy, str | Path) else policy
         self.key, self.seconds, self.twist, self.raw = key, 0.0, lambda answer: answer, None
         self.asked, self.reloads, self.fails = [], [], []
@@ -217,6 +219,8 @@ def _handler(server):
                 self._send(*server.complete(request))
             elif self.path == "/collective_rpc" and server.develops:
                 self._send(*server.rpc(request))
+            elif self.path == "/v1/load_lora_adapter" and server.adapters:
+                self._send(400, {"error": "Both 'lora_name' and 'lora_path' must be provided."})
             elif self.path == "/reset_prefix_cache" and server.develops:
                 self._send(200, {"success": True})
             else:

@@ -1,4 +1,4 @@
 """Samplers: what generates the responses. `base` defines the protocol; `local`, `trl_engine` and `vllm` implement it.
 
-`vllm_client`, `vllm_api`, `http`, `served_weights` and `weight_sync` support the vLLM servers.
+`server_check`, `vllm_client`, `vllm_api`, `http`, `served_weights` and `weight_sync` support the vLLM servers.
 """

@@ -6,12 +6,12 @@ Text from a server is sanitized before it reaches a terminal.
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.core.errors import RunError
 
 if TYPE_CHECKING:
     import httpx
@@ -149,19 +149,6 @@ async def _read_limited(response: "httpx.Response", url: str, max_bytes: int) ->
     if len(content) > max_bytes and response.is_success:
         raise RunError(f"{url} sent more than {max_bytes:,} bytes, the limit of this answer", "config")
     return Answer(response.status_code, bytes(content[:max_bytes]))
-
-
-def require_healthy(folder: str, urls: Sequence[str]) -> None:
-    """Refuse a folder of servers (`launch.servers`) of which none answers at the moment.
-
-    Raises:
-        ConfigError: no server answers.
-    """
-    if not any(map(is_healthy, urls)):
-        problem = f"no server answers at {', '.join(urls[:3])}"
-        raise ConfigError(
-            "launch.servers", folder, f"{problem}; start one with python -m aem_exp.serve, and wait until it serves"
-        )
 
 
 def is_healthy(url: str) -> bool:

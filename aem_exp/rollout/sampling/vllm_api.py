@@ -61,6 +61,11 @@ class Api:
         await self.post(url, RELOAD_WEIGHTS, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         await self.post(url, RESET_CACHE, {})
 
+    async def loads_adapters(self, url: str) -> bool:
+        """Whether a server can load LoRA adapters: an empty request to load one is then invalid, not unknown."""
+        answer = await self._client.post(url + LOAD_ADAPTER, {"lora_name": "", "lora_path": ""})
+        return answer.status != 404
+
     async def load_adapter(self, url: str, name: str, folder: Path) -> None:
         await self._command(url + LOAD_ADAPTER, {"lora_name": name, "lora_path": str(folder)})
 

@@ -151,7 +151,8 @@ class Servers:
                 if error.unreached or (error.broken and not self.weights.streamed):
                     self._up_to_date.discard(url)  # it may have restarted with old weights: load the newest again
             else:
-                self._retry_at.pop(url, None)
+                if self._retry_at.pop(url, None) and since:
+                    log.warning("%s answers again", url)
                 return answer
             now = time.monotonic()
             since = since or now
