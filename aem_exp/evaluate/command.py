@@ -99,6 +99,7 @@ def _suggest_next_command(arguments: argparse.Namespace, setup: EvaluationSetup)
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     if setup.repeats == 1:
         same = ["--panel", arguments.panel] if arguments.panel else []
+        same += ["--tasks", str(arguments.tasks)] if arguments.tasks is not None else []
         return shlex.join(
             ["python", "-m", "aem_exp.evaluate", arguments.target, *arguments.overrides, *same, *own, "--repeats", "4"]
         )

@@ -39,7 +39,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
-        self.open.enter_context(forward_log(self.show_stage, self.warn))
+        self.open.enter_context(forward_log(self.show_stage, self.warn, self.note))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,6 +58,10 @@ class ProgressLine:
     def warn(self, sentence: str) -> None:
         """Print a warning above the live line."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
+
+    def note(self, sentence: str) -> None:
+        """Print a fact above the live line."""
+        self.console.print(sentence, soft_wrap=True, markup=False)
 
     def start_agent(self, agent: str, done: int, episodes: int, max_turns: int) -> None:
         """Start the line of an agent that has played `done` of its episodes."""

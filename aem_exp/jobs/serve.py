@@ -80,7 +80,7 @@ def _serve_on_this_machine(experiment: "Experiment", words: list[str], arguments
     with rendezvous.hold_server_folder(folder):
         port = arguments.port or rendezvous.find_free_port(LOOPBACK)
         url, log = f"http://{LOOPBACK}:{port}", folder / "server.log"
-        with console.forward_log(print, print):  # it may make the policy first
+        with console.forward_log(print, print, print):  # it may make the policy first
             command = vllm_server.build_command(experiment, LOOPBACK, port, rendezvous.ensure_key(folder))
         print(f"command  {command}\nstarts   about a minute on a CPU; output in {log}", flush=True)
         if log.exists():

@@ -39,7 +39,7 @@ class Progress:
         if self.console.is_terminal and not self.console.quiet:
             self.live = live_line(self.console, self.render)
             self.live.start()
-        self.open.enter_context(forward_log(self.show_stage, self.warn))
+        self.open.enter_context(forward_log(self.show_stage, self.warn, self.note))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,6 +76,10 @@ class Progress:
     def warn(self, sentence: str) -> None:
         """Print a warning above the live line."""
         self.console.print(sentence, soft_wrap=True, markup=False, style="yellow")
+
+    def note(self, sentence: str) -> None:
+        """Print a fact above the live line."""
+        self.console.print(sentence, soft_wrap=True, markup=False)
 
     def turn(self, live: int) -> None:
         """Show that `live` parallel episodes have finished another turn; 0 if all are over."""

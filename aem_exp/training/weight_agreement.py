@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from aem_exp.core.console import NOTE
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.agreement import (
     EXACT_GAP,
@@ -97,7 +98,7 @@ class CheckedPublisher:
             raise WeightsDiffer(self._worst_engine(), true, limit, self._find_cause(trainer, true))
         if not changed.mean <= self._limit:
             raise WeightsDiffer(self._worst_engine(), changed, self._limit, self._find_cause(trainer, true))
-        log.info("engines agree with the trainer: %.1e nats on average after a test update", changed.mean)
+        log.log(NOTE, "engines agree with the trainer: %.1e nats on average after a test update", changed.mean)
         return true
 
     def _push_changed(self, trainer: Any, tensors: Mapping[str, Tensor]) -> Gap:

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -287,6 +288,14 @@ def test_output_shows_scores_and_the_next_command(trained, capsys, monkeypatch):
     assert f"from={trained} trainer.steps=4" in out
     (path,) = [line.split()[-1] for line in out.splitlines() if line.strip().startswith("result")]
     assert json.loads(Path(path).read_text())["player"] == "policy"
+
+
+def test_next_command_repeats_the_options(tmp_path):
+    from aem_exp.evaluate import command
+
+    arguments = command._parse_arguments([str(tmp_path), "--panel", "dev", "--tasks", "6", "--repeats", "1"])
+    suggested = command._suggest_next_command(arguments, SimpleNamespace(repeats=1))
+    assert suggested.endswith(f"aem_exp.evaluate {tmp_path} --panel dev --tasks 6 --repeats 4")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,17 @@ def test_plain_lines_without_a_terminal() -> None:
     assert logging.getLogger("aem_exp").propagate
 
 
+def test_a_fact_is_not_a_stage() -> None:
+    screen = terminal()
+    with progress.Progress(console=screen, every=0.0) as line:
+        logging.getLogger("aem_exp").info("evaluating on the dev panel")
+        logging.getLogger("aem_exp").log(console.NOTE, "engines agree with the trainer")
+        line.token(3)
+    evaluating = "evaluating on the dev panel"
+    facts = [evaluating, "engines agree with the trainer", f"{evaluating}: turn 1, 3 tokens"]
+    assert printed(screen).splitlines() == facts
+
+
 def test_few_plain_lines_for_many_steps() -> None:
     screen = terminal()
     with progress.Progress(console=screen) as line:

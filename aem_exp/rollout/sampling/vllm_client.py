@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from aem_exp.cluster import rendezvous
+from aem_exp.core.console import NOTE
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.http import NoAnswer
 from aem_exp.rollout.sampling.served_weights import ServedWeights
@@ -152,7 +153,7 @@ class Servers:
                     self._up_to_date.discard(url)  # it may have restarted with old weights: load the newest again
             else:
                 if self._retry_at.pop(url, None) and since:
-                    log.warning("%s answers again", url)
+                    log.log(NOTE, "%s answers again", url)
                 return answer
             now = time.monotonic()
             since = since or now
