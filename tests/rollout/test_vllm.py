@@ -914,6 +914,20 @@ def test_unsuitable_server_is_refused_before_any_work(
 
 
 @pytest.mark.slow
+def test_server_that_cannot_load_the_weights_ends_the_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_client, "LOAD_SECONDS", 1.0)
+    saved, _ = saved_policy(folder)
+    with CompletionsServer(saved, KEY) as server:
+        server.rpc = lambda asked: (500, {"error": "a shape of another model"})
+        servers = Servers(write_server_folder(tmp_path / "s", server), SECONDS)
+        with pytest.raises(
+            RunError, match=r"could not load the weights for .*a shape of another model.*; look at its output"
+        ):
+            servers.load(saved)
+        servers.cancel()
+
+
+@pytest.mark.slow
 def test_server_with_a_short_context_ends_the_run_before_the_first_step(folder, tmp_path):
     saved, chat = saved_policy(folder)
     with CompletionsServer(saved, KEY) as server:

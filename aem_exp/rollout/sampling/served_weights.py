@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp.core.errors import RunError
-from aem_exp.rollout.sampling.http import NoAnswer, sanitize
-from aem_exp.rollout.sampling.vllm_api import COMPLETIONS, Api, RequestRefused
+from aem_exp.rollout.sampling.http import sanitize
+from aem_exp.rollout.sampling.vllm_api import COMPLETIONS, Api, LoadFailed, RequestRefused
 
 if TYPE_CHECKING:
     from aem_exp.rollout.sampling.agreement import Agreement  # imports torch, which the first checks do not need
@@ -107,9 +107,7 @@ class ServedWeights:
         """Make sure that a server has the required weights: it loads them, or was started with them and cannot load any."""
         try:
             await self.api.reload_weights(url, folder)
-        except NoAnswer as error:
-            if error.status != 500:
-                raise
+        except LoadFailed as error:
             # The folder was complete before the request, so another attempt would fail too.
             raise WrongWeights(f"{url} {error}; it cannot load {folder}", "config") from None
         except RequestRefused as refused:

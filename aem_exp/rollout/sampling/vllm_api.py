@@ -24,6 +24,10 @@ class RequestRefused(RunError):
         self.status = status
 
 
+class LoadFailed(NoAnswer):
+    """A server could not load weights. Another attempt helps only if its node did not see the file yet."""
+
+
 class Api:
     """Sends requests to vLLM servers, each of which is named by its URL.
 
@@ -57,8 +61,15 @@ class Api:
         return [card for card in data if isinstance(card, dict)] if type(data) is list else []
 
     async def reload_weights(self, url: str, folder: Path) -> None:
-        """Make a server load the weights in a folder and clear its prefix cache."""
-        await self.post(url, RELOAD_WEIGHTS, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        """Make a server load the weights in a folder and clear its prefix cache.
+
+        Raises:
+            LoadFailed: the server reports an error.
+        """
+        try:
+            await self.post(url, RELOAD_WEIGHTS, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        except NoAnswer as error:
+            raise (LoadFailed(str(error)) if error.status == 500 else error) from error
         await self.post(url, RESET_CACHE, {})
 
     async def loads_adapters(self, url: str) -> bool:

@@ -20,11 +20,12 @@ from aem_exp.core.console import NOTE
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.http import NoAnswer
 from aem_exp.rollout.sampling.served_weights import ServedWeights
-from aem_exp.rollout.sampling.vllm_api import COMPLETIONS, Api
+from aem_exp.rollout.sampling.vllm_api import COMPLETIONS, Api, LoadFailed
 
 log = logging.getLogger("aem_exp")
 T = TypeVar("T")
 FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0  # seconds before a retry: at first, and at most
+LOAD_SECONDS: Final = 60.0  # limit of the time in which a server fails to load weights
 WARNING_INTERVAL: Final = 60.0  # minimum seconds between two warnings about the same server
 
 
@@ -148,7 +149,7 @@ class Servers:
                     await self._update_weights(url)
                 answer = await send(url)
             except NoAnswer as error:
-                reason = f"{url} {error}"
+                reason, failed_to_load = f"{url} {error}", isinstance(error, LoadFailed)
                 if error.unreached or (error.broken and not self.weights.streamed):
                     self._up_to_date.discard(url)  # it may have restarted with old weights: load the newest again
             else:
@@ -157,22 +158,26 @@ class Servers:
                 return answer
             now = time.monotonic()
             since = since or now
-            self._warn_or_stop(url, reason, now - since)
+            self._warn_or_stop(url, reason, now - since, failed_to_load)
             self._retry_at[url] = now + pause * random.uniform(0.5, 1.5)  # spread the retries of concurrent requests
             pause = min(2 * pause, MAX_PAUSE)
             self.urls = rendezvous.reread_urls(self.folder, self.urls)
 
-    def _warn_or_stop(self, url: str, reason: str, waited: float) -> None:
+    def _warn_or_stop(self, url: str, reason: str, waited: float, failed_to_load: bool) -> None:
         """Warn once that a server does not answer; end the run if a server has ended for good or the limit is reached."""
         if ended := rendezvous.read_ended(self.folder):
             raise RunError(f"{ended}; {reason}", "node")
+        if failed_to_load and waited > LOAD_SECONDS:
+            remedy = "look at its output, and start it again with the settings of this run"
+            raise RunError(f"a server could not load the weights for {waited:.0f} s: {reason}; {remedy}", "node")
         if waited > self.seconds:
-            limit = "the limit is launch.server_seconds"
-            raise RunError(f"no server has answered for {waited:.0f} s ({limit}); last attempt: {reason}", "node")
+            setting = "the limit is launch.server_seconds"
+            raise RunError(f"no server has answered for {waited:.0f} s ({setting}); last attempt: {reason}", "node")
         now = time.monotonic()
         if url not in self._retry_at and now - self._warned_at.get(url, -WARNING_INTERVAL) >= WARNING_INTERVAL:
             self._warned_at[url] = now
-            log.warning("%s; retrying for up to %g s", reason, self.seconds)
+            limit = min(self.seconds, LOAD_SECONDS) if failed_to_load else self.seconds
+            log.warning("%s; retrying for up to %g s", reason, limit)
 
     def _pick_server(self, preferred: int) -> str:
         """The preferred server if it answers; else the next one that does, or the one with the earliest retry."""
