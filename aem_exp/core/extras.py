@@ -17,11 +17,8 @@ TRAINING_MODULES: Final = (  # modules of the extra; planning and reading work w
     *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "safetensors"),
     *("mlflow", "submitit", "httpx", "psutil"),
 )
-TORCH_COMPANIONS: Final = (
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # vLLM requires them, but is used without them here
+# Packages that vLLM requires, although it is used without them here.
+TORCH_COMPANIONS: Final = ("torchvision", "torchaudio", "torchcodec")
 
 
 def require_training(field: str, value: Any, purpose: str, modules: Sequence[str] = TRAINING_MODULES) -> None:
@@ -37,20 +34,20 @@ def require_training(field: str, value: Any, purpose: str, modules: Sequence[str
     """
     if missing := first_missing(modules):
         raise MissingResource(field, value, f"{purpose} needs {missing}: {install_command(TRAINING_EXTRA)}")
-    if broken := _find_broken_companion():
-        problem = f"{broken} was built for another torch, and transformers cannot be imported beside it"
+    if "transformers" in modules and not _loads_torchvision():
+        problem = "torchvision was built for another torch, and transformers cannot be imported beside it"
         raise MissingResource(field, value, f"{problem}; run: pip uninstall -y {' '.join(TORCH_COMPANIONS)}")
 
 
-def _find_broken_companion() -> str | None:
-    """torchvision, if it is installed but does not load. transformers imports it if it is there; nothing else uses it."""
+def _loads_torchvision() -> bool:
+    """Whether torchvision loads, or is not installed. transformers imports it if it is installed; nothing else uses it."""
     if find_spec("torchvision") is None:
-        return None
+        return True
     try:
         import_module("torchvision")
     except (RuntimeError, OSError):  # its operators do not match torch
-        return "torchvision"
-    return None
+        return False
+    return True
 
 
 def first_missing(modules: Sequence[str] = TRAINING_MODULES) -> str | None:

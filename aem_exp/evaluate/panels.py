@@ -65,7 +65,7 @@ def check_results(panel: Panel, played: Sequence["Trajectory"]) -> None:
             "nothing, no task is held out",
             panel.name,
         )
-    if not any(t.responses for t in played) and all(t.ended == Ending.CONTEXT for t in played):
+    if all(t.ended == Ending.CONTEXT and not t.responses for t in played):
         problem = f"no first prompt of the panel {panel.name} fits into the context together with a response"
         raise RunError(f"{problem}; raise env.context_tokens", "config")
     if 2 * (cut := sum(t.ended == Ending.CONTEXT for t in played)) >= len(played):

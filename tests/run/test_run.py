@@ -169,8 +169,8 @@ def test_run_whose_reader_has_ended_saves_its_step(cache, tmp_path):
     )
     started.stdout.close()
     started.send_signal(signal.SIGINT)
-    assert "Traceback" not in started.stderr.read()
     assert started.wait(DEADLINE) in (130, 141)
+    assert "Traceback" not in started.stderr.read()
     newest = checkpoints.find_newest(find_run_dir(tmp_path))
     assert checkpoints.steps(newest) == read_metrics(find_run_dir(tmp_path))[-1]["step"] > 0
 

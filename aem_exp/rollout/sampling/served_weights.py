@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aem_exp.core.errors import RunError
 from aem_exp.rollout.sampling.http import sanitize
-from aem_exp.rollout.sampling.vllm_api import COMPLETIONS, Api, LoadFailed, RequestRefused
+from aem_exp.rollout.sampling.vllm_api import (
+    COMPLETIONS,
+    Api,
+    LoadFailed,
+    RequestRefused,
+    context_limit,
+    without_adapters,
+)
 
 if TYPE_CHECKING:
     from aem_exp.rollout.sampling.agreement import Agreement  # imports torch, which the first checks do not need
@@ -89,9 +96,8 @@ class ServedWeights:
 
     def _check_context(self, url: str, cards: list[dict[str, Any]]) -> None:
         """Refuse a server that accepts fewer tokens than episodes may have."""
-        limits = [card.get("max_model_len") for card in _without_adapters(cards)]
-        longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=self.context)
-        if longest < self.context:
+        longest = context_limit(cards)
+        if longest is not None and longest < self.context:
             mismatch = f"accepts at most {longest:,} tokens, fewer than env.context_tokens={self.context}"
             raise RunError(f"{url} {mismatch}; start it with --max-model-len {self.context}", "config")
 
@@ -113,7 +119,7 @@ class ServedWeights:
         except RequestRefused as refused:
             if refused.status != 404:
                 raise WrongWeights(f"{refused}; it cannot load {folder}", "config") from None
-            roots = [sanitize(str(card.get("root") or card.get("id"))) for card in _without_adapters(cards)]
+            roots = [sanitize(str(card.get("root") or card.get("id"))) for card in without_adapters(cards)]
             self._check_started_with(url, folder, roots)
 
     def _check_started_with(self, url: str, folder: Path, roots: list[str]) -> None:
@@ -142,10 +148,6 @@ class ServedWeights:
         }
         answer = await self.api.post(url, COMPLETIONS, self.request(body))
         self.agreement.compare(url, _parse_next_tokens(url, answer, len(self.agreement.prompts)))
-
-
-def _without_adapters(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [card for card in cards if not card.get("parent")]
 
 
 def _parse_next_tokens(url: str, answer: dict[str, Any], count: int) -> list[dict[int, float]]:

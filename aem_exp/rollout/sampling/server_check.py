@@ -9,7 +9,7 @@ from aem_exp import config
 from aem_exp.cluster import rendezvous
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.rollout.sampling.http import NoAnswer, is_healthy
-from aem_exp.rollout.sampling.vllm_api import Api, RequestRefused
+from aem_exp.rollout.sampling.vllm_api import Api, RequestRefused, context_limit, without_adapters
 
 # Keys of a model's config.json. Two models whose values differ cannot exchange weights.
 SHAPE: Final = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -48,11 +48,11 @@ async def _find_problem(experiment: Experiment, weights: str, url: str, key: str
     """Why this run cannot use a server, as the rest of a sentence; "" if it can."""
     api = Api(Path(str(experiment.launch.servers)), key, experiment.launch.server_seconds)
     try:
-        cards = [card for card in await api.list_models(url) if not card.get("parent")]
-        context, limits = config.max_context(experiment), [card.get("max_model_len") for card in cards]
-        if short := [limit for limit in limits if type(limit) is int and 0 < limit < context]:
-            return f"accepts at most {short[0]:,} tokens, but this run needs {context:,} (env.context_tokens)"
-        for card in cards:
+        cards = await api.list_models(url)
+        context, limit = config.max_context(experiment), context_limit(cards)
+        if limit is not None and limit < context:
+            return f"accepts at most {limit:,} tokens, but this run needs {context:,} (env.context_tokens)"
+        for card in without_adapters(cards):
             served, needed = _read_shape(str(card.get("root"))), _read_shape(weights)
             if served and needed and served != needed:
                 return f"serves another model, {Path(str(card['root'])).name} instead of {experiment.model.name}"

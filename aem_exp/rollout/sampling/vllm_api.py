@@ -16,6 +16,17 @@ LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter
 RETRYABLE_STATUS: Final = (408, 409, 425, 429)  # the 4xx statuses that may succeed later
 
 
+def without_adapters(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cards of models that are no LoRA adapters."""
+    return [card for card in cards if not card.get("parent")]
+
+
+def context_limit(cards: list[dict[str, Any]]) -> int | None:
+    """Largest number of tokens that a server with these cards accepts; None if it does not report one."""
+    limits = [card.get("max_model_len") for card in without_adapters(cards)]
+    return min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
+
+
 class RequestRefused(RunError):
     """A server has refused a request, and another attempt would not help."""
 
