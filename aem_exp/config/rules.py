@@ -8,13 +8,14 @@ from typing import Final
 from aem_exp.config.launch_rules import check_fsdp, check_launch, check_servers
 from aem_exp.config.model_path import GGUF, wheel_file
 from aem_exp.config.prompts import check_prompts
-from aem_exp.config.schema import Experiment
+from aem_exp.config.schema import Experiment, Modulation
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
 from aem_exp.core.errors import ConfigError, format_value, redact
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 OPTIMIZER_KEYS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
 MAX_EPISODES: Final = 1_000_000  # of a step; more is probably a typo
+TOKEN_MEAN_LOSSES: Final = ("dapo", "bnpo", "cispo")  # masks change the denominator of other losses in other ways
 UNFILTERED_SAMPLING: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -119,6 +120,37 @@ def _check_modulation(e: Experiment) -> None:
         raise ConfigError(
             "modulation.bonus", m.bonus, "needs modulation.unit=response, because it rewards the next response"
         )
+    _check_signal(m)
+    _check_controls(e)
+
+
+def _check_signal(m: Modulation) -> None:
+    if m.signal not in ("entropy", "surprisal"):
+        if m.gate:
+            remedy = f"must be 0 with modulation.signal={m.signal}, which is not in nats"
+            raise ConfigError("modulation.gate", m.gate, remedy)
+        if m.unit == "token":
+            raise ConfigError("modulation.signal", m.signal, "needs modulation.unit=response")
+    if m.entropy != "mean" and (m.signal, m.unit) != ("entropy", "response"):
+        raise ConfigError(
+            "modulation.entropy", m.entropy, "needs modulation.signal=entropy and modulation.unit=response"
+        )
+    if m.gate_complement and not m.gate:
+        raise ConfigError("modulation.gate_complement", True, "has no effect without modulation.gate above 0")
+
+
+def _check_controls(e: Experiment) -> None:
+    m = e.modulation
+    if m.within != "scope" and not m.shuffle:
+        raise ConfigError("modulation.within", m.within, "has no effect without modulation.shuffle=true")
+    if m.average != "none" and m.shuffle:
+        raise ConfigError("modulation.average", m.average, "cannot be combined with modulation.shuffle=true")
+    for key, value in (("keep_by", m.keep_by), ("keep_random", m.keep_random)):
+        if m.keep == "all" and value not in ("zero", False):
+            raise ConfigError(f"modulation.{key}", value, "has no effect without modulation.keep=raising or lowering")
+    losses = {"mask": TOKEN_MEAN_LOSSES, "mask_scaled": (*TOKEN_MEAN_LOSSES, "dr_grpo")}.get(m.keep_by)
+    if losses and e.trainer.loss_type not in losses:
+        raise ConfigError("modulation.keep_by", m.keep_by, f"needs trainer.loss_type={' or '.join(losses)}")
 
 
 def _check_budgets(e: Experiment) -> None:

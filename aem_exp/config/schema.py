@@ -92,17 +92,41 @@ class Modulation:
     lam: dict[str, Any] | None = None
     """`_target_` of a schedule of the strength lambda, and its arguments. null: no modulation."""
     gate: NonNegativeFloat = 0.0
-    """Groups whose entropies span less than this (in nats) are not modulated. 0: all groups are modulated."""
-    scope: Literal["group", "trajectory", "batch"] = "group"
-    """The set of units over which entropies are compared and the mean coefficient is 1."""
-    signal: Literal["entropy", "surprisal"] = "entropy"
-    """`entropy`: mean token entropy of a unit. `surprisal`: mean -log p of its sampled tokens."""
+    """Scopes whose entropies span less than this (in nats) are not modulated. 0: all scopes are modulated. Must be 0 with a
+    signal that is not in nats."""
+    gate_complement: bool = False
+    """Modulate only the scopes that the gate would leave unmodulated. Needs `gate` above 0."""
+    scope: Literal["group", "trajectory", "batch", "state", "turn", "task_type"] = "group"
+    """The set of units over which signals are compared and the mean coefficient is 1. `state`: the responses of a group to the
+    same observation. `turn`: the responses of a group at the same turn index. `task_type`: all responses to tasks of the same
+    type."""
+    signal: Literal["entropy", "surprisal", "length", "turn", "noise", "score_norm"] = "entropy"
+    """`entropy`: mean token entropy of a unit. `surprisal`: mean -log p of its sampled tokens. The others are controls. `length`:
+    number of tokens. `turn`: index of the turn. `noise`: random numbers. `score_norm`: mean norm of the gradient of log p with
+    respect to the logits; this takes one more forward pass."""
+    entropy: Literal["mean", "shrunk", "residual", "residual_shrunk"] = "mean"
+    """Estimator of the entropy of a response from its token entropies; see `training.entropy_estimators`. `mean`: as in the
+    paper. Others need `signal: entropy` and `unit: response`."""
     unit: Literal["response", "token"] = "response"
     """The unit that gets a coefficient: a response, or each token by its own signal."""
+    normaliser: Literal["minmax", "rank"] = "minmax"
+    """How the signal is scaled to [0, 1] in its scope: linearly, or by its rank."""
     shuffle: bool = False
-    """Permute the coefficients within their scope, as a placebo."""
+    """Permute the coefficients, as a placebo."""
+    within: Literal["scope", "sign", "length", "turn", "state", "all"] = "scope"
+    """Units that exchange coefficients: those of a scope, or only those of a scope with the same sign of the advantage, length
+    (quarter), turn index, or state. `all`: the same sign, length and turn index. Needs `shuffle`."""
+    average: Literal["none", "sign", "state"] = "none"
+    """Replace each coefficient by its mean over the scope and the sign of the advantage, or over the state. Not with
+    `shuffle`."""
     keep: Literal["all", "raising", "lowering"] = "all"
     """`all`: train on all units. `raising`, `lowering`: only on units whose training raises or lowers the policy's entropy."""
+    keep_by: Literal["zero", "mask", "mask_scaled", "select"] = "zero"
+    """How `keep` leaves out the other units. `zero`: coefficient 0; their tokens count in the mean of the loss. `mask`: their
+    tokens are in no term and no mean of the loss. `mask_scaled`: in no term, but they count in the mean. `select`: as `zero`, and
+    the coefficient of the trained units is 1. Masks need a loss that is a mean over tokens."""
+    keep_random: bool = False
+    """Train as many units of each scope and sign of the advantage as `keep` does, but random ones: the control of the size."""
     bonus: NonNegativeFloat = 0.0
     """zeta of EMPG: weight of the clarity of the next response, which is added to the advantage. 0: none. Needs
     `unit: response` and `keep: all`."""

@@ -6,11 +6,11 @@
 
 A step without modulation stops at the second stage. Each rank has the credit of all rows.
 
-Shapes: M trained trajectories, R responses, N rows, all ordered by trajectory, then by turn. U units: the responses, or their
-generated tokens; a unit is what gets a coefficient.
+Shapes: M trained trajectories, R responses, N rows, K generated tokens, all ordered by trajectory, then by turn. U units: the
+responses, or their generated tokens; a unit is what gets a coefficient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -95,13 +95,43 @@ class AssignedCredit:
         """Advantage of each unit in the loss."""
         return self.advantage_U
 
+    @property
+    def in_loss_K(self) -> Tensor:
+        """(K,) bool: whether a token is in the loss."""
+        return torch.ones(int(self.tokens_R.sum()), dtype=torch.bool)
+
+    @property
+    def turn_R(self) -> Tensor:
+        """(R,) int64: index of the turn of each response in its trajectory."""
+        return torch.tensor([turn for _, turn, _ in self.list_responses()], dtype=torch.long)
+
+    @property
+    def tokens_R(self) -> Tensor:
+        """(R,) int64: number of tokens of each response."""
+        return torch.tensor([len(r.sample.ids) for *_, r in self.list_responses()], dtype=torch.long)
+
+    @property
+    def state_R(self) -> Tensor:
+        """(R,) int64: id of the state of each response, which is its draw and its observation."""
+        return number_labels([(self.kept[m].draw, r.observation) for m, _, r in self.list_responses()])
+
+    @property
+    def task_type_R(self) -> Tensor:
+        """(R,) int64: id of the type of the task of each response."""
+        return number_labels([self.kept[m].task.kind for m, *_ in self.list_responses()])
+
+    @property
+    def token_ids_N(self) -> list[range]:
+        """Ids of the generated tokens in each row."""
+        return _ranges([sum(row.mask) for row in self.rows])
+
     def response_ids(self, chosen: Sequence[int]) -> Tensor:
         """Ids of the responses in the chosen rows. A negative index is a padding row, which has none."""
-        return _ids(self.response_ids_N, chosen)
+        return select_ids(self.response_ids_N, chosen)
 
     def unit_ids(self, chosen: Sequence[int]) -> Tensor:
         """Ids of the units in the chosen rows. A negative index is a padding row, which has none."""
-        return _ids(self.unit_ids_N, chosen)
+        return select_ids(self.unit_ids_N, chosen)
 
     def list_responses(self) -> list[tuple[int, int, Response]]:
         """(trajectory index, turn index, response) of each response, in the order of R."""
@@ -116,16 +146,24 @@ class MeasuredCredit(AssignedCredit):
     """(R,) float32: mean token entropy Hbar of each response under the old policy, in nats"""
     surprisal_R: Tensor
     """(R,) float32: mean surprisal -log p over the tokens of each response under the old policy, in nats"""
-    signal_U: Tensor
-    """(U,) float32: the signal that the coefficients are computed from, in nats; `entropy_R` for the paper"""
+    token_signal_K: Tensor | None = None
+    """(K,) float32: entropy or surprisal of each generated token in nats, ordered by response; None if no variant needs it"""
+    score_norm_R: Tensor | None = None
+    """(R,) float32: mean norm of the gradient of log p with respect to the logits, over the tokens of each response; None if the
+    modulation does not need it"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         assert self.entropy_R.shape == self.surprisal_R.shape == self.advantage_R.shape
-        assert self.signal_U.shape == self.response_U.shape
+
+    @property
+    def token_signal(self) -> Tensor:
+        """(K,): `token_signal_K`, which must have been measured."""
+        assert self.token_signal_K is not None
+        return self.token_signal_K
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModulatedCredit(MeasuredCredit):
     """Adds the coefficients of the modulation."""
 
@@ -133,13 +171,15 @@ class ModulatedCredit(MeasuredCredit):
     """(U,) float32: coefficient alpha of each unit; its mean over each scope is 1 (before units are selected)"""
     modulated_advantage_U: Tensor
     """(U,) float32: advantage of each unit after modulation; alpha * A for the paper"""
+    trained_U: Tensor
+    """(U,) bool: whether the tokens of a unit are in the loss; all are, unless `modulation.keep_by` masks units"""
     metrics: dict[str, float]
-    """`aem/gated_share`: share of the scopes that the gate left at alpha = 1; `aem/kept_share`: share of the units that are
-    trained, if the variant selects units"""
+    """statistics that only the modulation knows; see `modulation.modulate_credit`"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.alpha_U.shape == self.modulated_advantage_U.shape == self.response_U.shape
+        shapes = {self.alpha_U.shape, self.modulated_advantage_U.shape, self.trained_U.shape, self.response_U.shape}
+        assert len(shapes) == 1, shapes
 
     @property
     def alpha_R(self) -> Tensor:
@@ -149,6 +189,11 @@ class ModulatedCredit(MeasuredCredit):
     @property
     def final_advantage_U(self) -> Tensor:
         return self.modulated_advantage_U
+
+    @property
+    def in_loss_K(self) -> Tensor:
+        per_token = len(self.trained_U) > len(self.entropy_R)
+        return self.trained_U if per_token else self.trained_U.repeat_interleave(self.tokens_R)
 
     @property
     def final_advantage_R(self) -> Tensor:
@@ -161,26 +206,52 @@ class ModulatedCredit(MeasuredCredit):
 
 
 def add_measurements(
-    credit: AssignedCredit, entropy_R: Tensor, surprisal_R: Tensor, signal_U: Tensor
+    credit: AssignedCredit,
+    entropy_R: Tensor,
+    surprisal_R: Tensor,
+    token_signal_K: Tensor | None = None,
+    score_norm_R: Tensor | None = None,
 ) -> MeasuredCredit:
     """Create the second stage of a credit."""
-    return MeasuredCredit(**_fields_of(credit), entropy_R=entropy_R, surprisal_R=surprisal_R, signal_U=signal_U)
+    return MeasuredCredit(
+        **_fields_of(credit),
+        entropy_R=entropy_R,
+        surprisal_R=surprisal_R,
+        token_signal_K=token_signal_K,
+        score_norm_R=score_norm_R,
+    )
 
 
 def add_modulation(
-    credit: MeasuredCredit, alpha_U: Tensor, modulated_advantage_U: Tensor, metrics: dict[str, float]
+    credit: MeasuredCredit,
+    *,
+    alpha_U: Tensor,
+    modulated_advantage_U: Tensor,
+    trained_U: Tensor,
+    metrics: dict[str, float],
 ) -> ModulatedCredit:
     """Create the third stage of a credit."""
     return ModulatedCredit(
-        **_fields_of(credit), alpha_U=alpha_U, modulated_advantage_U=modulated_advantage_U, metrics=metrics
+        **_fields_of(credit),
+        alpha_U=alpha_U,
+        modulated_advantage_U=modulated_advantage_U,
+        trained_U=trained_U,
+        metrics=metrics,
     )
+
+
+def number_labels(labels: Sequence[Hashable]) -> Tensor:
+    """Number labels in the order of their first occurrence: one int64 id per label, equal for equal labels."""
+    ids: dict[Hashable, int] = {}
+    return torch.tensor([ids.setdefault(label, len(ids)) for label in labels], dtype=torch.long)
 
 
 def _fields_of(credit: AssignedCredit) -> dict[str, Any]:
     return {f.name: getattr(credit, f.name) for f in fields(credit)}
 
 
-def _ids(ranges: Sequence[range], chosen: Sequence[int]) -> Tensor:
+def select_ids(ranges: Sequence[range], chosen: Sequence[int]) -> Tensor:
+    """Ids in the chosen rows, from the ids of each row. A negative index is a padding row, which has none."""
     return torch.tensor([u for i in chosen if i >= 0 for u in ranges[i]], dtype=torch.long)
 
 
@@ -241,7 +312,6 @@ def _build_step_batch(counted: Sequence[Trajectory], rules: CreditRules) -> Step
     """Build the input of the estimator. It is in float64: rounding to float32 could make equal returns differ."""
     group = {draw: i for i, draw in enumerate(dict.fromkeys(t.draw for t in counted))}
     turns = [(m, t, r) for m, t in enumerate(counted) for r in t.responses]
-    states: dict[tuple[int, str], int] = {}
     masked = [is_masked(t, rules.mask_truncated) for t in counted]
     return StepBatch(
         return_M=torch.tensor([counted_return(t, rules.mask_truncated) for t in counted], dtype=torch.float64),
@@ -251,9 +321,7 @@ def _build_step_batch(counted: Sequence[Trajectory], rules: CreditRules) -> Step
         penalty_R=torch.tensor(
             [0.0 if r.valid or masked[m] else rules.penalty for m, _, r in turns], dtype=torch.float64
         ),
-        state_R=torch.tensor(
-            [states.setdefault((t.draw, r.observation), len(states)) for _, t, r in turns], dtype=torch.long
-        ),
+        state_R=number_labels([(t.draw, r.observation) for _, t, r in turns]),
     )
 
 

@@ -17,7 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from aem_exp import aem
 from aem_exp.core.errors import RunError
-from aem_exp.training.credit import AssignedCredit
+from aem_exp.training.credit import AssignedCredit, select_ids
 from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.updates import MicroBatch
 
@@ -55,36 +55,64 @@ def score_reference(trainer: GRPOTrainer, batch: MicroBatch) -> Tensor:
         return compute_logps_and_entropies(trainer, trainer.model, batch)[0]
 
 
+@torch.no_grad()
+def compute_score_norms(trainer: GRPOTrainer, batch: MicroBatch) -> Tensor:
+    """(N, T) float32 on the CPU: norm of the gradient of log p with respect to the logits, at each completion token.
+
+    The gradient is e - p, where e is the one-hot vector of the token and p are the probabilities, with logits divided by the
+    sampling temperature. Its squared norm is 1 - 2 p[token] + sum p^2. Needs a forward pass of its own.
+    """
+    device, width = trainer.accelerator.device, batch["completion_ids"].shape[1]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(device)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(device)
+    with (
+        disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+        trainer.accelerator.autocast(),
+    ):
+        logits_NTV = trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=width + 1).logits[:, :-1]
+    prob_NTV = (logits_NTV.float() / trainer.temperature).softmax(-1)
+    own_NT = prob_NTV.gather(-1, batch["completion_ids"].to(device)[..., None])[..., 0]
+    return (1 - 2 * own_NT + prob_NTV.square().sum(-1)).clamp(min=0).sqrt().cpu()
+
+
 class ResponseMeasurements:
     """Entropy and surprisal of the responses in the rows of this rank; 0 for all others, so that a sum over ranks is complete.
 
     Attributes:
         entropy_R: mean token entropy of each response, in nats.
         surprisal_R: mean token surprisal of each response, in nats.
-        token_signal_U: signal of each unit in nats, if units are tokens.
+        score_norm_R: see `compute_score_norms`; None if the variant does not need it.
+        token_signal_K: entropy or surprisal of each token in nats; None if the variant does not need it.
     """
 
     def __init__(self, credit: AssignedCredit, variant: ModulationVariant):
         self.credit, self.variant = credit, variant
         self.entropy_R, self.surprisal_R = (torch.zeros_like(credit.advantage_R) for _ in range(2))
-        self.token_signal_U = torch.zeros(len(credit.response_U))
+        self.score_norm_R = torch.zeros_like(credit.advantage_R) if variant.signal == "score_norm" else None
+        self._token_ids_N = credit.token_ids_N if variant.needs_tokens else []
+        self.token_signal_K = torch.zeros(int(credit.tokens_R.sum())) if variant.needs_tokens else None
 
-    def add(self, micro: Sequence[int], mask_NT: Tensor, scores: TokenScores) -> None:
+    def add(
+        self, micro: Sequence[int], mask_NT: Tensor, scores: TokenScores, score_norm_NT: Tensor | None = None
+    ) -> None:
         """Add a micro-batch: average its scores over each response.
 
         Args:
             micro: row indices of the micro-batch.
             mask_NT: 1 on generated tokens.
             scores: log-probs and entropies, each (N, T).
+            score_norm_NT: see `compute_score_norms`.
         """
         logps_NT, entropy_NT = scores
         response_NT = aem.responses(mask_NT)
         responses = self.credit.response_ids(micro)
         self.entropy_R[responses] = aem.response_entropy(entropy_NT, response_NT)
         self.surprisal_R[responses] = aem.response_entropy(-logps_NT, response_NT)
-        if self.variant.unit == "token":
-            signal_NT = entropy_NT if self.variant.signal == "entropy" else -logps_NT
-            self.token_signal_U[self.credit.unit_ids(micro)] = signal_NT[response_NT >= 0]
+        if self.score_norm_R is not None and score_norm_NT is not None:
+            self.score_norm_R[responses] = aem.response_entropy(score_norm_NT, response_NT)
+        if self.token_signal_K is not None:
+            signal_NT = -logps_NT if self.variant.signal == "surprisal" else entropy_NT
+            self.token_signal_K[select_ids(self._token_ids_N, micro)] = signal_NT[response_NT >= 0]
 
 
 def check_sampler_gap(sampler: TokenScores, scored: TokenScores, mask_NT: Tensor) -> dict[str, float]:

@@ -26,14 +26,18 @@ def pack_rows(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> dict[s
     """
     filler = min(rows, key=lambda row: len(row.prompt) + len(row.completion)) if PADDING_ROW in chosen else None
     picked = [filler if filler and i == PADDING_ROW else rows[i] for i in chosen]
-    mask = _pad([[0] * len(row.mask) if i == PADDING_ROW else row.mask for i, row in zip(chosen, picked, strict=True)])
     return {
         "prompt_ids": _pad([row.prompt for row in picked], pad_id, left=True),
         "prompt_mask": _pad([[1] * len(row.prompt) for row in picked], left=True),
         "completion_ids": _pad([row.completion for row in picked], pad_id),
         "completion_mask": _pad([[1] * len(row.completion) for row in picked]),
-        "tool_mask": mask,
+        "tool_mask": pack_masks(rows, chosen, max(len(row.completion) for row in picked)),
     }
+
+
+def pack_masks(rows: Sequence[Row], chosen: Sequence[int], width: int) -> Tensor:
+    """(N, width) int64: the masks of the rows of a micro-batch; 0 in padding rows."""
+    return _pad([[] if i == PADDING_ROW else rows[i].mask for i in chosen], width=width)
 
 
 def sampler_logps_and_entropies(rows: Sequence[Row], chosen: Sequence[int], width: int) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,7 @@ def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[s
     Args:
         trained: whether the step has updates; a step whose loss is zero has none.
     """
-    tokens_R = torch.tensor([float(len(r.sample.ids)) for *_, r in credit.list_responses()])
-    turn_R = torch.tensor([float(turn) for _, turn, _ in credit.list_responses()])
+    tokens_R, turn_R = credit.tokens_R.float(), credit.turn_R.float()
     out = _environment_metrics(credit) | _rollout_metrics(credit, tokens_R, trained) | _ending_shares(credit)
     out |= {f"drift/{name}": value for name, value in _entropy_drift(credit, tokens_R, turn_R == 0).items()}
     if isinstance(credit, ModulatedCredit):
@@ -86,8 +85,8 @@ def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) ->
 def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:
     """Counts of generated, trained, filtered and crashed tokens; generated = trained + filtered + crashed."""
     generated = sum(t.tokens for t in credit.played)
-    measured = sum(sum(row.mask) for row in credit.rows)
-    in_updates = measured if trained else 0
+    measured = len(credit.in_loss_K)
+    in_updates = int(credit.in_loss_K.sum()) if trained else 0
     removed = {id(t) for t in (*credit.dropped, *credit.filtered)}
     crashed = sum(t.tokens for t in credit.played if t.ended == Ending.CRASHED and id(t) not in removed)
     return {

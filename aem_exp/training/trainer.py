@@ -42,7 +42,7 @@ from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, play_
 from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
-from aem_exp.training.packing import PADDING_ROW, pack_rows, sampler_logps_and_entropies
+from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
 from aem_exp.training.updates import MicroBatch, UpdateSettings
 
@@ -214,23 +214,28 @@ class AEMTrainer(GRPOTrainer):
             are no updates if the loss of the step is zero.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        plan = updates.plan_step(assigned.rows, self.update_settings, (self.args.seed, "updates", step), rank, ranks)
+        plan_key = (self.args.seed, "updates", step)
+        plan = updates.plan_step(assigned.rows, self.update_settings, plan_key, rank, ranks)
         measurements = ResponseMeasurements(assigned, self.variant)
         with self.clock("scoring"):
             batches = [
                 [self._score_micro_batch(assigned, micro, measurements) for micro in update.micro_batches]
                 for update in plan
             ]
-            surprisal_R = self._sum_over_ranks(measurements.surprisal_R)
+            measured = self._measure(assigned, measurements)
         with self.clock("aem"):
-            credit = self._modulate(self._measure(assigned, measurements, surprisal_R), step)
+            credit = self._modulate(measured, step)
             if self._loss_is_zero(credit):
                 return credit, []
+            rows = updates.mask_rows(credit)
+            if self.variant.keep_by == "mask":  # masked tokens leave the denominator of the loss, too
+                plan = updates.plan_step(rows, self.update_settings, plan_key, rank, ranks)
             for update, update_batches in zip(plan, batches, strict=True):
                 for micro, batch in zip(update.micro_batches, update_batches, strict=True):
-                    batch["advantages"] = updates.spread_advantages(
-                        credit, micro, batch["tool_mask"], self.variant.unit
-                    )
+                    mask_NT = batch["tool_mask"]
+                    batch["advantages"] = updates.spread_advantages(credit, micro, mask_NT, self.variant.unit)
+                    if rows is not credit.rows:
+                        batch["tool_mask"] = pack_masks(rows, micro, mask_NT.shape[1])
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
         items_per_row = items / len(credit.rows)
@@ -261,7 +266,8 @@ class AEMTrainer(GRPOTrainer):
             batch["old_per_token_logps"] = scores[0]
         if self.beta:
             batch["ref_per_token_logps"] = logprobs.score_reference(self, batch)
-        measurements.add(micro, batch["tool_mask"], scores)
+        norm_NT = logprobs.compute_score_norms(self, batch) if self.variant.signal == "score_norm" else None
+        measurements.add(micro, batch["tool_mask"], scores, norm_NT)
         return batch
 
     def _check_sampler(self, batch: MicroBatch, scores: TokenScores) -> None:
@@ -280,23 +286,24 @@ class AEMTrainer(GRPOTrainer):
             ratio = updates.compute_importance_ratio(scores[0], engine[0], batch["tool_mask"], low, high)
             batch["importance_sampling_ratio"] = ratio
 
-    def _measure(
-        self, assigned: AssignedCredit, measurements: ResponseMeasurements, surprisal_R: Tensor
-    ) -> MeasuredCredit:
+    def _measure(self, assigned: AssignedCredit, measurements: ResponseMeasurements) -> MeasuredCredit:
         """Combine the measurements of all ranks; each rank measured only its own rows."""
-        entropy_R = self._sum_over_ranks(measurements.entropy_R)
-        if self.variant.unit == "token":
-            signal_U = self._sum_over_ranks(measurements.token_signal_U)
-        else:
-            signal_U = entropy_R if self.variant.signal == "entropy" else surprisal_R
-        return add_measurements(assigned, entropy_R, surprisal_R, signal_U)
+        token_signal_K, score_norm_R = measurements.token_signal_K, measurements.score_norm_R
+        return add_measurements(
+            assigned,
+            entropy_R=self._sum_over_ranks(measurements.entropy_R),
+            surprisal_R=self._sum_over_ranks(measurements.surprisal_R),
+            token_signal_K=None if token_signal_K is None else self._sum_over_ranks(token_signal_K),
+            score_norm_R=None if score_norm_R is None else self._sum_over_ranks(score_norm_R),
+        )
 
     def _modulate(self, credit: MeasuredCredit, step: int) -> MeasuredCredit:
         """Modulate the credit, if there is a modulation. All ranks compute the same result."""
         if self.aem_callback.lam is None:
             return credit
         rng = keyed_generator((self.args.seed, "shuffle", step))
-        return modulate_credit(credit, self.variant, self.aem_callback.lam, self.aem_callback.gate, rng)
+        weight_R = updates.response_weights(credit, self.loss_type)
+        return modulate_credit(credit, self.variant, self.aem_callback.lam, self.aem_callback.gate, rng, weight_R)
 
     def _sum_over_ranks(self, value_U: Tensor) -> Tensor:
         return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()

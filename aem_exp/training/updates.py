@@ -8,7 +8,7 @@ Shapes: N rows of a micro-batch, T tokens of a completion; R responses and U uni
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,28 @@ def spread_advantages(credit: AssignedCredit, micro: Sequence[int], mask_NT: Ten
 def _number_tokens(mask_NT: Tensor) -> Tensor:
     """(N, T) ids of the generated tokens in row-major order; -1 on all other tokens."""
     return (mask_NT.flatten().cumsum(0).view_as(mask_NT) - 1).masked_fill(mask_NT == 0, -1)
+
+
+def response_weights(credit: AssignedCredit, loss_type: str) -> Tensor:
+    """(R,) float32: weight of each response in the loss, up to a common factor: the sum of the weights of its tokens.
+
+    A mean over tokens weights a response by its number of tokens. A mean over rows divides this number by that of its row, so a
+    response that is a row of its own has weight 1.
+    """
+    tokens_R = credit.tokens_R.float()
+    if loss_type not in ("grpo", "sapo"):
+        return tokens_R
+    row_R = torch.tensor([n for n, ids in enumerate(credit.response_ids_N) for _ in ids], dtype=torch.long)
+    return tokens_R / torch.zeros(len(credit.rows)).index_add_(0, row_R, tokens_R)[row_R]
+
+
+def mask_rows(credit: AssignedCredit) -> list[Row]:
+    """The rows, with 0 in the masks of the tokens that are not in the loss."""
+    in_loss_K = credit.in_loss_K
+    if in_loss_K.all():
+        return credit.rows
+    kept = iter(in_loss_K.int().tolist())
+    return [replace(row, mask=[next(kept) if own else 0 for own in row.mask]) for row in credit.rows]
 
 
 def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count_masked: bool) -> int:

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, xlogy
 
 from aem_exp import aem
-from aem_exp.training import modulation
+from aem_exp.training import controls
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # the Okabe-Ito palette of all our figures
 ARMS = {"aem": 1.0, "reversed": -1.0, "shuffled": 1.0}  # lambda
@@ -308,7 +308,7 @@ def estimate_added_drift(
     advantage_GM = (won_GM - won_GM.mean(1, keepdims=True)) / np.where(spread_G > 0, spread_G, 1.0)[:, None]
     group_R = torch.arange(groups).repeat_interleave(8 * turns)
     alpha_R = aem.coefficients(torch.from_numpy(every.mean_entropy_R[r_GMK]).flatten(), group_R, ARMS[arm])
-    alpha_R = modulation.shuffle_coefficients(alpha_R, group_R, rng) if arm == "shuffled" else alpha_R
+    alpha_R = controls.shuffle_coefficients(alpha_R, group_R, rng) if arm == "shuffled" else alpha_R
     drift_GMK = advantage_GM[..., None] * (alpha_R.double().numpy().reshape(shape) - 1) * relative_GMK
     return AddedDrift(
         *(_mean(drift_GMK, np.broadcast_to(is_GM[..., None], shape)) for is_GM in (advantage_GM < 0, advantage_GM > 0)),

@@ -90,7 +90,7 @@ PLAYED = [
 def measured(played, history):
     credit = assign_credit(played, history, CreditRules(advantages.group_centred))
     surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.list_responses()])
-    return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R, surprisal_R)
+    return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R)
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
@@ -99,7 +99,8 @@ def test_drift_uses_first_turns_of_groups_with_several_members(history):
     assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
     assert "drift/aem" not in compute_step_metrics(credit)
     alpha_R = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
-    modulated = add_modulation(credit, alpha_R, credit.advantage_R * alpha_R, {})
+    final_R, kept_R = credit.advantage_R * alpha_R, torch.ones(len(alpha_R), dtype=torch.bool)
+    modulated = add_modulation(credit, alpha_U=alpha_R, modulated_advantage_U=final_R, trained_U=kept_R, metrics={})
     assert compute_step_metrics(modulated)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
     assert not any(name.startswith("drift/") for name in compute_step_metrics(measured(PLAYED[2:], history)))
 

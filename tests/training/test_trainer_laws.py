@@ -19,7 +19,9 @@ from aem_exp import advantages
 from aem_exp.core.errors import RunError
 from aem_exp.envs.executor import SerialExecutor
 from aem_exp.rollout.play import Rollout
+from aem_exp.rollout.sampling.base import SamplingParams
 from aem_exp.rollout.types import Episode
+from aem_exp.training import logprobs
 from aem_exp.training.arguments import max_episode_tokens
 from aem_exp.training.modulation import ModulationVariant
 
@@ -215,6 +217,38 @@ ALL_LOSS_TERMS = {"beta": 0.05, "entropy_coef": 0.01, "mini_batch": 7}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("history", ["full", "window"])
+@pytest.mark.parametrize("kind", ["dapo", "bnpo"])
+def test_masks_change_only_the_denominator_of_a_token_mean(folder, history, kind):
+    """Without a KL term or entropy bonus, a scaled mask has the gradients of coefficient 0; a mask divides by fewer tokens."""
+    run = toy.experiment(history, loss_type=kind, max_grad_norm=0.0)
+    results, shares = {}, {}
+    for keep_by in ("zero", "mask_scaled", "mask"):
+        variant = ModulationVariant(keep="raising", keep_by=keep_by)
+        trainer = toy.trainer(folder, run, variant=variant, lam=1.0, device_rows=5)
+        credit, (update,) = first_step(trainer)
+        shares[keep_by] = credit.in_loss_K.float().mean().item()
+        results[keep_by] = gradients(trainer, update)
+    assert shares["zero"] == 1 > shares["mask"] == shares["mask_scaled"] > 0
+    assert_close(results["mask_scaled"], results["zero"])
+    loss, grads = results["mask"]
+    assert_close((loss * shares["mask"], {k: g * shares["mask"] for k, g in grads.items()}), results["zero"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_by", ["mask", "mask_scaled"])
+def test_masked_tokens_have_no_gradient_in_any_term(folder, keep_by):
+    """KL term and entropy bonus act on the trained tokens only, whatever the split into micro-batches."""
+    run = toy.experiment("window", beta=0.05, entropy_coef=0.01)
+    variant = ModulationVariant(keep="raising", keep_by=keep_by)
+    whole, split = (toy.trainer(folder, run, variant=variant, lam=1.0, device_rows=n) for n in (0, 3))
+    (credit, (one,)), (_, (many,)) = first_step(whole), first_step(split)
+    assert len(many) > len(one) == 1
+    assert int(one[0]["tool_mask"].sum()) == int(credit.in_loss_K.sum()) < len(credit.in_loss_K)
+    assert_close(gradients(split, many), gradients(whole, one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("history", ["full", "window"])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo"])
 def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
     results = []
@@ -327,6 +361,23 @@ def test_scored_log_probs_and_entropies_equal_sampled_ones(folder):
         )
     for ours, theirs in zip(*batches, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_score_norm_is_the_norm_of_the_gradient_of_log_p(folder):
+    trainer = toy.trainer(folder, toy.experiment("window", temperature=0.7))
+    trainer.sampler.sampling = SamplingParams(temperature=0.7)
+    _, (update,) = first_step(trainer)
+    (batch,) = update
+    norm_NT = logprobs.compute_score_norms(trainer, batch)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logits = trainer.model(input_ids=ids, attention_mask=mask).logits.detach().requires_grad_()
+    for row, token in ((0, 0), (3, 1)):
+        position = batch["prompt_ids"].shape[1] + token
+        logp = (logits[row, position - 1] / 0.7).log_softmax(-1)[ids[row, position]]
+        (grad,) = torch.autograd.grad(logp, logits)
+        torch.testing.assert_close(norm_NT[row, token], grad.norm() * 0.7, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
