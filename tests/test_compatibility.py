@@ -28,7 +28,7 @@ from support.golden import GOLDEN, check_golden
 
 from aem_exp import config, status
 from aem_exp.cluster import run_state
-from aem_exp.config import Modulation, saved
+from aem_exp.config import Evaluation, Modulation, saved
 from aem_exp.core.errors import ConfigError
 from aem_exp.report import command as report
 from aem_exp.run import summary
@@ -98,8 +98,10 @@ def test_experiment_of_an_old_run_is_read(old):
     """Options that were added since then have their neutral values."""
     name, folder = old
     experiment = config.read(folder)
-    recorded, added = json.loads((folder / "experiment.json").read_text()), asdict(Modulation())
-    assert config.to_dict(experiment) == recorded | {"modulation": added | recorded["modulation"]}
+    recorded = json.loads((folder / "experiment.json").read_text())
+    for block, neutral in (("modulation", Modulation()), ("evaluation", Evaluation())):
+        recorded[block] = asdict(neutral) | recorded[block]
+    assert config.to_dict(experiment) == recorded
     assert config.run_dir(experiment).name == folder.name
     result = json.loads((folder / "result.json").read_text())
     assert folder.name.endswith(f"-{config.signature(experiment)}") and result["signature"] in folder.name

@@ -20,6 +20,7 @@ from aem_exp.config.schema import (
     Modulation,
     WarmStart,
     apply_evaluation_limits,
+    final_steps,
     max_context,
     to_dict,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "conf_root",
     "config_roots",
     "diff",
+    "final_steps",
     "from_dict",
     "instantiate",
     "list_choices",

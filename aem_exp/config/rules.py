@@ -8,7 +8,7 @@ from typing import Final
 from aem_exp.config.launch_rules import check_fsdp, check_launch, check_servers
 from aem_exp.config.model_path import GGUF, wheel_file
 from aem_exp.config.prompts import check_prompts
-from aem_exp.config.schema import Experiment, Modulation
+from aem_exp.config.schema import Experiment, Modulation, final_steps
 from aem_exp.config.trainer_keys import ROW_MEAN_LOSSES
 from aem_exp.core.errors import ConfigError, format_value, redact
 
@@ -234,8 +234,15 @@ def _check_evaluation(e: Experiment) -> None:
         raise ConfigError(
             "evaluation.final",
             e.evaluation.final,
-            "must differ from evaluation.panel, because it is played only once, at the end",
+            "must differ from evaluation.panel, because it is played only at the end",
         )
+    if e.evaluation.average == 1 and e.evaluation.average_every > 1:
+        raise ConfigError(
+            "evaluation.average_every", e.evaluation.average_every, "has no effect without evaluation.average above 1"
+        )
+    if e.evaluation.average > 1 and (first := final_steps(e)[0]) <= e.parent_steps:
+        remedy = f"would begin at step {first}; with trainer.steps={e.trainer.steps}, evaluate less often"
+        raise ConfigError("evaluation.average", e.evaluation.average, remedy)
 
 
 def rows_per_update(e: Experiment) -> int:

@@ -171,7 +171,12 @@ class Evaluation:
     panel: str = "dev"
     """Panel that is evaluated before, during and after training. Tuning uses only this panel."""
     final: str = "test"
-    """Panel that is evaluated once, at the end. Must differ from `panel`."""
+    """Panel that is evaluated at the end. Must differ from `panel`."""
+    average: PositiveInt = 1
+    """Number of evaluations on `final`, of which the last one is after the last step; the result is their mean. A mean over
+    several steps varies less between runs than one evaluation."""
+    average_every: PositiveInt = 1
+    """Steps between these evaluations. No effect if `average` is 1."""
     every: NonNegativeInt = 0
     """Steps between evaluations on `panel`. 0: only before and after training."""
     repeats: PositiveInt = 1
@@ -296,6 +301,12 @@ def apply_evaluation_limits(experiment: Experiment) -> Experiment:
 def max_context(experiment: Experiment) -> int:
     """Maximum number of tokens of a row, in training or in evaluation."""
     return max(experiment.env.context_tokens, experiment.evaluation.context_tokens)
+
+
+def final_steps(experiment: Experiment) -> list[int]:
+    """The steps after which the final panel is evaluated."""
+    last, settings = experiment.trainer.steps, experiment.evaluation
+    return [last - i * settings.average_every for i in reversed(range(settings.average))]
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _difference(cell: ArmCell, reference: ArmCell, measure: str, comparisons: in
     }
     if (cell.done and not one) or (reference.done and not other):
         return Difference(**fields, refusal="not measured")
-    if refusal := _refusal_reason(cell, reference) or compare.no_interval_reason(one, other):
+    if refusal := refusal_reason([cell, reference]) or compare.no_interval_reason(one, other):
         return Difference(**fields, refusal=refusal)
     interval = compare.welch_interval(one, other, comparisons)
     return Difference(
@@ -172,11 +172,10 @@ def _interval_on_new_tasks(cell: ArmCell, reference: ArmCell, comparisons: int) 
     return compare.new_tasks_interval(one, other, comparisons) if len(one[0]) > 1 else None
 
 
-def _refusal_reason(cell: ArmCell, reference: ArmCell) -> str | None:
-    """The reason that two cells cannot be compared, or None."""
-    both = [*cell.done, *reference.done]
+def refusal_reason(cells: Sequence[ArmCell]) -> str | None:
+    """The reason that cells cannot be compared, or None."""
     for name, read in MUST_MATCH.items():
-        if len(values := {read(archive) for archive in both} - {None}) > 1:
+        if len(values := {read(archive) for cell in cells for archive in cell.done} - {None}) > 1:
             return f"{name} differ: {', '.join(sorted(map(str, values)))}"
     return None
 
@@ -268,7 +267,7 @@ def compare_overall(cells: Sequence[ArmCell], pairs: Sequence[Pair]) -> list[Ove
         ]
         runs = [archive.run for pair in both for cell in pair for archive in cell.done]
         scores = [
-            (one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in both if not _refusal_reason(one, other)
+            (one.scores(SUCCESS), other.scores(SUCCESS)) for one, other in both if not refusal_reason([one, other])
         ]
         if compare.has_enough_cells(scores) and len(scores) == len(both) and len(set(runs)) == len(runs):
             one, other = ([pair[i] for pair in scores] for i in (0, 1))

@@ -21,6 +21,7 @@ from aem_exp.rundir import EXPERIMENT
 if TYPE_CHECKING:
     from aem_exp.cluster.run_state import RunState
     from aem_exp.report.analysis import ArmCell, Difference
+    from aem_exp.report.contrasts import ContrastResult
     from aem_exp.report.sections import SweepDescription
     from aem_exp.rundir.archive import Archive
     from aem_exp.sweep.cells import Sweep
@@ -76,7 +77,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
             f"is a study, which has trials instead of arms; see python -m aem_exp.sweep {shlex.quote(arguments.sweep)}"
         )
         raise ConfigError("sweep", sweep.name, remedy)
-    from aem_exp.report import analysis, render, sections
+    from aem_exp.report import analysis, contrasts, render, sections
 
     archives, source = _load_archives(sweep, arguments.archives)
     cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, arguments.csv)]
@@ -88,14 +89,17 @@ def _run_command(arguments: argparse.Namespace) -> int:
     written = _write_archives(archives.values(), arguments.archive) if arguments.archive else []
     design = _describe_sweep(sweep, cells, source)
     differences = analysis.differences(cells, design.families)
+    computed = contrasts.compute_contrasts(cells, sweep.contrasts)
     if arguments.json:
-        print(json.dumps(nonfinite_to_none([asdict(d) | {"verdict": d.verdict} for d in differences]), indent=1))
+        listed = [asdict(c) | {"verdict": c.verdict} for c in computed]
+        listed += [asdict(d) | {"verdict": d.verdict} for d in differences]
+        print(json.dumps(nonfinite_to_none(listed), indent=1))
         return 0
     published = sweep.file.parent / PUBLISHED if sweep.file else None
-    report = sections.build_report(design, cells, differences, published)
+    report = sections.build_report(design, cells, differences, published, computed)
     folder = (arguments.out or sweep.cells[0].folder.parent / "reports" / sweep.name).expanduser().absolute()
     files = render.write(report, folder, analysis.curve_rows(cells))
-    _show_summary(differences, cells)
+    _show_summary(differences, cells, computed)
     tracked = _log_to_mlflow(sweep, folder, files, arguments)
     for heading, text in [("from", source), *written, ("report", str(folder)), *tracked, ("open", files[0].as_uri())]:
         print(f"{heading:<7} {text}")
@@ -214,7 +218,9 @@ def _describe_sweep(sweep: "Sweep", cells: "Sequence[ArmCell]", source: str) -> 
     )
 
 
-def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]") -> None:
+def _show_summary(
+    differences: "Sequence[Difference]", cells: "Sequence[ArmCell]", computed: "Sequence[ContrastResult]"
+) -> None:
     """Print scores and verdicts to the terminal."""
     from aem_exp.core.console import make_console, make_table
     from aem_exp.report import analysis
@@ -222,6 +228,10 @@ def _show_summary(differences: "Sequence[Difference]", cells: "Sequence[ArmCell]
     console = make_console()
     console.print(make_table(("arm", "runs", "success"), _score_rows(cells), left=("arm", "runs")))
     console.print()
+    if computed:
+        headings = ("contrast in success", "points", "95 %", "verdict")
+        console.print(make_table(headings, _contrast_rows(computed), left=("contrast in success", "95 %", "verdict")))
+        console.print()
     headings = ("difference in success", "points", "simultaneous 95 %", "verdict")
     left = [heading for heading in headings if heading != "points"]
     console.print(make_table(headings, _verdict_rows(differences), left=left))
@@ -255,6 +265,20 @@ def _verdict_rows(differences: "Sequence[Difference]") -> list[tuple[str, ...]]:
             d.verdict.partition(";")[0],
         )
         for d in differences
+    ]
+
+
+def _contrast_rows(computed: "Sequence[ContrastResult]") -> list[tuple[str, ...]]:
+    from aem_exp.report import sections
+
+    return [
+        (
+            f"{c.name} ({'primary' if c.primary else 'exploratory'})",
+            sections.format_points(c.interval.difference, True) if c.interval else "-",
+            sections.format_interval(c.interval),
+            c.verdict.partition(";")[0],
+        )
+        for c in computed
     ]
 
 

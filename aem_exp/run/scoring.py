@@ -1,11 +1,14 @@
 """Scores the policy of a run on held-out tasks, and builds the result of the run."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from aem_exp import config, provenance, warm_start
+from aem_exp.cluster import distributed
+from aem_exp.core import disk
 from aem_exp.core.errors import RunError
 from aem_exp.envs import panel
 from aem_exp.envs.panel import Panel
@@ -14,7 +17,8 @@ from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.run.context import RunContext
 from aem_exp.run.recorder import count_crashed
-from aem_exp.stats.scores import Score
+from aem_exp.rundir import FINAL_SCORES
+from aem_exp.stats.scores import Score, average_scores
 
 if TYPE_CHECKING:
     from aem_exp.training.step_counter import StepCounter
@@ -58,10 +62,33 @@ def score_run_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
     return score
 
 
+class FinalScores:
+    """The scores on the final panel after the last steps. They are on disk until the run ends, so that a resumed run has them."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.file, self.steps = context.folder / FINAL_SCORES, config.final_steps(context.experiment)
+        self._scores: dict[int, Score] = {}
+        if self.file.exists():
+            self._scores = {int(step): Score(**score) for step, score in disk.read_json(self.file).items()}
+
+    def add(self, step: int, score: Score) -> None:
+        self._scores[step] = score
+        if len(self.steps) > 1 and distributed.is_main_process():
+            disk.write_atomically(self.file, json.dumps({step: asdict(s) for step, s in self._scores.items()}) + "\n")
+
+    def read(self) -> dict[int, Score]:
+        """The score after each of the last steps."""
+        return {step: self._scores[step] for step in self.steps}
+
+
 def build_result(
-    context: RunContext, time: "StepCounter", before: Mapping[str, Any], after: Score, final: Score
+    context: RunContext, time: "StepCounter", before: Mapping[str, Any], after: Score, finals: Mapping[int, Score]
 ) -> dict[str, Any]:
-    """Build the content of `result.json`, or of `diverged.json` if the run diverged."""
+    """Build the content of `result.json`, or of `diverged.json` if the run diverged.
+
+    Args:
+        finals: the score on the final panel after each step whose mean is the result.
+    """
     return {
         "experiment": context.experiment.name,
         "signature": config.signature(context.experiment),
@@ -69,12 +96,22 @@ def build_result(
         "updates": time.updates,
         "before": before,
         "after": asdict(after),
-        "final": asdict(final),
-        "checkpoint_rule": "last step",
+        "final": asdict(average_scores(list(finals.values()))),
+        **_checkpoint_rule(list(finals)),
         "crashed_in_training": count_crashed(context.folder),
         "fingerprint": context.world.fingerprint,
         "packages": provenance.read(context.folder)["packages"],
         **_warm_start_facts(context),
+    }
+
+
+def _checkpoint_rule(steps: list[int]) -> dict[str, Any]:
+    if len(steps) == 1:
+        return {"checkpoint_rule": "last step"}
+    distance = steps[-1] - steps[-2]
+    return {
+        "checkpoint_rule": f"mean over the last {len(steps)} evaluations, {distance} steps apart",
+        "final_steps": steps,
     }
 
 

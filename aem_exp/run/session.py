@@ -87,6 +87,7 @@ class RunSession:
         self.time = StepCounter(experiment.trainer.steps, start.step, experiment.parent_steps, updates)
         self.before: dict[str, Any] = {}
         self.scores: dict[str, Score] = {}
+        self.final_scores = scoring.FinalScores(context)
         self.trainer = self._build_trainer(publish)
 
     def train_and_score(self) -> dict[str, Any]:
@@ -104,10 +105,11 @@ class RunSession:
                 self._score_diverged(error)
             raise
         after = self.scores.get(settings.panel) or self._evaluate_panel(settings.panel, recorded=True)
-        final = self._evaluate_panel(settings.final)
+        final = self._evaluate_final()
         self._log_step(self.time.step, final.metrics("test/"))
         self._save_model()
-        result = scoring.build_result(self.context, self.time, self.before, after, final)
+        finals = self.final_scores.read()
+        result = scoring.build_result(self.context, self.time, self.before, after, finals)
         return result | {"resumed": self.context.start.changes}
 
     # Training.
@@ -122,6 +124,8 @@ class RunSession:
             self._log_step,
             lambda: self._evaluate_panel(experiment.evaluation.panel).metrics("eval/"),
             experiment.evaluation.every,
+            lambda: self._evaluate_final().metrics("test/"),
+            config.final_steps(experiment)[:-1],  # after the last step, with the policy that is saved
             experiment.launch.save_every,
             lambda: self.recorder.is_enough or self.signals.received is not None,
             self._score_before_training,
@@ -205,6 +209,12 @@ class RunSession:
         self.scores[split] = score = scoring.score_run_panel(panel, played)
         return score
 
+    def _evaluate_final(self) -> Score:
+        """Score the policy on the final panel, and keep the score for the mean over the last steps."""
+        score = self._evaluate_panel(self.context.experiment.evaluation.final)
+        self.final_scores.add(self.time.step, score)
+        return score
+
     def _score_diverged(self, reason: RunError) -> None:
         """Score the weights of the last finite update. A comparison without the runs that diverged would favour their arm."""
         log.warning("%s; evaluating the policy with the weights of the last finite update", reason)
@@ -213,7 +223,7 @@ class RunSession:
             file.unlink(missing_ok=True)
         try:
             after, final = self._evaluate_panel(settings.panel), self._evaluate_panel(settings.final)
-            result = scoring.build_result(self.context, self.time, self.before, after, final)
+            result = scoring.build_result(self.context, self.time, self.before, after, {self.time.step: final})
         except Exception as error:  # weights that diverged can fail in any way; the caller raises the first error
             log.warning("the policy cannot be evaluated: %s", error)
             return

@@ -73,8 +73,10 @@ def _score_table(result: dict[str, Any], repeats: int) -> "RenderableType":
     scores = [(result.get("before"), after), (None, final if final != after else None)]
     for before, then in scores:
         if (score := then or before) is not None:
-            tasks = score["episodes"] // repeats
+            evaluations = len(result.get("final_steps", [0])) if score is final else 1
+            tasks = score["episodes"] // repeats // evaluations
             name = score["panel"] + ("" if repeats == 1 else f" ({repeats} episodes each)")
+            name += f", mean of {evaluations} evaluations" if evaluations > 1 else ""
             rows.append((name, str(tasks), _format_success(before, tasks), _format_success(then, tasks)))
             if score.get("score") is not None:
                 rows.append(("  score", "", *(f"{s['score']:.1%}" if s else "-" for s in (before, then))))

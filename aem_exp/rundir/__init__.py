@@ -11,6 +11,7 @@ from typing import Final
 EXPERIMENT: Final = "experiment.json"  # written first; with this file, a run can start and resume
 BEFORE: Final = "before.json"  # score of the policy before the first step
 DIVERGED: Final = "diverged.json"  # score of a run that diverged; such a run has no result.json
+FINAL_SCORES: Final = "final_scores.json"  # scores on the final panel after the last steps, if the result is their mean
 RESULT: Final = "result.json"  # written last; with this file, a run is finished
 PROVENANCE: Final = "provenance.json"
 EVALUATIONS: Final = "evaluations"  # one folder per evaluation, each with its own result.json

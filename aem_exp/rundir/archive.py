@@ -119,9 +119,9 @@ def _read_json_if_present(file: Path) -> dict[str, Any]:
 
 
 def _read_final_episodes(folder: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Read the episodes of the last evaluation on the final panel."""
+    """Read the episodes of the evaluations on the final panel whose mean is the result."""
     columns = ["split", "step", "task", "kind", "won", "score", "ended", "draw", "member"]
-    chosen = [("split", "==", result["final"]["panel"]), ("step", "==", result["steps"])]
+    chosen = [("split", "==", result["final"]["panel"]), ("step", "in", result.get("final_steps", [result["steps"]]))]
     rows = episodes.read(folder / episodes.FILE, columns=columns, filters=chosen).to_pylist()
     return rows[-int(result["final"]["episodes"]) :]
 

@@ -104,6 +104,19 @@ def paired_interval(one_T: Any, other_T: Any) -> Interval:
     return _satterthwaite_interval(difference_T.mean(), [(difference_T.var(ddof=1) / tasks, tasks - 1)], [], 1)
 
 
+def one_sample_interval(value_N: Sequence[float]) -> Interval:
+    """The mean of one value per block and its interval over blocks (Student's t). Its ends are NaN if all values are equal."""
+    values = np.asarray(value_N, float)
+    if np.ptp(values) == 0:
+        return Interval(values.mean(), math.nan, math.nan, math.nan, len(values) - 1)
+    return _satterthwaite_interval(values.mean(), [(values.var(ddof=1) / len(values), len(values) - 1)], [], 1)
+
+
+def sample_sd(value_N: Sequence[float]) -> float:
+    """Sample standard deviation; NaN for fewer than two values."""
+    return float(np.std(value_N, ddof=1)) if len(value_N) > 1 else math.nan
+
+
 def _residual_mean_square(x_NT: FloatArray) -> FloatArray:
     """Mean square of the residual, which neither run nor task explains."""
     runs, tasks = x_NT.shape[-2:]

@@ -6,7 +6,7 @@ Pure functions. An unknown value is None, never 0.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -89,6 +89,26 @@ def summarize_outcomes(panel: str, panel_hash: str, outcomes: Sequence[Outcome])
         else None,
         habits={name: _mean_habit(name, outcomes) for name in sorted({name for o in outcomes for name in o.habits})},
     )
+
+
+def average_scores(scores: Sequence[Score]) -> Score:
+    """The mean of the scores of several evaluations on the same panel; episodes and crashes are summed."""
+    if len(scores) == 1:
+        return scores[0]
+    assert len({(s.panel_hash, s.episodes) for s in scores}) == 1, "the evaluations must be on the same panel"
+    names = ("success", "returns", "turns", "tokens", "invalid_share", "response_entropy", "score")
+    means: dict[str, Any] = {"episodes": sum(s.episodes for s in scores), "crashed": sum(s.crashed for s in scores)}
+    means |= {name: _mean_if_known([getattr(s, name) for s in scores]) for name in names}
+    for name in ("by_kind", "habits"):
+        keys = {key for s in scores for key in getattr(s, name)}
+        tables = [getattr(s, name) for s in scores]
+        means[name] = {key: _mean_if_known([table[key] for table in tables if key in table]) for key in sorted(keys)}
+    return replace(scores[0], **means)
+
+
+def _mean_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _finite_mean(known) if known else None
 
 
 def _mean_habit(name: str, outcomes: Sequence[Outcome]) -> float:

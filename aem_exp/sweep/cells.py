@@ -1,7 +1,7 @@
 """Turns the arms, points and seeds of a sweep into cells. Each cell is one resolved experiment; no two cells are the same."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,6 +10,7 @@ from aem_exp import config
 from aem_exp.config import rules
 from aem_exp.core.errors import ConfigError
 from aem_exp.core.typed import NonNegativeInt, convert
+from aem_exp.sweep.contrasts import Contrast, parse_contrasts
 
 if TYPE_CHECKING:
     from aem_exp.config.compose import Composer
@@ -73,6 +74,8 @@ class Sweep:
     cells: tuple[SweepCell, ...]
     pairs: tuple[tuple[str, str], ...]
     """The declared comparisons: (arm, reference arm)."""
+    contrasts: tuple[Contrast, ...] = ()
+    """The declared contrasts; the first one is the primary hypothesis."""
     search: Mapping[str, Any] | None = None
     """The `search:` block of a study; see `study_spec`."""
     config_dir: Path | None = None
@@ -95,6 +98,7 @@ class SweepSpec:
     overrides: list[str]
     search: Mapping[str, Any] | None = None
     pairs: Sequence[str] = ()
+    contrasts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_single_values(at: str, words: Iterable[str], composer: "Composer") -> None:
@@ -161,6 +165,7 @@ def build_sweep(spec: SweepSpec, composer: "Composer") -> Sweep:
         seeds=seeds,
         cells=tuple(cells.values()),
         pairs=_parse_pairs(spec),
+        contrasts=parse_contrasts(spec.name, spec.contrasts, labels),
         search=spec.search,
     )
 

@@ -71,19 +71,32 @@ def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
     from aem_exp.stats import power
 
     evaluation, seeds = sweep.cells[0].experiment.evaluation, len(sweep.seeds)
-    if not sweep.pairs:
+    if not sweep.pairs and not sweep.contrasts:
         return []
     if seeds < 2:
         return [("power", "none: one seed per arm cannot show a difference")]
     tasks = evaluation.tasks or _count_final_tasks(sweep.cells[0])
     if tasks is None:
         return []
+    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
+    if sweep.contrasts:
+        primary = sweep.contrasts[0]
+        weights = list(primary.weights.values())
+        points = [
+            power.planned_contrast_points(seeds, tasks, evaluation.repeats * evaluation.average, weights, sd)
+            for sd in power.SEED_SDS
+        ]
+        detectable = " and ".join(f"{value:.1f}" for value in points)
+        text = (
+            f"primary contrast ({primary.name}): {seeds} seeds x {tasks} tasks detect {detectable} points "
+            f"(80 % power, if the standard deviation over seeds is {spread} points and the runs of a seed are independent)"
+        )
+        return [("power", text)]
     comparisons = len(sweep.pairs) * len(sweep.points)
     points = [
         power.planned_detectable_points(seeds, tasks, evaluation.repeats, sd, comparisons=comparisons)
         for sd in power.SEED_SDS
     ]
-    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
     detectable = " and ".join(f"{value:.0f}" for value in points)
     text = (
         f"{seeds} seeds x {tasks} tasks detect differences of {detectable} points "

@@ -9,6 +9,8 @@ is the reference. A *point* is one combination of the values of a product. Overr
       none: modulation=none
       aem: modulation=aem
     pairs: [aem none]                                    # optional: compared arms; default: each arm with the first
+    contrasts:                                           # optional: weighted sums of arms or cells; the first one is primary
+      AEM over all baselines: {aem: 1, none: -1}
     products:                                            # optional
       - baseline=grpo,rloo
     seeds: 0,1,2                                         # or range(0,3)
@@ -82,6 +84,7 @@ def load(file_or_name: str | Path, overrides: Sequence[str] = (), config_dir: st
             overrides=typed,
             search=data.get("search"),
             pairs=data.get("pairs", ()),
+            contrasts=data.get("contrasts", {}),
         ),
         composer,
     )

@@ -13,12 +13,13 @@ from aem_exp.config import rules, safe_yaml
 from aem_exp.core import cli
 from aem_exp.core.errors import ConfigError, unknown_key_error
 
-KEYS: Final = ("question", "base", "arms", "pairs", "products", "search", "seeds", "launch", "config_dir")
+KEYS: Final = ("question", "base", "arms", "pairs", "contrasts", "products", "search", "seeds", "launch", "config_dir")
 KINDS: Final[Mapping[str, tuple[type, str]]] = {  # key -> its type, and a description of it
     "question": (str, "a sentence"),
     "products": (list, "a list with one product per item"),
     "pairs": (list, "a list with two arms per item, such as [aem none, aem shuffled]"),
     "arms": (dict, "a mapping from name to overrides"),
+    "contrasts": (dict, "a mapping from name to weights, such as {aem: 1, none: -1}"),
     "search": (dict, "a mapping with the keys space and trials"),
     "config_dir": (str, "a folder, relative to this file"),
 }
@@ -107,7 +108,12 @@ def _check_keys(name: str, data: dict[str, Any]) -> None:
             raise unknown_key_error(f"{name}.{key}", value, KEYS)
     if "search" in data:
         data.setdefault("arms", {"base": None})
-    for key in ("question", "arms", "seeds", *(key for key in ("pairs", "products", "search") if key in data)):
+    for key in (
+        "question",
+        "arms",
+        "seeds",
+        *(key for key in ("pairs", "contrasts", "products", "search") if key in data),
+    ):
         if data.get(key) in (None, "", [], {}):
             raise ConfigError(f"{name}.{key}", data.get(key), "must not be empty")
     for key, (kind, words) in KINDS.items():

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class AEMCallback(TrainerCallback):
         report: receives the number of finished steps and the metrics of the last one, on the first rank.
         evaluate: returns metrics on the dev panel; called every `evaluate_every` steps and after the last step.
         evaluate_every: in steps; 0: only after the last step.
+        evaluate_final: returns metrics on the final panel; called after each of `final_steps`.
         save_every: steps between checkpoints; 0: only at the end.
         should_stop: called at the end of a step; if it is true on any rank, all ranks save and stop.
         begin: called once, before the first step.
@@ -45,6 +46,8 @@ class AEMCallback(TrainerCallback):
         report: Callable[[int, dict[str, float]], None] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         evaluate_every: int = 0,
+        evaluate_final: Callable[[], dict[str, float]] | None = None,
+        final_steps: Collection[int] = (),
         save_every: int = 0,
         should_stop: Callable[[], bool] | None = None,
         begin: Callable[[], None] | None = None,
@@ -53,6 +56,7 @@ class AEMCallback(TrainerCallback):
         self.time, self.schedule, self.gate = time, schedule, gate
         self.report, self.evaluate = report, evaluate
         self.evaluate_every, self.save_every = evaluate_every, save_every
+        self.evaluate_final, self.final_steps = evaluate_final, final_steps
         self.metrics: dict[str, float] = {}
 
     @property
@@ -70,6 +74,8 @@ class AEMCallback(TrainerCallback):
         self.time.step += 1
         if self.evaluate and (self.time.is_finished or self._is_due(self.evaluate_every)):
             self.metrics |= self.evaluate()
+        if self.evaluate_final and self.time.step in self.final_steps:
+            self.metrics |= self.evaluate_final()
         control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

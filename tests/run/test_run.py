@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.runs import (
     DEADLINE,
+    SCORED_RUN,
     SMALL_RUN,
     find_run_dir,
     read_metrics,
@@ -316,3 +317,36 @@ def test_run_survives_a_disk_that_fills_up(cache, small_disk, unbroken):
     done = run_command(cache, small_disk, *SMALL_RUN)
     assert done.returncode == 0, done.stderr
     assert read_metrics(find_run_dir(small_disk)) == read_metrics(unbroken[0])
+
+
+@pytest.mark.slow
+def test_result_is_the_mean_over_the_last_evaluations(cache, tmp_path, monkeypatch):
+    """A run that stops between these evaluations, and is resumed, has the same result."""
+    from aem_exp import config
+    from aem_exp.cluster.signals import Interrupted
+    from aem_exp.run import execution
+    from aem_exp.rundir import archive
+
+    monkeypatch.setenv("AEM_CACHE", str(cache))
+    words = [*SCORED_RUN, "trainer.steps=5", "evaluation.tasks=8", "evaluation.average=2", "evaluation.average_every=2"]
+    folders = []
+    for name, stop_at in (("whole", None), ("stopped", 4)):
+        experiment = config.load([*words, f"outputs={tmp_path / name}"])
+
+        def stop(step, steps, row, at=stop_at):
+            if step == at:
+                signal.raise_signal(signal.SIGTERM)
+
+        if stop_at:
+            with pytest.raises(Interrupted):
+                execution.run(experiment, stop)
+        folders.append(execution.run(experiment))
+    whole, stopped = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    assert whole["final_steps"] == [3, 5] and whole["final"]["episodes"] == 16
+    assert whole["checkpoint_rule"] == "mean over the last 2 evaluations, 2 steps apart"
+    rows = {row["step"]: row["test/success"] for row in read_metrics(folders[0]) if "test/success" in row}
+    assert set(rows) == {3, 5} and whole["final"]["success"] == pytest.approx(sum(rows.values()) / 2)
+    assert stopped == whole | {"experiment": stopped["experiment"]}
+    kept = archive.from_run_dir(folders[1], "done")
+    assert [len(repeats) for repeats in kept.tasks["success"]] == [2] * 8
+    assert sum(kept.success) / 8 == pytest.approx(whole["final"]["success"])

@@ -63,7 +63,8 @@ def test_ablations_and_main_are_complete():
     for name in ("ablations", "household_ablations"):
         causal = load(name.replace("ablations", "causal"), ["seed=0"]).arms
         assert set(causal) - {"aem", "none"} == {"raising", "lowering"}
-        assert {*load(name, ["seed=0"]).arms, *causal} == set(GROUPS["modulation"])
+        controls = load(name.replace("ablations", "controls"), ["seed=0"]).arms
+        assert {*load(name, ["seed=0"]).arms, *causal, *controls} == set(GROUPS["modulation"])
     main = {
         (e.env.name, e.model.name, e.baseline.name, e.modulation.name)
         for e in (cell.experiment for cell in load("main", ["seed=0"]).cells)
@@ -299,6 +300,11 @@ BAD = [
     (SMALL.replace("seeds: 0,1", "seeds: 0,-1"), "mine: none seed=-1: seed=-1:", "at least 0"),
     (SMALL.replace("seeds: 0,1", "seeds: one"), "mine: none seed=one: seed=one:"),
     (SMALL + "pairs: []\n", "mine.pairs=[]:"),
+    (SMALL + "contrasts: [aem]\n", "mine.contrasts=", "mapping"),
+    (SMALL + "contrasts: {gain: aem}\n", "mine.contrasts.gain=aem:", "such as {aem: 1, none: -1}"),
+    (SMALL + "contrasts: {gain: {aem: 1, non: -1}}\n", "mine.contrasts.gain=non: did you mean none?"),
+    (SMALL + "contrasts: {gain: {aem: one, none: -1}}\n", "mine.contrasts.gain.aem=one: must be a number"),
+    (SMALL + "contrasts: {gain: {aem: 1, none: -0.5}}\n", "mine.contrasts.gain=a sum of 0.5: ", "sum to 0"),
     (SMALL + "pairs: [none]\n", "mine.pairs=none:"),
     (SMALL + "pairs: [aem aem]\n", "mine.pairs=aem aem:"),
     (SMALL + "pairs: [aem non]\n", "mine.pairs=non: did you mean none?"),

@@ -40,6 +40,7 @@ class HouseholdTalk(Household):
         object_types: types of objects in rooms; null: all.
         reward: paid once, on success.
         sizes: tasks per split.
+        panel_seed: draws other tasks for the panels of held-out tasks.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HouseholdTalk(Household):
         object_types: Sequence[str] | None = None,
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
+        panel_seed: int = 0,
     ) -> None:
         for kind in receptacle_types or ():
             if kind not in SURFACES:
@@ -67,6 +69,7 @@ class HouseholdTalk(Household):
             object_types=object_types or OBJECTS,
             reward=reward,
             sizes=sizes,
+            panel_seed=panel_seed,
         )
         if phrasings not in PHRASINGS:
             raise ConfigError("env.make.phrasings", phrasings, choices=[str(number) for number in PHRASINGS])

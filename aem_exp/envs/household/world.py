@@ -29,6 +29,8 @@ from aem_exp.envs.household.rules import (
     kind_of,
 )
 
+PANEL_DISTANCE = 10**6  # indices between the panels of two seeds; also their maximum size
+
 
 class Household:
     """Rooms and household tasks. The arguments decide the difficulty.
@@ -44,6 +46,7 @@ class Household:
         tags: responses must be `<think>..</think><action>..</action>`; otherwise the whole response is the action.
         reward: paid once, on success.
         sizes: tasks per split.
+        panel_seed: draws other tasks for the panels of held-out tasks, such as for a sweep that confirms an earlier one.
     """
 
     splits = tuple(SPLITS)
@@ -60,6 +63,7 @@ class Household:
         tags: bool = False,
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
+        panel_seed: int = 0,
     ) -> None:
         self.kinds = list(kinds)
         self.receptacles, self.openable, self.copies, self.objects = receptacles, openable, copies, objects
@@ -70,13 +74,15 @@ class Household:
         digest = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
         self.fingerprint = f"household-{RULES_VERSION}-{digest}"
         self.sizes = split_sizes({"train": 4096, "dev": 128, "test": 128}, sizes)
+        self.panel_seed = panel_seed
         self._check_settings()
         self.goals = {split: self._select_goals(split) for split in SPLITS}
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in SPLITS:
             raise ConfigError("split", split, choices=list(SPLITS))
-        return LazyTasks(self.sizes[split], lambda index: self._draw_task(split, index))
+        first = 0 if split == "train" else self.panel_seed * PANEL_DISTANCE
+        return LazyTasks(self.sizes[split], lambda index: self._draw_task(split, first + index))
 
     def env(self) -> HouseholdEnv:
         return HouseholdEnv(tags=self.tags, reward=self.reward)
@@ -167,6 +173,7 @@ class Household:
         limits = {
             "receptacles": (self.receptacles, 3, openable + surfaces),
             "openable": (self.openable, max(0, self.receptacles - surfaces), min(openable, self.receptacles)),
+            "panel_seed": (self.panel_seed, 0, PANEL_DISTANCE),
             "objects": (self.objects, 2 if "pick_two_obj_and_place" in self.kinds else 1, 99),
         }
         for field, (number, least, most) in limits.items():

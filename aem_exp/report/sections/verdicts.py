@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from aem_exp.report import analysis, figures
 from aem_exp.report.analysis import SUCCESS, ArmCell, Difference, Pair, mean
+from aem_exp.report.contrasts import ContrastResult
 from aem_exp.report.render import Block, Figure, Section, Table, Text
 from aem_exp.report.sections.design import SweepDescription
 from aem_exp.report.sections.formats import drop_empty_column, format_interval, format_points
@@ -108,10 +109,38 @@ def _problem_table(problems: Sequence[tuple[str, str, int, str]]) -> Table:
     return drop_empty_column(Table(title, ("point", "arm", "seeds", "problem"), rows, note))
 
 
-def differences_section(sweep: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference]) -> Section:
+def contrasts_section(contrasts: Sequence[ContrastResult]) -> Section:
+    columns = ("contrast", "role", "weights", "seeds", "value", "95 % interval", "verdict", "detectable")
+    rows = [
+        (
+            c.name,
+            "primary" if c.primary else "exploratory",
+            " ".join(f"{weight:+.3g} {group}" for group, weight in c.weights.items()),
+            f"{len(c.seeds)} of {len(c.seeds) + len(c.missing)}",
+            format_points(c.interval.difference, True) if c.interval else "-",
+            format_interval(c.interval),
+            c.verdict,
+            format_points(c.detectable),
+        )
+        for c in contrasts
+    ]
+    note = (
+        "Points of success. A contrast is a weighted sum of cells within each seed; the interval is Student's t over seeds. So "
+        "runs of a seed may share their warm start. Only the primary contrast was declared as the hypothesis of this sweep; its "
+        "level is 5 %. Intervals of exploratory contrasts are not corrected for their number. detectable: the contrast that "
+        "seeds with this spread detect with 80 % power."
+    )
+    return Section("Declared contrasts", [Table("Contrasts in success", columns, rows, note)])
+
+
+def differences_section(
+    sweep: SweepDescription, cells: Sequence[ArmCell], primary: Sequence[Difference], exploratory: bool = False
+) -> Section:
     if not primary:
         return Section("Differences and verdicts", [Text("The sweep has one arm, so there is no comparison.")])
     blocks: list[Block] = []
+    if exploratory:
+        blocks.append(Text("The hypothesis of this sweep is its primary contrast. All differences are exploratory."))
     if picture := figures.forest_plot(primary):
         blocks.append(Figure("Differences in success, with simultaneous 95 % intervals", picture))
     blocks.append(verdict_table(primary))
