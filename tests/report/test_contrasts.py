@@ -53,9 +53,7 @@ def test_weights_of_an_arm_are_divided_among_its_points(tmp_path):
     pooled, interaction = question.load(file).contrasts
     assert pooled.weights == {"aem/grpo": 0.5, "aem/rloo": 0.5, "none/grpo": -0.5, "none/rloo": -0.5}
     assert sum(interaction.weights.values()) == 0 and len(interaction.weights) == 4
-    (one_point := tmp_path / "one.yaml").write_text(
-        SWEEP.replace("grpo,rloo", "grpo").split("  inter")[0] + "seeds: 0"
-    )
+    (one_point := tmp_path / "one.yaml").write_text(SWEEP.replace("grpo,rloo", "grpo").split("  inter")[0] + "seeds: 0")
     assert question.load(one_point).contrasts[0].weights == {"aem": 1, "none": -1}
 
 
