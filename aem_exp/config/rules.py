@@ -189,6 +189,9 @@ def _check_resampling(e: Experiment) -> None:
     for key, count in (("rounds", e.trainer.rounds), ("oversample", e.trainer.oversample)):
         if count > 1 and not e.trainer.drop_equal:
             raise ConfigError(f"trainer.{key}", count, "has no effect without trainer.drop_equal=true")
+    if e.trainer.keep_variance is not None and e.trainer.drop_equal:
+        remedy = "drops groups with equal returns too; set trainer.drop_equal=false, trainer.rounds=1 and trainer.oversample=1"
+        raise ConfigError("trainer.keep_variance", e.trainer.keep_variance, remedy)
 
 
 def _check_loss(e: Experiment) -> None:

@@ -42,6 +42,9 @@ class StepSettings:
     further round. Above 1 needs `drop_equal`."""
     drop_equal: bool = False
     """Drop groups with equal returns, which have no advantage, from the step."""
+    keep_variance: Annotated[float, FRACTION] | None = None
+    """Keep only the groups with the largest standard deviations of returns, which together have this share of their sum
+    (RAGEN-2's filter), and multiply the loss by the share of kept groups. null: no filter. Not with `drop_equal`."""
     count_masked: bool = False
     """Count masked trajectories in the denominator of a loss that is a mean over rows. Needs `mask_truncated_completions` and a
     `loss_type` of grpo, sapo, luspo or dr_grpo."""

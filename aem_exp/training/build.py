@@ -37,6 +37,7 @@ def build_trainer(
                 groups=settings.tasks_per_step,
                 drop_equal=settings.drop_equal,
                 rounds=settings.rounds,
+                keep_variance=settings.keep_variance,
             ),
             credit_rules=CreditRules(
                 estimator=instantiate(experiment.baseline.advantage, partial=True),

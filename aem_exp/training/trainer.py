@@ -38,7 +38,7 @@ from aem_exp.rundir import checkpoints
 from aem_exp.training import fsdp, logprobs, updates
 from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, add_measurements, assign_credit
-from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, play_rounds
+from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, loss_scale, play_rounds
 from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
@@ -238,10 +238,12 @@ class AEMTrainer(GRPOTrainer):
                         batch["tool_mask"] = pack_masks(rows, micro, mask_NT.shape[1])
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
-        items_per_row = items / len(credit.rows)
+        items_per_row, scale = items / len(credit.rows), loss_scale(self.dynamic_sampling, credit)
         for update, update_batches in zip(plan, batches, strict=True):
             for batch in update_batches:
-                batch |= updates.compute_loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
+                batch |= updates.compute_loss_weights(
+                    batch["tool_mask"], update, ranks, self.loss_type, items_per_row, scale
+                )
         return credit, batches * self.update_settings.epochs
 
     def _score_micro_batch(

@@ -54,6 +54,7 @@ REFUSED = [  # overrides, the field of the error, and a fact that the error must
     ("launch.gpus_per_node=3 | launch.trainer.use_cpu=null", "launch", "trainer.group_size=8 = 64"),
     ("trainer.rounds=3", "trainer.rounds", "trainer.drop_equal=true"),
     ("trainer.oversample=2", "trainer.oversample", "trainer.drop_equal=true"),
+    ("trainer.keep_variance=0.9 | trainer.drop_equal=true", "trainer.keep_variance", "trainer.drop_equal=false"),
     ("trainer.importance_sampling_level=sequence", "trainer.importance_sampling_level", "modulation=none"),
     ("trainer.count_masked=true", "trainer.count_masked", "trainer.mask_truncated_completions=true"),
     ("trainer.loss_type=luspo", "trainer.loss_type", "trainer.importance_sampling_level=sequence"),
