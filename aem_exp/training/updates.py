@@ -197,6 +197,7 @@ def compute_loss_weights(
         Scalar tensors. `num_items_in_batch`: generated tokens of the update. `loss_weight`: multiplies the loss that TRL
         returns for the micro-batch. `bonus_weight`: multiplies the coefficient of the entropy bonus. TRL averages the bonus
         over the tokens of a micro-batch for every loss type, so `bonus_weight` replaces `loss_weight` by the token share.
+        `penalty_weight`: multiplies a sum over tokens to give the mean over the tokens of the update.
     """
     assert mask_NT.ndim == 2, mask_NT.shape
     token_share = mask_NT.sum().item() * ranks / max(1, update.tokens)
@@ -208,6 +209,7 @@ def compute_loss_weights(
     return {
         "num_items_in_batch": torch.tensor(float(update.tokens)),
         "loss_weight": torch.tensor(weight * scale),
+        "penalty_weight": torch.tensor(scale * ranks / max(1, update.tokens)),
         "bonus_weight": torch.tensor(token_share / weight if weight else 0.0),
     }
 
