@@ -1,7 +1,8 @@
 """Writes the pages that are generated: `python docs/generate`. A test fails where one of them is not current.
 
 `configuration.md` comes from `conf/` and from the types of the settings, whose docstrings stand below the fields.
-`reference/commands.md` comes from the `--help` of every command.
+`reference/commands.md` comes from the `--help` of every command. In `concepts.md`, only the tables between the comments
+`<!-- Table of conf/GROUP ... -->` and `<!-- End of the table -->` are generated.
 """
 
 import os
@@ -172,7 +173,18 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 }
 
 
+TABLE = re.compile(r"(<!-- Table of conf/(\w+)[^\n]* -->\n\n).*?(\n<!-- End of the table -->)", re.DOTALL)
+WITH_TABLES = ("concepts.md",)
+
+
+def fill_tables(page: str) -> str:
+    """Replace the tables of the groups of `conf/` in a page."""
+    return TABLE.sub(lambda found: found[1] + choice_table(found[2]) + found[3], page)
+
+
 def main(folder: Path) -> None:
+    for name in WITH_TABLES:
+        (folder / name).write_text(fill_tables((DOCS / name).read_text(encoding="utf-8")), encoding="utf-8")
     for name, (source, make) in PAGES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(MARK.format(source) + make(), encoding="utf-8")
