@@ -106,23 +106,28 @@ class TokenSelection:
         return out_NT
 
 
+def start_measurements(rules: TokenRules, credit: AssignedCredit, variant: ModulationVariant) -> ResponseMeasurements:
+    """Empty measurements of this rank: of each token, if the rules need them."""
+    return (ResponseMeasurements if rules == ALL_TOKENS else TokenMeasurements)(credit, variant)
+
+
 def select_tokens(
     rules: TokenRules,
-    measurements: TokenMeasurements,
+    measurements: ResponseMeasurements,
     sum_over_ranks: Callable[[Tensor], Tensor],
     rng: np.random.Generator,
 ) -> TokenSelection | None:
     """Select the tokens of a step.
 
     Args:
-        measurements: of this rank.
+        measurements: of this rank; see `start_measurements`.
         sum_over_ranks: adds up the values of all ranks.
         rng: chooses tokens for Clip-Cov; it must be seeded equally on all ranks.
 
     Returns:
         The selection, equal on all ranks. None if no token is treated differently.
     """
-    if rules == ALL_TOKENS:
+    if not isinstance(measurements, TokenMeasurements):
         return None
     weight_K, penalty_K = torch.ones(len(measurements.logp_K)), torch.zeros(len(measurements.logp_K))
     if rules.top_entropy < 1:

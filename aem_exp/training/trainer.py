@@ -45,10 +45,10 @@ from aem_exp.training.modulation import ModulationVariant, modulate_credit
 from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
 from aem_exp.training.token_selection import (
-    TokenMeasurements,
     TokenRules,
     penalty_loss,
     select_tokens,
+    start_measurements,
     without_first_penalty,
 )
 from aem_exp.training.updates import MicroBatch, UpdateSettings
@@ -225,7 +225,7 @@ class AEMTrainer(GRPOTrainer):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan_key = (self.args.seed, "updates", step)
         plan = updates.plan_step(assigned.rows, self.update_settings, plan_key, rank, ranks)
-        measurements = TokenMeasurements(assigned, self.variant)
+        measurements = start_measurements(self.token_rules, assigned, self.variant)
         with self.clock("scoring"):
             batches = [
                 [self._score_micro_batch(assigned, micro, measurements) for micro in update.micro_batches]
