@@ -9,16 +9,18 @@ turns and rows with one turn use the same code. Shapes: M trajectories, R respon
 | `group_centred` | Dr. GRPO |
 | `leave_one_out` | RLOO, DeepSWE |
 | `batch_whitened` | REINFORCE++, with or without its group baseline |
-| `step_compared` | GiGPO |
+| `step_compared` | GiGPO, SAMPO |
+| `peer_valued` | GAGPO, a reconstruction |
+| `outcome_weighted` | W-REINFORCE |
 
 `over` is the population with which the score of a response is compared. `trajectories`: each trajectory of the group counts
 once. `turns`: each trajectory counts once per turn, as in verl-agent.
 
-Two rules apply to all estimators. First, a trajectory that is alone in its group has nothing to compare with, so its advantages
-are 0, for any number of turns. Second, equal values have an advantage of exactly 0. To ensure this, statistics are computed in
-float64, and a population whose largest and smallest values are equal has this value as its mean and a standard deviation of 0.
-Without this rule, a rounding error would be divided by a standard deviation of the same size, and equal returns would get
-advantages of the order of 1.
+Two rules apply to all estimators that compare, which is all but `outcome_weighted`. First, a trajectory that is alone in its
+group has nothing to compare with, so its advantages are 0, for any number of turns. Second, equal values have an advantage of
+exactly 0. To ensure this, statistics are computed in float64, and a population whose largest and smallest values are equal has
+this value as its mean and a standard deviation of 0. Without this rule, a rounding error would be divided by a standard
+deviation of the same size, and equal returns would get advantages of the order of 1.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from aem_exp.core.typed import FRACTION, NOT_NEGATIVE
+from aem_exp.core.typed import FRACTION, FROM_0_TO_1, NOT_NEGATIVE
 
 Eps = Annotated[float, NOT_NEGATIVE]
 Over = Literal["trajectories", "turns"]
@@ -165,6 +167,66 @@ def step_compared(
     if norm == "std":
         step_R = state.scaled(step_R, batch.state_R, eps)
     return _advantage(batch, episode_R + omega * step_R)
+
+
+def peer_valued(
+    batch: StepBatch,
+    *,
+    gamma: Annotated[float, FRACTION] = 0.95,
+    lam: Annotated[float, FROM_0_TO_1] = 0.95,
+    norm: Literal["std", "none"] = "std",
+    eps: Eps = 1e-6,
+) -> Tensor:
+    """GAGPO (arXiv 2605.13217), a reconstruction: GAE over turns, with the value of a state estimated from its peers.
+
+    V(s) is the mean discounted return of all turns of the group with the observation s, so no critic is needed:
+
+        delta_r = reward_r + gamma V(s of the next turn; 0 after the last) - V(s_r)
+        A_r     = delta_r + gamma lam A of the next turn
+
+    Then A is normalised over all turns of the group. The end of a trajectory counts as terminal, also if it was truncated. With
+    lam = 1 and norm = `none`, A is the turn term of `step_compared` with norm = `mean`. In a state that occurs once, V is the
+    turn's own return.
+
+    Only the abstract and summaries of the paper were available: its lambda, the kind of its standard deviation, and its treatment
+    of penalties are not known. Here, the penalty of a turn is subtracted from its own A before the normalisation.
+
+    Args:
+        gamma: discount factor per turn.
+        lam: lambda of GAE; the value of the paper is not known.
+        norm: `std` subtracts the mean of the group and divides by its sample standard deviation; `none` does neither.
+        eps: term that is added to the standard deviation.
+    """
+    reward_R = batch.reward_R.double()
+    value_R = _Statistics(discounted(reward_R, batch.trajectory_R, gamma), batch.state_R).mean_G[batch.state_R]
+    next_value_R = torch.zeros_like(value_R)
+    next_value_R[:-1] = value_R[1:] * (batch.trajectory_R[1:] == batch.trajectory_R[:-1])
+    delta_R = reward_R + gamma * next_value_R - value_R
+    advantage_R = discounted(delta_R, batch.trajectory_R, gamma * lam) - batch.penalty_R
+    if norm == "std":
+        group = _Statistics(advantage_R, batch.group_R)
+        advantage_R = group.scaled(group.excess(advantage_R, batch.group_R), batch.group_R, eps)
+    return _advantage(batch, advantage_R)
+
+
+def outcome_weighted(
+    batch: StepBatch,
+    *,
+    positive: Annotated[float, NOT_NEGATIVE] = 0.1,
+    success_above: float = 0.0,
+) -> Tensor:
+    """W-REINFORCE (arXiv 2506.01347, Eq. 9): `positive` for a turn of a successful trajectory, -1 for one of a failed trajectory.
+
+    There is no baseline, so an advantage does not depend on the group. A trajectory is a success if its return is above
+    `success_above`. An environment with partial rewards needs a higher threshold: below its full reward, above all others. The
+    penalty of a turn is subtracted.
+
+    Args:
+        positive: weight of successes (lambda in the paper): 1 is REINFORCE with rewards +1 and -1; 0 trains only failures.
+        success_above: a return above this value is a success.
+    """
+    failed_M = torch.full_like(batch.return_M, -1.0)
+    return failed_M.masked_fill(batch.return_M > success_above, positive)[batch.trajectory_R] - batch.penalty_R
 
 
 def discounted(reward_R: Tensor, trajectory_R: Tensor, gamma: float) -> Tensor:

@@ -1,11 +1,14 @@
 """Credit assignment: numbers calculated by hand, and the formulas in NumPy."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aem_exp.advantages import (
     StepBatch,
@@ -14,6 +17,8 @@ from aem_exp.advantages import (
     group_centred,
     group_normalised,
     leave_one_out,
+    outcome_weighted,
+    peer_valued,
     step_compared,
 )
 
@@ -36,6 +41,7 @@ def make_batch(return_M, penalty_R, trajectory_R, group_M, reward_R=None, state_
 
 whitened_in_group = partial(batch_whitened, group_baseline=True)
 IN_GROUPS = (group_normalised, group_centred, leave_one_out, whitened_in_group, step_compared)
+COMPARING = (*IN_GROUPS, batch_whitened, peer_valued)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +115,79 @@ def test_a_penalty_in_a_group_without_spread_is_not_scaled():
 
 def test_equal_returns_give_no_advantage():
     batch = make_batch(torch.ones(4), torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.long))
-    for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
+    for estimator in COMPARING:
         assert torch.equal(estimator(batch), torch.zeros(4))
 
 
 def test_an_empty_step():
     empty, no_ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    for estimator in (group_normalised, group_centred, leave_one_out, batch_whitened, whitened_in_group, step_compared):
+    for estimator in (*COMPARING, outcome_weighted):
         assert len(estimator(StepBatch(empty, no_ids, no_ids, empty, empty, no_ids))) == 0
+
+
+# GAGPO: a group of three trajectories through the states A, B, C | A, B, B | A, C; two of them get 10 at the end.
+# With gamma 0.95, V(A) = (9.025 + 0 + 9.5) / 3, V(B) = (9.5 + 0 + 0) / 3 and V(C) = 10.
+
+THREE = StepBatch(
+    return_M=torch.tensor([10.0, 0.0, 10.0], dtype=torch.float64),
+    group_M=torch.zeros(3, dtype=torch.long),
+    trajectory_R=torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]),
+    reward_R=torch.tensor([0, 0, 10, 0, 0, 0, 0, 10], dtype=torch.float64),
+    penalty_R=torch.zeros(8, dtype=torch.float64),
+    state_R=torch.tensor([0, 1, 2, 0, 1, 1, 0, 2]),
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"norm": "none"}, [2.5492, 6.3333, 0, -5.8888, -3.0162, -3.1667, 3.325, 0]),
+        ({"norm": "std"}, [0.6346, 1.5829, -0.0043, -1.48, -0.7601, -0.7978, 0.829, -0.0043]),
+        ({"norm": "none", "lam": 0.0}, [-3.1667, 6.3333, 0, -3.1667, -0.1583, -3.1667, 3.325, 0]),
+        ({"norm": "none", "lam": 1.0}, [2.85, 6.3333, 0, -6.175, -3.1667, -3.1667, 3.325, 0]),
+    ],
+    ids=str,
+)
+def test_gagpo_by_hand(settings, expected):
+    expected_R = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(peer_valued(THREE, **settings), expected_R, atol=1e-4, rtol=0)
+
+
+def test_gagpo_subtracts_a_penalty_from_the_advantage_of_its_turn():
+    penalty_R = torch.zeros(8, dtype=torch.float64)
+    penalty_R[1] = 0.5
+    batch = replace(THREE, penalty_R=penalty_R)
+    torch.testing.assert_close(peer_valued(batch, norm="none"), peer_valued(THREE, norm="none") - penalty_R)
+
+
+@st.composite
+def steps(draw):
+    """A step of groups whose trajectories pass through few states, with rewards at any turn."""
+    turns_GM = draw(st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=4), min_size=1, max_size=3))
+    turns_M = [turns for group in turns_GM for turns in group]
+    group_M = torch.tensor([g for g, group in enumerate(turns_GM) for _ in group])
+    trajectory_R = torch.arange(len(turns_M)).repeat_interleave(torch.tensor(turns_M))
+    rewards, states = (draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)) for n in [len(trajectory_R)] * 2)
+    reward_R = torch.tensor(rewards, dtype=torch.float64)
+    return_M = torch.zeros(len(turns_M), dtype=torch.float64).index_add(0, trajectory_R, reward_R)
+    state_R = group_M[trajectory_R] * 4 + torch.tensor(states)
+    return StepBatch(return_M, group_M, trajectory_R, reward_R, torch.zeros_like(reward_R), state_R)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.sampled_from([0.5, 0.95, 1.0]))
+def test_gagpo_with_lambda_1_is_the_turn_term_of_gigpo(batch, gamma):
+    """The values of all later states cancel: A = G - V(s), as GiGPO compares turns without dividing."""
+    turn_term_R = step_compared(batch, norm="mean", gamma=gamma) - group_centred(batch)
+    torch.testing.assert_close(peer_valued(batch, lam=1.0, gamma=gamma, norm="none"), turn_term_R, atol=1e-9, rtol=0)
+
+
+def test_w_reinforce_by_hand():
+    """A won and has three turns, the second of them invalid; B lost; C won, alone in its group."""
+    batch = make_batch(RETURN_M, PENALTY_R, TRAJECTORY_R, GROUP_M)
+    torch.testing.assert_close(outcome_weighted(batch), torch.tensor([0.1, 0.0, 0.1, -1.0, 0.1, 0.1]))
+    torch.testing.assert_close(outcome_weighted(batch, positive=1.0)[2:4], torch.tensor([1.0, -1.0]))
+    assert (outcome_weighted(batch, success_above=1.0) < 0).all(), "a return must be above the threshold"
 
 
 # Equal values, and a trajectory that is alone in its group.
@@ -142,6 +213,7 @@ def test_equal_step_returns_give_no_advantage():
         torch.tensor([0, 1, 2] * n),
     )
     assert not step_compared(batch).any()
+    assert not peer_valued(batch).any()
 
 
 @pytest.mark.parametrize("over", ["trajectories", "turns"])

@@ -20,6 +20,7 @@ from aem_exp.rundir import archive
 SCIENCE = GOLDEN / "science.json"
 NEEDED_WITH = {
     "baseline=gspo": ["modulation=none"],  # it averages its ratio over a sequence, which cancels modulation
+    "baseline=sampo": ["modulation=none"],
     "model=local": ["model.path=any/local"],
 }
 ARCHIVES = sorted((ROOT / "sweeps" / "results").rglob("*.json.gz"))

@@ -26,7 +26,8 @@ from aem_exp import config
 from aem_exp.config import identity
 found = {}
 for choice in json.load(sys.stdin):
-    needed = {"baseline=gspo": ["modulation=none"], "model=local": ["model.path=any/local"]}.get(choice, [])
+    alone = dict.fromkeys(("baseline=gspo", "baseline=sampo"), ["modulation=none"])
+    needed = (alone | {"model=local": ["model.path=any/local"]}).get(choice, [])
     experiment = config.load([choice, *needed])
     found[choice] = {
         "run": config.run_dir(experiment).name,

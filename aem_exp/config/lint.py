@@ -7,6 +7,7 @@ from aem_exp.config.prompts import TEMPLATE_FIELDS, template_fields
 from aem_exp.config.rules import rows_per_update
 from aem_exp.config.schema import Experiment
 
+COMPARING_TURNS: Final = ("step_compared", "peer_valued")  # estimators whose advantages differ within a trajectory
 CONSTANT_SCHEDULE: Final = "aem_exp.schedules.Constant"
 
 
@@ -21,12 +22,17 @@ def _update_notes(e: Experiment) -> Iterator[str]:
     fits = e.env.history == "full" and round(t.tasks_per_step * t.group_size / rows_per_update(e)) == 1
     if t.num_iterations == 1 and (t.mini_batch == "all" or fits):
         clips = ", ".join(
-            f"trainer.{key}" for key in ("epsilon", "epsilon_high", "delta") if getattr(t, key) is not None
+            f"trainer.{key}"
+            for key in ("epsilon", "epsilon_high", "delta", "kl_cov_coef")
+            if getattr(t, key) is not None
         )
         verb = "have" if "," in clips else "has"
         yield f"one update per step (trainer.mini_batch={t.mini_batch}): the ratio is 1, so {clips} {verb} no effect"
     if t.importance_sampling_level == "sequence" and t.loss_type in ("bnpo", "dr_grpo", "dapo", "cispo"):
         yield f"trainer.loss_type={t.loss_type} weights sequence ratios by row length; GSPO uses trainer.loss_type=grpo"
+    target = str(e.baseline.advantage.get("_target_", "")).rpartition(".")[2]
+    if t.importance_sampling_level == "sequence" and e.env.history == "full" and target in COMPARING_TURNS:
+        yield f"{target}: a sequence ratio averages the advantages of the turns in a row; set env.history=window"
     if e.parent_steps and (schedules := _progress_schedules(e)):
         span = f"steps {e.parent_steps + 1} to {t.steps}"
         yield f"{' and '.join(schedules)}: the schedule starts anew over {span} and does not continue the parent's"

@@ -189,6 +189,9 @@ def _check_resampling(e: Experiment) -> None:
     for key, count in (("rounds", e.trainer.rounds), ("oversample", e.trainer.oversample)):
         if count > 1 and not e.trainer.drop_equal:
             raise ConfigError(f"trainer.{key}", count, "has no effect without trainer.drop_equal=true")
+    if e.trainer.keep_variance is not None and e.trainer.drop_equal:
+        remedy = "drops groups with equal returns too; set trainer.drop_equal=false, trainer.rounds=1 and trainer.oversample=1"
+        raise ConfigError("trainer.keep_variance", e.trainer.keep_variance, remedy)
 
 
 def _check_loss(e: Experiment) -> None:
@@ -207,6 +210,28 @@ def _check_loss(e: Experiment) -> None:
     for loss, level in (("luspo", "sequence"), ("vespo", "token")):
         if t.loss_type == loss and t.importance_sampling_level != level:
             raise ConfigError("trainer.loss_type", loss, f"needs trainer.importance_sampling_level={level}")
+
+
+def _check_tokens(e: Experiment) -> None:
+    t = e.trainer
+    for ratio, keys in (("clip_cov_ratio", ("clip_cov_min", "clip_cov_max")), ("kl_cov_ratio", ("kl_cov_coef",))):
+        for key in keys:
+            value, needed = getattr(t, key), getattr(t, ratio) is not None
+            if needed != (value is not None):
+                remedy = f"must be set with trainer.{ratio}" if needed else f"has no effect without trainer.{ratio}"
+                raise ConfigError(f"trainer.{key}", value, remedy)
+    if t.clip_cov_min is not None and t.clip_cov_max is not None and t.clip_cov_min >= t.clip_cov_max:
+        raise ConfigError(
+            "trainer.clip_cov_min", t.clip_cov_min, f"must be below trainer.clip_cov_max={t.clip_cov_max:g}"
+        )
+    for key, off in (("clip_cov_ratio", None), ("kl_cov_ratio", None), ("top_entropy_quantile", 1.0)):
+        value = getattr(t, key)
+        if value != off and t.importance_sampling_level == "sequence":
+            remedy = "needs trainer.importance_sampling_level=token, because a sequence ratio averages over the tokens of a row"
+            raise ConfigError(f"trainer.{key}", value, remedy)
+        if value != off and key != "clip_cov_ratio" and t.loss_type in ROW_MEAN_LOSSES:
+            remedy = f"needs a loss that is a mean over tokens, such as trainer.loss_type=dapo, not {t.loss_type}"
+            raise ConfigError(f"trainer.{key}", value, remedy)
 
 
 def _check_sampling(e: Experiment) -> None:
@@ -263,6 +288,7 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
     _check_sizes,
     _check_resampling,
     _check_loss,
+    _check_tokens,
     _check_sampling,
     _check_evaluation,
     check_launch,

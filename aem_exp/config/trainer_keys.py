@@ -1,7 +1,8 @@
 """Decides which GRPOConfig keywords an experiment may set, and in which block.
 
 `trainer` has the keywords that decide results; they are hashed. `launch.trainer` has those of execution. TRL's batch sizes are
-derived from the fields of `StepSettings`. A key that is left out has its neutral value, independent of TRL's default.
+derived from the fields of `StepSettings`. They and those of `TokenSettings` are our own keys. A key that is left out has
+its neutral value, independent of TRL's default.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,11 +10,11 @@ from typing import Any, Final
 
 from aem_exp.config.library_keywords import grpo_keywords
 from aem_exp.config.schema import neutral_values
-from aem_exp.config.trainer_schema import LaunchTrainer, StepSettings, Trainer
+from aem_exp.config.trainer_schema import LaunchTrainer, StepSettings, TokenSettings, Trainer
 from aem_exp.core.errors import ConfigError, closest_match, unknown_key_error
 from aem_exp.core.typed import convert, describe_type, type_hints
 
-OWN_KEYS: Final = type_hints(StepSettings)
+OWN_KEYS: Final = type_hints(StepSettings) | type_hints(TokenSettings)
 GRPO_KEYS: Final = {key: hint for key, hint in type_hints(Trainer).items() if key not in OWN_KEYS}
 LAUNCH_KEYS: Final = type_hints(LaunchTrainer)
 REPLACEMENTS: Final[dict[str, str]] = {

@@ -42,6 +42,9 @@ class StepSettings:
     further round. Above 1 needs `drop_equal`."""
     drop_equal: bool = False
     """Drop groups with equal returns, which have no advantage, from the step."""
+    keep_variance: Annotated[float, FRACTION] | None = None
+    """Keep only the groups with the largest standard deviations of returns, which together have this share of their sum
+    (RAGEN-2's filter), and multiply the loss by the share of kept groups. null: no filter. Not with `drop_equal`."""
     count_masked: bool = False
     """Count masked trajectories in the denominator of a loss that is a mean over rows. Needs `mask_truncated_completions` and a
     `loss_type` of grpo, sapo, luspo or dr_grpo."""
@@ -51,7 +54,26 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer(StepSettings):
+class TokenSettings:
+    """Which tokens the policy loss treats differently, by the covariance of log-prob and advantage (arXiv 2505.22617). Both are
+    those at the start of a step: advantages before modulation, and log-probs in nats."""
+
+    clip_cov_ratio: Annotated[float, FRACTION] | None = None
+    """Clip-Cov: share of the tokens of a step that get no gradient of the policy loss. They are chosen at random from the tokens
+    whose covariance is between `clip_cov_min` and `clip_cov_max`. null: none."""
+    clip_cov_min: float | None = None
+    """Lower bound of this covariance. Required with `clip_cov_ratio`, and only allowed then."""
+    clip_cov_max: float | None = None
+    """Upper bound of this covariance. Required with `clip_cov_ratio`, and only allowed then."""
+    kl_cov_ratio: Annotated[float, FRACTION] | None = None
+    """KL-Cov: share of the tokens of a step, those with the largest covariance, that get a penalty. null: none."""
+    kl_cov_coef: PositiveFloat | None = None
+    """Coefficient of this penalty, the absolute log-ratio to the old policy. It has no effect in the first update of a step.
+    Required with `kl_cov_ratio`, and only allowed then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer(StepSettings, TokenSettings):
     """The keywords of GRPOConfig that decide results. Fields without a default must be set. None is not passed to TRL."""
 
     learning_rate: PositiveFloat
@@ -101,7 +123,8 @@ class Trainer(StepSettings):
     entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of an entropy bonus in the loss. 0: none."""
     top_entropy_quantile: Annotated[float, FRACTION] = 1.0
-    """Share of tokens with the highest entropy that the policy loss uses. 1: all tokens."""
+    """Share of the tokens of a step, those with the highest entropy under the old policy, that the policy loss uses (arXiv
+    2506.01939). It is a mean over these tokens. 1: all tokens. Unlike TRL's, the choice does not depend on micro-batches."""
     off_policy_mask_threshold: PositiveFloat | None = None
     """Exclude rows with a negative advantage and a KL divergence from the sampler above this from the loss. null: none."""
     num_iterations: PositiveInt = 1

@@ -30,6 +30,7 @@ NOT_NEGATIVE = Range("of at least 0", lambda x: x >= 0)
 AT_LEAST_1 = Range("of at least 1", lambda x: x >= 1)
 AT_LEAST_2 = Range("of at least 2", lambda x: x >= 2)
 FRACTION = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+FROM_0_TO_1 = Range("from 0 to 1", lambda x: 0 <= x <= 1)
 BELOW_1 = Range("of at least 0 and below 1", lambda x: 0 <= x < 1)
 PositiveInt = Annotated[int, AT_LEAST_1]
 NonNegativeInt = Annotated[int, NOT_NEGATIVE]

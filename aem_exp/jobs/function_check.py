@@ -72,7 +72,8 @@ def _synthetic_step(settings: config.Trainer) -> Any:
     from aem_exp.advantages import StepBatch
 
     groups, size = settings.tasks_per_step, settings.group_size
-    won = [float(m % 2 and (g > 0 or groups == 1 or settings.drop_equal)) for g in range(groups) for m in range(size)]
+    filtered = settings.drop_equal or settings.keep_variance is not None
+    won = [float(m % 2 and (g > 0 or groups == 1 or filtered)) for g in range(groups) for m in range(size)]
     turns = [1 + m % 3 for m in range(groups * size)]
     owners = [m for m, count in enumerate(turns) for _ in range(count)]
     last = [turn == count - 1 for count in turns for turn in range(count)]

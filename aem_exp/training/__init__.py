@@ -6,8 +6,9 @@ Start with `trainer`: read from top to bottom, it follows one training step. A s
 2. `credit`: one advantage per response
 3. `logprobs`: old log-probs, token entropies and surprisals
 4. `modulation`: the coefficients of AEM (`aem`) and of its variants
-5. `updates`: which rows share an update, and the loss weights of its micro-batches
-6. `packing`: the tensors of a micro-batch
+5. `token_selection`: tokens that the loss treats differently (Clip-Cov, KL-Cov, tokens of high entropy)
+6. `updates`: which rows share an update, and the loss weights of its micro-batches
+7. `packing`: the tensors of a micro-batch
 
 `build` creates the trainer of an experiment, and `arguments` creates TRL's settings. `step_counter` counts steps, `lr_schedule`
 follows them, and `callback` does the work at their end. `step_metrics` and `diagnostics` compute the metrics. `fsdp` handles

@@ -8,6 +8,9 @@ from aem_exp.config.schema import Experiment, max_context
 from aem_exp.config.trainer_keys import OWN_KEYS
 from aem_exp.config.trainer_schema import trainer_keywords
 
+# Keywords of GRPOConfig that our trainer implements instead of TRL.
+REPLACED_KEYWORDS = ("num_iterations", "top_entropy_quantile")
+
 
 def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
     """Create TRL's arguments. Values that are not set here or in the experiment keep TRL's defaults.
@@ -40,7 +43,7 @@ def build_grpo_config(experiment: Experiment, folder: Path) -> GRPOConfig:
             "disable_tqdm": True,
             "vllm_importance_sampling_mode": "token_truncate",  # our correction is per token; TRL's default masks whole rows
             **({"vllm_max_model_length": max_context(experiment)} if experiment.launch.trainer.get("use_vllm") else {}),
-            **{key: value for key, value in settings.items() if key not in (*OWN_KEYS, "num_iterations")},
+            **{key: value for key, value in settings.items() if key not in (*OWN_KEYS, *REPLACED_KEYWORDS)},
             **experiment.launch.trainer,
         }
     )

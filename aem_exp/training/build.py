@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from aem_exp.config import Experiment, instantiate
+from aem_exp.config.trainer_schema import TokenSettings
 from aem_exp.training.arguments import build_grpo_config
 from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import CreditRules
 from aem_exp.training.dynamic_sampling import DynamicSampling
 from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.token_selection import TokenRules
 from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, TrainerHooks
 from aem_exp.training.updates import UpdateSettings
 from aem_exp.training.vllm_engine import engine_options
@@ -37,6 +39,7 @@ def build_trainer(
                 groups=settings.tasks_per_step,
                 drop_equal=settings.drop_equal,
                 rounds=settings.rounds,
+                keep_variance=settings.keep_variance,
             ),
             credit_rules=CreditRules(
                 estimator=instantiate(experiment.baseline.advantage, partial=True),
@@ -52,6 +55,10 @@ def build_trainer(
             ),
             variant=ModulationVariant(
                 **{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}
+            ),
+            token_rules=TokenRules(
+                top_entropy=settings.top_entropy_quantile,
+                **{f.name: getattr(settings, f.name) for f in fields(TokenSettings)},
             ),
             trust_sampler=launch.sampler == "local" and experiment.model.dtype == "float32" and not settings.bf16,
             hooks=hooks,

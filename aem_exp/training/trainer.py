@@ -38,12 +38,19 @@ from aem_exp.rundir import checkpoints
 from aem_exp.training import fsdp, logprobs, updates
 from aem_exp.training.callback import AEMCallback
 from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, add_measurements, assign_credit
-from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, play_rounds
+from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, loss_scale, play_rounds
 from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
 from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
+from aem_exp.training.token_selection import (
+    TokenRules,
+    penalty_loss,
+    select_tokens,
+    start_measurements,
+    without_first_penalty,
+)
 from aem_exp.training.updates import MicroBatch, UpdateSettings
 
 
@@ -89,6 +96,7 @@ class AEMTrainer(GRPOTrainer):
         credit_rules: how advantages are computed.
         update_settings: how rows are divided into updates and micro-batches.
         variant: the differences between the modulation and the paper.
+        token_rules: which tokens the policy loss treats differently.
         trust_sampler: use the sampler's log-probs and entropies instead of a scoring pass. They must be exact: a local session
             in float32.
         hooks: called with the credit of a step, and before checkpoints.
@@ -106,6 +114,7 @@ class AEMTrainer(GRPOTrainer):
         credit_rules: CreditRules,
         update_settings: UpdateSettings,
         variant: ModulationVariant,
+        token_rules: TokenRules,
         trust_sampler: bool,
         hooks: TrainerHooks = NO_HOOKS,
         **kwargs: Any,
@@ -130,7 +139,7 @@ class AEMTrainer(GRPOTrainer):
         self.aem_callback, self.time, self.clock = callback, callback.time, Clock()
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
         self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
-        self.variant, self.trust_sampler, self.hooks = variant, trust_sampler, hooks
+        self.variant, self.token_rules, self.trust_sampler, self.hooks = variant, token_rules, trust_sampler, hooks
         self._entropy_coef = args.entropy_coef
         self._published_update = -1
         self.batch_sizes: list[
@@ -216,13 +225,15 @@ class AEMTrainer(GRPOTrainer):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan_key = (self.args.seed, "updates", step)
         plan = updates.plan_step(assigned.rows, self.update_settings, plan_key, rank, ranks)
-        measurements = ResponseMeasurements(assigned, self.variant)
+        measurements = start_measurements(self.token_rules, assigned, self.variant)
         with self.clock("scoring"):
             batches = [
                 [self._score_micro_batch(assigned, micro, measurements) for micro in update.micro_batches]
                 for update in plan
             ]
             measured = self._measure(assigned, measurements)
+            rng = keyed_generator((self.args.seed, "tokens", step))
+            selection = select_tokens(self.token_rules, measurements, self._sum_over_ranks, rng)
         with self.clock("aem"):
             credit = self._modulate(measured, step)
             if self._loss_is_zero(credit):
@@ -234,15 +245,21 @@ class AEMTrainer(GRPOTrainer):
                 for micro, batch in zip(update.micro_batches, update_batches, strict=True):
                     mask_NT = batch["tool_mask"]
                     batch["advantages"] = updates.spread_advantages(credit, micro, mask_NT, self.variant.unit)
+                    if selection:
+                        batch |= selection.edit(micro, batch)
                     if rows is not credit.rows:
                         batch["tool_mask"] = pack_masks(rows, micro, mask_NT.shape[1])
         count_masked = self.update_settings.count_masked
         items = updates.count_loss_items(credit, self.loss_type, self.rollout.env.history, count_masked)
-        items_per_row = items / len(credit.rows)
+        items_per_row, scale = items / len(credit.rows), loss_scale(self.dynamic_sampling, credit)
         for update, update_batches in zip(plan, batches, strict=True):
             for batch in update_batches:
-                batch |= updates.compute_loss_weights(batch["tool_mask"], update, ranks, self.loss_type, items_per_row)
-        return credit, batches * self.update_settings.epochs
+                batch |= updates.compute_loss_weights(
+                    batch["tool_mask"], update, ranks, self.loss_type, items_per_row, scale
+                )
+        if selection:
+            self.aem_callback.metrics |= selection.metrics
+        return credit, without_first_penalty(batches * self.update_settings.epochs)
 
     def _score_micro_batch(
         self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements
@@ -362,9 +379,16 @@ class AEMTrainer(GRPOTrainer):
     def compute_loss(
         self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """TRL's loss of one micro-batch times its `loss_weight`: its share of the loss of the update."""
+        """TRL's loss of one micro-batch times its `loss_weight`: its share of the loss of the update. KL-Cov adds a term."""
         self.entropy_coef = self._entropy_coef * inputs["bonus_weight"].item()
-        return super().compute_loss(model, inputs, return_outputs) * inputs["loss_weight"]
+        loss = super().compute_loss(model, inputs, return_outputs) * inputs["loss_weight"]
+        return loss + penalty_loss(self._logps_NT, inputs) if "penalties" in inputs else loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the log-probs that TRL computes for its loss, because KL-Cov needs them too."""
+        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._logps_NT = scores[0] if self.token_rules.kl_cov_ratio else None
+        return scores
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create a scheduler that follows steps: the updates of a step share one learning rate."""

@@ -182,7 +182,7 @@ def count_loss_items(credit: AssignedCredit, loss_type: str, history: str, count
 
 
 def compute_loss_weights(
-    mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float
+    mask_NT: Tensor, update: Update, ranks: int, loss_type: str, items_per_row: float, scale: float = 1.0
 ) -> MicroBatch:
     """Compute the sizes and weights of a micro-batch for TRL's loss.
 
@@ -191,11 +191,13 @@ def compute_loss_weights(
         ranks: number of ranks.
         items_per_row: items of the denominator (`count_loss_items`) per row of the step. It differs from 1 if the loss counts
             trajectories instead of rows, or if masked trajectories, which have no rows, are counted.
+        scale: factor of the whole loss.
 
     Returns:
         Scalar tensors. `num_items_in_batch`: generated tokens of the update. `loss_weight`: multiplies the loss that TRL
         returns for the micro-batch. `bonus_weight`: multiplies the coefficient of the entropy bonus. TRL averages the bonus
         over the tokens of a micro-batch for every loss type, so `bonus_weight` replaces `loss_weight` by the token share.
+        `penalty_weight`: multiplies a sum over tokens to give the mean over the tokens of the update.
     """
     assert mask_NT.ndim == 2, mask_NT.shape
     token_share = mask_NT.sum().item() * ranks / max(1, update.tokens)
@@ -206,7 +208,8 @@ def compute_loss_weights(
         weight = len(mask_NT) * ranks / (update.real_rows * items_per_row)
     return {
         "num_items_in_batch": torch.tensor(float(update.tokens)),
-        "loss_weight": torch.tensor(weight),
+        "loss_weight": torch.tensor(weight * scale),
+        "penalty_weight": torch.tensor(scale * ranks / max(1, update.tokens)),
         "bonus_weight": torch.tensor(token_share / weight if weight else 0.0),
     }
 

@@ -1,7 +1,8 @@
 """Writes the pages that are generated: `python docs/generate`. A test fails where one of them is not current.
 
 `configuration.md` comes from `conf/` and from the types of the settings, whose docstrings stand below the fields.
-`reference/commands.md` comes from the `--help` of every command.
+`reference/commands.md` comes from the `--help` of every command. In `concepts.md`, only the tables between the comments
+`<!-- Table of conf/GROUP ... -->` and `<!-- End of the table -->` are generated.
 """
 
 import os
@@ -70,6 +71,10 @@ TRAINER = (
     "How the policy is optimised, and how much is played in a step. `trainer` is no group: its keys are set one by one."
 )
 GRPO = "Names and meanings are TRL's. Other keywords of GRPOConfig are refused, and the error names what replaces them."
+TOKENS = """\
+Clip-Cov and KL-Cov ([arXiv 2505.22617](https://arxiv.org/abs/2505.22617)) treat a few tokens of a step differently, by their
+contribution to the covariance of log-prob and advantage. The advantages are those before modulation, and log-probs are in nats.
+"""
 TARGETS = """\
 `_target_` names a function or class of `aem_exp`, or of a module of your own (see [Extending](extending.md)). The keys
 beside `_target_` are its arguments. They are checked against its signature before anything is imported.
@@ -105,14 +110,15 @@ shows what `--help` prints, without the groups and choices: those are in [Config
 
 def configuration_page() -> str:
     top = [field.name for field in fields(schema.Experiment) if not is_dataclass(field.type)]
-    size = type_hints(trainer_schema.StepSettings)
-    grpo = [key for key in type_hints(trainer_schema.Trainer) if key not in size]
+    own = [*type_hints(trainer_schema.StepSettings), *type_hints(trainer_schema.TokenSettings)]
+    grpo = [key for key in type_hints(trainer_schema.Trainer) if key not in own]
     fsdp = trainer_schema.FSDPKeywords
     sections: list[tuple[str, list[str]]] = [
         ("## Top level", [key_table(schema.Experiment, "", top)]),
         *(_group(name, block) for name, block in _blocks("model", "env", "baseline", "modulation")),
         ("## trainer", [TRAINER]),
         ("### The size of a step", [key_table(trainer_schema.StepSettings, "trainer.")]),
+        ("### Tokens by covariance", [TOKENS, key_table(trainer_schema.TokenSettings, "trainer.")]),
         ("### Keywords of GRPOConfig", [GRPO, key_table(trainer_schema.Trainer, "trainer.", grpo)]),
         (
             "## evaluation",
@@ -167,7 +173,18 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 }
 
 
+TABLE = re.compile(r"(<!-- Table of conf/(\w+)[^\n]* -->\n\n).*?(\n<!-- End of the table -->)", re.DOTALL)
+WITH_TABLES = ("concepts.md",)
+
+
+def fill_tables(page: str) -> str:
+    """Replace the tables of the groups of `conf/` in a page."""
+    return TABLE.sub(lambda found: found[1] + choice_table(found[2]) + found[3], page)
+
+
 def main(folder: Path) -> None:
+    for name in WITH_TABLES:
+        (folder / name).write_text(fill_tables((DOCS / name).read_text(encoding="utf-8")), encoding="utf-8")
     for name, (source, make) in PAGES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(MARK.format(source) + make(), encoding="utf-8")

@@ -43,16 +43,18 @@ def key_table(block: type, prefix: str, keys: Iterable[str] = ()) -> str:
 
 
 def choice_table(group: str) -> str:
-    """One row per file of a group. The first comment of a file is its meaning."""
+    """One row per file of a group. The first comment of a file is its meaning; a comment `Paper: ...` may follow."""
     chosen = next(
         (item[group] for item in _config_yaml()["defaults"] if isinstance(item, dict) and group in item), None
     )
     sign = "+" if group == "experiment" else ""
+    files = config.list_choices([CONF])[group].items()
     rows = [
-        (f"`{sign}{group}={name}`{' (default)' if name == chosen else ''}", _first_comment(file))
-        for name, file in config.list_choices([CONF])[group].items()
+        (f"`{sign}{group}={name}`{' (default)' if name == chosen else ''}", _first_comment(file), _paper(file))
+        for name, file in files
     ]
-    return table(("Choice", "Meaning"), rows)
+    head = ("Choice", "Meaning", "Paper")
+    return table(head, rows) if any(row[2] for row in rows) else table(head[:2], [row[:2] for row in rows])
 
 
 def list_targets() -> list[str]:
@@ -149,8 +151,21 @@ def _as_yaml(value: Any) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    comments = (line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    return next(comment for comment in comments if not comment.startswith("@"))
+    return _link_papers(next(comment for comment in _comments(file) if not comment.startswith("@")))
+
+
+def _paper(file: Path) -> str:
+    """The comment `Paper: ...` of a file, or nothing."""
+    found = (comment.removeprefix("Paper: ") for comment in _comments(file) if comment.startswith("Paper: "))
+    return _link_papers(next(found, ""))
+
+
+def _comments(file: Path) -> list[str]:
+    return [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+
+
+def _link_papers(text: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def _load(target: str) -> Any:

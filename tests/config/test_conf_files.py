@@ -12,6 +12,7 @@ from aem_exp.config.compose import Composer
 pytestmark = pytest.mark.usefixtures("clean")
 NEEDED_WITH = {
     "baseline=gspo": ["modulation=none"],  # gspo takes modulation only with one row per turn
+    "baseline=sampo": ["modulation=none"],
     "model=local": ["model.path=any/local"],
 }
 

@@ -29,6 +29,10 @@ def test_settings_without_effect_are_noted():
     assert "trainer.mini_batch=all" in note and "trainer.epsilon_high" in note
     assert "trainer.mini_batch=64" in config.notes(load([*FIXED, "trainer.mini_batch=64"]))[0]
     assert config.notes(load([*FIXED, "trainer.mini_batch=64", "trainer.num_iterations=2"])) == []
+    (note,) = config.notes(load([*FIXED, "trainer.mini_batch=all", "baseline=kl_cov"]))
+    assert "trainer.kl_cov_coef" in note
+    (note,) = config.notes(load([*FIXED, "baseline=sampo", "modulation=none"]))
+    assert "step_compared" in note and "env.history=window" in note
     assert "modulation.gate=0" in config.notes(load([*FIXED, "modulation.gate=0"]))[0]
 
 

@@ -15,9 +15,11 @@ from peft import LoraConfig, get_peft_model
 from aem_exp import advantages
 from aem_exp.cluster import distributed
 from aem_exp.training import fsdp
+from aem_exp.training.token_selection import TokenRules
 from support import cpu_fsdp, toy
 
-KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "zero loss")
+KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "zero loss", "tokens")
+ALL_RULES = TokenRules(0.6, clip_cov_ratio=0.1, clip_cov_min=0.05, clip_cov_max=5.0, kl_cov_ratio=0.1, kl_cov_coef=1.0)
 
 
 def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
@@ -27,7 +29,7 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
         launch_settings: additional values of `launch.trainer`.
     """
     settings = {
-        "loss_type": "grpo" if kind in ("adapter", "zero loss") else kind,
+        "loss_type": {"adapter": "grpo", "zero loss": "grpo", "tokens": "dapo"}.get(kind, kind),
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,
@@ -40,6 +42,7 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (launch_settings or {})))
     more: dict[str, Any] = {"model": policy_with_adapter(folder)} if kind == "adapter" else {}
     more |= {"estimator": FirstStepEstimator()} if kind == "zero loss" else {}
+    more |= {"token_rules": ALL_RULES} if kind == "tokens" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     rows: list[dict[str, float]] = []
     trainer.aem_callback.report = lambda step, row: rows.append(row)

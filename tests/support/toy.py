@@ -26,6 +26,7 @@ from aem_exp.training.credit import CreditRules
 from aem_exp.training.dynamic_sampling import DynamicSampling
 from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.step_counter import StepCounter
+from aem_exp.training.token_selection import ALL_TOKENS
 from aem_exp.training.trainer import AEMTrainer, RolloutSource, TrainerHooks
 from aem_exp.training.updates import UpdateSettings
 from aem_exp.training.weight_agreement import CheckedPublisher
@@ -163,6 +164,7 @@ def trainer(
         "mini_batch": 0 if run.trainer.mini_batch == "all" else run.trainer.mini_batch,
         "epochs": run.trainer.num_iterations,
         "variant": ModulationVariant(),
+        "token_rules": ALL_TOKENS,
         "trust_sampler": True,
     } | changes
     parts = {

@@ -23,11 +23,15 @@ GROUPS = list_choices(config_roots())
 STEPS = 2
 SIZES = [f"trainer.steps={STEPS}", "trainer.tasks_per_step=4", "trainer.group_size=4", "trainer.mini_batch=8"]
 GSPO_FIELD = "trainer.importance_sampling_level"
-# GSPO's sequence ratio averages over tokens and so cancels their coefficients. Masks need a loss that is no mean over rows.
-REFUSED = {("gspo", "token"): GSPO_FIELD} | {
+WITH_SEQUENCE_RATIO = ("gspo", "sampo")
+# Their sequence ratio averages over tokens and so cancels their coefficients. Masks need a loss that is no mean over rows.
+REFUSED = {(baseline, "token"): GSPO_FIELD for baseline in WITH_SEQUENCE_RATIO} | {
     (baseline, f"{keep}_{mask}"): "modulation.keep_by"
     for keep in ("raising", "lowering")
-    for baseline, masks in {"gspo": ("mask", "mask_scaled"), "dr_grpo": ("mask",), "deepswe": ("mask",)}.items()
+    for baseline, masks in {
+        **dict.fromkeys(WITH_SEQUENCE_RATIO, ("mask", "mask_scaled")),
+        **dict.fromkeys(("dr_grpo", "deepswe"), ("mask",)),
+    }.items()
     for mask in masks
 }
 
@@ -71,7 +75,7 @@ def pair(baseline, name, history):
 
 
 def history_of(baseline):
-    return "window" if baseline == "gspo" else "full"
+    return "window" if baseline in WITH_SEQUENCE_RATIO else "full"
 
 
 def train(run, folder):
@@ -114,11 +118,12 @@ def test_pair_trains(baseline, name, folder):
     assert any(not torch.equal(value, start[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("baseline", WITH_SEQUENCE_RATIO)
 @pytest.mark.parametrize("name", [name for name in GROUPS["modulation"] if name != "none"])
-def test_gspo_on_full_history_is_refused_with_each_modulation(name):
+def test_sequence_ratio_on_full_history_is_refused_with_each_modulation(name, baseline):
     with pytest.raises(ConfigError) as refused:
-        rules.check(pair("gspo", name, "full"))
-    assert refused.value.field == REFUSED.get(("gspo", name), GSPO_FIELD)
+        rules.check(pair(baseline, name, "full"))
+    assert refused.value.field == REFUSED.get((baseline, name), GSPO_FIELD)
 
 
 @pytest.mark.slow

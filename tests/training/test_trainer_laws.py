@@ -24,6 +24,7 @@ from aem_exp.rollout.types import Episode
 from aem_exp.training import logprobs
 from aem_exp.training.arguments import max_episode_tokens
 from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.token_selection import TokenRules
 
 LOSSES = {
     "grpo": ({"loss_type": "grpo"}, partial(advantages.group_normalised, eps=1e-4), {"scale_rewards": "group"}),
@@ -119,6 +120,20 @@ def test_a_full_history_equals_plain_trl(folder, name, beta):
     trainer = toy.trainer(folder, run, estimator=estimator)
     credit, (update,) = first_step(trainer)
     assert_close(gradients(trainer, update), plain_trl(folder, run, credit, changes))
+
+
+@pytest.mark.slow
+def test_a_tokens_of_highest_entropy_are_those_of_plain_trl(folder):
+    """With one micro-batch. TRL divides by the number of all tokens, ours by that of the chosen tokens."""
+    settings, estimator, changes = LOSSES["dapo"]
+    run = toy.experiment("full", **settings)
+    trainer = toy.trainer(folder, run, estimator=estimator, token_rules=TokenRules(top_entropy=0.2))
+    credit, (update,) = first_step(trainer)
+    loss, grads = plain_trl(folder, run, credit, changes | {"top_entropy_quantile": 0.2})
+    factor = 1 / trainer.aem_callback.metrics["tokens/trained_share"]
+    assert factor == pytest.approx(5, rel=0.05)
+    ours = gradients(trainer, update)
+    assert_close(ours, (loss * factor, {name: grad * factor for name, grad in grads.items()}), atol=5e-6)
 
 
 @pytest.mark.slow
