@@ -44,6 +44,7 @@ from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
 from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
+from aem_exp.training.step_size import StepSizeMeter
 from aem_exp.training.updates import MicroBatch, UpdateSettings
 
 
@@ -131,6 +132,8 @@ class AEMTrainer(GRPOTrainer):
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
         self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
         self.variant, self.trust_sampler, self.hooks = variant, trust_sampler, hooks
+        self.step_size = StepSizeMeter(self)
+        self.add_callback(self.step_size)
         self._entropy_coef = args.entropy_coef
         self._published_update = -1
         self.batch_sizes: list[
@@ -153,6 +156,7 @@ class AEMTrainer(GRPOTrainer):
             assigned = self.assign_credit(played.kept, played.dropped)
             credit, step_updates = self.build_updates(assigned, step)
             self._record_metrics(credit, len(step_updates))
+            self.step_size.begin_step(credit.played, is_trained=bool(step_updates))
             self.time.updates += len(step_updates)
             self.batch_sizes = [[_batch_size(batch) for batch in update] for update in step_updates]
             for i, micro_batches in enumerate(step_updates or [[]]):
@@ -354,6 +358,7 @@ class AEMTrainer(GRPOTrainer):
             problem = f"the norm of the gradient is {norm} in step {self.time.step + 1} (loss_type={self.loss_type})"
             remedy = "a lower trainer.learning_rate or trainer.max_grad_norm may help"
             raise RunError(f"{problem}; the weights were not updated with it; {remedy}", "nan")
+        self.step_size.add_gradient_norm(float(norm))
         return norm
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:

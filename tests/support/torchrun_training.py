@@ -18,10 +18,11 @@ from aem_exp.training import fsdp
 from support import cpu_fsdp, toy
 
 KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "zero loss")
+SIZES = ("grad_norm_mean", "weight_change", "step_kl", "effective_learning_rate", "positive_advantage")
 
 
 def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """The weights after two steps, and as `drift` the entropy drift of the first step.
+    """The weights after two steps, as `drift` the entropy drift of the first step, and as `sizes` the sizes of both steps.
 
     Args:
         launch_settings: additional values of `launch.trainer`.
@@ -45,8 +46,9 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
     trainer.aem_callback.report = lambda step, row: rows.append(row)
     trainer.train()
     drift = torch.tensor([value for row in rows[:1] for name, value in row.items() if name.startswith("drift/")])
+    sizes = torch.tensor([row.get(f"train/{name}", 0.0) for row in rows for name in SIZES])
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    return (fsdp.gather_state_dict(trained) or trained.state_dict()) | {"drift": drift}
+    return (fsdp.gather_state_dict(trained) or trained.state_dict()) | {"drift": drift, "sizes": sizes}
 
 
 class FirstStepEstimator:

@@ -272,7 +272,7 @@ def one_process(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
 def test_d_ranks_change_nothing(folder, one_process, weights):
-    """Two gloo processes end with the weights and the entropy drift of one process.
+    """Two gloo processes end with the weights, the entropy drift and the sizes of the steps of one process.
 
     Each process has a share of the episodes and of each update. It has all weights, or a shard of each.
     """
@@ -281,7 +281,7 @@ def test_d_ranks_change_nothing(folder, one_process, weights):
     for kind in torchrun_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
         assert two.keys() == one_process[kind].keys()
-        assert len(two["drift"]) == 2
+        assert len(two["drift"]) == 2 and two["sizes"][:5].min() > 0
         for name, weight in one_process[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"
