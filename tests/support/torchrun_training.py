@@ -15,9 +15,11 @@ from peft import LoraConfig, get_peft_model
 from aem_exp import advantages
 from aem_exp.cluster import distributed
 from aem_exp.training import fsdp
+from aem_exp.training.modulation import ModulationVariant
 from support import cpu_fsdp, toy
 
 KINDS = ("grpo", "dapo", "dr_grpo", "adapter", "zero loss")
+MATCHED = "matched"  # with weights that are not sharded
 SIZES = ("grad_norm_mean", "weight_change", "step_kl", "effective_learning_rate", "positive_advantage")
 
 
@@ -28,7 +30,7 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
         launch_settings: additional values of `launch.trainer`.
     """
     settings = {
-        "loss_type": "grpo" if kind in ("adapter", "zero loss") else kind,
+        "loss_type": kind if kind in ("dapo", "dr_grpo") else "grpo",
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,
@@ -40,6 +42,7 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
     run = toy.experiment("window", learning_rate=1e-3, **settings)
     run = replace(run, launch=replace(run.launch, trainer=run.launch.trainer | (launch_settings or {})))
     more: dict[str, Any] = {"model": policy_with_adapter(folder)} if kind == "adapter" else {}
+    more |= {"variant": ModulationVariant(match="update_norm")} if kind == MATCHED else {}
     more |= {"estimator": FirstStepEstimator()} if kind == "zero loss" else {}
     trainer = toy.trainer(folder, run, lam=1.0, device_rows=3, **more)
     rows: list[dict[str, float]] = []
@@ -73,7 +76,7 @@ def policy_with_adapter(folder: Path) -> Any:
 
 def main(folder: Path, launch_settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    for kind in KINDS:
+    for kind in KINDS if launch_settings else (*KINDS, MATCHED):
         state = weights(kind, folder, launch_settings)
         if torch.distributed.get_rank() == 0:
             torch.save(state, folder / f"{kind}-{torch.distributed.get_world_size()}.pt")

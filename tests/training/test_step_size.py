@@ -15,6 +15,7 @@ from aem_exp.rollout.types import Ending, Response, Trajectory
 from aem_exp.rundir import FIXED_STATES
 from aem_exp.training import step_size
 from aem_exp.training.fixed_states import FixedContext, choose_contexts, kl_divergence, load_contexts
+from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.step_size import StepSizeMeter, WeightSample
 
 SIZES = ("train/grad_norm_mean", "train/weight_change", "train/step_kl", "train/effective_learning_rate")
@@ -168,21 +169,25 @@ def test_measuring_uses_no_random_numbers_and_keeps_the_mode(folder):
 
 
 @pytest.mark.slow
-def test_resumed_run_measures_the_same_on_the_same_states(folder):
-    rows, _, _, whole = train(folder, steps=3)
-    source = whole.step_size._file.parent
-    trainer = toy.trainer(folder, toy.experiment("full", steps=3, mini_batch=8), lam=1.0)
+@pytest.mark.parametrize("match", [None, "kl"])
+def test_resumed_run_measures_the_same_on_the_same_states(folder, match):
+    """With a matched control too, which has no state of its own."""
+    variant = ModulationVariant(match=match)
+    rows, policies, _, whole = train(folder, variant=variant)
+    trainer, resumed = (
+        toy.trainer(folder, toy.experiment("full", steps=3, mini_batch=8), lam=1.0, variant=variant) for _ in range(2)
+    )
     trainer.aem_callback.should_stop = lambda: trainer.time.step == 2
     trainer.train()
-    first = trainer.step_size._file
-    resumed = toy.trainer(folder, toy.experiment("full", steps=3, mini_batch=8), lam=1.0)
-    shutil.copytree(first.parent, resumed.step_size._file.parent, dirs_exist_ok=True)
-    (checkpoint,) = first.parent.glob("checkpoint-*")
+    first = trainer.step_size._file.parent
+    shutil.copytree(first, resumed.step_size._file.parent, dirs_exist_ok=True)
+    (checkpoint,) = first.glob("checkpoint-*")
     resumed.time.step, seen = 2, []
     resumed.aem_callback.report = lambda step, row: seen.append(row)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert (source / FIXED_STATES).read_bytes() == (resumed.step_size._file).read_bytes()
+    assert whole.step_size._file.read_bytes() == resumed.step_size._file.read_bytes()
     assert [row[name] for row in seen for name in SIZES] == [rows[2][name] for name in SIZES]
+    assert all(torch.equal(value, policies[3][name]) for name, value in resumed.model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -156,6 +156,8 @@ def _control_rows(cells: Sequence[ArmCell]) -> Iterator[tuple[str, ...]]:
 def _describe_control(modulation: Mapping[str, Any]) -> str:
     """A description of the control that an arm is; "" if it is none."""
     lam = modulation.get("lam")
+    if match := modulation.get("match"):
+        return f"control: no modulation, in updates as large as with it ({match})"
     if modulation.get("shuffle"):
         return "placebo: the same coefficients, permuted at random"
     constant = isinstance(lam, Mapping) and lam.get("value") == 0
