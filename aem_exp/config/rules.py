@@ -14,6 +14,7 @@ from aem_exp.core.errors import ConfigError, format_value, redact
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 OPTIMIZER_KEYS: Final = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16")
+MATCHED_OPTIMIZERS: Final = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")  # of modulation.match
 MAX_EPISODES: Final = 1_000_000  # of a step; more is probably a typo
 TOKEN_MEAN_LOSSES: Final = ("dapo", "bnpo", "cispo")  # masks change the denominator of other losses in other ways
 UNFILTERED_SAMPLING: Final = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -153,6 +154,26 @@ def _check_controls(e: Experiment) -> None:
         raise ConfigError("modulation.keep_by", m.keep_by, f"needs trainer.loss_type={' or '.join(losses)}")
 
 
+def _check_match(e: Experiment) -> None:
+    match, t = e.modulation.match, e.trainer
+    if match is None:
+        return
+    if e.launch.trainer.get("fsdp"):
+        raise ConfigError(
+            "modulation.match", match, "needs weights that are not sharded; set launch.trainer.fsdp=false"
+        )
+    if match == "gradient_norm":
+        return
+    if t.optim not in MATCHED_OPTIMIZERS:
+        remedy = f"needs an optimizer whose steps can be undone: trainer.optim={' or '.join(MATCHED_OPTIMIZERS)}"
+        raise ConfigError("modulation.match", match, remedy)
+    if e.model.dtype == "bfloat16" and not e.model.lora:
+        remedy = (
+            "needs float32 weights, because bfloat16 rounds the scaled update; set model.dtype=float32 or model.lora"
+        )
+        raise ConfigError("modulation.match", match, remedy)
+
+
 def _check_budgets(e: Experiment) -> None:
     env = e.env
     if env.response_tokens >= env.context_tokens:
@@ -282,6 +303,7 @@ RULES: Final[tuple[Callable[[Experiment], None], ...]] = (
     _check_model,
     _check_warm_start,
     _check_modulation,
+    _check_match,
     _check_budgets,
     check_prompts,
     _check_world,

@@ -134,6 +134,10 @@ class Modulation:
     """k' of EMPG: scale of the entropy in that clarity. No effect without `bonus`."""
     centred: bool = False
     """Subtract the mean over the batch from the modulated advantages, as EMPG does. Needs `keep: all`."""
+    match: Literal["gradient_norm", "update_norm", "kl"] | None = None
+    """Control: train with the advantages of the baseline, and scale each update to the size that the modulated advantages would
+    give it: the norm of its gradient, the norm of its change of the weights, or its KL divergence on fixed states. null: none.
+    Needs weights that are not sharded, and memory for a second copy of weights, gradients and optimizer state."""
 
 
 @dataclass(frozen=True)

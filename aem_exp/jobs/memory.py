@@ -108,10 +108,13 @@ def _estimate_memory(process: ProcessSpec) -> MemoryEstimate:
     }
     phases = {name: resident | parts for name, parts in _allocated_bytes(process, sent * weights).items()}
     buckets = sum(trained_bytes) if process.ranks > passes.processes else 0.0  # gradient buckets of DDP
-    phases["update"][GRADIENTS] = phases["update"].get(GRADIENTS, 0.0) + buckets
+    copies = sum(trained_bytes) if process.match else 0.0  # gradients of the reference
+    phases["update"][GRADIENTS] = phases["update"].get(GRADIENTS, 0.0) + buckets + copies
     if not passes.offload:  # a GPU updates all weights at the same time
         scratch = shard * sum(trained_bytes) if passes.gpu else 2.0 * max(trained_bytes)
-        phases["optimizer"] = resident | {GRADIENTS: shard * sum(trained_bytes) + buckets, ACTIVATIONS: scratch}
+        trial = 2 * copies + moments if process.match not in (None, "gradient_norm") else 0.0
+        gradients = shard * sum(trained_bytes) + buckets + trial
+        phases["optimizer"] = resident | {GRADIENTS: gradients, ACTIVATIONS: scratch}
     return MemoryEstimate(weights, trained, sum(trained_bytes) + moments, phases)
 
 

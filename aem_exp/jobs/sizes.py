@@ -152,6 +152,8 @@ class ProcessSpec:
     """Rows of a micro-batch."""
     accumulates: bool
     """Whether an update has several micro-batches."""
+    match: str | None = None
+    """`modulation.match`: needs copies of gradients, and, for a trial of the optimizer step, of weights and moments."""
 
     @classmethod
     def from_experiment(cls, experiment: Experiment, lengths: RowLengths | None = None) -> ProcessSpec:
@@ -186,6 +188,7 @@ class ProcessSpec:
             play_tokens=lengths.episode,
             rows=rows,
             accumulates=share > rows,
+            match=experiment.modulation.match,
         )
 
 

@@ -28,7 +28,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """For each column, whether all its cells are numbers."""
         return [
-            bool(self.rows) and all(re.fullmatch(r"[-+]?[\d,.]+( ± \S+)?|-?", row[i]) for row in self.rows)
+            bool(self.rows) and all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]\d+)?( ± \S+)?|-?", row[i]) for row in self.rows)
             for i in range(len(self.columns))
         ]
 

@@ -16,4 +16,5 @@ RESULT: Final = "result.json"  # written last; with this file, a run is finished
 PROVENANCE: Final = "provenance.json"
 EVALUATIONS: Final = "evaluations"  # one folder per evaluation, each with its own result.json
 WARM_START: Final = "warm_start.json"  # what the warm start trained and measured; absent without one
+FIXED_STATES: Final = "fixed_states.json"  # states on which the KL divergence of each step is measured
 MODEL: Final = "model"  # the trained policy in Hugging Face format

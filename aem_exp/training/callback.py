@@ -101,7 +101,7 @@ def _time_shares(metrics: dict[str, float]) -> dict[str, float]:
 
     `time/environment` counts only the time without generation (see `rollout.clock`).
     """
-    names = ("weights", "generation", "environment", "scoring", "aem", "update")
+    names = ("weights", "generation", "environment", "scoring", "aem", "update", "step_size")
     seconds = {name: metrics[f"time/{name}"] for name in names if f"time/{name}" in metrics}
     total, idle = sum(seconds.values()), seconds.get("environment", 0.0)
     rollout = idle + seconds.get("generation", 0.0)

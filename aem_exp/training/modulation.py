@@ -64,6 +64,8 @@ class ModulationVariant:
     """k' of EMPG: strength of the entropy in this bonus"""
     centred: bool = False
     """subtract the batch mean from the modulated advantages, as EMPG does"""
+    match: Literal["gradient_norm", "update_norm", "kl"] | None = None
+    """matched control: train without the modulation, in updates of the size that it would give; see `training.size_match`"""
 
     @property
     def needs_tokens(self) -> bool:

@@ -35,7 +35,7 @@ def compute_step_metrics(credit: MeasuredCredit, trained: bool = True) -> dict[s
             credit.alpha_R, credit.entropy_R, credit.advantage_R, tokens_R, turn_R
         )
         out |= {f"aem/{name}": value for name, value in statistics.items()} | credit.metrics
-    return out | _token_counts(credit, trained)
+    return out | _advantage_sums(credit) | _token_counts(credit, trained)
 
 
 def _environment_metrics(credit: AssignedCredit) -> dict[str, float]:
@@ -80,6 +80,23 @@ def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) ->
         (credit.surprisal_R * tokens_R)[first_R],
         credit.group_R[first_R],
     )
+
+
+def _advantage_sums(credit: MeasuredCredit) -> dict[str, float]:
+    """Sums of n alpha A over the responses with A > 0, and over those with A < 0, per trained token; n: tokens of a response.
+
+    alpha is 1 without modulation. With coefficients per token, the sums are over tokens. Masked tokens are left out.
+    """
+    in_loss_K, tokens_R = credit.in_loss_K, credit.tokens_R
+    response_K = torch.arange(len(tokens_R)).repeat_interleave(tokens_R)
+    per_token = len(credit.response_U) > len(tokens_R)
+    unit_K = torch.arange(len(response_K)) if per_token else response_K
+    mass_K = credit.final_advantage_U[unit_K] * in_loss_K
+    tokens, advantage_K = max(1, int(in_loss_K.sum())), credit.advantage_R[response_K]
+    return {
+        "train/positive_advantage": mass_K[advantage_K > 0].sum().item() / tokens,
+        "train/negative_advantage": mass_K[advantage_K < 0].sum().item() / tokens,
+    }
 
 
 def _token_counts(credit: AssignedCredit, trained: bool) -> dict[str, float]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from aem_exp.training.credit import AssignedCredit, select_ids
 from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.modulation import ModulationVariant
+from aem_exp.training.size_match import REFERENCE
 from aem_exp.training.updates import MicroBatch
 
 
@@ -87,9 +88,10 @@ class TokenSelection:
     """coefficient of the absolute log-ratio of each token in the loss; 0: none"""
 
     def edit(self, micro: Sequence[int], batch: MicroBatch) -> MicroBatch:
-        """The changed tensors of a micro-batch, each (N, T): `advantages`, and `penalties` if there are any."""
+        """The changed tensors of a micro-batch, each (N, T): its advantages, and `penalties` if there are any."""
         mask_NT = batch["tool_mask"]
-        changed = {"advantages": batch["advantages"] * self._spread(self.weight_K, micro, mask_NT)}
+        weight_NT = self._spread(self.weight_K, micro, mask_NT)
+        changed = {name: batch[name] * weight_NT for name in ("advantages", REFERENCE) if name in batch}
         if self.penalty_K.any():
             changed["penalties"] = self._spread(self.penalty_K, micro, mask_NT)
         return changed

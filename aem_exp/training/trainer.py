@@ -20,6 +20,7 @@ import math
 import time as clock_time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
 from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
+from aem_exp.training.size_match import REFERENCE, SizeMatch
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
+from aem_exp.training.step_size import StepSizeMeter
 from aem_exp.training.token_selection import (
     TokenRules,
     penalty_loss,
@@ -140,6 +143,11 @@ class AEMTrainer(GRPOTrainer):
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
         self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
         self.variant, self.token_rules, self.trust_sampler, self.hooks = variant, token_rules, trust_sampler, hooks
+        self.size_match = SizeMatch(self, variant.match) if variant.match else None
+        if self.size_match:
+            self.add_callback(self.size_match)  # before the meter, which measures the scaled change of the weights
+        self.step_size = StepSizeMeter(self)
+        self.add_callback(self.step_size)
         self._entropy_coef = args.entropy_coef
         self._published_update = -1
         self.batch_sizes: list[
@@ -162,6 +170,7 @@ class AEMTrainer(GRPOTrainer):
             assigned = self.assign_credit(played.kept, played.dropped)
             credit, step_updates = self.build_updates(assigned, step)
             self._record_metrics(credit, len(step_updates))
+            self.step_size.begin_step(credit.played, is_trained=bool(step_updates))
             self.time.updates += len(step_updates)
             self.batch_sizes = [[_batch_size(batch) for batch in update] for update in step_updates]
             for i, micro_batches in enumerate(step_updates or [[]]):
@@ -219,8 +228,8 @@ class AEMTrainer(GRPOTrainer):
         Old log-probs, entropies and coefficients are computed once and stay fixed for all updates of the step.
 
         Returns:
-            The credit (a `ModulatedCredit` if there is a modulation), and the micro-batches of this rank for each update. There
-            are no updates if the loss of the step is zero.
+            The credit that is trained (a `ModulatedCredit` if there is a modulation without `match`), and the micro-batches of
+            this rank for each update. There are no updates if the loss of the step is zero.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan_key = (self.args.seed, "updates", step)
@@ -235,16 +244,20 @@ class AEMTrainer(GRPOTrainer):
             rng = keyed_generator((self.args.seed, "tokens", step))
             selection = select_tokens(self.token_rules, measurements, self._sum_over_ranks, rng)
         with self.clock("aem"):
-            credit = self._modulate(measured, step)
+            modulated = self._modulate(measured, step)
+            credit = measured if self.size_match else modulated
             if self._loss_is_zero(credit):
                 return credit, []
             rows = updates.mask_rows(credit)
             if self.variant.keep_by == "mask":  # masked tokens leave the denominator of the loss, too
                 plan = updates.plan_step(rows, self.update_settings, plan_key, rank, ranks)
+            spread = partial(updates.spread_advantages, unit=self.variant.unit)
             for update, update_batches in zip(plan, batches, strict=True):
                 for micro, batch in zip(update.micro_batches, update_batches, strict=True):
                     mask_NT = batch["tool_mask"]
-                    batch["advantages"] = updates.spread_advantages(credit, micro, mask_NT, self.variant.unit)
+                    batch["advantages"] = spread(credit, micro, mask_NT)
+                    if self.size_match:
+                        batch[REFERENCE] = spread(modulated, micro, mask_NT)
                     if selection:
                         batch |= selection.edit(micro, batch)
                     if rows is not credit.rows:
@@ -355,13 +368,22 @@ class AEMTrainer(GRPOTrainer):
         gradients might not fit into memory.
         """
         start = clock_time.perf_counter()
+        accumulate = partial(self._accumulate_gradients, model, num_items_in_batch=num_items_in_batch)
+        if self.size_match and inputs:
+            self.size_match.begin_update(inputs, accumulate)
+        total = accumulate(inputs)
+        if self.size_match:
+            self.size_match.end_backward()
+        self.aem_callback.metrics["time/update"] += clock_time.perf_counter() - start
+        return total
+
+    def _accumulate_gradients(self, model: Any, inputs: Sequence[MicroBatch], num_items_in_batch: Any) -> Tensor:
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(inputs):
             sync = sharded or i == len(inputs) - 1
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model=model):
                 total += super().training_step(model, batch, num_items_in_batch)
-        self.aem_callback.metrics["time/update"] += clock_time.perf_counter() - start
         return total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -371,6 +393,7 @@ class AEMTrainer(GRPOTrainer):
             problem = f"the norm of the gradient is {norm} in step {self.time.step + 1} (loss_type={self.loss_type})"
             remedy = "a lower trainer.learning_rate or trainer.max_grad_norm may help"
             raise RunError(f"{problem}; the weights were not updated with it; {remedy}", "nan")
+        self.step_size.add_gradient_norm(float(norm))
         return norm
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:

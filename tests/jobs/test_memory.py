@@ -102,6 +102,16 @@ def test_ddp_replicates_memory_and_doubles_gradients():
 
 
 @pytest.mark.slow
+def test_matched_controls_keep_copies_for_a_trial():
+    """Gradients of the reference in the backward pass; in the trial also the weights and moments before it."""
+    n, plain = WEIGHTS["Qwen/Qwen2.5-7B-Instruct"], planned(ALONE)
+    for name, trial in (("matched_gradient", 0), ("matched_update", 16 * n), ("matched_kl", 16 * n)):
+        matched = planned([*ALONE, f"modulation={name}"])
+        assert part(matched, "update", "gradients") == part(plain, "update", "gradients") + 4 * n
+        assert part(matched, "optimizer", "gradients") == part(plain, "optimizer", "gradients") + trial
+
+
+@pytest.mark.slow
 def test_only_the_adapter_is_trained_with_lora():
     lora = "model.lora={r: 8, target_modules: [q_proj, v_proj]}"
     adapter = planned(["+experiment=webshop_1_5b", "launch=gpu1", lora])

@@ -13,6 +13,7 @@ from aem_exp.config import ConfigError
 from aem_exp.report import analysis, figures, render, sections
 from aem_exp.report import command as report
 from aem_exp.report.analysis import ArmCell, SeedRun
+from aem_exp.report.sections.step_sizes import step_size_table
 from aem_exp.rundir import archive
 from aem_exp.stats import compare
 
@@ -57,6 +58,30 @@ def test_numbers_of_the_report_follow_from_the_archives(tmp_path, monkeypatch, c
         assert row["verdict"] == compare.verdict(found)
     text = (tmp_path / "page" / "report.md").read_text()
     assert all(row["verdict"] in text for row in verdicts.values())
+
+
+def test_sizes_of_the_steps_are_shown_beside_success(runs):
+    """Means over steps, then over runs, with the SD over runs; runs of older versions have no sizes but the gradient norm."""
+    old = [cell("none", runs["none"][:2])]
+    (row,) = size_table(old).rows
+    assert row[:3] == ("none", analysis_points(old[0]), "-") and row[4:] == ("-",) * 5 + ("0.0005",)
+    curves = ([0.0, 0.01, 0.03], [0.0, 0.03, 0.05])
+    new = [
+        replace(kept, curves={"step": [0, 1, 2], "train/step_kl": [None, *curve[1:]]})
+        for kept, curve in zip(runs["aem"][:2], curves, strict=True)
+    ]
+    table = size_table([cell("aem", new)])
+    (row,) = table.rows
+    assert dict(zip(table.columns, row, strict=True))["KL of a step (nats)"] == "0.03 ± 0.014"
+    assert size_table([cell("aem", [replace(kept, curves={}) for kept in new])]) is None
+
+
+def size_table(cells):
+    return step_size_table([(each, each.done) for each in cells])
+
+
+def analysis_points(each):
+    return sections.format_points(analysis.mean(each.scores(analysis.SUCCESS)))
 
 
 @pytest.mark.slow

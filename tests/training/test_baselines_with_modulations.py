@@ -113,7 +113,8 @@ def test_pair_trains(baseline, name, folder):
         assert torch.tensor([row["train/loss"], row["train/grad_norm"]]).isfinite().all()
         parts = ("trained", "filtered", "crashed")
         assert row["train/tokens_generated"] == sum(row[f"train/tokens_{part}"] for part in parts)
-        assert ("aem/alpha_q50" in row) == (name != "none")
+        assert ("aem/alpha_q50" in row) == (name != "none" and not modulation(name).match)
+        assert ("aem/match_factor" in row) == bool(modulation(name).match)
     start = toy.policy(folder, history)[0].state_dict()
     assert any(not torch.equal(value, start[key]) for key, value in model.state_dict().items())
 

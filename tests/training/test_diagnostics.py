@@ -93,6 +93,25 @@ def measured(played, history):
     return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R)
 
 
+def test_sums_of_advantages_by_sign():
+    """By hand: A = (1/2, 1/2, -1/2, -1/2, 0), lengths (2, 1, 1, 2, 1), 7 tokens; with alpha = (1/2, 2, 3, 1, 1)."""
+    credit = measured(PLAYED, "full")
+    names = ("train/positive_advantage", "train/negative_advantage")
+    plain = compute_step_metrics(credit)
+    assert [plain[name] for name in names] == pytest.approx([1.5 / 7, -1.5 / 7])
+    alpha_R = torch.tensor([0.5, 2.0, 3.0, 1.0, 1.0])
+
+    def sums(kept):
+        final_R, kept_R = credit.advantage_R * alpha_R, torch.tensor(kept)
+        modulated = add_modulation(credit, alpha_U=alpha_R, modulated_advantage_U=final_R, trained_U=kept_R, metrics={})
+        return [compute_step_metrics(modulated)[name] for name in names]
+
+    assert sums([True] * 5) == pytest.approx([(0.5 + 1) / 7, -(1.5 + 1) / 7])
+    assert sums([True, False, True, True, True]) == pytest.approx(
+        [0.5 / 6, -(1.5 + 1) / 6]
+    )  # a masked response of 1 token
+
+
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_drift_uses_first_turns_of_groups_with_several_members(history):
     credit = measured(PLAYED, history)

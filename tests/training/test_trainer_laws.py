@@ -281,22 +281,24 @@ def test_d_micro_batches_and_padding_change_nothing(folder, history, kind):
 @pytest.fixture(scope="module")
 def one_process(folder):
     """The final weights of training in one process, for each kind."""
-    return {kind: torchrun_training.weights(kind, folder) for kind in torchrun_training.KINDS}
+    kinds = (*torchrun_training.KINDS, torchrun_training.MATCHED)
+    return {kind: torchrun_training.weights(kind, folder) for kind in kinds}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
 def test_d_ranks_change_nothing(folder, one_process, weights):
-    """Two gloo processes end with the weights and the entropy drift of one process.
+    """Two gloo processes end with the weights, the entropy drift and the sizes of the steps of one process.
 
     Each process has a share of the episodes and of each update. It has all weights, or a shard of each.
     """
     done = torchrun(torchrun_training, str(folder), *(["sharded"] if weights == "sharded" else []))
     assert done.returncode == 0, done.stderr[-3000:]
-    for kind in torchrun_training.KINDS:
+    for kind in one_process if weights == "replicated" else torchrun_training.KINDS:
         two = torch.load(folder / f"{kind}-2.pt", weights_only=True)
         assert two.keys() == one_process[kind].keys()
-        assert len(two["drift"]) == 2
+        assert len(two["drift"]) == (1 if kind == torchrun_training.MATCHED else 2)
+        assert two["sizes"][:5].min() > 0
         for name, weight in one_process[kind].items():
             torch.testing.assert_close(
                 two[name], weight, atol=2e-6, rtol=1e-5, msg=lambda m, at=f"{kind} {name}": f"{at}: {m}"

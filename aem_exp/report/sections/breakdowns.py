@@ -12,6 +12,7 @@ from aem_exp.report import figures
 from aem_exp.report.analysis import SCORE, SUCCESS, ArmCell, mean
 from aem_exp.report.render import Block, Figure, Section, Table, Text
 from aem_exp.report.sections.formats import drop_empty_column, format_points
+from aem_exp.report.sections.step_sizes import step_size_table
 from aem_exp.rundir.archive import Archive
 from aem_exp.stats import scores
 
@@ -41,7 +42,7 @@ def curves_section(cells: Sequence[ArmCell]) -> Section:
 
 def breakdown_section(cells: Sequence[ArmCell]) -> Section:
     done = [(cell, cell.done) for cell in cells if cell.done]
-    tables = (_kind_table(done), _repeats_table(done), _endings_table(done), _habits_table(done))
+    tables = (_kind_table(done), _repeats_table(done), _endings_table(done), _habits_table(done), step_size_table(done))
     return Section("Breakdown", [table for table in tables if table is not None])
 
 
@@ -155,6 +156,8 @@ def _control_rows(cells: Sequence[ArmCell]) -> Iterator[tuple[str, ...]]:
 def _describe_control(modulation: Mapping[str, Any]) -> str:
     """A description of the control that an arm is; "" if it is none."""
     lam = modulation.get("lam")
+    if match := modulation.get("match"):
+        return f"control: no modulation, in updates as large as with it ({match})"
     if modulation.get("shuffle"):
         return "placebo: the same coefficients, permuted at random"
     constant = isinstance(lam, Mapping) and lam.get("value") == 0
