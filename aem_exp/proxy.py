@@ -1,7 +1,8 @@
 """Command `python -m aem_exp.proxy RUN_DIR|MODEL`: measures how well AEM's coefficient approximates relative surprisal S - H(s).
 
 AEM uses the mean token entropy of a response as a proxy of its relative surprisal: its surprisal S minus H(s), the mean surprisal
-at its state. This command samples several responses at the same state, and estimates H(s) from the other samples.
+at its state. This command samples several responses at the same state, and estimates H(s) from the token entropies of the other
+samples.
 
 A state is one turn of one episode; all turns of an episode are equally likely. The paper reports 64 states. Its number of samples
 is not known to us. Nor do we know whether its alpha compares the samples of a state, as here, or a whole rollout group.
@@ -120,6 +121,7 @@ def evaluate_proxy(
         "world": setup.world.fingerprint,
         "panel": [setup.panel.name, setup.panel.hash],
         "asked": [states, samples, setup.temperature],
+        "mean_surprisal": "token entropies of the other samples",
         **agent.identity(),
         **({"bf16": True} if setup.experiment.trainer.bf16 else {}),
     }
@@ -229,9 +231,11 @@ def _write_result(folder: Path, samples: int, identity: dict[str, Any]) -> None:
     from aem_exp.training import diagnostics
 
     sampled = _read_samples(folder)
-    entropy_R, surprisal_R = (torch.tensor([v for s in sampled for v in s[key]]) for key in ("entropy", "surprisal"))
+    entropy_R, surprisal_R, tokens_R = (
+        torch.tensor([v for s in sampled for v in s[key]]) for key in ("entropy", "surprisal", "tokens")
+    )
     state_R = torch.arange(len(sampled)).repeat_interleave(samples)
-    relative_R = diagnostics.relative_surprisal(surprisal_R, state_R)
+    relative_R = diagnostics.relative_surprisal(surprisal_R, entropy_R * tokens_R, state_R)
     alphas = {name: aem.coefficients(entropy_R, state_R, LAM, gate) for name, gate in GATES.items()}
     validity = {name: diagnostics.proxy_validity(alpha_R, relative_R, state_R) for name, alpha_R in alphas.items()}
     plots.draw_scatter((1 - alphas["ungated"]).tolist(), relative_R.tolist(), folder / FIGURE)
