@@ -15,11 +15,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aem_exp.config import ConfigError, Env
+from aem_exp.config import ConfigError
 from aem_exp.core import cli, disk
 from aem_exp.core.disk import nonfinite_to_none
 from aem_exp.core.errors import RunError
@@ -27,15 +27,15 @@ from aem_exp.evaluate import request
 from aem_exp.evaluate.evaluation import EvaluationSetup, env_rules, hash_identity, lock_folder
 from aem_exp.evaluate.panels import list_episodes
 from aem_exp.evaluate.request import POLICY, UNTRAINED
+from aem_exp.evaluate.states import STATES, SampledState, pick_state, read_states, sample_at_states
 from aem_exp.rundir import RESULT
 
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
     from aem_exp.evaluate.display import ProgressLine
     from aem_exp.rollout.sampling.base import Sampler
-    from aem_exp.rollout.types import Trajectory
 
-STATES, SAMPLES, FIGURE = "states.json", "samples.jsonl", "proxy.png"
+SAMPLES, FIGURE = "samples.jsonl", "proxy.png"
 GATES = {"gated": 0.1, "ungated": 0.0}  # nats: the gate of the paper, and no gate
 LAM = 1.0  # lambda of the paper
 
@@ -48,22 +48,6 @@ stopped, or shows the result.
   python -m aem_exp.proxy outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.proxy Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=alfworld --samples 8
 """
-
-
-@dataclass(frozen=True)
-class SampledState:
-    """A state at which responses are sampled."""
-
-    task: str
-    """id of the task"""
-    member: int
-    """the repeat of the task whose episode passed through the state"""
-    turn: int
-    """index of the turn in this episode"""
-    prompt: list[int]
-    """ids of all tokens in front of the response"""
-    budget: int
-    """maximum number of tokens of a response"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,22 +150,6 @@ def _sample_states(
                 file.writelines(json.dumps(state) + "\n" for state in sampled)
 
 
-def pick_state(trajectory: "Trajectory", env: Env) -> list[SampledState]:
-    """Choose one turn of an episode, with equal probability; an empty list if the episode crashed or has no turn."""
-    from aem_exp.rollout.sampling.base import keyed_generator
-    from aem_exp.rollout.types import Ending
-
-    t = trajectory
-    if t.ended == Ending.CRASHED or not t.responses:
-        return []
-    turn = int(keyed_generator(("proxy", t.task.id, t.member)).integers(len(t.responses)))
-    prompt = list(t.responses[turn].prompt)
-    if env.history == "full":
-        before = [token for r in t.responses[:turn] for token in (*r.prompt, *r.sample.ids)]
-        prompt = before + prompt
-    return [SampledState(t.task.id, t.member, turn, prompt, min(env.response_tokens, env.context_tokens - len(prompt)))]
-
-
 def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sampler") -> list[dict[str, Any]]:
     """Sample at each state.
 
@@ -189,14 +157,7 @@ def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sam
         For each state its turn, and lists over the samples: `entropy` (mean token entropy, nats), `surprisal` (summed over the
         response, nats) and `tokens` (number of tokens).
     """
-    slots = [(state, k) for state in states for k in range(samples)]
-    samples_by_slot = sampler.session().generate(
-        range(len(slots)),
-        [state.prompt for state, _ in slots],
-        [("proxy", state.task, state.member, state.turn, k) for state, k in slots],
-        [state.budget for state, _ in slots],
-    )
-    groups = [samples_by_slot[i * samples : (i + 1) * samples] for i in range(len(states))]
+    groups = sample_at_states(states, samples, sampler)
     return [
         {
             "turn": state.turn,
@@ -206,13 +167,6 @@ def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sam
         }
         for state, group in zip(states, groups, strict=True)
     ]
-
-
-def read_states(folder: Path) -> list[SampledState]:
-    try:
-        return [SampledState(**state) for state in json.loads((folder / STATES).read_text())]
-    except (ValueError, TypeError) as error:
-        raise disk.damaged_file_error(folder / STATES, error) from error
 
 
 def _read_samples(folder: Path) -> list[dict[str, Any]]:

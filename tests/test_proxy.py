@@ -10,6 +10,7 @@ from support import toy
 from aem_exp import proxy
 from aem_exp.core.disk import DamagedFileError
 from aem_exp.envs.executor import SerialExecutor
+from aem_exp.evaluate import states
 from aem_exp.rollout.chat import Chat
 from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import SamplingParams
@@ -63,7 +64,7 @@ def test_state_has_the_exact_tokens_in_front_of_a_response(history, tmp_path):
     played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
     turns = set()
     for t in played:
-        (state,) = proxy.pick_state(t, env)
+        (state,) = states.pick_state(t, env)
         sample = t.responses[state.turn].sample
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([state.prompt + sample.ids])).logits[0, len(state.prompt) - 1 : -1]
@@ -80,9 +81,9 @@ def test_samples_of_a_state_do_not_depend_on_other_states(tmp_path):
     chat, env = Chat(tokenizer), toy.env("full")
     sampler = LocalSampler(model, chat.end_ids, SamplingParams())
     played = Rollout(SerialExecutor(toy.ChatterWorld()), env, chat).play(toy.draw(0), sampler)
-    states = [state for t in played[:4] for state in proxy.pick_state(t, env)]
-    together = proxy.sample_responses(states, 3, sampler)
-    alone = [sampled for state in states for sampled in proxy.sample_responses([state], 3, sampler)]
+    chosen = [state for t in played[:4] for state in states.pick_state(t, env)]
+    together = proxy.sample_responses(chosen, 3, sampler)
+    alone = [sampled for state in chosen for sampled in proxy.sample_responses([state], 3, sampler)]
     for one, other in zip(together, alone, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["surprisal"] == pytest.approx(other["surprisal"], abs=1e-3)
@@ -143,6 +144,6 @@ def test_invalid_arguments_exit_with_one_line(capsys, argv, fact):
 
 @pytest.mark.parametrize("text", ['[{"task": "a"', "[1]", "{}x", '[{"tusk": 1}]'])
 def test_damaged_states_file_is_named(tmp_path, text):
-    (tmp_path / proxy.STATES).write_text(text)
+    (tmp_path / states.STATES).write_text(text)
     with pytest.raises(DamagedFileError, match=r"states\.json"):
-        proxy.read_states(tmp_path)
+        states.read_states(tmp_path)
