@@ -24,7 +24,7 @@ describes its content.
     run          runs one experiment on this machine, from its start or a checkpoint to its result
     sweep        many experiments that answer one question; hyperparameter studies with Optuna
     report       the result of a sweep: verdicts, tables, figures
-    branch       compares modulations by one update each, from the weights of a run
+    proxy        compares token entropy with relative surprisal; `branch` compares modulations by one update each
 
 A *step* is one rollout batch: schedules, evaluations, saves and x-axes count steps. An *update* is one optimizer step.
 

@@ -21,7 +21,8 @@ from aem_exp.rundir import EXPERIMENT, MODEL, RESULT
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
 
-POLICY, UNTRAINED = "policy", "untrained"
+POLICY, UNTRAINED = "policy", "untrained"  # untrained: the policy at the start of a run, after its warm start
+BEFORE_WARM_START = "before_warm_start"
 AGENTS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
 OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
@@ -79,14 +80,20 @@ def model_path_overrides(target: str) -> list[str]:
     return [f"model.path={quoted}", "model.make=null"]
 
 
-def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
-    """Return the setup of the evaluation, its agents, and why other agents are left out."""
+def prepare_evaluation(
+    arguments: argparse.Namespace, evaluation_limits: bool = True
+) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
+    """Return the setup of the evaluation, its agents, and why other agents are left out.
+
+    Args:
+        evaluation_limits: play with the limits of evaluation; else with those of training.
+    """
     is_run = is_run_dir(arguments.target)
     check_overrides(arguments.overrides, OVERRIDABLE_GROUPS["run" if is_run else "model"])
     experiment, original = read_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
     extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
-    experiment = config.apply_evaluation_limits(experiment)
+    experiment = config.apply_evaluation_limits(experiment) if evaluation_limits else experiment
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
         check_fingerprint(world.fingerprint, _absolute_path(arguments.target))
@@ -245,6 +252,10 @@ def _select_agents(
         agents.append(Agent(UNTRAINED, policy.model, initial_weights(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "needs a run directory, which records the initial weights")
+    if BEFORE_WARM_START in wanted:
+        if original is None or original.warm_start.method is None:
+            raise ConfigError("--only", BEFORE_WARM_START, "needs a run directory of a run with a warm start")
+        agents.append(Agent(BEFORE_WARM_START, policy.model, model_weights(original)))
     for name in AGENTS[2:]:
         if name in wanted:
             if why := unavailable_reason(name, setup.experiment, setup.world, setup.panel.tasks[0]):
@@ -260,14 +271,23 @@ def _select_agents(
 
 def initial_weights(original: Experiment) -> str:
     """Return the folder of the initial weights of a run, after its warm start if it has one."""
-    from aem_exp import policy, warm_start
+    from aem_exp import warm_start
 
-    if original.model.path and original.warm_start.method is None:
-        return policy.locate(original.model)
+    weights = model_weights(original)
+    if original.warm_start.method is None:
+        return weights
     world = opening.open_world(original)
-    weights = policy.locate(original.model) if original.model.path else policy.make_cached(original, world)
     report = logging.getLogger("aem_exp").info
     return warm_start.make_cached(original, world, weights, report).weights
+
+
+def model_weights(original: Experiment) -> str:
+    """Return the folder of the weights of the model of a run, before its warm start if it has one."""
+    from aem_exp import policy
+
+    if original.model.path:
+        return policy.locate(original.model)
+    return policy.make_cached(original, opening.open_world(original))
 
 
 def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
