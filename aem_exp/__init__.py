@@ -24,10 +24,11 @@ describes its content.
     run          runs one experiment on this machine, from its start or a checkpoint to its result
     sweep        many experiments that answer one question; hyperparameter studies with Optuna
     report       the result of a sweep: verdicts, tables, figures
+    proxy        compares token entropy with relative surprisal; `branch` compares modulations by one update each
 
 A *step* is one rollout batch: schedules, evaluations, saves and x-axes count steps. An *update* is one optimizer step.
 
-Commands: `python -m aem_exp` runs one experiment; `python -m aem_exp.{sweep,status,report,evaluate,proxy,prepare,tracking,ui}`.
+Commands: `python -m aem_exp` runs one experiment; `python -m aem_exp.{sweep,status,report,evaluate,proxy,branch,...}`.
 """
 
 from typing import Final

@@ -32,7 +32,10 @@ COMMANDS: Final = {
     "status": Command("status", "show the progress of runs, and why runs failed"),
     "report": Command("report.command", "compare the arms of a sweep, and write a page"),
     "evaluate": Command("evaluate.command", "score the policy of a run, or any model, on held-out tasks"),
-    "proxy": Command("proxy", "measure how well token entropy predicts relative surprisal"),
+    "proxy": Command("proxy.command", "measure how well token entropy predicts relative surprisal"),
+    "branch": Command(
+        "branch.command", "compare modulations by one update each, from the same weights on the same batch"
+    ),
     "serve": Command("jobs.serve", "serve the policy of an experiment with vLLM on this machine"),
     "prepare": Command("prepare", "download and build what an experiment or a sweep needs"),
     "sync": Command("tracking.command", "send missing data of runs to MLflow", leading_arguments=("sync",)),

@@ -44,9 +44,18 @@ _aem_exp() {
 compdef _aem_exp aem-exp
 """
 SHELLS: Final = {"bash": BASH, "zsh": ZSH}
-TAKE_OVERRIDES: Final = (None, "run", "sweep", "report", "evaluate", "proxy", "prepare")  # commands that take overrides
+TAKE_OVERRIDES: Final = (
+    None,
+    "run",
+    "sweep",
+    "report",
+    "evaluate",
+    "proxy",
+    "branch",
+    "prepare",
+)  # commands that take overrides
 TAKE_SWEEP: Final = ("sweep", "report", "prepare", "status")  # ... whose first word can be a sweep
-TAKE_RUN_DIR: Final = ("run", "evaluate", "proxy", "sync")  # ... that take a run dir
+TAKE_RUN_DIR: Final = ("run", "evaluate", "proxy", "branch", "sync")  # ... that take a run dir
 KEY_VALUES: Final = {"plan": ("true", "false"), "resume": ("exact", "inexact")}
 OPTION_VALUES: Final = {"--cfg": ("job",), "-c": ("job",), "--completion": tuple(SHELLS)}
 

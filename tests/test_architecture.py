@@ -28,7 +28,7 @@ LAYERS = """
     jobs
     run
     sweep
-    report proxy status prepare ui serve trial
+    report proxy branch status prepare ui serve trial
     commands
     completion
     __main__

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from bench import theory
+
+from aem_exp.training import diagnostics
 
 LANGUAGES = {"ordinary": theory.make_ordinary(np.random.default_rng(0)), "routine": theory.make_routine()}
 
@@ -98,3 +101,42 @@ def test_learning_keeps_more_entropy_with_aem_and_less_with_reversed():
 @pytest.mark.parametrize("lam", [0.5, 1.0, 2.0, 4.0])
 def test_alpha_minimises_entropy_plus_divergence_from_uniform(lam):
     assert theory.variational_gap(np.random.default_rng(2), lam) < 1e-4
+
+
+def without_end(language):
+    """The same words without the end token: all responses have the maximum length."""
+    words_CV = language.next_CV[:, :-1] / language.next_CV[:, :-1].sum(-1, keepdims=True)
+    return theory.Language(np.pad(words_CV, ((0, 0), (0, 1))), language.longest)
+
+
+@pytest.mark.parametrize(
+    ("language", "smallest", "largest"),
+    [
+        (without_end(LANGUAGES["ordinary"]), 0.0, 0.5),
+        (LANGUAGES["ordinary"], 0.9, 1.1),
+        (LANGUAGES["routine"], 1.1, 9.0),
+    ],
+    ids=["equal lengths", "ordinary", "routine"],
+)
+def test_mean_surprisal_from_token_entropies_is_unbiased(language, smallest, largest):
+    """H(s) from the token entropies of m other responses has the same mean as from their surprisals: H(s).
+
+    With equal lengths, its mean squared error is less than half. In the routine language, long responses consist of small
+    choices, the token entropies vary more than the surprisal, and the error is larger.
+    """
+    every, m, rng = theory.list_responses(language), 4, np.random.default_rng(0)
+    squares = np.zeros(2)
+    for prompt in language.prompts:
+        own_R = np.flatnonzero(every.prompt_R == prompt)
+        p_R = every.prob_R[own_R] / every.prob_R[own_R].sum()
+        drawn_N = rng.choice(own_R, 5_000 * (m + 1), p=p_R)
+        surprisal_N, entropy_N = (
+            torch.from_numpy(v_RT.sum(-1)[drawn_N]) for v_RT in (every.surprisal_RT, every.entropy_RT)
+        )
+        state_N = torch.arange(5_000).repeat_interleave(m + 1)
+        for i, by_N in enumerate((entropy_N, surprisal_N)):
+            estimate_N = diagnostics.relative_surprisal(surprisal_N, by_N, state_N).numpy()
+            error_N = (estimate_N - every.relative_R[drawn_N])[:: m + 1]  # one response of each state: independent
+            assert abs(error_N.mean()) < 4 * error_N.std() / len(error_N) ** 0.5
+            squares[i] += (error_N**2).mean()
+    assert smallest < squares[0] / squares[1] < largest

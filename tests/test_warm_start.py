@@ -237,7 +237,8 @@ def test_run_starts_from_the_warm_start_and_saves_a_whole_model(cache, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(cache))
-        assert request._initial_weights(config.read(folder)) == str(started / "model")
+        assert request.initial_weights(config.read(folder)) == str(started / "model")
+        assert policy.fingerprint(request.model_weights(config.read(folder))) != recorded["weights"]
         with pytest.raises(ConfigError, match=r"warm_start\.epochs=2: must stay 1"):
             load([f"from={folder}", "trainer.steps=3", "warm_start.epochs=2"])
         assert load([f"from={folder}", "trainer.steps=3"]).warm_start == config.read(folder).warm_start

@@ -63,6 +63,18 @@ class ProgressLine:
         """Print a fact above the live line."""
         self.console.print(sentence, soft_wrap=True, markup=False)
 
+    def start_count(self, name: str, total: int, unit: str) -> None:
+        """Start a line that counts finished pieces of work; see `show_count`."""
+        self._remove_task()
+        self.task, self.unit = self.bar.add_task(name, total=total, count=f"0/{total} {unit}"), unit
+
+    def show_count(self, done: int) -> None:
+        """Show that `done` pieces of work are finished, and the remaining time."""
+        task = self.bar.tasks[-1]
+        count = f"{done}/{task.total} {self.unit}"
+        self.bar.update(self.task, completed=done, count=count)
+        self._print_line(task, count)
+
     def start_agent(self, agent: str, done: int, episodes: int, max_turns: int) -> None:
         """Start the line of an agent that has played `done` of its episodes."""
         self._remove_task()
@@ -103,6 +115,10 @@ class ProgressLine:
         count = f"{int(done)}/{task.total} episodes{self._format_turn()}"
         self.shown = time.monotonic()
         self.bar.update(self.task, completed=done, count=count)
+        self._print_line(task, count)
+
+    def _print_line(self, task: Any, count: str) -> None:
+        """Print the line from time to time if the output is not a terminal."""
         if not self.console.is_terminal and time.monotonic() - self.printed >= self.every:
             self.printed = time.monotonic()
             left = f"  {format_duration(task.time_remaining)} left" if task.time_remaining is not None else ""

@@ -21,7 +21,8 @@ from aem_exp.rundir import EXPERIMENT, MODEL, RESULT
 if TYPE_CHECKING:
     from aem_exp.evaluate.agents import Agent
 
-POLICY, UNTRAINED = "policy", "untrained"
+POLICY, UNTRAINED = "policy", "untrained"  # untrained: the policy at the start of a run, after its warm start
+BEFORE_WARM_START = "before_warm_start"
 AGENTS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
 OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
@@ -79,23 +80,23 @@ def model_path_overrides(target: str) -> list[str]:
     return [f"model.path={quoted}", "model.make=null"]
 
 
-def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
-    """Return the setup of the evaluation, its agents, and why other agents are left out."""
+def prepare_evaluation(
+    arguments: argparse.Namespace, evaluation_limits: bool = True
+) -> tuple[EvaluationSetup, list["Agent"], dict[str, str]]:
+    """Return the setup of the evaluation, its agents, and why other agents are left out.
+
+    Args:
+        evaluation_limits: play with the limits of evaluation; else with those of training.
+    """
     is_run = is_run_dir(arguments.target)
-    keys = OVERRIDABLE_GROUPS["run" if is_run else "model"]
-    for text in arguments.overrides:
-        key, _, value = text.lstrip("+~").partition("=")
-        if re.split(r"[.@]", key)[0] not in keys:
-            raise ConfigError(
-                key, value, f"has no effect on this command; use {', '.join(keys)}, or an option (see --help)"
-            )
-    experiment, original = _experiment_of_run(arguments) if is_run else (_experiment_of_model(arguments), None)
+    check_overrides(arguments.overrides, OVERRIDABLE_GROUPS["run" if is_run else "model"])
+    experiment, original = read_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
     extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
-    experiment = config.apply_evaluation_limits(experiment)
+    experiment = config.apply_evaluation_limits(experiment) if evaluation_limits else experiment
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
-        _check_fingerprint(world.fingerprint, _absolute_path(arguments.target))
+        check_fingerprint(world.fingerprint, _absolute_path(arguments.target))
     fields = ("--panel" if arguments.panel else "evaluation.final", "--tasks")
     chosen = build_panel(world, arguments.panel or experiment.evaluation.final, arguments.tasks or 0, fields)
     policy = _policy(arguments, experiment, original)
@@ -103,6 +104,16 @@ def prepare_evaluation(arguments: argparse.Namespace) -> tuple[EvaluationSetup, 
     out = _results_folder(arguments, experiment, world, policy)
     setup = EvaluationSetup(experiment, world, chosen, arguments.repeats, temperature, arguments.at_once, out)
     return setup, *_select_agents(arguments.only, policy, original, setup)
+
+
+def check_overrides(overrides: Sequence[str], groups: Sequence[str]) -> None:
+    """Raise an error if an override sets anything outside of these groups."""
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if re.split(r"[.@]", key)[0] not in groups:
+            raise ConfigError(
+                key, value, f"has no effect on this command; use {', '.join(groups)}, or an option (see --help)"
+            )
 
 
 def _absolute_path(target: str) -> Path:
@@ -113,11 +124,15 @@ def is_run_dir(target: str) -> bool:
     return (_absolute_path(target) / EXPERIMENT).exists()
 
 
-def _experiment_of_run(arguments: argparse.Namespace) -> tuple[Experiment, Experiment]:
-    """Return the experiment of a run directory with the overrides, and the original one."""
+def read_run(arguments: argparse.Namespace, finished: bool = True) -> tuple[Experiment, Experiment]:
+    """Return the experiment of a run directory with the overrides, and the original one.
+
+    Raises:
+        ConfigError: an override is not possible, or the run is not finished and must be (`finished`).
+    """
     folder = _absolute_path(arguments.target)
     original = config.read(folder, arguments.trust)
-    if not (folder / RESULT).exists():
+    if finished and not (folder / RESULT).exists():
         command = shlex.join(["python", "-m", "aem_exp.run", str(folder)])
         raise ConfigError("RUN_DIR", str(folder), f"is not finished; finish it first: {command}")
     tree = config.to_dict(original)
@@ -204,7 +219,7 @@ def evaluation_launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> di
     return local | ({"sampler": "local"} if sampler == "engine" else {})
 
 
-def _check_fingerprint(fingerprint: str, folder: Path) -> None:
+def check_fingerprint(fingerprint: str, folder: Path) -> None:
     """Raise an error if the rules of the env have changed since the run: the results could not be compared."""
     trained = disk.read_json(folder / RESULT, "fingerprint")["fingerprint"]
     if fingerprint != trained:
@@ -234,9 +249,13 @@ def _select_agents(
     if POLICY in wanted:
         agents.append(policy)
     if UNTRAINED in wanted and original:
-        agents.append(Agent(UNTRAINED, policy.model, _initial_weights(original)))
+        agents.append(Agent(UNTRAINED, policy.model, initial_weights(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "needs a run directory, which records the initial weights")
+    if BEFORE_WARM_START in wanted:
+        if original is None or original.warm_start.method is None:
+            raise ConfigError("--only", BEFORE_WARM_START, "needs a run directory of a run with a warm start")
+        agents.append(Agent(BEFORE_WARM_START, policy.model, model_weights(original)))
     for name in AGENTS[2:]:
         if name in wanted:
             if why := unavailable_reason(name, setup.experiment, setup.world, setup.panel.tasks[0]):
@@ -250,16 +269,25 @@ def _select_agents(
     return agents, left_out
 
 
-def _initial_weights(original: Experiment) -> str:
+def initial_weights(original: Experiment) -> str:
     """Return the folder of the initial weights of a run, after its warm start if it has one."""
-    from aem_exp import policy, warm_start
+    from aem_exp import warm_start
 
-    if original.model.path and original.warm_start.method is None:
-        return policy.locate(original.model)
+    weights = model_weights(original)
+    if original.warm_start.method is None:
+        return weights
     world = opening.open_world(original)
-    weights = policy.locate(original.model) if original.model.path else policy.make_cached(original, world)
     report = logging.getLogger("aem_exp").info
     return warm_start.make_cached(original, world, weights, report).weights
+
+
+def model_weights(original: Experiment) -> str:
+    """Return the folder of the weights of the model of a run, before its warm start if it has one."""
+    from aem_exp import policy
+
+    if original.model.path:
+        return policy.locate(original.model)
+    return policy.make_cached(original, opening.open_world(original))
 
 
 def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:

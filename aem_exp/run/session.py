@@ -132,7 +132,7 @@ class RunSession:
         )
         sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.min_p or 0.0)
         source = RolloutSource(
-            draw=partial(_draw_episodes, experiment, self.context.world.tasks("train")),
+            draw=partial(draw_episodes, experiment, self.context.world.tasks("train")),
             rollout=self.rollout,
             make_sampler=lambda trainer: self.make_sampler(trainer, sampling),
             publish=publish,
@@ -230,8 +230,12 @@ class RunSession:
         self.recorder.write_diverged(file, result | {"diverged": str(reason)})
 
 
-def _draw_episodes(experiment: Experiment, tasks: Sequence[Task], step: int, number: int) -> list[Episode]:
-    """Return the episodes of a sampling round: tasks drawn without replacement, with one group of episodes per task."""
+def draw_episodes(experiment: Experiment, tasks: Sequence[Task], step: int | str, number: int) -> list[Episode]:
+    """Return the episodes of a sampling round: tasks drawn without replacement, with one group of episodes per task.
+
+    Args:
+        step: index of the step, or the name of a batch that is not part of the run.
+    """
     settings, seed = experiment.trainer, experiment.seed
     count = settings.tasks_per_step * settings.oversample
     chosen = keyed_generator((seed, "tasks", step, number)).choice(len(tasks), count, replace=False)

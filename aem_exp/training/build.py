@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aem_exp.config import Experiment, instantiate
 from aem_exp.config.trainer_schema import TokenSettings
@@ -16,6 +16,8 @@ from aem_exp.training.trainer import NO_HOOKS, AEMTrainer, RolloutSource, Traine
 from aem_exp.training.updates import UpdateSettings
 from aem_exp.training.vllm_engine import engine_options
 
+AnyTrainer = TypeVar("AnyTrainer", bound=AEMTrainer)
+
 
 def build_trainer(
     experiment: Experiment,
@@ -25,11 +27,12 @@ def build_trainer(
     callback: AEMCallback,
     source: RolloutSource,
     hooks: TrainerHooks = NO_HOOKS,
-) -> AEMTrainer:
-    """Create the trainer of an experiment; `folder` receives its checkpoints."""
+    kind: type[AnyTrainer] = AEMTrainer,
+) -> AnyTrainer:
+    """Create the trainer of an experiment, of the class `kind`; `folder` receives its checkpoints."""
     settings, launch = experiment.trainer, experiment.launch
     with engine_options(experiment, model.name_or_path):
-        return AEMTrainer(
+        return kind(
             model,
             build_grpo_config(experiment, folder),
             tokenizer,

@@ -66,29 +66,36 @@ def _ratio(alpha_R: Tensor, weight_R: Tensor, mass_R: Tensor, default: float = 0
     return (alpha_R * weight_R).sum().item() / mass if mass > 0 else default
 
 
-def relative_surprisal(surprisal_R: Tensor, state_R: Tensor) -> Tensor:
-    """Estimate S - H(s) of each response, where H(s) is the mean surprisal of the *other* responses at its state.
+def relative_surprisal(surprisal_R: Tensor, entropy_R: Tensor, state_R: Tensor) -> Tensor:
+    """Estimate S - H(s) of each response, where H(s) is the mean summed token entropy of the *other* responses at its state.
 
-    H(s) is not estimated from the token entropies of the response itself. They are the predictable part of its surprisal
-    (Doob decomposition): subtracting them would leave only the unpredictable rest.
+    The surprisal of a response is the sum of its token entropies and of a rest with mean 0 (Doob decomposition). Both means are
+    therefore H(s), for responses that are sampled from the policy without a filter such as top-p. The mean of summed token
+    entropies has the smaller error if lengths vary little (Rao-Blackwell for each token). It has the larger error if the rest
+    is negatively correlated with the entropies; `tests/bench/theory.py` has such a language.
+
+    H(s) is not estimated from the token entropies of the response itself. They are the predictable part of its surprisal:
+    subtracting them would leave only the unpredictable rest.
 
     Args:
         surprisal_R: surprisal of each response, summed over its tokens, in nats.
+        entropy_R: token entropies of each response, summed over its tokens, in nats.
         state_R: integer id of the state of each response.
 
     Returns:
         (R,) float64, in nats; NaN for a response that is alone at its state.
     """
-    assert surprisal_R.ndim == 1 and state_R.shape == surprisal_R.shape, (surprisal_R.shape, state_R.shape)
+    shapes = {surprisal_R.shape, entropy_R.shape, state_R.shape}
+    assert surprisal_R.ndim == 1 and len(shapes) == 1, shapes
     state_R = torch.unique(state_R, return_inverse=True)[1]
-    surprisal_R, count_S = surprisal_R.double(), torch.bincount(state_R)
-    total_S = surprisal_R.new_zeros(len(count_S)).index_add_(0, state_R, surprisal_R)
+    surprisal_R, entropy_R, count_S = surprisal_R.double(), entropy_R.double(), torch.bincount(state_R)
+    total_S = entropy_R.new_zeros(len(count_S)).index_add_(0, state_R, entropy_R)
     others_R = count_S[state_R] - 1
-    return surprisal_R - (total_S[state_R] - surprisal_R) / others_R.where(others_R > 0, torch.nan)
+    return surprisal_R - (total_S[state_R] - entropy_R) / others_R.where(others_R > 0, torch.nan)
 
 
 def entropy_drift(
-    advantage_R: Tensor, modulated_R: Tensor | None, surprisal_R: Tensor, state_R: Tensor
+    advantage_R: Tensor, modulated_R: Tensor | None, surprisal_R: Tensor, entropy_R: Tensor, state_R: Tensor
 ) -> dict[str, float]:
     """Estimate how the advantages change the entropy of the states: mean of A (S - H) over responses.
 
@@ -96,6 +103,7 @@ def entropy_drift(
         advantage_R: advantages A before modulation.
         modulated_R: advantages after modulation; None: no modulation.
         surprisal_R: surprisal S of each response, summed over its tokens, in nats.
+        entropy_R: token entropies of each response, summed over its tokens, in nats; see `relative_surprisal`.
         state_R: integer id of the state of each response. Responses that are alone at their state are left out.
 
     Returns:
@@ -103,13 +111,9 @@ def entropy_drift(
         `aem`: the change by the modulation; for the paper, the mean of A (alpha - 1) (S - H). Left out without modulation.
         Empty if each response is alone at its state.
     """
-    assert advantage_R.shape == surprisal_R.shape == state_R.shape, (
-        advantage_R.shape,
-        surprisal_R.shape,
-        state_R.shape,
-    )
+    assert advantage_R.shape == surprisal_R.shape, (advantage_R.shape, surprisal_R.shape)
     assert modulated_R is None or modulated_R.shape == advantage_R.shape, (modulated_R.shape, advantage_R.shape)
-    relative_R = relative_surprisal(surprisal_R, state_R)
+    relative_R = relative_surprisal(surprisal_R, entropy_R, state_R)
     compared_R = ~relative_R.isnan()
     if not compared_R.any():
         return {}

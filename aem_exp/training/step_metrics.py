@@ -78,6 +78,7 @@ def _entropy_drift(credit: MeasuredCredit, tokens_R: Tensor, first_R: Tensor) ->
         credit.advantage_R[first_R],
         credit.final_advantage_R[first_R] if isinstance(credit, ModulatedCredit) else None,
         (credit.surprisal_R * tokens_R)[first_R],
+        (credit.entropy_R * tokens_R)[first_R],
         credit.group_R[first_R],
     )
 

@@ -66,7 +66,7 @@ def prepare(device_rows: int) -> tuple[Any, Callable[[], tuple[Any, Any]], Any, 
     model, tokenizer = load()
     chat = Chat(tokenizer)
     rollout = Rollout(SerialExecutor(world), experiment.env, chat)
-    episodes = session._draw_episodes(experiment, world.tasks("train"), 0, 0)
+    episodes = session.draw_episodes(experiment, world.tasks("train"), 0, 0)
     return experiment, load, rollout, rollout.play(episodes, LocalSampler(model, chat.end_ids, SamplingParams()))
 
 

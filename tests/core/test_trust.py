@@ -35,6 +35,7 @@ COMMANDS = {
     "run": ["aem_exp.run", "{}"],
     "evaluate": ["aem_exp.evaluate", "{}"],
     "proxy": ["aem_exp.proxy", "{}"],
+    "branch": ["aem_exp.branch", "{}"],
     "serve": ["aem_exp.serve", "{}"],
     "trial": ["aem_exp.trial", "{}"],
     "from": ["aem_exp", "from={}", "trainer.steps=9", "plan=true"],

@@ -135,7 +135,10 @@ def _check_program(words: list[str]) -> None:
             config.load(asked.words, asked.config_dir)
     if name in ("evaluate", "proxy"):
         is_run = request.is_run_dir(asked.target)
-        (request._experiment_of_run if is_run else request._experiment_of_model)(asked)
+        (request.read_run if is_run else request._experiment_of_model)(asked)
+    if name == "branch":
+        request.check_overrides(asked.overrides, ("launch", "outputs"))
+        request.read_run(asked, finished=False)
     return None
 
 

@@ -32,7 +32,7 @@ def weights(kind: str, folder: Path, launch_settings: dict[str, Any] | None = No
         launch_settings: additional values of `launch.trainer`.
     """
     settings = {
-        "loss_type": {"tokens": "dapo"}.get(kind, kind if kind in ("dapo", "dr_grpo") else "grpo"),
+        "loss_type": {"tokens": "dapo", "dapo": "dapo", "dr_grpo": "dr_grpo"}.get(kind, "grpo"),
         "beta": 0.05,
         "entropy_coef": 0.01,
         "mini_batch": 7,

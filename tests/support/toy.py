@@ -149,9 +149,15 @@ def checked_publisher(
 
 
 def trainer(
-    folder: Path, run: Experiment, *, lam: float | None = None, estimator: Any = None, **changes: Any
-) -> AEMTrainer:
-    """An AEMTrainer on the toy world. `changes` are its keywords, or fields of the parts in its keywords."""
+    folder: Path,
+    run: Experiment,
+    *,
+    lam: float | None = None,
+    estimator: Any = None,
+    kind: type[AEMTrainer] = AEMTrainer,
+    **changes: Any,
+) -> Any:
+    """A trainer on the toy world, of the class `kind`. `changes` are its keywords, or fields of the parts in its keywords."""
     loaded, tokenizer = policy(folder, run.env.history)
     model = changes.pop("model", loaded)
     chat = Chat(tokenizer)
@@ -178,7 +184,7 @@ def trainer(
         name: part(**{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
         for name, part in parts.items()
     }
-    return AEMTrainer(
+    return kind(
         model,
         build_grpo_config(run, folder / f"out-{os.getppid()}-{next(_NUMBERS)}"),
         tokenizer,

@@ -16,22 +16,23 @@ from aem_exp.training.step_metrics import compute_step_metrics
 
 STATE_R = torch.tensor([7, 3, 7, 7, 3, 5])
 SURPRISAL_R = torch.tensor([1.0, 2.0, 4.0, 7.0, 6.0, 9.0])
+ENTROPY_R = torch.tensor([2.0, 3.0, 1.0, 5.0, 4.0, 8.0])  # summed over tokens
 
 
-def test_relative_surprisal_compares_with_the_other_responses_of_the_state():
-    relative_R = diagnostics.relative_surprisal(SURPRISAL_R, STATE_R)
-    assert relative_R[:5].tolist() == [1 - 11 / 2, 2 - 6, 4 - 8 / 2, 7 - 5 / 2, 6 - 2]
+def test_relative_surprisal_compares_with_the_token_entropies_of_the_other_responses():
+    relative_R = diagnostics.relative_surprisal(SURPRISAL_R, ENTROPY_R, STATE_R)
+    assert relative_R[:5].tolist() == [1 - 6 / 2, 2 - 4, 4 - 7 / 2, 7 - 3 / 2, 6 - 3]
     assert relative_R[5].isnan()
-    assert not len(diagnostics.relative_surprisal(torch.zeros(0), torch.zeros(0, dtype=torch.long)))
+    assert not len(diagnostics.relative_surprisal(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)))
 
 
 def test_entropy_drift_by_hand():
     advantage_R = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0, 5.0])
     modulated_R = advantage_R * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 3.0])
-    drift = diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, STATE_R)
-    assert drift == {"advantage": (-4.5 - 4 - 0 + 0 - 4) / 5, "aem": (-4.5 + 0.5 * 4) / 5}
-    assert diagnostics.entropy_drift(advantage_R, None, SURPRISAL_R, STATE_R).keys() == {"advantage"}
-    assert diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, torch.arange(6)) == {}
+    drift = diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, ENTROPY_R, STATE_R)
+    assert drift == {"advantage": (-2 - 2 - 0.5 + 0 - 3) / 5, "aem": (-2 + 0.5 * 3) / 5}
+    assert diagnostics.entropy_drift(advantage_R, None, SURPRISAL_R, ENTROPY_R, STATE_R).keys() == {"advantage"}
+    assert diagnostics.entropy_drift(advantage_R, modulated_R, SURPRISAL_R, ENTROPY_R, torch.arange(6)) == {}
 
 
 def test_entropy_changes_by_advantage_times_relative_surprisal_under_a_natural_gradient():
@@ -89,8 +90,10 @@ PLAYED = [
 
 def measured(played, history):
     credit = assign_credit(played, history, CreditRules(advantages.group_centred))
-    surprisal_R = torch.tensor([-sum(r.sample.logps) / len(r.sample.ids) for *_, r in credit.list_responses()])
-    return add_measurements(credit, torch.zeros_like(surprisal_R), surprisal_R)
+    samples = [r.sample for *_, r in credit.list_responses()]
+    surprisal_R = torch.tensor([-sum(sample.logps) / len(sample.ids) for sample in samples])
+    entropy_R = torch.tensor([sum(sample.entropies) / len(sample.ids) for sample in samples])
+    return add_measurements(credit, entropy_R, surprisal_R)
 
 
 def test_sums_of_advantages_by_sign():
@@ -115,12 +118,12 @@ def test_sums_of_advantages_by_sign():
 @pytest.mark.parametrize("history", ["full", "window"])
 def test_drift_uses_first_turns_of_groups_with_several_members(history):
     credit = measured(PLAYED, history)
-    assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 1) - 0.5 * (1 - 3)) / 2)
+    assert compute_step_metrics(credit)["drift/advantage"] == pytest.approx((0.5 * (3 - 0.5) - 0.5 * (1 - 1)) / 2)
     assert "drift/aem" not in compute_step_metrics(credit)
     alpha_R = torch.tensor([0.5, 9.0, 1.0, 9.0, 1.0])
     final_R, kept_R = credit.advantage_R * alpha_R, torch.ones(len(alpha_R), dtype=torch.bool)
     modulated = add_modulation(credit, alpha_U=alpha_R, modulated_advantage_U=final_R, trained_U=kept_R, metrics={})
-    assert compute_step_metrics(modulated)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2 / 2)
+    assert compute_step_metrics(modulated)["drift/aem"] == pytest.approx(-0.5 * 0.5 * 2.5 / 2)
     assert not any(name.startswith("drift/") for name in compute_step_metrics(measured(PLAYED[2:], history)))
 
 
@@ -145,7 +148,7 @@ def test_drift_of_a_step_does_not_depend_on_micro_batches_or_scoring(folder, his
     for r, (m, turn, response) in enumerate(credit.list_responses()):
         others = [t.responses[0] for t in credit.kept if t.draw == credit.kept[m].draw and t is not credit.kept[m]]
         if turn == 0 and others:
-            surprisal, *rest = (-math.fsum(o.sample.logps) for o in (response, *others))
+            surprisal, rest = -math.fsum(response.sample.logps), [math.fsum(o.sample.entropies) for o in others]
             scale = credit.advantage_R[r].item() * (credit.alpha_R[r].item() - 1)
             extra, counted = extra + scale * (surprisal - sum(rest) / len(rest)), counted + 1
     assert counted > 4

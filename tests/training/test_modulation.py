@@ -130,7 +130,7 @@ def test_raising_and_lowering_have_drifts_of_opposite_sign():
     signs = {}
     for keep in ("raising", "lowering"):
         kept_R = advantage_R * alpha_R * select(keep, advantage_R, alpha_R, GROUP_R[:4])
-        signs[keep] = diagnostics.entropy_drift(kept_R, None, surprisal_R, GROUP_R[:4])["advantage"]
+        signs[keep] = diagnostics.entropy_drift(kept_R, None, surprisal_R, surprisal_R, GROUP_R[:4])["advantage"]
     assert signs["raising"] > 0 > signs["lowering"]
 
 

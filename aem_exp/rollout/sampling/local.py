@@ -20,12 +20,16 @@ class LocalSampler:
     Args:
         end_ids: ids of the tokens that end a response.
         watch: receives the number of tokens of the current turn after each token.
+
+    Attributes:
+        share_prompts: compute equal first prompts of a session once. The samples are then equal up to rounding.
     """
 
     def __init__(
         self, model: Any, end_ids: Sequence[int], sampling: SamplingParams, watch: Callable[[int], None] | None = None
     ):
         self.model, self.end_ids, self.sampling, self.watch = model, list(end_ids), sampling, watch
+        self.share_prompts = False
 
     def session(self) -> "LocalSession":
         return LocalSession(self)
@@ -55,7 +59,8 @@ class LocalSession:
                 [self._pending.pop(slot), *prompt] if slot in self._pending else prompt
                 for slot, prompt in zip(slots, prompts, strict=True)
             ]
-            scores_BV = self._append(*left_pad(fed))
+            is_shared = self._sampler.share_prompts and self._cache is None
+            scores_BV = self._append_once(fed) if is_shared else self._append(*left_pad(fed))
             samples = self._decode(scores_BV, keys, budgets)
             self._pending.update({slot: sample.ids[-1] for slot, sample in zip(slots, samples, strict=True)})
         return samples
@@ -82,6 +87,16 @@ class LocalSession:
             Sample(token_BT[i, :n].tolist(), logp_BT[i, :n].tolist(), entropy_BT[i, :n].tolist())
             for i, n in enumerate(lengths)
         ]
+
+    def _append_once(self, prompts: list[list[int]]) -> Tensor:
+        """Feed the first prompts, equal ones once; return the logits (B, V) after each."""
+        different = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self._mask_BL = self._mask_BL[: len(different)]
+        scores_BV = self._append(*left_pad([list(prompt) for prompt in different]))
+        index = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=self._mask_BL.device)
+        self._cache.batch_select_indices(index)
+        self._mask_BL = self._mask_BL[index]
+        return scores_BV[index]
 
     def _append(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Feed new columns; return the logits (B, V) in float32 after the last one."""
