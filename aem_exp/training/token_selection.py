@@ -91,7 +91,7 @@ class TokenSelection:
         """The changed tensors of a micro-batch, each (N, T): its advantages, and `penalties` if there are any."""
         mask_NT = batch["tool_mask"]
         weight_NT = self._spread(self.weight_K, micro, mask_NT)
-        changed = {name: batch[name] * weight_NT for name in ("advantages", REFERENCE) if name in batch}
+        changed: MicroBatch = {name: batch[name] * weight_NT for name in ("advantages", REFERENCE) if name in batch}
         if self.penalty_K.any():
             changed["penalties"] = self._spread(self.penalty_K, micro, mask_NT)
         return changed
