@@ -80,7 +80,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     from aem_exp.report import analysis, contrasts, render, sections
 
     archives, source = _load_archives(sweep, arguments.archives)
-    cells = [*_build_cells(sweep, archives), *_load_external_arms(sweep, archives, arguments.csv)]
+    cells = [*build_cells(sweep, archives), *_load_external_arms(sweep, archives, arguments.csv)]
     if not any(cell.done for cell in cells):
         remedy = f"none of its {len(sweep.cells)} runs is finished; "
         remedy += f"run python -m aem_exp.sweep {shlex.quote(arguments.sweep)} --local"
@@ -140,7 +140,7 @@ def _read_run_dir(folder: Path, how: "RunState") -> "Archive":
         return archive.Archive(folder.name, {}, "unreadable", ("", why))
 
 
-def _build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCell]":
+def build_cells(sweep: "Sweep", archives: "dict[Path, Archive]") -> "list[ArmCell]":
     """The cells of the sweep, with the reference arm first at each point."""
     from aem_exp.report.analysis import ArmCell, SeedRun
 

@@ -1,7 +1,7 @@
 """Writes the pages that are generated: `python docs/generate`. A test fails where one of them is not current.
 
 `configuration.md` comes from `conf/` and from the types of the settings, whose docstrings stand below the fields.
-`reference/commands.md` comes from the `--help` of every command. In `concepts.md`, only the tables between the comments
+`reference/commands.md` comes from the `--help` of every command, and `ledger.md` from the files and archives in `sweeps/`. In `concepts.md`, only the tables between the comments
 `<!-- Table of conf/GROUP ... -->` and `<!-- End of the table -->` are generated.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from io import StringIO
 from pathlib import Path
 
+from ledger import ledger_page
 from tables import argument_table, choice_table, code_table, describe_target, key_table, list_targets
 
 from aem_exp import __main__ as program
@@ -84,6 +85,7 @@ SWEEP_KEYS = {
     "base": "Overrides of every cell, as on the command line.",
     "arms": "Arm name -> its overrides. The first arm is the reference. Required without `search`.",
     "pairs": "The pairs of arms that are compared, such as `[aem none]`. Default: each arm with the first.",
+    "contrasts": "Weighted sums of arms or cells; the first one is the primary hypothesis. See [Sweeps](sweeps.md).",
     "products": "Overrides with several values, such as `baseline=grpo,rloo`. Every combination is a cell of each arm.",
     "search": "An Optuna study instead of fixed arms. Its keys are below.",
     "seeds": "Seeds of every cell: `0,1,2` or `range(0,10)`. Required.",
@@ -170,6 +172,7 @@ def _help(call: Callable[[], object]) -> str:
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration.md": ("`conf/` or the docstrings of the settings", configuration_page),
     "reference/commands.md": ("the help of the commands", commands_page),
+    "ledger.md": ("the files of `sweeps/`", ledger_page),
 }
 
 
