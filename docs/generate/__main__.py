@@ -1,8 +1,9 @@
 """Writes the pages that are generated: `python docs/generate`. A test fails where one of them is not current.
 
 `configuration.md` comes from `conf/` and from the types of the settings, whose docstrings stand below the fields.
-`reference/commands.md` comes from the `--help` of every command, and `ledger.md` from the files and archives in `sweeps/`. In `concepts.md`, only the tables between the comments
-`<!-- Table of conf/GROUP ... -->` and `<!-- End of the table -->` are generated.
+`reference/commands.md` comes from the `--help` of every command, and `ledger.md` from the files and archives in `sweeps/`. In
+`concepts.md`, only the tables between the comments `<!-- Table of conf/GROUP ... -->` and `<!-- End of the table -->` are
+generated.
 """
 
 import os
