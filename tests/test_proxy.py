@@ -154,16 +154,15 @@ def test_damaged_states_file_is_named(tmp_path, text):
 
 
 def test_group_statistics_split_the_correlation():
-    """8 groups of 4 states with 16 responses: within states 1 - alpha follows S - H(s), between states it follows H(s)."""
-    rng, (groups, each, samples) = np.random.default_rng(0), (8, 4, 16)
-    count = groups * each
+    """64 groups of 4 states with 16 responses: within states 1 - alpha follows S - H(s), between states it follows H(s)."""
+    rng, (count_G, each, samples) = np.random.default_rng(0), (64, 4, 16)
+    count = count_G * each
     x_SK, relative_SK, entropy_S = (
         rng.normal(size=(count, samples)),
         rng.normal(size=(count, samples)),
         rng.normal(size=count),
     )
     relative_SK = x_SK + relative_SK
-    relative_SK -= relative_SK.mean(1, keepdims=True)
     clear_SK = x_SK + 2 * entropy_S[:, None]
     tokens_SK = rng.integers(1, 9, size=(count, samples)).astype(float)
     got = statistics.group_validity(
@@ -174,20 +173,20 @@ def test_group_statistics_split_the_correlation():
         turn_R=np.arange(count).repeat(samples) % 3.0,
         position_R=np.zeros(count * samples),
         state_R=np.arange(count).repeat(samples),
-        group_S=np.arange(groups).repeat(each),
+        group_S=np.arange(count_G).repeat(each),
         draws=200,
     )
     assert got["r"] == pytest.approx(np.corrcoef(clear_SK.ravel(), relative_SK.ravel())[0, 1])
     assert got["r"] == pytest.approx(got["r_within"] + got["r_between"])
-    assert got["r_between"] == pytest.approx(0, abs=1e-12)  # the mean of S - H(s) is 0 at each state
-    assert got["r"] == pytest.approx(got["within"] * got["within_share"] ** 0.5)
+    assert got["r_between"] == pytest.approx(0, abs=0.05)  # S - H(s) has mean 0 at each state
+    assert got["r"] == pytest.approx(got["within"] * got["within_share"] ** 0.5, abs=0.05)
     assert got["within"] == pytest.approx(0.5**0.5, abs=0.1) and got["within_share"] < 0.4
     assert got["state_entropy"] < -0.8 and np.isnan(got["position"])
     design = np.stack([np.ones(count * samples), tokens_SK.ravel()], 1)
     rest = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (clear_SK.ravel(), relative_SK.ravel())]
     assert got["equal_length"] == pytest.approx(np.corrcoef(*rest)[0, 1])
     low, high = got["within_interval"]
-    assert low < got["within"] < high and 0.02 < high - low < 0.3
+    assert low < got["within"] < high and 0.005 < high - low < 0.1
 
 
 def test_a_sample_takes_the_place_of_a_response_in_its_group():

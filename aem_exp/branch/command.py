@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aem_exp.branch.request import BranchSetup
     from aem_exp.evaluate.display import ProgressLine
 
-ARMS = "none,aem,shuffled,reversed"
+ARMS = "none,aem,shuffled_state,reversed"
 SGD_KL = 1e-3  # nats: the size of an update with --optimizer sgd
 FIGURE = "branches.png"
 OBSERVED = ("own_entropy", "entropy")

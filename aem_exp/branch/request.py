@@ -125,7 +125,7 @@ def _one_update(limited: Experiment, original: Experiment, plain: bool) -> Exper
     if plain:
         constant = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0.0, "weight_decay": 0.0}
         trainer = replace(trainer, optim="sgd", **constant)  # type: ignore[arg-type]
-    return replace(limited, trainer=trainer, launch=launch)
+    return replace(limited, trainer=trainer, launch=launch, modulation=Modulation())  # each arm sets its own
 
 
 def _find_checkpoint(run_dir: Path, step: int | None, original: Experiment) -> Path | None:
@@ -161,7 +161,11 @@ def _read_arm(name: str, original: Experiment, arguments: argparse.Namespace) ->
     if name not in choices:
         raise ConfigError("--arms", name, choices)
     tree = compose.to_container(compose.compose([f"modulation={name}"], arguments.config_dir))
-    return config.resolve(config.to_dict(original) | {"parent_dir": None, "modulation": tree["modulation"]}).modulation
+    changed = config.to_dict(original) | {"parent_dir": None, "modulation": tree["modulation"]}
+    modulation = config.resolve(changed).modulation
+    if modulation.match:
+        raise ConfigError("--arms", name, "is not possible here; --kl scales the updates of all arms to one size")
+    return modulation
 
 
 def _changed_settings(modulation: Modulation) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ differences of 1 - alpha between states cannot measure it, and only dilute the c
 
     r = (covariance within states + covariance between states) / (sd of 1 - alpha x sd of S - H(s)),
 
-where the second covariance is 0 except for noise. If it is 0, r is the correlation within states times the square root of
+where the second covariance is 0 except for noise. If it is 0, r is about the correlation within states times the square root of
 `within_share`, the share of the variance of 1 - alpha within states.
 
 Shapes: R sampled responses, S states, D bootstrap draws.
@@ -77,15 +77,15 @@ def _statistics(cube: FloatArray) -> dict[str, float]:
     inside = cube - cube.mean(-1, keepdims=True)
     flat, deviations = cube.reshape(len(cube), -1), inside.reshape(len(cube), -1)
     x, y, tokens = flat[:3]
-    scale = x.std() * y.std()
-    within, total = float((deviations[0] * deviations[1]).mean()), float(np.cov(x, y, ddof=0)[0, 1])
-    variance = x.var()
+    scale, variance, freedom = x.std() * y.std(), x.var(), cube.shape[-1] / (cube.shape[-1] - 1)
+    total = float(np.cov(x, y, ddof=0)[0, 1])
+    within = freedom * float((deviations[0] * deviations[1]).mean())  # without bias: means over samples vary with them
     return {
         "r": _divide(total, scale),
         "r_within": _divide(within, scale),
         "r_between": _divide(total - within, scale),
         "within": _correlate(deviations[0], deviations[1]),
-        "within_share": _divide(float((deviations[0] ** 2).mean()), variance),
+        "within_share": _divide(freedom * float((deviations[0] ** 2).mean()), variance),
         "equal_length": _partial(x, y, tokens),
         "within_equal_length": _partial(*deviations[:3]),
         "length": -_correlate(x, tokens),

@@ -201,7 +201,11 @@ def test_invalid_arguments_exit_with_one_line(capsys, argv, fact):
 
 
 def test_invalid_arms_and_steps_are_named(unbroken, capsys):
-    for options, fact in ((["--arms", "none,aems"], "--arms=aems: did you mean aem?"), (["--step", "5"], "--step=5: ")):
+    for options, fact in (
+        (["--arms", "none,aems"], "--arms=aems: did you mean aem?"),
+        (["--arms", "none,matched_kl"], "--arms=matched_kl: is not possible here"),
+        (["--step", "5"], "--step=5: "),
+    ):
         assert command.main([str(unbroken[0]), *options]) == 2
         assert fact in capsys.readouterr().err
     assert config.read(unbroken[0]).trainer.mini_batch == 6 and branch.__doc__
