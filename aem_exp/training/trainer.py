@@ -36,14 +36,14 @@ from aem_exp.rollout.play import Rollout
 from aem_exp.rollout.sampling.base import Sampler, keyed_generator
 from aem_exp.rollout.types import Ending, Episode, Trajectory
 from aem_exp.rundir import checkpoints
-from aem_exp.training import fsdp, logprobs, updates
+from aem_exp.training import fsdp, updates
 from aem_exp.training.callback import AEMCallback
-from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, add_measurements, assign_credit
+from aem_exp.training.credit import AssignedCredit, CreditRules, MeasuredCredit, assign_credit
 from aem_exp.training.dynamic_sampling import DynamicSampling, PlayedStep, loss_scale, play_rounds
-from aem_exp.training.logprobs import ResponseMeasurements, TokenScores
 from aem_exp.training.lr_schedule import PerStepScheduler
 from aem_exp.training.modulation import ModulationVariant, modulate_credit
-from aem_exp.training.packing import PADDING_ROW, pack_masks, pack_rows, sampler_logps_and_entropies
+from aem_exp.training.packing import pack_masks
+from aem_exp.training.scoring import StepScorer
 from aem_exp.training.size_match import REFERENCE, SizeMatch
 from aem_exp.training.step_metrics import annotate_responses, compute_step_metrics
 from aem_exp.training.step_size import StepSizeMeter
@@ -142,7 +142,8 @@ class AEMTrainer(GRPOTrainer):
         self.aem_callback, self.time, self.clock = callback, callback.time, Clock()
         self.source, self.rollout, self.sampler = source, source.rollout, source.make_sampler(self)
         self.dynamic_sampling, self.credit_rules, self.update_settings = dynamic_sampling, credit_rules, update_settings
-        self.variant, self.token_rules, self.trust_sampler, self.hooks = variant, token_rules, trust_sampler, hooks
+        self.variant, self.token_rules, self.hooks = variant, token_rules, hooks
+        self.scorer = StepScorer(self, trust_sampler)
         self.size_match = SizeMatch(self, variant.match) if variant.match else None
         if self.size_match:
             self.add_callback(self.size_match)  # before the meter, which measures the scaled change of the weights
@@ -236,13 +237,10 @@ class AEMTrainer(GRPOTrainer):
         plan = updates.plan_step(assigned.rows, self.update_settings, plan_key, rank, ranks)
         measurements = start_measurements(self.token_rules, assigned, self.variant)
         with self.clock("scoring"):
-            batches = [
-                [self._score_micro_batch(assigned, micro, measurements) for micro in update.micro_batches]
-                for update in plan
-            ]
-            measured = self._measure(assigned, measurements)
+            batches = self.scorer.score(assigned, plan, measurements)
+            measured = self.scorer.combine(assigned, measurements)
             rng = keyed_generator((self.args.seed, "tokens", step))
-            selection = select_tokens(self.token_rules, measurements, self._sum_over_ranks, rng)
+            selection = select_tokens(self.token_rules, measurements, self.scorer.sum_over_ranks, rng)
         with self.clock("aem"):
             modulated = self._modulate(measured, step)
             credit = measured if self.size_match else modulated
@@ -274,59 +272,6 @@ class AEMTrainer(GRPOTrainer):
             self.aem_callback.metrics |= selection.metrics
         return credit, without_first_penalty(batches * self.update_settings.epochs)
 
-    def _score_micro_batch(
-        self, credit: AssignedCredit, micro: list[int], measurements: ResponseMeasurements
-    ) -> MicroBatch:
-        """Pack a micro-batch, add its old log-probs, and measure the entropy and surprisal of its responses.
-
-        Old log-probs are left out if all rows are trained once, in one update: the ratio of new to old probabilities is then
-        exactly 1.
-        """
-        batch = pack_rows(credit.rows, micro, self._tokenizer.pad_token_id)
-        sampler = sampler_logps_and_entropies(credit.rows, micro, batch["completion_ids"].shape[1])
-        if self.trust_sampler:
-            scores = sampler
-            self._check_sampler(batch, scores)
-        else:
-            scores = logprobs.compute_logps_and_entropies(self, self.model, batch)
-            if all(row.logps for row in credit.rows):
-                with_entropies = all(credit.rows[i].entropies for i in micro if i != PADDING_ROW)
-                self._correct_engine(batch, sampler, scores, with_entropies)
-        if not self.update_settings.is_single_update:
-            batch["old_per_token_logps"] = scores[0]
-        if self.beta:
-            batch["ref_per_token_logps"] = logprobs.score_reference(self, batch)
-        norm_NT = logprobs.compute_score_norms(self, batch) if self.variant.signal == "score_norm" else None
-        measurements.add(micro, batch["tool_mask"], scores, norm_NT)
-        return batch
-
-    def _check_sampler(self, batch: MicroBatch, scores: TokenScores) -> None:
-        """Compare a trusted sampler with a scoring pass, on one micro-batch in every `COMPARE_EVERY`-th step."""
-        if self.time.step % logprobs.COMPARE_EVERY == 0 and "train/sampler_gap" not in self.aem_callback.metrics:
-            scored = logprobs.compute_logps_and_entropies(self, self.model, batch)
-            self.aem_callback.metrics |= logprobs.check_sampler_gap(scores, scored, batch["tool_mask"])
-
-    def _correct_engine(
-        self, batch: MicroBatch, engine: TokenScores, scores: TokenScores, with_entropies: bool
-    ) -> None:
-        """Compare another engine with the scoring pass, and add the importance ratio of its tokens to the batch."""
-        self.aem_callback.metrics |= logprobs.check_engine_gap(engine, scores, batch["tool_mask"], with_entropies)
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            low, high = self.args.vllm_importance_sampling_clip_min or 0.0, self.args.vllm_importance_sampling_clip_max
-            ratio = updates.compute_importance_ratio(scores[0], engine[0], batch["tool_mask"], low, high)
-            batch["importance_sampling_ratio"] = ratio
-
-    def _measure(self, assigned: AssignedCredit, measurements: ResponseMeasurements) -> MeasuredCredit:
-        """Combine the measurements of all ranks; each rank measured only its own rows."""
-        token_signal_K, score_norm_R = measurements.token_signal_K, measurements.score_norm_R
-        return add_measurements(
-            assigned,
-            entropy_R=self._sum_over_ranks(measurements.entropy_R),
-            surprisal_R=self._sum_over_ranks(measurements.surprisal_R),
-            token_signal_K=None if token_signal_K is None else self._sum_over_ranks(token_signal_K),
-            score_norm_R=None if score_norm_R is None else self._sum_over_ranks(score_norm_R),
-        )
-
     def _modulate(self, credit: MeasuredCredit, step: int) -> MeasuredCredit:
         """Modulate the credit, if there is a modulation. All ranks compute the same result."""
         if self.aem_callback.lam is None:
@@ -334,9 +279,6 @@ class AEMTrainer(GRPOTrainer):
         rng = keyed_generator((self.args.seed, "shuffle", step))
         weight_R = updates.response_weights(credit, self.loss_type)
         return modulate_credit(credit, self.variant, self.aem_callback.lam, self.aem_callback.gate, rng, weight_R)
-
-    def _sum_over_ranks(self, value_U: Tensor) -> Tensor:
-        return self.accelerator.reduce(value_U.to(self.accelerator.device), "sum").cpu()
 
     def _loss_is_zero(self, credit: MeasuredCredit) -> bool:
         """Whether no term of the loss has a gradient. Adam's momentum would change the weights even with a gradient of 0."""
