@@ -31,16 +31,27 @@ def full_weights(policy: Any, reshard: bool = True) -> Iterator[None]:
     if not isinstance(policy, FSDPModule):
         yield
         return
-    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     policy.set_reshard_after_forward(False)
-    for module in sharded:
+    for module in _sharded_modules(policy):
         module.unshard()
     try:
         yield
     finally:
-        for module in sharded:
-            module.reshard()
+        free_full_weights(policy)
         policy.set_reshard_after_forward(reshard)
+
+
+def free_full_weights(policy: Any) -> None:
+    """Free gathered weights, if there are any, so that `policy.parameters()` are the shards.
+
+    A forward pass leaves the weights of the outermost module gathered.
+    """
+    for module in _sharded_modules(policy):
+        module.reshard()
+
+
+def _sharded_modules(policy: Any) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
 def gather_state_dict(policy: Any) -> dict[str, Tensor] | None:

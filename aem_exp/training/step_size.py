@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from aem_exp.rundir import FIXED_STATES
+from aem_exp.training import fsdp
 from aem_exp.training.fixed_states import FixedStates, choose_contexts, load_contexts, save_contexts, vocabulary_size
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class WeightSample:
     """
 
     def __init__(self, model: torch.nn.Module):
+        fsdp.free_full_weights(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._values = [_sample(p).clone() for p in self._parameters]
 
