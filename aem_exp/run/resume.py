@@ -14,7 +14,7 @@ from aem_exp.cluster import distributed
 from aem_exp.config import ConfigError, Experiment, continuation
 from aem_exp.core import disk
 from aem_exp.core.errors import format_value
-from aem_exp.rundir import BEFORE, EXPERIMENT, checkpoints, episodes
+from aem_exp.rundir import BEFORE, EXPERIMENT, FIXED_STATES, checkpoints, episodes
 
 log = logging.getLogger("aem_exp")
 SPARE_BYTES = 50_000_000  # for all files without weights
@@ -56,7 +56,12 @@ def prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -
     for sentence in checkpoints.set_aside_damaged(folder):
         log.warning(sentence)
     if experiment.parent_dir and checkpoints.find_newest(folder) is None:
-        checkpoints.copy_into_run(continuation.starting_checkpoint(experiment), folder)
+        checkpoint = continuation.starting_checkpoint(experiment)
+        checkpoints.copy_into_run(checkpoint, folder)
+        if (
+            states := checkpoint.parent / FIXED_STATES
+        ).exists():  # so that both runs measure their steps on the same states
+            disk.write_atomically(folder / FIXED_STATES, states.read_text())
     start = find_resume_point(folder)
     _check_sharding(experiment, start)
     ranks = distributed.world_size()

@@ -112,9 +112,9 @@ class StepSizeMeter(TrainerCallback):
         self._trainer.aem_callback.metrics["time/step_size"] = clock_time.perf_counter() - start
 
     def _open_states(self, played: "list[Trajectory]") -> FixedStates | None:
-        """The states of the run: chosen in its first step, and read from its directory if it resumes after that step."""
+        """The states of the run, chosen in its first step and later read from its directory. A continued run has its parent's."""
         trainer = self._trainer
-        if trainer.time.step > trainer.time.first_step and self._file.exists():
+        if trainer.time.step > 0 and self._file.exists():
             contexts = load_contexts(self._file)
         else:
             history, groups = trainer.rollout.env.history, trainer.dynamic_sampling.groups
