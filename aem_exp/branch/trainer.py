@@ -6,7 +6,7 @@ weights and the optimizer are restored exactly.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -16,8 +16,8 @@ from aem_exp.branch.measures import predict_change
 from aem_exp.branch.probe import Probe
 from aem_exp.config import ConfigError, Modulation, instantiate
 from aem_exp.rollout.types import Trajectory
+from aem_exp.training.build import build_variant
 from aem_exp.training.credit import MeasuredCredit
-from aem_exp.training.modulation import ModulationVariant
 from aem_exp.training.trainer import AEMTrainer
 from aem_exp.training.updates import MicroBatch
 
@@ -147,7 +147,7 @@ def scale_to_kl(start: Snapshot, probe: Probe, target: float) -> None:
 
 def set_modulation(trainer: AEMTrainer, modulation: Modulation) -> None:
     """Let a trainer modulate the credit of the next step like this."""
-    trainer.variant = ModulationVariant(**{f.name: getattr(modulation, f.name) for f in fields(ModulationVariant)})
+    trainer.variant = build_variant(modulation)
     trainer.aem_callback.schedule = instantiate(modulation.lam) if modulation.lam else None
     trainer.aem_callback.gate = modulation.gate
 

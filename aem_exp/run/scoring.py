@@ -63,7 +63,7 @@ def score_run_panel(chosen: Panel, played: Sequence[Trajectory]) -> Score:
 
 
 class FinalScores:
-    """The scores on the final panel after the last steps. They are on disk until the run ends, so that a resumed run has them."""
+    """The scores on the final panel after the last steps. They are on disk, so that a resumed run has them."""
 
     def __init__(self, context: RunContext) -> None:
         self.file, self.steps = context.folder / FINAL_SCORES, config.final_steps(context.experiment)

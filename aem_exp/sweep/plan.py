@@ -78,29 +78,24 @@ def _estimate_power(sweep: "Sweep") -> list[tuple[str, str]]:
     tasks = evaluation.tasks or _count_final_tasks(sweep.cells[0])
     if tasks is None:
         return []
-    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
+    repeats = evaluation.repeats * evaluation.average
     if sweep.contrasts:
         primary = sweep.contrasts[0]
         weights = list(primary.weights.values())
+        points = [power.planned_contrast_points(seeds, tasks, repeats, weights, sd) for sd in power.SEED_SDS]
+        head, found, digits = f"primary contrast ({primary.name}): ", "detect", 1
+        condition = " and the runs of a seed are independent"
+    else:
+        comparisons = len(sweep.pairs) * len(sweep.points)
         points = [
-            power.planned_contrast_points(seeds, tasks, evaluation.repeats * evaluation.average, weights, sd)
-            for sd in power.SEED_SDS
+            power.planned_detectable_points(seeds, tasks, repeats, sd, comparisons=comparisons) for sd in power.SEED_SDS
         ]
-        detectable = " and ".join(f"{value:.1f}" for value in points)
-        text = (
-            f"primary contrast ({primary.name}): {seeds} seeds x {tasks} tasks detect {detectable} points "
-            f"(80 % power, if the standard deviation over seeds is {spread} points and the runs of a seed are independent)"
-        )
-        return [("power", text)]
-    comparisons = len(sweep.pairs) * len(sweep.points)
-    points = [
-        power.planned_detectable_points(seeds, tasks, evaluation.repeats, sd, comparisons=comparisons)
-        for sd in power.SEED_SDS
-    ]
-    detectable = " and ".join(f"{value:.0f}" for value in points)
+        head, found, digits, condition = "", "detect differences of", 0, ""
+    detectable = " and ".join(f"{value:.{digits}f}" for value in points)
+    spread = " and ".join(f"{sd:g}" for sd in power.SEED_SDS)
     text = (
-        f"{seeds} seeds x {tasks} tasks detect differences of {detectable} points "
-        f"(80 % power, if the standard deviation over seeds is {spread} points)"
+        f"{head}{seeds} seeds x {tasks} tasks {found} {detectable} points "
+        f"(80 % power, if the standard deviation over seeds is {spread} points{condition})"
     )
     return [("power", text)]
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aem_exp.config import Experiment, instantiate
+from aem_exp.config import Experiment, Modulation, instantiate
 from aem_exp.config.trainer_schema import TokenSettings
 from aem_exp.training.arguments import build_grpo_config
 from aem_exp.training.callback import AEMCallback
@@ -17,6 +17,11 @@ from aem_exp.training.updates import UpdateSettings
 from aem_exp.training.vllm_engine import engine_options
 
 AnyTrainer = TypeVar("AnyTrainer", bound=AEMTrainer)
+
+
+def build_variant(modulation: Modulation) -> ModulationVariant:
+    """The variant that the modulation of an experiment describes."""
+    return ModulationVariant(**{f.name: getattr(modulation, f.name) for f in fields(ModulationVariant)})
 
 
 def build_trainer(
@@ -56,9 +61,7 @@ def build_trainer(
                 device_tokens=launch.device_tokens,
                 count_masked=settings.count_masked,
             ),
-            variant=ModulationVariant(
-                **{f.name: getattr(experiment.modulation, f.name) for f in fields(ModulationVariant)}
-            ),
+            variant=build_variant(experiment.modulation),
             token_rules=TokenRules(
                 top_entropy=settings.top_entropy_quantile,
                 **{f.name: getattr(settings, f.name) for f in fields(TokenSettings)},

@@ -12,6 +12,7 @@ responses, or their generated tokens; a unit is what gets a coefficient.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -98,22 +99,33 @@ class AssignedCredit:
     @property
     def in_loss_K(self) -> Tensor:
         """(K,) bool: whether a token is in the loss."""
-        return torch.ones(int(self.tokens_R.sum()), dtype=torch.bool)
+        return torch.ones(len(self.response_K), dtype=torch.bool)
 
-    @property
+    @cached_property
     def turn_R(self) -> Tensor:
         """(R,) int64: index of the turn of each response in its trajectory."""
         return torch.tensor([turn for _, turn, _ in self.list_responses()], dtype=torch.long)
 
-    @property
+    @cached_property
     def tokens_R(self) -> Tensor:
         """(R,) int64: number of tokens of each response."""
         return torch.tensor([len(r.sample.ids) for *_, r in self.list_responses()], dtype=torch.long)
 
-    @property
+    @cached_property
     def state_R(self) -> Tensor:
         """(R,) int64: id of the state of each response, which is its draw and its observation."""
         return number_labels([(self.kept[m].draw, r.observation) for m, _, r in self.list_responses()])
+
+    @cached_property
+    def response_K(self) -> Tensor:
+        """(K,) int64: index of the response of each generated token."""
+        return torch.arange(len(self.tokens_R)).repeat_interleave(self.tokens_R)
+
+    @property
+    def unit_K(self) -> Tensor:
+        """(K,) int64: index of the unit of each generated token."""
+        units_are_tokens = len(self.response_U) > len(self.tokens_R)
+        return torch.arange(len(self.response_K)) if units_are_tokens else self.response_K
 
     @property
     def task_type_R(self) -> Tensor:
@@ -192,8 +204,7 @@ class ModulatedCredit(MeasuredCredit):
 
     @property
     def in_loss_K(self) -> Tensor:
-        per_token = len(self.trained_U) > len(self.entropy_R)
-        return self.trained_U if per_token else self.trained_U.repeat_interleave(self.tokens_R)
+        return self.trained_U[self.unit_K]
 
     @property
     def final_advantage_R(self) -> Tensor:

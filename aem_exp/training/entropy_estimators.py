@@ -37,11 +37,16 @@ def estimate_entropy(estimator: Estimator, entropy_K: Tensor, response_K: Tensor
     """
     assert entropy_K.ndim == 1 and entropy_K.shape == response_K.shape, (entropy_K.shape, response_K.shape)
     value_K = entropy_K.double()
-    if estimator in ("residual", "residual_shrunk"):
-        value_K = residuals(value_K, response_K, scope_R)
-    if estimator in ("shrunk", "residual_shrunk"):
-        return shrink(value_K, response_K, scope_R).float()
-    return _means(value_K, response_K, len(scope_R)).float()
+    match estimator:
+        case "mean":
+            entropy_R = _means(value_K, response_K, len(scope_R))
+        case "shrunk":
+            entropy_R = shrink(value_K, response_K, scope_R)
+        case "residual":
+            entropy_R = subtract_positions(value_K, response_K, scope_R)
+        case "residual_shrunk":
+            entropy_R = shrink(residuals(value_K, response_K, scope_R), response_K, scope_R)
+    return entropy_R.float()
 
 
 def residuals(entropy_K: Tensor, response_K: Tensor, scope_R: Tensor, kappa: float = KAPPA) -> Tensor:

@@ -90,7 +90,7 @@ class ResponseMeasurements:
         self.entropy_R, self.surprisal_R = (torch.zeros_like(credit.advantage_R) for _ in range(2))
         self.score_norm_R = torch.zeros_like(credit.advantage_R) if variant.signal == "score_norm" else None
         self._token_ids_N = credit.token_ids_N if variant.needs_tokens else []
-        self.token_signal_K = torch.zeros(int(credit.tokens_R.sum())) if variant.needs_tokens else None
+        self.token_signal_K = torch.zeros(len(credit.response_K)) if variant.needs_tokens else None
 
     def add(
         self, micro: Sequence[int], mask_NT: Tensor, scores: TokenScores, score_norm_NT: Tensor | None = None

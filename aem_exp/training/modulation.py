@@ -98,7 +98,8 @@ def modulate_credit(
         `aem/kept_share`: share of the trained units, if the variant selects units.
     """
     advantage_U = credit.advantage_U
-    signal_U, scope_U = compute_signal(variant, credit, rng), scope_ids(variant, credit)
+    scope_U = scope_ids(variant, credit)
+    signal_U = compute_signal(variant, credit, scope_U, rng)
     open_U = modulated_units(variant, signal_U, scope_U, gate)
     metrics = {
         "aem/gated_share": 1 - _share_of_scopes(open_U, scope_U),
@@ -127,7 +128,9 @@ def modulate_credit(
     )
 
 
-def compute_signal(variant: ModulationVariant, credit: MeasuredCredit, rng: np.random.Generator) -> Tensor:
+def compute_signal(
+    variant: ModulationVariant, credit: MeasuredCredit, scope_U: Tensor, rng: np.random.Generator
+) -> Tensor:
     """(U,) float32: the quantity from which coefficients are computed.
 
     `entropy`: entropy in nats, by the estimator of the variant. `surprisal`: mean -log p of the sampled tokens, in nats. The
@@ -138,8 +141,7 @@ def compute_signal(variant: ModulationVariant, credit: MeasuredCredit, rng: np.r
         return credit.token_signal
     match variant.signal:
         case "entropy" if variant.needs_tokens:
-            response_K = torch.arange(len(credit.entropy_R)).repeat_interleave(credit.tokens_R)
-            return estimate_entropy(variant.entropy, credit.token_signal, response_K, scope_ids(variant, credit))
+            return estimate_entropy(variant.entropy, credit.token_signal, credit.response_K, scope_U)
         case "entropy":
             return credit.entropy_R
         case "surprisal":

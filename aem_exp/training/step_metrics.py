@@ -88,12 +88,9 @@ def _advantage_sums(credit: MeasuredCredit) -> dict[str, float]:
 
     alpha is 1 without modulation. With coefficients per token, the sums are over tokens. Masked tokens are left out.
     """
-    in_loss_K, tokens_R = credit.in_loss_K, credit.tokens_R
-    response_K = torch.arange(len(tokens_R)).repeat_interleave(tokens_R)
-    per_token = len(credit.response_U) > len(tokens_R)
-    unit_K = torch.arange(len(response_K)) if per_token else response_K
-    mass_K = credit.final_advantage_U[unit_K] * in_loss_K
-    tokens, advantage_K = max(1, int(in_loss_K.sum())), credit.advantage_R[response_K]
+    in_loss_K = credit.in_loss_K
+    mass_K = credit.final_advantage_U[credit.unit_K] * in_loss_K
+    tokens, advantage_K = max(1, int(in_loss_K.sum())), credit.advantage_R[credit.response_K]
     return {
         "train/positive_advantage": mass_K[advantage_K > 0].sum().item() / tokens,
         "train/negative_advantage": mass_K[advantage_K < 0].sum().item() / tokens,

@@ -57,7 +57,7 @@ class TokenMeasurements(ResponseMeasurements):
     def __init__(self, credit: AssignedCredit, variant: ModulationVariant):
         super().__init__(credit, variant)
         self._token_ids_N = credit.token_ids_N
-        self.logp_K, self.entropy_K = (torch.zeros(int(credit.tokens_R.sum())) for _ in range(2))
+        self.logp_K, self.entropy_K = (torch.zeros(len(credit.response_K)) for _ in range(2))
 
     def add(
         self, micro: Sequence[int], mask_NT: Tensor, scores: TokenScores, score_norm_NT: Tensor | None = None
@@ -73,7 +73,7 @@ class TokenMeasurements(ResponseMeasurements):
 
     def advantage_K(self) -> Tensor:
         """Advantage of each token before modulation: that of its response."""
-        return self.credit.advantage_R.repeat_interleave(self.credit.tokens_R)
+        return self.credit.advantage_R[self.credit.response_K]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from aem_exp.envs import Task
 from aem_exp.rollout.rows import build_rows
 from aem_exp.rollout.sampling.base import Sample, keyed_generator
 from aem_exp.rollout.types import Ending, Response, Trajectory
+from aem_exp.training.build import build_variant
 from aem_exp.training.credit import MeasuredCredit
-from aem_exp.training.modulation import ModulationVariant, modulate_credit
+from aem_exp.training.modulation import modulate_credit
 
 
 def number_ranges(sizes):
@@ -88,6 +89,5 @@ def modulation_config(name):
 def modulated_credit(name, seed, credit, weight_R=None):
     """The credit after the modulation of a config in `conf/modulation`."""
     block = modulation_config(name)
-    variant = ModulationVariant(**{key: getattr(block, key) for key in vars(ModulationVariant())})
     lam = torch.tensor(block.lam["value"]).item()
-    return modulate_credit(credit, variant, lam, block.gate, keyed_generator((seed,)), weight_R)
+    return modulate_credit(credit, build_variant(block), lam, block.gate, keyed_generator((seed,)), weight_R)
