@@ -4,13 +4,12 @@ The trainer is that of the run, resumed from its checkpoint; only the source of 
 weights and the optimizer are restored exactly.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from aem_exp.branch.measures import predict_change
 from aem_exp.branch.probe import Probe
@@ -18,11 +17,10 @@ from aem_exp.config import ConfigError, Modulation, instantiate
 from aem_exp.rollout.types import Trajectory
 from aem_exp.training.build import build_variant
 from aem_exp.training.credit import MeasuredCredit
+from aem_exp.training.snapshot import Snapshot
 from aem_exp.training.trainer import AEMTrainer
 from aem_exp.training.updates import MicroBatch
 
-KL_TOLERANCE: Final = 0.02  # relative error of a step that is scaled to a KL
-KL_ROUNDS: Final = 6
 Record = Callable[[int, dict[str, Any]], None]  # index of the batch, its measurements
 
 
@@ -76,7 +74,8 @@ class Branches:
         """Yield one update per batch and arm. When the next one is requested, the previous one has been made."""
         trainer.time.is_last_update = False  # the step never ends: nothing is logged, evaluated or saved
         _check_learning_rate(trainer)
-        start, probe = Snapshot(trainer), self.make_probe(trainer)
+        probe = self.make_probe(trainer)
+        start = Snapshot(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer.optimizer)
         for batch in self.batches:
             played = trainer.play(batch)
             own = self.make_own_probe(trainer, played.kept, batch)
@@ -96,53 +95,14 @@ class Branches:
             self.record(batch, {"success": sum(won) / max(1, len(won)), "arms": measured})
 
     def _measure(
-        self, trainer: BranchTrainer, start: "Snapshot", probe: Probe, own: Probe | None, credit: MeasuredCredit
+        self, trainer: BranchTrainer, start: Snapshot, probe: Probe, own: Probe | None, credit: MeasuredCredit
     ) -> dict[str, float]:
         if self.kl is not None:
-            scale_to_kl(start, probe, self.kl)
+            start.scale_to_kl(lambda: probe.measure()["kl"], self.kl, lowest=0.0, highest=math.inf)
         out = probe.measure() | predict_change(credit, trainer.rollout.env.history)
         if own is not None:
             out |= {f"own_{name}": value for name, value in own.measure().items()}
         return out | {"norm": start.distance(), "grad_norm": trainer.grad_norm}
-
-
-class Snapshot:
-    """The trained weights of a trainer and the state of its optimizer."""
-
-    def __init__(self, trainer: AEMTrainer):
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self.weights = [p.detach().clone() for p in self.parameters]
-        self.optimizer: Any = trainer.optimizer
-        self.state = deepcopy(self.optimizer.state_dict())
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Restore weights and optimizer exactly."""
-        for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            parameter.copy_(weight)
-        self.optimizer.load_state_dict(deepcopy(self.state))
-
-    @torch.no_grad()
-    def distance(self) -> float:
-        """Euclidean norm of the change of the weights."""
-        pairs = zip(self.parameters, self.weights, strict=True)
-        return sum(float((p.double() - w.double()).square().sum()) for p, w in pairs) ** 0.5
-
-    @torch.no_grad()
-    def scale(self, factor: float) -> None:
-        """Multiply the change of the weights by a factor."""
-        for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            parameter.copy_(weight + factor * (parameter - weight))
-
-
-def scale_to_kl(start: Snapshot, probe: Probe, target: float) -> None:
-    """Scale the change of the weights until the KL at the states of the probe is `target`, which is nearly quadratic in it."""
-    for _ in range(KL_ROUNDS):
-        kl = probe.measure()["kl"]
-        if kl <= 0 or abs(kl / target - 1) < KL_TOLERANCE:
-            return
-        start.scale((target / kl) ** 0.5)
 
 
 def set_modulation(trainer: AEMTrainer, modulation: Modulation) -> None:

@@ -10,7 +10,6 @@ The KL divergence is measured on the fixed states of the run (see `fixed_states`
 weights, their gradients and the state of the optimizer. The change of the weights includes weight decay.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from aem_exp.core.errors import RunError
+from aem_exp.training.snapshot import Snapshot, bound
 from aem_exp.training.updates import MicroBatch
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 Match = Literal["gradient_norm", "update_norm", "kl"]
 REFERENCE: Final = "modulated_advantages"  # key of a micro-batch: (N, T), the advantages of the reference
-LOWEST, HIGHEST = 0.1, 10.0  # bounds of the factor of a change of the weights
-TOLERANCE: Final = 0.01  # largest relative difference between the KL divergence and that of the reference
-TRIALS: Final = 6  # maximum number of factors that are tried in an update
 
 
 class SizeMatch(TrainerCallback):
@@ -42,7 +39,7 @@ class SizeMatch(TrainerCallback):
     def __init__(self, trainer: "AEMTrainer", match: Match):
         self._trainer, self._match = trainer, match
         self._reference: list[Tensor | None] = []  # the gradients of the reference
-        self._start: list[Tensor] = []  # the weights before the update
+        self._start: Snapshot | None = None  # weights and optimizer before the update
         self._before: list[Tensor] = []  # the log-probs before the update, on the fixed states
         self._target = 0.0  # the size of the reference
         self._factors: list[float] = []  # of the current step
@@ -91,25 +88,24 @@ class SizeMatch(TrainerCallback):
         if not any(gradient is not None for gradient in self._reference):
             return
         trainer, optimizer = self._trainer, self._trainer.optimizer.optimizer
-        self._start = [p.detach().clone() for p in self._parameters]
+        self._start = start = Snapshot(trainer.model, optimizer)
         if self._match == "kl":
             self._before = self._states.log_probs()
-        own, saved = [p.grad for p in self._parameters], save_optimizer(optimizer)
+        own = [p.grad for p in self._parameters]
         self._set_gradients(self._reference)
         if args.max_grad_norm > 0:
             trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm)
         optimizer.step()
-        self._target = self._size()
-        restore_optimizer(optimizer, saved)
-        self._move(self._start)
+        self._target = self._size(start)
+        start.restore()
         self._set_gradients(own)
         self._reference = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Scale the change of the weights; at the end of a step, log the factors."""
-        if self._start:
-            self._rescale()
-            self._start, self._before = [], []
+        if self._start is not None:
+            self._rescale(self._start)
+            self._start, self._before = None, []
         if self._trainer.time.is_last_update and self._factors:
             self._trainer.aem_callback.metrics |= {
                 "aem/match_factor": sum(self._factors) / len(self._factors),
@@ -117,28 +113,20 @@ class SizeMatch(TrainerCallback):
             }
             self._factors, self._errors = [], []
 
-    def _rescale(self) -> None:
+    def _rescale(self, start: Snapshot) -> None:
         """Scale the change of the weights so that its size equals that of the reference."""
-        end = [p.detach().clone() for p in self._parameters]
-
-        def size_with(factor: float) -> float:
-            pairs = zip(self._start, end, strict=True)
-            self._move(b if factor == 1 else a + factor * (b - a) for a, b in pairs)
-            return self._size()
-
-        size = self._size()
-        if self._match == "update_norm":
-            factor = _bounded(self._target / size) if size else 1.0
+        if self._match == "kl":
+            factor = start.scale_to_kl(lambda: self._size(start), self._target)
         else:
-            factor = find_factor(size_with, size, self._target)
-        reached = size_with(factor)
+            size = self._size(start)
+            factor = bound(self._target / size) if size else 1.0
+            start.scale(start.current_weights(), factor)
+        reached = self._size(start)
         self._record(factor, abs(reached - self._target) / (max(reached, self._target) or 1.0))
 
-    def _size(self) -> float:
+    def _size(self, start: Snapshot) -> float:
         """Size of the change of the weights since the start of the update."""
-        if self._match == "kl":
-            return self._states.mean_kl(self._before, self._states.log_probs())
-        return _norm(p.detach() - start for p, start in zip(self._parameters, self._start, strict=True))
+        return self._states.mean_kl(self._before, self._states.log_probs()) if self._match == "kl" else start.distance()
 
     @property
     def _states(self) -> Any:
@@ -154,62 +142,9 @@ class SizeMatch(TrainerCallback):
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
 
-    @torch.no_grad()
-    def _move(self, weights: Iterable[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, weights, strict=True):
-            parameter.copy_(value)
-
     def _record(self, factor: float, error: float) -> None:
         self._factors.append(factor)
         self._errors.append(error)
-
-
-def find_factor(kl_with: Callable[[float], float], kl: float, target: float) -> float:
-    """Find the factor of a change of the weights with which its KL divergence is `target`, by the secant method.
-
-    The search is for the root of the KL divergence, which is about linear in the factor.
-
-    Args:
-        kl_with: factor -> KL divergence.
-        kl: the KL divergence with factor 1.
-        target: the KL divergence to reach, up to `TOLERANCE`.
-
-    Returns:
-        The best factor that was tried, between `LOWEST` and `HIGHEST`.
-    """
-    points = [(0.0, 0.0), (1.0, math.sqrt(max(kl, 0.0)))]
-    errors = {1.0: abs(kl - target)}
-    while len(errors) <= TRIALS and min(errors.values()) > TOLERANCE * target:
-        (x, y), (x_last, y_last) = points[-2:]
-        slope = (y_last - y) / (x_last - x)
-        factor = _bounded(x_last + (math.sqrt(max(target, 0.0)) - y_last) / slope) if slope > 0 else 1.0
-        if factor in errors:
-            break
-        reached = kl_with(factor)
-        errors[factor] = abs(reached - target)
-        points.append((factor, math.sqrt(max(reached, 0.0))))
-    return min(errors, key=errors.__getitem__)
-
-
-def _bounded(factor: float) -> float:
-    return min(max(factor, LOWEST), HIGHEST)
-
-
-def save_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """A copy of the state of an optimizer, and of the settings of its groups of parameters."""
-    groups = [
-        {key: copy.deepcopy(value) for key, value in g.items() if key != "params"} for g in optimizer.param_groups
-    ]
-    return {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}, groups
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: tuple[dict[Any, Any], list[dict[str, Any]]]) -> None:
-    """Restore the state of `save_optimizer`. What a parameter has got since then is removed."""
-    state, groups = saved
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    for group, kept in zip(optimizer.param_groups, groups, strict=True):
-        group.update(kept)
 
 
 def _norm(tensors: Iterable[Tensor | None]) -> float:

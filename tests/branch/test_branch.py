@@ -8,12 +8,13 @@ import torch
 from support import toy
 
 from aem_exp import branch, config
-from aem_exp.branch import command, session, trainer
+from aem_exp.branch import command, session
 from aem_exp.branch.probe import Probe, StateResponses
 from aem_exp.branch.result import build_result, differences
 from aem_exp.branch.trainer import Branches, BranchTrainer
 from aem_exp.config import Modulation
 from aem_exp.rundir import checkpoints
+from aem_exp.training.snapshot import TOLERANCE
 
 AEM = Modulation(lam={"_target_": "aem_exp.schedules.Constant", "value": 1.0}, gate=0.0)
 ARMS = {"none": Modulation(), "aem": AEM, "shuffled": replace(AEM, shuffle=True), "same": AEM}
@@ -104,7 +105,7 @@ def test_updates_can_be_scaled_to_one_kl(folder):
     _, _, rows = take(folder, start, kl=1e-3, make_probe=lambda model: Probe(model, states, 1.0), batches=(1, 2))
     for row in rows:
         for arm in row["arms"].values():
-            assert arm["kl"] == pytest.approx(1e-3, rel=2 * trainer.KL_TOLERANCE)
+            assert arm["kl"] == pytest.approx(1e-3, rel=2 * TOLERANCE)
             assert arm["norm"] > 0
 
 
