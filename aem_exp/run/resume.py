@@ -58,9 +58,8 @@ def prepare_run_dir(experiment: Experiment, folder: Path, weights: str | None) -
     if experiment.parent_dir and checkpoints.find_newest(folder) is None:
         checkpoint = continuation.starting_checkpoint(experiment)
         checkpoints.copy_into_run(checkpoint, folder)
-        if (
-            states := checkpoint.parent / FIXED_STATES
-        ).exists():  # so that both runs measure their steps on the same states
+        states = checkpoint.parent / FIXED_STATES
+        if states.exists():  # both runs measure their steps on the same states
             disk.write_atomically(folder / FIXED_STATES, states.read_text())
     start = find_resume_point(folder)
     _check_sharding(experiment, start)

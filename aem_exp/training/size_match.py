@@ -11,7 +11,7 @@ weights, their gradients and the state of the optimizer. The change of the weigh
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from aem_exp.core.errors import RunError
-from aem_exp.training.snapshot import Snapshot, bound
+from aem_exp.training.snapshot import Snapshot, bound, norm
 from aem_exp.training.updates import MicroBatch
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ class SizeMatch(TrainerCallback):
         Raises:
             RunError: the gradient of the reference is not finite.
         """
-        if not math.isfinite(target := _norm(self._reference)):
+        if not math.isfinite(target := norm(self._reference)):
             step = self._trainer.time.step + 1
             problem = f"the norm of the gradient with the modulated advantages is {target} in step {step}"
             raise RunError(f"{problem}; a lower trainer.learning_rate or trainer.max_grad_norm may help", "nan")
         if self._match == "gradient_norm" and self._reference:
             gradients = [p.grad for p in self._parameters]
-            size = _norm(gradients)
+            size = norm(gradients)
             factor = target / size if size else 1.0
             _scale(gradients, factor)
             self._record(factor, 0.0)
@@ -145,12 +145,6 @@ class SizeMatch(TrainerCallback):
     def _record(self, factor: float, error: float) -> None:
         self._factors.append(factor)
         self._errors.append(error)
-
-
-def _norm(tensors: Iterable[Tensor | None]) -> float:
-    """Norm of all elements, summed in float64."""
-    squares = [each.double().square().sum() for each in tensors if each is not None]
-    return math.sqrt(sum(square.item() for square in squares))
 
 
 @torch.no_grad()

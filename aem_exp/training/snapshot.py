@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
@@ -24,7 +24,7 @@ class Snapshot:
         self._state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
 
     def restore(self) -> None:
-        """Restore weights and optimizer exactly. What the optimizer has got since then is removed."""
+        """Restore weights and optimizer exactly. State that the optimizer has added since then is removed."""
         self.scale(self._weights, 1.0)
         for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(copy.deepcopy(saved))
@@ -33,12 +33,11 @@ class Snapshot:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """Euclidean norm of the change of the weights since then, summed in float64."""
-        pairs = zip(self._parameters, self._weights, strict=True)
-        return math.sqrt(sum((p.double() - w.double()).square().sum().item() for p, w in pairs))
+        """Euclidean norm of the change of the weights since then."""
+        return norm(p.double() - w.double() for p, w in zip(self._parameters, self._weights, strict=True))
 
     def current_weights(self) -> list[Tensor]:
-        """A copy of the weights now."""
+        """A copy of the present weights."""
         return [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -100,6 +99,12 @@ def find_factor(
         errors[factor] = abs(reached - target)
         points.append((factor, math.sqrt(max(reached, 0.0))))
     return min(errors, key=errors.__getitem__)
+
+
+def norm(tensors: Iterable[Tensor | None]) -> float:
+    """Norm of all elements, summed in float64."""
+    squares = [each.double().square().sum() for each in tensors if each is not None]
+    return math.sqrt(sum(square.item() for square in squares))
 
 
 def bound(factor: float, lowest: float = LOWEST, highest: float = HIGHEST) -> float:
