@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import ROOT, torchrun_warm_start, toy
-from support.runs import DEADLINE, find_run_dir, run_command, run_here, torchrun, wait_until
+from support.runs import DEADLINE, find_run_dir, needs, run_command, run_here, torchrun, wait_until
 
 from aem_exp import config, demonstrations, policy, prepare, tiny, warm_start
 from aem_exp.config import ConfigError, Experiment, load
@@ -73,6 +73,7 @@ def test_an_environment_without_a_scripted_player_cannot_be_imitated():
 def test_submission_refuses_imitation_without_a_scripted_player():
     from aem_exp.jobs import dispatch
 
+    needs("gymnasium")
     plain = load(["env=frozen_lake", "model=local", "model.path=any"])
     dispatch.check_worlds([plain])
     imitating = replace(plain, warm_start=load(["warm_start=imitate"]).warm_start)

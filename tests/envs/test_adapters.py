@@ -1,12 +1,11 @@
 """Adapters to other libraries: Gymnasium in this process, and a real OpenEnv server."""
 
 import re
-from importlib.util import find_spec
 
 import pytest
 from support import ROOT
 from support.openenv_service import ACTIONS, OpenEnvServer
-from support.runs import skip_or_fail
+from support.runs import needs
 
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, MissingResource
@@ -16,11 +15,6 @@ from aem_exp.envs.workers import WorkerPool
 from aem_exp.jobs import preflight
 
 pytestmark = pytest.mark.machine
-
-
-def needs(library):
-    if not find_spec(library):
-        skip_or_fail(f"no {library}: pip install 'aem-exp[{library}]'")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,6 +71,12 @@ def torchrun(module, *words):
 def skip_or_fail(why) -> NoReturn:
     """Skip a test that this machine cannot run; with $AEM_REQUIRE_ALL=1 (CI), fail instead."""
     (pytest.fail if os.environ.get("AEM_REQUIRE_ALL") == "1" else pytest.skip)(why)
+
+
+def needs(library) -> None:
+    """Skip a test whose extra is not installed; see `skip_or_fail`."""
+    if not find_spec(library):
+        skip_or_fail(f"no {library}: pip install 'aem-exp[{library}]'")
 
 
 def run_here(cache, outputs, *words) -> Path:
