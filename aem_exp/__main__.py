@@ -151,7 +151,9 @@ def _run_grid(arguments: argparse.Namespace, argv: list[str]) -> int:
     from aem_exp.sweep import question
 
     cli.add_user_modules(arguments.config_dir)
-    options = argparse.Namespace(submit=arguments.submit, local=arguments.local, at_once=0, retry=[], json=False)
+    options = argparse.Namespace(
+        submit=arguments.submit, local=arguments.local, at_once=0, retry=[], archives=None, json=False
+    )
     command = shlex.join(["python", "-m", "aem_exp", *argv])
     return sweep.execute_sweep(question.parse_grid(arguments.overrides, arguments.config_dir), options, command)
 

@@ -114,17 +114,12 @@ def _load_archives(sweep: "Sweep", given: Path | None) -> "tuple[dict[Path, Arch
     from aem_exp.cluster import run_state
     from aem_exp.rundir import archive
 
-    if given is not None and not given.is_dir():
-        raise ConfigError("--from", str(given), "must be a folder with archives of runs")
     here = [cell.folder for cell in sweep.cells if (cell.folder / EXPERIMENT).is_file()]
     archives = {folder: _read_run_dir(folder, how) for folder, how in run_state.read(here).items()}
-    place = given or (sweep.file.parent / RESULTS / sweep.name if sweep.file and not here else None)
-    files = {c.folder: place / f"{c.folder.name}{archive.SUFFIX}" for c in sweep.cells} if place else {}
-    taken = {
-        folder: archive.read(file)
-        for folder, file in files.items()
-        if file.is_file() and not (folder in archives and archives[folder].done)
-    }
+    beside = sweep.file.parent / RESULTS / sweep.name if sweep.file else None
+    place = given or (beside if beside and beside.is_dir() and not here else None)
+    unfinished = [c.folder for c in sweep.cells if not (c.folder in archives and archives[c.folder].done)]
+    taken = archive.read_folder(place, unfinished) if place else {}
     places = {f"run directories in {sweep.cells[0].folder.parent}": len(archives), f"archives in {place}": len(taken)}
     return archives | taken, ", ".join(f"{count} {source}" for source, count in places.items() if count)
 

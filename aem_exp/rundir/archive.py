@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -217,6 +217,18 @@ def read(file: Path) -> Archive:
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError("archive", str(file), f"is not an archive of a run: {error}") from error
     return archive
+
+
+def read_folder(folder: Path, runs: Iterable[Path]) -> dict[Path, Archive]:
+    """Read the archives of these run directories from a folder; a run without an archive is left out.
+
+    Raises:
+        ConfigError: the folder does not exist, or one of its files is not an archive of a run.
+    """
+    if not folder.is_dir():
+        raise ConfigError("--from", str(folder), "must be a folder with archives of runs")
+    files = {run: folder / f"{run.name}{SUFFIX}" for run in runs}
+    return {run: read(file) for run, file in files.items() if file.is_file()}
 
 
 def _refuse_constant(word: str) -> None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aem_exp.core import cli
@@ -34,6 +35,7 @@ Plan the experiments of a sweep, and submit or run the missing ones.
   python -m aem_exp.sweep household_quick --local                  run on this machine, one after another
   python -m aem_exp.sweep household_quick launch=slurm_cpu --submit   submit to SLURM, as one array
   python -m aem_exp.sweep household_quick --retry oom --submit     also submit the cells that failed with class oom
+  python -m aem_exp.sweep household_quick --from DIR --local       run the cells that have no archive (see aem_exp.report) in DIR
 """
 
 
@@ -54,6 +56,9 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, metavar="N", help="maximum number of cells that run at the same time")
     parser.add_argument(
         "--retry", metavar="CLASS", action="append", default=[], help="also run cells with this failure class, or: all"
+    )
+    parser.add_argument(
+        "--from", dest="archives", type=Path, metavar="FOLDER", help="skip the runs that are finished in these archives"
     )
     parser.add_argument("--json", action="store_true", help="print only the plan, as JSON")
     parser.add_argument("--config-dir", help="your own configuration folder, searched before conf/")
@@ -86,11 +91,21 @@ def execute_sweep(sweep: "Sweep", arguments: argparse.Namespace, typed: str) -> 
     """Show the plan of a sweep, then submit or run its missing cells as `arguments` say. `typed` is the command line."""
     from aem_exp.cluster import run_state
     from aem_exp.jobs import dispatch
+    from aem_exp.rundir import archive
     from aem_exp.sweep import plan
 
     if sweep.search is not None:
+        if arguments.archives:
+            raise ConfigError(
+                "--from", str(arguments.archives), "is not available for a study, whose cells are not known in advance"
+            )
         return _execute_study(sweep, arguments, typed)
     states = run_state.read([cell.folder for cell in sweep.cells])
+    if arguments.archives:
+        archived = archive.read_folder(
+            arguments.archives, [folder for folder in states if states[folder].what != "done"]
+        )
+        states |= {folder: run_state.RunState(run_state.RunStatus.DONE) for folder, run in archived.items() if run.done}
     todo = [cell for cell in sweep.cells if should_run(states[cell.folder], arguments.retry)]
     if arguments.json:
         print(json.dumps(plan.plan_as_json(sweep, states, todo), indent=1))
@@ -138,6 +153,7 @@ def _execute_study(sweep: "Sweep", arguments: argparse.Namespace, typed: str) ->
 def _report_command(arguments: argparse.Namespace) -> str:
     """The command that compares the runs."""
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    own += ["--from", str(arguments.archives)] if arguments.archives else []
     return shlex.join(["python", "-m", "aem_exp.report", arguments.sweep, *arguments.overrides, *own])
 
 

@@ -131,6 +131,20 @@ def test_report_is_in_mlflow_and_can_be_rebuilt_from_archives(desk, first_execut
 
 
 @pytest.mark.slow
+def test_sweep_continues_from_archives_of_another_machine(desk, first_execution, tmp_path):
+    """A cell whose finished run is archived counts as done, where no run directory of it exists."""
+    _, ask = desk
+    ask("aem_exp.report", "quick.yaml", "--archive", str(tmp_path))
+    elsewhere = f"outputs={tmp_path / 'none'}"
+    rows = json.loads(ask("aem_exp.sweep", "quick.yaml", elsewhere, "--from", str(tmp_path), "--json"))["cells"]
+    assert [row["state"] for row in rows] == ["done", "done"] and not any(row["to_run"] for row in rows)
+    (broken,) = (file for file in tmp_path.glob("*.json.gz") if "-aem-" in file.name)
+    broken.unlink()
+    rows = json.loads(ask("aem_exp.sweep", "quick.yaml", elsewhere, "--from", str(tmp_path), "--json"))["cells"]
+    assert [row["to_run"] for row in rows] == ["-aem-" in row["run"] for row in rows]
+
+
+@pytest.mark.slow
 def test_run_may_belong_to_two_sweeps(desk, first_execution):
     """The second sweep reuses the run, and MLflow shows it in both sweeps."""
     folder, ask = desk
@@ -212,6 +226,7 @@ def test_repeated_ctrl_c_kills_a_cell_that_does_not_end():
         (sweep.main, ["household_quick", "--submit", "--local"], "--submit=true: "),
         (sweep.main, ["household_quick", "--submit"], "launch=slurm_cpu"),
         (sweep.main, ["household_quick", "trainer.stps=1"], "did you mean"),
+        (sweep.main, ["household_quick", "--from", "/nowhere"], "--from=/nowhere: "),
         (status.main, ["nosuch"], "sweep=nosuch: "),
         (status.main, ["--outputs", "/nowhere"], "/nowhere: "),
     ],
