@@ -37,8 +37,12 @@ def test_the_policy_learns_and_beats_its_teacher(followed):
     folder, said = followed
     (run_dir,) = (folder / "outputs").glob("lock-tiny-grpo-aem-s0-*")
     result = json.loads((run_dir / "result.json").read_text())
+    # The sums of processors of other kinds differ in their last digits, and the learning curves of single runs therefore widely.
+    results = [json.loads(file.read_text()) for file in folder.glob("outputs/lock-*/result.json")]
+    assert len(results) == 6
+    assert mean(one["after"]["success"] - one["before"]["success"] for one in results) > 0.3
     before, after, final = (result[key]["success"] for key in ("before", "after", "final"))
-    assert after > before + 0.3
+    assert after > before + 0.1
     scores = {name: float(share) for name, share in re.findall(r"^(\w+) +([\d.]+)%", said[3], re.MULTILINE)}
     assert scores["policy"] > scores["scripted"] + 30
     assert scores["policy"] > scores["untrained"] + 20
