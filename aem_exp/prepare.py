@@ -69,6 +69,7 @@ def _prepare_experiment(experiment: "Experiment") -> None:
     from aem_exp import config, warm_start
     from aem_exp.core import console
     from aem_exp.envs import opening
+    from aem_exp.jobs import preflight
 
     console.silence_libraries()
     make = config.instantiate(experiment.env.make, partial=True)
@@ -78,6 +79,7 @@ def _prepare_experiment(experiment: "Experiment") -> None:
     panels = ("train", experiment.evaluation.panel, experiment.evaluation.final)
     sizes = ", ".join(f"{len(world.tasks(name))} {name}" for name in panels)
     print(f"world   {experiment.env.name}: {sizes} tasks; fingerprint {world.fingerprint}", flush=True)
+    preflight.check_grader(experiment, world)
     warm_start.check_world(experiment, world)
     folder = _prepare_model(experiment, world)
     print(f"policy  {experiment.model.name}: {folder}", flush=True)

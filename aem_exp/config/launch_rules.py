@@ -39,10 +39,13 @@ def check_launch(e: Experiment) -> None:
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "has no effect without launch.workers above 0")
     tests = e.env.make.get("tests_seconds", 0.0)
-    needed = tests + 240.0  # grading also reads the patch, prepares the repository, and applies the patch
+    # Tests may run once for each verdict and once for a review. Grading also reads, prepares and applies the patch.
+    runs = 1 + (e.env.make.get("grader") == "audited") + bool(e.env.make.get("review"))
+    needed = runs * tests + 240.0
     if launch.workers and tests and launch.env_seconds < needed:
         remedy = (
-            f"must be at least {needed:g} (env.make.tests_seconds + 240), or grading is mistaken for a hung environment"
+            f"must be at least {needed:g} ({runs} x env.make.tests_seconds + 240), or grading is mistaken for a hung "
+            "environment"
         )
         raise ConfigError("launch.env_seconds", launch.env_seconds, remedy)
     if launch.where == "local" and launch.nodes > 1:

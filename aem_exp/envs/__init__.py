@@ -147,6 +147,7 @@ class World(Protocol):
       policy learns to imitate. With probability `noise` it acts at random; with probability `shyness` it replaces a decisive
       action by a worse one.
     - `oracle(env) -> str`: the response of an expert that knows the solution.
+    - `forgeries(task) -> Sequence[aem_exp.envs.audit.Forgery]`: episodes with a known result, for the audit of the grader.
     - `rehearse() -> TextEnv`: an environment for demonstrations, which need no reward. Useful if scoring is slow.
     """
 

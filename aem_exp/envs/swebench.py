@@ -11,6 +11,7 @@ from typing import Any, Final
 from aem_exp.core.errors import ConfigError, MissingResource, unknown_key_error
 from aem_exp.envs import LazyTasks, Task
 from aem_exp.envs.swe import rows
+from aem_exp.envs.swe.grade import Grader
 from aem_exp.envs.swe.rows import Instance, Rows, parse_instance
 from aem_exp.envs.swe.world import Repositories
 from aem_exp.sandboxes import Backend
@@ -49,8 +50,12 @@ class SWEBench(Repositories):
         tests_seconds: float = 300.0,
         episode_seconds: float = 5400.0,
         reward: float = 1.0,
+        grader: Grader = "official",
+        review: bool = False,
     ):
-        super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
+        super().__init__(
+            sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward, grader, review
+        )
         self._rows, self._indices = _choose_rows(train, test, train_revision, test_revision, dev, sizes)
         for split, indices in self._indices.items():
             (first,) = self._rows[split].images(indices[:1])

@@ -33,6 +33,7 @@ show its results again.
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
   python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
+  python -m aem_exp.evaluate env=swe --audit        # which forged episodes does the grader believe?
   python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # with running vLLM servers
 """
 
@@ -54,7 +55,14 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--temperature", type=float, help="sampling temperature (default: evaluation.temperature of the config)"
     )
     parser.add_argument("--tasks", type=int, help="use only the first N tasks of the panel")
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="audit the grader of an env (env=NAME instead of RUN_DIR|MODEL): which forged episodes does it believe?",
+    )
     parser.add_argument("--only", action="append", choices=AGENTS, help="evaluate only this agent (may be repeated)")
+    if "--audit" in argv:
+        return _parse_audit(parser, argv)
     arguments = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
     if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
         remedy = "must be above 0; with greedy decoding, all repeats of a task would be equal"
@@ -62,17 +70,34 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def _parse_audit(parser: cli.Parser, argv: list[str]) -> argparse.Namespace:
+    """The arguments of an audit, which needs no policy."""
+    arguments = parser.parse_intermixed_args(argv)
+    words = [word for word in (arguments.target, *arguments.overrides) if word]
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(
+                "--audit", word, "audits the grader of an env: give env=NAME and other settings KEY=VALUE"
+            )
+    if arguments.tasks is not None and arguments.tasks < 1:
+        raise ConfigError("--tasks", arguments.tasks, "must be a whole number of at least 1")
+    arguments.overrides = words
+    return arguments
+
+
 def _run_command(arguments: argparse.Namespace) -> int:
     from aem_exp.core import console
 
     console.silence_libraries()
-    cli.add_user_modules(
-        arguments.config_dir, [arguments.target] if is_run_dir(arguments.target) else [], arguments.trust
-    )
+    is_run = not arguments.audit and is_run_dir(arguments.target)
+    cli.add_user_modules(arguments.config_dir, [arguments.target] if is_run else [], arguments.trust)
     from aem_exp.evaluate.display import ProgressLine, print_results
+    from aem_exp.evaluate.grader_audit import audit_grader
     from aem_exp.rollout.sampling.served_weights import WrongWeights
 
     with ProgressLine() as line:
+        if arguments.audit:
+            return audit_grader(arguments, line)
         setup, agents, left_out = prepare_evaluation(arguments)
         evaluated = {}
         for agent in agents:

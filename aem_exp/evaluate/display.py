@@ -170,12 +170,15 @@ def _score_table(results: Results) -> "Table":
     several = [f"pass@{k}", f"pass^{k}"] if k > 1 else []
     scored = ["score"] if any(r.get("score") is not None for r in results.values()) else []
     crashed = ["crashed"] if any(r["crashed"] for r in results.values()) else []
-    headings = ("", "success [95%]", *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed)
+    # An audited grader also reports the verdict of the benchmark's own rule, which papers compare.
+    official = ["official"] if any("end_resolved_audited" in r["habits"] for r in results.values()) else []
+    headings = ("", "success [95%]", *official, *scored, *several, "turns", "tokens", "invalid", "entropy", *crashed)
     rows: list[Sequence[RenderableType]] = []
     for agent, r in results.items():
         low, high = r["interval"]
         share = join_texts((f"{r['success']:.1%}", "bold"), (f" [{100 * low:.0f}, {100 * high:.0f}]", "bright_black"))
-        score = [_number(r.get("score"), ".1%") for _ in scored]
+        score = [_number(r["habits"].get("end_resolved"), ".1%") for _ in official]
+        score += [_number(r.get("score"), ".1%") for _ in scored]
         passes = [f"{r[name][str(k)]:.1%}" for name in ("pass_at", "pass_hat")] if k > 1 else []
         lengths = [_number(r["turns"], ".1f"), _number(r["tokens"], ".0f"), _number(r["invalid_share"], ".1%")]
         crashes = [style_text(str(r["crashed"]), "red" if r["crashed"] else "") for _ in crashed]

@@ -1,9 +1,9 @@
-"""Opens the world of an experiment and checks it before the run: interface, number of tasks, held-out panels, user code."""
+"""Opens the world of an experiment and checks it before the run: interface, number of tasks, panels, user code, grader."""
 
 from aem_exp import config, warm_start
 from aem_exp.config import ConfigError, Experiment
 from aem_exp.core.user_code import wrap_call_errors
-from aem_exp.envs import World, leakage, panel
+from aem_exp.envs import World, audit, leakage, panel
 from aem_exp.envs.opening import open_world
 from aem_exp.envs.panel import ENV_TARGET
 from aem_exp.jobs import function_check, world_check
@@ -44,3 +44,15 @@ def open_checked_world(experiment: Experiment) -> World:
     if playable and (played := world_check.play_games(experiment, world, {"train": some, **held_out})):
         leakage.check_identical_games(name, played.pop("train"), played)
     return world
+
+
+def check_grader(experiment: Experiment, world: World) -> None:
+    """Check the grader of a world that offers forgeries, once for each version of the world (see `envs.audit`).
+
+    Raises:
+        ConfigError: a solution is not graded as a success, or an episode without a change is.
+    """
+    if not hasattr(world, "forgeries"):
+        return
+    tasks = [world.tasks(split)[0] for split in dict.fromkeys(("train", experiment.evaluation.final))]
+    audit.check_grader(audit.check_auditable(world, experiment.env.name), tasks, world.fingerprint, experiment.env.name)

@@ -64,6 +64,8 @@ def run(
     weights = policy.locate(experiment.model) if experiment.model.path else None
     if experiment.launch.servers:
         server_check.require_suitable(experiment, weights or str(policy.cached_folder(experiment, world)))
+    if distributed.is_main_process():
+        preflight.check_grader(experiment, world)
     _check_ram(experiment, world)
     distributed.initialize(cpu=not experiment.launch.gpus_per_node)
     with Signals() as signals:

@@ -1,25 +1,23 @@
 """Repositories: generated or read from rows of data sets, played in sandboxes, graded in fresh sandboxes."""
 
 import json
-import subprocess
 from collections import Counter
 from dataclasses import replace
 from datetime import date
 from random import Random
 
 import pytest
-from support import sandbox_images
+from support import repository_rows, sandbox_images
 from support.runs import read_metrics, run_here, skip_or_fail
 
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.envs.executor import SerialExecutor
-from aem_exp.envs.swe import generated, grading, rows
+from aem_exp.envs.swe import generated, official, rows
 from aem_exp.envs.swe.bugs import evaluate_call, list_bugs
 from aem_exp.envs.swe.git_objects import diff
 from aem_exp.envs.swe.tools import ToolCall
 from aem_exp.envs.swe.world import Made, host_image
-from aem_exp.envs.swebench import SWEBench
 from aem_exp.sandboxes import Limits, SandboxLost
 from aem_exp.sandboxes.bwrap import Bwrap
 
@@ -35,7 +33,7 @@ def bash(command):
 @pytest.fixture(scope="module")
 def world():
     try:
-        grading.check_installed()
+        official.check_installed()
     except MissingResource as missing:
         skip_or_fail(str(missing))
     if reason := Bwrap().missing():
@@ -102,7 +100,7 @@ def test_impossible_settings_are_refused(changes, field):
 
 def graded(world, task, patch, seconds=300.0):
     with world.open(host_image()) as sandbox:
-        return grading.grade(sandbox, world.instance(task), patch, seconds)[0]
+        return official.grade(sandbox, world.instance(task), patch, seconds)[0]
 
 
 def test_the_gold_patch_resolves_each_family_and_an_empty_patch_does_not(world):
@@ -170,7 +168,7 @@ def test_a_bad_patch_gets_a_verdict_and_does_not_crash(world, patch, verdict):
     task = world.tasks("dev")[0]
     seconds = 6.0 if verdict == "tests_timeout" else 300.0
     result = graded(world, task, patch(world.instance(task).gold_patch.encode()), seconds)
-    assert result in grading.VERDICTS and (verdict is None or result == verdict)
+    assert result in official.VERDICTS and (verdict is None or result == verdict)
 
 
 def new_file(name, text):
@@ -371,7 +369,8 @@ def test_an_agent_that_makes_its_folder_unusable_fails(world, ruin, then):
     executor.close()
     assert not reply.error, reply.trace
     assert reply.turn.terminated and reply.turn.reward == 0
-    assert reply.turn.metrics["won"] == 0 and reply.turn.metrics["end_no_patch"] == 1
+    verdict = "end_tests_fail" if "rm -rf /testbed" in ruin else "end_no_patch"  # the removal of all files is a patch
+    assert reply.turn.metrics["won"] == 0 and reply.turn.metrics[verdict] == 1
 
 
 def test_a_hook_that_locks_the_folder_does_not_crash_grading(world):
@@ -392,7 +391,7 @@ def test_output_that_the_log_parser_cannot_read_does_not_crash_grading(world, pa
     instance = replace(instance, row={**instance.row, "log_parser": parser or instance.row["log_parser"]})
     patch = add_code(instance.gold_patch.encode(), f"import atexit; atexit.register(print, '\\n' + {output})")
     with world.open(host_image()) as sandbox:
-        assert grading.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
+        assert official.grade(sandbox, instance, patch, 20.0)[0] == "tests_fail"
 
 
 def test_an_agent_that_fills_its_disk_fails(env, world):
@@ -428,7 +427,7 @@ def test_a_lost_sandbox_affects_only_one_episode(world):
 def test_the_time_limit_of_a_step_must_allow_grading():
     words = ["env=swe", "env.make.tests_seconds=90"]
     assert load(words).launch.workers == 0
-    with pytest.raises(ConfigError, match=r" 330.*env\.make\.tests_seconds") as caught:
+    with pytest.raises(ConfigError, match=r" 420.*env\.make\.tests_seconds") as caught:
         load([*words, "launch.workers=2"])
     assert (caught.value.field, caught.value.value) == ("launch.env_seconds", 120.0)
 
@@ -440,7 +439,10 @@ def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
     folder = run_here(cache, tmp_path, "+experiment=swe_tiny", *small)
     result = json.loads((folder / "result.json").read_text())
     verdicts = {name for name in result["after"]["habits"] if name.startswith("end_")}
-    assert verdicts <= {f"end_{name}" for name in grading.VERDICTS} and result["fingerprint"].startswith("swe-")
+    assert "end_resolved_audited" in verdicts
+    assert verdicts <= {f"end_{name}" for name in (*official.VERDICTS, "resolved_audited")} and result[
+        "fingerprint"
+    ].startswith("swe-")
     assert result["crashed_in_training"] == 0 and len(read_metrics(folder)) == 3
     text = (folder / "episodes.md").read_text()
     assert "<function=" in text and "testbed" in text
@@ -451,46 +453,13 @@ def test_a_small_policy_is_trained_on_it(cache, tmp_path, world):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, world):
-    """Files of rows in both formats. Their image has git, Python and pytest, like those of SWE-bench and R2E-Gym."""
     sandbox_images.needs_skopeo()
     folder = tmp_path_factory.mktemp("hub")
-    made = generated.generate_repository("dev-1", 2, 2)
-    sandbox_images.python(folder / "root")
-    testbed = folder / "root" / "testbed"
-    subprocess.run(["bash", "-c", generated.SETUP_SCRIPT], input=made.stream, cwd=testbed, check=True)
-    (testbed / ".git" / "info" / "exclude").write_text("run_tests.sh\nr2e_tests\n")
-    (testbed / "run_tests.sh").write_text("python3 -m pytest -rA -p no:cacheprovider r2e_tests\n")
-    (folder / "root" / "r2e_tests").mkdir()
-    test = next(iter(json.loads(made.row["FAIL_TO_PASS"])))
-    file, _, _name = test.partition("::")
-    hidden = made.row["test_patch"].split("@@")[-1]
-    lines = [line[1:] for line in hidden.splitlines() if line.startswith("+")]
-    head = (testbed / file).read_text().split("\n\n\n")[0] if (testbed / file).exists() else ""
-    (folder / "root" / "r2e_tests" / "test_1.py").write_text(f"{head}\n" + "\n".join(lines) + "\n")
-    image = sandbox_images.oci(folder, folder / "root")
-    wanted = {name.replace("::", "."): "PASSED" for name in _names("\n".join(lines))}
-    r2e = [
-        {
-            "repo_name": "ledger",
-            "docker_image": image,
-            "commit_hash": f"{n}{0:039}",
-            "problem_statement": f"Repair it.\n[ISSUE]\n{made.row['problem_statement']}\n[/ISSUE]\nThanks",
-            "expected_output_json": json.dumps(wanted),
-        }
-        for n in range(5)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in r2e))
-    (folder / "test.jsonl").write_text(json.dumps({**made.row, "image": image}) + "\n")
-    return folder, made
-
-
-def _names(text):
-    return [line.split("(")[0].removeprefix("def ") for line in text.splitlines() if line.startswith("def ")]
+    return folder, repository_rows.write(folder)
 
 
 def bench(folder, **changes):
-    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
-    return SWEBench(Bwrap(str(folder / "unpacked")), **files, **({"dev": 2, "turns": 4, "limits": LIMITS} | changes))
+    return repository_rows.open_world(folder, **({"turns": 4, "limits": LIMITS} | changes))
 
 
 def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
@@ -499,8 +468,7 @@ def test_rows_of_both_formats_are_played_and_graded_in_their_image(hub):
         bench(folder)
     assert (caught.value.field, caught.value.value) == ("env.make.sandbox", "bwrap")
     lines = []
-    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
-    SWEBench.prepare(lines.append, Bwrap(str(folder / "unpacked")), **files, dev=2)
+    repository_rows.prepare(folder, lines.append)
     assert lines[0].startswith("images  1 for 6 tasks; 0 ")
     world = bench(folder)
     assert [len(world.tasks(split)) for split in world.splits] == [3, 2, 1]

@@ -133,7 +133,9 @@ def _check_program(words: list[str]) -> None:
             _load_sweep(asked.words[0], asked.words[1:], asked.config_dir)
         else:
             config.load(asked.words, asked.config_dir)
-    if name in ("evaluate", "proxy"):
+    if getattr(asked, "audit", False):
+        config.load(asked.overrides, asked.config_dir)
+    elif name in ("evaluate", "proxy"):
         is_run = request.is_run_dir(asked.target)
         (request.read_run if is_run else request._experiment_of_model)(asked)
     if name == "branch":

@@ -10,7 +10,7 @@ from pathlib import Path
 from support.runs import skip_or_fail
 
 TOOLS = "bash sh cat mkdir dirname rm ls ln cp sleep head yes id touch dd seq env test chmod mv stat timeout setsid tr".split()
-GIT = "git sort grep find".split()
+GIT = "git sort grep find tar".split()
 LEFT_OUT = (
     "test",
     "idlelib",

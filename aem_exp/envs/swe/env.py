@@ -4,13 +4,13 @@ An episode is graded when the agent calls `finish` or has used its last turn. An
 is stopped and not graded. If an agent makes its own sandbox unusable, its episode ends as a failure without a patch.
 """
 
-import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from aem_exp.envs import Task, Turn
-from aem_exp.envs.swe import grading, tools
+from aem_exp.envs.swe import patch, tools
+from aem_exp.envs.swe.grade import grade_changes
 from aem_exp.envs.swe.tools import InvalidCall, ToolCall, Tools
 from aem_exp.sandboxes import Sandbox, SandboxBroken, SandboxLost
 
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
 
 SETUP_SECONDS: Final = 120.0  # to prepare the repository in a sandbox
 MAX_QUOTED_CHARACTERS: Final = 4000  # later prompts quote at most this much of an invalid response
-# The agent's own git configuration must not change the patch.
-GIT: Final = "git -c core.fsmonitor=false -c diff.noprefix=false -c diff.mnemonicPrefix=false"
-# Adds all files, committed or not, to a temporary index; the agent's own index does not change.
-STAGE_COMMAND: Final = (
-    "export GIT_INDEX_FILE=/tmp/.index.$RANDOM$RANDOM$RANDOM; test -f .git/index && cp -p .git/index $GIT_INDEX_FILE;"
-    f" {GIT} add -A --ignore-errors 2>/dev/null"
-)
-SNAPSHOT_COMMAND: Final = f"{STAGE_COMMAND}; git write-tree"
-DIFF_OPTIONS: Final = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
-DIFF_COMMAND: Final = f"{STAGE_COMMAND}; {GIT} diff --cached {DIFF_OPTIONS} {{tree}} 2>/dev/null"
-PATCH_SECONDS: Final = 30.0  # for the diff; a git filter that the agent configured may never end
 
 
 class RepositoryEnv:
@@ -99,28 +88,25 @@ class RepositoryEnv:
         self._is_over = True
         if not self._is_graded:
             return replace(turn, terminated=True)
-        patch = self._extract_patch()
+        assert self._sandbox is not None
+        try:
+            changes = patch.read_changes(self._sandbox, self._listing)
+        except patch.UnreadableChanges:  # the agent made its own repository unusable
+            changes = patch.Changes({})
         self.close()  # two open sandboxes would need twice the memory
-        with self._world.open(self.instance.image) as fresh:
-            verdict, _ = grading.grade(fresh, self.instance, patch, self._world.tests_seconds)
-        won = float(verdict == "resolved")
-        shares = {f"end_{name}": float(name == verdict) for name in grading.VERDICTS}
-        return replace(turn, reward=won * self._world.reward, metrics={**turn.metrics, "won": won, **shares})
+        grade = grade_changes(self._world, self.instance, changes)
+        won = float(grade.resolved)
+        metrics = {**turn.metrics, "won": won, **grade.metrics()}
+        notes = [f"Not believed: {grade.reason}"] * bool(grade.reason) + [
+            f"Flagged: it {one}" for one in grade.findings or ()
+        ]
+        observation = "\n".join(filter(None, [turn.observation, *notes]))
+        return replace(turn, observation=observation, reward=won * self._world.reward, metrics=metrics)
 
     def _set_up(self) -> None:
         assert self._sandbox is not None
-        ran = self._sandbox.run(
-            f"{self.instance.setup_script}\n{SNAPSHOT_COMMAND}", SETUP_SECONDS, self.instance.setup_input
-        )
-        self._tree = (ran.text.strip().splitlines() or [""])[-1]
-        if ran.code or not re.fullmatch(r"[0-9a-f]{40,64}", self._tree):
-            raise SandboxLost(f"the repository of {self.instance.id} could not be set up: {ran.text.strip()[-300:]}")
-
-    def _extract_patch(self) -> bytes:
-        """The agent's changes with new files; empty if the repository or the sandbox is unusable."""
-        assert self._sandbox is not None
+        script, stdin = self.instance.setup_script, self.instance.setup_input
         try:
-            ran = self._sandbox.run(DIFF_COMMAND.format(tree=self._tree), PATCH_SECONDS)
-        except SandboxBroken:
-            return b""
-        return b"" if ran.code or ran.stop_reason else ran.output
+            self._listing = patch.set_up(self._sandbox, script, stdin, SETUP_SECONDS)
+        except patch.UnreadableChanges as error:
+            raise SandboxLost(f"the repository of {self.instance.id} could not be set up: {error}") from error

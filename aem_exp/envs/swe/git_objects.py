@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -10,9 +11,17 @@ AUTHOR: Final = "Robin <robin@example.org>"
 
 
 def diff(path: str, old: str, new: str) -> str:
-    """A patch of one file, as git writes it."""
-    lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"a/{path}", f"b/{path}")
-    return f"diff --git a/{path} b/{path}\n" + "".join(lines)
+    """A patch of one file, as git writes it. An empty text stands for no file."""
+    mode = "new file mode 100644\n" if not old else "deleted file mode 100644\n" if not new else ""
+    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    lines = difflib.unified_diff(_split_lines(old), _split_lines(new), *names)
+    whole = (line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+    return f"diff --git a/{path} b/{path}\n{mode}" + "".join(whole)
+
+
+def _split_lines(text: str) -> list[str]:
+    """The lines of a text, as git counts them: only a line feed ends a line."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def build_history(commits: Sequence[tuple[Mapping[str, str], str]]) -> tuple[bytes, str]:

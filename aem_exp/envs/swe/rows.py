@@ -10,6 +10,8 @@ from typing import Any, Final, Literal
 
 from aem_exp.core import disk, extras
 from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.envs.swe import git_objects
+from aem_exp.envs.swe.protected import is_test
 from aem_exp.sandboxes import PATH, Image
 
 Format = Literal["swebench", "r2e"]
@@ -18,6 +20,7 @@ SWEBENCH_COLUMNS: Final = (
     *("FAIL_TO_PASS", "PASS_TO_PASS", "eval_script", "log_parser", "eval_type"),
 )
 R2E_COLUMNS: Final = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
+GOLD_COLUMN: Final = "parsed_commit_content"  # of R2E-Gym, with the gold patch; optional
 CONDA_PATH: Final = "/opt/miniconda3/envs/testbed/bin:/opt/miniconda3/bin"  # in SWE-bench's images
 VENV_PATH: Final = "/testbed/.venv/bin:/root/.venv/bin:/root/.local/bin:/root/.cargo/bin"  # in R2E-Gym's images
 # R2E-Gym's images contain the tests that grade a patch. They are removed from an agent's sandbox.
@@ -89,10 +92,20 @@ def _parse_r2e(row: Mapping[str, Any], where: str) -> Instance:
         image=Image(row["docker_image"], env={"PATH": f"{VENV_PATH}:{PATH}"}),
         setup_script=HIDE_TESTS_SCRIPT,
         setup_input=b"",
-        gold_patch="",
+        gold_patch=_r2e_gold(row.get(GOLD_COLUMN)),
         format="r2e",
         row=row,
     )
+
+
+def _r2e_gold(content: Any) -> str:
+    """The changes of a commit to files that are not tests, as a patch; empty if the row does not contain them."""
+    try:
+        files = json.loads(content)["file_diffs"]
+        changes = [(f["header"]["file"]["path"], f["old_file_content"], f["new_file_content"]) for f in files]
+        return "".join(git_objects.diff(*change) for change in changes if not is_test(change[0]))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return ""
 
 
 def _r2e_id(repo: str, commit: str) -> str:
@@ -133,7 +146,8 @@ class Rows(Sequence[Mapping[str, Any]]):
                 f"has the columns {', '.join(rows.column_names)}; rows must be in the format of SWE-bench version 5"
             )
             raise ConfigError(field, source, f"{remedy} (with image, eval_script and log_parser) or R2E-Gym")
-        self._rows = rows.select_columns(list(needed))
+        more = [name for name in (GOLD_COLUMN,) if name in rows.column_names and needed is R2E_COLUMNS]
+        self._rows = rows.select_columns([*needed, *more])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -154,7 +168,9 @@ class Rows(Sequence[Mapping[str, Any]]):
 
 
 def digest(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(row), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A hash of the columns that decide how a task plays. The gold patch of R2E-Gym is not one of them."""
+    played = {name: value for name, value in row.items() if name != GOLD_COLUMN}
+    return hashlib.sha256(json.dumps(played, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _is_file(source: str) -> bool:
@@ -204,6 +220,6 @@ def fetch(source: str, split: str, revision: str | None, field: str, say: Callab
         raise MissingResource(field, source, f"download failed ({reason}); check the network connection") from error
     with disk.create_folder_once(file.parent) as part:
         if part is not None:
-            rows.select_columns([n for n in rows.column_names if n in {*SWEBENCH_COLUMNS, *R2E_COLUMNS}]).to_parquet(
-                str(part / file.name)
-            )
+            rows.select_columns(
+                [n for n in rows.column_names if n in {*SWEBENCH_COLUMNS, *R2E_COLUMNS, GOLD_COLUMN}]
+            ).to_parquet(str(part / file.name))

@@ -18,14 +18,18 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine, unknown_key_error
 from aem_exp.envs import LazyTasks, Task, split_sizes
-from aem_exp.envs.swe import expert, generated, grading, vocabulary
+from aem_exp.envs.audit import Forgery
+from aem_exp.envs.swe import expert, generated, official, vocabulary
 from aem_exp.envs.swe.bugs import MODULES
 from aem_exp.envs.swe.env import RepositoryEnv
+from aem_exp.envs.swe.forgeries import list_forgeries
+from aem_exp.envs.swe.grade import GRADERS, Grader
 from aem_exp.envs.swe.rows import Instance, parse_instance
 from aem_exp.envs.swe.tools import ToolCall
 from aem_exp.sandboxes import HOST, Backend, Image, Limits, Sandbox, SandboxLost
 
 RULES_VERSION: Final = 1  # raise when the same task would play differently
+AUDIT_VERSION: Final = 1  # raise when the audited grade changes
 
 
 class Repositories:
@@ -39,6 +43,8 @@ class Repositories:
         tests_seconds: time limit of the tests in grading.
         episode_seconds: time limit of an episode.
         reward: paid for a patch that resolves the issue.
+        grader: `official`, the benchmark's own rule, or `audited`, a run that a patch can hardly forge (see `grade`).
+        review: run the tests of a resolved patch once more, to look for signs of forgery (metric `end_flagged`, see `review`).
     """
 
     splits = ("train", "dev", "test")
@@ -53,7 +59,11 @@ class Repositories:
         tests_seconds: float,
         episode_seconds: float,
         reward: float,
+        grader: Grader = "official",
+        review: bool = False,
     ):
+        if grader not in GRADERS:
+            raise ConfigError("env.make.grader", grader, choices=GRADERS)
         defaults = vars(Limits())
         for name, value in (limits or {}).items():
             if name not in defaults:
@@ -63,10 +73,12 @@ class Repositories:
         for name, number in (("turns", turns), ("command_seconds", command_seconds), ("tests_seconds", tests_seconds)):
             if number <= 0:
                 raise ConfigError(f"env.make.{name}", number, "must be above 0")
-        grading.check_installed()
+        official.check_installed()
         if reason := sandbox.missing():
             raise MissingOnThisMachine("env.make.sandbox", type(sandbox).__name__.lower(), reason)
         self.sandbox, self.limits, self.turns, self.reward = sandbox, Limits(**(limits or {})), turns, reward
+        self.grader: Grader = grader
+        self.review = review
         self.command_seconds, self.tests_seconds, self.episode_seconds = command_seconds, tests_seconds, episode_seconds
 
     def env(self) -> RepositoryEnv:
@@ -90,10 +102,16 @@ class Repositories:
             return str(ToolCall("finish", {}))
         return str(ToolCall("execute_bash", {"command": f"git apply - <<'GOLD'\n{gold.rstrip(chr(10))}\nGOLD"}))
 
+    def forgeries(self, task: Task) -> list[Forgery]:
+        """Episodes with a known result, for the audit of the grader."""
+        return list_forgeries(self.instance(task))
+
     def _digest(self, *things: Any) -> str:
         seconds = [self.command_seconds, self.tests_seconds, self.episode_seconds]
         rules = [vars(self.limits), self.turns, *seconds, self.reward]
         versions = importlib.metadata.version("swebench")
+        if self.grader != "official":  # runs from before there was another grader keep their fingerprint
+            things = (*things, self.grader, AUDIT_VERSION)
         text = json.dumps([RULES_VERSION, rules, versions, *things], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -119,12 +137,16 @@ class Made(Repositories):
         episode_seconds: float = 300.0,
         reward: float = 1.0,
         sizes: dict[str, int] | None = None,
+        grader: Grader = "official",
+        review: bool = False,
     ):
         for field, number, most in (("modules", modules, len(MODULES)), ("functions", functions, 4)):
             if not 1 <= number <= most:
                 raise ConfigError(f"env.make.{field}", number, f"choose 1 to {most}")
         self.sizes = split_sizes({"train": 4096, "dev": 32, "test": 32}, sizes)
-        super().__init__(sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward)
+        super().__init__(
+            sandbox, limits, turns, command_seconds, tests_seconds, episode_seconds, reward, grader, review
+        )
         self.modules, self.functions = modules, functions
         versions = [sys.version_info[:2], importlib.metadata.version("pytest")]
         self.fingerprint = f"swe-{self._digest(modules, functions, generated.fingerprint_parts(), versions)}"
