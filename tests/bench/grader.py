@@ -10,12 +10,11 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
-from random import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from sandbox import episodes
 from support import repository_rows
 from support.rewrites import rewrites
 
@@ -30,21 +29,6 @@ EPISODES = 12
 
 def world(**settings):
     return instantiate(load(["env=swe"]).env.make | settings)
-
-
-def episode_seconds(grader: str) -> list[float]:
-    """Seconds of episodes of the scripted player, with grading."""
-    one = world(grader=grader)
-    env, found = one.env(), []
-    for task in one.tasks("dev")[:EPISODES]:
-        began = time.perf_counter()
-        turn = env.reset(task)
-        while not turn.done:
-            turn = env.step(one.expert(env, Random(0)))
-        assert turn.metrics["won"] == 1
-        found.append(time.perf_counter() - began)
-    env.close()
-    return found
 
 
 def rejected() -> tuple[int, list[str]]:
@@ -97,7 +81,7 @@ def main() -> None:
     if parser.parse_args().formats:
         formats()
         return
-    official, audited = (statistics.median(episode_seconds(grader)) for grader in ("official", "audited"))
+    official, audited = (statistics.median(episodes(EPISODES, grader=grader)) for grader in ("official", "audited"))
     print(f"an episode with grading: official {official:.2f} s, audited {audited:.2f} s ({audited / official:.2f} x)")
     count, wrong = rejected()
     print(f"correct patches that are resolved: {count - len(wrong)} of {count}")

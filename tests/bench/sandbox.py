@@ -63,9 +63,9 @@ def many(count: int) -> float:
     return time.perf_counter() - began
 
 
-def episodes(count: int = 10) -> list[float]:
+def episodes(count: int = 10, **settings: str) -> list[float]:
     """Seconds of an episode of the scripted player: a look, an edit, finish, and its grading."""
-    world = instantiate(load(["env=swe"]).env.make)
+    world = instantiate(load(["env=swe"]).env.make | settings)
     env, found = world.env(), []
     for task in world.tasks("dev")[:count]:
         began = time.perf_counter()

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 from support import repository_rows, sandbox_images
 from support.rewrites import rewrites
-from support.runs import skip_or_fail
 
-from aem_exp.core.errors import ConfigError, MissingResource
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import audit
 from aem_exp.envs.audit import NO_CHANGE, SOLUTION
-from aem_exp.envs.swe import audited, forged_code, forgeries, generated, official, patch
+from aem_exp.envs.swe import audited, forged_code, forgeries, generated, patch
 from aem_exp.envs.swe.grade import grade_changes
 from aem_exp.envs.swe.world import Made
 from aem_exp.evaluate import command as evaluate
@@ -43,12 +42,7 @@ PLAYED = {
 
 @pytest.fixture(scope="module")
 def swe():
-    try:
-        official.check_installed()
-    except MissingResource as missing:
-        skip_or_fail(str(missing))
-    if reason := Bwrap().missing():
-        skip_or_fail(reason)
+    sandbox_images.needs_grading()
     return Made(Bwrap(), modules=2, functions=2, **SETTINGS)
 
 

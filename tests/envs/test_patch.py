@@ -6,7 +6,7 @@ import tarfile
 from contextlib import contextmanager
 
 import pytest
-from support.runs import skip_or_fail
+from support import sandbox_images
 
 from aem_exp.envs.swe import generated, patch
 from aem_exp.envs.swe.patch import Changes, File
@@ -19,8 +19,7 @@ LIMITS = Limits(memory_mb=400, disk_mb=64, processes=64, output_mb=1, cpu_second
 
 @pytest.fixture(scope="module")
 def made():
-    if reason := Bwrap().missing():
-        skip_or_fail(reason)
+    sandbox_images.needs_grading()
     return generated.generate_repository("dev-1", 2, 2)
 
 

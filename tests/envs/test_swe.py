@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 from support import repository_rows, sandbox_images
-from support.runs import read_metrics, run_here, skip_or_fail
+from support.runs import read_metrics, run_here
 
 from aem_exp.config import instantiate, load
 from aem_exp.core.errors import ConfigError, MissingResource
@@ -32,12 +32,7 @@ def bash(command):
 
 @pytest.fixture(scope="module")
 def world():
-    try:
-        official.check_installed()
-    except MissingResource as missing:
-        skip_or_fail(str(missing))
-    if reason := Bwrap().missing():
-        skip_or_fail(reason)
+    sandbox_images.needs_grading()
     return Made(Bwrap(), limits=LIMITS, modules=2, functions=2, turns=4, command_seconds=5, tests_seconds=20)
 
 

@@ -7,6 +7,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from aem_exp.core.errors import MissingResource
+from aem_exp.envs.swe import official
+from aem_exp.sandboxes.bwrap import Bwrap
 from support.runs import skip_or_fail
 
 TOOLS = "bash sh cat mkdir dirname rm ls ln cp sleep head yes id touch dd seq env test chmod mv stat timeout setsid tr".split()
@@ -22,6 +25,16 @@ LEFT_OUT = (
     "turtledemo",
     "config-*",
 )
+
+
+def needs_grading():
+    """Skip a test if this machine cannot play and grade repositories; see `skip_or_fail`."""
+    try:
+        official.check_installed()
+    except MissingResource as missing:
+        skip_or_fail(str(missing))
+    if reason := Bwrap().missing():
+        skip_or_fail(reason)
 
 
 def needs_skopeo():
