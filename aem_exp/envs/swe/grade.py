@@ -73,13 +73,13 @@ def _grade(world: "Repositories", instance: Instance, changes: Changes) -> tuple
         return Grade("no_patch", audited.Audit("no_patch") if world.grader == "audited" else None), b""
     with world.open(instance.image) as fresh:
         base = _read_base(fresh, instance, changes)
-        changes = patch.drop_irrelevant(fresh, changes, base)
-        official_patch = patch.diff(base, changes)
+        changes = patch.drop_irrelevant(changes, base)
+        official_patch = patch.diff(base.files, changes)
         if world.grader == "official":
             verdict, _ = official.run_tests(fresh, instance, official_patch, world.tests_seconds)
             return Grade(verdict), official_patch
         left_out = protected.protected_paths(changes.paths, allowed_paths(instance))
-        audited_patch = patch.diff(base, changes.without(left_out)) if left_out else official_patch
+        audited_patch = patch.diff(base.files, changes.without(left_out)) if left_out else official_patch
         audit = audited.audit_patch(fresh, instance, audited_patch, world.tests_seconds)
     if not left_out:
         return Grade(audit.verdict, audit), official_patch
@@ -93,8 +93,8 @@ def allowed_paths(instance: Instance) -> set[str]:
     return {path for path in protected.patched_paths(instance.gold_patch) if not protected.is_test(path)}
 
 
-def _read_base(fresh: Sandbox, instance: Instance, changes: Changes) -> dict[str, patch.File]:
-    """Prepare a fresh sandbox; the original files of the changed paths."""
+def _read_base(fresh: Sandbox, instance: Instance, changes: Changes) -> patch.Base:
+    """Prepare a fresh sandbox, and look up the changed paths in it."""
     try:
         return patch.set_up_and_read(fresh, *official.setup_script(instance), changes.paths)
     except patch.UnreadableChanges as error:  # of a fresh sandbox: not the agent's doing

@@ -26,10 +26,11 @@ CHECK_COMMAND: Final = (
     "for name in git tar find; do command -v $name > /dev/null || { echo the image has no $name; exit 127; }; done;"
     " test -w /tmp || { echo the image has no writable /tmp; exit 126; }"
 )
-IGNORED_COMMAND: Final = "git check-ignore -z --stdin"
-MARK: Final = b"\0\0"  # between the output of a set-up script and that of the command after it
-MARK_COMMAND: Final = "printf '\\0\\0'"
-MAX_NAMES: Final = 60_000  # longest list of names in a command; Linux limits an argument to 128 KiB
+IGNORED_COMMAND: Final = "git -c core.fsmonitor=false check-ignore -z --stdin 2>/dev/null"
+MARK: Final = b"\0\0\n"  # between the outputs of commands that run together
+MARK_COMMAND: Final = "printf '\\0\\0\\n'"
+MAX_UNFILTERED_BYTES: Final = 1 << 20  # if changed files are larger, those that git ignores are not copied
+MAX_NAMES: Final = 50_000  # longest list of names in a command, which has it twice; Linux limits an argument to 128 KiB
 DIFF_OPTIONS: Final = (
     *("--binary", "--no-color", "--no-ext-diff", "--no-textconv"),
     *("--no-renames", "--src-prefix=a/", "--dst-prefix=b/"),
@@ -66,6 +67,16 @@ class Changes:
         return Changes(written, self.removed.difference(paths))
 
 
+@dataclass(frozen=True)
+class Base:
+    """What a fresh repository has at the paths of a change."""
+
+    files: Mapping[str, File]
+    """The files there."""
+    ignored: frozenset[str] = frozenset()
+    """The paths that are not tracked and that git ignores."""
+
+
 class UnreadableChanges(Exception):
     """The changes cannot be copied: they are too large, or the agent made its repository unreadable."""
 
@@ -76,14 +87,21 @@ def set_up(sandbox: Sandbox, script: str, stdin: bytes, seconds: float) -> Listi
     return _parse_listing(output.partition(MARK)[2])
 
 
-def set_up_and_read(sandbox: Sandbox, script: str, stdin: bytes, paths: Collection[str]) -> dict[str, File]:
-    """Prepare a fresh repository with a script, and copy files out of it. See `read_files`."""
-    names = "".join("".join(f"\\{byte:03o}" for byte in b"./%s\0" % os.fsencode(path)) for path in paths)
+def set_up_and_read(sandbox: Sandbox, script: str, stdin: bytes, paths: Collection[str]) -> Base:
+    """Prepare a fresh repository with a script, and look up paths in it.
+
+    Raises:
+        UnreadableChanges: see `read_files`.
+    """
+    names = "".join(f"\\{byte:03o}" for byte in _list_names(paths))
     if len(names) > MAX_NAMES:
         sandbox.run(script, READ_SECONDS, stdin)
-        return read_files(sandbox, paths)
-    command = f"{script}\n{MARK_COMMAND}\nprintf '{names}' | {COPY_COMMAND}"
-    return parse_archive(_run_or_raise(sandbox, command, stdin, check=False).partition(MARK)[2], paths)
+        return Base(read_files(sandbox, paths), read_ignored(sandbox, paths))
+    ignored, copied = f"printf '{names}' | {IGNORED_COMMAND} || true", f"printf '{names}' | {COPY_COMMAND}"
+    command = "\n".join([script, MARK_COMMAND, ignored, MARK_COMMAND, copied])
+    _, _, outputs = _run_or_raise(sandbox, command, stdin, check=False).partition(MARK)
+    ignored_names, _, archive = outputs.partition(MARK)
+    return Base(parse_archive(archive, paths), _parse_names(ignored_names))
 
 
 def list_files(sandbox: Sandbox) -> Listing:
@@ -111,6 +129,9 @@ def read_changes(sandbox: Sandbox, before: Listing) -> Changes:
     """
     after = list_files(sandbox)
     changed = [path for path, status in after.items() if before.get(path) != status and is_safe_path(path)]
+    if sum(_size(after[path]) for path in changed) > MAX_UNFILTERED_BYTES:  # such as installed packages
+        ignored = read_ignored(sandbox, changed)
+        changed = [path for path in changed if path not in ignored]
     return Changes(read_files(sandbox, changed), frozenset(before.keys() - after.keys()))
 
 
@@ -122,10 +143,29 @@ def read_files(sandbox: Sandbox, paths: Collection[str]) -> dict[str, File]:
     """
     if not paths:
         return {}
-    archive = _run_or_raise(
-        sandbox, COPY_COMMAND, b"".join(b"./%s\0" % os.fsencode(path) for path in paths), check=False
-    )
-    return parse_archive(archive, paths)
+    return parse_archive(_run_or_raise(sandbox, COPY_COMMAND, _list_names(paths), check=False), paths)
+
+
+def read_ignored(sandbox: Sandbox, paths: Collection[str]) -> frozenset[str]:
+    """The untracked paths that git ignores there. Empty if git cannot tell, so that its failure hides no change."""
+    try:
+        return _parse_names(sandbox.run(IGNORED_COMMAND, READ_SECONDS, _list_names(paths)).output)
+    except SandboxBroken:
+        return frozenset()
+
+
+def _list_names(paths: Collection[str]) -> bytes:
+    return b"".join(b"./%s\0" % os.fsencode(path) for path in paths)
+
+
+def _parse_names(output: bytes) -> frozenset[str]:
+    return frozenset(os.fsdecode(name.removeprefix(b"./")) for name in output.split(b"\0") if name)
+
+
+def _size(status: str) -> int:
+    """The size in an entry of a listing; 0 if it has none."""
+    fields = status.split(" ")
+    return int(fields[2]) if len(fields) > 2 and fields[2].isdecimal() else 0
 
 
 def parse_archive(archive: bytes, paths: Collection[str]) -> dict[str, File]:
@@ -146,21 +186,10 @@ def parse_archive(archive: bytes, paths: Collection[str]) -> dict[str, File]:
     return files
 
 
-def drop_irrelevant(sandbox: Sandbox, changes: Changes, base: Mapping[str, File]) -> Changes:
-    """Drop files whose content is as before, and new files that the repository's ignore rules exclude, such as compiled ones.
-
-    Args:
-        sandbox: a fresh sandbox with the repository.
-        base: the files of the changed paths in the fresh sandbox.
-    """
-    changes = changes.without({path for path, file in base.items() if changes.written.get(path) == file})
-    new = [path for path in changes.written if path not in base]
-    if not new:
-        return changes
-    ran = sandbox.run(IGNORED_COMMAND, READ_SECONDS, b"".join(os.fsencode(path) + b"\0" for path in new))
-    if ran.code not in (0, 1):  # 1: none is ignored
-        raise SandboxLost(f"git check-ignore failed in a fresh sandbox: {ran.text.strip()[-300:]}")
-    return changes.without({os.fsdecode(path) for path in ran.output.split(b"\0")})
+def drop_irrelevant(changes: Changes, base: Base) -> Changes:
+    """Drop files whose content is as before, and untracked files that git ignores, such as compiled ones."""
+    unchanged = {path for path, file in base.files.items() if changes.written.get(path) == file}
+    return changes.without(unchanged | base.ignored)
 
 
 def diff(base: Mapping[str, File], changes: Changes) -> bytes:
