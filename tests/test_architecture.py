@@ -51,7 +51,8 @@ IMPORTED_BY = {
     "textworld": "envs.alfworld",
     "fast_downward": "envs.alfworld",
     "spacy": "envs.webshop",
-    "gymnasium": "envs.gymnasium",
+    "gymnasium": "envs.gymnasium envs.babyai",
+    "minigrid": "envs.babyai",
     "openenv": "envs.openenv",
 }
 # Private words of this project: no module, class or function has one of them as its name.
