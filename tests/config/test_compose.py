@@ -13,7 +13,11 @@ REFUSED = [  # an override, the field of the error, and a fact that the error mu
     ("+experimnt=x", "experimnt", "did you mean experiment?"),
     ("+experiment=alfworld_15b", "experiment", "did you mean alfworld_1_5b?"),
     ("modulaton=none", "modulaton", "did you mean modulation?"),
-    ("env=houshold", "env", "did you mean household? choose from alfworld, alfworld_generated, babyai, frozen_lake, household"),
+    (
+        "env=houshold",
+        "env",
+        "did you mean household? choose from alfworld, alfworld_generated, babyai, frozen_lake, household",
+    ),
     ("model=null", "model", "qwen3_32b"),
     ("trainer.learning_rat=1", "trainer.learning_rat", "did you mean learning_rate?"),
     ("trainr.steps=1", "trainr.steps", "did you mean trainer.steps?"),

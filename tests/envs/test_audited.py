@@ -112,6 +112,15 @@ def test_a_change_of_a_protected_file_is_left_out_and_named(swe):
     assert grade_changes(swe, gold_changes_it, changes(files)).protected == ()
 
 
+@pytest.mark.parametrize(
+    ("path", "verdict"), [("a//b", "not_applied"), ("git~1", "tests_fail"), ("a/./b", "tests_fail")]
+)
+def test_an_odd_path_is_the_agents_failure(swe, path, verdict):
+    """A crash would exclude the episode from its group. An agent that replaces `find` can name any path."""
+    grade = grade_changes(swe, swe.instance(swe.tasks("dev")[0]), changes({path: "x"}))
+    assert grade.official == verdict and not grade.resolved
+
+
 def test_the_official_grader_has_no_audit_and_the_old_fingerprint(swe):
     settings = {name: value for name, value in SETTINGS.items() if name != "grader"}
     old, official = (Made(Bwrap(), modules=2, functions=2, **settings, **more) for more in ({}, {"grader": "official"}))

@@ -181,7 +181,7 @@ def _run_twice(
 def prepare_tests(sandbox: Sandbox, suite: Suite, seconds: float) -> tuple[CommandResult, str, dict[str, patch.File]]:
     """Run the script before the tests: its result, the variables and the folder that it leaves, and the hidden test files."""
     mark, end = secrets.token_hex(16), secrets.token_hex(16)
-    names = "".join(f"./{name}\\0" for name in suite.files)
+    names = patch.printf_names(suite.files)
     script = (
         f"{suite.before}\n{{ set +x; }} 2>/dev/null\nprintf '\\n%s\\n' {mark}\nexport -p; printf 'cd -- %q\\n' \"$PWD\"\n"
         f"printf '%s\\n' {end}\ncd {sandbox.workdir}; printf '{names}' | {patch.COPY_COMMAND}\n"

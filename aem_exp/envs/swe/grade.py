@@ -59,7 +59,10 @@ def grade_changes(world: "Repositories", instance: Instance, changes: Changes) -
     Raises:
         SandboxLost: a sandbox was lost, so there is no grade.
     """
-    grade, official_patch = _grade(world, instance, changes)
+    try:
+        grade, official_patch = _grade(world, instance, changes)
+    except patch.UnreadableChanges:  # git accepts no patch of these paths
+        return Grade("not_applied", audited.Audit("not_applied") if world.grader == "audited" else None)
     if not world.review or grade.official != "resolved":
         return grade
     with world.open(instance.image) as fresh:

@@ -93,7 +93,7 @@ def set_up_and_read(sandbox: Sandbox, script: str, stdin: bytes, paths: Collecti
     Raises:
         UnreadableChanges: see `read_files`.
     """
-    names = "".join(f"\\{byte:03o}" for byte in _list_names(paths))
+    names = printf_names(paths)
     if len(names) > MAX_NAMES:
         sandbox.run(script, READ_SECONDS, stdin)
         return Base(read_files(sandbox, paths), read_ignored(sandbox, paths))
@@ -102,6 +102,11 @@ def set_up_and_read(sandbox: Sandbox, script: str, stdin: bytes, paths: Collecti
     _, _, outputs = _run_or_raise(sandbox, command, stdin, check=False).partition(MARK)
     ignored_names, _, archive = outputs.partition(MARK)
     return Base(parse_archive(archive, paths), _parse_names(ignored_names))
+
+
+def printf_names(paths: Collection[str]) -> str:
+    """The paths in the form that `COPY_COMMAND` reads, as an argument of the shell's `printf`."""
+    return "".join(f"\\{byte:03o}" for byte in _list_names(paths))
 
 
 def list_files(sandbox: Sandbox) -> Listing:
@@ -197,6 +202,10 @@ def diff(base: Mapping[str, File], changes: Changes) -> bytes:
 
     Args:
         base: the original files of the changed paths.
+
+    Raises:
+        UnreadableChanges: git does not accept a path, such as `a//b`.
+        SandboxLost: git does not work on this machine.
     """
     if not changes.paths:
         return b""
@@ -204,7 +213,10 @@ def diff(base: Mapping[str, File], changes: Changes) -> bytes:
         _git(folder, "init", "-q", "--bare", ".")
         original = {path: file for path, file in base.items() if path in changes.written or path in changes.removed}
         stream = _commit("base", original) + _commit("changed", changes.written) + b"done\n"
-        _git(folder, "fast-import", "--quiet", "--done", stdin=stream)
+        try:
+            _git(folder, "fast-import", "--quiet", "--done", stdin=stream)
+        except SandboxLost as error:  # the stream is the agent's, so this is its failure
+            raise UnreadableChanges(str(error)) from error
         return _git(folder, "diff", *DIFF_OPTIONS, "base", "changed")
 
 
