@@ -79,6 +79,9 @@ def _parse_audit(parser: cli.Parser, argv: list[str]) -> argparse.Namespace:
             raise ConfigError(
                 "--audit", word, "audits the grader of an env: give env=NAME and other settings KEY=VALUE"
             )
+    for name in ("repeats", "temperature", "only", "at_once", "trust"):
+        if (value := getattr(arguments, name)) != parser.get_default(name):
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "has no effect with --audit")
     if arguments.tasks is not None and arguments.tasks < 1:
         raise ConfigError("--tasks", arguments.tasks, "must be a whole number of at least 1")
     arguments.overrides = words

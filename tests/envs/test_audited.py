@@ -258,6 +258,7 @@ def test_the_command_prints_a_table_and_an_exit_code(swe, capsys, monkeypatch):
         (["outputs/x", "--audit"], "--audit"),
         (["env=swe", "--audit", "--panel", "exam"], "--panel"),
         (["env=swe", "--audit", "--tasks", "0"], "--tasks"),
+        (["env=swe", "--audit", "--repeats", "2"], "--repeats"),
         (["env=swe", "env.make.grader=best", "--audit"], "env.make.grader"),
     ],
 )
