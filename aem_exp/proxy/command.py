@@ -179,7 +179,8 @@ def _sample_states(
                 chosen = _play_panel(panel, states, rollout, sampler)
             disk.write_atomically(folder / STATES, json.dumps([asdict(state) for state in chosen]))
         chosen = read_states(folder)
-        done, together = len(_read_samples(folder)), max(1, setup.at_once // samples)
+        together = max(1, setup.at_once // samples)
+        done = len(_read_samples(folder, together, len(chosen)))
         line.start_count(f"{agent.name}: {samples} responses at each state", len(chosen), "states")
         assert isinstance(sampler, LocalSampler)
         sampler.share_prompts = True
@@ -222,9 +223,14 @@ def sample_responses(states: Sequence[SampledState], samples: int, sampler: "Sam
     ]
 
 
-def _read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Read the samples on disk; an incomplete last line, left by a killed process, is removed."""
+def _read_samples(folder: Path, together: int, states: int) -> list[dict[str, Any]]:
+    """Read the samples on disk; an incomplete last batch of `together` states, left by a killed process, is removed.
+
+    Its states are sampled in the same batch again, because the last digits of an entropy depend on the rest of the batch.
+    """
     sampled = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
+    if len(sampled) < states:
+        sampled = sampled[: len(sampled) // together * together]
     disk.write_atomically(folder / SAMPLES, "".join(json.dumps(state) + "\n" for state in sampled))
     return sampled
 
@@ -237,7 +243,7 @@ def _write_result(folder: Path, samples: int, groups: bool, identity: dict[str, 
     from aem_exp.core import plots
     from aem_exp.training import diagnostics
 
-    sampled = _read_samples(folder)
+    sampled = disk.read_json_lines(folder / SAMPLES, "entropy", "surprisal")
     entropy_R, surprisal_R, tokens_R = (
         torch.tensor([v for s in sampled for v in s[key]]) for key in ("entropy", "surprisal", "tokens")
     )
