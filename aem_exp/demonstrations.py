@@ -76,7 +76,8 @@ def play_scripted(
     executor = SerialExecutor(world, getattr(world, "rehearse", world.env))
     sampler = _ScriptedSampler(world, executor, chat, random, noise, shyness)
     with closing(executor):
-        played = Rollout(executor, env, chat).play(episodes, sampler)
+        at_once = getattr(world, "episodes_at_once", 0)
+        played = Rollout(executor, env, chat, at_once).play(episodes, sampler)
     usable = [t for t in played if t.responses and t.ended != Ending.CRASHED]
     _report_crashes(played, usable)
     return usable, list(sampler.responses)

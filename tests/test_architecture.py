@@ -53,6 +53,9 @@ IMPORTED_BY = {
     "spacy": "envs.webshop",
     "gymnasium": "envs.gymnasium envs.babyai",
     "minigrid": "envs.babyai",
+    "textworld_express": "envs.textworld_express",
+    "scienceworld": "envs.scienceworld",
+    "py4j": "envs.jvm",
     "openenv": "envs.openenv",
 }
 # Private words of this project: no module, class or function has one of them as its name.

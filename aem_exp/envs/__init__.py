@@ -148,6 +148,9 @@ class World(Protocol):
       action by a worse one.
     - `oracle(env) -> str`: the response of an expert that knows the solution.
     - `forgeries(task) -> Sequence[aem_exp.envs.audit.Forgery]`: episodes with a known result, for the audit of the grader.
+    - `random_action(env, random: Random) -> str`: the response of the random agent, if turns do not list actions.
+    - `episodes_at_once: int`: the largest number of episodes that evaluation and demonstrations play at the same time. Useful if
+      an environment needs much memory.
     - `rehearse() -> TextEnv`: an environment for demonstrations, which need no reward. Useful if scoring is slow.
     """
 

@@ -66,7 +66,8 @@ def open_agent(
 ) -> Iterator[PlayFunction]:
     """Open an agent; yield a function that plays episodes, `at_once` at a time."""
     launch, rules = experiment.launch, experiment.env
-    if agent.name in (SCRIPTED, ORACLE):
+    at_once = min(at_once, getattr(world, "episodes_at_once", at_once))
+    if agent.name in (SCRIPTED, ORACLE) or (agent.name == RANDOM and hasattr(world, "random_action")):
         with closing(SerialExecutor(world)) as local:  # these agents read the environments' state in this process
             choose = partial(_world_response, world, agent.name, local)
             yield _play_in_chunks(
@@ -212,8 +213,10 @@ def _world_response(
     world: Any, name: str, executor: SerialExecutor, episode: Episode, slot: int, turn: Turn, number: int
 ) -> str:
     """Return the response of an agent that the env provides."""
-    env = executor.envs[slot]
-    return world.oracle(env) if name == ORACLE else world.expert(env, Random(f"{episode.key} {number}"))
+    env, random = executor.envs[slot], Random(f"{episode.key} {number}")
+    if name == RANDOM:
+        return world.random_action(env, random)
+    return world.oracle(env) if name == ORACLE else world.expert(env, random)
 
 
 def _record_reply(trajectory: Trajectory, reply: Reply) -> Turn | None:
@@ -234,6 +237,8 @@ def unavailable_reason(name: str, experiment: Experiment, world: World, task: Ta
     if name != RANDOM:
         method = {SCRIPTED: "expert", ORACLE: "oracle"}[name]
         return None if hasattr(world, method) else f"this env has no {name} agent"
+    if hasattr(world, "random_action"):
+        return None
     with closing(make_executor(world, experiment.env.make, replace(experiment.launch, workers=0))) as executor:
         reply = executor.reset({0: task})[0]
     if reply.turn is None:

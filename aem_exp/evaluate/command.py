@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 
 from aem_exp.config import ConfigError
 from aem_exp.core import cli
@@ -33,6 +34,7 @@ show its results again.
   python -m aem_exp.evaluate outputs/household-tiny-grpo-aem-s0-0123456789ab
   python -m aem_exp.evaluate RUN_DIR --panel dev --repeats 8 env.max_turns=16
   python -m aem_exp.evaluate Qwen/Qwen2.5-1.5B-Instruct model=qwen2_5_1_5b env=household env.response_tokens=64
+  python -m aem_exp.evaluate env=babyai             # without a policy: random actions, and the programs of the environment
   python -m aem_exp.evaluate env=swe --audit        # which forged episodes does the grader believe?
   python -m aem_exp.evaluate RUN_DIR launch.sampler=served launch.servers=FOLDER launch.workers=16   # with running vLLM servers
 """
@@ -63,11 +65,19 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=AGENTS, help="evaluate only this agent (may be repeated)")
     if "--audit" in argv:
         return _parse_audit(parser, argv)
-    arguments = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"))
+    arguments = parse_target_arguments(parser, argv, ("repeats", "tasks", "at_once"), env_alone=True)
     if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
         remedy = "must be above 0; with greedy decoding, all repeats of a task would be equal"
         raise ConfigError("--temperature", arguments.temperature, remedy)
+    if arguments.target is None:
+        _refuse_unused(parser, arguments, ("temperature", "trust"), "has no effect without a run directory or a model")
     return arguments
+
+
+def _refuse_unused(parser: cli.Parser, arguments: argparse.Namespace, names: Sequence[str], remedy: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) != parser.get_default(name):
+            raise ConfigError(f"--{name.replace('_', '-')}", value, remedy)
 
 
 def _parse_audit(parser: cli.Parser, argv: list[str]) -> argparse.Namespace:
@@ -79,9 +89,8 @@ def _parse_audit(parser: cli.Parser, argv: list[str]) -> argparse.Namespace:
             raise ConfigError(
                 "--audit", word, "audits the grader of an env: give env=NAME and other settings KEY=VALUE"
             )
-    for name in ("repeats", "temperature", "only", "at_once", "trust"):
-        if (value := getattr(arguments, name)) != parser.get_default(name):
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "has no effect with --audit")
+    unused = ("repeats", "temperature", "only", "at_once", "trust")
+    _refuse_unused(parser, arguments, unused, "has no effect with --audit")
     if arguments.tasks is not None and arguments.tasks < 1:
         raise ConfigError("--tasks", arguments.tasks, "must be a whole number of at least 1")
     arguments.overrides = words
@@ -115,7 +124,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
         print(json.dumps({"rows": results, "left_out": left_out}, indent=1, allow_nan=False))
         return 0
     episodes = "1 episode" if setup.repeats == 1 else f"{setup.repeats} episodes"
-    tasks = f"{len(setup.panel.tasks)} tasks x {episodes}, temperature {setup.temperature:g}"
+    tasks = f"{len(setup.panel.tasks)} tasks x {episodes}"
+    tasks += f", temperature {setup.temperature:g}" if arguments.target else ""
     title = f"success on the panel {setup.panel.name} ({setup.panel.hash}) of {setup.experiment.env.name}: {tasks}"
     facts = [("result", str(folder / RESULT)) for folder, _ in evaluated.values()][:1]
     print_results(title, results, left_out, [*facts, ("next", _suggest_next_command(arguments, setup))])
@@ -125,12 +135,15 @@ def _run_command(arguments: argparse.Namespace) -> int:
 def _suggest_next_command(arguments: argparse.Namespace, setup: EvaluationSetup) -> str:
     """Return the command that a user most likely needs next."""
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    target = [arguments.target] if arguments.target else []
     if setup.repeats == 1:
         same = ["--panel", arguments.panel] if arguments.panel else []
         same += ["--tasks", str(arguments.tasks)] if arguments.tasks is not None else []
         return shlex.join(
-            ["python", "-m", "aem_exp.evaluate", arguments.target, *arguments.overrides, *same, *own, "--repeats", "4"]
+            [*("python", "-m", "aem_exp.evaluate"), *target, *arguments.overrides, *same, *own, "--repeats", "4"]
         )
+    if arguments.target is None:
+        return shlex.join(["python", "-m", "aem_exp", *arguments.overrides, *own, "plan=true"])
     if is_run_dir(arguments.target):
         steps = 2 * setup.experiment.trainer.steps
         return shlex.join(["python", "-m", "aem_exp", f"from={arguments.target}", f"trainer.steps={steps}", *own])

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 POLICY, UNTRAINED = "policy", "untrained"  # untrained: the policy at the start of a run, after its warm start
 BEFORE_WARM_START = "before_warm_start"
-AGENTS = (POLICY, UNTRAINED, "random", "scripted", "oracle")
+WITHOUT_POLICY = ("random", "scripted", "oracle")
+AGENTS = (POLICY, UNTRAINED, *WITHOUT_POLICY)
 OVERRIDABLE_GROUPS = {
     "run": ("env", "model", "launch", "outputs"),
     "model": ("env", "model", "launch", "experiment", "outputs"),
+    "env": ("env", "launch", "experiment", "outputs"),
 }
 EVALUATION_LAUNCH_KEYS = (  # keys of launch that an evaluation uses
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
@@ -51,10 +53,19 @@ def build_parser(command: str, about: str) -> cli.Parser:
     return parser
 
 
-def parse_target_arguments(parser: cli.Parser, argv: list[str], counts: tuple[str, ...]) -> argparse.Namespace:
-    """Parse the arguments of such a command. `counts`: its options whose values are whole numbers of at least 1."""
+def parse_target_arguments(
+    parser: cli.Parser, argv: list[str], counts: tuple[str, ...], env_alone: bool = False
+) -> argparse.Namespace:
+    """Parse the arguments of such a command.
+
+    Args:
+        counts: its options whose values are whole numbers of at least 1.
+        env_alone: `env=NAME` may replace the target, which is then None.
+    """
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.target is None or "=" in arguments.target:
+    if env_alone and arguments.target and "=" in arguments.target:
+        arguments.target, arguments.overrides = None, [arguments.target, *arguments.overrides]
+    elif arguments.target is None or "=" in arguments.target:
         raise ConfigError(
             "RUN_DIR|MODEL",
             arguments.target,
@@ -89,17 +100,18 @@ def prepare_evaluation(
         evaluation_limits: play with the limits of evaluation; else with those of training.
     """
     is_run = is_run_dir(arguments.target)
-    check_overrides(arguments.overrides, OVERRIDABLE_GROUPS["run" if is_run else "model"])
+    kind = "run" if is_run else "model" if arguments.target else "env"
+    check_overrides(arguments.overrides, OVERRIDABLE_GROUPS[kind])
     experiment, original = read_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
-    extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
+    extras.require_training("RUN_DIR|MODEL", arguments.target, "an evaluation")
     experiment = config.apply_evaluation_limits(experiment) if evaluation_limits else experiment
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
         check_fingerprint(world.fingerprint, _absolute_path(arguments.target))
     fields = ("--panel" if arguments.panel else "evaluation.final", "--tasks")
     chosen = build_panel(world, arguments.panel or experiment.evaluation.final, arguments.tasks or 0, fields)
-    policy = _policy(arguments, experiment, original)
+    policy = _policy(arguments, experiment, original) if arguments.target else None
     temperature = arguments.temperature or experiment.evaluation.temperature
     out = _results_folder(arguments, experiment, world, policy)
     setup = EvaluationSetup(experiment, world, chosen, arguments.repeats, temperature, arguments.at_once, out)
@@ -120,8 +132,8 @@ def _absolute_path(target: str) -> Path:
     return Path(target).expanduser().absolute()
 
 
-def is_run_dir(target: str) -> bool:
-    return (_absolute_path(target) / EXPERIMENT).exists()
+def is_run_dir(target: str | None) -> bool:
+    return target is not None and (_absolute_path(target) / EXPERIMENT).exists()
 
 
 def read_run(arguments: argparse.Namespace, finished: bool = True) -> tuple[Experiment, Experiment]:
@@ -155,7 +167,12 @@ def read_run(arguments: argparse.Namespace, finished: bool = True) -> tuple[Expe
 
 
 def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
-    """Return the experiment of a model with the overrides."""
+    """Return the experiment of a model, or of an env alone, with the overrides."""
+    from aem_exp.config import compose
+
+    if arguments.target is None:
+        tree = compose.to_container(compose.compose(arguments.overrides, arguments.config_dir))
+        return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
     path = _absolute_path(arguments.target)
     if arguments.trust:
         raise ConfigError("--trust", True, "is used only with a run directory")
@@ -166,7 +183,7 @@ def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
         raise ConfigError(
             "RUN_DIR|MODEL", arguments.target, f"{why}; give a run directory, a hub id or a folder of weights"
         )
-    from aem_exp.config import compose, model_path
+    from aem_exp.config import model_path
 
     name = model_path.model_name(str(path))
     own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
@@ -240,23 +257,25 @@ def _policy(arguments: argparse.Namespace, experiment: Experiment, original: Exp
 
 
 def _select_agents(
-    only: list[str] | None, policy: "Agent", original: Experiment | None, setup: EvaluationSetup
+    only: list[str] | None, policy: "Agent | None", original: Experiment | None, setup: EvaluationSetup
 ) -> tuple[list["Agent"], dict[str, str]]:
     """Return the agents, and why other agents are left out."""
     from aem_exp.evaluate.agents import Agent, unavailable_reason
 
     wanted, agents, left_out = only or AGENTS, [], {}
-    if POLICY in wanted:
+    if policy is None and only and (with_policy := {*only} - {*WITHOUT_POLICY}):
+        raise ConfigError("--only", with_policy.pop(), WITHOUT_POLICY, "needs a run directory or a model")
+    if POLICY in wanted and policy:
         agents.append(policy)
-    if UNTRAINED in wanted and original:
+    if UNTRAINED in wanted and original and policy:
         agents.append(Agent(UNTRAINED, policy.model, initial_weights(original)))
     elif UNTRAINED in wanted and only:
         raise ConfigError("--only", UNTRAINED, "needs a run directory, which records the initial weights")
     if BEFORE_WARM_START in wanted:
-        if original is None or original.warm_start.method is None:
+        if original is None or policy is None or original.warm_start.method is None:
             raise ConfigError("--only", BEFORE_WARM_START, "needs a run directory of a run with a warm start")
         agents.append(Agent(BEFORE_WARM_START, policy.model, model_weights(original)))
-    for name in AGENTS[2:]:
+    for name in WITHOUT_POLICY:
         if name in wanted:
             if why := unavailable_reason(name, setup.experiment, setup.world, setup.panel.tasks[0]):
                 left_out[name] = why
@@ -290,12 +309,14 @@ def model_weights(original: Experiment) -> str:
     return policy.make_cached(original, opening.open_world(original))
 
 
-def _results_folder(arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent") -> Path:
-    """Return the folder of the evaluations: the run directory, or for a model a folder named by its weights and env."""
+def _results_folder(
+    arguments: argparse.Namespace, experiment: Experiment, world: World, policy: "Agent | None"
+) -> Path:
+    """Return the folder of the evaluations: the run directory, or a folder named by the model, its weights and the env."""
     if is_run_dir(arguments.target) and not any(text.startswith("outputs=") for text in arguments.overrides):
         return _absolute_path(arguments.target)
     root = config.outputs_root(experiment)
     if is_run_dir(arguments.target):
         return root / _absolute_path(arguments.target).name
-    identity = {"env": env_rules(experiment), "world": world.fingerprint, **policy.identity()}
-    return root / f"{experiment.model.name}-{hash_identity(identity)}"
+    identity = {"env": env_rules(experiment), "world": world.fingerprint, **(policy.identity() if policy else {})}
+    return root / f"{experiment.model.name if policy else experiment.env.name}-{hash_identity(identity)}"

@@ -298,6 +298,18 @@ def test_next_command_repeats_the_options(tmp_path):
     assert suggested.endswith(f"aem_exp.evaluate {tmp_path} --panel dev --tasks 6 --repeats 4")
 
 
+def test_env_alone_is_played_without_a_policy(tmp_path, capsys):
+    words = ["env=household", "--tasks", "3", "--repeats", "2", f"outputs={tmp_path}"]
+    assert evaluate.main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["rows"].keys() == {"random", "scripted"} and not shown["left_out"]
+    assert shown["rows"]["scripted"]["success"] == 1.0
+    assert evaluate.main([*words, "--only", "scripted"]) == 0  # its episodes are not played again
+    assert "temperature" not in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    assert len([*(folder / "evaluations").iterdir()]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [  # the error begins with its field and value, RUN stands for the run directory
@@ -326,7 +338,10 @@ def test_next_command_repeats_the_options(tmp_path):
         (["RUN/code"], "RUN_DIR|MODEL=RUN/code: "),
         (["/nowhere/at/all"], "RUN_DIR|MODEL=/nowhere/at/all: there is no such folder"),
         (["nobody/no-such-model"], "hf download nobody/no-such-model"),
-        (["env=household"], "RUN_DIR|MODEL=env=household: "),
+        (["env=household", "--only", "policy"], "--only=policy: choose from random, scripted, oracle"),
+        (["env=household", "--temperature", "0.5"], "--temperature=0.5: "),
+        (["env=household", "model=talk"], "model=talk: "),
+        (["household", "env=household"], "RUN_DIR|MODEL=household: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
