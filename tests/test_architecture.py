@@ -55,6 +55,7 @@ IMPORTED_BY = {
     "minigrid": "envs.babyai",
     "textworld_express": "envs.textworld_express",
     "scienceworld": "envs.scienceworld",
+    "bfcl_eval": "envs.bfcl.wheel",
     "py4j": "envs.jvm",
     "openenv": "envs.openenv",
 }

@@ -16,7 +16,7 @@ REFUSED = [  # an override, the field of the error, and a fact that the error mu
     (
         "env=houshold",
         "env",
-        "did you mean household? choose from alfworld, alfworld_generated, babyai, frozen_lake, household",
+        "did you mean household? choose from alfworld, alfworld_generated, babyai, bfcl, frozen_lake, household",
     ),
     ("model=null", "model", "qwen3_32b"),
     ("trainer.learning_rat=1", "trainer.learning_rat", "did you mean learning_rate?"),

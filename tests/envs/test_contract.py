@@ -25,6 +25,7 @@ from aem_exp.config import conf_root, instantiate, load, targets
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Turn
 from aem_exp.envs.alfworld.library import PACKAGES as ALFWORLD
+from aem_exp.envs.bfcl.wheel import fetch_wheel
 from aem_exp.envs.webshop import generated
 from aem_exp.jobs import preflight
 
@@ -70,6 +71,8 @@ def data(common):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AEM_CACHE", str(common / "cache"))
         patch.setenv("ALFWORLD_DATA", str(common / "alfworld"))
+        with FileLock(common / "bfcl.lock"):
+            fetch_wheel(None, lambda line: None)
         with FileLock(common / "data.lock"):
             if all(map(find_spec, ALFWORLD)) and not (common / "alfworld").exists():
                 write_official_files(common / "alfworld")
