@@ -37,6 +37,7 @@ COMMANDS: Final = {
         "branch.command", "compare modulations by one update each, from the same weights on the same batch"
     ),
     "serve": Command("jobs.serve", "serve the policy of an experiment with vLLM on this machine"),
+    "offer": Command("offer", "serve an environment as an OpenEnv server"),
     "prepare": Command("prepare", "download and build what an experiment or a sweep needs"),
     "sync": Command("tracking.command", "send missing data of runs to MLflow", leading_arguments=("sync",)),
     "ui": Command("ui", "serve the MLflow store of these runs on this machine, and print its link"),

@@ -28,7 +28,7 @@ LAYERS = """
     jobs
     run
     sweep
-    report proxy branch status prepare ui serve trial
+    report proxy branch status prepare offer ui serve trial
     commands
     completion
     __main__
@@ -57,7 +57,7 @@ IMPORTED_BY = {
     "scienceworld": "envs.scienceworld",
     "bfcl_eval": "envs.bfcl.wheel",
     "py4j": "envs.jvm",
-    "openenv": "envs.openenv",
+    "openenv": "envs.openenv offer",
 }
 # Private words of this project: no module, class or function has one of them as its name.
 RETIRED = set(

@@ -1,60 +1,116 @@
-"""Adapter to an OpenEnv server: each environment is one session of the server."""
+"""Adapter to an OpenEnv server: each environment is one session of the server.
+
+If the server has OpenEnv's Task API, its splits and tasks are used; else a task is a seed. Fields of observations with the names
+`goal`, `actions`, `valid`, `truncated` and `metrics` have the meaning that they have in a `Turn`; `aem-exp offer` serves them.
+"""
 
 import hashlib
 import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine, MissingResource
 from aem_exp.core.extras import install_command
+from aem_exp.envs import LazyTasks, Task, Turn
 from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
 METADATA_SECONDS: Final = 10.0  # for a server to describe itself
+SPLIT_OF_TYPE: Final = {"train": "train", "validation": "dev", "test": "test"}  # OpenEnv's type -> our split
+CAPACITY_REACHED: Final = "CAPACITY_REACHED"  # OpenEnv's code
 
 
 class OpenEnvEnv(AdapterEnv):
+    """One session."""
+
     def __init__(self, world: "OpenEnv"):
         from openenv.core.generic_client import GenericEnvClient
 
         super().__init__(world)
         self._fields = world.action_field, world.observation_field
         self._session = GenericEnvClient(base_url=world.base_url, message_timeout_s=world.seconds).sync()
+        self._lost = False
+
+    def reset(self, task: Task) -> Turn:
+        # OpenEnv's client opens a new session when an old one was lost.
+        self._start = {"split": task.payload["split"], "index": task.payload["index"]} if task.payload else {}
+        self._lost = False
+        return super().reset(task)
 
     def start_game(self, seed: int) -> str:
-        return self._text(self._session.reset(seed=seed).observation)
+        return self._read(self._request(lambda: self._session.reset(**(self._start or {"seed": seed}))))
 
     def apply_action(self, action: Any) -> tuple[str, float, bool, bool]:
-        result = self._session.step({self._fields[0]: action})
-        return self._text(result.observation), float(result.reward or 0.0), bool(result.done), False
+        if self._lost:
+            raise ConnectionError("the session was lost; reset it first")
+        result = self._request(lambda: self._session.step({self._fields[0]: action}))
+        text, truncated = self._read(result), bool(self._seen.get("truncated", False))
+        return text, float(result.reward or 0.0), bool(result.done) and not truncated, bool(result.done) and truncated
 
     def close(self) -> None:
         self._session.close()
 
-    def _text(self, observation: dict[str, Any]) -> str:
-        if self._fields[1] not in observation:
-            raise KeyError(
-                f"the server's observations have no field {self._fields[1]!r}; they have {', '.join(sorted(observation))}"
-            )
-        return str(observation[self._fields[1]])
+    def _request(self, call: Callable[[], Any]) -> Any:
+        """Raises: any error of the client. The session counts as lost, because the client would silently open another one."""
+        try:
+            return call()
+        except Exception as error:
+            self._lost = True
+            if CAPACITY_REACHED in str(error):
+                remedy = "raise max_concurrent_envs of the server (aem-exp offer: --sessions), or play fewer episodes at once"
+                raise RuntimeError(f"the server has no free session: {remedy}") from error
+            raise
+
+    def _read(self, result: Any) -> str:
+        """Note the observation and return its text."""
+        self._seen: dict[str, Any] = result.observation
+        name = self._fields[1]
+        if name not in self._seen:
+            there = ", ".join(sorted(self._seen))
+            raise KeyError(f"the server's observations have no field {name!r}; they have {there}")
+        self.goal = str(self._seen.get("goal") or self._world.goal)
+        return str(self._seen[name])
+
+    def _turn(
+        self,
+        reward: float = 0.0,
+        terminated: bool = False,
+        truncated: bool = False,
+        valid: bool = True,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Turn:
+        turn = super()._turn(reward, terminated, truncated, valid, metrics)
+        actions, own = self._seen.get("actions"), self._seen.get("metrics")
+        return replace(
+            turn,
+            valid=valid and bool(self._seen.get("valid", True)),
+            actions=turn.actions if actions is None else tuple(map(str, actions)),
+            metrics=turn.metrics | (own if isinstance(own, dict) else {}),
+        )
 
 
 class OpenEnv(AdapterWorld):
-    """Games of a server. Each task is a seed, and the server must use it.
+    """Games of a server.
 
     Args:
         base_url: address of the server.
         action_field: the field of the server's actions that contains the text.
         observation_field: the field of the server's observations that contains the text.
         actions: name -> value of the action field; null: the server takes text.
-        goal: the goal of a game. Prompts quote it.
-        wins: an episode is a success if its total reward is at least this.
+        goal: the goal of a game, unless observations state it. Prompts quote it.
+        wins: an episode is a success if its total reward is at least this, unless observations have `metrics.won`.
         tags: responses must be `<think>..</think><action>..</action>`.
         reward: factor for the server's rewards.
         seconds: time limit of a request.
-        sizes: tasks per split.
+        sizes: tasks per split, if tasks are seeds.
+
+    Raises:
+        MissingOnThisMachine: no server answers.
+        ConfigError: it is no OpenEnv server, has no training split, or lacks a field.
     """
 
     external = True  # each environment opens a session of the server
@@ -80,23 +136,61 @@ class OpenEnv(AdapterWorld):
         self.base_url, self.action_field, self.observation_field = base_url.rstrip("/"), action_field, observation_field
         self.seconds = seconds
         descriptions = [self._request_json("/metadata"), self._request_json("/schema")]
-        action = (descriptions[1] or {}).get("action") if isinstance(descriptions[1], dict) else None
+        if not all(isinstance(one, dict) for one in descriptions):
+            remedy = "the server at this address does not describe an environment as OpenEnv 0.2 and newer do"
+            raise ConfigError("env.make.base_url", base_url, remedy)
+        action = descriptions[1].get("action")
         fields = action.get("properties") if isinstance(action, dict) else None
         if fields and action_field not in fields:
             raise ConfigError("env.make.action_field", action_field, sorted(fields))
+        self._server_splits = self._find_splits()
+        if self._server_splits:
+            if sizes:
+                raise ConfigError("env.make.sizes", sizes, "has no effect, because the server has its own tasks")
+            self.splits = tuple(self._server_splits)
         settings = [descriptions, action_field, observation_field, actions, goal, wins, tags, reward]
+        settings += [self._server_splits] if self._server_splits else []
         self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if not self._server_splits:
+            return super().tasks(split)
+        if split not in self._server_splits:
+            raise ConfigError("split", split, choices=self.splits)
+        name, count = self._server_splits[split]
+        return LazyTasks(count, lambda index: Task(f"{split}-{index}", payload={"split": name, "index": index}))
 
     def env(self) -> OpenEnvEnv:
         return OpenEnvEnv(self)
 
-    def _request_json(self, path: str) -> Any:
-        """A description of the server; None if the server is too old to have it."""
+    def _find_splits(self) -> dict[str, tuple[str, int]]:
+        """Our name of a split -> the server's name and the number of tasks; empty if the server has no Task API."""
+        names = self._request_json("/list_environments")
+        if not (isinstance(names, list) and names):
+            return {}
+        listed = self._request_json(f"/{names[0]}/splits")
+        if not isinstance(listed, list) or not listed:
+            return {}
+        found: dict[str, tuple[str, int]] = {}
+        for entry in listed:
+            name, kind = str(entry["name"]), str(entry.get("type"))
+            own = name if name in SPLIT_OF_TYPE.values() else SPLIT_OF_TYPE.get(kind, name)
+            answer = self._request_json(f"/{names[0]}/num_tasks", {"split": name})
+            found[name if own in found else own] = (name, int(answer["num_tasks"]))
+        if "train" not in found:
+            remedy = f"the server has no split of the type train; it has {', '.join(sorted(found))}"
+            raise ConfigError("env.make.base_url", self.base_url, remedy)
+        return {"train": found.pop("train"), **found}
+
+    def _request_json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """A description of the server; None if the server does not have it. A body is sent by POST."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base_url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(self.base_url + path, timeout=METADATA_SECONDS) as answer:
+            with urllib.request.urlopen(request, timeout=METADATA_SECONDS) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405):  # an old server
+            if isinstance(error, urllib.error.HTTPError) and error.code in (404, 405, 501):
                 return None
             reason = getattr(error, "reason", None) or repr(error)
             raise MissingOnThisMachine(

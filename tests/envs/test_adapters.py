@@ -141,7 +141,8 @@ def test_the_household_is_played_on_a_server(server):
     world = open_env(server, goal="tidy up")
     env = world.env()
     first = env.reset(world.tasks("dev")[0])
-    assert first.actions is None and env.goal == "tidy up"
+    assert f"go to {re.search(r'you see a (.+? [0-9])', first.observation)[1]}" in first.actions  # from the server
+    assert env.goal == "tidy up"
     place = re.search(r"you see a (\w+ \d)", first.observation)[1]
     assert env.step(f"go to {place}").observation.startswith(f"You arrive at {place}")
     named = open_env(server, actions=ACTIONS).env()
@@ -168,4 +169,4 @@ def test_a_missing_server_or_field_is_named(server):
     assert (caught.value.field, caught.value.value) == ("env.make.base_url", "http://127.0.0.1:9")
     world = open_env(server, observation_field="words")
     error = SerialExecutor(world).reset({0: world.tasks("dev")[0]})[0].error
-    assert "'words'" in error and "actions, text" in error
+    assert "'words'" in error and "actions, metadata, text" in error
