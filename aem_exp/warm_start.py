@@ -191,7 +191,7 @@ class _Session:
         model = replace(experiment.model, lora=experiment.warm_start.lora, dtype="float32")
         self.model, self.tokenizer = policy.load(model, weights, experiment.warm_start.seed)
         self.chat = Chat(self.tokenizer, experiment.model.system, experiment.model.thinking)
-        executor = make_executor(world, experiment.env.make, experiment.launch, 0)
+        executor = make_executor(world, experiment.env.make, experiment.launch)
         self.rollout = Rollout(executor, experiment.env, self.chat, experiment.launch.device_episodes or AT_ONCE)
 
     def __enter__(self) -> "_Session":

@@ -28,7 +28,7 @@ from support.golden import GOLDEN, check_golden
 
 from aem_exp import config, status
 from aem_exp.cluster import run_state
-from aem_exp.config import Evaluation, Modulation, saved
+from aem_exp.config import Evaluation, Launch, Modulation, saved
 from aem_exp.core.errors import ConfigError
 from aem_exp.report import command as report
 from aem_exp.run import summary
@@ -95,11 +95,11 @@ def old(request, clean, tmp_path, monkeypatch):
 
 
 def test_experiment_of_an_old_run_is_read(old):
-    """Options that were added since then have their neutral values."""
+    """Options that were added since then have their neutral values, and retired ones are left out."""
     name, folder = old
     experiment = config.read(folder)
-    recorded = json.loads((folder / "experiment.json").read_text())
-    for block, neutral in (("modulation", Modulation()), ("evaluation", Evaluation())):
+    recorded = saved._without_retired(json.loads((folder / "experiment.json").read_text()))
+    for block, neutral in (("modulation", Modulation()), ("evaluation", Evaluation()), ("launch", Launch())):
         recorded[block] = asdict(neutral) | recorded[block]
     assert config.to_dict(experiment) == recorded
     assert config.run_dir(experiment).name == folder.name
@@ -184,7 +184,7 @@ def test_retired_key_is_ignored_in_files_and_refused_in_overrides(old, monkeypat
     with pytest.raises(ConfigError) as error:
         config.read(folder)
     assert error.value.field.rpartition(".")[2] == "gone"
-    monkeypatch.setattr(saved, "RETIRED", ("gone", "launch.gone", "launch.trainer.gone"))
+    monkeypatch.setattr(saved, "RETIRED", (*saved.RETIRED, "gone", "launch.gone", "launch.trainer.gone"))
     assert config.read(folder) == before
     for word in ("gone=1", "launch.gone=1", "launch.trainer.gone=1"):
         with pytest.raises(ConfigError) as error:

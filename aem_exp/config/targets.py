@@ -196,9 +196,8 @@ def bind_targets(e: Experiment) -> Experiment:
         model.path and (Path(model.path).expanduser() / "config.json").is_file()
     ):  # one spelling of a path gives one signature
         model = replace(model, path=str(Path(model.path).expanduser().resolve()))
-    folders = {name: getattr(launch, name) for name in ("servers", "workers_at")}
-    absolute: dict[str, Any] = {n: str(Path(f).expanduser().absolute()) for n, f in folders.items() if f is not None}
-    launch = replace(launch, **absolute)  # a job has another current folder
+    if launch.servers is not None:  # a job has another current folder
+        launch = replace(launch, servers=str(Path(launch.servers).expanduser().absolute()))
     if model.path and model.make and "_target_" not in model.make:  # such as from the experiment file
         remedy = "are settings of a policy that is made, and model.path loads one; add model.make=null"
         raise ConfigError("model.make", ", ".join(model.make), remedy)

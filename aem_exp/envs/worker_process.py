@@ -1,22 +1,26 @@
 """A worker process: one world and its environments, controlled by messages on a socket.
 
-Contains the child's program (`python -m aem_exp.envs.worker_process DESCRIPTOR`), the function that starts it, and the message
-format: a header with the length, then JSON. The child ends when its socket closes, even if its parent was killed.
+Contains the child's program (`python -m aem_exp.envs.worker_process NONCE`), the function that starts it, and the message
+format: JSON, one line per message. Messages pass through the child's standard input and output, so that a command in
+front of it (`srun`, `ssh`) can run it on another node. The child ends when its input ends, even if its parent was killed.
 """
 
 import faulthandler
+import hashlib
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from aem_exp.config.targets import instantiate
@@ -25,69 +29,124 @@ from aem_exp.envs import Task
 from aem_exp.envs.executor import Reply, SerialExecutor, error_reply
 
 GRACE_SECONDS: Final = 10.0  # for environments to close before their process is killed
-HEADER_BYTES: Final = 8  # size of the header, which holds the length of the message
+JOB_VARIABLES: Final = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_HET_SIZE")  # which job srun belongs to
 THREAD_LIBRARIES: Final = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
 
 
-def start_worker_process(connection: socket.socket, log: Any) -> "subprocess.Popen[bytes]":
-    """Start a worker that communicates on a socket and writes its stderr to a log."""
+def start_worker_process(
+    connection: socket.socket, log: Any, nonce: str, prefix: Sequence[str] = ()
+) -> "subprocess.Popen[bytes]":
+    """Start a worker that communicates on a socket and writes its stderr to a log.
+
+    Args:
+        nonce: the worker's first output. Everything in front of it comes from programs of the prefix.
+        prefix: words in front of its command.
+
+    Raises:
+        OSError: the program does not exist.
+    """
+    own = {f"{library}_NUM_THREADS": "1" for library in THREAD_LIBRARIES} | {"PYTHONPATH": str(disk.PACKAGE.parent)}
+    own |= {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # a replay is then the same, also of sets
+    command = [sys.executable, "-P", "-m", "aem_exp.envs.worker_process", nonce]
+    inherited = dict(os.environ)
+    if prefix:
+        words = ["env", *(f"{name}={value}" for name, value in own.items()), *command]
+        is_shell = os.path.basename(prefix[0]) == "ssh"  # it joins the words, and a shell of the other node splits them
+        command = [*prefix, *(shlex.quote(word) if is_shell else word for word in words)]
+        # Settings of the step that this process is in, such as its number of tasks, would apply to srun's new step.
+        step = [name for name in inherited if name.startswith("SLURM_") and name not in JOB_VARIABLES]
+        inherited = {name: value for name, value in inherited.items() if name not in step}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "aem_exp.envs.worker_process", str(connection.fileno())],
-        pass_fds=[connection.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        command,
+        stdin=connection.fileno(),
+        stdout=connection.fileno(),
         stderr=log,
         start_new_session=True,  # Ctrl-C reaches only the parent, and a worker is killed together with its children
-        env={"PYTHONHASHSEED": "0"}  # a replay is then the same even if a world depends on the order of a set
-        | os.environ
-        | {f"{library}_NUM_THREADS": "1" for library in THREAD_LIBRARIES}
-        | {"PYTHONPATH": str(disk.PACKAGE.parent)},
+        env=inherited | own,
     )
 
 
+def describe_files(path: Sequence[str]) -> dict[str, Any]:
+    """What a worker on another node must see, too: this program, and the folders in which modules are found."""
+    return {"program": _hash_program(), "folders": [folder for folder in path if os.path.exists(folder)]}
+
+
+def _hash_program() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _check_files(files: Mapping[str, Any]) -> None:
+    """Raises: OSError: this node sees other files than the parent's."""
+    node = os.uname().nodename
+    if missing := [folder for folder in files["folders"] if not os.path.exists(folder)]:
+        raise OSError(f"the node {node} has no {missing[0]}; launch.worker_prefix needs a disk that both nodes see")
+    if _hash_program() != files["program"]:
+        raise OSError(f"{__file__} on the node {node} is of another version of aem_exp")
+
+
 def encode_message(message: Mapping[str, Any]) -> bytes:
-    """The bytes of a message, with its header."""
-    body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return len(body).to_bytes(HEADER_BYTES) + body
+    """A message as one line, because srun passes on whole lines only. JSON contains no line breaks."""
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def take_message(buffer: bytearray) -> dict[str, Any] | None:
     """Remove the first message from a buffer and decode it; None while it is incomplete."""
-    end = HEADER_BYTES + int.from_bytes(buffer[:HEADER_BYTES])
-    if len(buffer) < max(end, HEADER_BYTES):
+    end = buffer.find(b"\n")
+    if end < 0:
         return None
-    message: dict[str, Any] = json.loads(buffer[HEADER_BYTES:end])
-    del buffer[:end]
+    message: dict[str, Any] = json.loads(buffer[:end].decode("utf-8", "surrogatepass"))
+    del buffer[: end + 1]
     return message
 
 
 def _read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None if the socket is closed."""
-    header = stream.read(HEADER_BYTES)
-    body = stream.read(int.from_bytes(header)) if len(header) == HEADER_BYTES else b""
-    return json.loads(body) if body else None
+    """The next message; None if the input has ended."""
+    line = stream.readline()
+    return json.loads(line.decode("utf-8", "surrogatepass")) if line.endswith(b"\n") else None
 
 
-def main(descriptor: int) -> None:
-    """Make the world that the first message describes, and answer all further messages until the socket closes."""
+def main(nonce: str) -> None:
+    """Make the world that the first message describes, and answer all further messages until the input ends."""
     _ignore_signals()
-    connection = socket.socket(fileno=descriptor)
-    connection.set_inheritable(False)
-    threading.Thread(target=_kill_on_disconnect, args=[connection], daemon=True).start()
-    with connection, connection.makefile("rb") as stream, suppress(ConnectionError):
+    with _take_standard_input() as stream, _take_standard_output() as output, suppress(ConnectionError):
+        threading.Thread(target=_kill_on_disconnect, args=[stream.fileno()], daemon=True).start()
+
+        def send(reply: Reply) -> None:
+            output.write(encode_message(asdict(reply)))
+            output.flush()
+
+        output.write(f"{nonce}\n".encode())
+        output.flush()
         setup = _read_message(stream)
         if setup is None:
             return
         try:
+            _check_files(setup["files"]) if "files" in setup else None
             executor = _make_executor(setup)
         except Exception as error:
-            connection.sendall(encode_message(asdict(error_reply(error))))
+            send(error_reply(error))
             return
-        connection.sendall(encode_message(asdict(Reply(None))))
+        send(Reply(None))
         with ExitStack() as closing:
             closing.callback(executor.close)
             while message := _read_message(stream):
-                connection.sendall(encode_message(asdict(_answer(executor, message))))
+                send(_answer(executor, message))
+
+
+def _take_standard_input() -> BinaryIO:
+    """The standard input, under another descriptor: child programs of an environment must not read from it."""
+    stream = os.fdopen(os.dup(0), "rb")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return stream
+
+
+def _take_standard_output() -> BinaryIO:
+    """The standard output, under another descriptor. What libraries and child programs print goes to stderr."""
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return output
 
 
 def _make_executor(setup: Mapping[str, Any]) -> SerialExecutor:
@@ -106,10 +165,10 @@ def _answer(executor: SerialExecutor, message: Mapping[str, Any]) -> Reply:
     return executor.step({slot: message["response"]})[slot]
 
 
-def _kill_on_disconnect(connection: socket.socket) -> None:
-    """Wait until the socket closes. If this process does not end in time after that, kill it with its children."""
+def _kill_on_disconnect(descriptor: int) -> None:
+    """Wait until the input ends. If this process does not end in time after that, kill it with its children."""
     poll = select.poll()
-    poll.register(connection, 0)  # no events: a closed connection is always reported
+    poll.register(descriptor, 0)  # no events: a closed connection is always reported
     poll.poll()
     time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
@@ -135,4 +194,4 @@ def _ignore_signals() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])

@@ -1,41 +1,40 @@
 """Steps environments in parallel worker processes, and replaces a worker that hangs or dies.
 
 The slot of the failed request gets an error. The other slots of that worker are replayed in the new worker. `worker_process` is
-the program of a worker, `worker_client` the parent's connection to it, and `remote_nodes` starts workers on other nodes.
+the program of a worker, and `worker_client` the parent's connection to it.
 """
 
 import os
 import selectors
+import shlex
 import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
 from aem_exp.config import Launch
 from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Task, World
 from aem_exp.envs.executor import EnvExecutor, Reply, SerialExecutor, error_reply, serialize_task
-from aem_exp.envs.remote_nodes import RemoteNodes
-from aem_exp.envs.worker_client import LocalWorker, WorkerClient, WorkerFailure
-from aem_exp.envs.worker_process import GRACE_SECONDS
+from aem_exp.envs.worker_client import WorkerClient, WorkerFailure
+from aem_exp.envs.worker_process import GRACE_SECONDS, describe_files
 
 START_SECONDS: Final = 60.0  # for a worker with its own CPU core to import and make its world
 
 
-def make_executor(world: World, make: Mapping[str, Any], launch: Launch, rank: int = 0) -> EnvExecutor:
+def make_executor(world: World, make: Mapping[str, Any], launch: Launch) -> EnvExecutor:
     """The executor of a run: `launch.workers` worker processes, or this process if that is 0.
 
     If `launch.workers` is 0 and the world sets `own_process`, there is one worker process.
     """
     count = launch.workers or int(getattr(world, "own_process", False))
-    nodes = RemoteNodes(Path(launch.workers_at), rank * count) if launch.workers and launch.workers_at else None
-    return WorkerPool(make, count, launch.env_seconds, nodes) if count else SerialExecutor(world)
+    prefix = shlex.split(launch.worker_prefix or "") if launch.workers else []
+    return WorkerPool(make, count, launch.env_seconds, prefix) if count else SerialExecutor(world)
 
 
 @dataclass
@@ -60,11 +59,11 @@ class WorkerPool:
         workers: number of processes. Each starts when a slot first needs it.
         seconds: time limit of a reset or step. A worker that takes longer or dies is replaced. Its other slots are replayed
             from their recorded responses, and every reply must be the same as before.
-        nodes: the nodes that run the workers; None: this machine.
+        prefix: words in front of the command of a worker, which run it on another node.
     """
 
-    def __init__(self, make: Mapping[str, Any], workers: int, seconds: float, nodes: RemoteNodes | None = None):
-        self._make, self._count, self._seconds, self._nodes = dict(make), workers, seconds, nodes
+    def __init__(self, make: Mapping[str, Any], workers: int, seconds: float, prefix: Sequence[str] = ()):
+        self._make, self._count, self._seconds, self._prefix = dict(make), workers, seconds, list(prefix)
         self._start_seconds = START_SECONDS * max(1.0, workers / (os.cpu_count() or 1))
         self._workers: dict[int, WorkerClient] = {}
         self._has_started: set[int] = set()  # indices of workers that have made their world at least once
@@ -124,9 +123,10 @@ class WorkerPool:
             return worker
         if worker is not None:  # it died between two calls: no slot gets an error
             worker.end()
-        worker = self._workers[index] = self._nodes.start_worker(index) if self._nodes else LocalWorker()
+        worker = self._workers[index] = WorkerClient(self._prefix)
         path = [os.path.abspath(entry) for entry in sys.path]  # the worker must find the user's own modules
         setup = {"make": self._make, "path": path, "PYTHONPATH": os.environ.get("PYTHONPATH")}
+        setup |= {"files": describe_files(path)} if self._prefix else {}
         try:
             reply = yield worker, setup, self._start_seconds
         except WorkerFailure as failure:

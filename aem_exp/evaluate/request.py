@@ -32,7 +32,7 @@ OVERRIDABLE_GROUPS = {
 }
 EVALUATION_LAUNCH_KEYS = (  # keys of launch that an evaluation uses
     *("name", "gpus_per_node", "threads", "sampler", "servers", "server_seconds"),
-    *("workers", "workers_at", "env_seconds"),
+    *("workers", "worker_prefix", "env_seconds"),
 )
 
 

@@ -53,7 +53,7 @@ def open_session(
         torch.set_num_threads(launch.threads)
     memory = MemoryCheck(context)
     loaded = load_policy(context)
-    executor = make_executor(context.world, experiment.env.make, launch, distributed.rank())
+    executor = make_executor(context.world, experiment.env.make, launch)
     rollout = Rollout(executor, experiment.env, loaded.chat, launch.device_episodes, watcher)
     with closing(rollout), connect_servers(launch, context.folder) as servers:
         make_sampler = choose_sampler(context, loaded, servers, watcher.token if watcher else None)

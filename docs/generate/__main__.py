@@ -23,7 +23,6 @@ from aem_exp import commands
 from aem_exp.cluster.slurm import Site
 from aem_exp.config import schema, trainer_schema
 from aem_exp.core.typed import type_hints
-from aem_exp.jobs import lend
 from aem_exp.sweep.study_spec import Search
 
 DOCS = Path(__file__).parents[1]
@@ -157,7 +156,6 @@ def commands_page() -> str:
     for name in commands.COMMANDS:
         words = ["RUN_DIR", "--help"] if name == "run" else ["--help"]
         sections[f"aem-exp {name}"] = _help(lambda name=name, words=words: commands.run_command(name, words))
-    sections["python -m aem_exp.jobs.lend"] = _help(lambda: lend.main(["--help"]))
     return COMMANDS + "".join(f"\n## {title}\n\n```text\n{text}```\n" for title, text in sections.items())
 
 

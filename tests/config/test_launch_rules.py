@@ -24,7 +24,7 @@ REFUSED = [  # overrides, the field of the error, and a fact that the error must
     ),
     (f"{SERVED} | launch.server_weights=adapter", "launch.server_weights", "model.lora"),
     ("launch.env_seconds=3", "launch.env_seconds", "launch.workers above 0"),
-    ("launch.workers_at=/w", "launch.workers_at", "launch.workers above 0"),
+    ("launch.worker_prefix=srun", "launch.worker_prefix", "launch.workers above 0"),
     ("launch.sampler=served", "launch.servers", "launch.server_nodes above 0"),
     ("launch.servers=/s", "launch.servers", "launch.sampler=served"),
     ("launch.server_seconds=9", "launch.server_seconds", "launch.sampler=served"),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import pytest
 from support.runs import BackgroundCall
 
 from aem_exp.config.targets import instantiate
-from aem_exp.core.errors import ConfigError, RunError
+from aem_exp.core import disk
+from aem_exp.core.errors import ConfigError
 from aem_exp.envs import Task, worker_process, workers
 from aem_exp.envs.executor import SerialExecutor
-from aem_exp.envs.remote_nodes import RemoteNodes
 from aem_exp.envs.workers import WorkerPool
 
 SECONDS = 120.0  # more than any request needs, even on a busy machine
@@ -708,78 +709,94 @@ def test_closing_ends_the_steps_of_other_threads(open_workers, tmp_path):
         assert not each.busy
 
 
-# Workers on nodes that lend their cores.
+# Workers behind a command that runs them elsewhere.
 
 
-@pytest.fixture
-def lending_nodes(tmp_path, monkeypatch):
-    """A folder in which two lenders, processes on this machine, are registered; and their processes."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "site.yaml").write_text("interface: lo\n")
-    folder = tmp_path / "lent"
-    command = [sys.executable, "-m", "aem_exp.jobs.lend", str(folder)]
-    env = os.environ | {"AEM_SITE": str(tmp_path / "site")}
-    lenders = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert wait_for(lambda: len(list(folder.glob("node-*"))) == 2, SECONDS)
-    yield folder, lenders
-    for lender in lenders:
-        lender.terminate()
-    assert [lender.wait(SECONDS) for lender in lenders]
-    assert not list(folder.glob("node-*"))
+def write_prefix(folder, text):
+    """A script that stands in front of a worker's command, like srun or ssh."""
+    script = folder / "prefix"
+    script.write_text(f"#!/bin/bash\n{text}\n")
+    script.chmod(0o755)
+    return [str(script)]
 
 
 @pytest.mark.slow
-def test_lent_workers_give_the_replies_of_a_serial_executor(household, lending_nodes):
+def test_workers_behind_a_prefix_give_the_replies_of_a_serial_executor(household, tmp_path):
+    """Also if the prefix prints a banner and runs the worker in another folder, without the environment's variables."""
     make, play, expected = household
-    assert play(WorkerPool(make, 3, SECONDS, RemoteNodes(lending_nodes[0], 0))) == expected
+    prefix = write_prefix(tmp_path, 'echo "Welcome to the cluster"; cd /; exec env -i PATH="$PATH" "$@"')
+    assert play(WorkerPool(make, 3, SECONDS, prefix)) == expected
 
 
 @pytest.mark.slow
-def test_a_lent_worker_that_dies_is_replaced(mischief, lending_nodes):
-    folder, lenders = lending_nodes
-    executor = WorkerPool(mischief, 2, SECONDS, RemoteNodes(folder, 1))
-    before = pids(executor, [0, 1])
-    assert {psutil.Process(pid).ppid() for pid in before.values()} == {lender.pid for lender in lenders}
-    assert "ended" in executor.step({0: "kill"})[0].error
-    assert pids(executor, [0, 1])[1] == before[1]
-    executor.close()
-    assert wait_for(lambda: gone(before[1]), SECONDS)
-
-
-@pytest.mark.slow
-def test_a_lent_worker_that_hangs_is_replaced(mischief, lending_nodes):
-    executor = WorkerPool(mischief, 1, HANG_SECONDS, RemoteNodes(lending_nodes[0], 0))
-    executor.reset(tasks(0))
-    error = executor.step({0: "hang"})[0].error
-    assert "hung" in error and "127.0.0.1:" in error
+def test_a_worker_behind_ssh_gets_quoted_words(mischief, tmp_path):
+    """ssh joins the words of the command, and the shell of the other node splits them again."""
+    (tmp_path / "bin").mkdir()
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text('#!/bin/bash\n[[ $1 == node1 ]] || exit 255\nexec sh -c "${*:2}"\n')
+    ssh.chmod(0o755)
+    executor = WorkerPool(mischief, 1, SECONDS, [str(ssh), "node1"])
     assert not executor.reset(tasks(0))[0].error
     executor.close()
 
 
 @pytest.mark.slow
-def test_a_run_whose_lenders_have_all_ended_stops_and_can_be_resumed(mischief, lending_nodes):
-    folder, lenders = lending_nodes
-    executor = WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0))
+def test_what_a_library_prints_does_not_disturb_the_messages(mischief):
+    executor = WorkerPool(mischief, 1, SECONDS)
     executor.reset(tasks(0))
-    for lender in lenders:
-        lender.terminate()
-        lender.wait(SECONDS)
-    with pytest.raises(RunError, match=r"launch\.workers_at=") as stopped:
-        executor.step({0: "hello"})
-    assert stopped.value.kind == "node"
+    assert not executor.step({0: "print"})[0].error
+    assert not executor.step({0: "hello"})[0].error
+    executor.close()
 
 
 @pytest.mark.slow
-def test_a_wrong_key_is_refused(mischief, lending_nodes):
-    folder, _ = lending_nodes
-    assert (folder / "key").stat().st_mode & 0o077 == 0
-    (folder / "key").write_text("another")
-    with pytest.raises(ConfigError, match=r"aem_exp\.jobs\.lend") as caught:
-        WorkerPool(mischief, 1, SECONDS, RemoteNodes(folder, 0)).reset(tasks(0))
-    assert (caught.value.field, caught.value.value) == ("launch.workers_at", str(folder))
+def test_a_worker_behind_a_prefix_that_dies_or_hangs_is_replaced(mischief, tmp_path):
+    prefix = write_prefix(tmp_path, '"$@"; exit 3')  # not exec: the prefix outlives the worker for a moment
+    executor = WorkerPool(mischief, 2, HANG_SECONDS, prefix)
+    before = pids(executor, [0, 1])
+    assert "exit code 3" in executor.step({0: "kill"})[0].error
+    assert pids(executor, [0, 1])[1] == before[1]
+    assert "hung" in executor.step({1: "hang"})[1].error
+    assert not executor.reset(tasks(1))[1].error
+    executor.close()
+    assert wait_for(lambda: gone(before[1]), SECONDS)
 
 
-def test_a_folder_without_nodes_is_refused(mischief, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        WorkerPool(mischief, 1, SECONDS, RemoteNodes(tmp_path, 0)).reset(tasks(0))
-    assert (caught.value.field, caught.value.value) == ("launch.workers_at", str(tmp_path))
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo 'Permission denied (publickey).' >&2; exit 255", r"exit code 255\) Permission denied"),
+        ("exec cat", "closed its connection|no answer|without end"),
+        ("yes", "prints without end"),
+        ("echo hello", r"exit code 0\)"),
+    ],
+    ids=["refused", "echo", "endless", "ends"],
+)
+def test_a_prefix_that_starts_no_worker_is_one_sentence(mischief, tmp_path, monkeypatch, script, error):
+    monkeypatch.setattr(workers, "START_SECONDS", 3.0)
+    with pytest.raises(ConfigError, match=error):
+        WorkerPool(mischief, 1, SECONDS, write_prefix(tmp_path, script)).reset(tasks(0))
+
+
+def test_a_prefix_without_a_program_is_refused(mischief):
+    with pytest.raises(ConfigError, match=r"launch\.worker_prefix=/no/srun: /no/srun cannot be started"):
+        WorkerPool(mischief, 1, SECONDS, ["/no/srun"]).reset(tasks(0))
+
+
+@pytest.mark.slow
+def test_a_node_that_sees_other_files_is_refused(mischief, tmp_path, monkeypatch):
+    """A copy of the package stands for the local disk of another node."""
+    copy = tmp_path / "node"
+    shutil.copytree(disk.PACKAGE, copy / "aem_exp", ignore=shutil.ignore_patterns("__pycache__", "_bundled"))
+    prefix = write_prefix(tmp_path, f'exec "${{@/PYTHONPATH=*/PYTHONPATH={copy}}}"')
+    executor = WorkerPool(mischief, 1, SECONDS, prefix)
+    assert not executor.reset(tasks(0))[0].error  # the same files
+    executor.close()
+    with (copy / "aem_exp" / "envs" / "worker_process.py").open("a") as file:
+        file.write("# newer\n")
+    with pytest.raises(ConfigError, match="another version of aem_exp"):
+        WorkerPool(mischief, 1, SECONDS, prefix).reset(tasks(0))
+    missing = worker_process.describe_files(["/no/such/folder"]) | {"folders": ["/no/such/folder"]}
+    monkeypatch.setattr(workers, "describe_files", lambda path: missing)
+    with pytest.raises(ConfigError, match="has no /no/such/folder"):
+        WorkerPool(mischief, 1, SECONDS, write_prefix(tmp_path, 'exec "$@"')).reset(tasks(0))

@@ -322,7 +322,7 @@ def test_launch_settings_of_training_are_reduced(trained):
     assert (error.value.field, error.value.value) == ("launch.servers", None)
     served = evaluation_launch(training | {"servers": "/s"}, ["launch.servers=/s"])
     assert served == {
-        **{key: training[key] for key in ("name", "threads", "sampler", "server_seconds", "workers", "workers_at")},
+        **{key: training[key] for key in ("name", "threads", "sampler", "server_seconds", "workers", "worker_prefix")},
         "env_seconds": 900,
         "gpus_per_node": 1,
         "servers": "/s",

@@ -95,9 +95,6 @@ def _check_python(words: list[str]) -> None:
     module, rest = words[1], words[2:]
     if module in ("venv", "spacy", "pytest", "mkdocs", "pip", "build"):
         return
-    if module == "aem_exp.jobs.lend":
-        assert len(rest) == 1
-        return
     assert module in MODULES, f"this test does not know the module {module}"
     name = MODULES[module]
     if name == "tracking":
