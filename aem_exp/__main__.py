@@ -213,6 +213,7 @@ def _format_launch(experiment: "Experiment") -> str:
     launch = experiment.launch
     hours = f", at most {launch.hours:g} h" if launch.hours else ""
     serve = f" plus {launch.server_nodes} for servers" if launch.server_nodes else ""
+    serve += f" plus {launch.worker_nodes} for environments" if launch.worker_nodes else ""
     return f"{launch.where}, nodes {launch.nodes}{serve}, GPUs per node {launch.gpus_per_node}{hours}"
 
 

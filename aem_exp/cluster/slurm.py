@@ -118,6 +118,9 @@ def submit(
         raise ConfigError(
             "launch.server_nodes", launch.server_nodes, "works for single runs only; for a study, use launch.servers"
         )
+    if launch.worker_nodes and (len(folders) > 1 or module != "aem_exp.run"):
+        remedy = "works for single runs only: an array of jobs cannot be heterogeneous; set launch.worker_nodes=0"
+        raise ConfigError("launch.worker_nodes", launch.worker_nodes, remedy)
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
     executor.update_parameters(**_sbatch_options(site, site_folder, launch, name, at_once))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # later edits of this file do not affect queued jobs
@@ -170,13 +173,30 @@ def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at
         "qos": site.qos,
         "constraint": site.constraint,
         "mem": f"{site.mem_gb}GB" if site.mem_gb else None,
-        "setup": [f"source {setup}"] if setup.is_file() else None,
+        # sbatch reads directives up to the first command, so those of the second component come first.
+        "setup": [*_worker_directives(site, launch), *([f"source {setup}"] if setup.is_file() else [])] or None,
         "stderr_to_stdout": True,
         # A failed process must end the job. Since SLURM 22.05, srun does not inherit --cpus-per-task.
         "srun_args": ["--kill-on-bad-exit=1", *_cpu_arguments(launch), *_distribution_arguments(launch), *site.srun],
         "additional_parameters": {"requeue": True, **site.sbatch},
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _worker_directives(site: Site, launch: Launch) -> list[str]:
+    """The lines of the batch script that describe the nodes of `launch.worker_nodes`."""
+    if not launch.worker_nodes:
+        return []
+    options = {
+        "nodes": str(launch.worker_nodes),
+        "ntasks-per-node": "1",
+        "time": str(max(1, round(60 * launch.hours))),
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+    } | launch.worker_sbatch
+    words = [f"--{name}={value}" if value else f"--{name}" for name, value in options.items() if value is not None]
+    return ["#SBATCH hetjob", *(f"#SBATCH {word}" for word in [*words, "--requeue"])]
 
 
 def _cpu_arguments(launch: Launch) -> list[str]:
@@ -274,7 +294,8 @@ def _query_queue() -> dict[str, Job] | None:
     if lines is None:
         return None
     rows = [line.split("|", 2) for line in lines]
-    return {job: Job(job, state, "" if why == "None" else why) for job, state, why in rows}
+    leaders = [(_leader_id(job), state, why) for job, state, why in rows]
+    return {job: Job(job, state, "" if why == "None" else why) for job, state, why in leaders if job}
 
 
 def _query_accounting(parents: str) -> Iterable[Job]:
@@ -282,7 +303,14 @@ def _query_accounting(parents: str) -> Iterable[Job]:
     words = ("--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "--jobs", parents)
     for line in _run_client("sacct", *words) or ():
         job, state, code = line.split("|")
-        yield Job(job, state.split()[0] if state else "", "" if code == "0:0" else f"exit code {code}")
+        if leader := _leader_id(job):
+            yield Job(leader, state.split()[0] if state else "", "" if code == "0:0" else f"exit code {code}")
+
+
+def _leader_id(job: str) -> str:
+    """The id of a job. Of a heterogeneous job (`12+0`, `12+1`) it is the id of the first component, and "" for the others."""
+    leader, plus, component = job.partition("+")
+    return "" if plus and component != "0" else leader
 
 
 def _run_client(*words: str) -> list[str] | None:

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from aem_exp.config.schema import Experiment
 from aem_exp.core.errors import ConfigError, MissingResource
 
+HET_GROUP = "--het-group=1"  # srun's option for the second component of a heterogeneous job
+
 
 def check_launch(e: Experiment) -> None:
     """Refuse settings of `launch` that have no effect or contradict other settings."""
@@ -42,6 +44,15 @@ def check_launch(e: Experiment) -> None:
                 "launch.worker_prefix", launch.worker_prefix, "has no effect without launch.workers above 0"
             )
         _split_prefix(launch.worker_prefix)
+    if launch.worker_nodes and launch.where != "slurm":
+        raise ConfigError("launch.worker_nodes", launch.worker_nodes, "needs launch.where=slurm")
+    if launch.worker_nodes and HET_GROUP not in _split_prefix(launch.worker_prefix or "none"):
+        remedy = f"must reach the launch.worker_nodes: srun {HET_GROUP} --nodes=1 --ntasks=1 --cpus-per-task=1 --exact"
+        raise ConfigError("launch.worker_prefix", launch.worker_prefix, remedy)
+    if launch.worker_sbatch and not launch.worker_nodes:
+        raise ConfigError(
+            "launch.worker_sbatch", launch.worker_sbatch, "has no effect without launch.worker_nodes above 0"
+        )
     if launch.env_seconds != type(launch)().env_seconds and not launch.workers:
         raise ConfigError("launch.env_seconds", launch.env_seconds, "has no effect without launch.workers above 0")
     tests = e.env.make.get("tests_seconds", 0.0)

@@ -246,6 +246,11 @@ class Launch:
     """Command in front of the command of each of these processes, such as `srun --overlap --nodes=1 --ntasks=1 --exact -c 4` or
     `ssh -o BatchMode=yes HOST`. It runs them on another node, which must see the same files. null: this machine. Needs
     `workers`."""
+    worker_nodes: NonNegativeInt = 0
+    """Additional nodes of a SLURM job on which `worker_prefix` runs workers: the second component of a heterogeneous job, which
+    `srun --het-group=1` reaches. 0: none. Not for the arrays of sweeps and studies, which SLURM does not make heterogeneous."""
+    worker_sbatch: dict[str, str] = field(default_factory=dict)
+    """Options of sbatch for these nodes, such as `{partition: cpu, cpus-per-task: 32}`. Needs `worker_nodes`."""
     env_seconds: PositiveFloat = 120.0
     """Seconds after which an environment that does not answer counts as hung and is replaced. Needs `workers`."""
     save_every: NonNegativeInt = 0

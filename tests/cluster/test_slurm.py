@@ -225,3 +225,33 @@ def test_frozen_code_is_shared_and_read_only(clean, tmp_path):
     assert one.read_bytes() == Path(aem.__file__).read_bytes() and one.stat().st_mode & 0o222 == 0
     shutil.rmtree(tmp_path / "run0")
     assert two.exists()
+
+
+WORKER_NODES = ["launch.workers=2", "launch.worker_nodes=1", "launch.worker_sbatch={cpus-per-task: '4'}"]
+WORKER_PREFIX = "launch.worker_prefix='srun --het-group=1 --nodes=1 --ntasks=1 --cpus-per-task=1 --exact'"
+
+
+def test_environments_are_stepped_on_other_nodes_of_a_heterogeneous_job(desk):
+    """It is requeued as a whole, and gives the weights of a run whose environments are stepped in the same process."""
+    reference = desk.here()
+    folder, job = desk.submit(*WORKER_NODES, WORKER_PREFIX, SLOW="0.05")
+    wait_until(lambda: steps(folder) >= 1, lambda: f"a step: {log(folder)}")
+    rows = desk.cluster.run("sacct", "--noheader", "--parsable2", "--format=JobID,NodeList", "--jobs", job).splitlines()
+    found = dict(row.split("|") for row in rows)
+    assert found[f"{job}+0"] != found[f"{job}+1"], rows
+    assert sum(node == found[f"{job}+1"] for node in found.values()) >= 3, (
+        rows
+    )  # the component, and a step for each worker
+    assert desk.states(folder)[0].what == "running"
+    desk.cluster.scontrol("requeue", job)
+    wait_until(lambda: begun(folder, 2), "a second start")
+    finished(folder)
+    same(folder, reference)
+
+
+def test_worker_nodes_are_refused_for_arrays_and_without_a_prefix_that_reaches_them(desk):
+    error = desk.run_command("aem_exp", "launch=slurm_cpu", *WORKER_NODES, "launch.worker_prefix='srun -N1'", code=2)
+    assert "launch.worker_prefix=srun -N1: must reach the launch.worker_nodes: srun --het-group=1" in error
+    words = ["launch=slurm_cpu", *WORKER_NODES, WORKER_PREFIX, "seed=0,1", "-m", "--submit"]
+    error = desk.run_command("aem_exp", *words, code=2)
+    assert "launch.worker_nodes=1: works for single runs only" in error and len(error.splitlines()) == 1
