@@ -154,6 +154,7 @@ def _make_executor(setup: Mapping[str, Any]) -> SerialExecutor:
     sys.path[:] = setup["path"]
     del os.environ["PYTHONPATH"]  # it pointed to this package; child programs of an environment get the user's value
     os.environ |= {"PYTHONPATH": setup["PYTHONPATH"]} if setup["PYTHONPATH"] else {}
+    os.environ |= setup.get("environment", {})
     return SerialExecutor(instantiate(setup["make"]))
 
 

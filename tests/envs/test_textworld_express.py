@@ -163,5 +163,5 @@ def test_missing_and_broken_java_are_named(monkeypatch, tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(textworld_express.world, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs its package.*textworld_express"):
+    with pytest.raises(ConfigError, match=r"needs its package.*textworld-express"):
         TextWorldExpress()

@@ -729,14 +729,17 @@ def test_workers_behind_a_prefix_give_the_replies_of_a_serial_executor(household
 
 
 @pytest.mark.slow
-def test_a_worker_behind_ssh_gets_quoted_words(mischief, tmp_path):
+def test_a_worker_behind_ssh_gets_quoted_words_and_the_folders_of_data(mischief, tmp_path, monkeypatch):
     """ssh joins the words of the command, and the shell of the other node splits them again."""
+    monkeypatch.setenv("AEM_CACHE", "/shared/my cache")
     (tmp_path / "bin").mkdir()
     ssh = tmp_path / "bin" / "ssh"
-    ssh.write_text('#!/bin/bash\n[[ $1 == node1 ]] || exit 255\nexec sh -c "${*:2}"\n')
+    ssh.write_text('#!/bin/bash\n[[ $1 == node1 ]] || exit 255\nexec env -i PATH="$PATH" sh -c "${*:2}"\n')
     ssh.chmod(0o755)
     executor = WorkerPool(mischief, 1, SECONDS, [str(ssh), "node1"])
     assert not executor.reset(tasks(0))[0].error
+    seen = json.loads(executor.step({0: "look"})[0].turn.observation)["environ"]
+    assert (seen["AEM_CACHE"], seen["OMP_NUM_THREADS"]) == ("/shared/my cache", "1")
     executor.close()
 
 

@@ -104,7 +104,7 @@ def _check_python(words: list[str]) -> None:
 
 
 def _check_pip(words: list[str]) -> None:
-    for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+    for extra in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
         assert set(extra.split(",")) <= set(EXTRAS), f"there is no extra {extra}"
 
 

@@ -131,7 +131,7 @@ class TextWorldExpress:
         sizes: dict[str, int] | None = None,
     ):
         if find_spec("textworld_express") is None:
-            raise MissingResource("env.make.game", game, f"needs its package: {install_command('textworld_express')}")
+            raise MissingResource("env.make.game", game, f"needs its package: {install_command('textworld-express')}")
         if game not in get_args(Game):
             raise ConfigError("env.make.game", game, choices=get_args(Game))
         self.game, self.params, self.tags, self.pays, self.reward = game, dict(params or {}), tags, pays, reward
