@@ -62,7 +62,8 @@ class WorkerClient:
 
     def send(self, message: Mapping[str, Any], seconds: float) -> None:
         """Send a request with a time limit in seconds."""
-        self._log_start = os.fstat(self._log.fileno()).st_size
+        # A command in front of the worker may have ended, with its error, before the first request.
+        self._log_start = os.fstat(self._log.fileno()).st_size if self._has_greeted else 0
         if self._log_start > MAX_LOG_BYTES:
             os.ftruncate(self._log.fileno(), 0)
             self._log_start = os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # also moves the child: it shares the offset
