@@ -69,7 +69,7 @@ RETIRED = set(
 ORDINARY = set(
     "again at begun found known made members of pages part parts player players room shown stage stages".split()
 )
-EXCEPTIONS = {"Made", "read_lenders"}  # `Made` is a target in configs, and so part of signatures
+EXCEPTIONS = {"Made"}  # `Made` is a target in configs, and so part of signatures
 # Private words that must not occur in docstrings, comments and pages of these folders.
 PRIVATE_WORDS = {
     (
