@@ -219,6 +219,7 @@ def test_the_keywords_of_libraries_are_the_same(run):
         (("prepare",), "model.make=aem_exp.tiny.make: making this policy"),
         (("evaluate", "Qwen/Qwen2.5-1.5B-Instruct", *QWEN[:1], "env=household"), "playing with it"),
         (("proxy", "Qwen/Qwen2.5-1.5B-Instruct", *QWEN[:1], "env=household"), "playing with it"),
+        (("evaluate", "env=household"), "playing it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

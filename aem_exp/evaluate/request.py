@@ -104,7 +104,10 @@ def prepare_evaluation(
     check_overrides(arguments.overrides, OVERRIDABLE_GROUPS[kind])
     experiment, original = read_run(arguments) if is_run else (_experiment_of_model(arguments), None)
     config.check_machine(experiment)
-    extras.require_training("RUN_DIR|MODEL", arguments.target, "an evaluation")
+    if arguments.target:
+        extras.require_training("RUN_DIR|MODEL", arguments.target, "playing with it")
+    else:
+        extras.require_training("env", experiment.env.name, "playing it")
     experiment = config.apply_evaluation_limits(experiment) if evaluation_limits else experiment
     world = opening.open_world(experiment)
     if original and experiment.env.make == original.env.make:
@@ -170,9 +173,17 @@ def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
     """Return the experiment of a model, or of an env alone, with the overrides."""
     from aem_exp.config import compose
 
-    if arguments.target is None:
-        tree = compose.to_container(compose.compose(arguments.overrides, arguments.config_dir))
-        return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
+    own = _overrides_of_model(arguments) if arguments.target else []
+    tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
+    return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
+
+
+def _overrides_of_model(arguments: argparse.Namespace) -> list[str]:
+    """The overrides that select the model of the command.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     path = _absolute_path(arguments.target)
     if arguments.trust:
         raise ConfigError("--trust", True, "is used only with a run directory")
@@ -185,11 +196,7 @@ def _experiment_of_model(arguments: argparse.Namespace) -> Experiment:
         )
     from aem_exp.config import model_path
 
-    name = model_path.model_name(str(path))
-    own = [*model_path_overrides(arguments.target), f"model.name='{name}'"]
-
-    tree = compose.to_container(compose.compose([*arguments.overrides, *own], arguments.config_dir))
-    return config.resolve({**tree, "launch": evaluation_launch(tree["launch"], arguments.overrides)})
+    return [*model_path_overrides(arguments.target), f"model.name='{model_path.model_name(str(path))}'"]
 
 
 def evaluation_launch(launch: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
