@@ -98,11 +98,12 @@ def make(
     if not (hasattr(world, "words") and hasattr(world, "expert")):
         remedy = "choose an environment with a scripted player, or load a policy with model.path"
         raise ConfigError("model.make", f"{__name__}.make", remedy=remedy)
-    if isinstance(world.words(), str):
+    words = world.words()  # called once: a world may play episodes to collect them
+    if isinstance(words, str):
         raise ConfigError("env.make", type(world).__name__, remedy="its words() must list words, but returns one text")
     if episodes < 1:
         raise ConfigError("model.make.episodes", episodes, remedy="the warm start needs at least 1 episode to imitate")
-    tokenizer = make_tokenizer(world.words(), env, whole_lines)
+    tokenizer = make_tokenizer(words, env, whole_lines)
     with _isolated_torch(seed):
         model = make_policy(tokenizer, env, hidden_size, layers, heads, initializer_range)
         random = Random(seed)

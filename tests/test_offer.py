@@ -4,8 +4,6 @@ import http.server
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -14,7 +12,8 @@ from contextlib import closing
 from random import Random
 
 import pytest
-from support.runs import needs, wait_until
+from support.openenv_service import OpenEnvServer
+from support.runs import needs
 
 from aem_exp import offer
 from aem_exp.config import instantiate, load
@@ -26,33 +25,16 @@ needs("openenv")
 pytestmark = pytest.mark.machine
 
 
-class Server:
+def start_server(*words, port=None):
     """The command in a process of its own."""
-
-    def __init__(self, *words, port=None):
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.port = port or unused.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "aem_exp.offer", "env=household", *words, "--port", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        wait_until(self._answers, "the server")
-
-    def _answers(self):
-        assert self.process.poll() is None
-        with socket.socket() as connection:
-            return connection.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        return self.process.communicate(timeout=120)[0]
+    return OpenEnvServer("-m", "aem_exp.offer", "env=household", *words, "--port", port=port)
 
 
 @pytest.fixture(scope="module")
 def server():
-    running = Server("--sessions", "16")
+    running = start_server("--sessions", "16")
     yield running
-    running.stop()
+    running.stop(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +144,17 @@ def test_the_adapter_has_the_panels_and_turns_of_the_world(server, household):
     assert caught.value.field == "env.make.sizes"
 
 
+def test_a_response_that_is_not_sent_has_no_metrics_of_the_response_before(server):
+    world = open_adapter(server.url, tags=True)
+    env = world.env()
+    env.reset(world.tasks("dev")[0])
+    sent, unsent = env.step("<think></think><action>look</action>"), env.step("look")
+    env.close()
+    assert (sent.valid, sent.metrics["format_valid"], sent.metrics["admissible"]) == (True, 1.0, 1.0)
+    assert (unsent.valid, unsent.metrics["format_valid"], unsent.metrics["admissible"]) == (False, 0.0, 0.0)
+    assert unsent.actions == sent.actions and unsent.metrics["won"] == 0
+
+
 def test_more_sessions_than_the_server_has_are_named(server):
     world = open_adapter(server.url)
     executor = SerialExecutor(world)
@@ -173,19 +166,19 @@ def test_more_sessions_than_the_server_has_are_named(server):
 
 def test_a_lost_session_is_not_silently_replaced():
     """OpenEnv's client would open a new session at the next step, in another game."""
-    running = Server()
+    running = start_server()
     world = open_adapter(running.url)
     env = world.env()
     env.reset(world.tasks("dev")[0])
     assert env.step("look").valid
-    running.stop()
-    restarted = Server(port=running.port)
+    running.stop(signal.SIGTERM)
+    restarted = start_server(port=running.port)
     for _ in range(3):
         with pytest.raises(Exception, match=r"."):
             env.step("look")
     first = env.reset(world.tasks("dev")[0])
     assert first.observation == world.env().reset(world.tasks("dev")[0]).observation
-    restarted.stop()
+    restarted.stop(signal.SIGTERM)
 
 
 def test_a_worker_process_that_hangs_fails_one_request(tmp_path, monkeypatch):
@@ -226,7 +219,7 @@ def test_a_worker_process_that_hangs_fails_one_request(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server(number):
-    running = Server("launch.workers=1")
+    running = start_server("launch.workers=1")
     play_as_client(running.url, 0, split="dev", index=0)
     shown = running.stop(number)
     assert running.process.returncode in (0, 128 + signal.SIGINT)

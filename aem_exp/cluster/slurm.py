@@ -165,7 +165,7 @@ def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at
         "ntasks_per_node": tasks,
         "cpus_per_task": launch.cpus_per_task or None,
         "gpus_per_node": launch.gpus_per_node or None,
-        "time": max(1, round(60 * launch.hours)),
+        "time": _minutes(launch),
         "signal_delay_s": launch.warn_seconds,
         "array_parallelism": at_once or site.at_once,
         "partition": site.partition,
@@ -183,6 +183,11 @@ def _sbatch_options(site: Site, site_folder: Path, launch: Launch, name: str, at
     return {key: value for key, value in options.items() if value is not None}
 
 
+def _minutes(launch: Launch) -> int:
+    """The time limit of a job."""
+    return max(1, round(60 * launch.hours))
+
+
 def _worker_directives(site: Site, launch: Launch) -> list[str]:
     """The lines of the batch script that describe the nodes of `launch.worker_nodes`."""
     if not launch.worker_nodes:
@@ -190,7 +195,7 @@ def _worker_directives(site: Site, launch: Launch) -> list[str]:
     options = {
         "nodes": str(launch.worker_nodes),
         "ntasks-per-node": "1",
-        "time": str(max(1, round(60 * launch.hours))),
+        "time": str(_minutes(launch)),
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,
@@ -294,8 +299,8 @@ def _query_queue() -> dict[str, Job] | None:
     if lines is None:
         return None
     rows = [line.split("|", 2) for line in lines]
-    leaders = [(_leader_id(job), state, why) for job, state, why in rows]
-    return {job: Job(job, state, "" if why == "None" else why) for job, state, why in leaders if job}
+    jobs = [Job(_leader_id(job), state, "" if why == "None" else why) for job, state, why in rows]
+    return {job.id: job for job in jobs if job.id}
 
 
 def _query_accounting(parents: str) -> Iterable[Job]:

@@ -46,7 +46,7 @@ def check_launch(e: Experiment) -> None:
         _split_prefix(launch.worker_prefix)
     if launch.worker_nodes and launch.where != "slurm":
         raise ConfigError("launch.worker_nodes", launch.worker_nodes, "needs launch.where=slurm")
-    if launch.worker_nodes and HET_GROUP not in _split_prefix(launch.worker_prefix or "none"):
+    if launch.worker_nodes and HET_GROUP not in (launch.worker_prefix or "").split():
         remedy = f"must reach the launch.worker_nodes: srun {HET_GROUP} --nodes=1 --ntasks=1 --cpus-per-task=1 --exact"
         raise ConfigError("launch.worker_prefix", launch.worker_prefix, remedy)
     if launch.worker_sbatch and not launch.worker_nodes:

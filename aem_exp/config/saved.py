@@ -16,9 +16,8 @@ from aem_exp.core.trust import check_run_dir as check_owner
 from aem_exp.core.typed import convert, convert_fields
 from aem_exp.rundir import EXPERIMENT
 
-RETIRED: tuple[str, ...] = (
-    "launch.workers_at",
-)  # dotted keys that older versions wrote, and that no longer have an effect
+# Dotted keys that older versions wrote, and that no longer have an effect.
+RETIRED: tuple[str, ...] = ("launch.workers_at",)
 
 
 def read(folder: str | Path, trust: bool = False) -> Experiment:

@@ -58,6 +58,8 @@ Its config, `env/guess.yaml` in a folder that `--config-dir` names:
 Before a run, the framework checks the world against this contract and plays two episodes.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
@@ -165,6 +167,11 @@ class World(Protocol):
 
     def env(self) -> TextEnv:
         """A new environment."""
+
+
+def fingerprint_of(name: str, settings: Any) -> str:
+    """The fingerprint of a world with these settings, which JSON can represent."""
+    return f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def split_sizes(

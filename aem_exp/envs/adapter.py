@@ -60,10 +60,8 @@ class AdapterEnv:
         raise NotImplementedError
 
     def _parse_action(self, response: str) -> tuple[str, bool]:
-        if self._world.tags:
-            return parsing.parse_tagged(response, MAX_ACTION_CHARACTERS)
-        if self._world.actions is not None:
-            return parsing.parse_bare(response, MAX_ACTION_CHARACTERS)
+        if self._world.tags or self._world.actions is not None:
+            return parsing.parse_response(response, MAX_ACTION_CHARACTERS, self._world.tags)
         return response[:MAX_ACTION_CHARACTERS], bool(response.strip()) and len(response) <= MAX_ACTION_CHARACTERS
 
     def _turn(

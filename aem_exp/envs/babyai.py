@@ -4,9 +4,7 @@ The package observes a grid of 7 x 7 cells in front of the agent. Here, the agen
 distance, and the distances to the walls. The package's own bot is the scripted player. Tasks are seeds.
 """
 
-import hashlib
 import io
-import json
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,6 +13,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.core.extras import install_command
+from aem_exp.envs import fingerprint_of, parsing
 from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
 RULES_VERSION: Final = 1  # raise when the same task would read or play differently
@@ -134,7 +133,7 @@ class BabyAI(AdapterWorld):
             raise ConfigError("env.make.level", level, choices=levels)
         self.level = level
         settings = [RULES_VERSION, level, tags, reward, version("minigrid")]
-        self.fingerprint = f"babyai-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("babyai", settings)
 
     def env(self) -> BabyAIEnv:
         return BabyAIEnv(self)
@@ -154,7 +153,7 @@ class BabyAI(AdapterWorld):
             action = random.choice(list(ACTIONS))
         elif action in DECISIVE and random.random() < shyness:
             action = random.choice(["turn left", "turn right"])
-        return f"<think></think><action>{action}</action>" if self.tags else action
+        return parsing.write_response(action, self.tags)
 
     def oracle(self, env: BabyAIEnv) -> str:
         """The response of the bot."""

@@ -1,7 +1,5 @@
 """Adapter to Gymnasium, for any environment whose observations or renderings are text."""
 
-import hashlib
-import json
 import re
 import warnings
 from importlib.metadata import version
@@ -10,6 +8,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.core.extras import install_command
+from aem_exp.envs import fingerprint_of
 from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
 RULES_VERSION: Final = 2  # raise when the same task would read or play differently
@@ -119,7 +118,7 @@ class Gymnasium(AdapterWorld):
             remedy = "renders no text; use ansi, or leave it out if the observations are text"
             raise ConfigError("env.make.kwargs.render_mode", mode, remedy)
         settings = [RULES_VERSION, id, self.kwargs, actions, goal, wins, tags, reward, version("gymnasium")]
-        self.fingerprint = f"gymnasium-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("gymnasium", settings)
 
     def env(self) -> GymnasiumEnv:
         return GymnasiumEnv(self)

@@ -4,7 +4,6 @@ If the server has OpenEnv's Task API, its splits and tasks are used; else a task
 `goal`, `actions`, `valid`, `truncated` and `metrics` have the meaning that they have in a `Turn`; `aem-exp offer` serves them.
 """
 
-import hashlib
 import http.client
 import json
 import urllib.error
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from aem_exp.core.errors import ConfigError, MissingOnThisMachine, MissingResource
 from aem_exp.core.extras import install_command
-from aem_exp.envs import LazyTasks, Task, Turn
+from aem_exp.envs import LazyTasks, Task, Turn, fingerprint_of
 from aem_exp.envs.adapter import AdapterEnv, AdapterWorld
 
 METADATA_SECONDS: Final = 10.0  # for a server to describe itself
@@ -39,7 +38,11 @@ class OpenEnvEnv(AdapterEnv):
         # OpenEnv's client opens a new session when an old one was lost.
         self._start = {"split": task.payload["split"], "index": task.payload["index"]} if task.payload else {}
         self._lost = False
-        return super().reset(task)
+        return self._add_fields(super().reset(task))
+
+    def step(self, response: str) -> Turn:
+        self._answered = False
+        return self._add_fields(super().step(response))
 
     def start_game(self, seed: int) -> str:
         return self._read(self._request(lambda: self._session.reset(**(self._start or {"seed": seed}))))
@@ -68,6 +71,7 @@ class OpenEnvEnv(AdapterEnv):
     def _read(self, result: Any) -> str:
         """Note the observation and return its text."""
         self._seen: dict[str, Any] = result.observation
+        self._answered = True
         name = self._fields[1]
         if name not in self._seen:
             there = ", ".join(sorted(self._seen))
@@ -75,21 +79,20 @@ class OpenEnvEnv(AdapterEnv):
         self.goal = str(self._seen.get("goal") or self._world.goal)
         return str(self._seen[name])
 
-    def _turn(
-        self,
-        reward: float = 0.0,
-        terminated: bool = False,
-        truncated: bool = False,
-        valid: bool = True,
-        metrics: Mapping[str, float] | None = None,
-    ) -> Turn:
-        turn = super()._turn(reward, terminated, truncated, valid, metrics)
+    def _add_fields(self, turn: Turn) -> Turn:
+        """The turn with the fields of the last observation.
+
+        After a response that was not sent, because it is no action, only the outcome so far is still true.
+        """
         actions, own = self._seen.get("actions"), self._seen.get("metrics")
+        metrics = own if isinstance(own, dict) else {}
+        if not self._answered:
+            metrics = {name: metrics[name] for name in ("won", "score") if name in metrics}
         return replace(
             turn,
-            valid=valid and bool(self._seen.get("valid", True)),
+            valid=turn.valid and (not self._answered or bool(self._seen.get("valid", True))),
             actions=turn.actions if actions is None else tuple(map(str, actions)),
-            metrics=turn.metrics | (own if isinstance(own, dict) else {}),
+            metrics=turn.metrics | metrics,
         )
 
 
@@ -150,7 +153,7 @@ class OpenEnv(AdapterWorld):
             self.splits = tuple(self._server_splits)
         settings = [descriptions, action_field, observation_field, actions, goal, wins, tags, reward]
         settings += [self._server_splits] if self._server_splits else []
-        self.fingerprint = f"openenv-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("openenv", settings)
 
     def tasks(self, split: str) -> Sequence[Task]:
         if not self._server_splits:

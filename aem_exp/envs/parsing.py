@@ -50,7 +50,17 @@ def parse_bare(response: str, longest: int) -> tuple[str, bool]:
     return " ".join(response[: 4 * longest].lower().split())[:longest], len(response) <= 4 * longest
 
 
+def parse_response(response: str, longest: int, tags: bool) -> tuple[str, bool]:
+    """`parse_tagged` if responses must be tagged, else `parse_bare`."""
+    return parse_tagged(response, longest) if tags else parse_bare(response, longest)
+
+
+def write_response(action: str, tags: bool) -> str:
+    """A response with this action, without a thought."""
+    return f"<think></think><action>{action}</action>" if tags else action
+
+
 def format_response(parse: Callable[[str], str], action: str) -> str:
     """A response that `parse` reads as this action: in tags if `parse` expects them, else the bare action."""
-    tags = f"<think></think><action>{action}</action>"
-    return tags if parse(tags).casefold() == action.casefold() else action
+    tagged = write_response(action, tags=True)
+    return tagged if parse(tagged).casefold() == action.casefold() else action

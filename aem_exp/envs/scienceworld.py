@@ -4,7 +4,6 @@ package.
 Each open episode has its own JVM, because two games in one JVM change each other. A JVM is reused for later episodes.
 """
 
-import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.core.extras import install_command
-from aem_exp.envs import Task, Turn, parsing
+from aem_exp.envs import Task, Turn, fingerprint_of, parsing
 from aem_exp.envs.jvm import Jvm
 
 RULES_VERSION: Final = 1  # raise when the same task would read or play differently
@@ -123,8 +122,7 @@ class ScienceWorldEnv:
         return max(0.0, self._score) if self._world.pays == "score" else float(self.won)
 
     def _parse_action(self, response: str) -> tuple[str, bool]:
-        parse = parsing.parse_tagged if self._world.tags else parsing.parse_bare
-        action, well_formed = parse(response, MAX_ACTION_CHARACTERS)
+        action, well_formed = parsing.parse_response(response, MAX_ACTION_CHARACTERS, self._world.tags)
         return action, well_formed and bool(action)
 
     def _turn(
@@ -180,10 +178,10 @@ class ScienceWorld:
         self._spare: Jvm | None = None  # for the first environment
         self._solver: Jvm | None = None
         self._solutions: dict[str, list[str]] = {}
-        self._check(simplifications)
+        self._check_simplifications()
         settings = [RULES_VERSION, tasks, simplifications, objects, tags, success, pays, reward, JVM_OPTIONS]
         settings += [version("scienceworld")]
-        self.fingerprint = f"scienceworld-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("scienceworld", settings)
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self.splits:
@@ -210,12 +208,12 @@ class ScienceWorld:
             self._solutions[env.task.id] = self._solve(env.task)
         solution = self._solutions[env.task.id]
         action = solution[env.turns] if env.turns < len(solution) else "look around"
-        return f"<think></think><action>{action}</action>" if self.tags else action
+        return parsing.write_response(action, self.tags)
 
     def random_action(self, env: ScienceWorldEnv, random: Random) -> str:
         """The response of the random agent: one of all actions that the game would accept."""
         action = random.choice(sorted(env.list_actions()))
-        return f"<think></think><action>{action}</action>" if self.tags else action
+        return parsing.write_response(action, self.tags)
 
     def start_jvm(self) -> Jvm:
         """A JVM with the package's program, for one environment."""
@@ -236,18 +234,17 @@ class ScienceWorld:
         game.load(task.payload["task"], task.payload["variation"], self.simplifications, True)
         return [str(action).lower() for action in game.getGoldActionSequence()]
 
-    def _check(self, simplifications: str) -> None:
-        jvm = self.start_jvm()  # also shows whether Java runs the program
-        choices = ["easy", *str(open_game(jvm).getPossibleSimplifications()).split(", ")]
-        self._spare = jvm
-        for name in filter(None, simplifications.split(",")):
+    def _check_simplifications(self) -> None:
+        self._spare = self.start_jvm()  # also shows whether Java runs the program
+        choices = ["easy", *str(open_game(self._spare).getPossibleSimplifications()).split(", ")]
+        for name in filter(None, self.simplifications.split(",")):
             if name not in choices:
                 raise ConfigError("env.make.simplifications", name, choices=choices)
-        if "noElectricalAction" in simplifications and any("power" in name or "conduct" in name for name in self.names):
+        if "noElectricalAction" in self.simplifications and any("power" in n or "conduct" in n for n in self.names):
             remedy = (
                 "makes the tasks power-* and test-conductivity-* impossible; easy leaves it out for these tasks only"
             )
-            raise ConfigError("env.make.simplifications", simplifications, remedy)
+            raise ConfigError("env.make.simplifications", self.simplifications, remedy)
 
 
 def open_game(jvm: Jvm) -> Any:

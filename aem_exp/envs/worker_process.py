@@ -48,21 +48,20 @@ def start_worker_process(
     own = {f"{library}_NUM_THREADS": "1" for library in THREAD_LIBRARIES} | {"PYTHONPATH": str(disk.PACKAGE.parent)}
     own |= {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # a replay is then the same, also of sets
     command = [sys.executable, "-P", "-m", "aem_exp.envs.worker_process", nonce]
-    inherited = dict(os.environ)
+    inherited: Mapping[str, str] = os.environ
     if prefix:
         words = ["env", *(f"{name}={value}" for name, value in own.items()), *command]
         is_shell = os.path.basename(prefix[0]) == "ssh"  # it joins the words, and a shell of the other node splits them
         command = [*prefix, *(shlex.quote(word) if is_shell else word for word in words)]
         # Settings of the step that this process is in, such as its number of tasks, would apply to srun's new step.
-        step = [name for name in inherited if name.startswith("SLURM_") and name not in JOB_VARIABLES]
-        inherited = {name: value for name, value in inherited.items() if name not in step}
+        inherited = {k: v for k, v in inherited.items() if not k.startswith("SLURM_") or k in JOB_VARIABLES}
     return subprocess.Popen(
         command,
         stdin=connection.fileno(),
         stdout=connection.fileno(),
         stderr=log,
         start_new_session=True,  # Ctrl-C reaches only the parent, and a worker is killed together with its children
-        env=inherited | own,
+        env={**inherited, **own},
     )
 
 
@@ -121,7 +120,8 @@ def main(nonce: str) -> None:
         if setup is None:
             return
         try:
-            _check_files(setup["files"]) if "files" in setup else None
+            if "files" in setup:  # the parent is on another node
+                _check_files(setup["files"])
             executor = _make_executor(setup)
         except Exception as error:
             send(error_reply(error))

@@ -126,11 +126,9 @@ class WorkerPool:
         worker = self._workers[index] = WorkerClient(self._prefix)
         path = [os.path.abspath(entry) for entry in sys.path]  # the worker must find the user's own modules
         setup = {"make": self._make, "path": path, "PYTHONPATH": os.environ.get("PYTHONPATH")}
-        if self._prefix:  # ssh passes on no variables
-            folders = {
-                name: value for name, value in os.environ.items() if name.startswith("AEM_") or name.endswith("_DATA")
-            }
-            setup |= {"files": describe_files(path), "environment": folders}
+        if self._prefix:
+            variables = {k: v for k, v in os.environ.items() if k.startswith("AEM_") or k.endswith("_DATA")}
+            setup |= {"files": describe_files(path), "environment": variables}  # ssh passes on no variables
         try:
             reply = yield worker, setup, self._start_seconds
         except WorkerFailure as failure:

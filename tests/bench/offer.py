@@ -14,6 +14,7 @@ from random import Random
 
 from openenv.core.generic_client import GenericEnvClient
 
+from aem_exp.cluster.rendezvous import find_free_port
 from aem_exp.config import instantiate, load
 from aem_exp.envs import World
 from aem_exp.envs.executor import EnvExecutor, SerialExecutor
@@ -57,9 +58,7 @@ def play_server(url: str) -> float:
 def main(rounds: int = 5) -> None:
     experiment = load(["env=household"])
     world = instantiate(experiment.env.make)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = find_free_port("127.0.0.1")
     command = [sys.executable, "-m", "aem_exp.offer", "env=household", "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     pool = WorkerPool(experiment.env.make, 1, 60.0)
@@ -72,8 +71,9 @@ def main(rounds: int = 5) -> None:
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert server.poll() is None
             time.sleep(0.1)
-        speeds = {name: [play() for _ in range(1)] for name, play in ways.items()}  # warm up
-        speeds = {name: [] for name in ways}
+        for play in ways.values():
+            play()  # warm up
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, play in ways.items():
                 speeds[name].append(play())

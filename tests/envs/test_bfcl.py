@@ -86,7 +86,7 @@ def test_verdicts_are_those_of_the_benchmark(world):
 
     random, verdicts = Random(0), []
     for number, task in enumerate(world.tasks("train")[::4]):
-        row, correct = world.row(task)
+        row, correct = world.find_row(task)
         changed = copy.deepcopy(correct)
         chosen = random.choice([calls for calls in changed if calls])
         if number % 4 == 0:
@@ -110,7 +110,7 @@ def test_verdicts_are_those_of_the_benchmark(world):
 
 def test_a_held_back_function_is_described_when_it_is_needed(world):
     task = next(task for task in world.tasks("train") if task.kind == "miss_func")
-    row, _ = world.row(task)
+    row, _ = world.find_row(task)
     ((turn, names),) = row["missed_function"].items()
     env = world.env()
     env.reset(task)
@@ -132,14 +132,14 @@ def test_too_many_steps_end_the_conversation(world):
 
 def test_scores_can_be_paid(folder):
     world = Bfcl(["base"], folder, pays="score", reward=10.0)
-    task = next(task for task in world.tasks("dev") if len(world.row(task)[1]) > 2)
+    task = next(task for task in world.tasks("dev") if len(world.find_row(task)[1]) > 2)
     env = world.env()
     env.reset(task)
     first = env.step(world.oracle(env)), env.step("Done.")
-    assert [turn.reward for turn in first] == [0.0, 10.0 / len(world.row(task)[1])]
+    assert [turn.reward for turn in first] == [0.0, 10.0 / len(world.find_row(task)[1])]
     while not (turn := env.step("Done.")).done:
         assert turn.reward == 0
-    assert turn.metrics["score"] == pytest.approx(1 / len(world.row(task)[1])) and not turn.metrics["won"]
+    assert turn.metrics["score"] == pytest.approx(1 / len(world.find_row(task)[1])) and not turn.metrics["won"]
 
 
 def test_malformed_calls_are_invalid_and_sentences_are_not(world):

@@ -55,5 +55,4 @@ class AlfWorldEnv:
         return Turn(state.text, reward, state.won, valid=valid, actions=self.commands, metrics=dict(metrics or {}))
 
     def _parse_command(self, response: str) -> tuple[str, bool]:
-        parse = parsing.parse_tagged if self._tags else parsing.parse_bare
-        return parse(response, MAX_COMMAND_CHARACTERS)
+        return parsing.parse_response(response, MAX_COMMAND_CHARACTERS, self._tags)

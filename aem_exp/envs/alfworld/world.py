@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Final, Literal
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import LazyTasks, Task, split_sizes
+from aem_exp.envs import LazyTasks, Task, parsing, split_sizes
 from aem_exp.envs.alfworld import games, official_games, vocabulary
 from aem_exp.envs.alfworld.env import AlfWorldEnv
 from aem_exp.envs.alfworld.expert import EpisodeMemory, next_command
@@ -57,7 +57,7 @@ class _EngineWorld:
         return self._format_response(steps[done] if done < len(steps) else "look")
 
     def _format_response(self, command: str) -> str:
-        return f"<think></think><action>{command}</action>" if self.tags else command
+        return parsing.write_response(command, self.tags)
 
 
 def _digest(*things: Any) -> str:

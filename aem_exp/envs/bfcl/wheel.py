@@ -57,20 +57,14 @@ def fetch_wheel(data: str | None, say: Callable[[str], None]) -> None:
     disk.check_writable(file.parent, "env.make.data" if data else "AEM_CACHE")
     file.parent.mkdir(parents=True, exist_ok=True)
     say(f"fetch   {WHEEL}")
-    words = [
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(file.parent),
-        f"bfcl-eval=={VERSION}",
-    ]
-    command = [sys.executable, "-m", "pip", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
+    words = ["--quiet", "--no-deps", "--only-binary=:all:", f"--dest={file.parent}", f"bfcl-eval=={VERSION}"]
+    command = [sys.executable, "-m", "pip", "download", *words]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False).stderr
+    except subprocess.TimeoutExpired:
+        said = f"it took more than {FETCH_SECONDS} s"
     if not file.is_file():
-        reason = (done.stderr.strip().splitlines() or ["pip wrote no file"])[-1][:300]
+        reason = (said.strip().splitlines() or ["pip wrote no file"])[-1][:300]
         remedy = f"pip cannot fetch it ({reason}); or download {WHEEL} from https://pypi.org/project/bfcl-eval"
         raise MissingResource("env.make.data", data, f"{remedy} into {file.parent}")
     find_wheel(data)

@@ -4,14 +4,13 @@ A turn of the user ends with a response that contains no calls. The checks are t
 objects must have the same state as after the correct calls, and the results must contain those of the correct calls.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final, Literal, get_args
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import Task, Turn
+from aem_exp.envs import Task, Turn, fingerprint_of
 from aem_exp.envs.bfcl.calls import Call, find_text, parse_calls
 from aem_exp.envs.bfcl.wheel import VERSION, fetch_wheel, find_wheel, load_modules, read_functions, read_rows
 
@@ -67,7 +66,7 @@ class BfclEnv:
 
     def reset(self, task: Task) -> Turn:
         self.task = task
-        self._row, self._correct = self._world.row(task)
+        self._row, self._correct = self._world.find_row(task)
         self._agent, self._reference = _Objects(self._world, self._row), _Objects(self._world, self._row)
         self._user_turn, self._steps, self._passed, self._is_over = 0, 0, 0, False
         self._results: list[str] = []  # of all calls of the agent so far
@@ -90,9 +89,8 @@ class BfclEnv:
         malformed = calls is None and find_text(response).startswith("[")
         admissible = bool(calls) and self._agent.knows(calls or ())
         reward = self._world.reward * (self._paid() - before)
-        return self._turn(
-            observation, reward, not malformed, {"calls": float(len(calls or ())), "admissible": float(admissible)}
-        )
+        metrics = {"calls": float(len(calls or ())), "admissible": float(admissible)}
+        return self._turn(observation, reward, not malformed, metrics)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -102,9 +100,9 @@ class BfclEnv:
         correct = self._correct[self._user_turn] if not self._is_over else []
         return f"[{', '.join(correct)}]" if correct and not self._steps else DONE
 
-    def function_names(self) -> list[str]:
-        """The functions of the task."""
-        return [one["name"] for api in self._row["involved_classes"] for one in read_functions(self._world.file, api)]
+    def functions(self) -> list[dict[str, Any]]:
+        """The descriptions of the functions of the task."""
+        return [one for api in self._row["involved_classes"] for one in read_functions(self._world.file, api)]
 
     @property
     def won(self) -> bool:
@@ -139,8 +137,7 @@ class BfclEnv:
 
     def _describe(self, wanted: Callable[[str], bool]) -> str:
         """The descriptions of functions, one JSON object per line."""
-        functions = [one for api in self._row["involved_classes"] for one in read_functions(self._world.file, api)]
-        return "\n".join(json.dumps(function) for function in functions if wanted(function["name"]))
+        return "\n".join(json.dumps(function) for function in self.functions() if wanted(function["name"]))
 
     def _paid(self) -> float:
         """What the conversation has paid so far, without the factor."""
@@ -187,8 +184,7 @@ class Bfcl:
             raise ConfigError("env.make.categories", ",".join(categories), "must name each category once")
         self.categories, self.pays, self.reward = list(categories), pays, reward
         self.file = find_wheel(data)
-        settings = json.dumps([RULES_VERSION, VERSION, self.categories, pays, reward])
-        self.fingerprint = f"bfcl-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("bfcl", [RULES_VERSION, VERSION, self.categories, pays, reward])
 
     @classmethod
     def prepare(cls, say: Callable[[str], None], data: str | None = None, **_: Any) -> None:
@@ -208,7 +204,7 @@ class Bfcl:
                 ]
         return tasks
 
-    def row(self, task: Task) -> tuple[dict[str, Any], list[list[str]]]:
+    def find_row(self, task: Task) -> tuple[dict[str, Any], list[list[str]]]:
         """The row of a task, and the correct calls of each turn of the user."""
         rows, answers = read_rows(self.file, task.payload["category"])
         return rows[task.payload["number"]], answers[task.payload["number"]]
@@ -222,4 +218,4 @@ class Bfcl:
 
     def random_action(self, env: BfclEnv, random: Random) -> str:
         """The response of the random agent: a call without arguments, or no call."""
-        return random.choice([DONE, f"[{random.choice(env.function_names())}()]"])
+        return random.choice([DONE, f"[{random.choice(env.functions())['name']}()]"])

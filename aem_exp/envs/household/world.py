@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from random import Random
 
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import LazyTasks, Task, split_sizes
+from aem_exp.envs import LazyTasks, Task, parsing, split_sizes
 from aem_exp.envs.household.env import HouseholdEnv
 from aem_exp.envs.household.expert import expert_action
 from aem_exp.envs.household.layouts import SPLITS, RoomSize, digest, draw_layout, split_of
@@ -108,7 +108,7 @@ class Household:
             action = random.choice([*env.admissible_actions, *mistakes])
         elif action.startswith("open") and random.random() < shyness:
             action = random.choice([go for place, go in env.go_actions.items() if place != env.location])
-        return f"<think></think><action>{action}</action>" if self.tags else action
+        return parsing.write_response(action, self.tags)
 
     def _select_goals(self, split: str) -> dict[str, list[Errand]]:
         """The errands of a split, for each kind. Their hash decides the split."""

@@ -1,6 +1,5 @@
 """The games of TextWorldExpress: their tasks, and episodes in a JVM."""
 
-import hashlib
 import json
 import re
 import threading
@@ -13,7 +12,7 @@ from typing import Any, Final, Literal, get_args
 
 from aem_exp.core.errors import ConfigError, MissingResource
 from aem_exp.core.extras import install_command
-from aem_exp.envs import LazyTasks, Task, Turn, parsing, split_sizes
+from aem_exp.envs import LazyTasks, Task, Turn, fingerprint_of, parsing, split_sizes
 from aem_exp.envs.jvm import Jvm
 from aem_exp.envs.textworld_express import scripted
 
@@ -81,8 +80,7 @@ class TextWorldExpressEnv:
         self.memory.add(self.observation, self.look)
 
     def _parse_action(self, response: str) -> tuple[str, bool]:
-        parse = parsing.parse_tagged if self._world.tags else parsing.parse_bare
-        return parse(response, MAX_ACTION_CHARACTERS)
+        return parsing.parse_response(response, MAX_ACTION_CHARACTERS, self._world.tags)
 
     def _turn(
         self,
@@ -140,7 +138,7 @@ class TextWorldExpress:
         self._lock = threading.Lock()
         self.open_game()
         settings = [RULES_VERSION, game, sorted(self._settings()), tags, pays, reward, version("textworld-express")]
-        self.fingerprint = f"textworld_express-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+        self.fingerprint = fingerprint_of("textworld_express", settings)
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in FIRST_SEEDS:
@@ -187,7 +185,7 @@ class TextWorldExpress:
         With probability `noise` it acts at random. With probability `shyness` it looks around instead of an action that takes,
         puts or uses something.
         """
-        return self._format_response(scripted.next_action(env, random, noise, shyness))
+        return parsing.write_response(scripted.next_action(env, random, noise, shyness), self.tags)
 
     def words(self) -> list[str]:
         """The words of what is read and written when the player plays tasks of each split."""
@@ -203,9 +201,6 @@ class TextWorldExpress:
                         break
                     turn = env.step(self.expert(env, random))
         return [*found, *re.findall(r"\w+", NOT_POSSIBLE), *tags]
-
-    def _format_response(self, action: str) -> str:
-        return f"<think></think><action>{action}</action>" if self.tags else action
 
     def _settings(self) -> list[str]:
         return [f"{name}={int(value)}" for name, value in self.params.items()]

@@ -12,7 +12,7 @@ import numpy as np
 
 from aem_exp.core import console
 from aem_exp.core.errors import ConfigError
-from aem_exp.envs import LazyTasks, Task
+from aem_exp.envs import LazyTasks, Task, parsing
 from aem_exp.envs.webshop import expert, generated, vocabulary
 from aem_exp.envs.webshop.catalogue import Catalogue, Product, load_catalogue
 from aem_exp.envs.webshop.env import SEARCH_HINT, WebShopEnv
@@ -124,7 +124,7 @@ class WebShop:
             _load_catalogue(files, report_progress)
 
     def _format_response(self, action: str) -> str:
-        return f"<think></think><action>{action}</action>" if self.tags else action
+        return parsing.write_response(action, self.tags)
 
     def _goal_positions(self, split: str) -> Sequence[tuple[int, int, int]]:
         """For each goal of a split: the seed of prices, the seed of the order, and the position in the order."""
